@@ -1,0 +1,40 @@
+"""Everything that a user can put right, as one tree of exceptions.
+
+    BcdError              one readable sentence; jobs print it and exit with code 2
+    ├── ConfigError       settings that contradict each other or a finished run
+    ├── DataError         an input that is missing, empty or not what it should be
+    ├── LeakageError      the same patient, case, slide or picture on two sides of a split
+    ├── BundleError       weights or a model bundle that cannot be used
+    ├── ResourceError     more CPUs or GPUs asked for than there are
+    └── StorageError      a place that cannot be read or written
+
+Anything else is a fault of ours and keeps its stack trace.
+"""
+
+
+class BcdError(Exception):
+    """A sentence for the user: names the offender and says what was expected."""
+
+
+class ConfigError(BcdError):
+    """Settings contradict each other, or those of the run they would continue."""
+
+
+class DataError(BcdError):
+    """An input is missing, empty, or breaks the form it should have."""
+
+
+class LeakageError(BcdError):
+    """A group or a picture stands on more than one side of a split."""
+
+
+class BundleError(BcdError):
+    """Weights or a model bundle cannot be used as asked."""
+
+
+class ResourceError(BcdError):
+    """The cluster does not have what was asked for."""
+
+
+class StorageError(BcdError):
+    """A URI cannot be read or written."""

@@ -1,0 +1,94 @@
+"""The Arrow schema of every table, and the only place that spells a column name.
+
+`INDEX` holds one row per image without pixels; `predictions()` one row per scored input.
+"""
+
+import pyarrow as pa
+
+IMAGE_ID = "image_id"
+URI = "uri"
+PATIENT = "patient"
+CASE = "case"
+SLIDE = "slide"
+TUMOR_CLASS = "tumor_class"
+SUBTYPE = "subtype"
+MAGNIFICATION = "magnification"
+MPP = "mpp"
+SHA256 = "sha256"
+SIZE_BYTES = "size_bytes"
+PART = "part"
+IMAGE = "image"
+TARGET = "target"
+X_LEVEL0_PX = "x_level0_px"
+Y_LEVEL0_PX = "y_level0_px"
+WIDTH_PX = "width_px"
+HEIGHT_PX = "height_px"
+LOGIT = "logit"
+PROBABILITY = "probability"
+PROBABILITY_MALIGNANT = "probability_malignant"
+PREDICTED_CLASS = "predicted_class"
+EVIDENCE = "evidence"
+EVIDENCE_HEIGHT = "evidence_height"
+EVIDENCE_WIDTH = "evidence_width"
+EVIDENCE_BIAS = "evidence_bias"
+NOVELTY = "novelty"
+ERROR = "error"
+ERROR_MESSAGE = "error_message"
+MODEL_ID = "model_id"
+BCD_VERSION = "bcd_version"
+EPOCH = "epoch"
+
+# Rows, not pixels. `size_bytes` comes free with a listing: only files of equal size can be equal,
+# so exact duplicates are found by hashing a handful of files instead of the whole archive.
+INDEX = pa.schema(
+    [
+        pa.field(IMAGE_ID, pa.string(), nullable=False),
+        pa.field(URI, pa.string(), nullable=False),
+        (PATIENT, pa.string()),
+        (CASE, pa.string()),
+        (SLIDE, pa.string()),
+        (TUMOR_CLASS, pa.string()),
+        (SUBTYPE, pa.string()),
+        (MAGNIFICATION, pa.int16()),
+        (MPP, pa.float32()),
+        (SHA256, pa.string()),
+        (SIZE_BYTES, pa.int64()),
+    ]
+)
+
+# Which part of a split each row went to; `part` is one of split.PARTS, or "quarantined".
+SPLIT = pa.schema([*INDEX, pa.field(PART, pa.string(), nullable=False)])
+
+# Which images an epoch showed to the training workers, once per showing.
+EXPOSURE = pa.schema([(EPOCH, pa.int32()), (IMAGE_ID, pa.string())])
+
+
+def predictions(evidence_height: int, evidence_width: int) -> pa.Schema:
+    """Schema of the predictions table for evidence maps of the given size (cells, not pixels)."""
+    evidence = pa.list_(pa.float32(), evidence_height * evidence_width)
+    return pa.schema(
+        [
+            pa.field(IMAGE_ID, pa.string(), nullable=False),
+            pa.field(URI, pa.string(), nullable=False),
+            (SLIDE, pa.string()),
+            (PATIENT, pa.string()),
+            (X_LEVEL0_PX, pa.int64()),
+            (Y_LEVEL0_PX, pa.int64()),
+            (MPP, pa.float32()),
+            (WIDTH_PX, pa.int32()),
+            (HEIGHT_PX, pa.int32()),
+            (LOGIT, pa.list_(pa.float32())),
+            (PROBABILITY, pa.list_(pa.float32())),
+            (PROBABILITY_MALIGNANT, pa.float32()),
+            (PREDICTED_CLASS, pa.string()),
+            (EVIDENCE, evidence),
+            (EVIDENCE_HEIGHT, pa.int16()),
+            (EVIDENCE_WIDTH, pa.int16()),
+            (EVIDENCE_BIAS, pa.float32()),
+            (NOVELTY, pa.float32()),
+            (ERROR, pa.string()),
+            (ERROR_MESSAGE, pa.string()),
+            pa.field(MODEL_ID, pa.string(), nullable=False),
+            pa.field(BCD_VERSION, pa.string(), nullable=False),
+        ]
+    )

@@ -1,0 +1,56 @@
+"""Tumour classes, the eight BreaKHis subtypes, and magnifications with their scale.
+
+Source: Spanhol et al. 2016, "A Dataset for Breast Cancer Histopathological Image Classification".
+The order of classes here is the order of logits in every model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Target = Literal["tumor_class", "subtype"]
+
+BENIGN, MALIGNANT = "benign", "malignant"
+TUMOR_CLASSES = (BENIGN, MALIGNANT)
+
+
+@dataclass(frozen=True)
+class Subtype:
+    """One histological subtype: its published code, name and tumour class."""
+
+    code: str
+    name: str
+    tumor_class: str
+
+
+SUBTYPES: Mapping[str, Subtype] = {
+    s.code: s
+    for s in (
+        Subtype("A", "adenosis", BENIGN),
+        Subtype("F", "fibroadenoma", BENIGN),
+        Subtype("PT", "phyllodes_tumor", BENIGN),
+        Subtype("TA", "tubular_adenoma", BENIGN),
+        Subtype("DC", "ductal_carcinoma", MALIGNANT),
+        Subtype("LC", "lobular_carcinoma", MALIGNANT),
+        Subtype("MC", "mucinous_carcinoma", MALIGNANT),
+        Subtype("PC", "papillary_carcinoma", MALIGNANT),
+    )
+}
+
+# µm per pixel of a BreaKHis field: camera pixel 6.5 µm / (3.3x relay lens * objective), as published
+# (the labels 40X..400X are total magnifications of the 4x..40x objectives).
+MPP_BY_MAGNIFICATION: Mapping[int, float] = {40: 0.49, 100: 0.20, 200: 0.10, 400: 0.05}
+MAGNIFICATIONS = tuple(MPP_BY_MAGNIFICATION)
+
+
+def classes(target: Target) -> tuple[str, ...]:
+    """Class names of a target, in the order of the model's logits."""
+    return TUMOR_CLASSES if target == "tumor_class" else tuple(SUBTYPES)
+
+
+def malignant_mask(class_names: tuple[str, ...]) -> tuple[bool, ...]:
+    """For each class name (tumour class or subtype code): whether it is malignant."""
+    return tuple(
+        name == MALIGNANT or (name in SUBTYPES and SUBTYPES[name].tumor_class == MALIGNANT)
+        for name in class_names
+    )
