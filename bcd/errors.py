@@ -16,8 +16,11 @@ class BcdError(Exception):
     """A sentence for the user: names the offender and says what was expected."""
 
 
-class ConfigError(BcdError):
-    """Settings contradict each other, or those of the run they would continue."""
+class ConfigError(BcdError, ValueError):
+    """Settings contradict each other, or those of the run they would continue.
+
+    A `ValueError` too, so that the command-line parser shows it as a usage error.
+    """
 
 
 class DataError(BcdError):

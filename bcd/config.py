@@ -1,0 +1,200 @@
+"""One frozen, validated configuration per job. Its fields are the flags, their docstrings are the help.
+
+A new option costs two edits: the field here, and its use. What training decides (classes, input size, µm/px,
+threshold) is frozen into the model bundle; evaluation reads it from there and has no such flags.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bcd.errors import ConfigError
+from bcd.taxonomy import MAGNIFICATIONS, Target
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Precision = Literal["auto", "float32", "bfloat16"]
+WORKERS = re.compile(r"auto|[1-9]\d*|([1-9]\d*)-([1-9]\d*)")
+
+
+class Config(BaseModel):
+    """What all jobs share: frozen, no unknown settings, errors that name the flag."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError("; ".join(map(_sentence, error.errors()))) from None
+
+
+def _sentence(error: Any) -> str:
+    flag = "".join(f"--{str(part).replace('_', '-')} " for part in error["loc"][:1])
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{flag}{message[0].lower()}{message[1:]}" + (f", not {error['input']!r}" if flag else "")
+
+
+class TrainConfig(Config):
+    """Train ResNet50 on breast histopathology and evaluate it on patients that it has never seen."""
+
+    data: str
+    """A BreaKHis tree, a folder with one sub-folder per class, or a CSV or Parquet manifest
+    (columns uri, tumor_class or subtype, patient): a local path, s3:// or gs://."""
+
+    output: str = "runs"
+    """Where runs are kept: a local folder, s3:// or gs://. The run lands in OUTPUT/NAME."""
+
+    name: str = "train"
+    """Name of the run. The same command with the same name goes on where it was stopped."""
+
+    weights: str = "imagenet"
+    """Where training starts: imagenet (downloaded by torchvision), none, or the URI of a ResNet50
+    state dict (.safetensors, or .pth without pickled code)."""
+
+    target: Target = "tumor_class"
+    """What is predicted: benign or malignant, or the eight subtypes."""
+
+    magnifications: tuple[int, ...] = MAGNIFICATIONS
+    """BreaKHis magnifications to use (40 100 200 400); images without one are always used."""
+
+    protocol: Literal["case", "patient", "official", "image"] = "case"
+    """What never stands on two sides of the split. case: all slides of one case number (the safe
+    choice); patient: one slide id; official: the published folds; image: leaks patients, kept only
+    to reproduce the literature."""
+
+    folds: str | None = None
+    """Folder with the published dsfold1.txt to dsfold5.txt, for --protocol official."""
+
+    fold: int | None = Field(default=None, ge=1, le=5)
+    """Which published fold, 1 to 5, for --protocol official."""
+
+    validation_fraction: Fraction = 0.15
+    """Share of the images that choose the best epoch."""
+
+    test_fraction: Fraction = 0.20
+    """Share of the images that only the final evaluation sees."""
+
+    quarantine: bool = True
+    """Set aside slides published under two labels (14-13412) and pictures that stand twice."""
+
+    balance: Literal["tumor_class", "subtype", "none"] = "tumor_class"
+    """Upsample training rows until these are equally frequent."""
+
+    max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of images that may be broken; they are left out and named. More than this ends the run."""
+
+    input_height_px: int = Field(default=224, ge=32)
+    """Height of the network's input in pixels; a field is fitted into it whole, aspect ratio kept."""
+
+    input_width_px: int = Field(default=336, ge=32)
+    """Width of the network's input in pixels (a BreaKHis field is 700x460, about 3:2)."""
+
+    epochs: int = Field(default=20, ge=1)
+    """Passes over the balanced training rows."""
+
+    batch_size: int = Field(default=32, ge=2)
+    """Images per optimiser step, over all workers together."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum 0.9."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate, after warm-up and before the cosine. SGD wants about 1e-2."""
+
+    weight_decay: float = Field(default=1e-2, ge=0)
+    """Weight decay; biases and norms have none."""
+
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of all steps in which the learning rate rises linearly."""
+
+    augment: bool = True
+    """Flips, quarter rotations, random resized crop and colour jitter on the training images."""
+
+    precision: Precision = "auto"
+    """auto: bfloat16 where the hardware computes in it, else float32."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seeds the split, the upsampling, the shuffling and the augmentation."""
+
+    num_workers: str = "auto"
+    """Training workers: a number, or 2-8 for elastic training. auto: one per GPU, or one CPU worker."""
+
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: GPUs where the cluster has or can start them."""
+
+    max_failures: int = Field(default=3, ge=0)
+    """How often training restarts from the last epoch after a worker or node is lost."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        workers = WORKERS.fullmatch(self.num_workers)
+        if not workers:
+            raise ValueError(f"--num-workers takes a number, MIN-MAX or auto, not {self.num_workers!r}")
+        if workers[1] and int(workers[1]) > int(workers[2]):
+            raise ValueError(f"--num-workers {self.num_workers}: the minimum exceeds the maximum")
+        if {self.protocol == "official"} != {self.fold is not None, self.folds is not None}:
+            raise ValueError("--protocol official goes with --folds FOLDER and --fold 1..5, and they with it")
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("--validation-fraction and --test-fraction leave nothing to train on")
+        if unknown := set(self.magnifications) - set(MAGNIFICATIONS):
+            raise ValueError(f"--magnifications {sorted(unknown)}: BreaKHis has {list(MAGNIFICATIONS)}")
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(f"--name {self.name!r}: use letters, digits, dots, dashes and underscores")
+        return self
+
+    def worker_bounds(self) -> tuple[int, int] | None:
+        """Smallest and largest number of training workers, or None for auto."""
+        if self.num_workers == "auto":
+            return None
+        low, _, high = self.num_workers.partition("-")
+        return int(low), int(high or low)
+
+
+# Where and with how much a run is carried out; all other settings decide its result.
+OPERATIONAL = frozenset({"output", "name", "num_workers", "device", "max_failures"})
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The settings that decide a result and differ, as `--flag old -> new`."""
+    keys = sorted((old.keys() | new.keys()) - OPERATIONAL)
+    return [
+        f"--{key.replace('_', '-')} {old.get(key)} -> {new.get(key)}"
+        for key in keys
+        if old.get(key) != new.get(key)
+    ]
+
+
+class EvaluateConfig(Config):
+    """Score a model's held-out test part and say how good it is."""
+
+    model: str
+    """The model bundle: a local folder, s3:// or gs://."""
+
+    data: str
+    """The data set that the model was trained on; the split is read from the model card."""
+
+    output: str | None = None
+    """Where predictions, metrics and report go; by default beside the bundle, in its run."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Images per forward pass."""
+
+    precision: Precision = "float32"
+    """float32 gives the same numbers everywhere; bfloat16 is faster."""
+
+
+class DemoConfig(Config):
+    """Make a small synthetic data set, train on it, evaluate, and show where the report is."""
+
+    output: str = "demo"
+    """Folder for the images and the run."""
+
+    patients_per_subtype: int = Field(default=5, ge=3)
+    """Synthetic patients for each of the eight subtypes."""
+
+    epochs: int = Field(default=12, ge=1)
+    """Passes over the training rows."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seeds the pictures and the run."""

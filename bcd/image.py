@@ -1,0 +1,156 @@
+"""From bytes to pixels to the network's input; training and evaluation presets side by side.
+
+The same `decode` and `fit` serve training, archives and the service, so that all see the same pixels.
+"""
+
+import io
+from collections.abc import Sequence
+from struct import error as struct_error
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.transforms import v2
+
+# What Pillow may open, by content and not by name: fewer parsers, less to attack.
+FORMATS = ("PNG", "JPEG", "TIFF")
+# A field of view has well under a megapixel; a larger picture belongs to the slide reader.
+MAX_PIXELS = 64_000_000
+# ImageNet statistics, RGB in [0, 1]: the input that torchvision's weights expect.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# Space that a field leaves in the network's input is filled with the mean colour, zero after normalising:
+# what the convolutions' own zero padding looks like.
+FILL = tuple(round(255 * value) for value in IMAGENET_MEAN)
+# torchvision draws one crop, flip and colour per call; this many images share a draw. Small enough for
+# variety within a batch, large enough to keep a GPU busy.
+IMAGES_PER_DRAW = 4
+
+
+class ImageError(Exception):
+    """One picture that cannot be used: `code` is stable and typed, the message is for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code, self.message = code, message
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Decode a PNG, JPEG or TIFF.
+
+    Grey, 16-bit, CMYK and palette pictures are converted; transparency is laid over white.
+
+    Returns:
+        uint8 array (height, width, 3), RGB.
+
+    Raises:
+        ImageError: with code `empty`, `unsupported_format`, `too_many_pixels` or `truncated`.
+    """
+    if not data:
+        raise ImageError("empty", "the file has no bytes")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            _check_size(picture)
+            return np.asarray(_to_rgb(picture))
+    except UnidentifiedImageError:
+        raise ImageError("unsupported_format", f"not a {', '.join(FORMATS)} picture") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_many_pixels", str(error)) from None
+    # Pillow's decoders report damage in all of these ways.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct_error) as error:
+        raise ImageError("truncated", f"the picture cannot be decoded: {error}") from error
+
+
+def _check_size(picture: Image.Image) -> None:
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ImageError("too_many_pixels", f"{width} x {height} px; at most {MAX_PIXELS:,} pixels are read")
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits a channel, grey
+        return Image.fromarray(
+            (np.asarray(picture).astype(np.float64) / 257).round().astype(np.uint8)
+        ).convert("RGB")
+    if picture.mode == "F":
+        raise ImageError("unsupported_format", "floating-point pixels have no fixed scale; save as 8 bit")
+    if "A" in picture.mode or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize a picture into the network's input, whole and with its aspect ratio kept.
+
+    Args:
+        pixels: uint8 (h, w, 3) RGB.
+        height: of the result in pixels.
+        width: of the result in pixels.
+
+    Returns:
+        uint8 (height, width, 3), the picture in the middle.
+    """
+    top, left, inner_height, inner_width = placement(pixels.shape[0], pixels.shape[1], height, width)
+    resized = Image.fromarray(pixels).resize((inner_width, inner_height), Image.Resampling.BILINEAR)
+    result = np.empty((height, width, 3), np.uint8)
+    result[:] = FILL
+    result[top : top + inner_height, left : left + inner_width] = np.asarray(resized)
+    return result
+
+
+def placement(height: int, width: int, into_height: int, into_width: int) -> tuple[int, int, int, int]:
+    """Where `fit` puts a picture: top, left, height and width in pixels of the input."""
+    scale = min(into_height / height, into_width / width)
+    inner_height = max(1, min(into_height, round(height * scale)))
+    inner_width = max(1, min(into_width, round(width * scale)))
+    return (into_height - inner_height) // 2, (into_width - inner_width) // 2, inner_height, inner_width
+
+
+def normalise(
+    images: torch.Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> torch.Tensor:
+    """Evaluation preset: uint8 (n, 3, height, width) to the network's float32 input."""
+    return v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), mean, std)
+
+
+def augmentation(height: int, width: int) -> v2.Transform:
+    """Training preset for `augment`: what may change in a field of tissue without changing its class."""
+    aspect = width / height
+    return v2.Compose(
+        [
+            v2.RandomHorizontalFlip(),
+            QuarterTurns(),
+            v2.RandomResizedCrop(
+                (height, width), scale=(0.6, 1.0), ratio=(aspect * 0.9, aspect * 1.1), antialias=True
+            ),
+            # Stains differ between laboratories far more than between classes.
+            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.03),
+        ]
+    )
+
+
+class QuarterTurns(v2.Transform):
+    """Rotate by 0, 90, 180 or 270 degrees, without resampling; height and width may change places."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
+        """Draw the number of turns from torch's generator."""
+        return {"turns": int(torch.randint(4, ()))}
+
+    def transform(self, inpt: torch.Tensor, params: dict[str, int]) -> torch.Tensor:
+        """Turn (..., height, width)."""
+        return torch.rot90(inpt, params["turns"], (-2, -1))
+
+
+def augment(images: torch.Tensor, transform: v2.Transform) -> torch.Tensor:
+    """Apply the training preset to a whole batch on its own device.
+
+    Args:
+        images: uint8 (n, 3, height, width).
+        transform: from `augmentation`.
+
+    Returns:
+        uint8 of the same shape.
+    """
+    return torch.cat([transform(group) for group in images.split(IMAGES_PER_DRAW)])

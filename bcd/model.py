@@ -1,0 +1,153 @@
+"""ResNet50: where its weights come from, its forward pass, and logit to probability."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pickle import UnpicklingError as _Unpickling
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from bcd import cam, storage
+from bcd.errors import BundleError
+from bcd.taxonomy import malignant_mask
+
+ARCHITECTURE = "resnet50"
+# The network halves the picture five times: one cell of the last feature map covers this many pixels.
+STRIDE_PX = 32
+
+State = Mapping[str, Tensor]
+
+
+def build(n_classes: int, weights: State | None = None, seed: int = 0) -> nn.Module:
+    """A ResNet50 with a new head, from the given weights or from random ones.
+
+    Weights of a head for as many classes are kept; any other head is replaced.
+
+    Raises:
+        BundleError: the weights are not those of a ResNet50; names the first missing or misshapen tensors.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = torchvision.models.resnet50(num_classes=n_classes)
+    if weights is not None:
+        network.load_state_dict(_fitting(network.state_dict(), weights))
+    return network
+
+
+def _fitting(own: State, given: State) -> dict[str, Tensor]:
+    """The given tensors in our dtypes, the head from `own` where the number of classes differs."""
+    fitted = dict(own)
+    wrong = []
+    for name, tensor in own.items():
+        head = name.startswith("fc.")
+        if name in given and given[name].shape == tensor.shape:
+            fitted[name] = given[name].to(tensor.dtype)
+        elif not head and not name.endswith("num_batches_tracked"):
+            found = f"has shape {tuple(given[name].shape)}" if name in given else "is missing"
+            wrong.append(f"{name} {found}, expected {tuple(tensor.shape)}")
+    if wrong:
+        raise BundleError(
+            f"not the weights of a {ARCHITECTURE}: {'; '.join(wrong[:3])}"
+            + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        )
+    return fitted
+
+
+def pretrained(weights: str) -> dict[str, Tensor] | None:
+    """The state dict that `--weights` names: `imagenet`, `none` (None), or the URI of a file.
+
+    Raises:
+        BundleError: the file is no state dict, or the download of `imagenet` failed.
+        StorageError: the URI cannot be read.
+    """
+    if weights == "none":
+        return None
+    if weights == "imagenet":
+        return _download()
+    content = storage.read_bytes(weights)
+    try:
+        if weights.endswith(".safetensors"):
+            return load_safetensors(content)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    # A pickle that is damaged or carries code fails in many ways, all of them before any code runs.
+    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, _Unpickling) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BundleError(
+            f"{weights}: not a state dict in .safetensors or plain .pth form: {reason}"
+        ) from error
+
+
+def _download() -> dict[str, Tensor]:
+    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise BundleError(
+            f"--weights imagenet: the download from {weights.url} failed ({error}); give the URI of a "
+            "state dict, or --weights none to start from random weights"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one forward pass says about a batch; all float32.
+
+    logit (n, classes), evidence (n, h, w) and evidence_bias (n,), see `bcd.cam`.
+    """
+
+    logit: Tensor
+    evidence: Tensor
+    evidence_bias: Tensor
+
+
+def forward(network: nn.Module, images: Tensor) -> Output:
+    """Logits and evidence maps from one forward pass.
+
+    The head is computed in float32 whatever the precision of the convolutions, so that mean of the
+    evidence plus bias equals the log-odds closely.
+
+    Args:
+        network: from `build`, in evaluation mode.
+        images: (n, 3, height, width), normalised.
+    """
+    features = _features(network, images)
+    with torch.autocast(images.device.type, enabled=False):
+        features = features.float()
+        logit = network.fc(features.mean((2, 3)))
+        evidence, bias = cam.evidence(features, network.fc.weight, network.fc.bias, logit.argmax(1))
+    return Output(logit, evidence, bias)
+
+
+def _features(network: nn.Module, images: Tensor) -> Tensor:
+    for name, module in network.named_children():
+        if name == "avgpool":
+            break
+        images = module(images)
+    return images
+
+
+def probability(logit: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logits (n, classes) to probabilities (n, classes), calibrated by the temperature."""
+    return (logit / temperature).softmax(1)
+
+
+def probability_malignant(probabilities: Tensor, class_names: tuple[str, ...]) -> Tensor:
+    """Probability of malignancy (n,): that of the class, or the sum over malignant subtypes."""
+    return probabilities[:, torch.tensor(malignant_mask(class_names))].sum(1)
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16: Ampere GPUs and newer, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision for `--precision auto|float32|bfloat16` on this device."""
+    enabled = precision == "bfloat16" or (precision == "auto" and bfloat16_is_fast(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -1,0 +1,70 @@
+"""The optimiser, its learning rate, and one training step. Pure torch: the same on one device or many."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from bcd import image, model
+
+
+def optimizer(
+    network: nn.Module, name: str, learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW or SGD with Nesterov momentum; biases and norms are not decayed."""
+    decayed = [p for p in network.parameters() if p.ndim > 1]
+    kept = [p for p in network.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate)
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
+
+
+def learning_rate(peak: float, progress: float, warmup_fraction: float) -> float:
+    """Linear warm-up, then a cosine to zero.
+
+    A function of the share of training done (0 to 1) and of nothing else, so that it goes on smoothly when
+    a run is resumed with another number of workers.
+    """
+    if progress < warmup_fraction:
+        return peak * progress / warmup_fraction
+    done = (progress - warmup_fraction) / (1 - warmup_fraction)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step on batches of uint8 images, wherever the network lives."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    precision: str
+    augmentation: v2.Transform | None
+
+    def __call__(self, images: Tensor, target: Tensor, rate: float) -> Tensor:
+        """Train on one batch.
+
+        Args:
+            images: uint8 (n, height, width, 3) RGB.
+            target: int64 (n,) class indices.
+            rate: learning rate of this step.
+
+        Returns:
+            The mean loss, a scalar on the device, detached.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        if self.augmentation is not None:
+            batch = image.augment(batch, self.augmentation)
+        batch = image.normalise(batch).contiguous(memory_format=torch.channels_last)
+        with model.autocast(self.device, self.precision):
+            logit = self.network(batch)
+        loss = nn.functional.cross_entropy(logit.float(), target.to(self.device, non_blocking=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()

@@ -1,0 +1,78 @@
+"""The Ray cluster: joining or starting one, and what it has to give."""
+
+import os
+
+import ray
+import torch
+from ray._private.state import state as ray_state
+from ray.data import DataContext
+from ray.train import ScalingConfig
+
+from bcd.config import TrainConfig
+from bcd.errors import ResourceError
+
+# Ray Data needs a CPU of its own beside the training workers; without one a run would wait for ever.
+DATA_CPUS = 1
+
+
+def connect() -> None:
+    """Join the cluster named by RAY_ADDRESS, or one that runs on this machine, else start one here.
+
+    Raises:
+        ResourceError: RAY_ADDRESS names a cluster that does not answer; starting another would hide that.
+    """
+    # Ray Data tells of every execution; what people want to know, we print.
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+    if not ray.is_initialized():
+        _init()
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def _init() -> None:
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(address=address or "auto", logging_level="warning")
+    except ConnectionError as error:
+        if address:
+            raise ResourceError(
+                f"no Ray cluster answers at RAY_ADDRESS={address}: {error} Is it running, and is its token in "
+                "RAY_AUTH_TOKEN or ~/.ray/auth_token here too?"
+            ) from error
+        ray.init(address="local", num_cpus=max(1 + DATA_CPUS, _cores()), logging_level="warning")
+
+
+def share_cores(local_workers: int) -> None:
+    """Let this many workers of a machine share its cores; Ray gives each one thread per CPU held."""
+    torch.set_num_threads(max(1, _cores() // local_workers))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def capacity() -> dict[str, float]:
+    """CPUs and GPUs that the cluster has, or that its autoscaler may add."""
+    now = ray.cluster_resources()
+    limit = ray_state.get_max_resources_from_cluster_config() or {}
+    return {kind: max(now.get(kind, 0.0), limit.get(kind, 0.0)) for kind in ("CPU", "GPU")}
+
+
+def scaling(config: TrainConfig) -> ScalingConfig:
+    """How many workers of which kind a training run uses.
+
+    Raises:
+        ResourceError: the cluster cannot hold that many, with the numbers. Ray would wait silently.
+    """
+    have = capacity()
+    use_gpu = config.device == "gpu" or (config.device == "auto" and have["GPU"] > 0)
+    low, high = config.worker_bounds() or ((int(have["GPU"]),) * 2 if use_gpu else (1, 1))
+    if use_gpu and have["GPU"] < max(low, 1):
+        raise ResourceError(f"{max(low, 1)} GPU workers asked for, but the cluster has {have['GPU']:g} GPUs")
+    if have["CPU"] < low + DATA_CPUS:
+        raise ResourceError(
+            f"{low} training workers and {DATA_CPUS} CPU for reading images need {low + DATA_CPUS} CPUs, "
+            f"but the cluster has {have['CPU']:g}; lower --num-workers or start Ray with more --num-cpus"
+        )
+    return ScalingConfig(num_workers=low if low == high else (low, high), use_gpu=use_gpu)

@@ -1,0 +1,97 @@
+"""From a data URI to split rows: index, inspect, quarantine, split, check.
+
+Training and evaluation call the same `prepare`, so that an evaluation makes the split of the training again
+and can prove by its fingerprint that it is the same.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from bcd import balance, breakhis, index, schema, split, storage, synthetic
+from bcd.config import TrainConfig
+from bcd.pipelines import read
+
+
+class Facts(BaseModel):
+    """What people should know about a data set before they believe a number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data_fingerprint: str
+    split_fingerprint: str
+    synthetic: bool
+    warnings: list[str]
+    broken: list[str]
+    quarantined: list[str]
+
+
+def prepare(config: TrainConfig) -> tuple[pa.Table, Facts]:
+    """Split rows (schema `schema.SPLIT`) of a training data set, and the facts about it.
+
+    Raises:
+        DataError: the data cannot be used, or cannot be split as asked.
+        LeakageError: the split lets a group or a picture stand on two sides.
+    """
+    table, warnings = index.read(config.data)
+    table = index.select_magnifications(table, config.magnifications)
+    fold = _fold(config)
+    table, broken = read.inspect(table)
+    broken_named = read.check_bad_fraction(broken, len(table) + len(broken), config.max_bad_fraction)
+    reasons: list[str] = []
+    if config.quarantine:
+        table, _, reasons = split.quarantine(table)
+    parts = split.assign(
+        table, config.protocol, config.seed, config.validation_fraction, config.test_fraction, fold
+    )
+    split.check(parts, config.protocol)
+    facts = Facts(
+        data_fingerprint=split.data_fingerprint(table),
+        split_fingerprint=split.fingerprint(parts),
+        synthetic=storage.exists(storage.join(config.data, synthetic.MARKER)),
+        warnings=warnings,
+        broken=broken_named,
+        quarantined=reasons,
+    )
+    return parts, facts
+
+
+def _fold(config: TrainConfig) -> Mapping[str, str] | None:
+    if config.folds is None:
+        return None
+    name = f"dsfold{config.fold}.txt"
+    return breakhis.read_fold(storage.read_bytes(storage.join(config.folds, name)).decode(), name)
+
+
+def describe(config: TrainConfig, table: pa.Table, facts: Facts) -> list[str]:
+    """The split in lines for people."""
+    lines = [f"warning: {text}" for text in facts.warnings]
+    lines += [f"left out, broken: {text}" for text in facts.broken]
+    lines += [f"left out, quarantined: {text}" for text in facts.quarantined]
+    for part in split.PARTS:
+        rows = part_of(table, part)
+        groups = len(set(rows[schema.PATIENT].to_pylist()))
+        counts = ", ".join(f"{n:,} {name}" for name, n in balance.counts(rows, "tumor_class").items())
+        lines.append(f"{part}: {len(rows):,} images of {groups} patients ({counts})")
+    if config.protocol in split.LEAKY:
+        lines.append("warning: --protocol image puts patients on both sides; its numbers mislead")
+    return lines
+
+
+def part_of(table: pa.Table, part: str) -> pa.Table:
+    """The rows of one part of a split."""
+    return table.filter(pa.array([name == part for name in table[schema.PART].to_pylist()]))
+
+
+def class_counts(config: TrainConfig, table: pa.Table) -> dict[str, Any]:
+    """Images per subtype (or class) in each part, and in training after balancing: for the report."""
+    by = "subtype" if table[schema.SUBTYPE].null_count == 0 else "tumor_class"
+    train = part_of(table, "train")
+    balanced = balance.upsample(train, config.balance, config.seed)
+    return {
+        "by": by,
+        "parts": {part: balance.counts(part_of(table, part), by) for part in split.PARTS},
+        "balanced": balance.counts(balanced, by),
+    }

@@ -1,0 +1,174 @@
+"""URIs: local paths, `s3://` and `gs://`, through pyarrow's filesystems.
+
+Credentials, region and endpoint are taken as the AWS SDK takes them (`AWS_ENDPOINT_URL`,
+`AWS_ACCESS_KEY_ID`, ...), so MinIO and other S3-compatible stores need no setting of ours. Every function
+turns an operating system or network error into a `StorageError` that names the URI.
+"""
+
+import os
+import posixpath
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyarrow import fs
+
+from bcd.errors import StorageError
+
+# Requests in flight per process: hides the latency of an object store, and is harmless on a disk.
+READ_THREADS = 8
+
+
+@dataclass(frozen=True)
+class File:
+    """One stored file: its URI, its path below the listed root, and its size in bytes."""
+
+    uri: str
+    path: str
+    size_bytes: int
+
+
+def is_remote(uri: str) -> bool:
+    """Whether the URI names an object store instead of this machine's disk."""
+    return "://" in uri and not uri.startswith("file://")
+
+
+def absolute(uri: str) -> str:
+    """The URI without a trailing slash; a local path made absolute, so that a worker can use it too."""
+    if is_remote(uri):
+        return uri.rstrip("/")
+    return str(Path(uri.removeprefix("file://")).expanduser().resolve())
+
+
+def join(uri: str, *parts: str) -> str:
+    """The URI of something below another."""
+    return posixpath.join(absolute(uri), *parts)
+
+
+def parent(uri: str) -> str:
+    """The URI of the folder that holds this one."""
+    return posixpath.dirname(absolute(uri))
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """The pyarrow filesystem of a URI and the path within it."""
+    if not is_remote(uri):
+        return fs.LocalFileSystem(), absolute(uri)
+    scheme, _, path = absolute(uri).partition("://")
+    if scheme == "s3":
+        return _s3(), path
+    if scheme == "gs":
+        return fs.GcsFileSystem(), path
+    raise StorageError(f"{uri}: cannot read '{scheme}://'; expected a local path, s3:// or gs://")
+
+
+def _s3() -> fs.S3FileSystem:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if not endpoint:
+        return fs.S3FileSystem(region=region)
+    scheme, _, host = endpoint.rpartition("://")
+    return fs.S3FileSystem(region=region or "us-east-1", endpoint_override=host, scheme=scheme or "https")
+
+
+@contextmanager
+def _naming(uri: str, action: str) -> Iterator[None]:
+    """Turn what pyarrow raises (OSError and its kin) into a StorageError that names the URI."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).split("; Details")[0].strip()
+        raise StorageError(f"{uri}: cannot {action}: {reason}") from error
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder stands at the URI."""
+    filesystem, path = resolve(uri)
+    with _naming(uri, "look there"):
+        return filesystem.get_file_info(path).type != fs.FileType.NotFound
+
+
+def list_files(uri: str) -> list[File]:
+    """Every file below a folder, sorted by path; hidden files and folders are passed over.
+
+    Raises:
+        StorageError: the folder does not exist or cannot be read.
+    """
+    filesystem, root = resolve(uri)
+    with _naming(uri, "list it"):
+        if filesystem.get_file_info(root).type != fs.FileType.Directory:
+            raise StorageError(f"{uri}: there is no such folder; check the path or bucket name")
+        infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    files = (
+        File(join(uri, path), path, info.size)
+        for info in infos
+        if info.type == fs.FileType.File
+        for path in [posixpath.relpath(info.path, root)]
+        if not any(part.startswith(".") for part in path.split("/"))
+    )
+    return sorted(files, key=lambda file: file.path)
+
+
+def sizes(uris: Sequence[str]) -> list[int | None]:
+    """Size of each file in bytes, `None` where there is no file."""
+    filesystem_paths = [resolve(uri) for uri in uris]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        infos = pool.map(lambda pair: pair[0].get_file_info(pair[1]), filesystem_paths)
+        return [info.size if info.type == fs.FileType.File else None for info in infos]
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content of one file."""
+    filesystem, path = resolve(uri)
+    with _naming(uri, "read it"), filesystem.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def read_many(uris: Iterable[str]) -> Iterator[bytes]:
+    """Contents of many files in order, several requests in flight at once."""
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        yield from pool.map(read_bytes, uris)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write one file whole or not at all: aside and moved on a disk, one PUT on an object store."""
+    filesystem, path = resolve(uri)
+    aside = path if is_remote(uri) else f"{path}.{uuid.uuid4().hex}.part"
+    with _naming(uri, "write it"):
+        if not is_remote(uri):
+            filesystem.create_dir(posixpath.dirname(path), recursive=True)
+        with filesystem.open_output_stream(aside) as stream:
+            stream.write(data)
+        if aside != path:
+            filesystem.move(aside, path)
+
+
+def upload_folder(folder: Path, uri: str, last: str | None = None) -> None:
+    """Copy every file below a local folder; the file named `last` is written last, as the success marker."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in sorted(paths, key=lambda path: path.relative_to(folder).as_posix() == last):
+        write_bytes(join(uri, path.relative_to(folder).as_posix()), path.read_bytes())
+
+
+def delete_folder(uri: str) -> None:
+    """Remove a folder and all below it; nothing happens where there is none."""
+    filesystem, path = resolve(uri)
+    with _naming(uri, "delete it"):
+        if filesystem.get_file_info(path).type == fs.FileType.Directory:
+            filesystem.delete_dir(path)
+
+
+def check_writable(uri: str) -> None:
+    """Write and delete a small file below the URI, so that a run fails before its work and not after.
+
+    Raises:
+        StorageError: nothing can be written there.
+    """
+    probe = join(uri, f".bcd-write-test-{uuid.uuid4().hex}")
+    write_bytes(probe, b"bcd")
+    filesystem, path = resolve(probe)
+    with _naming(probe, "delete it"):
+        filesystem.delete_file(path)

@@ -1,0 +1,1 @@
+MARKER = "SYNTHETIC.txt"

@@ -1,0 +1,15 @@
+"""Score a model's held-out test part and say how good it is.
+
+On a cluster:
+    ray job submit --working-dir . -- python jobs/evaluate.py \\
+        --model s3://bucket/runs/first/model --data s3://bucket/BreaKHis_v1
+On this machine:
+    python jobs/evaluate.py --model runs/train/model --data ./BreaKHis_v1
+"""
+
+from bcd import cli
+from bcd.config import EvaluateConfig
+from bcd.pipelines import evaluate
+
+if __name__ == "__main__":
+    cli.main(EvaluateConfig, evaluate.run, __doc__)

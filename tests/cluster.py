@@ -1,0 +1,43 @@
+"""What the tests on a real cluster share: ports, waiting on conditions, reading results."""
+
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bcd import storage
+
+# More than the machine may have: the tests are about correctness, and two training workers, a model actor
+# and image reading must fit side by side.
+CLUSTER_CPUS = 4
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    """A port on loopback that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> object:
+    """Poll until the condition gives something true, and return it."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.1)
+    return result
+
+
+def listens(port: int) -> bool:
+    """Whether a server accepts connections."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def read_json(uri: str) -> Any:
+    """A JSON document at a URI."""
+    return json.loads(storage.read_bytes(uri))

@@ -1,0 +1,126 @@
+"""Fixtures shared by all tests: the real data, a real S3 server, a real Ray cluster, a synthetic tree.
+
+Each server is a process of its own, started once for all tests that need it; tests that need none stay fast.
+"""
+
+import os
+import secrets
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.fs
+import pytest
+
+from bcd import storage, synthetic
+from tests.cluster import BIN, CLUSTER_CPUS, free_port, listens, wait_for
+
+# Ray reads these when it is imported: the cluster asks for this token, and every client here has it.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with real images, folds and weights; tests that need it skip where it is not given."""
+    folder = os.environ.get("BCD_REAL_DATA")
+    if not folder:
+        pytest.skip("BCD_REAL_DATA is not set: no real BreaKHis images, folds and weights to test with")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """URI of a bucket on a moto server, reached by the real wire protocol through the AWS variables."""
+    port = free_port()
+    server = subprocess.Popen(
+        [BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        wait_for(lambda: listens(port), 60, "the S3 server")
+        pyarrow.fs.S3FileSystem(
+            endpoint_override=f"127.0.0.1:{port}",
+            scheme="http",
+            region="us-east-1",
+            allow_bucket_creation=True,
+        ).create_dir("bucket")
+        yield "s3://bucket"
+    finally:
+        server.kill()
+        server.wait()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+@pytest.fixture(scope="session")
+def cluster(s3: str) -> Iterator[dict[str, str]]:
+    """A Ray cluster as a process of its own: its GCS address and the URL for `ray job submit`.
+
+    Depends on the S3 server so that the variables that reach it stand in the environment of every worker.
+    """
+    gcs, dashboard = free_port(), free_port()
+    folder = tempfile.mkdtemp(prefix="bcd-ray-", dir="/tmp")
+    command = [BIN / "ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
+    command += [f"--num-cpus={CLUSTER_CPUS}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
+    command += [f"--temp-dir={folder}", "--disable-usage-stats", f"--object-store-memory={10**9}"]
+    head = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"},
+    )
+    try:
+        wait_for(lambda: listens(dashboard) and listens(gcs), 120, "the Ray cluster")
+        os.environ["RAY_ADDRESS"] = f"127.0.0.1:{gcs}"
+        yield {"gcs": f"127.0.0.1:{gcs}", "dashboard": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        import ray
+
+        ray.shutdown()
+        os.environ.pop("RAY_ADDRESS", None)
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(60)
+
+
+@pytest.fixture
+def joined(cluster: dict[str, str]) -> dict[str, str]:
+    """The test's own process joined to the cluster."""
+    # Imported here: the fast tests do without Ray.
+    from bcd.pipelines import cluster as ray_cluster
+
+    ray_cluster.connect()
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small synthetic BreaKHis tree on disk: 8 subtypes, 3 patients each."""
+    root = tmp_path_factory.mktemp("synthetic")
+    plan = synthetic.Plan(
+        patients_per_subtype=3,
+        images_per_magnification=1,
+        magnifications=(40, 200),
+        height_px=92,
+        width_px=140,
+    )
+    synthetic.write_tree(root, plan)
+    return str(root / "BreaKHis_v1")
+
+
+@pytest.fixture(scope="session")
+def tree_on_s3(tree: str, s3: str) -> str:
+    """The same tree on the S3 server."""
+    storage.upload_folder(Path(tree), f"{s3}/synthetic")
+    return f"{s3}/synthetic"

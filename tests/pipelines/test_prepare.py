@@ -1,0 +1,111 @@
+import pytest
+
+from bcd import schema, split, storage
+from bcd.config import TrainConfig
+from bcd.errors import DataError, LeakageError, StorageError
+from bcd.pipelines import prepare
+from tests import pictures
+from tests.pipelines.test_read import small
+
+pytestmark = pytest.mark.ray
+
+
+def folder_per_class(root, n_patients=6, contents=None):
+    """A folder per class, two pictures a patient; every picture its own."""
+    for i in range(n_patients):
+        for tumor_class in ("benign", "malignant"):
+            for j in range(2):
+                pixels = pictures.gradient(40 + i, 60 + 2 * j + (tumor_class == "benign"))
+                storage.write_bytes(
+                    f"{root}/{tumor_class}/{tumor_class}-{i}/{j}.png", pictures.encode(pixels)
+                )
+    for name, content in (contents or {}).items():
+        storage.write_bytes(f"{root}/{name}", content)
+    return str(root)
+
+
+def test_the_same_config_gives_the_same_split_on_disk_and_on_s3(joined, tree, tree_on_s3):
+    first, facts = prepare.prepare(small(tree))
+    again, facts_again = prepare.prepare(small(tree))
+    remote, facts_remote = prepare.prepare(small(tree_on_s3))
+    assert first.equals(again)
+    assert first.drop_columns(schema.URI).equals(remote.drop_columns(schema.URI))
+    assert facts == facts_again == facts_remote
+    assert facts.synthetic
+    assert prepare.prepare(small(tree, seed=1))[1].split_fingerprint != facts.split_fingerprint
+
+
+def test_every_row_goes_to_one_part_and_no_case_to_two(joined, tree):
+    table, _ = prepare.prepare(small(tree))
+    assert len(table) == 8 * 3 * 2
+    assert table.schema == schema.SPLIT
+    assert split.audit(table, "case") == []
+    lines = prepare.describe(small(tree), table, prepare.prepare(small(tree))[1])
+    assert any(line.startswith("train: ") and " patients (" in line for line in lines)
+
+
+def test_broken_images_and_doubles_are_out_and_named(joined, tmp_path):
+    double = pictures.encode(pictures.gradient(200, 300))
+    contents = {
+        "benign/benign-0/broken.png": b"",
+        "benign/benign-1/double.png": double,
+        "malignant/malignant-1/double.png": double,
+    }
+    data = folder_per_class(tmp_path, contents=contents)
+    table, facts = prepare.prepare(small(data, max_bad_fraction=0.1))
+    assert len(table) == 24
+    assert facts.broken == ["benign/benign-0/broken.png: empty: the file has no bytes"]
+    assert len(facts.quarantined) == 1
+    assert "benign/benign-1/double.png" in facts.quarantined[0]
+    assert not facts.synthetic
+    with pytest.raises(DataError, match=r"1 of 27 images are broken, more than --max-bad-fraction 0.01"):
+        prepare.prepare(small(data))
+
+
+def test_without_quarantine_a_picture_on_two_sides_cannot_pass(joined, tmp_path):
+    """Copies hold their groups together: the check finds nothing, unless rows are moved by hand."""
+    double = pictures.encode(pictures.gradient(200, 300))
+    contents = {f"{c}/{c}-{i}/double.png": double for i, c in enumerate(("benign", "malignant"))}
+    data = folder_per_class(tmp_path, contents=contents)
+    table, _ = prepare.prepare(small(data, quarantine=False))
+    rows = [row for row in table.to_pylist() if row[schema.IMAGE_ID] in contents]
+    assert len({row[schema.PART] for row in rows}) == 1
+    moved = table.set_column(
+        table.schema.get_field_index(schema.PART),
+        schema.SPLIT.field(schema.PART),
+        [["train", "test"] * (len(table) // 2)],
+    )
+    with pytest.raises(LeakageError):
+        split.check(moved, "case")
+
+
+def test_too_few_patients_are_refused_with_their_number(joined, tmp_path):
+    data = folder_per_class(tmp_path, n_patients=2)
+    with pytest.raises(DataError, match=r"class benign has 2 .*need at least 3"):
+        prepare.prepare(small(data))
+
+
+def test_missing_fold_files_are_found_before_pixels_are_read(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.read, "inspect", lambda table: pytest.fail("pixels were read"))
+    config = TrainConfig(data=tree, protocol="official", folds=str(tmp_path), fold=2)
+    with pytest.raises(StorageError, match=r"dsfold2.txt: cannot read it"):
+        prepare.prepare(config)
+
+
+def test_class_counts_before_and_after_balancing(joined, tree):
+    config = small(tree, balance="subtype")
+    table, _ = prepare.prepare(config)
+    counts = prepare.class_counts(config, table)
+    assert sum(sum(part.values()) for part in counts["parts"].values()) == len(table)
+    assert len(set(counts["balanced"].values())) == 1
+
+
+@pytest.mark.real
+def test_the_official_fold_on_real_images(joined, real_data):
+    data = str(real_data / "breakhis/BreaKHis_v1")
+    config = TrainConfig(data=data, protocol="official", folds=str(real_data / "folds"), fold=4)
+    table, facts = prepare.prepare(config)
+    fold = prepare.breakhis.read_fold((real_data / "folds/dsfold4.txt").read_text(), "dsfold4.txt")
+    for row in table.to_pylist():
+        assert (row[schema.PART] == "test") == (fold[row[schema.IMAGE_ID].rpartition("/")[2]] == "test")
+    assert any("7,909" in warning for warning in facts.warnings)

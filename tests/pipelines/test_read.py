@@ -1,0 +1,136 @@
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from bcd import balance, image, index, schema, storage
+from bcd.config import TrainConfig
+from bcd.errors import BcdError, DataError
+from bcd.pipelines import prepare, read, train, worker
+from tests import pictures
+
+pytestmark = pytest.mark.ray
+
+
+def small(data, **changes):
+    settings = {"weights": "none", "input_height_px": 64, "input_width_px": 96, "test_fraction": 0.34}
+    return TrainConfig(**{"data": data, "validation_fraction": 0.33} | settings | changes)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Twelve good pictures and every kind of broken one, as an index."""
+    contents = {f"benign/p/good-{i}.png": pictures.encode(pictures.gradient(46 + i, 70)) for i in range(12)}
+    contents |= {f"malignant/p/{name}.png": content for name, (content, _) in pictures.broken().items()}
+    for name, content in contents.items():
+        storage.write_bytes(storage.join(str(tmp_path), name), content)
+    return index.read(str(tmp_path))[0]
+
+
+def test_inspect_hashes_the_good_and_names_the_broken(joined, mixed):
+    good, broken = read.inspect(mixed)
+    codes = {name: code for name, (_, code) in pictures.broken().items()}
+    assert {name.split("/")[-1][:-4]: fault.split(":")[0] for name, fault in broken.items()} == codes
+    assert good[schema.IMAGE_ID].to_pylist() == sorted(f"benign/p/good-{i}.png" for i in range(12))
+    for row in good.to_pylist():
+        assert row[schema.SHA256] == hashlib.sha256(storage.read_bytes(row[schema.URI])).hexdigest()
+    assert good.schema == schema.INDEX
+
+
+def test_a_missing_file_is_one_broken_image(joined, mixed, tmp_path):
+    (tmp_path / "benign/p/good-3.png").unlink()
+    _, broken = read.inspect(mixed)
+    assert broken["benign/p/good-3.png"].startswith("unreadable")
+
+
+def test_too_many_broken_images_end_the_run_and_few_do_not():
+    broken = {f"{i}.png": "truncated: x" for i in range(7)}
+    with pytest.raises(
+        DataError, match=r"7 of 100 images are broken, more than --max-bad-fraction 0.01.*and 2 more"
+    ):
+        read.check_bad_fraction(broken, 100, 0.01)
+    assert read.check_bad_fraction({"a.png": "truncated: x"}, 100, 0.01) == ["a.png: truncated: x"]
+
+
+def test_images_are_decoded_and_fitted_as_everywhere_else(joined, mixed):
+    dataset = read.images(read.rows(mixed), 64, 96, [schema.IMAGE_ID])
+    seen = {row[schema.IMAGE_ID]: row for row in dataset.iter_rows()}
+    assert seen.keys() == set(mixed[schema.IMAGE_ID].to_pylist())
+    for uri, name in zip(mixed[schema.URI].to_pylist(), mixed[schema.IMAGE_ID].to_pylist(), strict=True):
+        row = seen[name]
+        if row[schema.ERROR] == "":
+            decoded = image.decode(storage.read_bytes(uri))
+            np.testing.assert_array_equal(row[schema.IMAGE], image.fit(decoded, 64, 96))
+            assert (row[schema.HEIGHT_PX], row[schema.WIDTH_PX]) == decoded.shape[:2]
+        else:
+            assert not row[schema.IMAGE].any()
+
+
+def test_rows_are_shuffled_anew_every_epoch_and_alike_for_a_seed(joined):
+    table = pa.table({schema.URI: [str(i) for i in range(500)]})
+
+    def order(dataset):
+        return [row[schema.URI] for row in dataset.iter_rows()]
+
+    first, again, other = (read.shuffled(table, seed) for seed in (1, 1, 2))
+    epochs = [order(first), order(first)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(table[schema.URI].to_pylist())
+    assert epochs[0] != epochs[1]
+    assert epochs == [order(again), order(again)]
+    assert order(other) != epochs[0]
+
+
+def test_an_image_that_breaks_after_the_run_began_stops_it():
+    names, fine = np.array(["a", "b"]), np.array(["", ""])
+    read.require_whole(fine, names)
+    with pytest.raises(BcdError, match="b became unusable after the run began: truncated"):
+        read.require_whole(np.array(["", "truncated"]), names)
+
+
+def test_two_workers_share_every_epoch_evenly_and_see_no_held_out_image(joined, tree):
+    """Done when 5: class counts equal per epoch to within one row per class and what an equal split drops."""
+    config = small(tree)
+    table, _ = prepare.prepare(config)
+    streams, n_train = train.datasets(config, table)
+    expected = Counter(
+        balance.upsample(prepare.part_of(table, worker.TRAIN), "tumor_class", 0)[
+            schema.TUMOR_CLASS
+        ].to_pylist()
+    )
+    assert len(set(expected.values())) == 1
+    held_out = set(table[schema.IMAGE_ID].to_pylist()) - set(
+        prepare.part_of(table, "train")[schema.IMAGE_ID].to_pylist()
+    )
+    shards = train.SplitData().configure(streams, 2, None, None)
+    iterators = [shard[worker.TRAIN] for shard in shards]
+    for _ in range(2):
+        seen = _both(iterators)
+        assert abs(len(seen[0]) - len(seen[1])) == 0
+        counts = Counter(target for rows in seen for _, target in rows)
+        assert abs(counts[0] - counts[1]) <= 1 + n_train % 2
+        assert sum(counts.values()) == n_train - n_train % 2
+        assert not {name for rows in seen for name, _ in rows} & held_out
+
+
+def test_validation_loses_no_row_to_an_equal_split(joined, tree):
+    config = small(tree, magnifications=(40,))
+    table, _ = prepare.prepare(config)
+    streams, _ = train.datasets(config, table)
+    rows = prepare.part_of(table, "validation")
+    shards = train.SplitData().configure(streams, 2, None, None)
+    seen = _both([shard[worker.VALIDATION] for shard in shards])
+    assert sorted(name for rows in seen for name, _ in rows) == rows[schema.IMAGE_ID].to_pylist()
+
+
+def _both(iterators):
+    """Read two shards at the same time, as two workers do: [[(image id, target), ...], [...]]."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def consume(iterator):
+        batches = iterator.iter_batches(batch_size=16, batch_format="numpy")
+        return [pair for b in batches for pair in zip(b[schema.IMAGE_ID], b[schema.TARGET], strict=True)]
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(consume, iterators))

@@ -1,0 +1,117 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bcd import bundle, image, model, provenance
+from bcd.config import TrainConfig
+from bcd.errors import BundleError
+from tests import pictures
+
+
+def card(**changes):
+    config = TrainConfig(data="d", weights="none", input_height_px=64, input_width_px=96)
+    facts = {
+        "target": "tumor_class",
+        "classes": ("benign", "malignant"),
+        "input_height_px": 64,
+        "input_width_px": 96,
+        "mpp": (0.49,),
+        "magnifications": (40,),
+        "protocol": "case",
+        "seed": 0,
+        "data_fingerprint": "d" * 64,
+        "split_fingerprint": "s" * 64,
+        "leaky": False,
+        "synthetic": False,
+        "training": config.model_dump(mode="json"),
+        "validation": {"epoch": 3},
+        "versions": provenance.versions(),
+        "git_commit": None,
+    }
+    return bundle.Card(**facts | changes)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return model.build(2, seed=1).eval()
+
+
+def test_a_bundle_gives_the_logits_of_its_network(tmp_path, network):
+    identity = bundle.save(network, card(), str(tmp_path / "model"))
+    loaded = bundle.load(str(tmp_path / "model"), device="cpu")
+    field = image.fit(pictures.gradient(), 64, 96)
+    expected = network(image.normalise(torch.from_numpy(field).permute(2, 0, 1)[None]))
+    prediction = loaded.predict_files([pictures.encode(pictures.gradient())] * 2)
+    np.testing.assert_allclose(prediction.logit, expected.detach().repeat(2, 1), atol=1e-5)
+    np.testing.assert_allclose(prediction.probability.sum(1), 1, atol=1e-6)
+    assert prediction.evidence.shape == (2, *loaded.evidence_size) == (2, 2, 3)
+    log_odds = prediction.logit[:, 1] - prediction.logit[:, 0]
+    np.testing.assert_allclose(
+        prediction.evidence.mean((1, 2)) + prediction.evidence_bias, log_odds, atol=1e-4
+    )
+    assert loaded.model_id == identity
+    assert loaded.card == card()
+
+
+def test_evidence_size_is_that_of_the_map(network):
+    odd = bundle.Bundle(
+        card(input_height_px=97, input_width_px=145), "id", network, torch.device("cpu"), "float32"
+    )
+    assert odd.predict(np.zeros((1, 97, 145, 3), np.uint8)).evidence.shape[1:] == odd.evidence_size
+
+
+@pytest.mark.parametrize(("threshold", "expected"), [(0.0, "malignant"), (1.1, "benign")])
+def test_the_threshold_of_the_card_decides(network, threshold, expected):
+    ready = bundle.Bundle(card(threshold=threshold), "id", network, torch.device("cpu"), "float32")
+    assert ready.predict(np.zeros((1, 64, 96, 3), np.uint8)).predicted_class == [expected]
+
+
+def test_model_id_follows_weights_and_card_but_not_metrics():
+    base = bundle.model_id(b"w", card())
+    assert bundle.model_id(b"w", card(metrics={"accuracy": 1.0})) == base
+    assert bundle.model_id(b"x", card()) != base
+    assert bundle.model_id(b"w", card(threshold=0.4)) != base
+
+
+def test_the_card_for_people_says_what_must_be_said(tmp_path, network):
+    bundle.save(network, card(leaky=True, synthetic=True, protocol="image"), str(tmp_path))
+    text = (tmp_path / "README.md").read_text()
+    for words in ("Research use only", "Synthetic", "Leaky split", "benign, malignant", "40X", "0.49 µm/px"):
+        assert words in text
+
+
+def test_no_card_no_bundle(tmp_path, network):
+    with pytest.raises(BundleError, match=r"no model bundle there; expected card.json"):
+        bundle.load(str(tmp_path))
+    bundle.save(network, card(), str(tmp_path))
+    (tmp_path / "card.json").unlink()
+    assert not bundle.is_complete(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format_version": 99}, "card format 99; this version reads 1"),
+        ({"classes": 7}, "not a valid model card"),
+        ({"surprise": 1}, "not a valid model card"),
+    ],
+)
+def test_a_wrong_card_is_refused(tmp_path, network, change, said):
+    bundle.save(network, card(), str(tmp_path))
+    content = json.loads((tmp_path / "card.json").read_text())
+    (tmp_path / "card.json").write_text(json.dumps(content | change))
+    with pytest.raises(BundleError, match=said):
+        bundle.load(str(tmp_path))
+
+
+def test_damaged_or_foreign_weights_are_refused(tmp_path, network):
+    bundle.save(network, card(), str(tmp_path))
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(BundleError, match=r"model.safetensors is damaged or of another model"):
+        bundle.load(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"xx")
+    with pytest.raises(BundleError, match="is damaged"):
+        bundle.load(str(tmp_path))

@@ -1,0 +1,60 @@
+import sys
+
+import pytest
+
+from bcd import cli
+from bcd.config import DemoConfig, TrainConfig
+from bcd.errors import DataError
+
+
+def run(monkeypatch, *arguments, pipeline=lambda config: None, config_type=TrainConfig):
+    monkeypatch.setattr(sys, "argv", ["job.py", *arguments])
+    cli.main(config_type, pipeline, "What the job does.\n\n    ray job submit ...")
+
+
+def test_flags_become_a_config(monkeypatch):
+    seen = []
+    arguments = ["--data", "d", "--magnifications", "40", "100", "--no-augment", "--num-workers", "2-8"]
+    run(monkeypatch, *arguments, pipeline=seen.append)
+    assert seen == [TrainConfig(data="d", magnifications=(40, 100), augment=False, num_workers="2-8")]
+
+
+def test_help_shows_the_command_and_every_flag(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run(monkeypatch, "--help")
+    text = capsys.readouterr().out
+    assert "ray job submit" in text
+    for name in TrainConfig.model_fields:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "d", "--learning-rate", "-1"], "--learning-rate input should be greater than 0"),
+        (["--data", "d", "--epoch", "3"], "--epochs"),
+        ([], "--data"),
+        (["--data", "d", "--protocol", "official"], "goes with --folds"),
+    ],
+)
+def test_bad_flags_exit_2_before_the_pipeline(monkeypatch, capsys, arguments, said):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, *arguments, pipeline=lambda config: pytest.fail("the pipeline ran"))
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_a_user_can_put_right_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    def pipeline(config):
+        raise DataError("x.csv: no column 'uri'")
+
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, config_type=DemoConfig, pipeline=pipeline)
+    assert capsys.readouterr().err == "error: x.csv: no column 'uri'\n"
+
+
+def test_our_own_faults_keep_their_trace(monkeypatch):
+    def pipeline(config):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(monkeypatch, config_type=DemoConfig, pipeline=pipeline)

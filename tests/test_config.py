@@ -1,0 +1,51 @@
+import json
+
+import pytest
+
+from bcd.config import DemoConfig, EvaluateConfig, TrainConfig, differences
+from bcd.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"num_workers": "8-2"}, "--num-workers 8-2: the minimum exceeds the maximum"),
+        ({"num_workers": "0"}, "--num-workers takes a number, MIN-MAX or auto"),
+        ({"protocol": "official"}, "--protocol official goes with --folds FOLDER and --fold 1..5"),
+        ({"fold": 2}, "--protocol official goes with"),
+        ({"fold": 6}, "--fold input should be less than or equal to 5, not 6"),
+        ({"validation_fraction": 0.6, "test_fraction": 0.4}, "leave nothing to train on"),
+        ({"magnifications": (50,)}, r"--magnifications \[50\]: BreaKHis has \[40, 100, 200, 400\]"),
+        ({"name": "a/b"}, "--name 'a/b': use letters"),
+        ({"learning_rate": -1}, "--learning-rate input should be greater than 0, not -1"),
+        ({"learning_rat": 1}, "--learning-rat extra inputs are not permitted"),
+    ],
+)
+def test_contradictions_are_one_sentence_that_names_the_flag(settings, sentence):
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        TrainConfig(data="x", **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_worker_bounds():
+    bounds = [TrainConfig(data="x", num_workers=n).worker_bounds() for n in ("auto", "3", "2-8")]
+    assert bounds == [None, (3, 3), (2, 8)]
+
+
+def test_a_config_survives_json_and_is_frozen():
+    config = TrainConfig(data="x", magnifications=(40,), fold=1, folds="f", protocol="official")
+    assert TrainConfig(**json.loads(config.model_dump_json())) == config
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+
+
+def test_differences_name_what_decides_the_result_and_nothing_else():
+    old = TrainConfig(data="x").model_dump(mode="json")
+    new = TrainConfig(data="x", seed=1, num_workers="2", max_failures=0, output="o", name="n", device="cpu")
+    assert differences(old, new.model_dump(mode="json")) == ["--seed 0 -> 1"]
+
+
+@pytest.mark.parametrize("config_type", [TrainConfig, EvaluateConfig, DemoConfig])
+def test_every_setting_has_a_help_text(config_type):
+    for name, setting in config_type.model_fields.items():
+        assert setting.description, f"{config_type.__name__}.{name} has no docstring"

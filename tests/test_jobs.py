@@ -1,0 +1,174 @@
+"""The doors, as people use them: `ray job submit` to a cluster of its own, S3, real images, SIGKILL."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from bcd import bundle, schema, storage
+from tests.cluster import BIN, read_json, wait_for
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parent.parent
+# A training run of three small epochs takes about a minute here; two noisy cores may take much longer.
+PATIENCE_S = 600
+
+
+@pytest.fixture(scope="module")
+def data(s3, tree, request):
+    """Real images and ImageNet weights on S3 where they are at hand, else synthetic images and none."""
+    if not os.environ.get("BCD_REAL_DATA"):
+        storage.upload_folder(Path(tree), f"{s3}/jobs-data")
+        return f"{s3}/jobs-data", "none"
+    real = request.getfixturevalue("real_data")
+    weights = f"{s3}/weights/resnet50.safetensors"
+    storage.upload_folder(real / "breakhis/BreaKHis_v1", f"{s3}/BreaKHis_v1")
+    storage.write_bytes(weights, (real / "weights/resnet50_imagenet.safetensors").read_bytes())
+    return f"{s3}/BreaKHis_v1", weights
+
+
+def submit(cluster, *arguments):
+    """`ray job submit` without waiting; the id of the job."""
+    command = [
+        BIN / "ray",
+        "job",
+        "submit",
+        f"--address={cluster['dashboard']}",
+        "--no-wait",
+        "--working-dir",
+        ".",
+    ]
+    done = subprocess.run(
+        [*command, "--", "python", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return re.search(r"raysubmit_\w+", done.stdout)[0]
+
+
+def train_arguments(data, s3, name, *more):
+    uri, weights = data
+    size = ("--input-height-px", "64", "--input-width-px", "96", "--batch-size", "16", "--epochs", "3")
+    return (
+        "jobs/train.py",
+        "--data",
+        uri,
+        "--output",
+        f"{s3}/jobs",
+        "--name",
+        name,
+        "--weights",
+        weights,
+        *size,
+        *more,
+    )
+
+
+def finish(client, job):
+    """Wait for the end of a job; its status and log."""
+    wait_for(lambda: client.get_job_status(job).is_terminal(), PATIENCE_S, f"the end of {job}")
+    return client.get_job_status(job), client.get_job_logs(job)
+
+
+def wait_for_epoch(client, job, run_uri, epoch):
+    """Until the checkpoint of an epoch stands, so that the next epoch is running."""
+
+    def stands():
+        assert not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
+        return storage.exists(f"{run_uri}/exposure/epoch-{epoch:04d}.parquet") and storage.exists(
+            f"{run_uri}/checkpoints/checkpoint_manager_snapshot.json"
+        )
+
+    wait_for(stands, PATIENCE_S, f"epoch {epoch}")
+
+
+def kill(pattern):
+    """SIGKILL one process whose command line matches, among those that talk to this test's own S3 server."""
+    mine = f"AWS_ENDPOINT_URL={os.environ['AWS_ENDPOINT_URL']}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:  # it has ended meanwhile
+            continue
+        if mine in environment and re.search(pattern, command.replace(b"\0", b" ").decode()):
+            os.kill(int(process.name), signal.SIGKILL)
+            return
+    raise AssertionError(f"no process matches {pattern}")
+
+
+def check_whole(run_uri, epochs):
+    """The run is finished, its history whole, and the bundle predicts without Ray what the table says."""
+    history = read_json(f"{run_uri}/history.json")
+    assert [record["epoch"] for record in history] == list(range(1, epochs + 1))
+    assert read_json(f"{run_uri}/run.json")["status"] == "finished"
+    measured = read_json(f"{run_uri}/metrics.json")
+    loaded = bundle.load(f"{run_uri}/model", device="cpu")
+    filesystem, path = storage.resolve(f"{run_uri}/predictions")
+    rows = pq.read_table(path, filesystem=filesystem).to_pylist()
+    assert len(rows) == measured["n_images"] > 0
+    direct = loaded.predict_files([storage.read_bytes(row[schema.URI]) for row in rows])
+    np.testing.assert_allclose([row[schema.LOGIT] for row in rows], direct.logit, atol=1e-4)
+
+
+def test_a_killed_job_goes_on_where_its_last_checkpoint_stands(cluster, data, s3):
+    """Done when 2 and 3: the job is SIGKILLed in epoch 2; the same command again finishes from epoch 2 on."""
+    client = JobSubmissionClient(cluster["dashboard"])
+    run_uri = f"{s3}/jobs/killed"
+    arguments = train_arguments(data, s3, "killed")
+    first = submit(cluster, *arguments)
+    wait_for_epoch(client, first, run_uri, 1)
+    kill(r"python jobs/train.py .*--name killed")
+    assert finish(client, first)[0] == JobStatus.FAILED
+    status, log = finish(client, submit(cluster, *arguments))
+    assert status == JobStatus.SUCCEEDED, log
+    assert "epoch 1/3" not in log
+    assert "epoch 2/3" in log
+    assert "epoch 3/3" in log
+    check_whole(run_uri, 3)
+    status, log = finish(client, submit(cluster, *arguments))
+    assert status == JobStatus.SUCCEEDED
+    assert "is finished" in log
+
+
+def test_a_killed_worker_costs_at_most_its_epoch(cluster, data, s3):
+    """Done when 3: one of two workers is SIGKILLed in epoch 2; the run finishes by itself."""
+    client = JobSubmissionClient(cluster["dashboard"])
+    run_uri = f"{s3}/jobs/worker-killed"
+    job = submit(cluster, *train_arguments(data, s3, "worker-killed", "--num-workers", "2"))
+    wait_for_epoch(client, job, run_uri, 1)
+    kill(r"ray::RayTrainWorker")
+    status, log = finish(client, job)
+    assert status == JobStatus.SUCCEEDED, log
+    assert log.count("epoch 1/3") == 1
+    check_whole(run_uri, 3)
+
+
+def test_a_wrong_command_fails_with_one_sentence(cluster, s3):
+    client = JobSubmissionClient(cluster["dashboard"])
+    job = submit(
+        cluster,
+        "jobs/train.py",
+        "--data",
+        f"{s3}/nothing-here",
+        "--weights",
+        "none",
+        "--output",
+        f"{s3}/jobs",
+    )
+    status, log = finish(client, job)
+    assert status == JobStatus.FAILED
+    assert "error: s3://bucket/nothing-here: there is no such folder; check the path or bucket name" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.py")))
+def test_help_shows_the_exact_command(job):
+    done = subprocess.run(
+        [sys.executable, f"jobs/{job}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert f"-- python jobs/{job}" in done.stdout

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from bcd import image, model, optimise
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [optimise.learning_rate(1.0, progress, 0.1) for progress in (0, 0.05, 0.1, 0.55, 1)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert optimise.learning_rate(2.0, 0, 0) == 2.0
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_norms_and_biases_are_not_decayed(name):
+    network = model.build(2)
+    groups = optimise.optimizer(network, name, 0.1, 0.3).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
+    assert {p.ndim for p in groups[1]["params"]} == {1}
+    assert sum(len(g["params"]) for g in groups) == len(list(network.parameters()))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_steps_learn_black_from_white(precision):
+    torch.manual_seed(0)
+    network = model.build(2, seed=0).to(memory_format=torch.channels_last).train()
+    optimizer = optimise.optimizer(network, "adamw", 1e-3, 0.01)
+    preset = image.augmentation(32, 64)
+    step = optimise.Step(network, optimizer, torch.device("cpu"), precision, preset)
+    images = torch.cat([torch.zeros(4, 32, 64, 3), torch.full((4, 32, 64, 3), 255)]).to(torch.uint8)
+    target = torch.tensor([0] * 4 + [1] * 4)
+    losses = [step(images, target, 1e-3).item() for _ in range(8)]
+    assert losses[-1] < 0.3 < losses[0]
+    assert optimizer.param_groups[0]["lr"] == 1e-3

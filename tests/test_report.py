@@ -1,0 +1,206 @@
+"""The page and its figures: the right numbers, the marks, nothing from outside, the same bytes twice."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from bcd import metrics, report, schema
+from bcd.taxonomy import SUBTYPES
+
+FACTS: dict[str, Any] = {
+    "title": "A first run",
+    "model_id": "0123456789abcdef",
+    "protocol": "case",
+    "parts": {"train": {"A": 30, "DC": 70}, "validation": {"A": 10, "DC": 20}, "test": {"A": 5, "DC": 9}},
+    "balanced": {"A": 70, "DC": 70},
+    "warnings": ["40X: 5 files missing"],
+    "quarantined": ["slide 14-13412 stands under DC and LC"],
+    "command": "python jobs/train.py --data <here>",
+    "versions": {"bcd": "0.1.0"},
+}
+FIGURES = {"history", "class_distribution", "confusion_matrix", "roc", "magnification", "patients"}
+
+
+def predictions(n_patients: int = 8) -> pd.DataFrame:
+    """Two images right and one wrong for every patient."""
+    codes = [list(SUBTYPES)[i % 8] for i in range(n_patients)]
+    return pd.DataFrame(
+        {
+            schema.IMAGE_ID: f"p{patient}/{image}",
+            schema.PATIENT: f"p{patient}",
+            schema.TUMOR_CLASS: SUBTYPES[code].tumor_class,
+            schema.SUBTYPE: code,
+            schema.MAGNIFICATION: (40, 100, 200)[image],
+            schema.PROBABILITY: [0.5, 0.5],
+            schema.PROBABILITY_MALIGNANT: 0.9
+            if (SUBTYPES[code].tumor_class == "malignant") != wrong
+            else 0.2,
+            schema.ERROR: None,
+        }
+        for patient, code in enumerate(codes)
+        for image, wrong in enumerate((False, False, patient % 2 == 0))
+    )
+
+
+def history(n_epochs: int = 3) -> list[dict[str, Any]]:
+    return [
+        {
+            "epoch": epoch,
+            "train_loss": 1 / epoch,
+            "validation_loss": 1.1 / epoch,
+            "validation_balanced_accuracy": (0.5, 0.8125, 0.75)[epoch - 1],
+            "validation_accuracy": 0.7,
+            "learning_rate": 1e-4,
+            "seconds": 2.5,
+            "images_per_s": 40.0,
+            "class_counts": {"benign": 70, "malignant": 70},
+        }
+        for epoch in range(1, n_epochs + 1)
+    ]
+
+
+def write(folder: Path, frame: pd.DataFrame, n_epochs: int = 0, facts: dict[str, Any] | None = None) -> str:
+    page = report.write(folder, metrics.evaluate(frame), history(n_epochs), frame, facts or {})
+    assert page == folder / "report.html"
+    return page.read_text(encoding="utf-8")
+
+
+def text(page: str) -> str:
+    """What a person reads: no style, no tags, single spaces."""
+    page = re.sub(r"<style>.*?</style>", "", page, flags=re.S)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page)).replace("&nbsp;", " ")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    write(folder, predictions(), 3, FACTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_first_sentence_says_what_was_measured_on_whom_and_how_sure_it_is(page: str) -> None:
+    low, high = metrics.evaluate(predictions())["pooled"]["intervals"]["balanced_accuracy"]
+    says = f"a balanced accuracy of 83.3 % (95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+    assert "On 24 images of 8 patients that it had never seen" in text(page)
+    assert says in text(page)
+    assert "Research use only. Not a medical device" in text(page)
+
+
+def test_numbers_and_facts_are_on_the_page(page: str) -> None:
+    for fact in (
+        "A first run",
+        "0123456789abcdef",
+        "2 of 12 malignant images were called benign, and 2 of 12 benign images malignant",
+        "best 81.2 % at epoch 2",
+        "40X: 5 files missing",
+        "slide 14-13412 stands under DC and LC",
+        "--data &lt;here&gt;",
+        "bcd 0.1.0",
+        "phyllodes tumor",
+    ):
+        assert fact in text(page)
+
+
+def test_the_page_needs_nothing_from_outside(page: str) -> None:
+    assert "http" not in page
+    assert not re.search(r"<(script|link|img|iframe)\b|@import|\bsrc=", page)
+    assert not [target for target in re.findall(r'href="([^"]*)"', page) if not target.startswith("#")]
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_every_figure_is_there_and_shows_something(folder: Path, page: str) -> None:
+    assert {path.name for path in (folder / "figures").iterdir()} == {
+        f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")
+    }
+    for name in FIGURES:
+        assert f'aria-label="{name.replace("_", " ")}"' in page
+        pixels = np.asarray(Image.open(folder / "figures" / f"{name}.png").convert("L"), float)
+        assert pixels.std() > 10
+        assert pixels[[0, -1]].min() == 255  # nothing is cut off above or below
+
+
+def test_the_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    write(tmp_path, predictions(), 3, FACTS)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (tmp_path / path.relative_to(folder)).read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("fact", "mark"), [("synthetic", "synthetic data"), ("leaky", "leaky: patients stand on both sides")]
+)
+def test_a_mark_stands_wherever_numbers_do(fact: str, mark: str, page: str, tmp_path: Path) -> None:
+    assert mark.upper() not in page.upper()
+    marked = write(tmp_path, predictions(), 1, {fact: True})
+    cards = re.findall(r'<div class="card">.*?</small>.*?</div>', marked, flags=re.S)
+    assert len(cards) == 5
+    assert all(mark in card for card in cards)
+    svgs = re.findall(r"<svg.*?</svg>", marked, flags=re.S)
+    assert len(svgs) == 5
+    assert all(mark.upper() in svg for svg in svgs)
+    assert all(mark.upper() in path.read_text() for path in (tmp_path / "figures").glob("*.svg"))
+    assert ("that it had never seen" in text(marked)) == (fact != "leaky")
+
+
+def test_one_patient_one_class_and_no_run(tmp_path: Path) -> None:
+    page = write(tmp_path, predictions(1))
+    assert "an accuracy of 66.7 %" in text(page)
+    assert "(no interval:" in text(page)
+    assert "One class is absent here" in text(page)
+    assert not re.search(r"\b(nan|None)\b", text(page))
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
+        "confusion_matrix",
+        "magnification",
+        "patients",
+    }
+
+
+def test_images_without_patients_and_with_errors(tmp_path: Path) -> None:
+    frame = predictions().drop(columns=[schema.PATIENT, schema.MAGNIFICATION, schema.SUBTYPE])
+    frame.loc[3, [schema.ERROR, schema.PROBABILITY_MALIGNANT]] = ["truncated", np.nan]
+    page = write(tmp_path, frame)
+    assert "the images have no patient ids" in text(page)
+    assert "1 image could not be scored" in text(page)
+    assert "p1/0: truncated" in text(page)
+
+
+def test_a_model_of_subtypes_has_both_matrices(tmp_path: Path) -> None:
+    frame, names = predictions(), tuple(SUBTYPES)
+    frame[schema.PROBABILITY] = [np.eye(8)[names.index(code)] for code in frame[schema.SUBTYPE]]
+    measured = metrics.evaluate(frame, class_names=names)
+    page = report.write(tmp_path, measured, [], frame, {}).read_text(encoding="utf-8")
+    assert "Accuracy 100.0 %, balanced accuracy 100.0 % over 24 images" in text(page)
+    assert (tmp_path / "figures" / "confusion_matrix_subtype.svg").exists()
+
+
+def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
+    frame = predictions()
+    frame.loc[frame[schema.PATIENT] == "p0", schema.PATIENT] = "<b>$x^$"
+    page = write(tmp_path, frame)
+    assert "<b>$x" not in page
+    assert page.count("&lt;b&gt;$x^$") == 2  # in the table and below its column
+
+
+def test_summary_lines() -> None:
+    lines = report.summary_lines(metrics.evaluate(predictions()))
+    assert lines[0] == "test part: 24 images, 8 patients, 0 not scored"
+    assert re.fullmatch(r"  balanced accuracy +83.3\s% +\d+\.\d to \d+\.\d\s%", lines[2])
+    assert len(lines) == 2 + len(report.MEASURES)
+
+
+def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    write(tmp_path, predictions(1))
+    assert dict(matplotlib.rcParams) == before

@@ -1,0 +1,23 @@
+from bcd import taxonomy
+
+
+def test_eight_subtypes_four_of_each_class():
+    by_class = [s.tumor_class for s in taxonomy.SUBTYPES.values()]
+    assert (by_class.count("benign"), by_class.count("malignant")) == (4, 4)
+    assert [s.code for s in taxonomy.SUBTYPES.values()] == list(taxonomy.SUBTYPES)
+
+
+def test_scale_follows_from_the_published_optics():
+    # camera pixel 6.5 µm behind a 3.3x relay lens, objectives of a tenth of the label, rounded as published
+    for magnification, objective in zip(taxonomy.MAGNIFICATIONS, (4, 10, 20, 40), strict=True):
+        assert abs(taxonomy.MPP_BY_MAGNIFICATION[magnification] - 6.5 / 3.3 / objective) < 0.005
+
+
+def test_class_order_puts_malignant_last_of_two():
+    assert taxonomy.classes("tumor_class") == ("benign", "malignant")
+    assert taxonomy.classes("subtype") == ("A", "F", "PT", "TA", "DC", "LC", "MC", "PC")
+
+
+def test_malignant_mask():
+    assert taxonomy.malignant_mask(("benign", "malignant")) == (False, True)
+    assert taxonomy.malignant_mask(taxonomy.classes("subtype")) == (False,) * 4 + (True,) * 4
