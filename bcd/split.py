@@ -283,9 +283,6 @@ def _divide(sizes: Integers, shares: NDArray[np.float64], seed: int) -> Integers
     n = len(sizes)
     rounds = int(np.clip(_WORK // n, 1, _SEARCHES * _ROUNDS))
     words = np.random.PCG64(seed).random_raw(rounds * n).reshape(rounds, n) >> np.uint64(40)
-    # Groups of both classes go first, while they can still go anywhere: so each class reaches each part.
-    # Then roughly the large before the small, which even out what the large leave.
-    both = np.all(sizes[:, _CLASSES] > 0, axis=1)
     results: list[_Division] = []
     for number, word in enumerate(words.astype(np.int64)):
         fresh = number % _ROUNDS == 0
@@ -293,7 +290,8 @@ def _divide(sizes: Integers, shares: NDArray[np.float64], seed: int) -> Integers
         out = np.arange(n) if fresh else np.argsort(word, kind="stable")[: max(2, n // 4)]
         part[out] = -1
         trial = _Division(sizes, shares, part)
-        trial.fill(out[np.lexsort((-word[out] * sizes[out, _ALL], ~both[out]))])
+        # Roughly the large before the small, which then even out what the large leave.
+        trial.fill(out[np.argsort(-word[out] * sizes[out, _ALL], kind="stable")])
         trial.settle()
         if fresh:
             results.append(trial)
@@ -353,7 +351,11 @@ class _Division:
             self._put(group, int(np.lexsort((unevenness[0], absence[0]))[0]))
 
     def settle(self) -> None:
-        """Move the one group whose move helps most, until none helps by a tenth of a point, squared."""
+        """Move the one group whose move helps most, until none helps by a tenth of a point, squared.
+
+        Afterwards each class with as many groups as parts stands in every part: if it lacked one, some part
+        would have two groups of it, and of those one can go without taking the other class along for good.
+        """
         worthwhile = -(int(self.sizes[:, _ALL].sum()) ** 2) // 10**6
         while True:
             absence, unevenness = self._moving()

@@ -5,9 +5,10 @@ Each server is a process of its own, started once for all tests that need it; te
 
 import os
 import secrets
-import signal
+import shutil
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pyarrow.fs
 import pytest
 
 from bcd import storage, synthetic
-from tests.cluster import BIN, CLUSTER_CPUS, free_port, listens, wait_for
+from tests.cluster import BIN, CLUSTER_CPUS, free_port, kill, listens, wait_for
 
 # Ray reads these when it is imported: the cluster asks for this token, and every client here has it.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -74,24 +75,24 @@ def cluster(s3: str) -> Iterator[dict[str, str]]:
     command = [BIN / "ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
     command += [f"--num-cpus={CLUSTER_CPUS}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
     command += [f"--temp-dir={folder}", "--disable-usage-stats", f"--object-store-memory={10**9}"]
-    head = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"},
-    )
+    marker = f"BCD_TEST_CLUSTER={uuid.uuid4().hex}"
+    name, _, value = marker.partition("=")
+    environment = os.environ | {name: value, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:
         wait_for(lambda: listens(dashboard) and listens(gcs), 120, "the Ray cluster")
         os.environ["RAY_ADDRESS"] = f"127.0.0.1:{gcs}"
-        yield {"gcs": f"127.0.0.1:{gcs}", "dashboard": f"http://127.0.0.1:{dashboard}"}
+        yield {"gcs": f"127.0.0.1:{gcs}", "dashboard": f"http://127.0.0.1:{dashboard}", "marker": marker}
     finally:
         import ray
 
         ray.shutdown()
         os.environ.pop("RAY_ADDRESS", None)
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(60)
+        # By force and by id: Ray's own way out takes half a minute.
+        head.kill()
+        head.wait()
+        wait_for(lambda: not kill(marker, ""), 60, "the end of the Ray cluster")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

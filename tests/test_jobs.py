@@ -13,7 +13,7 @@ import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bcd import bundle, schema, storage
-from tests.cluster import BIN, read_json, wait_for
+from tests.cluster import BIN, kill, processes, read_json, wait_for
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent
@@ -22,10 +22,10 @@ PATIENCE_S = 600
 
 
 @pytest.fixture(scope="module")
-def data(s3, tree, request):
+def data(s3, request):
     """Real images and ImageNet weights on S3 where they are at hand, else synthetic images and none."""
     if not os.environ.get("BCD_REAL_DATA"):
-        storage.upload_folder(Path(tree), f"{s3}/jobs-data")
+        storage.upload_folder(Path(request.getfixturevalue("tree")), f"{s3}/jobs-data")
         return f"{s3}/jobs-data", "none"
     real = request.getfixturevalue("real_data")
     weights = f"{s3}/weights/resnet50.safetensors"
@@ -87,20 +87,6 @@ def wait_for_epoch(client, job, run_uri, epoch):
     wait_for(stands, PATIENCE_S, f"epoch {epoch}")
 
 
-def kill(pattern):
-    """SIGKILL one process whose command line matches, among those that talk to this test's own S3 server."""
-    mine = f"AWS_ENDPOINT_URL={os.environ['AWS_ENDPOINT_URL']}".encode()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-        except OSError:  # it has ended meanwhile
-            continue
-        if mine in environment and re.search(pattern, command.replace(b"\0", b" ").decode()):
-            os.kill(int(process.name), signal.SIGKILL)
-            return
-    raise AssertionError(f"no process matches {pattern}")
-
-
 def check_whole(run_uri, epochs):
     """The run is finished, its history whole, and the bundle predicts without Ray what the table says."""
     history = read_json(f"{run_uri}/history.json")
@@ -122,7 +108,7 @@ def test_a_killed_job_goes_on_where_its_last_checkpoint_stands(cluster, data, s3
     arguments = train_arguments(data, s3, "killed")
     first = submit(cluster, *arguments)
     wait_for_epoch(client, first, run_uri, 1)
-    kill(r"python jobs/train.py .*--name killed")
+    assert kill(cluster["marker"], r"python jobs/train.py .*--name killed")
     assert finish(client, first)[0] == JobStatus.FAILED
     status, log = finish(client, submit(cluster, *arguments))
     assert status == JobStatus.SUCCEEDED, log
@@ -141,7 +127,9 @@ def test_a_killed_worker_costs_at_most_its_epoch(cluster, data, s3):
     run_uri = f"{s3}/jobs/worker-killed"
     job = submit(cluster, *train_arguments(data, s3, "worker-killed", "--num-workers", "2"))
     wait_for_epoch(client, job, run_uri, 1)
-    kill(r"ray::RayTrainWorker")
+    workers = [pid for pid, command in processes(cluster["marker"]) if "ray::RayTrainWorker" in command]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
     status, log = finish(client, job)
     assert status == JobStatus.SUCCEEDED, log
     assert log.count("epoch 1/3") == 1

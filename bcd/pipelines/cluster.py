@@ -37,8 +37,8 @@ def _init() -> None:
     except ConnectionError as error:
         if address:
             raise ResourceError(
-                f"no Ray cluster answers at RAY_ADDRESS={address}: {error} Is it running, and is its token in "
-                "RAY_AUTH_TOKEN or ~/.ray/auth_token here too?"
+                f"no Ray cluster answers at RAY_ADDRESS={address}: {error} Is it running, and is its token "
+                "in RAY_AUTH_TOKEN or ~/.ray/auth_token here too?"
             ) from error
         ray.init(address="local", num_cpus=max(1 + DATA_CPUS, _cores()), logging_level="warning")
 
