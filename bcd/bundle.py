@@ -22,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import nn
+from torchvision.models import ResNet
 
-from bcd import image, model, storage
+from bcd import image, model, storage, transform
 from bcd.errors import BundleError
 from bcd.taxonomy import Target
 
@@ -98,7 +98,7 @@ class Bundle:
 
     card: Card
     model_id: str
-    network: nn.Module
+    network: ResNet
     device: torch.device
     precision: str
 
@@ -122,7 +122,7 @@ class Bundle:
             images: uint8 (n, height, width, 3) RGB from `fit`.
         """
         batch = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
-        batch = image.normalise(batch, self.card.mean, self.card.std)
+        batch = transform.normalise(batch, self.card.mean, self.card.std)
         with model.autocast(self.device, self.precision):
             output = model.forward(self.network, batch.contiguous(memory_format=torch.channels_last))
         logit = output.logit.cpu()
@@ -154,7 +154,7 @@ class Bundle:
         return [self.card.classes[i] for i in chosen.tolist()]
 
 
-def save(network: nn.Module, card: Card, uri: str) -> str:
+def save(network: ResNet, card: Card, uri: str) -> str:
     """Write a bundle and return its `model_id`."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     weights = save_safetensors(state)
@@ -194,7 +194,7 @@ def load(uri: str, device: str | torch.device | None = None, precision: str = "f
     except (SafetensorError, RuntimeError) as error:
         raise BundleError(f"{uri}: {WEIGHTS} is damaged or of another model: {error}") from error
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = network.eval().to(where, memory_format=torch.channels_last)
+    network = network.eval().to(where).to(memory_format=torch.channels_last)
     return Bundle(card, model_id(weights, card), network, where, precision)
 
 

@@ -20,11 +20,11 @@ from bcd.taxonomy import MPP_BY_MAGNIFICATION, SUBTYPES, TUMOR_CLASSES
 MANIFEST_SUFFIXES = (".csv", ".parquet")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 # A folder of this name holds images of this class: tumour classes, subtype codes, subtype names.
-CLASS_FOLDERS: dict[str, tuple[str, str | None]] = (
-    {name: (name, None) for name in TUMOR_CLASSES}
-    | {s.code: (s.tumor_class, s.code) for s in SUBTYPES.values()}
-    | {s.name: (s.tumor_class, s.code) for s in SUBTYPES.values()}
-)
+CLASS_FOLDERS: dict[str, tuple[str, str | None]] = {
+    **{name: (name, None) for name in TUMOR_CLASSES},
+    **{s.code: (s.tumor_class, s.code) for s in SUBTYPES.values()},
+    **{s.name: (s.tumor_class, s.code) for s in SUBTYPES.values()},
+}
 
 
 def read(data: str) -> tuple[pa.Table, list[str]]:

@@ -9,7 +9,8 @@ import torch
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from torch import Tensor, nn
+from torch import Tensor
+from torchvision.models import ResNet
 
 from bcd import cam, storage
 from bcd.errors import BundleError
@@ -22,7 +23,7 @@ STRIDE_PX = 32
 State = Mapping[str, Tensor]
 
 
-def build(n_classes: int, weights: State | None = None, seed: int = 0) -> nn.Module:
+def build(n_classes: int, weights: State | None = None, seed: int = 0) -> ResNet:
     """A ResNet50 with a new head, from the given weights or from random ones.
 
     Weights of a head for as many classes are kept; any other head is replaced.
@@ -104,7 +105,7 @@ class Output:
     evidence_bias: Tensor
 
 
-def forward(network: nn.Module, images: Tensor) -> Output:
+def forward(network: ResNet, images: Tensor) -> Output:
     """Logits and evidence maps from one forward pass.
 
     The head is computed in float32 whatever the precision of the convolutions, so that mean of the
@@ -122,7 +123,7 @@ def forward(network: nn.Module, images: Tensor) -> Output:
     return Output(logit, evidence, bias)
 
 
-def _features(network: nn.Module, images: Tensor) -> Tensor:
+def _features(network: ResNet, images: Tensor) -> Tensor:
     for name, module in network.named_children():
         if name == "avgpool":
             break

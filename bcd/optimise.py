@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from bcd import image, model
+from bcd import model, transform
 
 
 def optimizer(
@@ -59,8 +59,8 @@ class Step:
             group["lr"] = rate
         batch = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         if self.augmentation is not None:
-            batch = image.augment(batch, self.augmentation)
-        batch = image.normalise(batch).contiguous(memory_format=torch.channels_last)
+            batch = transform.augment(batch, self.augmentation)
+        batch = transform.normalise(batch).contiguous(memory_format=torch.channels_last)
         with model.autocast(self.device, self.precision):
             logit = self.network(batch)
         loss = nn.functional.cross_entropy(logit.float(), target.to(self.device, non_blocking=True))

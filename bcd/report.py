@@ -223,7 +223,7 @@ def _draw(
     if metrics["pooled"]["auc"] is not None:
         figures["roc"] = _roc(images, metrics)
     if metrics["by_magnification"]:
-        figures["magnification"] = _magnification(metrics)
+        figures["by_magnification"] = _magnification(metrics)
     if len(patients):
         figures["patients"] = _patients(patients)
     if many := metrics.get("multiclass"):

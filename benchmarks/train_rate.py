@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bcd import balance, image, model, optimise, schema, storage
+from bcd import balance, image, model, optimise, schema, storage, transform
 from bcd.config import TrainConfig
 from bcd.pipelines import cluster, prepare, train, worker
 
@@ -43,7 +43,7 @@ def plain_rates(table: pa.Table, config: TrainConfig, epochs: int) -> list[float
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = model.build(2, model.pretrained(config.weights)).to(device, memory_format=torch.channels_last)
     optimizer = optimise.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
-    preset = image.augmentation(config.input_height_px, config.input_width_px)
+    preset = transform.augmentation(config.input_height_px, config.input_width_px)
     step = optimise.Step(network.train(), optimizer, device, config.precision, preset)
     workers = max(1, len(os.sched_getaffinity(0)) - 1)
     loader = DataLoader(

@@ -1,11 +1,13 @@
 """Try everything on made-up pictures: generate, train, evaluate, report. Needs no data and no download.
 
-python jobs/demo.py
+On this machine (the same as `make demo`):
+    python jobs/demo.py
+On a cluster:
+    ray job submit --working-dir . -- python jobs/demo.py
 """
 
 from bcd import cli
 from bcd.config import DemoConfig
-from bcd.pipelines import demo
 
 if __name__ == "__main__":
-    cli.main(DemoConfig, demo.run, __doc__)
+    cli.main(DemoConfig, "demo", __doc__)

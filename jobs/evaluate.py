@@ -9,7 +9,6 @@ On this machine:
 
 from bcd import cli
 from bcd.config import EvaluateConfig
-from bcd.pipelines import evaluate
 
 if __name__ == "__main__":
-    cli.main(EvaluateConfig, evaluate.run, __doc__)
+    cli.main(EvaluateConfig, "evaluate", __doc__)

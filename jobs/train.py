@@ -9,7 +9,6 @@ On this machine:
 
 from bcd import cli
 from bcd.config import TrainConfig
-from bcd.pipelines import train
 
 if __name__ == "__main__":
-    cli.main(TrainConfig, train.run, __doc__)
+    cli.main(TrainConfig, "train", __doc__)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bcd import bundle, image, model, provenance
+from bcd import bundle, image, model, provenance, transform
 from bcd.config import TrainConfig
 from bcd.errors import BundleError
 from tests import pictures
@@ -43,7 +43,7 @@ def test_a_bundle_gives_the_logits_of_its_network(tmp_path, network):
     identity = bundle.save(network, card(), str(tmp_path / "model"))
     loaded = bundle.load(str(tmp_path / "model"), device="cpu")
     field = image.fit(pictures.gradient(), 64, 96)
-    expected = network(image.normalise(torch.from_numpy(field).permute(2, 0, 1)[None]))
+    expected = network(transform.normalise(torch.from_numpy(field).permute(2, 0, 1)[None]))
     prediction = loaded.predict_files([pictures.encode(pictures.gradient())] * 2)
     np.testing.assert_allclose(prediction.logit, expected.detach().repeat(2, 1), atol=1e-5)
     np.testing.assert_allclose(prediction.probability.sum(1), 1, atol=1e-6)

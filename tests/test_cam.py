@@ -3,7 +3,7 @@ import pytest
 import torch
 from pytorch_grad_cam import GradCAM
 
-from bcd import cam, image, model
+from bcd import cam, model, transform
 from tests import pictures
 
 
@@ -18,7 +18,7 @@ def inputs(n=3):
     fields = np.stack(
         [pictures.gradient(96, 144), pictures.gradient(96, 144)[::-1], pictures.gradient(96, 144)[:, ::-1]]
     )
-    return image.normalise(torch.from_numpy(fields[:n].copy()).permute(0, 3, 1, 2))
+    return transform.normalise(torch.from_numpy(fields[:n].copy()).permute(0, 3, 1, 2))
 
 
 def scaled(maps):

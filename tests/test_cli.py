@@ -1,4 +1,6 @@
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,7 +11,8 @@ from bcd.errors import DataError
 
 def run(monkeypatch, *arguments, pipeline=lambda config: None, config_type=TrainConfig):
     monkeypatch.setattr(sys, "argv", ["job.py", *arguments])
-    cli.main(config_type, pipeline, "What the job does.\n\n    ray job submit ...")
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(run=pipeline))
+    cli.main(config_type, "train", "What the job does.\n\n    ray job submit ...")
 
 
 def test_flags_become_a_config(monkeypatch):
@@ -58,3 +61,8 @@ def test_our_own_faults_keep_their_trace(monkeypatch):
 
     with pytest.raises(ZeroDivisionError):
         run(monkeypatch, config_type=DemoConfig, pipeline=pipeline)
+
+
+def test_wrong_flags_and_help_cost_no_import_of_ray_or_torch():
+    code = "import sys; from bcd import cli, config; assert not {'ray', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

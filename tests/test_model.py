@@ -80,7 +80,7 @@ class Evil:
 
 @pytest.mark.parametrize("name", ["code.pth", "damaged.pth", "empty.pth", "damaged.safetensors"])
 def test_damaged_weights_and_pickled_code_are_refused(tmp_path, name):
-    content = {"code.pth": pickle.dumps(Evil()), "empty.pth": b""}.get(name, b"\x00garbage" * 9)
+    content = {"code.pth": pickle.dumps(Evil(), protocol=2), "empty.pth": b""}.get(name, b"\x00garbage" * 9)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BundleError, match=f"{name}: not a state dict"):
         model.pretrained(str(tmp_path / name))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bcd import image, model, optimise
+from bcd import model, optimise, transform
 
 
 def test_learning_rate_rises_and_falls():
@@ -24,7 +24,7 @@ def test_steps_learn_black_from_white(precision):
     torch.manual_seed(0)
     network = model.build(2, seed=0).to(memory_format=torch.channels_last).train()
     optimizer = optimise.optimizer(network, "adamw", 1e-3, 0.01)
-    preset = image.augmentation(32, 64)
+    preset = transform.augmentation(32, 64)
     step = optimise.Step(network, optimizer, torch.device("cpu"), precision, preset)
     images = torch.cat([torch.zeros(4, 32, 64, 3), torch.full((4, 32, 64, 3), 255)]).to(torch.uint8)
     target = torch.tensor([0] * 4 + [1] * 4)

@@ -23,7 +23,7 @@ FACTS: dict[str, Any] = {
     "command": "python jobs/train.py --data <here>",
     "versions": {"bcd": "0.1.0"},
 }
-FIGURES = {"history", "class_distribution", "confusion_matrix", "roc", "magnification", "patients"}
+FIGURES = {"history", "class_distribution", "confusion_matrix", "roc", "by_magnification", "patients"}
 
 
 def predictions(n_patients: int = 8) -> pd.DataFrame:
@@ -160,7 +160,7 @@ def test_one_patient_one_class_and_no_run(tmp_path: Path) -> None:
     assert not re.search(r"\b(nan|None)\b", text(page))
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
         "confusion_matrix",
-        "magnification",
+        "by_magnification",
         "patients",
     }
 

@@ -1,5 +1,6 @@
 """The Ray cluster: joining or starting one, and what it has to give."""
 
+import logging
 import os
 
 import ray
@@ -21,10 +22,10 @@ def connect() -> None:
     Raises:
         ResourceError: RAY_ADDRESS names a cluster that does not answer; starting another would hide that.
     """
-    # Ray Data tells of every execution; what people want to know, we print.
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     if not ray.is_initialized():
         _init()
+    # Ray Data tells of every execution; what people want to know, we print.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -33,14 +34,14 @@ def connect() -> None:
 def _init() -> None:
     address = os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(address=address or "auto", logging_level="warning")
+        ray.init(address=address or "auto", logging_level=logging.WARNING)
     except ConnectionError as error:
         if address:
             raise ResourceError(
                 f"no Ray cluster answers at RAY_ADDRESS={address}: {error} Is it running, and is its token "
                 "in RAY_AUTH_TOKEN or ~/.ray/auth_token here too?"
             ) from error
-        ray.init(address="local", num_cpus=max(1 + DATA_CPUS, _cores()), logging_level="warning")
+        ray.init(address="local", num_cpus=max(1 + DATA_CPUS, _cores()), logging_level=logging.WARNING)
 
 
 def share_cores(local_workers: int) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from bcd import balance, breakhis, index, schema, split, storage, synthetic
 from bcd.config import TrainConfig
 from bcd.pipelines import read
+from bcd.taxonomy import Target
 
 
 class Facts(BaseModel):
@@ -87,7 +88,7 @@ def part_of(table: pa.Table, part: str) -> pa.Table:
 
 def class_counts(config: TrainConfig, table: pa.Table) -> dict[str, Any]:
     """Images per subtype (or class) in each part, and in training after balancing: for the report."""
-    by = "subtype" if table[schema.SUBTYPE].null_count == 0 else "tumor_class"
+    by: Target = "tumor_class" if table[schema.SUBTYPE].null_count else "subtype"
     train = part_of(table, "train")
     balanced = balance.upsample(train, config.balance, config.seed)
     return {

@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.models import ResNet
 
-from bcd import image, metrics, model, optimise, schema, storage
+from bcd import metrics, model, optimise, schema, storage, transform
 from bcd.config import TrainConfig
 from bcd.pipelines import cluster, read
 
@@ -50,7 +51,7 @@ class Task:
 class State:
     """What is trained, and how far: the content of a checkpoint."""
 
-    network: nn.Module
+    network: ResNet
     optimizer: torch.optim.Optimizer
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -96,7 +97,7 @@ def train(task: Task) -> list[dict[str, Any]]:
     state = _state(task, device)
     network = ray.train.torch.prepare_model(state.network, move_to_device=False)
     height, width = config.input_height_px, config.input_width_px
-    augmentation = image.augmentation(height, width) if config.augment else None
+    augmentation = transform.augmentation(height, width) if config.augment else None
     step = optimise.Step(network, state.optimizer, device, config.precision, augmentation)
     with tempfile.TemporaryDirectory() as folder:
         board = SummaryWriter(folder) if context.get_world_rank() == 0 else None
@@ -113,7 +114,7 @@ def _state(task: Task, device: torch.device) -> State:
     config = task.config
     weights = ray.get(task.weights) if task.weights is not None else None
     network = model.build(len(task.classes), weights, config.seed)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = network.to(device).to(memory_format=torch.channels_last)
     optimizer = optimise.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
     state = State(network, optimizer)
     if checkpoint := ray.train.get_checkpoint():
@@ -174,12 +175,12 @@ def _tensors(batch: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def _validate(task: Task, network: nn.Module, device: torch.device) -> Seen:
+def _validate(task: Task, network: ResNet, device: torch.device) -> Seen:
     seen = Seen()
     network.eval()
     for batch in _batches(VALIDATION, task.config.batch_size):
         images, target = _tensors(batch)
-        inputs = image.normalise(images.to(device).permute(0, 3, 1, 2))
+        inputs = transform.normalise(images.to(device).permute(0, 3, 1, 2))
         with model.autocast(device, task.config.precision):
             logit = model.forward(network, inputs.contiguous(memory_format=torch.channels_last)).logit
         loss_sum = nn.functional.cross_entropy(logit, target.to(device), reduction="sum")

@@ -57,10 +57,11 @@ def test_connect_joins_the_cluster_that_is_named(joined):
 
 
 DEAD = """
-from bcd.config import DemoConfig
-from bcd import cli
+import types
+from bcd import cli, config
 from bcd.pipelines import cluster
-cli.main(DemoConfig, lambda config: cluster.connect(), None)
+cli.import_module = lambda name: types.SimpleNamespace(run=lambda config: cluster.connect())
+cli.main(config.DemoConfig, "demo", None)
 """
 
 
