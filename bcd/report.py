@@ -109,6 +109,7 @@ def write(
     """
     images = aggregate.images(predictions, metrics["threshold"])
     patients = aggregate.groups(images, schema.PATIENT, metrics["threshold"])
+    patients = patients.fillna({schema.TUMOR_CLASS: MIXED})
     folder = directory / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
@@ -377,7 +378,7 @@ def _bar(
 
 
 def _patients(patients: pd.DataFrame) -> Figure:
-    kind = patients[schema.TUMOR_CLASS].fillna(MIXED)
+    kind = patients[schema.TUMOR_CLASS]
     figure, (axes,) = _canvas(3.9)
     start, ticks = 0, dict[int, str]()
     for name, color in CLASS_COLOR.items():

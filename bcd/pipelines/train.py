@@ -179,7 +179,7 @@ def fit(
             failure_config=FailureConfig(max_failures=config.max_failures),
             # The latest is kept as well, to go on from.
             checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute=worker.SCORE, checkpoint_score_order="max"
+                num_to_keep=1, checkpoint_score_attribute=worker.SELECTION, checkpoint_score_order="max"
             ),
         ),
     )
@@ -193,8 +193,8 @@ def fit(
 
 
 def _publish_bundle(config: TrainConfig, run_uri: str, table: pa.Table, facts: Facts, result: Result) -> None:
-    """Write the best epoch by validation balanced accuracy as the bundle; the earliest of equals."""
-    checkpoint, measured = max(result.best_checkpoints, key=lambda pair: pair[1][worker.SCORE])
+    """Write the best epoch by validation balanced accuracy as the bundle."""
+    checkpoint, measured = max(result.best_checkpoints, key=lambda pair: pair[1][worker.SELECTION])
     network = model.build(len(taxonomy.classes(config.target)))
     with checkpoint.as_directory() as folder:
         network.load_state_dict(load_file(Path(folder) / worker.WEIGHTS_FILE))

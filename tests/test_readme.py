@@ -1,0 +1,81 @@
+"""The README is run, not trusted: its commands, its flags, its files, its code."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from bcd import bundle, model, provenance
+from bcd.config import Config, EvaluateConfig, TrainConfig
+from tests import pictures
+from tests.test_bundle import card
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S)
+    for line in block.replace("\\\n", "").splitlines()
+]
+JOBS: dict[str, type[Config]] = {"train": TrainConfig, "evaluate": EvaluateConfig}
+
+
+def jobs():
+    """(config type, flags) of every job command in the README."""
+    for line in COMMANDS:
+        if match := re.search(r"python jobs/(\w+)\.py(.*)", line):
+            yield JOBS[match[1]], shlex.split(match[2].partition("#")[0])
+
+
+def test_there_are_commands_to_check():
+    assert len(list(jobs())) >= 4
+
+
+@pytest.mark.parametrize(("config_type", "arguments"), list(jobs()))
+def test_every_job_command_is_valid(config_type, arguments):
+    if arguments == ["--help"]:
+        return
+    flags = [argument.removeprefix("--").replace("-", "_") for argument in arguments[::2]]
+    config_type(**dict(zip(flags, arguments[1::2], strict=True)))
+
+
+def test_every_make_target_exists():
+    targets = {match[1] for line in COMMANDS if (match := re.match(r"make (\w+)", line))}
+    assert {"demo", "test"} <= targets
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+
+
+def test_every_file_that_is_named_exists():
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
+    for name in ("cluster.yaml", "LICENSE", "constraints.txt"):
+        assert (ROOT / name).exists()
+
+
+def test_the_picture_of_the_house_is_the_house():
+    house = TEXT.split("bcd/\n", 1)[1].split("benchmarks/", 1)[0]
+    drawn = {word for line in house.splitlines() for word in re.split(r" {2,}", line[2:])[0].split(", ")}
+    there = {path.stem for path in (ROOT / "bcd").glob("*.py")} - {"__init__"}
+    assert drawn - {"pipelines/", ""} == there
+    upstairs = re.search(r"all that imports Ray: (.*)", house)[1].split()
+    assert set(upstairs) == {path.stem for path in (ROOT / "bcd/pipelines").glob("*.py")} - {"__init__"}
+
+
+def test_the_code_of_the_bundle_section_runs(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
+    bundle.save(model.build(2), card(), str(tmp_path / "model"))
+    (tmp_path / "field.png").write_bytes(pictures.encode(pictures.gradient()))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.replace("s3://bucket/runs/first/model", "model"), names)
+    assert 0 <= names["prediction"].probability_malignant[0] <= 1
+    assert provenance.versions()["bcd"]
+
+
+def test_the_status_table_says_what_was_not_tested():
+    status = TEXT.split("## Status", 1)[1]
+    for words in ("GPUs", "never started", "not tested"):
+        assert words in status
+    assert "MEASURED" not in TEXT
