@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import socket
 
 import ray
 import torch
@@ -14,6 +16,7 @@ from bcd.errors import ResourceError
 
 # Ray Data needs a CPU of its own beside the training workers; without one a run would wait for ever.
 DATA_CPUS = 1
+CONNECT_TIMEOUT_S = 20
 
 
 def connect() -> None:
@@ -32,16 +35,26 @@ def connect() -> None:
 
 
 def _init() -> None:
-    address = os.environ.get("RAY_ADDRESS")
+    if address := os.environ.get("RAY_ADDRESS"):
+        _join(address)
+        return
     try:
-        ray.init(address=address or "auto", logging_level=logging.WARNING)
-    except ConnectionError as error:
-        if address:
-            raise ResourceError(
-                f"no Ray cluster answers at RAY_ADDRESS={address}: {error} Is it running, and is its token "
-                "in RAY_AUTH_TOKEN or ~/.ray/auth_token here too?"
-            ) from error
+        ray.init(address="auto", logging_level=logging.WARNING)
+    except ConnectionError:
         ray.init(address="local", num_cpus=max(1 + DATA_CPUS, _cores()), logging_level=logging.WARNING)
+
+
+def _join(address: str) -> None:
+    try:
+        if match := re.fullmatch(r"([^/]+):(\d+)", address):
+            # Ray itself would try a dead address for minutes.
+            socket.create_connection((match[1], int(match[2])), timeout=CONNECT_TIMEOUT_S).close()
+        ray.init(address=address, logging_level=logging.WARNING)
+    except OSError as error:
+        raise ResourceError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Is it running, and is its token "
+            "in RAY_AUTH_TOKEN or ~/.ray/auth_token here too?"
+        ) from error
 
 
 def share_cores(local_workers: int) -> None:
