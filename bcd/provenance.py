@@ -3,15 +3,25 @@
 import platform
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = ("bcd", "ray", "torch", "torchvision", "numpy", "pyarrow", "pillow")
+PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide numbers."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    own = {"python": platform.python_version(), "bcd": own_version()}
+    return own | {name: version(name) for name in PACKAGES}
+
+
+def own_version() -> str:
+    """Version of this code; from `pyproject.toml` where it runs from a job's uploaded working directory."""
+    project = Path(__file__).parent.parent / "pyproject.toml"
+    if project.exists():
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+    return version("bcd")
 
 
 def git_commit() -> str | None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bcd import balance, image, model, optimise, schema, storage, transform
 from bcd.config import TrainConfig
-from bcd.pipelines import cluster, prepare, train, worker
+from bcd.pipelines import cluster, prepare, read, train
 
 
 class Rows(Dataset):
@@ -88,7 +88,7 @@ def main() -> None:
     )
     cluster.connect()
     table, _ = prepare.prepare(config)
-    balanced = balance.upsample(prepare.part_of(table, worker.TRAIN), config.balance, config.seed)
+    balanced = balance.upsample(prepare.part_of(table, read.TRAIN), config.balance, config.seed)
     print(f"{len(balanced)} training rows, {config.input_height_px}x{config.input_width_px}", flush=True)
     before = plain_rates(balanced, config, arguments.epochs)
     with tempfile.TemporaryDirectory() as output:

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,20 @@ from bcd import storage
 # and image reading must fit side by side.
 CLUSTER_CPUS = 4
 BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster that a test started: its addresses, and how to find its processes."""
+
+    gcs: str
+    dashboard: str
+    session: int
+    marker: str
+
+    def processes(self) -> Iterator[tuple[int, str]]:
+        """Id and command line of each."""
+        return processes(self.session, self.marker)
 
 
 def free_port() -> int:
@@ -36,20 +51,24 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> obje
     return result
 
 
-def processes(marker: str) -> Iterator[tuple[int, str]]:
-    """Id and command line of every process with `marker` in its environment: those that a test started."""
+def processes(session: int, marker: str) -> Iterator[tuple[int, str]]:
+    """Id and command line of every process of a test's cluster.
+
+    Ray's own processes stay in the session of the one that started them, but paint their titles over their
+    environment; jobs get sessions of their own, but keep the environment.
+    """
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            environment, command = (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
-        except OSError:  # it has ended meanwhile
-            continue
-        if marker.encode() in environment and int(process.name) != os.getpid():
-            yield int(process.name), command.replace(b"\0", b" ").decode()
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            stat = (process / "stat").read_text().rpartition(")")[2].split()
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            own = int(stat[3]) == session or marker.encode() in (process / "environ").read_bytes()
+            if own and stat[0] != "Z":
+                yield int(process.name), command
 
 
-def kill(marker: str, pattern: str) -> int:
-    """SIGKILL every process with this marker whose command line matches; how many there were."""
-    victims = [pid for pid, command in processes(marker) if re.search(pattern, command)]
+def kill(found: Iterator[tuple[int, str]], pattern: str = "") -> int:
+    """SIGKILL those of the processes whose command line matches; how many there were."""
+    victims = [pid for pid, command in found if re.search(pattern, command)]
     for pid in victims:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -16,7 +16,7 @@ import pyarrow.fs
 import pytest
 
 from bcd import storage, synthetic
-from tests.cluster import BIN, CLUSTER_CPUS, free_port, kill, listens, wait_for
+from tests.cluster import BIN, CLUSTER_CPUS, Cluster, free_port, kill, listens, processes, wait_for
 
 # Ray reads these when it is imported: the cluster asks for this token, and every client here has it.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -65,7 +65,7 @@ def s3() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def cluster(s3: str) -> Iterator[dict[str, str]]:
+def cluster(s3: str) -> Iterator[Cluster]:
     """A Ray cluster as a process of its own: its GCS address and the URL for `ray job submit`.
 
     Depends on the S3 server so that the variables that reach it stand in the environment of every worker.
@@ -78,11 +78,12 @@ def cluster(s3: str) -> Iterator[dict[str, str]]:
     marker = f"BCD_TEST_CLUSTER={uuid.uuid4().hex}"
     name, _, value = marker.partition("=")
     environment = os.environ | {name: value, "PATH": f"{BIN}:{os.environ['PATH']}"}
-    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    head = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
     try:
         wait_for(lambda: listens(dashboard) and listens(gcs), 120, "the Ray cluster")
         os.environ["RAY_ADDRESS"] = f"127.0.0.1:{gcs}"
-        yield {"gcs": f"127.0.0.1:{gcs}", "dashboard": f"http://127.0.0.1:{dashboard}", "marker": marker}
+        yield Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", head.pid, marker)
     finally:
         import ray
 
@@ -91,12 +92,12 @@ def cluster(s3: str) -> Iterator[dict[str, str]]:
         # By force and by id: Ray's own way out takes half a minute.
         head.kill()
         head.wait()
-        wait_for(lambda: not kill(marker, ""), 60, "the end of the Ray cluster")
+        wait_for(lambda: not kill(processes(head.pid, marker)), 60, "the end of the Ray cluster")
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
-def joined(cluster: dict[str, str]) -> dict[str, str]:
+def joined(cluster: Cluster) -> Cluster:
     """The test's own process joined to the cluster."""
     # Imported here: the fast tests do without Ray.
     from bcd.pipelines import cluster as ray_cluster

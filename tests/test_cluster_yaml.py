@@ -103,7 +103,7 @@ def test_what_it_mounts_exists(cluster: dict[str, Any]) -> None:
 
 def test_python_is_pinned_to_a_version_that_we_support(cluster: dict[str, Any]) -> None:
     commands = " ".join(cluster["setup_commands"])
-    version = re.search(r"--python (3\.\d+)", commands)
+    version = re.search(r"python(3\.\d+) -m venv", commands)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert version
     assert Requirement(f"python{project['requires-python']}").specifier.contains(version[1])

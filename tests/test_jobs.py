@@ -13,7 +13,7 @@ import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bcd import bundle, schema, storage
-from tests.cluster import BIN, kill, processes, read_json, wait_for
+from tests.cluster import BIN, kill, read_json, wait_for
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ def submit(cluster, *arguments):
         BIN / "ray",
         "job",
         "submit",
-        f"--address={cluster['dashboard']}",
+        f"--address={cluster.dashboard}",
         "--no-wait",
         "--working-dir",
         ".",
@@ -105,12 +105,12 @@ def check_whole(run_uri, epochs):
 
 def test_a_killed_job_goes_on_where_its_last_checkpoint_stands(cluster, data, s3):
     """Done when 2 and 3: the job is SIGKILLed in epoch 2; the same command again finishes from epoch 2 on."""
-    client = JobSubmissionClient(cluster["dashboard"])
+    client = JobSubmissionClient(cluster.dashboard)
     run_uri = f"{s3}/jobs/killed"
     arguments = train_arguments(data, s3, "killed")
     first = submit(cluster, *arguments)
     wait_for_epoch(client, first, run_uri, 1)
-    assert kill(cluster["marker"], r"python jobs/train.py .*--name killed")
+    assert kill(cluster.processes(), r"python jobs/train.py .*--name killed")
     assert finish(client, first)[0] == JobStatus.FAILED
     status, log = finish(client, submit(cluster, *arguments))
     assert status == JobStatus.SUCCEEDED, log
@@ -125,11 +125,11 @@ def test_a_killed_job_goes_on_where_its_last_checkpoint_stands(cluster, data, s3
 
 def test_a_killed_worker_costs_at_most_its_epoch(cluster, data, s3):
     """Done when 3: one of two workers is SIGKILLed in epoch 2; the run finishes by itself."""
-    client = JobSubmissionClient(cluster["dashboard"])
+    client = JobSubmissionClient(cluster.dashboard)
     run_uri = f"{s3}/jobs/worker-killed"
     job = submit(cluster, *train_arguments(data, s3, "worker-killed", "--num-workers", "2"))
     wait_for_epoch(client, job, run_uri, 1)
-    workers = [pid for pid, command in processes(cluster["marker"]) if "ray::RayTrainWorker" in command]
+    workers = [pid for pid, command in cluster.processes() if "ray::RayTrainWorker" in command]
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     status, log = finish(client, job)
@@ -139,7 +139,7 @@ def test_a_killed_worker_costs_at_most_its_epoch(cluster, data, s3):
 
 
 def test_a_wrong_command_fails_with_one_sentence(cluster, s3):
-    client = JobSubmissionClient(cluster["dashboard"])
+    client = JobSubmissionClient(cluster.dashboard)
     job = submit(
         cluster,
         "jobs/train.py",

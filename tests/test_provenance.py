@@ -10,6 +10,13 @@ def test_versions_are_those_installed():
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
+def test_own_version_is_that_of_this_code_even_where_it_is_not_installed(tmp_path, monkeypatch):
+    assert provenance.own_version() == version("bcd")
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "9.8.7"\n')
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "bcd/provenance.py"))
+    assert provenance.own_version() == "9.8.7"
+
+
 def test_commit_is_named_in_a_checkout_and_absent_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
     assert provenance.git_commit() is None

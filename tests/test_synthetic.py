@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
-from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -41,15 +41,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sample() -> dict[str, np.ndarray]:
-    """One small field of ten patients of every subtype at two magnifications: uint8 (n, 92, 140, 3)."""
-    plan = Plan(height_px=92, width_px=140, seed=1)
-    numbers = range(90001, 90001 + 10 * len(SUBTYPES))
-    rows = [(list(SUBTYPES)[i % len(SUBTYPES)], n, m) for i, n in enumerate(numbers) for m in (40, 200)]
-    return {
-        "images": np.stack([synthetic.image(code, n, m, 1, plan) for code, n, m in rows]),
-        "malignant": np.array([SUBTYPES[code].tumor_class == MALIGNANT for code, _, _ in rows]),
-        "patient": np.array([n for _, n, _ in rows]),
-    }
+    """One small field of each of 192 patients; images are uint8 (192, 92, 140, 3)."""
+    plan = Plan(height_px=92, width_px=140)
+    codes = list(SUBTYPES) * 24
+    fields = [
+        synthetic.image(code, 90001 + i, MAGNIFICATIONS[i // 8 % 4], 1, plan) for i, code in enumerate(codes)
+    ]
+    malignant = [SUBTYPES[code].tumor_class == MALIGNANT for code in codes]
+    return {"images": np.stack(fields), "malignant": np.array(malignant)}
 
 
 def test_the_tree_is_named_and_laid_out_as_published(tree: Path) -> None:
@@ -122,30 +121,28 @@ def test_a_field_looks_like_a_stained_section(subtype: str, magnification: int) 
     assert np.percentile(green, 99) > 200, "some of it is pale"
 
 
-def grouped_balanced_accuracy(features: np.ndarray, sample: dict[str, np.ndarray]) -> float:
-    """Of a logistic regression on patients that it has not seen."""
+def balanced_accuracy(features: np.ndarray, malignant: np.ndarray) -> float:
+    """Of a logistic regression, on patients that it has not seen."""
     predicted = cross_val_predict(
         make_pipeline(StandardScaler(), LogisticRegression()),
         features,
-        sample["malignant"],
-        groups=sample["patient"],
-        cv=StratifiedGroupKFold(5, shuffle=True, random_state=0),
+        malignant,
+        cv=StratifiedKFold(5, shuffle=True, random_state=0),
     )
-    return balanced_accuracy_score(sample["malignant"], predicted)
+    return balanced_accuracy_score(malignant, predicted)
 
 
 def test_colour_does_not_tell_the_class(sample: dict[str, np.ndarray]) -> None:
-    assert grouped_balanced_accuracy(sample["images"].mean((1, 2)), sample) <= 0.65
+    assert balanced_accuracy(sample["images"].mean((1, 2)), sample["malignant"]) <= 0.65
 
 
 def test_nuclei_tell_the_class_most_of_the_time(sample: dict[str, np.ndarray]) -> None:
-    red = sample["images"][..., 0]  # nuclei are dark in red, eosin is not
+    red = sample["images"][..., 0]  # haematoxylin darkens it, eosin hardly does
     darkest = np.percentile(red, (1, 5, 10, 25, 50), axis=(1, 2)).T / red.mean((1, 2))[:, None]
-    assert 0.7 <= grouped_balanced_accuracy(darkest, sample) <= 0.97
+    assert 0.75 <= balanced_accuracy(darkest, sample["malignant"]) <= 0.95
 
 
 def test_stain_varies_between_patients_far_more_than_between_classes(sample: dict[str, np.ndarray]) -> None:
     colour = sample["images"].mean((1, 2))
-    patients = np.stack([colour[sample["patient"] == p].mean(0) for p in np.unique(sample["patient"])])
-    classes = np.stack([colour[sample["malignant"] == m].mean(0) for m in (False, True)])
-    assert (patients.std(0) > 2 * np.abs(classes[1] - classes[0]) / 2).all()
+    between = np.abs(colour[sample["malignant"]].mean(0) - colour[~sample["malignant"]].mean(0))
+    assert (colour.std(0) > 2 * between).all()

@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from ray.data import Dataset, RandomSeedConfig
+from ray.train import DataConfig
 
 from bcd import image, schema, storage
 from bcd.errors import BcdError, DataError, StorageError
 
+TRAIN, VALIDATION = "train", "validation"
 # One reading task decodes this many images: about half a second of work, 15 MB of pixels at 224x336.
 ROWS_PER_TASK = 64
 # Shuffling is all-to-all over blocks. A million index rows are a few hundred MB: few blocks, cheap shuffle.
@@ -37,6 +39,25 @@ def shuffled(table: pa.Table, seed: int) -> Dataset:
     dataset = rows(table, ROWS_PER_SHUFFLE_BLOCK)
     dataset = dataset.random_shuffle(seed=RandomSeedConfig(seed=seed, reseed_after_execution=True))
     return dataset.repartition(-(-len(table) // ROWS_PER_TASK))
+
+
+class SplitData(DataConfig):
+    """Equal shares of the training rows, so that workers take the same number of steps; of the validation
+    rows every single one, because a metric must not lose a tail."""
+
+    def configure(
+        self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any
+    ) -> list[dict[str, Any]]:
+        """One dict of shards per worker."""
+        shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            dataset = dataset.copy(dataset)
+            dataset.set_name(name)
+            dataset.context.execution_options = self._resolve_execution_options(name)
+            splits = dataset.streaming_split(world_size, equal=name == TRAIN)
+            for shard, share in zip(shards, splits, strict=True):
+                shard[name] = share
+        return shards
 
 
 def images(dataset: Dataset, height_px: int, width_px: int, keep: Sequence[str]) -> Dataset:

@@ -1,6 +1,5 @@
 """Rows to predictions: one forward pass gives probability and evidence; one row out for each row in."""
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -52,6 +51,7 @@ class Scorer:
         if not torch.cuda.is_available():
             cluster.share_cores(1)
         self._bundle = bundle.load(model_uri, precision=precision)
+        self._version = provenance.own_version()
         self._schema = schema.predictions(*self._bundle.evidence_size)
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
@@ -64,7 +64,7 @@ class Scorer:
         for name in (schema.ERROR, schema.ERROR_MESSAGE):
             columns[name] = pa.array(batch[name], pa.string(), mask=good)
         columns[schema.MODEL_ID] = pa.array([self._bundle.model_id] * n)
-        columns[schema.BCD_VERSION] = pa.array([_version()] * n)
+        columns[schema.BCD_VERSION] = pa.array([self._version] * n)
         if good.any():
             columns |= self._results(batch[schema.IMAGE][good], good)
         full = [columns.get(f.name, pa.nulls(n, f.type)).cast(f.type) for f in self._schema]
@@ -88,11 +88,6 @@ class Scorer:
         # Back to the rows of the batch: a null where the picture could not be read.
         place = pa.array(np.cumsum(good) - 1, mask=~good)
         return {name: values.take(place) for name, values in results.items()}
-
-
-@cache
-def _version() -> str:
-    return provenance.versions()["bcd"]
 
 
 def write(dataset: Dataset, uri: str) -> None:

@@ -12,7 +12,6 @@ import ray
 from ray.data import Dataset
 from ray.train import (
     CheckpointConfig,
-    DataConfig,
     FailureConfig,
     LoggingConfig,
     Result,
@@ -66,7 +65,7 @@ def run(config: TrainConfig) -> str:
 
 
 def _begin(config: TrainConfig, run_uri: str) -> bool:
-    """Claim the run directory; whether the run is already finished.
+    """Check that the run directory is ours and can be written; whether the run is already finished.
 
     Raises:
         ConfigError: it belongs to a run with other settings, which are named.
@@ -75,8 +74,6 @@ def _begin(config: TrainConfig, run_uri: str) -> bool:
     settings = config.model_dump(mode="json")
     if not storage.exists(storage.join(run_uri, CONFIG)):
         storage.check_writable(run_uri)
-        _write_json(run_uri, CONFIG, settings)
-        _write_json(run_uri, RUN, _run_facts(config) | {"status": "started"})
         return False
     if differing := differences(_read_json(run_uri, CONFIG), settings):
         raise ConfigError(
@@ -99,7 +96,10 @@ def _run_facts(config: TrainConfig) -> dict[str, Any]:
 
 
 def _prepared(config: TrainConfig, run_uri: str) -> tuple[pa.Table, Facts]:
-    """The split of this run: made once, then read back, so that a resumed run cannot see another one."""
+    """The split of this run: made once, then read back, so that a resumed run cannot see another one.
+
+    Only now is the run directory claimed: a run that failed on its data may be tried again with other data.
+    """
     split_uri = storage.join(run_uri, SPLIT)
     if storage.exists(split_uri):
         table = pq.read_table(io.BytesIO(storage.read_bytes(split_uri)))
@@ -108,28 +108,11 @@ def _prepared(config: TrainConfig, run_uri: str) -> tuple[pa.Table, Facts]:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     _write_json(run_uri, DATA, facts.model_dump())
+    _write_json(run_uri, RUN, _run_facts(config) | {"status": "started"})
+    _write_json(run_uri, CONFIG, config.model_dump(mode="json"))
     storage.write_bytes(split_uri, buffer.getvalue())
     print("\n".join(describe(config, table, facts)), flush=True)
     return table, facts
-
-
-class SplitData(DataConfig):
-    """Equal shares of the training rows, so that workers take the same number of steps; of the validation
-    rows every single one, because a metric must not lose a tail."""
-
-    def configure(
-        self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any
-    ) -> list[dict[str, Any]]:
-        """One dict of shards per worker."""
-        shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            dataset = dataset.copy(dataset)
-            dataset.set_name(name)
-            dataset.context.execution_options = self._resolve_execution_options(name)
-            splits = dataset.streaming_split(world_size, equal=name == worker.TRAIN)
-            for shard, share in zip(shards, splits, strict=True):
-                shard[name] = share
-        return shards
 
 
 def datasets(config: TrainConfig, table: pa.Table) -> tuple[dict[str, Dataset], int]:
@@ -137,14 +120,14 @@ def datasets(config: TrainConfig, table: pa.Table) -> tuple[dict[str, Dataset], 
     classes = taxonomy.classes(config.target)
     parts = {
         part: _with_target(part_of(table, part), config.target, classes)
-        for part in (worker.TRAIN, worker.VALIDATION)
+        for part in (read.TRAIN, read.VALIDATION)
     }
-    balanced = balance.upsample(parts[worker.TRAIN], config.balance, config.seed)
+    balanced = balance.upsample(parts[read.TRAIN], config.balance, config.seed)
     size = (config.input_height_px, config.input_width_px)
     keep = [schema.IMAGE_ID, schema.TARGET]
     return {
-        worker.TRAIN: read.images(read.shuffled(balanced, config.seed), *size, keep),
-        worker.VALIDATION: read.images(read.rows(parts[worker.VALIDATION]), *size, keep),
+        read.TRAIN: read.images(read.shuffled(balanced, config.seed), *size, keep),
+        read.VALIDATION: read.images(read.rows(parts[read.VALIDATION]), *size, keep),
     }, len(balanced)
 
 
@@ -170,7 +153,7 @@ def fit(
         train_loop_config=task,
         scaling_config=scaling,
         datasets=streams,
-        dataset_config=SplitData(),
+        dataset_config=read.SplitData(),
         run_config=RunConfig(
             name="checkpoints",
             storage_path=path,
@@ -198,7 +181,7 @@ def _publish_bundle(config: TrainConfig, run_uri: str, table: pa.Table, facts: F
     network = model.build(len(taxonomy.classes(config.target)))
     with checkpoint.as_directory() as folder:
         network.load_state_dict(load_file(Path(folder) / worker.WEIGHTS_FILE))
-    train = part_of(table, worker.TRAIN)
+    train = part_of(table, read.TRAIN)
     card = bundle.Card(
         target=config.target,
         classes=taxonomy.classes(config.target),

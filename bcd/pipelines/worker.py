@@ -30,11 +30,10 @@ from bcd.pipelines import cluster, read
 
 logger = logging.getLogger(__name__)
 
-TRAIN, VALIDATION = "train", "validation"
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "state.pt"
 SCORE = "validation_balanced_accuracy"
-# Chooses the best epoch: the score, and of equal scores the lower loss. On a small validation part many epochs
-# are equal, and the first of them is seldom the best.
+# Chooses the best epoch: the score, and of equal scores the lower loss. On a small validation part many
+# epochs are equal, and the first of them is seldom the best.
 SELECTION = "selection"
 TIE_BREAK = 1e-6
 
@@ -156,7 +155,7 @@ def _train_epoch(task: Task, step: optimise.Step, epoch: int) -> Seen:
     n_steps = -(-(task.n_train // world) // batch_size)
     seen, losses = Seen(), []
     step.network.train()
-    for i, batch in enumerate(_batches(TRAIN, batch_size)):
+    for i, batch in enumerate(_batches(read.TRAIN, batch_size)):
         progress = (epoch - 1 + i / n_steps) / config.epochs
         rate = optimise.learning_rate(config.learning_rate, progress, config.warmup_fraction)
         images, target = _tensors(batch)
@@ -184,7 +183,7 @@ def _tensors(batch: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 def _validate(task: Task, network: ResNet, device: torch.device) -> Seen:
     seen = Seen()
     network.eval()
-    for batch in _batches(VALIDATION, task.config.batch_size):
+    for batch in _batches(read.VALIDATION, task.config.batch_size):
         images, target = _tensors(batch)
         inputs = transform.normalise(images.to(device).permute(0, 3, 1, 2))
         with model.autocast(device, task.config.precision):

@@ -50,7 +50,7 @@ def test_more_than_there_is_fails_at_once_with_the_numbers(monkeypatch, have, se
 
 @pytest.mark.ray
 def test_connect_joins_the_cluster_that_is_named(joined):
-    assert ray.get_runtime_context().gcs_address.endswith(joined["gcs"].partition(":")[2])
+    assert ray.get_runtime_context().gcs_address.endswith(joined.gcs.partition(":")[2])
     assert cluster.capacity() == {"CPU": CLUSTER_CPUS, "GPU": 0}
     cluster.connect()
     assert ray.is_initialized()

@@ -8,7 +8,7 @@ import pytest
 from bcd import balance, image, index, schema, storage
 from bcd.config import TrainConfig
 from bcd.errors import BcdError, DataError
-from bcd.pipelines import prepare, read, train, worker
+from bcd.pipelines import prepare, read, train
 from tests import pictures
 
 pytestmark = pytest.mark.ray
@@ -95,16 +95,14 @@ def test_two_workers_share_every_epoch_evenly_and_see_no_held_out_image(joined, 
     table, _ = prepare.prepare(config)
     streams, n_train = train.datasets(config, table)
     expected = Counter(
-        balance.upsample(prepare.part_of(table, worker.TRAIN), "tumor_class", 0)[
-            schema.TUMOR_CLASS
-        ].to_pylist()
+        balance.upsample(prepare.part_of(table, read.TRAIN), "tumor_class", 0)[schema.TUMOR_CLASS].to_pylist()
     )
     assert len(set(expected.values())) == 1
     held_out = set(table[schema.IMAGE_ID].to_pylist()) - set(
         prepare.part_of(table, "train")[schema.IMAGE_ID].to_pylist()
     )
-    shards = train.SplitData().configure(streams, 2, None, None)
-    iterators = [shard[worker.TRAIN] for shard in shards]
+    shards = read.SplitData().configure(streams, 2, None, None)
+    iterators = [shard[read.TRAIN] for shard in shards]
     for _ in range(2):
         seen = _both(iterators)
         assert abs(len(seen[0]) - len(seen[1])) == 0
@@ -119,8 +117,8 @@ def test_validation_loses_no_row_to_an_equal_split(joined, tree):
     table, _ = prepare.prepare(config)
     streams, _ = train.datasets(config, table)
     rows = prepare.part_of(table, "validation")
-    shards = train.SplitData().configure(streams, 2, None, None)
-    seen = _both([shard[worker.VALIDATION] for shard in shards])
+    shards = read.SplitData().configure(streams, 2, None, None)
+    seen = _both([shard[read.VALIDATION] for shard in shards])
     assert sorted(name for rows in seen for name, _ in rows) == rows[schema.IMAGE_ID].to_pylist()
 
 
