@@ -20,7 +20,7 @@ CONNECT_TIMEOUT_S = 20
 
 
 def connect() -> None:
-    """Join the cluster named by RAY_ADDRESS, or one that runs on this machine, else start one here.
+    """Join the cluster named by RAY_ADDRESS (as `ray job submit` does), else start one on this machine.
 
     Raises:
         ResourceError: RAY_ADDRESS names a cluster that does not answer; starting another would hide that.
@@ -37,10 +37,8 @@ def connect() -> None:
 def _init() -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         _join(address)
-        return
-    try:
-        ray.init(address="auto", logging_level=logging.WARNING)
-    except ConnectionError:
+    else:
+        # Never a cluster that merely happens to run here: two jobs on one small machine starve each other.
         ray.init(address="local", num_cpus=max(1 + DATA_CPUS, _cores()), logging_level=logging.WARNING)
 
 
