@@ -193,7 +193,7 @@ class DemoConfig(Config):
     patients_per_subtype: int = Field(default=5, ge=3)
     """Synthetic patients for each of the eight subtypes."""
 
-    epochs: int = Field(default=12, ge=1)
+    epochs: int = Field(default=8, ge=1)
     """Passes over the training rows."""
 
     seed: int = Field(default=0, ge=0)
