@@ -22,6 +22,8 @@ def run(config: DemoConfig) -> str:
         name="run",
         weights="none",
         epochs=config.epochs,
+        batch_size=16,
+        learning_rate=3e-4,
         input_height_px=96,
         input_width_px=144,
         seed=config.seed,
