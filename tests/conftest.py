@@ -22,6 +22,11 @@ from tests.cluster import BIN, CLUSTER_CPUS, Cluster, free_port, kill, listens, 
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: a slip shows in seconds, before a cluster is started."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder with real images, folds and weights; tests that need it skip where it is not given."""

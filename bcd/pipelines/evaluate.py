@@ -86,7 +86,7 @@ def _with_truth(predictions_uri: str, test: pa.Table) -> pd.DataFrame:
 def _about(card: bundle.Card, frame: pd.DataFrame, facts: Facts) -> dict[str, Any]:
     return {
         schema.MODEL_ID: str(frame[schema.MODEL_ID].iloc[0]),
-        "title": card.training["name"],
+        "title": f"Breast cancer detection: {card.training['name']}",
         "data": card.training["data"],
         "weights": card.training["weights"],
         "best_epoch": card.validation[schema.EPOCH],
