@@ -56,7 +56,7 @@ INDEX = pa.schema(
     ]
 )
 
-# Which part of a split each row went to; `part` is one of split.PARTS, or "quarantined".
+# Which part of a split each row went to; `part` is one of split.PARTS.
 SPLIT = pa.schema([*INDEX, pa.field(PART, pa.string(), nullable=False)])
 
 # Which images an epoch showed to the training workers, once per showing.

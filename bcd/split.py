@@ -23,7 +23,6 @@ Protocol = Literal["case", "patient", "official", "image"]
 Integers = NDArray[np.int64]
 
 TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
-QUARANTINED = "quarantined"
 # Protocols that put images of one patient on both sides: their numbers are marked wherever they appear.
 LEAKY = frozenset({"image"})
 

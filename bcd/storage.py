@@ -8,7 +8,7 @@ turns an operating system or network error into a `StorageError` that names the 
 import os
 import posixpath
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,12 +125,6 @@ def read_bytes(uri: str) -> bytes:
     filesystem, path = resolve(uri)
     with _naming(uri, "read it"), filesystem.open_input_stream(path) as stream:
         return stream.read()
-
-
-def read_many(uris: Iterable[str]) -> Iterator[bytes]:
-    """Contents of many files in order, several requests in flight at once."""
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        yield from pool.map(read_bytes, uris)
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -71,7 +71,7 @@ def test_a_class_that_is_absent_stays_absent() -> None:
 
 
 @pytest.mark.parametrize("by", ["tumor_class", "subtype", "none"])
-@pytest.mark.parametrize("part", [split.VALIDATION, split.TEST, split.QUARANTINED])
+@pytest.mark.parametrize("part", [split.VALIDATION, split.TEST])
 def test_only_training_rows_are_repeated(by: balance.Balance, part: str) -> None:
     assert balance.upsample(table("A", "DC", "DC", part=split.TRAIN), by, 0).num_rows in {3, 4}
     mixed = pa.concat_tables([table("A", part=split.TRAIN), table("DC", part=part)])
