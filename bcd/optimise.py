@@ -1,8 +1,10 @@
 """The optimiser, its learning rate, and one training step. Pure torch: the same on one device or many."""
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -32,6 +34,33 @@ def learning_rate(peak: float, progress: float, warmup_fraction: float) -> float
         return peak * progress / warmup_fraction
     done = (progress - warmup_fraction) / (1 - warmup_fraction)
     return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def even_tail(
+    batches: Iterable[Mapping[str, np.ndarray]], batch_size: int
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Share the rows of a short last batch evenly with the batch before it; no row is dropped.
+
+    Batch norm over the one or two images that an epoch may end with spoils the running statistics just
+    before they are validated and kept: it cost up to 25 points of balanced accuracy on a set of 112 images.
+
+    Args:
+        batches: columns of equal length, `batch_size` rows each but for the last.
+        batch_size: rows of a whole batch.
+    """
+    held: Mapping[str, np.ndarray] | None = None
+    for batch in batches:
+        if held is not None:
+            short = len(next(iter(batch.values()))) < batch_size
+            if short:
+                joined = {name: np.concatenate([held[name], batch[name]]) for name in held}
+                half = -(-len(next(iter(joined.values()))) // 2)
+                held = {name: rows[:half] for name, rows in joined.items()}
+                batch = {name: rows[half:] for name, rows in joined.items()}
+            yield held
+        held = batch
+    if held is not None:
+        yield held
 
 
 @dataclass(frozen=True)

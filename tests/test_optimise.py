@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -31,3 +32,15 @@ def test_steps_learn_black_from_white(precision):
     losses = [step(images, target, 1e-3).item() for _ in range(8)]
     assert losses[-1] < 0.3 < losses[0]
     assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(34, [16, 9, 9]), (33, [16, 9, 8]), (32, [16, 16]), (17, [9, 8]), (5, [5]), (0, [])]
+)
+def test_an_epoch_does_not_end_on_a_handful_of_images(rows, sizes):
+    batches = [
+        {"i": np.arange(rows)[at : at + 16], "x": np.ones(min(16, rows - at))} for at in range(0, rows, 16)
+    ]
+    evened = list(optimise.even_tail(batches, 16))
+    assert [len(batch["x"]) for batch in evened] == [len(batch["i"]) for batch in evened] == sizes
+    assert [i for batch in evened for i in batch["i"]] == list(range(rows))

@@ -9,6 +9,7 @@ import logging
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Seen:
     targets: list[int] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, batch: dict[str, np.ndarray], loss_sum: float) -> None:
+    def add(self, batch: Mapping[str, np.ndarray], loss_sum: float) -> None:
         """Count one batch."""
         self.loss_sum += loss_sum
         self.image_ids += batch[schema.IMAGE_ID].tolist()
@@ -155,7 +156,7 @@ def _train_epoch(task: Task, step: optimise.Step, epoch: int) -> Seen:
     n_steps = -(-(task.n_train // world) // batch_size)
     seen, losses = Seen(), []
     step.network.train()
-    for i, batch in enumerate(_batches(read.TRAIN, batch_size)):
+    for i, batch in enumerate(optimise.even_tail(_batches(read.TRAIN, batch_size), batch_size)):
         progress = (epoch - 1 + i / n_steps) / config.epochs
         rate = optimise.learning_rate(config.learning_rate, progress, config.warmup_fraction)
         images, target = _tensors(batch)
@@ -174,7 +175,7 @@ def _batches(name: str, batch_size: int) -> Any:
         yield batch
 
 
-def _tensors(batch: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+def _tensors(batch: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and targets; copied, because Ray hands out read-only views of its object store."""
     return torch.tensor(batch[schema.IMAGE]), torch.tensor(batch[schema.TARGET])
 
