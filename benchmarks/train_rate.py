@@ -3,8 +3,9 @@
     python -m benchmarks.train_rate --data DATA --weights none
 
 Both train the same network in the same precision on the same rows with the same augmentation, and read the
-same files. Each counts several epochs after one that it does not count (start-up). The plain loop runs before
-and after the Ray path: a machine whose speed drifts shows as a difference between the two.
+same files. They take turns, plain, Ray, plain, Ray, ..., because the speed of a machine drifts: the ratio of
+a round is the Ray path's rate to the mean of the plain ones right before and after it, the result is the
+median over the rounds. The first epoch of each turn (start-up) does not count.
 """
 
 import argparse
@@ -39,32 +40,41 @@ class Rows(Dataset):
         return torch.from_numpy(pixels), self.targets[i]
 
 
-def plain_rates(table: pa.Table, config: TrainConfig, epochs: int) -> list[float]:
-    """Images per second of each epoch of a plain loop, the first one left out."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = model.build(2, model.pretrained(config.weights)).to(device, memory_format=torch.channels_last)
-    optimizer = optimise.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
-    preset = transform.augmentation(config.input_height_px, config.input_width_px)
-    step = optimise.Step(network.train(), optimizer, device, config.precision, preset)
-    workers = max(1, len(os.sched_getaffinity(0)) - 1)
-    loader = DataLoader(
-        Rows(table, config), config.batch_size, shuffle=True, num_workers=workers, persistent_workers=True
-    )
-    rates = []
-    for epoch in range(epochs + 1):
-        started = time.monotonic()
-        for images, target in loader:
-            step(images, target, config.learning_rate)
-        rates.append(len(table) / (time.monotonic() - started))
-        print(f"  plain epoch {epoch}: {rates[-1]:.2f} images/s", flush=True)
-    return rates[1:]
+class PlainLoop:
+    """What people write without Ray: a DataLoader whose workers stay, and the same step."""
+
+    def __init__(self, table: pa.Table, config: TrainConfig) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network = model.build(2, model.pretrained(config.weights)).to(
+            device, memory_format=torch.channels_last
+        )
+        optimizer = optimise.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
+        preset = transform.augmentation(config.input_height_px, config.input_width_px)
+        self.rate = config.learning_rate
+        self.step = optimise.Step(network.train(), optimizer, device, config.precision, preset)
+        self.loader = DataLoader(
+            Rows(table, config),
+            config.batch_size,
+            shuffle=True,
+            num_workers=max(1, len(os.sched_getaffinity(0)) - 1),
+            persistent_workers=True,
+        )
+
+    def epoch(self) -> float:
+        """Images per second of one epoch."""
+        started, n = time.monotonic(), 0
+        for images, target in self.loader:
+            self.step(images, target, self.rate)
+            n += len(images)
+        return n / (time.monotonic() - started)
 
 
-def ray_rates(table: pa.Table, config: TrainConfig, output: str) -> list[float]:
-    """Images per second of each epoch of the Ray path, the first one left out."""
+def ray_rate(table: pa.Table, config: TrainConfig) -> float:
+    """Images per second of the second epoch of a training run."""
     weights = model.pretrained(config.weights)
-    result = train.fit(config, output, table, weights, cluster.scaling(config))
-    return [record["images_per_s"] for record in result.return_value][1:]
+    with tempfile.TemporaryDirectory() as output:
+        result = train.fit(config, output, table, weights, cluster.scaling(config))
+    return result.return_value[1]["images_per_s"]
 
 
 def _repeated(table: pa.Table, times: int) -> pa.Table:
@@ -80,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", default="none")
-    parser.add_argument("--epochs", type=int, default=3, help="counted epochs of each")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=1, help="times each training row stands in an epoch")
     parser.add_argument("--height", type=int, default=224)
     parser.add_argument("--width", type=int, default=336)
@@ -89,7 +99,7 @@ def main() -> None:
     config = TrainConfig(
         data=arguments.data,
         weights=arguments.weights,
-        epochs=arguments.epochs + 1,
+        epochs=2,
         input_height_px=arguments.height,
         input_width_px=arguments.width,
         precision=arguments.precision,
@@ -99,13 +109,19 @@ def main() -> None:
     table = _repeated(prepare.prepare(config)[0], arguments.repeat)
     balanced = balance.upsample(prepare.part_of(table, read.TRAIN), config.balance, config.seed)
     print(f"{len(balanced)} training rows, {config.input_height_px}x{config.input_width_px}", flush=True)
-    before = plain_rates(balanced, config, arguments.epochs)
-    with tempfile.TemporaryDirectory() as output:
-        ours = ray_rates(table, config, output)
-    after = plain_rates(balanced, config, arguments.epochs)
-    plain, path = statistics.median(before + after), statistics.median(ours)
-    print(f"plain DataLoader loop: {plain:.2f} images/s (before {statistics.median(before):.2f}, ", end="")
-    print(f"after {statistics.median(after):.2f})\nRay path: {path:.2f} images/s\nratio: {path / plain:.3f}")
+    plain = PlainLoop(balanced, config)
+    plain.epoch()
+    before, ratios = plain.epoch(), []
+    for number in range(1, arguments.rounds + 1):
+        ours, after = ray_rate(table, config), plain.epoch()
+        ratios.append(ours / statistics.mean([before, after]))
+        print(
+            f"round {number}: plain {before:.2f} before and {after:.2f} after, Ray path {ours:.2f} images/s: "
+            f"ratio {ratios[-1]:.3f}",
+            flush=True,
+        )
+        before = after
+    print(f"ratio, median of {arguments.rounds} rounds: {statistics.median(ratios):.3f}")
 
 
 if __name__ == "__main__":
