@@ -10,8 +10,9 @@ archives and the service cannot drift apart. Nothing in a bundle is ever unpickl
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -24,7 +25,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torchvision.models import ResNet
 
-from bcd import image, model, storage, transform
+from bcd import cam, image, model, storage, transform
 from bcd.errors import BundleError
 from bcd.taxonomy import Target
 
@@ -46,6 +47,10 @@ class Card(BaseModel):
     input_width_px: int
     mean: tuple[float, float, float] = image.IMAGENET_MEAN
     std: tuple[float, float, float] = image.IMAGENET_STD
+    field_height_px: int
+    """Height of the usual training field in its own pixels: slides are tiled alike."""
+    field_width_px: int
+    """Width of the usual training field in its own pixels."""
     mpp: tuple[float, ...]
     """µm per pixel of the fields seen in training, where known."""
     magnifications: tuple[int, ...]
@@ -94,37 +99,45 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model ready to predict: `load` makes one."""
+    """A model ready to predict: `load` makes one. Its batch norms are folded into the convolutions."""
 
     card: Card
     model_id: str
     network: ResNet
+    features: Callable[[torch.Tensor], torch.Tensor]
     device: torch.device
     precision: str
 
-    @property
-    def evidence_size(self) -> tuple[int, int]:
-        """Height and width of the evidence maps in cells."""
-        return (
-            -(-self.card.input_height_px // model.STRIDE_PX),
-            -(-self.card.input_width_px // model.STRIDE_PX),
-        )
+    def evidence_size(self, layer: str = cam.LAYERS[-1]) -> tuple[int, int]:
+        """Height and width in cells of the maps over a layer's features."""
+        stride = model.STRIDE_PX >> (len(cam.LAYERS) - 1 - cam.LAYERS.index(layer))
+        return -(-self.card.input_height_px // stride), -(-self.card.input_width_px // stride)
 
     def fit(self, pixels: np.ndarray) -> np.ndarray:
         """Bring a decoded picture (h, w, 3) into the input size (height, width, 3); both uint8 RGB."""
         return image.fit(pixels, self.card.input_height_px, self.card.input_width_px)
 
     @torch.inference_mode()
-    def predict(self, images: np.ndarray) -> Prediction:
+    def predict(
+        self, images: np.ndarray, method: str = cam.CLOSED_FORM, layer: str = cam.LAYERS[-1]
+    ) -> Prediction:
         """Predict a batch.
 
         Args:
             images: uint8 (n, height, width, 3) RGB from `fit`.
+            method: of the evidence: the closed form, or one of `cam.METHODS`; with these `evidence_bias` is
+                NaN, because their maps do not add up to the log-odds.
+            layer: whose features a method of `cam.METHODS` explains.
         """
         batch = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
         batch = transform.normalise(batch, self.card.mean, self.card.std)
+        batch = batch.contiguous(memory_format=torch.channels_last)
         with model.autocast(self.device, self.precision):
-            output = model.forward(self.network, batch.contiguous(memory_format=torch.channels_last))
+            output = model.explained(self.network, self.features(batch))
+        evidence, bias = output.evidence.cpu(), output.evidence_bias.cpu()
+        if method != cam.CLOSED_FORM:
+            evidence = cam.explain(self.network, batch, method, layer, output.logit.argmax(1))
+            bias = torch.full_like(bias, torch.nan)
         logit = output.logit.cpu()
         probability = model.probability(logit, self.card.temperature)
         malignant = model.probability_malignant(probability, self.card.classes)
@@ -133,8 +146,8 @@ class Bundle:
             probability.numpy(),
             malignant.numpy(),
             self._decide(probability, malignant),
-            output.evidence.cpu().numpy(),
-            output.evidence_bias.cpu().numpy(),
+            evidence.numpy(),
+            bias.numpy(),
         )
 
     def predict_files(self, contents: Sequence[bytes]) -> Prediction:
@@ -174,13 +187,16 @@ def is_complete(uri: str) -> bool:
     return storage.exists(storage.join(uri, CARD))
 
 
-def load(uri: str, device: str | torch.device | None = None, precision: str = "float32") -> Bundle:
+def load(
+    uri: str, device: str | torch.device | None = None, precision: str = "float32", compiled: bool = False
+) -> Bundle:
     """Load a bundle from a local folder, s3:// or gs://, ready to predict.
 
     Args:
         uri: of the bundle.
         device: by default the GPU where there is one.
         precision: `float32` (the same numbers everywhere), `bfloat16`, or `auto`.
+        compiled: spend a minute on compiling, at the first batch, for batches of one size.
 
     Raises:
         BundleError: no bundle is there, or it is damaged.
@@ -194,8 +210,9 @@ def load(uri: str, device: str | torch.device | None = None, precision: str = "f
     except (SafetensorError, RuntimeError) as error:
         raise BundleError(f"{uri}: {WEIGHTS} is damaged or of another model: {error}") from error
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = network.eval().to(where).to(memory_format=torch.channels_last)
-    return Bundle(card, model_id(weights, card), network, where, precision)
+    network = model.fold(network).to(where).to(memory_format=torch.channels_last).requires_grad_(False)
+    features = model.compiled_features(network) if compiled else partial(model.features, network)
+    return Bundle(card, model_id(weights, card), network, features, where, precision)
 
 
 def read_card(uri: str) -> Card:
@@ -214,6 +231,16 @@ def read_card(uri: str) -> Card:
         return Card.model_validate(content)
     except (json.JSONDecodeError, ValidationError, AttributeError) as error:
         raise BundleError(f"{uri}: {CARD} is not a valid model card: {error}") from error
+
+
+def identify(uri: str) -> str:
+    """The `model_id` of the bundle at a URI.
+
+    Raises:
+        BundleError: no bundle is there, or it is damaged.
+    """
+    card = read_card(uri)
+    return model_id(storage.read_bytes(storage.join(uri, WEIGHTS)), card)
 
 
 def model_id(weights: bytes, card: Card) -> str:

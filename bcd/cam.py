@@ -4,14 +4,45 @@ For a network that ends in global average pooling and one linear layer, Grad-CAM
 equals CAM up to a positive factor (Selvaraju et al., arXiv 1610.02391). So one product over the features
 of the forward pass gives the map, without a backward pass. Maps are kept raw and signed: their mean plus
 the bias is the log-odds, which makes every row check itself.
+
+Every other method and layer goes through pytorch-grad-cam, which costs a backward pass or many forward ones.
 """
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
 import torch
+from torch import Tensor
+from torchvision.models import ResNet
+
+from bcd import image, schema, storage
+from bcd import overlay as drawing
+from bcd.errors import DataError
+
+# Name for `--cam` -> class of pytorch_grad_cam. Signed are gradcam, hirescam, xgradcam and ablationcam.
+# gradcam++, layercam and scorecam show only what speaks for the explained class (of two: malignant), and
+# eigencam the strongest pattern of the features, whatever it speaks for and with a sign by chance.
+METHODS = {
+    "gradcam": "GradCAM",
+    "gradcam++": "GradCAMPlusPlus",
+    "layercam": "LayerCAM",
+    "eigencam": "EigenCAM",
+    "xgradcam": "XGradCAM",
+    "hirescam": "HiResCAM",
+    "scorecam": "ScoreCAM",
+    "ablationcam": "AblationCAM",
+}
+# A cell of the last layer covers this many pixels of the network's input.
+STRIDE_PX = 32
+# The name of our own method, `evidence`, in `--cam`.
+CLOSED_FORM = "evidence"
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
-def evidence(
-    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, predicted: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def evidence(features: Tensor, weight: Tensor, bias: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
     """Evidence maps of a batch.
 
     Two classes: the map of `w_1 - w_0`, so that mean + bias is the log-odds of class 1 (malignant).
@@ -34,3 +65,108 @@ def evidence(
         contrast = weight[predicted] - weight.mean(0)
         offset = bias[predicted] - bias.mean()
     return torch.einsum("nkhw,nk->nhw", features, contrast), offset
+
+
+def explain(network: ResNet, images: Tensor, method: str, layer: str, predicted: Tensor) -> Tensor:
+    """Maps of a batch by a method of pytorch-grad-cam, for the same target as `evidence`.
+
+    Raw: before ReLU, min-max scaling and enlarging. `gradcam` on `layer4` is `evidence` over h * w.
+
+    Args:
+        network: from `bcd.model.build`, in evaluation mode; is left as it was.
+        images: (n, 3, height, width), normalised.
+        method: one of `METHODS`.
+        layer: one of `LAYERS`.
+        predicted: (n,) index of the predicted class; used with more than two classes.
+
+    Returns:
+        float32 (n, h, w) on the CPU, as large as the features of the layer.
+    """
+    # Score-CAM holds a masked copy of the picture for every channel: 2 GB for one field.
+    size = 1 if method == "scorecam" else len(images)
+    parts = zip(images.split(size), predicted.split(size), strict=True)
+    return torch.cat([_explain(network, part, method, layer, chosen) for part, chosen in parts])
+
+
+def _explain(network: ResNet, images: Tensor, method: str, layer: str, predicted: Tensor) -> Tensor:
+    # Imported here: it takes seconds.
+    import pytorch_grad_cam
+
+    target_layer = network.get_submodule(layer)
+    tool = getattr(pytorch_grad_cam, METHODS[method])(network, [target_layer])
+    hooks = tool.activations_and_grads
+    hooks.detach = False
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            # The features need a graph even below frozen weights; autograd goes back to them and no further,
+            # and leaves no gradients in the weights.
+            images = images.clone().requires_grad_()
+            logit = hooks(images)
+            features = hooks.activations[0]
+            targets = [partial(_score, predicted=index) for index in predicted.tolist()]
+            scores = torch.stack([target(row) for target, row in zip(targets, logit, strict=True)])
+            (gradient,) = torch.autograd.grad(scores.sum(), features)
+            activations, gradients = (t.detach().float().cpu().numpy() for t in (features, gradient))
+    finally:
+        hooks.release()
+    found = tool.get_cam_image(images.detach(), target_layer, targets, activations, gradients, False)
+    maps = torch.from_numpy(found).float()
+    if method == "ablationcam":
+        # It weighs by the lost share of the score; times the score, the sign is that of the evidence.
+        maps *= scores.detach().cpu()[:, None, None]
+    return maps
+
+
+def _score(logit: Tensor, predicted: int) -> Tensor:
+    """What a map explains, from the logits (classes,) of one image: see `evidence`."""
+    return logit[1] - logit[0] if len(logit) == 2 else logit[predicted] - logit.mean()
+
+
+def overlay(
+    row: Mapping[str, Any],
+    pixels: np.ndarray | None = None,
+    limit: float = drawing.LIMIT,
+    input_height_px: int | None = None,
+    input_width_px: int | None = None,
+) -> np.ndarray:
+    """Draw the evidence of one row of the predictions table over its picture.
+
+    Args:
+        row: of the table, as from `to_pylist` or pandas.
+        pixels: uint8 (H, W, 3) RGB; by default read from the row's URI. A slide's tile needs them.
+        limit: log-odds per cell at full colour; say it beside the picture.
+        input_height_px: of the network's input, from the model's card; by default 32 for each cell, which
+            fits a map of the last layer where the input is a multiple of 32.
+        input_width_px: likewise.
+
+    Returns:
+        uint8 (H, W, 3), see `bcd.overlay`.
+
+    Raises:
+        DataError: the row is an error, or a tile without `pixels`, or the picture has changed since.
+        ImageError: the picture cannot be decoded.
+        StorageError: it cannot be read.
+    """
+    if not pd.isna(row[schema.ERROR]):
+        raise DataError(f"{row[schema.IMAGE_ID]}: was not scored ({row[schema.ERROR]}), so has no evidence")
+    height, width = int(row[schema.EVIDENCE_HEIGHT]), int(row[schema.EVIDENCE_WIDTH])
+    return drawing.overlay(
+        _read(row) if pixels is None else pixels,
+        np.reshape(row[schema.EVIDENCE], (height, width)),
+        limit,
+        input_height_px or height * STRIDE_PX,
+        input_width_px or width * STRIDE_PX,
+    )
+
+
+def _read(row: Mapping[str, Any]) -> np.ndarray:
+    """Decode the picture of a row, uint8 (H, W, 3)."""
+    if not pd.isna(row[schema.X_LEVEL0_PX]):
+        raise DataError(f"{row[schema.IMAGE_ID]}: is a tile of a slide; give its pixels")
+    pixels = image.decode(storage.read_bytes(row[schema.URI]))
+    if pixels.shape[:2] != (row[schema.HEIGHT_PX], row[schema.WIDTH_PX]):
+        raise DataError(
+            f"{row[schema.IMAGE_ID]}: is {pixels.shape[1]} x {pixels.shape[0]} px, but "
+            f"{row[schema.WIDTH_PX]} x {row[schema.HEIGHT_PX]} px were scored"
+        )
+    return pixels

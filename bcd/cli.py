@@ -15,12 +15,12 @@ def main(config_type: type[Config], pipeline: str, doc: str | None) -> None:
     The pipeline is named and not given, so that Ray and torch, seconds of work, are imported only once the
     flags are known to be right.
 
-    Exit code 0 on success; 2 with one sentence on anything the user can put right. Other faults keep
-    their stack trace.
+    Exit code 0 on success; 2 with one sentence on anything the user can put right; 1 where books do not
+    balance. Other faults keep their stack trace.
     """
     config = tyro.cli(config_type, description=doc)
     try:
         import_module(f"bcd.pipelines.{pipeline}").run(config)
     except BcdError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)

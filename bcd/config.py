@@ -152,7 +152,7 @@ class TrainConfig(Config):
 
 
 # Where and with how much a run is carried out; all other settings decide its result.
-OPERATIONAL = frozenset({"output", "name", "num_workers", "device", "max_failures"})
+OPERATIONAL = frozenset({"output", "name", "num_workers", "device", "max_failures", "max_workers"})
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -182,6 +182,70 @@ class EvaluateConfig(Config):
 
     precision: Precision = "float32"
     """float32 gives the same numbers everywhere; bfloat16 is faster."""
+
+
+class ScoreConfig(Config):
+    """Score every image and slide of an archive once, with an evidence map on each row, to Parquet.
+
+    The same command again goes on where it was stopped, and takes up files that were added.
+    """
+
+    model: str
+    """The model bundle: a local folder, s3:// or gs://."""
+
+    input: str
+    """A folder of images (PNG, JPEG, TIFF) and whole slides (SVS, NDPI, MRXS, SCN, BIF, DICOM, pyramidal
+    TIFF), mixed as they come, or a CSV or Parquet manifest with a column uri: local, s3:// or gs://."""
+
+    output: str
+    """Folder for the table, the slides' pictures and the gallery: local, s3:// or gs://."""
+
+    cam: Literal[
+        "evidence",
+        "gradcam",
+        "gradcam++",
+        "layercam",
+        "eigencam",
+        "xgradcam",
+        "hirescam",
+        "scorecam",
+        "ablationcam",
+    ] = "evidence"
+    """evidence: the closed form, free with the forward pass, its mean plus evidence_bias is the log-odds.
+    Others: that method of pytorch-grad-cam, raw, at many times the cost."""
+
+    cam_layer: Literal["layer1", "layer2", "layer3", "layer4"] = "layer4"
+    """Which features --cam explains; the closed form knows layer4 only."""
+
+    overlays: Literal["none", "png"] = "none"
+    """png: each row also carries its picture with the map laid over it (about 100 KB a row)."""
+
+    mpp: float | None = Field(default=None, gt=0)
+    """µm per pixel of the slides that do not say it themselves."""
+
+    tile_mpp: float | None = Field(default=None, gt=0)
+    """µm per pixel at which slides are tiled; by default that of the model's training fields (the coarsest)."""
+
+    min_tissue: float = Field(default=0.25, ge=0, le=1)
+    """Share of a tile that must be tissue; tiles with less are counted as background and not scored."""
+
+    precision: Precision = "float32"
+    """float32 gives the same numbers everywhere; bfloat16 is several times faster on fitting hardware."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Images per forward pass."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the network first: a minute that pays on long archives. auto: from 20,000 files, or on slides."""
+
+    max_workers: int | None = Field(default=None, ge=1)
+    """Most model workers at a time; by default one per GPU, else one per four CPUs."""
+
+    @model_validator(mode="after")
+    def _closed_form_knows_the_last_layer(self) -> "ScoreConfig":
+        if self.cam == "evidence" and self.cam_layer != "layer4":
+            raise ValueError(f"--cam-layer {self.cam_layer} needs another --cam, such as gradcam or layercam")
+        return self
 
 
 class DemoConfig(Config):

@@ -6,7 +6,8 @@
     ├── LeakageError      the same patient, case, slide or picture on two sides of a split
     ├── BundleError       weights or a model bundle that cannot be used
     ├── ResourceError     more CPUs or GPUs asked for than there are
-    └── StorageError      a place that cannot be read or written
+    ├── StorageError      a place that cannot be read or written
+    └── IncompleteError   inputs that ended in neither a result nor an error; exit code 1
 
 Anything else is a fault of ours and keeps its stack trace.
 """
@@ -14,6 +15,8 @@ Anything else is a fault of ours and keeps its stack trace.
 
 class BcdError(Exception):
     """A sentence for the user: names the offender and says what was expected."""
+
+    exit_code = 2
 
 
 class ConfigError(BcdError, ValueError):
@@ -41,3 +44,9 @@ class ResourceError(BcdError):
 
 class StorageError(BcdError):
     """A URI cannot be read or written."""
+
+
+class IncompleteError(BcdError):
+    """A job ran to its end and its books do not balance: the same command goes on."""
+
+    exit_code = 1

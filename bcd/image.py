@@ -94,6 +94,13 @@ def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return result
 
 
+def png(pixels: np.ndarray) -> bytes:
+    """Encode uint8 (h, w, 3) RGB as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def placement(height: int, width: int, into_height: int, into_width: int) -> tuple[int, int, int, int]:
     """Where `fit` puts a picture: top, left, height and width in pixels of the input."""
     scale = min(into_height / height, into_width / width)

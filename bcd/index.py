@@ -88,7 +88,7 @@ def _row_from_folders(data: str, file: storage.File) -> dict[str, Any]:
 
 
 def _from_manifest(data: str) -> pa.Table:
-    frame = _read_frame(data)
+    frame = read_frame(data)
     if schema.URI not in frame:
         raise DataError(f"{data}: no column {schema.URI!r}; it has {', '.join(frame.columns)}")
     if schema.TUMOR_CLASS not in frame and schema.SUBTYPE not in frame:
@@ -104,7 +104,8 @@ def _from_manifest(data: str) -> pa.Table:
     return _table(rows)
 
 
-def _read_frame(data: str) -> pd.DataFrame:
+def read_frame(data: str) -> pd.DataFrame:
+    """A CSV or Parquet manifest; an empty cell is missing, everything else in a CSV is text."""
     content = io.BytesIO(storage.read_bytes(data))
     try:
         if data.lower().endswith(".parquet"):
@@ -130,15 +131,25 @@ def _row_from_manifest(data: str, line: int, row: dict[Any, Any], root: str) -> 
         raise DataError(f"{where}: subtype {subtype} is {SUBTYPES[subtype].tumor_class}, not {tumor_class}")
     return {
         **{name: str(known[name]) for name in (schema.PATIENT, schema.CASE, schema.SLIDE) if name in known},
-        **_scale(known, where),
+        **scale(known, where),
         schema.IMAGE_ID: str(known.get(schema.IMAGE_ID, uri)),
-        schema.URI: uri if storage.is_remote(uri) or uri.startswith("/") else storage.join(root, uri),
+        schema.URI: absolute(uri, root),
         schema.TUMOR_CLASS: tumor_class,
         schema.SUBTYPE: subtype,
     }
 
 
-def _scale(known: dict[str, Any], where: str) -> dict[str, Any]:
+def absolute(uri: str, root: str) -> str:
+    """The URI of a manifest row: relative ones are below the manifest's own folder."""
+    return uri if storage.is_remote(uri) or uri.startswith("/") else storage.join(root, uri)
+
+
+def scale(known: dict[str, Any], where: str) -> dict[str, Any]:
+    """Magnification and µm/px of a manifest row.
+
+    Raises:
+        DataError: one of them is no number, or a magnification that BreaKHis does not have.
+    """
     try:
         magnification = int(known[schema.MAGNIFICATION]) if schema.MAGNIFICATION in known else None
         mpp = float(known[schema.MPP]) if schema.MPP in known else None

@@ -36,7 +36,14 @@ ERROR = "error"
 ERROR_MESSAGE = "error_message"
 MODEL_ID = "model_id"
 BCD_VERSION = "bcd_version"
+OVERLAY = "overlay"
 EPOCH = "epoch"
+TILES = "tiles"
+BACKGROUND_TILES = "background_tiles"
+ERROR_TILES = "error_tiles"
+TISSUE_AREA_MM2 = "tissue_area_mm2"
+MALIGNANT_TILE_SHARE = "malignant_tile_share"
+QUANTILES = {f"probability_q{round(100 * q):02}": q for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
 
 # Rows, not pixels. `size_bytes` comes free with a listing: only files of equal size can be equal,
 # so exact duplicates are found by hashing a handful of files instead of the whole archive.
@@ -62,9 +69,50 @@ SPLIT = pa.schema([*INDEX, pa.field(PART, pa.string(), nullable=False)])
 # Which images an epoch showed to the training workers, once per showing.
 EXPOSURE = pa.schema([(EPOCH, pa.int32()), (IMAGE_ID, pa.string())])
 
+# One row per picture that the network is to see: a whole field, or a tile of a slide (x and y are set).
+# A row that already has an error is not read; it goes through to the predictions.
+READING = pa.schema(
+    [
+        pa.field(IMAGE_ID, pa.string(), nullable=False),
+        pa.field(URI, pa.string(), nullable=False),
+        (SLIDE, pa.string()),
+        (PATIENT, pa.string()),
+        (X_LEVEL0_PX, pa.int64()),
+        (Y_LEVEL0_PX, pa.int64()),
+        (MPP, pa.float32()),
+        (WIDTH_PX, pa.int32()),
+        (HEIGHT_PX, pa.int32()),
+        (ERROR, pa.string()),
+        (ERROR_MESSAGE, pa.string()),
+    ]
+)
 
-def predictions(evidence_height: int, evidence_width: int) -> pa.Schema:
-    """Schema of the predictions table for evidence maps of the given size (cells, not pixels)."""
+# One row per whole slide of an archive. `tiles` are those with tissue, scored or in error.
+SLIDES = pa.schema(
+    [
+        pa.field(SLIDE, pa.string(), nullable=False),
+        pa.field(URI, pa.string(), nullable=False),
+        (PATIENT, pa.string()),
+        (WIDTH_PX, pa.int64()),
+        (HEIGHT_PX, pa.int64()),
+        (MPP, pa.float32()),
+        (TILES, pa.int64()),
+        (BACKGROUND_TILES, pa.int64()),
+        (ERROR_TILES, pa.int64()),
+        (TISSUE_AREA_MM2, pa.float64()),
+        (MALIGNANT_TILE_SHARE, pa.float64()),
+        *[(name, pa.float32()) for name in QUANTILES],
+        (ERROR, pa.string()),
+        (ERROR_MESSAGE, pa.string()),
+    ]
+)
+
+
+def predictions(evidence_height: int, evidence_width: int, overlays: bool = False) -> pa.Schema:
+    """Schema of the predictions table for evidence maps of the given size (cells, not pixels).
+
+    With overlays, a last column holds a PNG of each picture with its map laid over it.
+    """
     evidence = pa.list_(pa.float32(), evidence_height * evidence_width)
     return pa.schema(
         [
@@ -90,5 +138,6 @@ def predictions(evidence_height: int, evidence_width: int) -> pa.Schema:
             (ERROR_MESSAGE, pa.string()),
             pa.field(MODEL_ID, pa.string(), nullable=False),
             pa.field(BCD_VERSION, pa.string(), nullable=False),
+            *([(OVERLAY, pa.binary())] if overlays else []),
         ]
     )

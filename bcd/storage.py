@@ -7,6 +7,7 @@ turns an operating system or network error into a `StorageError` that names the 
 
 import os
 import posixpath
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from bcd.errors import StorageError
 
 # Requests in flight per process: hides the latency of an object store, and is harmless on a disk.
 READ_THREADS = 8
+# Ends the name of a file that is being written; one that a kill left behind is nobody's.
+ASIDE = ".part"
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,14 @@ def list_files(uri: str) -> list[File]:
     return sorted(files, key=lambda file: file.path)
 
 
+def list_files_if_any(uri: str) -> list[File]:
+    """The same, and nothing where there is no such folder."""
+    filesystem, root = resolve(uri)
+    with _naming(uri, "list it"):
+        found = filesystem.get_file_info(root).type == fs.FileType.Directory
+    return list_files(uri) if found else []
+
+
 def sizes(uris: Sequence[str]) -> list[int | None]:
     """Size of each file in bytes, `None` where there is no file."""
     filesystem_paths = [resolve(uri) for uri in uris]
@@ -127,10 +138,17 @@ def read_bytes(uri: str) -> bytes:
         return stream.read()
 
 
+def download(uri: str, path: Path) -> None:
+    """Copy one file to the local disk, in pieces: a slide may be larger than memory."""
+    filesystem, source = resolve(uri)
+    with _naming(uri, "read it"), filesystem.open_input_stream(source) as stream, path.open("wb") as target:
+        shutil.copyfileobj(stream, target, 2**22)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write one file whole or not at all: aside and moved on a disk, one PUT on an object store."""
     filesystem, path = resolve(uri)
-    aside = path if is_remote(uri) else f"{path}.{uuid.uuid4().hex}.part"
+    aside = path if is_remote(uri) else f"{path}.{uuid.uuid4().hex}{ASIDE}"
     with _naming(uri, "write it"):
         if not is_remote(uri):
             filesystem.create_dir(posixpath.dirname(path), recursive=True)
@@ -155,6 +173,13 @@ def delete_folder(uri: str) -> None:
             filesystem.delete_dir(path)
 
 
+def delete_file(uri: str) -> None:
+    """Remove one file."""
+    filesystem, path = resolve(uri)
+    with _naming(uri, "delete it"):
+        filesystem.delete_file(path)
+
+
 def check_writable(uri: str) -> None:
     """Write and delete a small file below the URI, so that a run fails before its work and not after.
 
@@ -163,6 +188,4 @@ def check_writable(uri: str) -> None:
     """
     probe = join(uri, f".bcd-write-test-{uuid.uuid4().hex}")
     write_bytes(probe, b"bcd")
-    filesystem, path = resolve(probe)
-    with _naming(probe, "delete it"):
-        filesystem.delete_file(path)
+    delete_file(probe)

@@ -18,6 +18,8 @@ def card(**changes):
         "classes": ("benign", "malignant"),
         "input_height_px": 64,
         "input_width_px": 96,
+        "field_height_px": 460,
+        "field_width_px": 700,
         "mpp": (0.49,),
         "magnifications": (40,),
         "protocol": "case",

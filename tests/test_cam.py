@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from pytorch_grad_cam import GradCAM
 
-from bcd import cam, model, transform
+from bcd import cam, image, model, schema, storage, transform
+from bcd import overlay as drawing
+from bcd.errors import DataError
 from tests import pictures
 
 
@@ -72,3 +76,170 @@ def test_a_map_is_large_where_the_features_are():
     assert maps[0, 1, 2] == 12.0
     assert maps.sum() == 12.0
     assert bias.item() == 0.5
+
+
+def explain(network, images, method, layer):
+    return cam.explain(network, images, method, layer, torch.zeros(len(images), dtype=torch.long))
+
+
+@pytest.fixture(scope="module")
+def closed(network):
+    """The closed form of the batch, and the features and contrast it was made from; float32 arrays."""
+    with torch.inference_mode():
+        features = model.features(network, inputs()).numpy()
+        evidence = model.forward(network, inputs()).evidence.numpy()
+    weight = network.fc.weight.detach().numpy()
+    return evidence, features, weight[1] - weight[0]
+
+
+@pytest.mark.parametrize("method", ["gradcam", "hirescam", "xgradcam"])
+def test_signed_methods_equal_the_closed_form_on_the_last_layer(method, network, closed):
+    maps = explain(network, inputs(), method, "layer4")
+    assert maps.dtype == torch.float32
+    # Their mean gradient is the weight over the number of cells, 3 x 5.
+    np.testing.assert_allclose(15 * maps.numpy(), closed[0], atol=1e-4)
+
+
+def test_layercam_keeps_what_speaks_for_class_1(network, closed):
+    _, features, contrast = closed
+    expected = np.einsum("nkhw,k->nhw", features, np.maximum(contrast, 0)) / 15
+    np.testing.assert_allclose(explain(network, inputs(), "layercam", "layer4"), expected, atol=1e-5)
+
+
+def test_gradcam_plus_plus_weighs_by_its_equation_19(network, closed):
+    _, features, contrast = closed
+    g, total = contrast / 15, features.sum((2, 3))
+    alpha = g**2 / (2 * g**2 + total * g**3 + 1e-6)  # the tool's own epsilon
+    expected = np.einsum("nkhw,nk->nhw", features, 15 * np.maximum(g, 0) * alpha)
+    found = explain(network, inputs(), "gradcam++", "layer4").numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_eigencam_is_the_first_principal_component(network, closed):
+    cells = closed[1][0].reshape(2048, -1)
+    strongest = np.linalg.svd(cells - cells.mean(1, keepdims=True), compute_uv=False)[0]
+    first = explain(network, inputs(1), "eigencam", "layer4")[0].numpy()
+    assert np.linalg.norm(first) == pytest.approx(strongest, rel=1e-4)
+    assert abs(first.mean()) < 1e-4 * strongest
+
+
+def test_scorecam_is_a_weighted_mean_of_the_channels(network):
+    small = inputs(2)[:, :, :64, :64]
+    features = network.layer1(network.maxpool(network.relu(network.bn1(network.conv1(small))))).detach()
+    maps = explain(network, small, "scorecam", "layer1")
+    assert maps.shape == (2, 16, 16)
+    assert (maps >= features.amin(1) - 1e-5).all()
+    assert (maps <= features.amax(1) + 1e-5).all()
+
+
+def test_ablationcam_weighs_each_channel_by_what_the_log_odds_lose_without_it():
+    """On the last layer that is the weight times the channel's mean, whatever the sign of the log-odds."""
+    network = model.build(2, seed=3).eval()
+    network.fc.bias.data[0] += 9
+    small = inputs(1)[:, :, :33, :33]
+    output, features = model.forward(network, small), model.features(network, small).detach().numpy()
+    assert output.logit[0, 1] < output.logit[0, 0]
+    contrast = (network.fc.weight[1] - network.fc.weight[0]).detach().numpy()
+    expected = np.einsum("nkhw,nk->nhw", features, contrast * features.mean((2, 3)))
+    found = explain(network, small, "ablationcam", "layer4").numpy()
+    assert found.shape == (1, 2, 2)
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"), [*zip(cam.LAYERS, [(24, 36), (12, 18), (6, 9), (3, 5)], strict=True)]
+)
+def test_a_map_is_as_large_as_the_features_of_its_layer(layer, size, network):
+    maps = explain(network, inputs(), "gradcam", layer)
+    assert maps.shape == (3, *size)
+    assert maps.std() > 0
+
+
+def test_more_classes_explain_the_centred_logit_of_the_class_given():
+    network = model.build(8, seed=4).eval()
+    given = torch.tensor([5, 0, 2])
+    features = model.features(network, inputs()).detach()
+    expected, _ = cam.evidence(features, network.fc.weight, network.fc.bias, given)
+    found = 15 * cam.explain(network, inputs(), "gradcam", "layer4", given)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["gradcam", "eigencam", "ablationcam"])
+def test_explaining_leaves_the_network_as_it_was(method):
+    network = model.build(2, seed=3).eval().requires_grad_(False)
+    layers = dict(network.named_modules())
+    with torch.inference_mode():
+        maps = explain(network, inputs(2)[:, :, :32, :32], method, "layer3")
+    assert maps.shape == (2, 2, 2)
+    assert dict(network.named_modules()) == layers
+    assert not any(module._forward_hooks for module in layers.values())
+    assert all(weight.grad is None and not weight.requires_grad for weight in network.parameters())
+
+
+@pytest.mark.real
+def test_the_closed_form_on_real_fields_and_weights(real_data):
+    paths = sorted(map(str, (real_data / "breakhis").rglob("*.png")))[::10][:8]
+    weights = model.pretrained(str(real_data / "weights" / "resnet50_imagenet.safetensors"))
+    network = model.build(2, weights).eval()
+    fields = np.stack([image.fit(image.decode(storage.read_bytes(path)), 224, 336) for path in paths])
+    images = transform.normalise(torch.from_numpy(fields).permute(0, 3, 1, 2))
+    with torch.inference_mode():
+        ours = model.forward(network, images).evidence.numpy()
+    assert len(ours) == 8
+    theirs = explain(network, images, "gradcam", "layer4").numpy()
+    np.testing.assert_allclose(7 * 11 * theirs, ours, atol=1e-3 * np.abs(ours).max())
+    np.testing.assert_allclose(scaled(theirs), scaled(ours), atol=1e-3)
+
+
+def row(path):
+    """A row of the predictions table, with a map of 3 x 5 cells: an input of 96 x 160 px."""
+    evidence = np.linspace(-6, 6, 15, dtype=np.float32)
+    return {
+        schema.IMAGE_ID: "a.png",
+        schema.URI: str(path),
+        schema.X_LEVEL0_PX: None,
+        schema.HEIGHT_PX: 46,
+        schema.WIDTH_PX: 70,
+        schema.EVIDENCE: evidence.tolist(),
+        schema.EVIDENCE_HEIGHT: 3,
+        schema.EVIDENCE_WIDTH: 5,
+        schema.ERROR: None,
+    }
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "a.png"
+    path.write_bytes(pictures.encode(pictures.gradient()))
+    return path
+
+
+def test_a_row_is_drawn_over_the_picture_it_names(picture):
+    evidence = np.reshape(row(picture)[schema.EVIDENCE], (3, 5))
+    expected = drawing.overlay(pictures.gradient(), evidence, 4, 96, 160)
+    np.testing.assert_array_equal(cam.overlay(row(picture)), expected)
+    expected = drawing.overlay(pictures.gradient(), evidence, 9, 90, 150)
+    np.testing.assert_array_equal(cam.overlay(row(picture), None, 9, 90, 150), expected)
+    # As pandas gives it, where a missing number is NaN.
+    missing = row(picture) | {schema.X_LEVEL0_PX: float("nan"), schema.ERROR: float("nan")}
+    np.testing.assert_array_equal(cam.overlay(missing), cam.overlay(row(picture)))
+
+
+def test_a_tile_is_drawn_over_the_pixels_given(picture):
+    tile = row(picture) | {schema.X_LEVEL0_PX: 0}
+    with pytest.raises(DataError, match="give its pixels"):
+        cam.overlay(tile)
+    np.testing.assert_array_equal(cam.overlay(tile, pictures.gradient()), cam.overlay(row(picture)))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({schema.ERROR: "truncated"}, r"not scored \(truncated\)"), ({schema.WIDTH_PX: 71}, "71 x 46 px were")],
+)
+def test_a_row_without_its_map_or_picture_is_named(change, reason, picture):
+    with pytest.raises(DataError, match=f"a.png: .*{reason}"):
+        cam.overlay(row(picture) | change)
+
+
+def test_the_stride_is_the_network_s():
+    assert cam.STRIDE_PX == model.STRIDE_PX

@@ -4,6 +4,8 @@ import logging
 import os
 import re
 import socket
+import sys
+from dataclasses import dataclass
 
 import ray
 import torch
@@ -16,6 +18,8 @@ from bcd.errors import ResourceError
 
 # Ray Data needs a CPU of its own beside the training workers; without one a run would wait for ever.
 DATA_CPUS = 1
+# More threads on one small batch gain little.
+CPUS_PER_MODEL = 4
 CONNECT_TIMEOUT_S = 20
 
 
@@ -39,7 +43,7 @@ def _init() -> None:
         _join(address)
     else:
         # Never a cluster that merely happens to run here: two jobs on one small machine starve each other.
-        ray.init(address="local", num_cpus=max(1 + DATA_CPUS, _cores()), logging_level=logging.WARNING)
+        ray.init(address="local", num_cpus=max(1 + DATA_CPUS, cores()), logging_level=logging.WARNING)
 
 
 def _join(address: str) -> None:
@@ -57,10 +61,11 @@ def _join(address: str) -> None:
 
 def share_cores(local_workers: int) -> None:
     """Let this many workers of a machine share its cores; Ray gives each one thread per CPU held."""
-    torch.set_num_threads(max(1, _cores() // local_workers))
+    torch.set_num_threads(max(1, cores() // local_workers))
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores of this machine that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -88,3 +93,33 @@ def scaling(config: TrainConfig) -> ScalingConfig:
             f"but the cluster has {have['CPU']:g}; lower --num-workers or start Ray with more --num-cpus"
         )
     return ScalingConfig(num_workers=low if low == high else (low, high), use_gpu=use_gpu)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Actors that each hold a model: at most `size`, each with these resources and threads."""
+
+    size: int
+    threads: int
+    num_cpus: int
+    num_gpus: int
+
+
+def model_workers(limit: int | None = None) -> Pool:
+    """One model per GPU; without GPUs one per four CPUs of a node, or per smaller node.
+
+    A CPU stays free for what runs beside the models (planning slides, cutting blocks): with none, Ray Data
+    would wait for ever.
+
+    Args:
+        limit: at most so many.
+    """
+    have = capacity()
+    most = limit or sys.maxsize
+    if have["GPU"] >= 1:
+        return Pool(min(int(have["GPU"]), most), threads=1, num_cpus=1, num_gpus=1)
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    threads = min([n for n in nodes if n] + [CPUS_PER_MODEL])
+    num_cpus, total = max(1, threads - 1), int(have["CPU"])
+    size = max(1, min(total // threads, (total - 1) // num_cpus))
+    return Pool(min(size, most), threads, num_cpus, 0)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from bcd import bundle, metrics, provenance, report, schema, storage
 from bcd.config import EvaluateConfig, TrainConfig
 from bcd.errors import DataError
-from bcd.pipelines import cluster, score
+from bcd.pipelines import cluster, predict, read
 from bcd.pipelines.prepare import Facts, class_counts, part_of, prepare
 
 PREDICTIONS, METRICS, REPORT, HISTORY = "predictions", "metrics.json", "report.html", "history.json"
@@ -59,8 +59,9 @@ def evaluate(
     test = part_of(table, TEST)
     print(f"scoring the test part: {len(test):,} images", flush=True)
     predictions_uri = storage.join(output, PREDICTIONS)
-    rows = score.predictions(test.select(schema.INDEX.names), model_uri, card, batch_size, precision)
-    score.write(rows, predictions_uri)
+    settings = predict.Settings(model_uri, precision, batch_size)
+    rows = predict.predictions(read.rows(predict.reading_rows(test)), settings)
+    predict.write(rows, predictions_uri)
     frame = _with_truth(predictions_uri, test)
     about = _about(card, frame, facts)
     measured = about | metrics.evaluate(frame, card.threshold, card.classes)
@@ -79,7 +80,7 @@ def _with_truth(predictions_uri: str, test: pa.Table) -> pd.DataFrame:
     """Predictions without their maps, beside what the index says of each image."""
     columns = [schema.IMAGE_ID, schema.PATIENT, schema.SLIDE, schema.LOGIT, schema.PROBABILITY]
     columns += [schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS, schema.ERROR, schema.MODEL_ID]
-    scored = score.read_back(predictions_uri, columns).to_pandas()
+    scored = predict.read_back(predictions_uri, columns).to_pandas()
     return scored.merge(test.select(list(TRUTH)).to_pandas(), on=schema.IMAGE_ID, validate="one_to_one")
 
 

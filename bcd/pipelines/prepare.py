@@ -27,6 +27,8 @@ class Facts(BaseModel):
     warnings: list[str]
     broken: list[str]
     quarantined: list[str]
+    field_height_px: int
+    field_width_px: int
 
 
 def prepare(config: TrainConfig) -> tuple[pa.Table, Facts]:
@@ -39,7 +41,7 @@ def prepare(config: TrainConfig) -> tuple[pa.Table, Facts]:
     table, warnings = index.read(config.data)
     table = index.select_magnifications(table, config.magnifications)
     fold = _fold(config)
-    table, broken = read.inspect(table)
+    table, broken, (height, width) = read.inspect(table)
     broken_named = read.check_bad_fraction(broken, len(table) + len(broken), config.max_bad_fraction)
     reasons: list[str] = []
     if config.quarantine:
@@ -55,6 +57,8 @@ def prepare(config: TrainConfig) -> tuple[pa.Table, Facts]:
         warnings=warnings,
         broken=broken_named,
         quarantined=reasons,
+        field_height_px=height,
+        field_width_px=width,
     )
     return parts, facts
 

@@ -5,8 +5,9 @@ through the driver.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ray.train import DataConfig
 
 from bcd import image, schema, storage
 from bcd.errors import BcdError, DataError, StorageError
+from bcd.pipelines import staging
 
 TRAIN, VALIDATION = "train", "validation"
 # One reading task decodes this many images: a quarter of a second of work, so that a training epoch has its
@@ -62,20 +64,9 @@ class SplitData(DataConfig):
 
 
 def images(dataset: Dataset, height_px: int, width_px: int, keep: Sequence[str]) -> Dataset:
-    """Read, decode and fit the image of every row.
-
-    Args:
-        dataset: rows with a `uri`.
-        height_px: of the network's input.
-        width_px: of the network's input.
-        keep: columns to carry along.
-
-    Returns:
-        A dataset with the kept columns, `image` uint8 (height, width, 3), `height_px` and `width_px` of
-        the original, and `error` and `error_message`, empty for a good image. A broken image is black.
-    """
+    """Read, decode and fit the image of every row, on CPU workers: see `pixels`."""
     return dataset.map_batches(
-        _read_batch,
+        pixels,
         fn_kwargs={"height_px": height_px, "width_px": width_px, "keep": list(keep)},
         batch_size=ROWS_PER_TASK,
         batch_format="pyarrow",
@@ -83,22 +74,41 @@ def images(dataset: Dataset, height_px: int, width_px: int, keep: Sequence[str])
     )
 
 
-def _read_batch(batch: pa.Table, height_px: int, width_px: int, keep: list[str]) -> dict[str, Any]:
-    pixels = np.zeros((len(batch), height_px, width_px, 3), np.uint8)
-    heights, widths = np.zeros(len(batch), np.int32), np.zeros(len(batch), np.int32)
+def pixels(
+    batch: pa.Table,
+    height_px: int,
+    width_px: int,
+    keep: Sequence[str],
+    threads: int = 1,
+    mpp: float | None = None,
+) -> dict[str, Any]:
+    """Read, decode and fit the picture of every row.
+
+    Args:
+        batch: rows with a `uri`; tiles also with the columns of `schema.READING`.
+        height_px: of the network's input.
+        width_px: of the network's input.
+        keep: columns to carry along.
+        threads: that decode.
+        mpp: µm per pixel of slides that do not say it.
+
+    Returns:
+        The kept columns, `image` uint8 (n, height, width, 3), `height_px` and `width_px` of the original,
+        and `error` and `error_message`, empty for a good picture. A broken one is black.
+    """
+    n = len(batch)
+    images = np.zeros((n, height_px, width_px, 3), np.uint8)
+    heights, widths = np.zeros(n, np.int32), np.zeros(n, np.int32)
     # Empty and not null for a good image: NumPy batches have no null for text.
-    errors, messages = [""] * len(batch), [""] * len(batch)
-    for i, content in enumerate(_contents(batch[schema.URI].to_pylist())):
-        try:
-            decoded = image.decode(_bytes(content))
-        except image.ImageError as error:
-            errors[i], messages[i] = error.code, error.message
-            continue
-        heights[i], widths[i] = decoded.shape[:2]
-        pixels[i] = image.fit(decoded, height_px, width_px)
+    errors, messages = [""] * n, [""] * n
+    for i, picture in enumerate(_pictures(batch.to_pylist(), threads, (height_px, width_px), mpp)):
+        if isinstance(picture, image.ImageError):
+            errors[i], messages[i] = picture.code, picture.message
+        else:
+            images[i], heights[i], widths[i] = picture
     return {
         **{name: batch[name].to_numpy() for name in keep},
-        schema.IMAGE: pixels,
+        schema.IMAGE: images,
         schema.HEIGHT_PX: heights,
         schema.WIDTH_PX: widths,
         schema.ERROR: np.array(errors, object),
@@ -106,10 +116,51 @@ def _read_batch(batch: pa.Table, height_px: int, width_px: int, keep: list[str])
     }
 
 
-def _contents(uris: list[str]) -> Iterator[bytes | StorageError]:
-    """Contents in order; several requests are in flight while the caller decodes."""
-    with ThreadPoolExecutor(storage.READ_THREADS) as pool:
-        yield from pool.map(_try_read, uris)
+Picture = tuple[np.ndarray, int, int]
+
+
+def _pictures(
+    rows: list[dict[str, Any]], threads: int, size: tuple[int, int], mpp: float | None
+) -> Iterator[Picture | image.ImageError]:
+    """Fitted pictures in order; several requests are in flight while others are decoded."""
+    with ThreadPoolExecutor(storage.READ_THREADS) as fetching, ThreadPoolExecutor(threads) as decoding:
+        contents = [fetching.submit(_try_read, row[schema.URI]) if _is_file(row) else None for row in rows]
+        yield from decoding.map(lambda row, content: _picture(row, content, size, mpp), rows, contents)
+
+
+def _is_file(row: dict[str, Any]) -> bool:
+    """Whether the picture is a whole file, and not a tile of a slide or known to be broken."""
+    return row.get(schema.X_LEVEL0_PX) is None and row.get(schema.ERROR) is None
+
+
+def _picture(
+    row: dict[str, Any],
+    content: "Future[bytes | StorageError] | None",
+    size: tuple[int, int],
+    mpp: float | None,
+) -> Picture | image.ImageError:
+    if error := row.get(schema.ERROR):
+        return image.ImageError(error, row[schema.ERROR_MESSAGE])
+    try:
+        if content is None:
+            tile = _tile(row, mpp)
+            return image.fit(tile, *size), row[schema.HEIGHT_PX], row[schema.WIDTH_PX]
+        decoded = image.decode(_bytes(content.result()))
+    except image.ImageError as error:
+        return error
+    return image.fit(decoded, *size), *decoded.shape[:2]
+
+
+def _tile(row: dict[str, Any], mpp: float | None) -> np.ndarray:
+    """The pixels of a tile, from the nearest better level of its slide."""
+    try:
+        slide, _ = staging.open_slide(row[schema.URI], mpp)
+    except StorageError as error:
+        raise image.ImageError("unreadable", str(error)) from error
+    level = slide.level_for(row[schema.MPP])
+    factor = row[schema.MPP] / slide.mpp / slide.downsamples[level]
+    width, height = (max(1, round(row[name] * factor)) for name in (schema.WIDTH_PX, schema.HEIGHT_PX))
+    return slide.read(row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX], level, width, height)
 
 
 def _try_read(uri: str) -> bytes | StorageError:
@@ -125,14 +176,15 @@ def _bytes(content: bytes | StorageError) -> bytes:
     return content
 
 
-def inspect(table: pa.Table) -> tuple[pa.Table, dict[str, str]]:
+def inspect(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int, int]]:
     """Read and decode every image once before a training run: its content hash, and whether it is whole.
 
     Costs about as much as reading one epoch, and makes everything after it exact: duplicates are found by
     content, and broken images are out before anything is split, balanced or counted.
 
     Returns:
-        The index without broken images and with `sha256`, and `{image_id: what is wrong}`.
+        The index without broken images and with `sha256`; `{image_id: what is wrong}`; and the most common
+        height and width of the images in pixels.
 
     Raises:
         DataError: every image is broken.
@@ -148,29 +200,49 @@ def inspect(table: pa.Table) -> tuple[pa.Table, dict[str, str]]:
             print(f"checked {done + len(batch):,} of {len(table):,} images", flush=True)
         done += len(batch)
     result = pa.concat_tables(found).sort_by(schema.IMAGE_ID)
-    good = pc.is_null(result[schema.ERROR])
-    bad = result.filter(pc.invert(good))
+    whole = pc.is_null(result[schema.ERROR])
+    bad, good = result.filter(pc.invert(whole)), result.filter(whole)
     broken = dict(zip(*(bad[name].to_pylist() for name in (schema.IMAGE_ID, schema.ERROR)), strict=True))
-    return result.filter(good).select(schema.INDEX.names).cast(schema.INDEX), broken
+    sizes = Counter(
+        zip(*(good[name].to_pylist() for name in (schema.HEIGHT_PX, schema.WIDTH_PX)), strict=True)
+    )
+    usual = max(sizes, key=lambda size: (sizes[size], size), default=(0, 0))
+    return good.select(schema.INDEX.names).cast(schema.INDEX), broken, usual
 
 
 def _inspect_batch(batch: pa.Table) -> pa.Table:
-    hashes: list[str | None] = []
-    errors: list[str | None] = []
-    for content in _contents(batch[schema.URI].to_pylist()):
-        hashes.append(hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else None)
-        errors.append(_fault(content))
+    found = [_inspected(content) for content in _contents(batch[schema.URI].to_pylist())]
     position = batch.schema.get_field_index(schema.SHA256)
-    batch = batch.set_column(position, schema.SHA256, pa.array(hashes, pa.string()))
-    return batch.append_column(schema.ERROR, pa.array(errors, pa.string()))
+    batch = batch.drop_columns(schema.SHA256)
+    columns = pa.Table.from_pylist(found, schema=_INSPECTED)
+    batch = batch.add_column(position, _INSPECTED.field(schema.SHA256), columns[schema.SHA256])
+    for name in (schema.HEIGHT_PX, schema.WIDTH_PX, schema.ERROR):
+        batch = batch.append_column(_INSPECTED.field(name), columns[name])
+    return batch
 
 
-def _fault(content: bytes | StorageError) -> str | None:
+_INSPECTED = pa.schema(
+    [
+        (schema.SHA256, pa.string()),
+        (schema.HEIGHT_PX, pa.int32()),
+        (schema.WIDTH_PX, pa.int32()),
+        (schema.ERROR, pa.string()),
+    ]
+)
+
+
+def _inspected(content: bytes | StorageError) -> dict[str, Any]:
     try:
-        image.decode(_bytes(content))
+        height, width, _ = image.decode(data := _bytes(content)).shape
     except image.ImageError as error:
-        return f"{error.code}: {error.message}"
-    return None
+        return {schema.ERROR: f"{error.code}: {error.message}"}
+    return {schema.SHA256: hashlib.sha256(data).hexdigest(), schema.HEIGHT_PX: height, schema.WIDTH_PX: width}
+
+
+def _contents(uris: list[str]) -> Iterator[bytes | StorageError]:
+    """Contents in order; several requests are in flight while the caller decodes."""
+    with ThreadPoolExecutor(storage.READ_THREADS) as pool:
+        yield from pool.map(_try_read, uris)
 
 
 def check_bad_fraction(broken: dict[str, str], total: int, allowed: float) -> list[str]:

@@ -1,104 +1,199 @@
-"""Rows to predictions: one forward pass gives probability and evidence; one row out for each row in."""
+"""Score an archive: every field and every tile of its slides once, resumable at any moment.
 
+list inputs -> minus what is committed -> fields, and tiles of slides -> predictions -> segments
+-> books balance? -> merge into the table -> slides, gallery -> summary
+"""
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
-import torch
-from ray.data import ActorPoolStrategy, Dataset
+import pyarrow.compute as pc
+import ray
+from ray.data import Dataset
 
-from bcd import bundle, provenance, schema, storage
-from bcd.pipelines import cluster, read
+from bcd import archive, bundle, schema, slide
+from bcd.config import ScoreConfig
+from bcd.errors import IncompleteError
+from bcd.pipelines import cluster, expand, ledger, predict, present, read
+from bcd.pipelines.ledger import Done, Ledger
+from bcd.pipelines.progress import Progress
 
-CARRIED = (schema.IMAGE_ID, schema.URI, schema.SLIDE, schema.PATIENT, schema.MPP)
+# Rows that a worker reads and scores at a time; pixels of 15 MB at 224x336.
+ROWS_PER_BLOCK = 64
+# Rows of a segment for each model worker: at 8 rows a second, the slowest seen, half a minute of work.
+ROWS_PER_SEGMENT = 256
+# From here on a minute of compiling pays: see benchmarks.score_rate.
+COMPILE_FROM_FILES, COMPILE_FROM_SLIDE_BYTES = 5_000, 2**30
 
 
-def predictions(
-    table: pa.Table, model_uri: str, card: bundle.Card, batch_size: int, precision: str
-) -> Dataset:
-    """Score every row of an index.
+@dataclass(frozen=True)
+class Books:
+    """What was expected and what is there, in inputs (a field or a slide), rows per input."""
 
-    Args:
-        table: schema `schema.INDEX`; order does not matter.
-        model_uri: of the bundle.
-        card: of the same bundle.
-        batch_size: images per forward pass.
-        precision: `float32`, `bfloat16` or `auto`.
+    inputs: pa.Table
+    older: Done
+    done: Done
+    plans: Mapping[str, expand.Plan]
 
-    Returns:
-        A dataset with schema `schema.predictions`, one row for each of the table: a result or an error.
+    def is_complete(self, name: str) -> bool:
+        """Whether an input has all its rows."""
+        if name in self.older.rows:
+            return True
+        expected = self.plans[name].tiles if name in self.plans else 1
+        return self.done.rows[name] >= expected
+
+    def open_inputs(self) -> pa.Table:
+        """Inputs that still miss rows."""
+        names = self.inputs[schema.IMAGE_ID].to_pylist()
+        return self.inputs.filter(pa.array([not self.is_complete(name) for name in names], pa.bool_()))
+
+
+def run(config: ScoreConfig) -> str:
+    """Score what is not scored yet, and return the URI of the output folder.
+
+    Raises:
+        BcdError: what the user can put right, before any long work where that is possible.
+        IncompleteError: inputs ended in neither a result nor an error.
     """
-    pixels = read.images(read.rows(table), card.input_height_px, card.input_width_px, CARRIED)
-    have = cluster.capacity()
-    gpus = int(have["GPU"])
-    actors = max(1, gpus or int(have["CPU"]) // 4)
-    return pixels.map_batches(
-        Scorer,
-        fn_constructor_args=(model_uri, precision),
-        batch_size=batch_size,
-        batch_format="numpy",
-        compute=ActorPoolStrategy(min_size=1, max_size=actors),
-        num_cpus=1,
-        num_gpus=1 if gpus else 0,
+    started = time.monotonic()
+    card, model_id = bundle.read_card(config.model), bundle.identify(config.model)
+    found = archive.read(config.input)
+    cluster.connect()
+    compiled = _compiles(config, found.table)
+    ours, summary = ledger.begin(config.output, _deciding(config, model_id, compiled))
+    settings = predict.Settings(
+        model_uri=config.model,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        cam=config.cam,
+        cam_layer=config.cam_layer,
+        overlays=config.overlays == "png",
+        compile=compiled,
+        mpp=config.mpp,
     )
+    tiling = expand.Tiling(
+        tile_mpp=config.tile_mpp or max(card.mpp, default=None),
+        tile_width_px=card.field_width_px,
+        tile_height_px=card.field_height_px,
+        mpp=config.mpp,
+        min_tissue=config.min_tissue,
+    )
+    books = _books(ours, found.table)
+    todo = books.open_inputs()
+    if not len(todo) and summary and not books.done.rows:
+        print(f"{ours.uri} is finished: all {len(found.table):,} inputs are scored; see gallery.html there")
+        return ours.uri
+    _announce(found, todo)
+    rate = _score(ours, books, todo, settings, tiling, config.max_workers)
+    books = _books(ours, found.table)
+    if missing := books.open_inputs()[schema.IMAGE_ID].to_pylist():
+        raise IncompleteError(
+            f"{len(missing):,} of {len(found.table):,} inputs have neither a result nor an error, "
+            f"{missing[0]} among them; the same command goes on"
+        )
+    _merge(ours, books.done)
+    facts = {"title": f"Scored archive: {config.input}", "input": config.input, "model_id": model_id}
+    facts |= {"precision": config.precision, "cam": config.cam, "threshold": card.threshold}
+    facts |= {"synthetic": card.synthetic, "leaky": card.leaky, "n_ignored_files": found.ignored}
+    facts |= {"rows_per_s": rate, "seconds": round(time.monotonic() - started, 1)}
+    summary = present.present(ours, books.plans, found.table, settings, facts)
+    ledger.finish(ours, summary)
+    for line in present.summary_lines(ours.uri, summary):
+        print(line, flush=True)
+    return ours.uri
 
 
-class Scorer:
-    """An actor that holds one model and scores batch after batch."""
-
-    def __init__(self, model_uri: str, precision: str) -> None:
-        if not torch.cuda.is_available():
-            cluster.share_cores(1)
-        self._bundle = bundle.load(model_uri, precision=precision)
-        self._version = provenance.own_version()
-        self._schema = schema.predictions(*self._bundle.evidence_size)
-
-    def __call__(self, batch: dict[str, Any]) -> pa.Table:
-        """Pictures (n, height, width, 3) with their rows to n rows of the predictions table."""
-        good = batch[schema.ERROR] == ""
-        n = len(good)
-        columns = {name: pa.array(batch[name], from_pandas=True) for name in CARRIED}
-        for name in (schema.HEIGHT_PX, schema.WIDTH_PX):
-            columns[name] = pa.array(batch[name], mask=~good)
-        for name in (schema.ERROR, schema.ERROR_MESSAGE):
-            columns[name] = pa.array(batch[name], pa.string(), mask=good)
-        columns[schema.MODEL_ID] = pa.array([self._bundle.model_id] * n)
-        columns[schema.BCD_VERSION] = pa.array([self._version] * n)
-        if good.any():
-            columns |= self._results(batch[schema.IMAGE][good], good)
-        full = [columns.get(f.name, pa.nulls(n, f.type)).cast(f.type) for f in self._schema]
-        return pa.Table.from_arrays(full, schema=self._schema)
-
-    def _results(self, images: np.ndarray, good: np.ndarray) -> dict[str, pa.Array]:
-        prediction = self._bundle.predict(images)
-        maps = prediction.evidence.reshape(len(images), -1)
-        height, width = prediction.evidence.shape[1:]
-        n = len(images)
-        results = {
-            schema.LOGIT: pa.array(list(prediction.logit), pa.list_(pa.float32())),
-            schema.PROBABILITY: pa.array(list(prediction.probability), pa.list_(pa.float32())),
-            schema.PROBABILITY_MALIGNANT: pa.array(prediction.probability_malignant),
-            schema.PREDICTED_CLASS: pa.array(prediction.predicted_class),
-            schema.EVIDENCE: pa.array(list(maps), pa.list_(pa.float32(), height * width)),
-            schema.EVIDENCE_HEIGHT: pa.array([height] * n, pa.int16()),
-            schema.EVIDENCE_WIDTH: pa.array([width] * n, pa.int16()),
-            schema.EVIDENCE_BIAS: pa.array(prediction.evidence_bias),
-        }
-        # Back to the rows of the batch: a null where the picture could not be read.
-        place = pa.array(np.cumsum(good) - 1, mask=~good)
-        return {name: values.take(place) for name, values in results.items()}
+def _compiles(config: ScoreConfig, inputs: pa.Table) -> bool:
+    """Whether the network is compiled; once decided for an output it stays, because rounding differs."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    if (before := ledger.read_settings(config.output)) is not None:
+        return bool(before["compile"])
+    slides = [uri.lower().endswith(slide.SLIDE_SUFFIXES) for uri in inputs[schema.URI].to_pylist()]
+    sizes = inputs[schema.SIZE_BYTES].to_pylist()
+    slide_bytes = sum(size or 0 for size, is_slide in zip(sizes, slides, strict=True) if is_slide)
+    long = len(inputs) >= COMPILE_FROM_FILES or slide_bytes >= COMPILE_FROM_SLIDE_BYTES
+    return long and (shutil.which("g++") is not None or cluster.capacity()["GPU"] > 0)
 
 
-def write(dataset: Dataset, uri: str) -> None:
-    """Write a predictions table as Parquet, in place of what stood there."""
-    storage.delete_folder(uri)
-    filesystem, path = storage.resolve(uri)
-    dataset.write_parquet(path, filesystem=filesystem, compression="zstd")
+def _deciding(config: ScoreConfig, model_id: str, compiled: bool) -> dict[str, Any]:
+    """The settings that decide a row; the model by its content, wherever it lies."""
+    settings = config.model_dump(mode="json", exclude={"output", "max_workers"})
+    return settings | {"model": model_id, "compile": compiled}
 
 
-def read_back(uri: str, columns: list[str]) -> pa.Table:
-    """Some columns of a predictions table, sorted by image."""
-    filesystem, path = storage.resolve(uri)
-    table = pads.dataset(path, filesystem=filesystem, format="parquet").to_table(columns=columns)
-    return table.sort_by(schema.IMAGE_ID)
+def _books(ours: Ledger, inputs: pa.Table) -> Books:
+    done = ledger.committed(ours)
+    uris = dict(zip(inputs[schema.IMAGE_ID].to_pylist(), inputs[schema.URI].to_pylist(), strict=True))
+    possible = [name for name in done.rows if name in uris and expand.may_be_slide(uris[name])]
+    plans = {name: plan for name in possible if (plan := expand.read_plan(ours.plans_uri, name))}
+    return Books(inputs, ledger.merged(ours), done, plans)
+
+
+def _announce(found: archive.Archive, todo: pa.Table) -> None:
+    line = f"{len(found.table):,} inputs"
+    if found.ignored:
+        line += f" ({found.ignored:,} other files are neither image nor slide)"
+    if len(todo) < len(found.table):
+        line += f"; {len(found.table) - len(todo):,} are scored already, going on with {len(todo):,}"
+    print(line, flush=True)
+
+
+def _score(
+    ours: Ledger,
+    books: Books,
+    todo: pa.Table,
+    settings: predict.Settings,
+    tiling: expand.Tiling,
+    max_workers: int | None,
+) -> float:
+    """Score and commit; returns rows per second."""
+    progress = Progress(todo, ours.plans_uri, books.done)
+    if not len(todo):
+        return 0.0
+    pool = cluster.model_workers(max_workers)
+    started_slides = {name for name in todo[schema.IMAGE_ID].to_pylist() if books.done.rows[name]}
+    done_tiles = ledger.tile_ids(books.done, started_slides)
+    dataset = _reading(todo, tiling, ours.plans_uri, done_tiles)
+    commits = predict.predictions(dataset, settings, max_workers).map_batches(
+        ledger.commit,
+        fn_kwargs={"work_uri": ours.work_uri},
+        batch_size=ROWS_PER_SEGMENT * pool.size if settings.cam == "evidence" else ROWS_PER_BLOCK,
+        batch_format="pyarrow",
+        num_cpus=0,
+    )
+    for batch in commits.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        progress.add(batch)
+    return progress.end()
+
+
+def _reading(todo: pa.Table, tiling: expand.Tiling, plans_uri: str, done_tiles: frozenset[str]) -> Dataset:
+    """Rows to read, in small blocks."""
+    maybe = pa.array([expand.may_be_slide(uri) for uri in todo[schema.URI].to_pylist()], pa.bool_())
+    fields = predict.reading_rows(todo.filter(pc.invert(maybe)))
+    slides = todo.filter(maybe)
+    datasets = []
+    if len(fields):
+        datasets.append(read.rows(fields, ROWS_PER_BLOCK))
+    if len(slides):
+        tiles = read.rows(slides, 1).map_batches(
+            expand.expand,
+            fn_kwargs={"tiling": tiling, "plans_uri": plans_uri, "done": done_tiles},
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=0,
+            concurrency=max(1, int(cluster.capacity()["CPU"]) // 2),
+        )
+        datasets.append(tiles.repartition(target_num_rows_per_block=ROWS_PER_BLOCK))
+    return datasets[0].union(*datasets[1:])
+
+
+def _merge(ours: Ledger, done: Done) -> None:
+    task = ray.remote(num_cpus=0, max_retries=-1)(ledger.merge)
+    written = ray.get([task.remote(part) for part in ledger.parts(ours, done)])
+    if sum(written) < len(done.rows):
+        raise IncompleteError(f"{sum(written):,} rows were merged for {len(done.rows):,} inputs")

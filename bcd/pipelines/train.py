@@ -187,6 +187,8 @@ def _publish_bundle(config: TrainConfig, run_uri: str, table: pa.Table, facts: F
         classes=taxonomy.classes(config.target),
         input_height_px=config.input_height_px,
         input_width_px=config.input_width_px,
+        field_height_px=facts.field_height_px,
+        field_width_px=facts.field_width_px,
         mpp=_distinct(train, schema.MPP),
         magnifications=_distinct(train, schema.MAGNIFICATION),
         protocol=config.protocol,

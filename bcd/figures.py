@@ -1,0 +1,281 @@
+"""Figures: how they all look, and one function for each. They are drawn without pyplot: nothing global."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from sklearn.metrics import roc_curve
+
+from bcd import aggregate, schema
+from bcd.overlay import BLUE, VERMILION
+from bcd.taxonomy import BENIGN, MALIGNANT, SUBTYPES, TUMOR_CLASSES
+
+# The rest of Okabe and Ito's palette, whose BLUE and VERMILION stand in `overlay`.
+SKY, GREEN, ORANGE, PURPLE = "#56b4e9", "#009e73", "#e69f00", "#cc79a7"
+BLUES = LinearSegmentedColormap.from_list("blues", ["#f4f8fb", SKY, BLUE])
+INK = "#1f2328"  # inside the page this becomes the colour of the text, light or dark
+GREY, PALE = "#8c959f", "#8c959f66"
+MIXED = "mixed"
+CLASS_COLOR = {BENIGN: BLUE, MALIGNANT: VERMILION, MIXED: PURPLE}
+PART_COLOR = {"train": BLUE, "validation": SKY, "test": ORANGE}
+UPSAMPLED = "upsampled"
+# Bars of each magnification: offset, metric, label, colour, and the colour of the number inside.
+BARS = (
+    (-0.2, "accuracy", "of images", BLUE, "white"),
+    (0.2, "patient_recognition_rate", "of patients", SKY, "black"),
+)
+PERCENT = "\N{NO-BREAK SPACE}%"
+WIDTH_IN = 5.4
+PNG_DPI = 200
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a $ in a patient's id is a $
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.facecolor": "none",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 9,
+    "axes.axisbelow": True,
+    "grid.color": PALE,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.handlelength": 1.2,
+    "legend.columnspacing": 1.2,
+    "lines.linewidth": 1.8,
+    "svg.fonttype": "none",  # text stays text: searchable, and in the font of the page
+    "svg.hashsalt": "bcd",  # the same figure gives the same bytes
+}
+
+
+def mark(figure: Figure, marks: Sequence[str]) -> None:
+    """Write over a figure what a reader must know before believing it."""
+    if marks:
+        figure.suptitle(" · ".join(marks).upper(), x=0.99, ha="right", size=8, weight="bold", color=VERMILION)
+
+
+def svg(figure: Figure) -> str:
+    """A stand-alone SVG; the same figure gives the same text."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return buffer.getvalue()
+
+
+def inline(svg: str, name: str) -> Markup:
+    """Make a stand-alone SVG fit for a page: no declarations, ids of its own, the colours of the page."""
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{name.replace("_", " ")}"', 1)
+    svg = svg.replace("fill: #ffffff", "fill: none", 1)  # the first white is the paper
+    return Markup(svg.replace(INK, "currentColor"))
+
+
+def _canvas(height_in: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with `rows` panels, one above the other."""
+    figure = Figure(figsize=(WIDTH_IN, height_in), layout=ConstrainedLayoutEngine(hspace=0.08))
+    return figure, list(figure.subplots(rows, squeeze=False)[:, 0])
+
+
+def _percent_axis(axes: Axes, label: str) -> None:
+    axes.set(ylim=(0, 1.02), ylabel=label, yticks=np.linspace(0, 1, 6))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
+    axes.grid(axis="y")
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower right", bbox_to_anchor=(1.01, 1), ncols=4, borderaxespad=0.3)
+
+
+def history(records: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> Figure:
+    """Loss and balanced accuracy over the epochs, with the best epoch marked."""
+    figure, (loss, rate) = _canvas(4.8, rows=2)
+    epochs = [row["epoch"] for row in records]
+    for axes, key, label, color in (
+        (loss, "train_loss", "training", ORANGE),
+        (loss, "validation_loss", "validation", BLUE),
+        (rate, "validation_balanced_accuracy", "validation", BLUE),
+    ):
+        axes.plot(epochs, [row[key] for row in records], color=color, label=label, marker="o", ms=3.5)
+    for axes in (loss, rate):
+        axes.axvline(best["epoch"], color=GREEN, ls=(0, (4, 3)), lw=1.2, label="best epoch", zorder=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+    loss.set(title="Loss", ylabel="cross-entropy per image", ylim=(0, None))
+    loss.grid(axis="y")
+    _legend_above(loss)
+    reached = f"{100 * best['validation_balanced_accuracy']:.1f}{PERCENT}"
+    rate.set(title=f"Balanced accuracy, best {reached} at epoch {best['epoch']}", xlabel="epoch")
+    _percent_axis(rate, "on validation")
+    return figure
+
+
+def confusion_matrix(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
+    """Counts and shares of the row; rows are the truth, columns the prediction."""
+    counts = np.array(matrix)
+    rows = counts.sum(axis=1)
+    shares = counts / np.maximum(rows, 1)[:, None]
+    k = len(names)
+    height_in, size = (4.2, 13) if k == 2 else (5.0, 7.5)
+    figure, (axes,) = _canvas(height_in)
+    axes.pcolormesh(shares, cmap=BLUES, vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
+    for (row, column), share in np.ndenumerate(shares):
+        ink = "white" if share > 0.6 else "black"
+        count = f"{counts[row, column]:,}"
+        text = f"{count}\n{100 * share:.0f}{PERCENT}" if rows[row] else count
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, size=size)
+    axes.set(title=f"Confusion matrix, n = {counts.sum():,} images", xlabel="predicted", ylabel="truth")
+    axes.set_xticks(np.arange(k) + 0.5, names)
+    axes.set_yticks(np.arange(k) + 0.5, [f"{name}\nn = {n:,}" for name, n in zip(names, rows, strict=True)])
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def class_distribution(parts: Mapping[str, Mapping[str, int]], balanced: Mapping[str, int]) -> Figure:
+    """Images per class in each part as collected, and training rows per class after balancing."""
+    found = {name for counts in (*parts.values(), balanced) for name in counts}
+    names = [name for name in (*TUMOR_CLASSES, *SUBTYPES) if name in found]
+    figure, panels = _canvas(max(3.8, 2.0 + 0.4 * len(names)), rows=2)
+    total = _stack(panels[0], names, parts)
+    panels[0].set(title=f"As collected, n = {total:,}", xlabel="images")
+    train = parts.get("train", {})
+    extra = {name: max(0, balanced.get(name, 0) - train.get(name, 0)) for name in names}
+    total = _stack(panels[1], names, {"train": train, UPSAMPLED: extra})
+    panels[1].set(title=f"After balancing, n = {total:,}", xlabel="training rows per epoch")
+    return figure
+
+
+def _stack(axes: Axes, names: Sequence[str], layers: Mapping[str, Mapping[str, int]]) -> int:
+    """Draw stacked horizontal bars, one per class, and return their sum."""
+    left = np.zeros(len(names), int)
+    for label, counts in layers.items():
+        width = np.array([counts.get(name, 0) for name in names])
+        bars = axes.barh(names, width, 0.72, left, label=label, color=PART_COLOR.get(label, GREY))
+        if label == UPSAMPLED:
+            for bar in bars:
+                bar.set(facecolor="none", edgecolor=BLUE, hatch="////")
+        left += width
+    for y, end in enumerate(left):
+        axes.annotate(f"{end:,}", (end, y), (4, 0), textcoords="offset points", va="center", size=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(1, *left))
+    axes.grid(axis="x")
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _legend_above(axes)
+    return int(left.sum())
+
+
+def roc(images: pd.DataFrame, metrics: Mapping[str, Any]) -> Figure:
+    """Sensitivity against false alarms, with the threshold in use."""
+    pooled = metrics["pooled"]
+    truth = images[schema.TUMOR_CLASS] == MALIGNANT
+    false_positive, true_positive, _ = roc_curve(truth, images[schema.PROBABILITY_MALIGNANT])
+    figure, (axes,) = _canvas(4.2)
+    axes.plot([0, 1], [0, 1], color=GREY, ls=(0, (4, 3)), lw=1.2, label="chance")
+    axes.plot(false_positive, true_positive, color=BLUE, label=f"AUC {pooled['auc']:.3f}")
+    used = f"threshold {metrics['threshold']:.2g}"
+    point = 1 - pooled["specificity"], pooled["sensitivity"]
+    axes.scatter(*point, s=50, color=VERMILION, clip_on=False, zorder=3, label=used)
+    axes.set(title=f"ROC, n = {pooled['n']:,} images", xlim=(0, 1), xlabel="1 − specificity")
+    _percent_axis(axes, "sensitivity")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
+    axes.set_aspect("equal")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def by_magnification(metrics: Mapping[str, Any]) -> Figure:
+    """Recognition rates with intervals, per magnification and pooled."""
+    groups = {f"{name}X": values for name, values in metrics["by_magnification"].items()}
+    groups["pooled"] = metrics["pooled"]
+    figure, (axes,) = _canvas(3.9)
+    for offset, name, label, color, ink in BARS:
+        for x, values in enumerate(groups.values()):
+            _bar(axes, x + offset, values[name], values["intervals"][name], color, ink)
+        axes.bar(0, 0, color=color, label=label)
+    axes.set_xticks(range(len(groups)), [_sizes(label, values) for label, values in groups.items()])
+    axes.tick_params(axis="x", length=0, labelsize=8)
+    axes.set_title("By magnification")
+    _percent_axis(axes, "recognition rate")
+    _legend_above(axes)
+    return figure
+
+
+def _sizes(label: str, values: Mapping[str, Any]) -> str:
+    patients = "" if values["n_patients"] is None else f"\n{values['n_patients']:,} patients"
+    return f"{label}\n{values['n']:,} images{patients}"
+
+
+def _bar(
+    axes: Axes, x: float, value: float | None, interval: Sequence[float] | None, color: str, ink: str
+) -> None:
+    if value is None:
+        return
+    axes.bar(x, value, width=0.38, color=color)
+    axes.text(x, 0.02, f"{100 * value:.0f}", ha="center", size=7.5, color=ink)
+    if interval:
+        axes.vlines(x, interval[0], interval[1], color=INK, lw=1.4)
+
+
+def patients(table: pd.DataFrame) -> Figure:
+    """Share of images classified correctly, a column per patient, from `aggregate.groups`."""
+    kind = table[schema.TUMOR_CLASS]
+    figure, (axes,) = _canvas(3.9)
+    start, ticks = 0, dict[int, str]()
+    for name, color in CLASS_COLOR.items():
+        group = table[kind == name].sort_values(aggregate.SHARE_CORRECT, kind="stable")
+        if group.empty:
+            continue
+        x, share = np.arange(len(group)) + start, group[aggregate.SHARE_CORRECT].to_numpy()
+        axes.bar(x, share, color=color, label=f"{name} (n = {len(group):,})")
+        axes.bar(x, 1 - share, bottom=share, color=PALE)
+        ticks |= dict(zip(x.tolist(), group[schema.PATIENT].str.slice(0, 16), strict=True))
+        start = int(x[-1]) + 2
+    axes.set_xlim(-1, max(start - 1, 9))
+    axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, size=7)
+    axes.tick_params(axis="x", length=0, labelbottom=len(ticks) <= 36)
+    axes.set_title(f"Patients, n = {len(table):,}")
+    _percent_axis(axes, "images classified correctly")
+    _legend_above(axes)
+    return figure
+
+
+def probabilities(values: np.ndarray, threshold: float) -> Figure:
+    """Histogram of probabilities of malignancy (n,), in the colours of the class that each is called."""
+    edges = np.linspace(0, 1, 51)
+    called = values >= threshold
+    counts = [np.histogram(values[mask], edges)[0] for mask in (~called, called)]
+    figure, (axes,) = _canvas(3.1)
+    below = np.zeros(50, int)
+    for name, count in zip(TUMOR_CLASSES, counts, strict=True):
+        label = f"called {name} (n = {count.sum():,})"
+        axes.bar(edges[:-1], count, 0.0184, below, align="edge", color=CLASS_COLOR[name], label=label)
+        below = below + count
+    axes.axvline(threshold, color=INK, ls=(0, (4, 3)), lw=1, label=f"threshold {threshold:.2g}")
+    axes.set(title=f"n = {len(values):,}", xlim=(0, 1), xlabel="probability of malignancy", ylabel="pictures")
+    axes.grid(axis="y")
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _legend_above(axes)
+    return figure

@@ -1,0 +1,170 @@
+"""What the model makes of a whole slide: a picture for people, and tiles for QuPath.
+
+Boxes are x, y, width and height in pixels of level 0, as `tile.Grid.boxes` gives them.
+"""
+
+import io
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+
+from bcd.figures import BLUE, CLASS_COLOR, GREY, INK, STYLE, VERMILION, WIDTH_IN
+from bcd.taxonomy import SUBTYPES
+
+# White in the middle, where the model does not know; told apart under every common colour blindness.
+COLORS = LinearSegmentedColormap.from_list("probability", [BLUE, "#ffffff", VERMILION])
+# Share of full colour, and of the tissue's own contrast below it: structure and probability stay legible.
+STRENGTH, CONTRAST = 0.85, 0.6
+# Tiles from this size on have an edge, which tells a white tile from glass that was not scored.
+EDGED_PX, EDGE = 8, 0.86
+FOOTER_IN = 0.62
+MIN_WIDTH_PX = 720
+
+
+def draw(thumbnail: np.ndarray, scale: float, boxes: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """Colour the tiles of a slide by their probability of malignancy, over the slide in grey.
+
+    Args:
+        thumbnail: uint8 (h, w, 3) RGB.
+        scale: thumbnail pixels per level-0 pixel.
+        boxes: float (n, 4), level-0 pixels.
+        probability: float (n,), 0 to 1; a tile with NaN keeps no colour.
+
+    Returns:
+        uint8 (h, w, 3) RGB, pixel on pixel with the thumbnail.
+    """
+    grey = np.asarray(Image.fromarray(thumbnail).convert("L"), np.float32) / 255
+    tint = np.ones(thumbnail.shape, np.float32)
+    known = np.isfinite(np.asarray(probability, float))
+    colors = _tint(np.asarray(probability, float)[known])
+    for (left, top, right, bottom), color in zip(
+        _edges(scale, np.asarray(boxes, float)[known]), colors, strict=True
+    ):
+        tile = tint[top:bottom, left:right]
+        tile[:] = color
+        if min(tile.shape[:2]) >= EDGED_PX:
+            tile[[0, -1]] = tile[:, [0, -1]] = EDGE * color
+    paper = 1 - CONTRAST * (1 - grey[..., None])
+    return (255 * paper * tint).round().astype(np.uint8)
+
+
+def _tint(probability: np.ndarray) -> np.ndarray:
+    """Float (n, 3), 0 to 1: what white paper becomes."""
+    return 1 - STRENGTH * (1 - COLORS(probability)[..., :3])
+
+
+def _edges(scale: float, boxes: np.ndarray) -> list[list[int]]:
+    """Left, top, right and bottom in whole pixels of the thumbnail, at least one pixel apart."""
+    x, y, width, height = np.asarray(boxes, float).reshape(-1, 4).T
+    start = np.column_stack([x, y])
+    end = start + np.column_stack([width, height])
+    first = (start * scale).round()
+    return np.column_stack([first, np.maximum((end * scale).round(), first + 1)]).astype(int).tolist()
+
+
+def png(picture: np.ndarray, scale: float, mpp: float) -> bytes:
+    """The drawn picture with a legend and a scale bar below it, as a PNG file.
+
+    Args:
+        picture: uint8 (h, w, 3) from `draw`; kept pixel for pixel, in the middle of a wider page.
+        scale: picture pixels per level-0 pixel.
+        mpp: µm per pixel of level 0.
+    """
+    height, width = picture.shape[:2]
+    with matplotlib.rc_context(STYLE):
+        footer = _footer(max(width, MIN_WIDTH_PX), mpp / scale / 1000)
+    page = Image.new("RGB", (footer.width, height + footer.height), "white")
+    page.paste(Image.fromarray(picture), ((footer.width - width) // 2, 0))
+    page.paste(footer, (0, height))
+    file = io.BytesIO()
+    page.save(file, "PNG")
+    return file.getvalue()
+
+
+def _footer(width_px: int, mm_per_px: float) -> Image.Image:
+    figure = Figure(figsize=(WIDTH_IN, FOOTER_IN), dpi=width_px / WIDTH_IN)
+    legend = figure.add_axes((0.03, 0.52, 0.30, 0.16))
+    legend.imshow(_tint(np.linspace(0, 1, 256)[None]), aspect="auto", extent=(0, 1, 0, 1))
+    legend.set(yticks=[], xticks=[0, 0.5, 1], xticklabels=["0", "0.5", "1"])
+    legend.set_title("probability of malignancy", size=7.5, pad=3, weight="normal")
+    legend.tick_params(length=2, pad=2, labelsize=7)
+    legend.spines[:].set(visible=True, linewidth=0.5)
+    _scale_bar(figure.add_axes((0, 0, 1, 1), frameon=False), width_px, mm_per_px)
+    figure.text(0.97, 0.60, "research use only", size=7.5, ha="right", va="center")
+    figure.text(0.97, 0.36, "uncoloured: not scored", size=7, ha="right", va="center", color=GREY)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _scale_bar(axes: Axes, width_px: int, mm_per_px: float) -> None:
+    """A bar in the middle of the footer, as long as a round number of mm in the picture."""
+    length_mm = _round_length(0.25 * width_px * mm_per_px)
+    half_px = length_mm / mm_per_px / 2
+    axes.set(xlim=(0, width_px), ylim=(0, 1), xticks=[], yticks=[])
+    middle = 0.55 * width_px
+    axes.plot([middle - half_px, middle + half_px], [0.6, 0.6], color=INK, lw=2, solid_capstyle="butt")
+    axes.text(middle, 0.48, f"{length_mm:g} mm", size=7.5, ha="center", va="top")
+
+
+def _round_length(limit: float) -> float:
+    """The largest of 1, 2 and 5 times a power of ten that is no longer."""
+    power = 10.0 ** math.floor(math.log10(limit))
+    return max(step * power for step in (1, 2, 5) if step * power <= limit)
+
+
+def geojson(
+    tile_ids: Sequence[str],
+    boxes: np.ndarray,
+    predicted: Sequence[str | None],
+    measurements: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """Tiles as a GeoJSON FeatureCollection of QuPath (0.4 and later), which opens it by drag and drop.
+
+    Args:
+        tile_ids: n `image_id`s; the same one gives the same UUID.
+        boxes: float (n, 4), level-0 pixels.
+        predicted: n class names; None gives a tile without a class.
+        measurements: name -> float (n,); NaN is left out, since JSON has none.
+    """
+    features = [
+        {
+            "type": "Feature",
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, tile_id)),
+            "geometry": {"type": "Polygon", "coordinates": [_ring(*box)]},
+            "properties": {
+                "objectType": "tile",
+                **({} if name is None else {"classification": {"name": name, "color": _color(name)}}),
+                "measurements": {key: value for key, value in values.items() if math.isfinite(value)},
+            },
+        }
+        for tile_id, box, name, values in zip(
+            tile_ids, np.asarray(boxes).tolist(), predicted, _rows(measurements, len(tile_ids)), strict=True
+        )
+    ]
+    return {"type": "FeatureCollection", "features": features}
+
+
+def _rows(columns: Mapping[str, np.ndarray], count: int) -> list[dict[str, float]]:
+    values = {name: np.asarray(column, float).tolist() for name, column in columns.items()}
+    return [{name: column[i] for name, column in values.items()} for i in range(count)]
+
+
+def _ring(x: float, y: float, width: float, height: float) -> list[list[float]]:
+    right, bottom = x + width, y + height
+    return [[x, y], [right, y], [right, bottom], [x, bottom], [x, y]]
+
+
+def _color(name: str) -> list[int]:
+    """RGB, 0 to 255, of a tumour class, or of the class that a subtype belongs to."""
+    tumor_class = SUBTYPES[name].tumor_class if name in SUBTYPES else name
+    return [round(255 * part) for part in to_rgb(CLASS_COLOR.get(tumor_class, GREY))]

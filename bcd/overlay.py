@@ -1,0 +1,70 @@
+"""Evidence laid over the picture: colour says which class a place speaks for, strength how much.
+
+The scale is stated and symmetric, never stretched to the picture's own range: an empty map looks empty, and
+two pictures on the same scale can be compared.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image, ImageColor
+
+from bcd import image
+
+# Okabe and Ito 2008, "Color Universal Design": told apart under every common colour blindness.
+BLUE, VERMILION = "#0072b2", "#d55e00"
+# Log-odds per cell at full colour: a picture of such cells alone would be called with about 98 % certainty.
+LIMIT = 4.0
+# At full colour the tissue still shows through.
+OPACITY = 0.7
+
+
+def overlay(
+    pixels: np.ndarray,
+    evidence: np.ndarray,
+    limit: float = LIMIT,
+    input_height_px: int | None = None,
+    input_width_px: int | None = None,
+) -> np.ndarray:
+    """Lay a signed evidence map over its picture: blue speaks for benign, vermilion for malignant.
+
+    Args:
+        pixels: uint8 (H, W, 3) RGB, the picture as decoded, at any size.
+        evidence: float (h, w) in log-odds per cell; covers the network's input, in which `image.fit` put the
+            picture whole. What lies beside the picture is cut off.
+        limit: log-odds at which the colour is full; 0 is transparent, values beyond saturate.
+        input_height_px: of the network's input; by default the map is taken to cover the picture alone.
+        input_width_px: likewise.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    height, width = pixels.shape[:2]
+    into = input_height_px or height, input_width_px or width
+    strength = np.clip(_enlarge(evidence, height, width, *into) / limit, -1, 1)[..., None]
+    blue, vermilion = (np.array(ImageColor.getrgb(name), np.float32) for name in (BLUE, VERMILION))
+    colour = np.where(strength < 0, blue, vermilion)
+    alpha = OPACITY * np.abs(strength)
+    return (pixels * (1 - alpha) + colour * alpha).round().astype(np.uint8)
+
+
+def _enlarge(evidence: np.ndarray, height: int, width: int, into_height: int, into_width: int) -> np.ndarray:
+    """The part of the map (h, w) that covers the picture, float32 (height, width), bilinear."""
+    top, left, inner_height, inner_width = image.placement(height, width, into_height, into_width)
+    field = Image.fromarray(np.asarray(evidence, np.float32))
+    x, y = field.width / into_width, field.height / into_height
+    right, bottom = min(field.width, (left + inner_width) * x), min(field.height, (top + inner_height) * y)
+    box = (left * x, top * y, right, bottom)
+    return np.asarray(field.resize((width, height), Image.Resampling.BILINEAR, box=box))
+
+
+def scale(maps: Iterable[np.ndarray]) -> float:
+    """One limit for several maps: the 99th percentile of the absolute log-odds per cell; 1 without any."""
+    values = np.abs(np.concatenate([np.zeros(0), *(np.ravel(one) for one in maps)]))
+    return float(np.percentile(values, 99)) or 1.0 if values.size else 1.0
+
+
+def legend(width_px: int = 256, height_px: int = 12) -> np.ndarray:
+    """The colours from -limit on the left to +limit on the right over white, uint8 (height, width, 3)."""
+    ramp = np.linspace(-1, 1, width_px)[None].repeat(height_px, 0)
+    return overlay(np.full((height_px, width_px, 3), 255, np.uint8), ramp, limit=1)

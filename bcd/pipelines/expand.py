@@ -1,0 +1,159 @@
+"""From inputs to what the network is to see: a field stays one row, a slide becomes its tiles with tissue."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel
+
+from bcd import image, schema, slide, storage, tile, tissue
+from bcd.errors import StorageError
+from bcd.pipelines import staging
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How slides are cut. A tile has the size of a training field, in pixels and in µm.
+
+    tile_mpp is in µm per pixel; mpp that of slides that do not say it; min_tissue a share of a tile's area.
+    """
+
+    tile_mpp: float | None
+    tile_width_px: int
+    tile_height_px: int
+    mpp: float | None
+    min_tissue: float
+
+
+class Plan(BaseModel):
+    """What was found out about a slide before its tiles are scored; areas and tiles as in `schema.SLIDES`."""
+
+    slide: str
+    uri: str
+    patient: str | None
+    width_px: int
+    height_px: int
+    mpp: float
+    tiles: int
+    background_tiles: int
+    tissue_area_mm2: float
+    thumbnail_scale: float
+
+
+def expand(batch: pa.Table, tiling: Tiling, plans_uri: str, done: frozenset[str]) -> Iterator[pa.Table]:
+    """Rows of schema `schema.READING` for rows of `schema.INDEX`.
+
+    A slide that cannot be used gives one row with its error. Of every other slide a `Plan` and a thumbnail
+    are kept below `plans_uri`.
+
+    Args:
+        batch: inputs.
+        tiling: how slides are cut.
+        plans_uri: folder of the plans.
+        done: image ids of tiles that have been scored.
+    """
+    for row in batch.to_pylist():
+        try:
+            yield _expanded(row, tiling, plans_uri, done)
+        except image.ImageError as error:
+            broken = {schema.SLIDE: row[schema.IMAGE_ID], schema.ERROR: error.code}
+            yield _reading(row | broken | {schema.ERROR_MESSAGE: error.message})
+
+
+def may_be_slide(uri: str) -> bool:
+    """Whether a file has to be opened to know how many rows it gives."""
+    return uri.lower().endswith(slide.SLIDE_SUFFIXES + slide.MAYBE_SLIDE_SUFFIXES)
+
+
+def _expanded(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozenset[str]) -> pa.Table:
+    if not may_be_slide(row[schema.URI]):
+        return _reading(row)
+    try:
+        if not slide.is_slide(staging.stage(row[schema.URI]).path):
+            return _reading(row)
+        return _tiles(row, tiling, plans_uri, done)
+    except StorageError as error:
+        raise image.ImageError("unreadable", str(error)) from error
+
+
+def _reading(row: dict[str, Any]) -> pa.Table:
+    own = {name: row.get(name) for name in schema.READING.names}
+    return pa.Table.from_pylist([own], schema=schema.READING)
+
+
+def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozenset[str]) -> pa.Table:
+    opened, _ = staging.open_slide(row[schema.URI], tiling.mpp)
+    if tiling.tile_mpp is None:
+        raise image.ImageError("missing_mpp", "the model card has no µm per pixel; --tile-mpp gives it")
+    opened.level_for(tiling.tile_mpp)  # a scan too coarse for the model ends here
+    grid = tile.grid(
+        opened.width_px,
+        opened.height_px,
+        opened.mpp,
+        tiling.tile_mpp,
+        tiling.tile_width_px,
+        tiling.tile_height_px,
+    )
+    thumbnail, scale = opened.thumbnail()
+    mask = tissue.mask(thumbnail)
+    share = tissue.fraction(mask, grid.boxes(scale))
+    chosen = np.flatnonzero((share >= tiling.min_tissue) & (share > 0))
+    if not len(chosen):
+        raise image.ImageError("no_tissue", f"none of {len(grid):,} tiles has tissue; see --min-tissue")
+    plan = Plan(
+        slide=row[schema.IMAGE_ID],
+        uri=row[schema.URI],
+        patient=row[schema.PATIENT],
+        width_px=opened.width_px,
+        height_px=opened.height_px,
+        mpp=opened.mpp,
+        tiles=len(chosen),
+        background_tiles=len(grid) - len(chosen),
+        tissue_area_mm2=float(mask.sum()) * (opened.mpp / scale / 1_000) ** 2,
+        thumbnail_scale=scale,
+    )
+    _keep(plans_uri, plan, thumbnail)
+    x, y = grid.x_level0_px[chosen], grid.y_level0_px[chosen]
+    ids = [tile.tile_id(plan.slide, *place, tiling.tile_mpp) for place in zip(x, y, strict=True)]
+    constant = {
+        schema.URI: plan.uri,
+        schema.SLIDE: plan.slide,
+        schema.PATIENT: plan.patient,
+        schema.MPP: tiling.tile_mpp,
+        schema.WIDTH_PX: tiling.tile_width_px,
+        schema.HEIGHT_PX: tiling.tile_height_px,
+        schema.ERROR: None,
+        schema.ERROR_MESSAGE: None,
+    }
+    columns = {schema.IMAGE_ID: ids, schema.X_LEVEL0_PX: x, schema.Y_LEVEL0_PX: y}
+    columns |= {name: [value] * len(ids) for name, value in constant.items()}
+    table = pa.table({name: columns[name] for name in schema.READING.names}, schema=schema.READING)
+    return table.filter(pc.invert(pc.is_in(table[schema.IMAGE_ID], pa.array(done, pa.string()))))
+
+
+def _key(slide_id: str) -> str:
+    return hashlib.sha256(slide_id.encode()).hexdigest()[:24]
+
+
+def _keep(plans_uri: str, plan: Plan, thumbnail: np.ndarray) -> None:
+    """The plan last: where it stands, the thumbnail does too."""
+    storage.write_bytes(storage.join(plans_uri, f"{_key(plan.slide)}.png"), image.png(thumbnail))
+    storage.write_bytes(storage.join(plans_uri, f"{_key(plan.slide)}.json"), plan.model_dump_json().encode())
+
+
+def read_plan(plans_uri: str, slide_id: str) -> Plan | None:
+    """The plan of a slide, or None where there is none (yet)."""
+    uri = storage.join(plans_uri, f"{_key(slide_id)}.json")
+    if not storage.exists(uri):
+        return None
+    return Plan(**json.loads(storage.read_bytes(uri)))
+
+
+def read_thumbnail(plans_uri: str, slide_id: str) -> np.ndarray:
+    """uint8 (h, w, 3) RGB of a planned slide."""
+    return image.decode(storage.read_bytes(storage.join(plans_uri, f"{_key(slide_id)}.png")))

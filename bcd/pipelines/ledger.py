@@ -1,0 +1,257 @@
+"""What has been scored, kept so that every input is scored exactly once, however often the job is killed.
+
+    <output>/config.json                    the settings that decide a row; another model or input is refused
+    <output>/work/<generation>/*.parquet    segments: rows as they were committed, each file whole or not there
+    <output>/predictions/part-<generation>-<n>.parquet
+                                            the table: segments merged, sorted, each row once
+    <output>/summary.json                   written last: which generation is merged
+
+A segment is named after the rows that it holds. When a task is repeated, after a lost node or because two
+drivers overlapped, it writes the same name again. Merging also is repeatable: it names its files by generation
+and writes them from segments that stay until the summary stands.
+"""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bcd import schema, storage
+from bcd.errors import ConfigError
+
+CONFIG, SUMMARY, WORK, PREDICTIONS = "config.json", "summary.json", "work", "predictions"
+# Parquet likes files of about this size; an evidence map compresses badly, so it is near that on disk.
+FILE_BYTES = 128 * 2**20
+ROWS_PER_GROUP = 16_384
+INPUT = "input"
+COUNTED = [schema.IMAGE_ID, schema.SLIDE, schema.X_LEVEL0_PX, schema.ERROR]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One committed file: which inputs it may hold rows of, how many rows and bytes."""
+
+    uri: str
+    first: str
+    last: str
+    n_rows: int
+    n_bytes: int
+
+
+@dataclass
+class Done:
+    """Rows per input (a field, or all tiles of a slide), rows in error, and the files that hold them."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    segments: list[Segment] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The books of one output folder."""
+
+    uri: str
+    generation: int
+
+    @property
+    def work_uri(self) -> str:
+        """Folder of this generation's segments."""
+        return storage.join(self.uri, WORK, f"{self.generation:04d}")
+
+    @property
+    def plans_uri(self) -> str:
+        """Folder of what was found out about slides before their tiles were scored."""
+        return storage.join(self.work_uri, "plans")
+
+    @property
+    def predictions_uri(self) -> str:
+        """Folder of the table."""
+        return storage.join(self.uri, PREDICTIONS)
+
+
+def begin(uri: str, settings: dict[str, Any]) -> tuple[Ledger, dict[str, Any] | None]:
+    """Open the books, and the summary of the last finished run into the same folder.
+
+    Args:
+        uri: of the output folder.
+        settings: all that decides a row, by flag.
+
+    Raises:
+        ConfigError: other settings have been used there; names what differs.
+        StorageError: nothing can be written there.
+    """
+    storage.check_writable(uri)
+    if (old := read_settings(uri)) is not None:
+        differing = [
+            f"{key.replace('_', ' ')} {old.get(key)} -> {settings.get(key)}"
+            for key in sorted(old.keys() | settings.keys())
+            if old.get(key) != settings.get(key)
+        ]
+        if differing:
+            raise ConfigError(
+                f"{uri} holds rows that were scored otherwise: {'; '.join(differing)}. Repeat the command of "
+                "then to go on, or choose another --output"
+            )
+    else:
+        storage.write_bytes(storage.join(uri, CONFIG), json.dumps(settings, indent=2).encode())
+    summary_uri = storage.join(uri, SUMMARY)
+    summary = json.loads(storage.read_bytes(summary_uri)) if storage.exists(summary_uri) else None
+    merged = summary["generation"] if summary else 0
+    # What a kill between the summary and the cleaning left behind would be counted twice.
+    for generation in range(1, merged + 1):
+        storage.delete_folder(storage.join(uri, WORK, f"{generation:04d}"))
+    for file in storage.list_files_if_any(storage.join(uri, PREDICTIONS)):
+        if file.path.endswith(storage.ASIDE):
+            storage.delete_file(file.uri)
+    return Ledger(storage.absolute(uri), merged + 1), summary
+
+
+def read_settings(uri: str) -> dict[str, Any] | None:
+    """The settings that the rows of an output folder were scored with; None for a new one."""
+    config_uri = storage.join(uri, CONFIG)
+    return json.loads(storage.read_bytes(config_uri)) if storage.exists(config_uri) else None
+
+
+def commit(batch: pa.Table, work_uri: str) -> pa.Table:
+    """Write rows as one segment, whole or not at all; returns rows per input for the progress."""
+    ids = sorted(batch[schema.IMAGE_ID].to_pylist())
+    name = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:24]
+    storage.write_bytes(storage.join(work_uri, f"{name}.parquet"), _parquet(batch))
+    counted = _with_input(batch).group_by(INPUT).aggregate([([], "count_all"), (schema.ERROR, "count")])
+    return counted.rename_columns([INPUT, "rows", "errors"])
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=ROWS_PER_GROUP)
+    return buffer.getvalue()
+
+
+def _with_input(table: pa.Table) -> pa.Table:
+    """With the id of the input that a row belongs to: of the slide for a tile, else its own."""
+    tile = pc.is_valid(table[schema.X_LEVEL0_PX])
+    return table.append_column(INPUT, pc.if_else(tile, table[schema.SLIDE], table[schema.IMAGE_ID]))
+
+
+def merged(ledger: Ledger) -> Done:
+    """What the table holds from earlier generations. Files of this one, half merged, do not count."""
+    files = storage.list_files_if_any(ledger.predictions_uri)
+    older = [file for file in files if file.path < _part(ledger.generation, 0)]
+    return _scan(older)
+
+
+def committed(ledger: Ledger) -> Done:
+    """What the segments of this generation hold."""
+    files = storage.list_files_if_any(ledger.work_uri)
+    return _scan(file for file in files if "/" not in file.path)
+
+
+def _scan(files: Iterable[storage.File]) -> Done:
+    done = Done()
+    files = [file for file in files if file.path.endswith(".parquet")]
+    with ThreadPoolExecutor(storage.READ_THREADS) as pool:
+        tables = pool.map(lambda file: _with_input(_read(file.uri, COUNTED)), files)
+        for file, table in zip(files, tables, strict=True):
+            if len(table):
+                done.rows.update(table[INPUT].to_pylist())
+                done.errors.update(table.filter(pc.is_valid(table[schema.ERROR]))[INPUT].to_pylist())
+                bounds = pc.min_max(table[INPUT]).as_py()
+                done.segments.append(
+                    Segment(file.uri, bounds["min"], bounds["max"], len(table), file.size_bytes)
+                )
+    return done
+
+
+def _read(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    filesystem, path = storage.resolve(uri)
+    with filesystem.open_input_file(path) as file:
+        return pq.read_table(file, columns=columns)
+
+
+def tile_ids(done: Done, slides: set[str]) -> frozenset[str]:
+    """Ids of the committed tiles of these slides."""
+    wanted = pa.array(sorted(slides), pa.string())
+    ids: list[str] = []
+    for segment in done.segments if slides else []:
+        table = _read(segment.uri, COUNTED)
+        tiles = pc.and_(pc.is_valid(table[schema.X_LEVEL0_PX]), pc.is_in(table[schema.SLIDE], wanted))
+        ids += table.filter(tiles)[schema.IMAGE_ID].to_pylist()
+    return frozenset(ids)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of the table: the inputs from `first` to `last`, and the segments that may hold their rows."""
+
+    uri: str
+    first: str
+    last: str
+    segments: tuple[str, ...]
+
+
+def parts(ledger: Ledger, done: Done) -> list[Part]:
+    """Cut the segments' rows into files of about `FILE_BYTES`, in the order of the inputs.
+
+    The rows of one input stay together: a slide is in one file, which may be larger.
+    """
+    n_rows, n_bytes = (sum(getattr(s, name) for s in done.segments) for name in ("n_rows", "n_bytes"))
+    per_file = max(1, FILE_BYTES * n_rows // max(1, n_bytes))
+    bounds: list[list[str]] = []
+    filled = per_file
+    for name in sorted(done.rows):
+        if filled >= per_file:
+            bounds.append([])
+            filled = 0
+        bounds[-1].append(name)
+        filled += done.rows[name]
+    return [
+        Part(
+            storage.join(ledger.predictions_uri, _part(ledger.generation, i)),
+            names[0],
+            names[-1],
+            tuple(s.uri for s in done.segments if s.first <= names[-1] and s.last >= names[0]),
+        )
+        for i, names in enumerate(bounds)
+    ]
+
+
+def _part(generation: int, number: int) -> str:
+    return f"part-{generation:04d}-{number:05d}.parquet"
+
+
+def merge(part: Part) -> int:
+    """Write one file of the table: sorted by input, then place; a row that was committed twice once.
+
+    Returns:
+        Its number of rows.
+    """
+    tables = [_with_input(_read(uri)) for uri in part.segments]
+    tables = [
+        t.filter(pc.and_(pc.greater_equal(t[INPUT], part.first), pc.less_equal(t[INPUT], part.last)))
+        for t in tables
+    ]
+    table = pa.concat_tables(tables)
+    keys = (INPUT, schema.Y_LEVEL0_PX, schema.X_LEVEL0_PX, schema.IMAGE_ID)
+    table = table.take(pc.sort_indices(table, [(key, "ascending") for key in keys]))
+    ids = table[schema.IMAGE_ID]
+    if len(table) > 1:
+        new = pc.not_equal(ids.combine_chunks()[1:], ids.combine_chunks()[:-1])
+        table = table.filter(pa.concat_arrays([pa.array([True]), new]))
+    storage.write_bytes(part.uri, _parquet(table.drop_columns(INPUT)))
+    return len(table)
+
+
+def finish(ledger: Ledger, summary: dict[str, Any]) -> None:
+    """Close the books: from here on the table is whole, and the segments are no longer needed."""
+    content = json.dumps(summary | {"generation": ledger.generation}, indent=2, allow_nan=False)
+    storage.write_bytes(storage.join(ledger.uri, SUMMARY), content.encode())
+    storage.delete_folder(storage.join(ledger.uri, WORK))

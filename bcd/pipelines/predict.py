@@ -1,0 +1,179 @@
+"""Rows to predictions: one forward pass gives probability and evidence; one row out for each row in.
+
+The test part of a training run, archives and their tiles all come through here, so that the same bytes give
+the same numbers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import torch
+from ray.data import ActorPoolStrategy, Dataset
+
+from bcd import bundle, cam, image, overlay, provenance, schema, storage
+from bcd.pipelines import cluster, read
+
+CARRIED = (
+    schema.IMAGE_ID,
+    schema.URI,
+    schema.SLIDE,
+    schema.PATIENT,
+    schema.X_LEVEL0_PX,
+    schema.Y_LEVEL0_PX,
+    schema.MPP,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the numbers of a row, given its picture.
+
+    Names and meanings are those of `config.ScoreConfig`.
+    """
+
+    model_uri: str
+    precision: str = "float32"
+    batch_size: int = 32
+    cam: str = cam.CLOSED_FORM
+    cam_layer: str = "layer4"
+    overlays: bool = False
+    compile: bool = False
+    mpp: float | None = None
+
+
+def reading_rows(table: pa.Table) -> pa.Table:
+    """Whole fields of an index (schema `schema.INDEX`) as rows to read (schema `schema.READING`)."""
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(len(table), field.type)
+        for field in schema.READING
+    ]
+    return pa.Table.from_arrays(columns, schema=schema.READING)
+
+
+def predictions(dataset: Dataset, settings: Settings, max_workers: int | None = None) -> Dataset:
+    """Score every row.
+
+    On CPUs a worker reads what it scores: pixels stay in its memory, and both use all its cores. GPUs must
+    not wait, so that CPU workers read for them.
+
+    Args:
+        dataset: rows of schema `schema.READING`; order does not matter.
+        settings: what decides the numbers.
+        max_workers: model workers at a time, at most.
+
+    Returns:
+        A dataset with schema `schema.predictions`, one row for each given: a result or an error.
+    """
+    card = bundle.read_card(settings.model_uri)
+    pool = cluster.model_workers(max_workers)
+    if pool.num_gpus:
+        dataset = dataset.map_batches(
+            read.pixels,
+            fn_kwargs={
+                "height_px": card.input_height_px,
+                "width_px": card.input_width_px,
+                "keep": CARRIED,
+                "mpp": settings.mpp,
+            },
+            batch_format="pyarrow",
+            batch_size=None,
+            num_cpus=1,
+        )
+    return dataset.map_batches(
+        Scorer,
+        fn_constructor_args=(settings, 0 if pool.num_gpus else pool.threads),
+        batch_size=None,
+        batch_format="numpy" if pool.num_gpus else "pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=pool.size),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
+    )
+
+
+class Scorer:
+    """An actor that holds one model and scores batch after batch.
+
+    Args:
+        settings: what decides the numbers.
+        threads: that read pictures here; 0 where they come read.
+    """
+
+    def __init__(self, settings: Settings, threads: int) -> None:
+        self._settings, self._threads = settings, threads
+        if threads:
+            torch.set_num_threads(min(threads, cluster.cores()))
+        self._bundle = bundle.load(
+            settings.model_uri, precision=settings.precision, compiled=settings.compile
+        )
+        self._version = provenance.own_version()
+
+    def __call__(self, batch: Any) -> pa.Table:
+        """Rows to read, or pictures (n, height, width, 3) with their rows, to n rows of predictions."""
+        if self._threads:
+            card, mpp = self._bundle.card, self._settings.mpp
+            size = (card.input_height_px, card.input_width_px)
+            batch = read.pixels(batch, *size, CARRIED, self._threads, mpp)
+        good = batch[schema.ERROR] == ""
+        n = len(good)
+        columns = {name: pa.array(batch[name], from_pandas=True) for name in CARRIED}
+        for name in (schema.HEIGHT_PX, schema.WIDTH_PX):
+            columns[name] = pa.array(batch[name], mask=~good)
+        for name in (schema.ERROR, schema.ERROR_MESSAGE):
+            columns[name] = pa.array(batch[name], pa.string(), mask=good)
+        columns[schema.MODEL_ID] = pa.array([self._bundle.model_id] * n)
+        columns[schema.BCD_VERSION] = pa.array([self._version] * n)
+        return self._table(columns, n, batch[schema.IMAGE][good], good)
+
+    def _table(self, columns: dict[str, pa.Array], n: int, images: np.ndarray, good: np.ndarray) -> pa.Table:
+        height, width = self._bundle.evidence_size(self._settings.cam_layer)
+        form = schema.predictions(height, width, self._settings.overlays)
+        # Every batch has one shape: numbers do not depend on a row's neighbours.
+        size = self._settings.batch_size
+        parts = [self._results(images[at : at + size], form) for at in range(0, len(images), size)]
+        if parts:
+            place = pa.array(np.cumsum(good) - 1, mask=~good)
+            results = pa.concat_tables(parts).combine_chunks()
+            columns |= {name: results[name].combine_chunks().take(place) for name in results.column_names}
+        full = [columns.get(f.name, pa.nulls(n, f.type)).cast(f.type) for f in form]
+        return pa.Table.from_arrays(full, schema=form)
+
+    def _results(self, images: np.ndarray, form: pa.Schema) -> pa.Table:
+        n, size = len(images), self._settings.batch_size
+        padded = np.concatenate([images, np.zeros((size - n, *images.shape[1:]), np.uint8)])
+        prediction = self._bundle.predict(padded, self._settings.cam, self._settings.cam_layer)
+        maps = prediction.evidence[:n]
+        height, width = maps.shape[1:]
+        columns: dict[str, Any] = {
+            schema.LOGIT: list(prediction.logit[:n]),
+            schema.PROBABILITY: list(prediction.probability[:n]),
+            schema.PROBABILITY_MALIGNANT: prediction.probability_malignant[:n],
+            schema.PREDICTED_CLASS: prediction.predicted_class[:n],
+            schema.EVIDENCE: list(maps.reshape(n, -1)),
+            schema.EVIDENCE_HEIGHT: [height] * n,
+            schema.EVIDENCE_WIDTH: [width] * n,
+            schema.EVIDENCE_BIAS: pa.array(prediction.evidence_bias[:n], from_pandas=True),
+        }
+        if self._settings.overlays:
+            columns[schema.OVERLAY] = [
+                image.png(overlay.overlay(*pair)) for pair in zip(images, maps, strict=True)
+            ]
+        return pa.table({name: pa.array(values, form.field(name).type) for name, values in columns.items()})
+
+
+def write(dataset: Dataset, uri: str) -> None:
+    """Write a predictions table as Parquet, in place of what stood there."""
+    storage.delete_folder(uri)
+    filesystem, path = storage.resolve(uri)
+    dataset.write_parquet(path, filesystem=filesystem, compression="zstd")
+
+
+def read_back(uri: str, columns: list[str]) -> pa.Table:
+    """Some columns of a predictions table, sorted by image."""
+    filesystem, path = storage.resolve(uri)
+    table = pads.dataset(path, filesystem=filesystem, format="parquet").to_table(columns=columns)
+    return table.sort_by(schema.IMAGE_ID)

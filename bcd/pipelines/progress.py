@@ -1,0 +1,78 @@
+"""How far an archive is, in lines for people."""
+
+import time
+from collections import Counter
+
+import pyarrow as pa
+
+from bcd import schema
+from bcd.pipelines import expand
+from bcd.pipelines.ledger import INPUT, Done
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class Progress:
+    """Counts committed rows and prints a line now and then.
+
+    Args:
+        todo: the inputs (schema `schema.INDEX`).
+        plans_uri: where the plans of slides are kept.
+        before: rows that were committed by an earlier, interrupted run.
+    """
+
+    def __init__(self, todo: pa.Table, plans_uri: str, before: Done) -> None:
+        names, sizes = todo[schema.IMAGE_ID].to_pylist(), todo[schema.SIZE_BYTES].to_pylist()
+        # Slides are as long as they are large. A manifest does not say: every input counts alike then.
+        self._weights = {name: size or 1 for name, size in zip(names, sizes, strict=True)}
+        self._missing = Counter({name: -before.rows[name] for name in names})
+        uris = todo[schema.URI].to_pylist()
+        self._slides = {name for name, uri in zip(names, uris, strict=True) if expand.may_be_slide(uri)}
+        self._planned: set[str] = set()
+        self._plans_uri = plans_uri
+        self._started = self._printed = time.monotonic()
+        self._done = self._rows = self._errors = 0
+        self._weight = 0
+
+    def add(self, counted: pa.Table) -> None:
+        """Take up what one segment holds: rows and errors per input."""
+        columns = (counted[name].to_pylist() for name in (INPUT, "rows", "errors"))
+        for name, rows, errors in zip(*columns, strict=True):
+            self._rows += rows
+            self._errors += errors
+            self._count(name, rows)
+        if time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._print()
+
+    def _count(self, name: str, rows: int) -> None:
+        if name not in self._planned:
+            plan = expand.read_plan(self._plans_uri, name) if name in self._slides else None
+            self._missing[name] += plan.tiles if plan else 1
+            self._planned.add(name)
+        self._missing[name] -= rows
+        if not self._missing[name]:
+            self._done += 1
+            self._weight += self._weights[name]
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        seconds = self._printed - self._started
+        share = self._weight / sum(self._weights.values())
+        left = f"; about {_duration(seconds * (1 - share) / share)} left" if 0 < share < 1 else ""
+        print(
+            f"{self._done:,} of {len(self._weights):,} inputs, {self._rows:,} rows, {self._errors:,} errors; "
+            f"{self._rows / seconds:.1f} rows/s{left}",
+            flush=True,
+        )
+
+    def end(self) -> float:
+        """The last line; returns rows per second."""
+        if self._weights:
+            self._print()
+        return round(self._rows / max(time.monotonic() - self._started, 1e-3), 2)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"

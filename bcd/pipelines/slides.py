@@ -1,0 +1,113 @@
+"""What is told about each whole slide once its tiles are scored: a row, a heat map, tiles for QuPath."""
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import ray
+
+from bcd import heatmap, schema, storage
+from bcd.pipelines import expand
+from bcd.pipelines.ledger import Ledger
+from bcd.taxonomy import malignant_mask
+
+TABLE, FOLDER, HEATMAP, GEOJSON = "slides.parquet", "slides", "heatmap.png", "tiles.geojson"
+COLUMNS = (
+    schema.IMAGE_ID,
+    schema.X_LEVEL0_PX,
+    schema.Y_LEVEL0_PX,
+    schema.WIDTH_PX,
+    schema.HEIGHT_PX,
+    schema.MPP,
+    schema.LOGIT,
+    schema.PROBABILITY_MALIGNANT,
+    schema.PREDICTED_CLASS,
+    schema.ERROR,
+)
+
+
+def write(ours: Ledger, plans: Sequence[expand.Plan], broken: pa.Table) -> pa.Table:
+    """Write heat maps, GeoJSON and `slides.parquet`; slides of earlier generations stay in the table.
+
+    Args:
+        ours: the books, merged.
+        plans: of the slides scored in this generation.
+        broken: rows of slides that could not be used (columns of `schema.SLIDES`).
+
+    Returns:
+        The whole table (schema `schema.SLIDES`), sorted by slide.
+    """
+    task = ray.remote(num_cpus=1, max_retries=-1)(describe)
+    rows = ray.get([task.remote(ours, plan) for plan in plans])
+    uri = storage.join(ours.uri, TABLE)
+    tables = [pa.Table.from_pylist(rows, schema=schema.SLIDES), broken.cast(schema.SLIDES)]
+    if storage.exists(uri):
+        old = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+        new = pa.concat_tables(tables)[schema.SLIDE]
+        tables.append(old.filter(pc.invert(pc.is_in(old[schema.SLIDE], new.combine_chunks()))))
+    table = pa.concat_tables(tables).sort_by(schema.SLIDE)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    storage.write_bytes(uri, buffer.getvalue())
+    return table
+
+
+def describe(ours: Ledger, plan: expand.Plan) -> dict[str, Any]:
+    """Draw one slide from its rows of the table; returns its row of `schema.SLIDES`."""
+    filesystem, path = storage.resolve(ours.predictions_uri)
+    where = (pc.field(schema.SLIDE) == plan.slide) & pc.field(schema.X_LEVEL0_PX).is_valid()
+    tiles = pads.dataset(path, filesystem=filesystem, format="parquet").to_table(list(COLUMNS), where)
+    boxes = _boxes(tiles, plan.mpp)
+    probability = tiles[schema.PROBABILITY_MALIGNANT].to_numpy().astype(float)
+    _draw(ours, plan, tiles, boxes, probability)
+    known = probability[np.isfinite(probability)]
+    predicted = [name for name in tiles[schema.PREDICTED_CLASS].to_pylist() if name is not None]
+    quantiles = np.quantile(known, list(schema.QUANTILES.values())) if len(known) else [None] * 5
+    return {
+        schema.SLIDE: plan.slide,
+        schema.URI: plan.uri,
+        schema.PATIENT: plan.patient,
+        schema.WIDTH_PX: plan.width_px,
+        schema.HEIGHT_PX: plan.height_px,
+        schema.MPP: plan.mpp,
+        schema.TILES: plan.tiles,
+        schema.BACKGROUND_TILES: plan.background_tiles,
+        schema.ERROR_TILES: plan.tiles - len(known),
+        schema.TISSUE_AREA_MM2: plan.tissue_area_mm2,
+        schema.MALIGNANT_TILE_SHARE: sum(malignant_mask(predicted)) / len(known) if len(known) else None,
+        **dict(zip(schema.QUANTILES, quantiles, strict=True)),
+    }
+
+
+def _boxes(tiles: pa.Table, slide_mpp: float) -> np.ndarray:
+    """float (n, 4): x, y, width and height of the tiles in level-0 pixels."""
+    scale = tiles[schema.MPP].to_numpy().astype(float) / slide_mpp
+    place = [tiles[name].to_numpy().astype(float) for name in (schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX)]
+    size = [(tiles[name].to_numpy() * scale).round() for name in (schema.WIDTH_PX, schema.HEIGHT_PX)]
+    return np.column_stack([*place, *size])
+
+
+def folder(output: str, slide_id: str) -> str:
+    """Where the pictures of a slide lie."""
+    return storage.join(output, FOLDER, slide_id)
+
+
+def _draw(
+    ours: Ledger, plan: expand.Plan, tiles: pa.Table, boxes: np.ndarray, probability: np.ndarray
+) -> None:
+    thumbnail, scale = expand.read_thumbnail(ours.plans_uri, plan.slide), plan.thumbnail_scale
+    picture = heatmap.png(heatmap.draw(thumbnail, scale, boxes, probability), scale, plan.mpp)
+    storage.write_bytes(storage.join(folder(ours.uri, plan.slide), HEATMAP), picture)
+    names = tiles[schema.PREDICTED_CLASS].to_pylist()
+    measured = {schema.PROBABILITY_MALIGNANT: probability}
+    logits = [values or [np.nan, np.nan] for values in tiles[schema.LOGIT].to_pylist()]
+    if {len(values) for values in logits} == {2}:
+        measured["log_odds"] = np.diff(np.array(logits, float))[:, 0]
+    content = heatmap.geojson(tiles[schema.IMAGE_ID].to_pylist(), boxes, names, measured)
+    storage.write_bytes(storage.join(folder(ours.uri, plan.slide), GEOJSON), json.dumps(content).encode())

@@ -1,0 +1,107 @@
+"""Slides where OpenSlide can open them: on the local disk, in a cache of bounded size where they come from
+an object store."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BufferedRandom
+from pathlib import Path
+
+from bcd import slide, storage
+
+# Slides of one machine, shared by all its processes. A large slide has 5 GB.
+CACHE = Path(tempfile.gettempdir()) / f"bcd-slides-{os.getuid()}"
+CACHE_BYTES = 20 * 2**30
+# Open slides of one process. Tiles come in runs of one slide.
+OPEN_SLIDES = 2
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A file on the local disk. As long as the object lives, the cache does not let the file go."""
+
+    path: Path
+    lock: BufferedRandom | None
+
+
+@lru_cache(maxsize=OPEN_SLIDES)
+def open_slide(uri: str, mpp: float | None) -> tuple[slide.Slide, Staged]:
+    """A slide at any URI, opened; the last ones stay open.
+
+    Raises:
+        ImageError: see `slide.open_slide`.
+        StorageError: it cannot be fetched.
+    """
+    staged = stage(uri)
+    return slide.open_slide(staged.path, mpp), staged
+
+
+def stage(uri: str) -> Staged:
+    """The file and what belongs to it, on the local disk; fetched once per machine, whole or not at all.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    if not storage.is_remote(uri):
+        return Staged(Path(storage.absolute(uri)), None)
+    folder = CACHE / hashlib.sha256(uri.encode()).hexdigest()[:24]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / LOCK, "a+b")
+    with _locked(lock):
+        target = folder / "slide" / uri.rpartition("/")[2]
+        if not target.exists():
+            _make_room()
+            _fetch(uri, folder)
+        os.utime(folder)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return Staged(target, lock)
+
+
+@contextmanager
+def _locked(lock: BufferedRandom) -> Iterator[None]:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def _fetch(uri: str, folder: Path) -> None:
+    aside = folder / "aside"
+    shutil.rmtree(aside, ignore_errors=True)
+    root = storage.parent(uri)
+    names = [uri.rpartition("/")[2]]
+    if names[0].lower().endswith((slide.MRXS, slide.DICOM)):
+        names += slide.companions([file.path for file in storage.list_files(root)], names[0])
+    for name in names:
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        storage.download(storage.join(root, name), aside / name)
+    aside.rename(folder / "slide")
+
+
+def _make_room() -> None:
+    """Remove the slides not used for longest, but none that a process holds, until the rest fits."""
+    folders = sorted(CACHE.iterdir(), key=lambda folder: folder.stat().st_mtime)
+    sizes = [sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in folders]
+    total = sum(sizes)
+    for folder, size in zip(folders, sizes, strict=True):
+        if total > CACHE_BYTES and _remove_unused(folder):
+            total -= size
+
+
+def _remove_unused(folder: Path) -> bool:
+    with open(folder / LOCK, "a+b") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        # The lock stays: another process may be waiting for it.
+        shutil.rmtree(folder / "slide", ignore_errors=True)
+    return True

@@ -1,0 +1,216 @@
+"""Whole slides: which files they are, and their pixels at any place and level.
+
+Coordinates are pixels of level 0, the largest picture of the pyramid, as in OpenSlide. A slide that cannot
+be used raises `image.ImageError`, here with code `unreadable`, `missing_mpp` or `too_coarse`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import openslide
+from PIL import Image
+
+from bcd.image import ImageError
+
+# Formats of OpenSlide 4 whose suffix stands for nothing else. https://openslide.org/formats/
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm")
+# A slide where OpenSlide knows the layout, else an ordinary picture.
+MAYBE_SLIDE_SUFFIXES = (".tif", ".tiff")
+MRXS, DICOM = ".mrxs", ".dcm"
+# Nothing that a microscope gives: TIFF's 72 to 1200 dpi, written by software that knew no scale, are 353 to
+# 21 µm/px. Overview scans end near 10.
+MAX_MPP = 20.0
+# A level up to 2 % too coarse counts as fitting, since scanners round: 0.499 serves for 0.49.
+LEVEL_TOLERANCE = 1.02
+# Beyond this, enlarging level 0 would invent detail that the network was taught to look for.
+MAX_ENLARGING = 1.25
+# Side of what is decoded at once for the thumbnail: 16 MiB of RGBA, however large the slide.
+BLOCK_PX = 2048
+
+
+@dataclass(frozen=True)
+class Slide:
+    """An open slide; as a context manager it closes itself.
+
+    Attributes:
+        handle: OpenSlide's own.
+        width_px: of level 0.
+        height_px: of level 0.
+        mpp: µm per pixel of level 0.
+    """
+
+    handle: openslide.OpenSlide
+    width_px: int
+    height_px: int
+    mpp: float
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.handle.close()
+
+    @property
+    def downsamples(self) -> tuple[float, ...]:
+        """Level-0 pixels per pixel of each level."""
+        return tuple(self.handle.level_downsamples)
+
+    def level_for(self, target_mpp: float) -> int:
+        """The smallest level that still holds the detail of `target_mpp` µm/px.
+
+        Raises:
+            ImageError: `too_coarse` where even level 0 is far from it.
+        """
+        if self.mpp > MAX_ENLARGING * target_mpp:
+            raise ImageError(
+                "too_coarse", f"the slide has {self.mpp:.3g} µm/px; the model needs {target_mpp:.3g} or finer"
+            )
+        fitting = (d for d in self.downsamples if self.mpp * d <= LEVEL_TOLERANCE * target_mpp)
+        return self.downsamples.index(max(fitting, default=self.downsamples[0]))
+
+    def read(
+        self, x_level0_px: int, y_level0_px: int, level: int, width_px: int, height_px: int
+    ) -> np.ndarray:
+        """Pixels of a rectangle, white where the slide has none.
+
+        Args:
+            x_level0_px: left edge, in pixels of level 0 at every level.
+            y_level0_px: upper edge.
+            level: of the pyramid.
+            width_px: in pixels of that level.
+            height_px: in pixels of that level.
+
+        Returns:
+            uint8 (height_px, width_px, 3) RGB.
+
+        Raises:
+            ImageError: `unreadable`.
+        """
+        place, size = (int(x_level0_px), int(y_level0_px)), (int(width_px), int(height_px))
+        try:
+            region = self.handle.read_region(place, level, size)
+        except openslide.OpenSlideError as error:
+            raise _unreadable(error) from error
+        paper = Image.new("RGB", size, "white")
+        paper.paste(region, mask=region)
+        return np.asarray(paper)
+
+    def thumbnail(self, max_side_px: int = 2048) -> tuple[np.ndarray, float]:
+        """The whole slide, small. Memory does not grow with the slide, even one without a pyramid.
+
+        Returns:
+            uint8 (h, w, 3) RGB and its scale in thumbnail pixels per level-0 pixel, at most 1.
+
+        Raises:
+            ImageError: `unreadable`.
+        """
+        scale = min(1.0, max_side_px / max(self.width_px, self.height_px))
+        level = self.handle.get_best_level_for_downsample(1 / scale)
+        factor = 1 / (scale * self.downsamples[level])
+        height, width = (max(1, round(side * scale)) for side in (self.height_px, self.width_px))
+        result = np.empty((height, width, 3), np.uint8)
+        step = max(1, int(BLOCK_PX / factor) - 1)
+        for top in range(0, height, step):
+            for left in range(0, width, step):
+                block = result[top : top + step, left : left + step]
+                block[:] = self._reduced(left, top, block.shape[1], block.shape[0], level, factor)
+        return result, scale
+
+    def _reduced(self, left: int, top: int, width: int, height: int, level: int, factor: float) -> np.ndarray:
+        """One block of the thumbnail; a pixel is the mean of about `factor` x `factor` pixels of the level.
+
+        The box has fractions of pixels, so that blocks meet without a seam.
+        """
+        x, y = math.floor(left * factor), math.floor(top * factor)
+        box = left * factor - x, top * factor - y, (left + width) * factor - x, (top + height) * factor - y
+        downsample = self.downsamples[level]
+        pixels = self.read(
+            round(x * downsample), round(y * downsample), level, math.ceil(box[2]), math.ceil(box[3])
+        )
+        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX, box))
+
+
+def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
+    """Open a slide on the local disk.
+
+    Args:
+        path: of the file; for `.mrxs` and `.dcm` its `companions` lie where they lay in the archive.
+        mpp: µm per pixel of level 0, used only where the slide itself does not say.
+
+    Raises:
+        ImageError: `unreadable`, or `missing_mpp` where neither says.
+    """
+    try:
+        handle = openslide.OpenSlide(path)
+        (width, height), properties = handle.dimensions, dict(handle.properties)
+    except openslide.OpenSlideError as error:
+        raise _unreadable(error) from error
+    sides = [
+        _mpp(properties.get(name)) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
+    ]
+    known = [side for side in sides if side is not None]
+    if known:
+        return Slide(handle, width, height, sum(known) / len(known))
+    if mpp is None:
+        handle.close()
+        raise ImageError("missing_mpp", "the slide does not say how many µm a pixel has; --mpp gives it")
+    return Slide(handle, width, height, mpp)
+
+
+def _mpp(text: str | None) -> float | None:
+    """A property as µm/px, or None where it cannot be one."""
+    try:
+        value = float(text or "nan")
+    except ValueError:
+        return None
+    return value if 0 < value <= MAX_MPP else None
+
+
+def _unreadable(error: openslide.OpenSlideError) -> ImageError:
+    return ImageError("unreadable", f"the slide cannot be read: {error}")
+
+
+def is_slide(path: str | Path) -> bool:
+    """Whether a file on the local disk is a whole slide, to be opened here and not by `image.decode`.
+
+    Its name decides, so that a broken `.svs` is a broken slide; for TIFF its content does.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in MAYBE_SLIDE_SUFFIXES:
+        return openslide.OpenSlide.detect_format(path) is not None
+    return suffix in SLIDE_SUFFIXES
+
+
+def companions(paths: Sequence[str], path: str) -> list[str]:
+    """The listed paths without which a slide cannot be opened.
+
+    `.mrxs`: everything below the folder of the same name. `.dcm`: the other files of its folder, which
+    hold the other levels. Any other slide is one file.
+    """
+    here = PurePosixPath(path)
+    suffix = here.suffix.lower()
+    if suffix == MRXS:
+        return [other for other in paths if here.with_suffix("") in PurePosixPath(other).parents]
+    if suffix == DICOM:
+        return [other for other in paths if other != path and _dicom_folder(other) == here.parent]
+    return []
+
+
+def primary(paths: Sequence[str]) -> list[str]:
+    """The listed paths, in their order, with one `.dcm` per folder: the first by name stands for all."""
+    first: dict[PurePosixPath | None, str] = {}
+    for path in sorted(paths):
+        first.setdefault(_dicom_folder(path), path)
+    return [path for path in paths if _dicom_folder(path) is None or first[_dicom_folder(path)] == path]
+
+
+def _dicom_folder(path: str) -> PurePosixPath | None:
+    here = PurePosixPath(path)
+    return here.parent if here.suffix.lower() == DICOM else None

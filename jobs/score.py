@@ -1,0 +1,14 @@
+"""Score every image and slide of an archive once, with an evidence map on each row, to Parquet.
+
+On a cluster:
+    ray job submit --working-dir . -- python jobs/score.py \\
+        --model s3://bucket/runs/first/model --input s3://archive/ --output s3://scores/2026-11
+On this machine:
+    python jobs/score.py --model runs/train/model --input ./archive --output scores
+"""
+
+from bcd import cli
+from bcd.config import ScoreConfig
+
+if __name__ == "__main__":
+    cli.main(ScoreConfig, "score", __doc__)

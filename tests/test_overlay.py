@@ -1,0 +1,79 @@
+"""Colours of the evidence over a picture: which, how strong, and in the right place."""
+
+import numpy as np
+import pytest
+from PIL import ImageColor
+
+from bcd import overlay
+from tests import pictures
+
+BLUE, VERMILION = (np.array(ImageColor.getrgb(name)) for name in (overlay.BLUE, overlay.VERMILION))
+
+
+def white(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), 255, np.uint8)
+
+
+def mixed(colour: np.ndarray, strength: float) -> np.ndarray:
+    """White paper under a colour of the given strength."""
+    alpha = overlay.OPACITY * strength
+    return np.round(255 * (1 - alpha) + colour * alpha)
+
+
+@pytest.mark.parametrize(
+    ("value", "colour", "strength"),
+    [(4, VERMILION, 1), (-4, BLUE, 1), (1, VERMILION, 0.25), (-2, BLUE, 0.5), (99, VERMILION, 1)],
+)
+def test_the_sign_is_the_colour_and_the_size_its_strength(
+    value: float, colour: np.ndarray, strength: float
+) -> None:
+    drawn = overlay.overlay(white(6, 8), np.full((2, 3), value), limit=4)
+    np.testing.assert_allclose(drawn, np.broadcast_to(mixed(colour, strength), (6, 8, 3)), atol=1)
+
+
+def test_nothing_is_drawn_at_zero() -> None:
+    picture = pictures.gradient()
+    before = picture.copy()
+    drawn = overlay.overlay(picture, np.zeros((7, 11)), 1e-6, 224, 336)
+    assert drawn.dtype == np.uint8
+    np.testing.assert_array_equal(drawn, before)
+    np.testing.assert_array_equal(picture, before)
+
+
+def test_a_map_is_enlarged_bilinearly() -> None:
+    drawn = overlay.overlay(white(1, 8), np.array([[0.0, 1.0]]), limit=1)
+    # Between the centres of the two cells, at 2 and 6 pixels, the strength rises evenly.
+    expected = np.clip((np.arange(8) + 0.5 - 2) / 4, 0, 1)
+    np.testing.assert_allclose(drawn[0], [mixed(VERMILION, s) for s in expected], atol=1)
+
+
+def test_a_cell_is_drawn_where_the_network_saw_it() -> None:
+    """A field in a square input has bars above and below it: cell rows 0 and 3 of 4 show nothing of it."""
+    evidence = np.zeros((4, 4))
+    evidence[[0, 3]], evidence[1, 3] = -8, 8
+    drawn = overlay.overlay(white(100, 200), evidence, 8, 128, 128).astype(int)
+    # The field covers rows 1 and 2 of the map; a cell of it is 50 x 50 px here.
+    np.testing.assert_allclose(drawn[25, 175], mixed(VERMILION, 1), atol=3)
+    np.testing.assert_array_equal(drawn[60:75, :120], 255)
+    # Stretched over the field instead, the cell would stand at half this height.
+    assert (drawn[:, 175, 0] > drawn[:, 175, 2]).nonzero()[0].mean() == pytest.approx(25, abs=12)
+
+
+def test_an_input_that_is_no_multiple_of_the_cells() -> None:
+    """80 px have 3 cells of 26.7 px, not of 32: the picture's last column is the end of the last cell."""
+    drawn = overlay.overlay(white(80, 80), np.array([[0.0, 0, 1]] * 3), 1, 80, 80)
+    first = int(np.argmax(drawn[40, :, 2] < mixed(VERMILION, 0.5)[2]))
+    assert first == pytest.approx(80 * 2 / 3, abs=1)  # half strength at the border of the cells
+
+
+def test_the_shared_scale() -> None:
+    assert overlay.scale([np.linspace(-1, 1, 201), -np.linspace(0, 10, 2001)]) == pytest.approx(9.9, abs=0.1)
+    assert overlay.scale([]) == 1
+    assert overlay.scale([np.zeros((2, 3))]) == 1
+
+
+def test_the_legend_runs_from_full_blue_over_nothing_to_full_vermilion() -> None:
+    strip = overlay.legend(101, 5)
+    assert strip.shape == (5, 101, 3)
+    for column, expected in ((0, mixed(BLUE, 1)), (50, [255] * 3), (100, mixed(VERMILION, 1))):
+        np.testing.assert_allclose(strip[:, column], np.broadcast_to(expected, (5, 3)), atol=1)
