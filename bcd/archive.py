@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import pandas as pd
@@ -43,7 +44,9 @@ def read(uri: str) -> Archive:
         for f in files
         if f.path in kept
     ]
-    ignored = sum(not f.path.lower().endswith(SUFFIXES) for f in files)
+    mirax = {PurePosixPath(path).with_suffix("") for path in kept if path.lower().endswith(slide.MRXS)}
+    others = [PurePosixPath(f.path) for f in files if not f.path.lower().endswith(SUFFIXES)]
+    ignored = sum(mirax.isdisjoint(other.parents) for other in others)
     return Archive(pa.Table.from_pylist(rows, schema=schema.INDEX), ignored)
 
 

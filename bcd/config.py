@@ -14,6 +14,17 @@ from bcd.taxonomy import MAGNIFICATIONS, Target
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Precision = Literal["auto", "float32", "bfloat16"]
+Cam = Literal[
+    "evidence",
+    "gradcam",
+    "gradcam++",
+    "layercam",
+    "eigencam",
+    "xgradcam",
+    "hirescam",
+    "scorecam",
+    "ablationcam",
+]
 WORKERS = re.compile(r"auto|[1-9]\d*|([1-9]\d*)-([1-9]\d*)")
 
 
@@ -200,17 +211,7 @@ class ScoreConfig(Config):
     output: str
     """Folder for the table, the slides' pictures and the gallery: local, s3:// or gs://."""
 
-    cam: Literal[
-        "evidence",
-        "gradcam",
-        "gradcam++",
-        "layercam",
-        "eigencam",
-        "xgradcam",
-        "hirescam",
-        "scorecam",
-        "ablationcam",
-    ] = "evidence"
+    cam: Cam = "evidence"
     """evidence: the closed form, free with the forward pass, its mean plus evidence_bias is the log-odds.
     Others: that method of pytorch-grad-cam, raw, at many times the cost."""
 
@@ -224,9 +225,10 @@ class ScoreConfig(Config):
     """µm per pixel of the slides that do not say it themselves."""
 
     tile_mpp: float | None = Field(default=None, gt=0)
-    """µm per pixel at which slides are tiled; by default that of the model's training fields (the coarsest)."""
+    """µm per pixel at which slides are tiled; by default that of the model's training fields, the
+    coarsest of them."""
 
-    min_tissue: float = Field(default=0.25, ge=0, le=1)
+    min_tissue: float = Field(default=0.1, ge=0, le=1)
     """Share of a tile that must be tissue; tiles with less are counted as background and not scored."""
 
     precision: Precision = "float32"
@@ -236,7 +238,8 @@ class ScoreConfig(Config):
     """Images per forward pass."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the network first: a minute that pays on long archives. auto: from 20,000 files, or on slides."""
+    """Compile the network first, a minute that pays on long archives. auto: from 5,000 files or 1 GB of
+    slides, where there is a compiler."""
 
     max_workers: int | None = Field(default=None, ge=1)
     """Most model workers at a time; by default one per GPU, else one per four CPUs."""
@@ -249,7 +252,7 @@ class ScoreConfig(Config):
 
 
 class DemoConfig(Config):
-    """Make a small synthetic data set, train on it, evaluate, and show where the report is."""
+    """Make a small synthetic data set, train on it, evaluate, score an archive, and show the reports."""
 
     output: str = "demo"
     """Folder for the images and the run."""

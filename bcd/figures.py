@@ -269,11 +269,13 @@ def probabilities(values: np.ndarray, threshold: float) -> Figure:
     figure, (axes,) = _canvas(3.1)
     below = np.zeros(50, int)
     for name, count in zip(TUMOR_CLASSES, counts, strict=True):
-        label = f"called {name} (n = {count.sum():,})"
-        axes.bar(edges[:-1], count, 0.0184, below, align="edge", color=CLASS_COLOR[name], label=label)
+        axes.bar(
+            edges[:-1], count, 0.0184, below, align="edge", color=CLASS_COLOR[name], label=f"called {name}"
+        )
         below = below + count
     axes.axvline(threshold, color=INK, ls=(0, (4, 3)), lw=1, label=f"threshold {threshold:.2g}")
-    axes.set(title=f"n = {len(values):,}", xlim=(0, 1), xlabel="probability of malignancy", ylabel="pictures")
+    axes.set(xlim=(0, 1), ylim=(0, 1.04 * max(1, *below)))
+    axes.set(xlabel="probability of malignancy", ylabel=f"pictures (n = {len(values):,})")
     axes.grid(axis="y")
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

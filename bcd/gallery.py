@@ -97,8 +97,9 @@ def page(
 
     Args:
         facts: what is known about the run. `threshold` is needed; optional are title, input, output, model,
-            model_id, precision, cam, cam_layer, seconds, rows_per_s, synthetic, leaky, bcd_version, and the
-            counts n_inputs, n_images, n_slides, n_tiles, n_results, n_errors, n_ignored_files.
+            model_id, precision, cam, cam_layer, target (as on the card), seconds, rows_per_s, synthetic,
+            leaky, bcd_version, and the counts n_inputs, n_images, n_slides, n_tiles, n_errors,
+            n_ignored_files.
         probabilities: float (n,) of malignancy, of every result.
         examples: by group, in the order of the page; see `choose`. At most `PER_GROUP` of each are shown.
         errors: by typed code.
@@ -116,6 +117,7 @@ def page(
         marks=[mark for mark in ("synthetic", "leaky") if facts.get(mark)],
         called=_called(probabilities, facts["threshold"]),
         histogram=_histogram(probabilities, facts) if len(probabilities) else None,
+        uncertain=UNCERTAIN,
         descriptions=GROUPS,
         examples={
             group: [_card(example, limit, input_size_px) for example in found]

@@ -8,12 +8,15 @@ import io
 from struct import error as struct_error
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # What Pillow may open, by content and not by name: fewer parsers, less to attack.
 FORMATS = ("PNG", "JPEG", "TIFF")
 # A field of view has well under a megapixel; a larger picture belongs to the slide reader.
 MAX_PIXELS = 64_000_000
+# First bytes of a format -> what begins its pixels, and what ends the file: PNG's IDAT and IEND chunks (with
+# its checksum), JPEG's SOS and EOI markers.
+ENDS = {b"\x89PNG\r\n\x1a\n": (b"IDAT", b"IEND\xaeB`\x82"), b"\xff\xd8\xff": (b"\xff\xda", b"\xff\xd9")}
 # ImageNet statistics, RGB in [0, 1]: the input that torchvision's weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -33,7 +36,8 @@ class ImageError(Exception):
 def decode(data: bytes) -> np.ndarray:
     """Decode a PNG, JPEG or TIFF.
 
-    Grey, 16-bit, CMYK and palette pictures are converted; transparency is laid over white.
+    Grey, CMYK and palette pictures are converted, 16 bits become 8; transparency is laid over white; a
+    camera's note on orientation (EXIF) is followed; of several frames or pages the first one counts.
 
     Returns:
         uint8 array (height, width, 3), RGB.
@@ -46,8 +50,11 @@ def decode(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             _check_size(picture)
-            return np.asarray(_to_rgb(picture))
+            _check_end(data)
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
     except UnidentifiedImageError:
+        if data.startswith(tuple(ENDS)):
+            raise ImageError("truncated", "the file ends within its header") from None
         raise ImageError("unsupported_format", f"not a {', '.join(FORMATS)} picture") from None
     except Image.DecompressionBombError as error:
         raise ImageError("too_many_pixels", str(error)) from None
@@ -60,6 +67,13 @@ def _check_size(picture: Image.Image) -> None:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise ImageError("too_many_pixels", f"{width} x {height} px; at most {MAX_PIXELS:,} pixels are read")
+
+
+def _check_end(data: bytes) -> None:
+    """Pillow forgives a missing end where the pixels before it fill the picture; half a file is half a file."""
+    for start, (body, end) in ENDS.items():
+        if data.startswith(start) and data.rfind(end) < data.rfind(body):
+            raise ImageError("truncated", "the file has no end")
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -111,7 +111,7 @@ def fold(network: ResNet) -> ResNet:
 
 def _fold_pair(parent: nn.Module, convolution: str, norm: str) -> None:
     pair = parent.get_submodule(convolution), parent.get_submodule(norm)
-    setattr(parent, convolution, fuse_conv_bn_eval(*pair))
+    setattr(parent, convolution, fuse_conv_bn_eval(cast(nn.Conv2d, pair[0]), cast(nn.BatchNorm2d, pair[1])))
     setattr(parent, norm, nn.Identity())
 
 

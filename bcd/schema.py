@@ -141,3 +141,10 @@ def predictions(evidence_height: int, evidence_width: int, overlays: bool = Fals
             *([(OVERLAY, pa.binary())] if overlays else []),
         ]
     )
+
+
+def fill(table: pa.Table, form: pa.Schema) -> pa.Table:
+    """The table in another schema: columns by name, null where it has none, others dropped."""
+    known = {name: table[name] for name in form.names if name in table.column_names}
+    columns = [known.get(field.name, pa.nulls(len(table), field.type)).cast(field.type) for field in form]
+    return pa.Table.from_arrays(columns, schema=form)

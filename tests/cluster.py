@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ from bcd import storage
 # and image reading must fit side by side.
 CLUSTER_CPUS = 4
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parent.parent
+# The jobs of the tests take about a minute here; two noisy cores may take much longer.
+PATIENCE_S = 600
 
 
 @dataclass(frozen=True)
@@ -84,3 +88,32 @@ def listens(port: int) -> bool:
 def read_json(uri: str) -> Any:
     """A JSON document at a URI."""
     return json.loads(storage.read_bytes(uri))
+
+
+def start_ray(arguments: list[str], marker: str) -> subprocess.Popen[bytes]:
+    """`ray start --block` in a session of its own; `processes` finds what belongs to it by the marker."""
+    name, _, value = marker.partition("=")
+    environment = os.environ | {name: value, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    return subprocess.Popen(
+        [BIN / "ray", "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *arguments],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def submit(cluster: Cluster, *arguments: str) -> str:
+    """`ray job submit` of a job script without waiting; the id of the job."""
+    command = [BIN / "ray", "job", "submit", f"--address={cluster.dashboard}", "--no-wait"]
+    command += ["--working-dir", ".", "--", "python", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = re.search(r"raysubmit_\w+", done.stdout)
+    assert found, done.stdout
+    return found[0]
+
+
+def finish(client: Any, job: str) -> tuple[Any, str]:
+    """Wait for the end of a job; its status and log."""
+    wait_for(lambda: client.get_job_status(job).is_terminal(), PATIENCE_S, f"the end of {job}")
+    return client.get_job_status(job), client.get_job_logs(job)

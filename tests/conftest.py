@@ -16,7 +16,17 @@ import pyarrow.fs
 import pytest
 
 from bcd import storage, synthetic
-from tests.cluster import BIN, CLUSTER_CPUS, Cluster, free_port, kill, listens, processes, wait_for
+from tests.cluster import (
+    BIN,
+    CLUSTER_CPUS,
+    Cluster,
+    free_port,
+    kill,
+    listens,
+    processes,
+    start_ray,
+    wait_for,
+)
 
 # Ray reads these when it is imported: the cluster asks for this token, and every client here has it.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -77,14 +87,10 @@ def cluster(s3: str) -> Iterator[Cluster]:
     """
     gcs, dashboard = free_port(), free_port()
     folder = tempfile.mkdtemp(prefix="bcd-ray-", dir="/tmp")
-    command = [BIN / "ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
-    command += [f"--num-cpus={CLUSTER_CPUS}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
-    command += [f"--temp-dir={folder}", "--disable-usage-stats", f"--object-store-memory={10**9}"]
     marker = f"BCD_TEST_CLUSTER={uuid.uuid4().hex}"
-    name, _, value = marker.partition("=")
-    environment = os.environ | {name: value, "PATH": f"{BIN}:{os.environ['PATH']}"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    head = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+    arguments = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    arguments += [f"--num-cpus={CLUSTER_CPUS}", f"--temp-dir={folder}", f"--object-store-memory={10**9}"]
+    head = start_ray(arguments, marker)
     try:
         wait_for(lambda: listens(dashboard) and listens(gcs), 120, "the Ray cluster")
         os.environ["RAY_ADDRESS"] = f"127.0.0.1:{gcs}"

@@ -45,3 +45,25 @@ def broken() -> dict[str, tuple[bytes, str]]:
         "gif": (encode(Image.new("P", (9, 9)), "GIF"), "unsupported_format"),
         "float tiff": (encode(Image.new("F", (9, 9)), "TIFF"), "unsupported_format"),
     }
+
+
+def tiled_tiff(pixels: np.ndarray, mpp: float | None, side: int = 64) -> bytes:
+    """A slide as OpenSlide reads it: uncompressed tiles, one level, byte by byte since Pillow writes strips."""
+    rows, columns = (-(-size // side) for size in pixels.shape[:2])
+    padded = np.full((rows * side, columns * side, 3), 255, np.uint8)
+    padded[: pixels.shape[0], : pixels.shape[1]] = pixels
+    tiles = padded.reshape(rows, side, columns, side, 3).swapaxes(1, 2).tobytes()
+    n, size = rows * columns, side * side * 3
+    # Tag -> type (3: 16 bits, 4: 32 bits, 5: fraction) and values; 296 says pixels per cm.
+    tags = {256: (4, [pixels.shape[1]]), 257: (4, [pixels.shape[0]]), 258: (3, [8]), 259: (3, [1])}
+    tags |= {262: (3, [2]), 277: (3, [3]), 282: (5, [round(1e7 / (mpp or 1)), 1_000])}
+    tags |= {283: tags[282], 296: (3, [3 if mpp else 1]), 322: (4, [side]), 323: (4, [side])}
+    tags |= {324: (4, [8 + i * size for i in range(n)]), 325: (4, [size] * n)}
+    start = 8 + len(tiles)
+    directory, extra, after = struct.pack("<H", len(tags)), b"", start + 2 + 12 * len(tags) + 4
+    for tag, (kind, values) in tags.items():
+        packed = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        where = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", after + len(extra))
+        extra += packed if len(packed) > 4 else b""
+        directory += struct.pack("<HHI", tag, kind, len(values) // (2 if kind == 5 else 1)) + where
+    return struct.pack("<2sHI", b"II", 42, start) + tiles + directory + bytes(4) + extra

@@ -1,7 +1,6 @@
 """The doors, as people use them: `ray job submit` to a cluster of its own, S3, real images, SIGKILL."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,12 +12,10 @@ import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bcd import bundle, schema, storage
-from tests.cluster import BIN, kill, read_json, wait_for
+from tests.cluster import PATIENCE_S, finish, kill, read_json, submit, wait_for
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent
-# A training run of three small epochs takes about a minute here; two noisy cores may take much longer.
-PATIENCE_S = 600
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +29,6 @@ def data(s3, request):
     storage.upload_folder(real / "breakhis/BreaKHis_v1", f"{s3}/BreaKHis_v1")
     storage.write_bytes(weights, (real / "weights/resnet50_imagenet.safetensors").read_bytes())
     return f"{s3}/BreaKHis_v1", weights
-
-
-def submit(cluster, *arguments):
-    """`ray job submit` without waiting; the id of the job."""
-    command = [
-        BIN / "ray",
-        "job",
-        "submit",
-        f"--address={cluster.dashboard}",
-        "--no-wait",
-        "--working-dir",
-        ".",
-    ]
-    done = subprocess.run(
-        [*command, "--", "python", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return re.search(r"raysubmit_\w+", done.stdout)[0]
 
 
 def train_arguments(data, s3, name, *more):
@@ -69,12 +49,6 @@ def train_arguments(data, s3, name, *more):
         *size,
         *more,
     )
-
-
-def finish(client, job):
-    """Wait for the end of a job; its status and log."""
-    wait_for(lambda: client.get_job_status(job).is_terminal(), PATIENCE_S, f"the end of {job}")
-    return client.get_job_status(job), client.get_job_logs(job)
 
 
 def wait_for_epoch(client, job, run_uri, epoch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bcd import bundle, model, provenance
-from bcd.config import Config, EvaluateConfig, TrainConfig
+from bcd.config import Config, EvaluateConfig, ScoreConfig, TrainConfig
 from tests import pictures
 from tests.test_bundle import card
 
@@ -18,7 +18,7 @@ COMMANDS = [
     for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S)
     for line in block.replace("\\\n", "").splitlines()
 ]
-JOBS: dict[str, type[Config]] = {"train": TrainConfig, "evaluate": EvaluateConfig}
+JOBS: dict[str, type[Config]] = {"train": TrainConfig, "evaluate": EvaluateConfig, "score": ScoreConfig}
 
 
 def jobs():

@@ -97,9 +97,10 @@ def scaling(config: TrainConfig) -> ScalingConfig:
 
 @dataclass(frozen=True)
 class Pool:
-    """Actors that each hold a model: at most `size`, each with these resources and threads."""
+    """Actors that each hold a model: at most `size`, `ready` of them without waiting for new nodes."""
 
     size: int
+    ready: int
     threads: int
     num_cpus: int
     num_gpus: int
@@ -114,12 +115,16 @@ def model_workers(limit: int | None = None) -> Pool:
     Args:
         limit: at most so many.
     """
+    now, most = ray.cluster_resources(), limit or sys.maxsize
     have = capacity()
-    most = limit or sys.maxsize
     if have["GPU"] >= 1:
-        return Pool(min(int(have["GPU"]), most), threads=1, num_cpus=1, num_gpus=1)
+        size = min(int(have["GPU"]), most)
+        return Pool(size, min(size, max(1, int(now.get("GPU", 0)))), threads=1, num_cpus=1, num_gpus=1)
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     threads = min([n for n in nodes if n] + [CPUS_PER_MODEL])
-    num_cpus, total = max(1, threads - 1), int(have["CPU"])
-    size = max(1, min(total // threads, (total - 1) // num_cpus))
-    return Pool(min(size, most), threads, num_cpus, 0)
+    num_cpus = max(1, threads - 1)
+    size, ready = (
+        min(most, max(1, min(int(total) // threads, (int(total) - 1) // num_cpus)))
+        for total in (have["CPU"], now.get("CPU", 0))
+    )
+    return Pool(size, ready, threads, num_cpus, 0)

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from bcd import synthetic
-from bcd.config import DemoConfig, TrainConfig
-from bcd.pipelines import train
+from bcd import storage, synthetic
+from bcd.config import DemoConfig, ScoreConfig, TrainConfig
+from bcd.pipelines import score, train
 
 
 def run(config: DemoConfig) -> str:
-    """Generate pictures, train on them, evaluate, and return the URI of the run."""
+    """Generate pictures, train on them, evaluate, score an archive; returns the URI of the run."""
     folder = Path(config.output)
     plan = synthetic.Plan(patients_per_subtype=config.patients_per_subtype, seed=config.seed)
     paths = synthetic.write_tree(folder, plan)
@@ -28,4 +28,19 @@ def run(config: DemoConfig) -> str:
         input_width_px=144,
         seed=config.seed,
     )
-    return train.run(training)
+    run_uri = train.run(training)
+    archive = _archive(folder / "archive", config.seed + 1)
+    score.run(
+        ScoreConfig(model=storage.join(run_uri, train.MODEL), input=archive, output=str(folder / "scores"))
+    )
+    return run_uri
+
+
+def _archive(folder: Path, seed: int) -> str:
+    """Pictures of patients that the model has never seen, and one file that broke on its way."""
+    paths = synthetic.write_tree(
+        folder, synthetic.Plan(patients_per_subtype=1, images_per_magnification=1, seed=seed)
+    )
+    (folder / "cut short.png").write_bytes(paths[0].read_bytes()[:20_000])
+    print(f"made an archive of {len(paths) + 1} files in {folder}, one of them cut short", flush=True)
+    return str(folder)

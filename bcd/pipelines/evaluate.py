@@ -60,7 +60,7 @@ def evaluate(
     print(f"scoring the test part: {len(test):,} images", flush=True)
     predictions_uri = storage.join(output, PREDICTIONS)
     settings = predict.Settings(model_uri, precision, batch_size)
-    rows = predict.predictions(read.rows(predict.reading_rows(test)), settings)
+    rows = predict.predictions(read.rows(schema.fill(test, schema.READING)), settings)
     predict.write(rows, predictions_uri)
     frame = _with_truth(predictions_uri, test)
     about = _about(card, frame, facts)

@@ -1,14 +1,13 @@
 """What has been scored, kept so that every input is scored exactly once, however often the job is killed.
 
-    <output>/config.json                    the settings that decide a row; another model or input is refused
-    <output>/work/<generation>/*.parquet    segments: rows as they were committed, each file whole or not there
-    <output>/predictions/part-<generation>-<n>.parquet
-                                            the table: segments merged, sorted, each row once
-    <output>/summary.json                   written last: which generation is merged
+    config.json                    the settings that decide a row; another model or input is refused
+    work/GENERATION/*.parquet      segments: rows as they were committed, each file whole or not there
+    predictions/part-GENERATION-NUMBER.parquet   the table: segments merged, sorted, each row once
+    summary.json                   written last: which generation is merged
 
-A segment is named after the rows that it holds. When a task is repeated, after a lost node or because two
-drivers overlapped, it writes the same name again. Merging also is repeatable: it names its files by generation
-and writes them from segments that stay until the summary stands.
+A segment is named after the rows that it holds: a task that is repeated, after a lost node, writes the same
+name again. Rows that stand in two segments all the same (two drivers overlapped) are merged into one. Merging
+can be repeated too: it names its files by generation, and the segments stay until the summary stands.
 """
 
 import hashlib
@@ -32,7 +31,7 @@ CONFIG, SUMMARY, WORK, PREDICTIONS = "config.json", "summary.json", "work", "pre
 FILE_BYTES = 128 * 2**20
 ROWS_PER_GROUP = 16_384
 INPUT = "input"
-COUNTED = [schema.IMAGE_ID, schema.SLIDE, schema.X_LEVEL0_PX, schema.ERROR]
+COUNTED = [schema.IMAGE_ID, schema.SLIDE, schema.Y_LEVEL0_PX, schema.X_LEVEL0_PX, schema.ERROR]
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,9 @@ def begin(uri: str, settings: dict[str, Any]) -> tuple[Ledger, dict[str, Any] | 
     # What a kill between the summary and the cleaning left behind would be counted twice.
     for generation in range(1, merged + 1):
         storage.delete_folder(storage.join(uri, WORK, f"{generation:04d}"))
+    # Of a generation that was not finished, the files may have been cut at other places than now.
     for file in storage.list_files_if_any(storage.join(uri, PREDICTIONS)):
-        if file.path.endswith(storage.ASIDE):
+        if file.path.endswith(storage.ASIDE) or file.path >= _part(merged + 1, 0):
             storage.delete_file(file.uri)
     return Ledger(storage.absolute(uri), merged + 1), summary
 
@@ -159,16 +159,29 @@ def _scan(files: Iterable[storage.File]) -> Done:
     done = Done()
     files = [file for file in files if file.path.endswith(".parquet")]
     with ThreadPoolExecutor(storage.READ_THREADS) as pool:
-        tables = pool.map(lambda file: _with_input(_read(file.uri, COUNTED)), files)
-        for file, table in zip(files, tables, strict=True):
-            if len(table):
-                done.rows.update(table[INPUT].to_pylist())
-                done.errors.update(table.filter(pc.is_valid(table[schema.ERROR]))[INPUT].to_pylist())
-                bounds = pc.min_max(table[INPUT]).as_py()
-                done.segments.append(
-                    Segment(file.uri, bounds["min"], bounds["max"], len(table), file.size_bytes)
-                )
+        tables = list(pool.map(lambda file: _with_input(_read(file.uri, COUNTED)), files))
+    for file, table in zip(files, tables, strict=True):
+        if len(table):
+            bounds = pc.min_max(table[INPUT]).as_py()
+            done.segments.append(Segment(file.uri, bounds["min"], bounds["max"], len(table), file.size_bytes))
+    if tables:
+        rows = _once(pa.concat_tables(tables))
+        done.rows.update(rows[INPUT].to_pylist())
+        done.errors.update(rows.filter(pc.is_valid(rows[schema.ERROR]))[INPUT].to_pylist())
     return done
+
+
+def _once(table: pa.Table) -> pa.Table:
+    """Sorted by input, then place; each row once. A slide that could be read after all keeps no error of its
+    own beside its tiles: having no place, that row is the last."""
+    keys = (INPUT, schema.Y_LEVEL0_PX, schema.X_LEVEL0_PX, schema.IMAGE_ID)
+    table = table.take(pc.sort_indices(table, [(key, "ascending") for key in keys]))
+    if len(table) < 2:
+        return table
+    row, before = table.slice(1), table.slice(0, len(table) - 1)
+    beside_tiles = pc.and_(pc.is_null(row[schema.X_LEVEL0_PX]), pc.equal(row[INPUT], before[INPUT]))
+    again = pc.or_(pc.equal(row[schema.IMAGE_ID], before[schema.IMAGE_ID]), beside_tiles)
+    return table.filter(pa.concat_arrays([pa.array([True]), pc.invert(again).combine_chunks()]))
 
 
 def _read(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -235,17 +248,8 @@ def merge(part: Part) -> int:
         Its number of rows.
     """
     tables = [_with_input(_read(uri)) for uri in part.segments]
-    tables = [
-        t.filter(pc.and_(pc.greater_equal(t[INPUT], part.first), pc.less_equal(t[INPUT], part.last)))
-        for t in tables
-    ]
-    table = pa.concat_tables(tables)
-    keys = (INPUT, schema.Y_LEVEL0_PX, schema.X_LEVEL0_PX, schema.IMAGE_ID)
-    table = table.take(pc.sort_indices(table, [(key, "ascending") for key in keys]))
-    ids = table[schema.IMAGE_ID]
-    if len(table) > 1:
-        new = pc.not_equal(ids.combine_chunks()[1:], ids.combine_chunks()[:-1])
-        table = table.filter(pa.concat_arrays([pa.array([True]), new]))
+    inside = (pc.field(INPUT) >= part.first) & (pc.field(INPUT) <= part.last)
+    table = _once(pa.concat_tables([table.filter(inside) for table in tables]))
     storage.write_bytes(part.uri, _parquet(table.drop_columns(INPUT)))
     return len(table)
 

@@ -44,17 +44,6 @@ class Settings:
     mpp: float | None = None
 
 
-def reading_rows(table: pa.Table) -> pa.Table:
-    """Whole fields of an index (schema `schema.INDEX`) as rows to read (schema `schema.READING`)."""
-    columns = [
-        table[field.name].cast(field.type)
-        if field.name in table.column_names
-        else pa.nulls(len(table), field.type)
-        for field in schema.READING
-    ]
-    return pa.Table.from_arrays(columns, schema=schema.READING)
-
-
 def predictions(dataset: Dataset, settings: Settings, max_workers: int | None = None) -> Dataset:
     """Score every row.
 
@@ -89,7 +78,7 @@ def predictions(dataset: Dataset, settings: Settings, max_workers: int | None = 
         fn_constructor_args=(settings, 0 if pool.num_gpus else pool.threads),
         batch_size=None,
         batch_format="numpy" if pool.num_gpus else "pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=pool.size),
+        compute=ActorPoolStrategy(min_size=1, max_size=pool.size, initial_size=pool.ready),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
     )

@@ -1,9 +1,183 @@
-"""stub for spike"""
+"""The end of an archive job: the slides' pictures, the gallery, and a summary that adds up."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import ray
+
+from bcd import bundle, gallery, image, schema, storage
+from bcd.errors import IncompleteError
+from bcd.pipelines import expand, predict, read, slides
+from bcd.pipelines.ledger import SUMMARY, Ledger
+
+GALLERY = "gallery.html"
+SHOWN_PER_ERROR = 5
+OVERVIEW = [
+    schema.IMAGE_ID,
+    schema.URI,
+    schema.SLIDE,
+    schema.PATIENT,
+    schema.X_LEVEL0_PX,
+    schema.PROBABILITY_MALIGNANT,
+    schema.ERROR,
+    schema.ERROR_MESSAGE,
+]
 
 
-def present(ours, plans, inputs, settings, facts):
-    return dict(facts)
+def present(
+    ours: Ledger,
+    plans: Sequence[expand.Plan],
+    inputs: Sequence[str],
+    settings: predict.Settings,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write `slides.parquet`, the slides' pictures and `gallery.html`; returns the summary.
+
+    Args:
+        ours: the books, merged.
+        plans: of the slides scored in this generation.
+        inputs: ids of all inputs.
+        settings: that the rows were scored with.
+        facts: what else is known about the run.
+
+    Raises:
+        IncompleteError: results and errors do not add up to the inputs.
+    """
+    table = _dataset(ours).to_table(OVERVIEW)
+    failed = table.filter(pc.is_valid(table[schema.ERROR]))
+    whole_inputs = failed.filter(pc.is_null(failed[schema.X_LEVEL0_PX]))
+    broken = whole_inputs.filter(pc.equal(whole_inputs[schema.SLIDE], whole_inputs[schema.IMAGE_ID]))
+    described = slides.write(ours, plans, broken)
+    summary = dict(facts) | _counts(table, whole_inputs, described, inputs)
+    summary["errors"] = _by_code(failed)
+    drawing = ray.remote(num_cpus=1, max_retries=-1)(_write_gallery)
+    ray.get(drawing.remote(ours, table, described, settings, summary))
+    return summary
 
 
-def summary_lines(uri, s):
-    return [str(s)]
+def _dataset(ours: Ledger) -> pads.Dataset:
+    filesystem, path = storage.resolve(ours.predictions_uri)
+    return pads.dataset(path, filesystem=filesystem, format="parquet")
+
+
+def _counts(
+    table: pa.Table, failed_inputs: pa.Table, described: pa.Table, inputs: Sequence[str]
+) -> dict[str, int]:
+    tiles = pc.is_valid(table[schema.X_LEVEL0_PX])
+    fields = table.filter(pc.invert(tiles))
+    scored_slides = pc.count_distinct(table.filter(tiles)[schema.SLIDE]).as_py()
+    n_errors = len(failed_inputs)
+    n_results = len(fields) - n_errors + scored_slides
+    # Files that have left the archive since keep their rows.
+    known = set(table.filter(tiles)[schema.SLIDE].unique().to_pylist())
+    n_inputs = len(known | set(fields[schema.IMAGE_ID].to_pylist()) | set(inputs))
+    if n_inputs != n_results + n_errors:
+        raise IncompleteError(f"{n_inputs:,} inputs, but {n_results:,} results and {n_errors:,} errors")
+    return {
+        "n_inputs": n_inputs,
+        "n_results": n_results,
+        "n_errors": n_errors,
+        "n_rows": len(table),
+        "n_slides": len(described),
+        "n_images": n_inputs - len(described),
+        "n_tiles": pc.sum(tiles).as_py() or 0,
+    }
+
+
+def _by_code(failed: pa.Table) -> dict[str, int]:
+    counted = failed.group_by(schema.ERROR).aggregate([([], "count_all")]).to_pylist()
+    return {row[schema.ERROR]: row["count_all"] for row in counted}
+
+
+def _write_gallery(
+    ours: Ledger, table: pa.Table, described: pa.Table, settings: predict.Settings, facts: Mapping[str, Any]
+) -> None:
+    card = bundle.read_card(settings.model_uri)
+    results = table.filter(pc.is_valid(table[schema.PROBABILITY_MALIGNANT]))
+    probabilities = results[schema.PROBABILITY_MALIGNANT].to_numpy()
+    chosen = gallery.choose(probabilities, card.threshold)
+    rows = _rows(ours, [i for places in chosen.values() for i in places], results)
+    examples = {
+        group: [_example(rows[i], settings.mpp) for i in places if i in rows]
+        for group, places in chosen.items()
+    }
+    page = gallery.page(
+        facts,
+        probabilities,
+        examples,
+        _failures(table),
+        [_slide(ours, row) for row in described.to_pylist()],
+        (card.input_height_px, card.input_width_px),
+    )
+    storage.write_bytes(storage.join(ours.uri, GALLERY), page.encode())
+
+
+def _rows(ours: Ledger, places: Sequence[int], results: pa.Table) -> dict[int, dict[str, Any]]:
+    """Whole rows of the table at these places of the results."""
+    ids = [results[schema.IMAGE_ID][i].as_py() for i in places]
+    found = _dataset(ours).to_table(filter=pc.field(schema.IMAGE_ID).isin(ids)).to_pylist()
+    by_id = {row[schema.IMAGE_ID]: row for row in found}
+    return {i: by_id[name] for i, name in zip(places, ids, strict=True)}
+
+
+def _example(row: dict[str, Any], mpp: float | None) -> gallery.Example:
+    logit = row[schema.LOGIT]
+    maps = np.reshape(row[schema.EVIDENCE], (row[schema.EVIDENCE_HEIGHT], row[schema.EVIDENCE_WIDTH]))
+    probability = row[schema.PROBABILITY_MALIGNANT]
+    two_classes = len(logit) == 2
+    return gallery.Example(
+        image_id=row[schema.IMAGE_ID],
+        probability_malignant=probability,
+        predicted_class=row[schema.PREDICTED_CLASS],
+        log_odds=logit[1] - logit[0] if two_classes else float(np.log(probability / (1 - probability))),
+        pixels=_pixels(row, mpp),
+        evidence=maps,
+    )
+
+
+def _pixels(row: dict[str, Any], mpp: float | None) -> np.ndarray:
+    """The picture of a row; grey where it is no longer there."""
+    try:
+        return read.picture(row, mpp)
+    except image.ImageError:
+        return np.full((row[schema.HEIGHT_PX], row[schema.WIDTH_PX], 3), 128, np.uint8)
+
+
+def _failures(table: pa.Table) -> dict[str, gallery.Failures]:
+    failed = table.filter(pc.is_valid(table[schema.ERROR]))
+    found = {}
+    for code, count in _by_code(failed).items():
+        first = failed.filter(pc.equal(failed[schema.ERROR], code)).slice(0, SHOWN_PER_ERROR).to_pylist()
+        named = [(row[schema.IMAGE_ID], row[schema.ERROR_MESSAGE]) for row in first]
+        found[code] = gallery.Failures(count, named)
+    return found
+
+
+def _slide(ours: Ledger, row: dict[str, Any]) -> gallery.Slide:
+    folder = slides.folder(ours.uri, row[schema.SLIDE])
+    heat_map = storage.join(folder, slides.HEATMAP)
+    scored = row[schema.ERROR] is None
+    return gallery.Slide(
+        name=row[schema.SLIDE],
+        n_tiles=row[schema.TILES] or 0,
+        tissue_mm2=row[schema.TISSUE_AREA_MM2],
+        share_malignant=row[schema.MALIGNANT_TILE_SHARE],
+        heat_map=storage.read_bytes(heat_map) if scored else None,
+        geojson=f"{slides.FOLDER}/{row[schema.SLIDE]}/{slides.GEOJSON}" if scored else None,
+    )
+
+
+def summary_lines(uri: str, summary: Mapping[str, Any]) -> list[str]:
+    """The end of the job in lines for people."""
+    lines = [
+        f"{summary['n_inputs']:,} inputs = {summary['n_results']:,} results + {summary['n_errors']:,} errors; "
+        f"{summary['n_rows']:,} rows, {summary['n_tiles']:,} of them tiles"
+    ]
+    lines += [f"  {code}: {count:,}" for code, count in sorted(summary["errors"].items())]
+    lines.append(f"table:   {storage.join(uri, 'predictions')}")
+    lines.append(f"gallery: {storage.join(uri, GALLERY)}")
+    return [*lines, f"summary: {storage.join(uri, SUMMARY)}"]

@@ -139,16 +139,33 @@ def _picture(
     size: tuple[int, int],
     mpp: float | None,
 ) -> Picture | image.ImageError:
-    if error := row.get(schema.ERROR):
-        return image.ImageError(error, row[schema.ERROR_MESSAGE])
     try:
-        if content is None:
-            tile = _tile(row, mpp)
-            return image.fit(tile, *size), row[schema.HEIGHT_PX], row[schema.WIDTH_PX]
-        decoded = image.decode(_bytes(content.result()))
+        found = picture(row, mpp, content.result() if content else None)
     except image.ImageError as error:
         return error
-    return image.fit(decoded, *size), *decoded.shape[:2]
+    if _is_file(row):
+        return image.fit(found, *size), *found.shape[:2]
+    return image.fit(found, *size), row[schema.HEIGHT_PX], row[schema.WIDTH_PX]
+
+
+def picture(
+    row: dict[str, Any], mpp: float | None = None, content: bytes | StorageError | None = None
+) -> np.ndarray:
+    """The picture of a row as it was stored: uint8 (h, w, 3) RGB.
+
+    Args:
+        row: of `schema.READING`, or of the predictions table.
+        mpp: µm per pixel of slides that do not say it.
+        content: of the file, where it has been read.
+
+    Raises:
+        ImageError: it cannot be used.
+    """
+    if error := row.get(schema.ERROR):
+        raise image.ImageError(error, row[schema.ERROR_MESSAGE])
+    if row.get(schema.X_LEVEL0_PX) is not None:
+        return _tile(row, mpp)
+    return image.decode(_bytes(_try_read(row[schema.URI]) if content is None else content))
 
 
 def _tile(row: dict[str, Any], mpp: float | None) -> np.ndarray:
@@ -202,12 +219,14 @@ def inspect(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int, int]]
     result = pa.concat_tables(found).sort_by(schema.IMAGE_ID)
     whole = pc.is_null(result[schema.ERROR])
     bad, good = result.filter(pc.invert(whole)), result.filter(whole)
-    broken = dict(zip(*(bad[name].to_pylist() for name in (schema.IMAGE_ID, schema.ERROR)), strict=True))
-    sizes = Counter(
-        zip(*(good[name].to_pylist() for name in (schema.HEIGHT_PX, schema.WIDTH_PX)), strict=True)
-    )
+    broken = dict(_pairs(bad, schema.IMAGE_ID, schema.ERROR))
+    sizes = Counter(_pairs(good, schema.HEIGHT_PX, schema.WIDTH_PX))
     usual = max(sizes, key=lambda size: (sizes[size], size), default=(0, 0))
     return good.select(schema.INDEX.names).cast(schema.INDEX), broken, usual
+
+
+def _pairs(table: pa.Table, *names: str) -> Iterator[tuple[Any, ...]]:
+    return zip(*(table[name].to_pylist() for name in names), strict=True)
 
 
 def _inspect_batch(batch: pa.Table) -> pa.Table:

@@ -96,11 +96,22 @@ def run(config: ScoreConfig) -> str:
             f"{missing[0]} among them; the same command goes on"
         )
     _merge(ours, books.done)
-    facts = {"title": f"Scored archive: {config.input}", "input": config.input, "model_id": model_id}
-    facts |= {"precision": config.precision, "cam": config.cam, "threshold": card.threshold}
-    facts |= {"synthetic": card.synthetic, "leaky": card.leaky, "n_ignored_files": found.ignored}
-    facts |= {"rows_per_s": rate, "seconds": round(time.monotonic() - started, 1)}
-    summary = present.present(ours, books.plans, found.table, settings, facts)
+    facts: dict[str, Any] = {
+        "title": f"Scored archive: {config.input}",
+        "input": config.input,
+        "model_id": model_id,
+        "precision": config.precision,
+        "cam": config.cam,
+        "threshold": card.threshold,
+        "synthetic": card.synthetic,
+        "leaky": card.leaky,
+        "n_ignored_files": found.ignored,
+        "rows_per_s": rate,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    summary = present.present(
+        ours, list(books.plans.values()), found.table[schema.IMAGE_ID].to_pylist(), settings, facts
+    )
     ledger.finish(ours, summary)
     for line in present.summary_lines(ours.uri, summary):
         print(line, flush=True)
@@ -174,7 +185,7 @@ def _score(
 def _reading(todo: pa.Table, tiling: expand.Tiling, plans_uri: str, done_tiles: frozenset[str]) -> Dataset:
     """Rows to read, in small blocks."""
     maybe = pa.array([expand.may_be_slide(uri) for uri in todo[schema.URI].to_pylist()], pa.bool_())
-    fields = predict.reading_rows(todo.filter(pc.invert(maybe)))
+    fields = schema.fill(todo.filter(pc.invert(maybe)), schema.READING)
     slides = todo.filter(maybe)
     datasets = []
     if len(fields):

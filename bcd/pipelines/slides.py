@@ -38,7 +38,7 @@ def write(ours: Ledger, plans: Sequence[expand.Plan], broken: pa.Table) -> pa.Ta
     Args:
         ours: the books, merged.
         plans: of the slides scored in this generation.
-        broken: rows of slides that could not be used (columns of `schema.SLIDES`).
+        broken: rows of the predictions table of slides that could not be used.
 
     Returns:
         The whole table (schema `schema.SLIDES`), sorted by slide.
@@ -46,7 +46,7 @@ def write(ours: Ledger, plans: Sequence[expand.Plan], broken: pa.Table) -> pa.Ta
     task = ray.remote(num_cpus=1, max_retries=-1)(describe)
     rows = ray.get([task.remote(ours, plan) for plan in plans])
     uri = storage.join(ours.uri, TABLE)
-    tables = [pa.Table.from_pylist(rows, schema=schema.SLIDES), broken.cast(schema.SLIDES)]
+    tables = [pa.Table.from_pylist(rows, schema=schema.SLIDES), schema.fill(broken, schema.SLIDES)]
     if storage.exists(uri):
         old = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
         new = pa.concat_tables(tables)[schema.SLIDE]
@@ -80,7 +80,9 @@ def describe(ours: Ledger, plan: expand.Plan) -> dict[str, Any]:
         schema.BACKGROUND_TILES: plan.background_tiles,
         schema.ERROR_TILES: plan.tiles - len(known),
         schema.TISSUE_AREA_MM2: plan.tissue_area_mm2,
-        schema.MALIGNANT_TILE_SHARE: sum(malignant_mask(predicted)) / len(known) if len(known) else None,
+        schema.MALIGNANT_TILE_SHARE: sum(malignant_mask(tuple(predicted))) / len(known)
+        if len(known)
+        else None,
         **dict(zip(schema.QUANTILES, quantiles, strict=True)),
     }
 

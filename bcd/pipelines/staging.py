@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedRandom
@@ -53,15 +53,18 @@ def stage(uri: str) -> Staged:
         return Staged(Path(storage.absolute(uri)), None)
     folder = CACHE / hashlib.sha256(uri.encode()).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / LOCK, "a+b")
-    with _locked(lock):
-        target = folder / "slide" / uri.rpartition("/")[2]
-        if not target.exists():
-            _make_room()
-            _fetch(uri, folder)
-        os.utime(folder)
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    return Staged(target, lock)
+    lock = (folder / LOCK).open("a+b")  # held as long as the slide is used
+    target = folder / "slide" / uri.rpartition("/")[2]
+    while True:
+        with _locked(lock):
+            if not target.exists():
+                _make_room()
+                _fetch(uri, folder)
+            os.utime(folder)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        # Between the two locks another process may have made room.
+        if target.exists():
+            return Staged(target, lock)
 
 
 @contextmanager
@@ -89,11 +92,20 @@ def _fetch(uri: str, folder: Path) -> None:
 def _make_room() -> None:
     """Remove the slides not used for longest, but none that a process holds, until the rest fits."""
     folders = sorted(CACHE.iterdir(), key=lambda folder: folder.stat().st_mtime)
-    sizes = [sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in folders]
+    sizes = [_size(folder) for folder in folders]
     total = sum(sizes)
     for folder, size in zip(folders, sizes, strict=True):
         if total > CACHE_BYTES and _remove_unused(folder):
             total -= size
+
+
+def _size(folder: Path) -> int:
+    paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
+    total = 0
+    for path in paths:
+        with suppress(FileNotFoundError):  # another process has moved or removed it meanwhile
+            total += os.path.getsize(path)
+    return total
 
 
 def _remove_unused(folder: Path) -> bool:
@@ -103,5 +115,6 @@ def _remove_unused(folder: Path) -> bool:
         except BlockingIOError:
             return False
         # The lock stays: another process may be waiting for it.
-        shutil.rmtree(folder / "slide", ignore_errors=True)
+        for name in ("slide", "aside"):
+            shutil.rmtree(folder / name, ignore_errors=True)
     return True

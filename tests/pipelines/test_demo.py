@@ -2,10 +2,19 @@ from bcd.config import DemoConfig
 from bcd.pipelines import demo
 
 
-def test_the_demo_trains_on_what_it_made(tmp_path, monkeypatch):
+def test_the_demo_trains_on_what_it_made_and_scores_an_archive(tmp_path, monkeypatch):
     """The run itself is `make demo`; here: that it asks for what the pictures are."""
     asked = []
-    monkeypatch.setattr(demo.train, "run", asked.append)
+    monkeypatch.setattr(demo.train, "run", lambda config: asked.append(config) or "the run")
+    monkeypatch.setattr(demo.score, "run", asked.append)
     demo.run(DemoConfig(output=str(tmp_path), patients_per_subtype=3, seed=4))
-    assert asked[0].data == str(tmp_path / "BreaKHis_v1")
-    assert (asked[0].weights, asked[0].seed) == ("none", 4)
+    training, scoring = asked
+    assert training.data == str(tmp_path / "BreaKHis_v1")
+    assert (training.weights, training.seed) == ("none", 4)
+    assert scoring.model.endswith("the run/model")
+    seen, new = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.png")}
+        for name in ("BreaKHis_v1", "archive")
+    )
+    assert len(new) == 8 * 4 + 1
+    assert not set(seen.values()) & set(new.values())

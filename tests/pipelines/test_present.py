@@ -1,0 +1,66 @@
+import pyarrow as pa
+import pytest
+
+from bcd import schema
+from bcd.errors import IncompleteError
+from bcd.pipelines import present
+from bcd.pipelines.present import OVERVIEW
+
+FORM = pa.schema([schema.predictions(1, 1).field(name) for name in OVERVIEW])
+
+
+def overview(*rows):
+    """Rows as (image_id, slide, x, error)."""
+    names = (schema.IMAGE_ID, schema.SLIDE, schema.X_LEVEL0_PX, schema.ERROR)
+    full = [dict(zip(names, row, strict=True)) | {schema.URI: row[0]} for row in rows]
+    table = pa.Table.from_pylist(full, schema=FORM)
+    return table.append_column("n", pa.array(range(len(table))))
+
+
+TABLE = overview(
+    ("a.png", None, None, None),
+    ("b.png", None, None, "truncated"),
+    ("s.svs#0,0,1", "s.svs", 0, None),
+    ("s.svs#9,0,1", "s.svs", 9, "unreadable"),
+    ("t.svs", "t.svs", None, "missing_mpp"),
+)
+DESCRIBED = pa.Table.from_pylist(
+    [{schema.SLIDE: s, schema.URI: s} for s in ("s.svs", "t.svs")], schema.SLIDES
+)
+FAILED_INPUTS = TABLE.filter(pa.array([False, True, False, False, True]))
+
+
+def test_counts_add_up():
+    counts = present._counts(TABLE, FAILED_INPUTS, DESCRIBED, ["a.png", "b.png", "s.svs", "t.svs"])
+    assert counts == {
+        "n_inputs": 4,
+        "n_results": 2,
+        "n_errors": 2,
+        "n_rows": 5,
+        "n_slides": 2,
+        "n_images": 2,
+        "n_tiles": 2,
+    }
+
+
+def test_an_input_without_a_row_is_found():
+    with pytest.raises(IncompleteError, match="5 inputs, but 2 results and 2 errors"):
+        present._counts(TABLE, FAILED_INPUTS, DESCRIBED, ["a.png", "b.png", "s.svs", "t.svs", "lost.png"])
+
+
+def test_failures_are_named_by_kind():
+    found = present._failures(TABLE)
+    assert {code: failure.count for code, failure in found.items()} == {
+        "truncated": 1,
+        "unreadable": 1,
+        "missing_mpp": 1,
+    }
+    assert found["truncated"].first == [("b.png", None)]
+
+
+def test_the_end_in_lines_for_people():
+    counts = present._counts(TABLE, FAILED_INPUTS, DESCRIBED, ["a.png"])
+    lines = present.summary_lines("/out", counts | {"errors": {"truncated": 1, "missing_mpp": 1}})
+    assert lines[0] == "4 inputs = 2 results + 2 errors; 5 rows, 2 of them tiles"
+    assert lines[1:3] == ["  missing_mpp: 1", "  truncated: 1"]
+    assert lines[-1].endswith("/out/summary.json")

@@ -1,0 +1,71 @@
+from collections import Counter
+
+import pyarrow as pa
+import pytest
+
+from bcd import schema
+from bcd.config import ScoreConfig
+from bcd.pipelines import expand, ledger, score
+
+PLAN = expand.Plan(
+    slide="s.svs",
+    uri="/s.svs",
+    patient=None,
+    width_px=100,
+    height_px=100,
+    mpp=0.5,
+    tiles=3,
+    background_tiles=1,
+    tissue_area_mm2=0.1,
+    thumbnail_scale=1.0,
+)
+
+
+def inputs(*names, size_bytes=10):
+    rows = [{schema.IMAGE_ID: name, schema.URI: f"/{name}", schema.SIZE_BYTES: size_bytes} for name in names]
+    return pa.Table.from_pylist(rows, schema=schema.INDEX)
+
+
+def books(rows, older=(), names=("a.png", "b.png", "s.svs")):
+    done, before = ledger.Done(rows=Counter(rows)), ledger.Done(rows=Counter(dict.fromkeys(older, 1)))
+    return score.Books(inputs(*names), before, done, {"s.svs": PLAN})
+
+
+def open_names(found):
+    return found.open_inputs()[schema.IMAGE_ID].to_pylist()
+
+
+def test_an_input_is_complete_with_all_its_rows():
+    assert open_names(books({})) == ["a.png", "b.png", "s.svs"]
+    assert open_names(books({"a.png": 1, "s.svs": 2})) == ["b.png", "s.svs"]
+    assert open_names(books({"a.png": 1, "s.svs": 3}, older=["b.png"])) == []
+
+
+def test_compiling_is_decided_once_for_an_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(score.shutil, "which", lambda name: "/usr/bin/g++")
+    config = ScoreConfig(model="m", input="i", output=str(tmp_path))
+    few, many = inputs("a.png"), inputs(*(f"{i}.png" for i in range(score.COMPILE_FROM_FILES)))
+    assert not score._compiles(config, few)
+    assert score._compiles(config, many)
+    assert score._compiles(config, inputs("a.svs", size_bytes=2**31))
+    assert score._compiles(config.model_copy(update={"compile": "on"}), few)
+    assert not score._compiles(config.model_copy(update={"compile": "off"}), many)
+    ledger.begin(str(tmp_path), {"compile": False})
+    assert not score._compiles(config, many)
+
+
+def test_without_a_compiler_auto_does_not_compile(tmp_path, monkeypatch):
+    monkeypatch.setattr(score.shutil, "which", lambda name: None)
+    monkeypatch.setattr(score.cluster, "capacity", lambda: {"CPU": 2.0, "GPU": 0.0})
+    config = ScoreConfig(model="m", input="i", output=str(tmp_path))
+    assert not score._compiles(config, inputs("a.svs", size_bytes=2**31))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("precision", "bfloat16"), ("min_tissue", 0.5), ("input", "j"), ("cam", "layercam")]
+)
+def test_what_decides_a_row_is_part_of_the_books(flag, value, tmp_path):
+    config = ScoreConfig(model="m", input="i", output="o")
+    other = config.model_copy(update={flag: value, "output": "p", "max_workers": 3})
+    one, two = (score._deciding(c, "id", False) for c in (config, other))
+    assert {key for key in one if one[key] != two[key]} == {flag}

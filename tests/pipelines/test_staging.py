@@ -1,0 +1,183 @@
+import os
+import uuid
+from pathlib import Path
+
+import pytest
+
+from bcd import image, storage
+from bcd.errors import StorageError
+from bcd.pipelines import staging
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache for each test."""
+    monkeypatch.setattr(staging, "CACHE", tmp_path / "cache")
+    yield tmp_path / "cache"
+    staging.open_slide.cache_clear()
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """The URIs that were downloaded, in order."""
+    seen = []
+    real = storage.download
+
+    def download(uri, path):
+        seen.append(uri)
+        real(uri, path)
+
+    monkeypatch.setattr(storage, "download", download)
+    return seen
+
+
+@pytest.fixture
+def folder(s3):
+    return f"{s3}/{uuid.uuid4().hex}"
+
+
+def put(folder, *names, size=10):
+    for name in names:
+        storage.write_bytes(f"{folder}/{name}", name.encode().ljust(size, b"."))
+    return [f"{folder}/{name}" for name in names]
+
+
+def kept(cache):
+    """Names of the files in the cache."""
+    return sorted(path.name for path in cache.rglob("*") if path.is_file() and path.name != staging.LOCK)
+
+
+def test_a_local_file_is_not_copied(tmp_path, cache, fetched):
+    for uri in (str(tmp_path / "a.svs"), f"file://{tmp_path}/a.svs"):
+        assert staging.stage(uri) == staging.Staged(tmp_path / "a.svs", None)
+    assert (fetched, cache.exists()) == ([], False)
+
+
+def test_a_remote_file_is_fetched_once(folder, cache, fetched):
+    (uri,) = put(folder, "a.svs")
+    staged = [staging.stage(uri) for _ in range(3)]
+    assert {s.path for s in staged} == {staged[0].path}
+    assert staged[0].path.name == "a.svs"
+    assert staged[0].path.read_bytes() == b"a.svs....."
+    assert fetched == [uri]
+
+
+def test_equal_names_in_two_folders_are_two_files(folder, fetched):
+    one, two = put(folder, "1/a.svs", "2/a.svs")
+    assert staging.stage(one).path.read_bytes() == b"1/a.svs..."
+    assert staging.stage(two).path.read_bytes() == b"2/a.svs..."
+
+
+def test_whole_or_not_at_all(folder, cache, monkeypatch):
+    uri, *_ = put(folder, "a.mrxs", "a/Data0.dat", "a/Data1.dat")
+    real = storage.download
+
+    def breaks(uri, path):
+        path.write_bytes(b"half")
+        if uri.endswith("Data0.dat"):
+            raise StorageError(f"{uri}: connection lost")
+        real(uri, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "download", breaks)
+        with pytest.raises(StorageError, match=r"Data0.dat: connection lost"):
+            staging.stage(uri)
+    assert not list(cache.glob("*/slide"))
+    path = staging.stage(uri).path
+    assert path.read_bytes() == b"a.mrxs...."
+    assert kept(cache) == ["Data0.dat", "Data1.dat", "a.mrxs"]
+
+
+def test_a_missing_file_is_named(folder):
+    with pytest.raises(StorageError, match=r"none.svs: cannot read it"):
+        staging.stage(f"{folder}/none.svs")
+
+
+def test_what_belongs_to_a_slide_comes_along(folder):
+    names = ["a.mrxs", "a/Slidedat.ini", "a/deep/Data0.dat", "b.mrxs", "b/Data0.dat", "a.txt"]
+    path = staging.stage(put(folder, *names)[0]).path
+    assert below(path) == ["a.mrxs", "a/Slidedat.ini", "a/deep/Data0.dat"]
+    path = staging.stage(put(folder, "d/1.dcm", "d/2.dcm", "d/x.txt", "e/1.dcm")[0]).path
+    assert below(path) == ["1.dcm", "2.dcm"]
+    path = staging.stage(put(folder, "f/a.svs", "f/a/b.svs")[0]).path
+    assert below(path) == ["a.svs"]
+
+
+def below(path):
+    files = [file for file in path.parent.rglob("*") if file.is_file()]
+    return sorted(file.relative_to(path.parent).as_posix() for file in files)
+
+
+def test_the_cache_is_bounded_and_the_least_used_goes_first(folder, cache, fetched, monkeypatch):
+    monkeypatch.setattr(staging, "CACHE_BYTES", 250)
+    uris = put(folder, "a.svs", "b.svs", "c.svs", "d.svs", size=100)
+    for second, uri in enumerate([*uris[:3], uris[0]]):
+        used(staging.stage(uri).path, second)
+    staging.stage(uris[3])
+    assert kept(cache) == ["a.svs", "c.svs", "d.svs"]
+    staging.stage(uris[1])
+    assert kept(cache) == ["a.svs", "b.svs", "d.svs"]
+    assert fetched == [*uris, uris[1]]
+
+
+def used(path, second):
+    """As if it had been used at that time: file systems count in coarse steps."""
+    os.utime(path.parent.parent, (second, second))
+
+
+def test_what_is_held_stays(folder, cache, monkeypatch):
+    monkeypatch.setattr(staging, "CACHE_BYTES", 50)
+    uris = put(folder, "a.svs", "b.svs", "c.svs", "d.svs", size=100)
+    held = staging.stage(uris[0])
+    used(held.path, 0)
+    for uri in uris[1:]:
+        staging.stage(uri)
+    assert kept(cache) == ["a.svs", "d.svs"]
+    del held
+    staging.stage(uris[1])
+    assert kept(cache) == ["b.svs"]
+
+
+def test_what_a_kill_left_behind_goes_too(folder, cache, monkeypatch):
+    monkeypatch.setattr(staging, "CACHE_BYTES", 50)
+    (cache / "killed/aside").mkdir(parents=True)
+    (cache / "killed/aside/x.svs").write_bytes(bytes(100))
+    staging.stage(*put(folder, "a.svs"))
+    assert kept(cache) == ["a.svs"]
+
+
+def test_a_file_that_went_before_it_was_held_is_fetched_again(folder, cache, fetched, monkeypatch):
+    """Another process may make room between the lock for fetching and the lock for holding."""
+    (uri,) = put(folder, "a.svs")
+    real, removed = staging.fcntl.flock, []
+
+    def flock(file, operation):
+        if operation == staging.fcntl.LOCK_SH and not removed:
+            removed.append(staging._remove_unused(Path(file.name).parent))
+        real(file, operation)
+
+    monkeypatch.setattr(staging.fcntl, "flock", flock)
+    assert staging.stage(uri).path.read_bytes() == b"a.svs....."
+    assert (removed, fetched) == ([True], [uri, uri])
+
+
+@pytest.mark.real
+def test_the_last_slides_stay_open(real_data, folder, fetched):
+    content = (real_data / "slides/tiny.svs").read_bytes()
+    uris = [f"{folder}/{i}.svs" for i in range(3)]
+    for uri in uris:
+        storage.write_bytes(uri, content)
+    opened, staged = staging.open_slide(uris[0], None)
+    assert staging.open_slide(uris[0], None)[0] is opened
+    assert (opened.width_px, opened.height_px, staged.path.name) == (16, 16, "0.svs")
+    for uri in uris:
+        staging.open_slide(uri, None)
+    assert staging.open_slide.cache_info().currsize == staging.OPEN_SLIDES == 2
+    assert fetched == uris
+
+
+def test_a_broken_slide_is_not_kept_open(folder, fetched):
+    for _ in range(2):
+        with pytest.raises(image.ImageError, match="unreadable"):
+            staging.open_slide(*put(folder, "a.svs"), None)
+    assert len(fetched) == 1

@@ -1,0 +1,235 @@
+"""Archives as people score them: odd and broken files, SIGKILL at any moment, on disk and on S3.
+
+However a job was disturbed, the table is that of an undisturbed run, each row once.
+"""
+
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas
+import polars
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pytest
+import ray
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from bcd import bundle, model, schema, storage
+from tests import archives
+from tests.cluster import PATIENCE_S, ROOT, finish, kill, processes, read_json, start_ray, submit, wait_for
+from tests.test_bundle import card
+
+pytestmark = pytest.mark.ray
+N_FIELDS = 400
+SCORER = r"ray::MapWorker\(MapBatches\(Scorer\)"
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """400 good fields, 13 odd ones, 28 broken ones, slides where they are at hand, and what is no input."""
+    root = str(tmp_path_factory.mktemp("archive"))
+    files = archives.fields(N_FIELDS) | archives.odd()
+    files |= {name: content for name, (content, _) in archives.broken().items()}
+    files["notes.txt"] = b"no input"
+    if folder := os.environ.get("BCD_REAL_DATA"):
+        slides = Path(folder) / "slides"
+        files |= {f"slides/{path.name}": path.read_bytes() for path in slides.iterdir()}
+        files["slides/half.svs"] = archives.half_a_slide(Path(folder))
+    for name, content in files.items():
+        storage.write_bytes(storage.join(root, name), content)
+    (Path(root) / "folder.png").mkdir()
+    return root
+
+
+@pytest.fixture(scope="module")
+def archive_on_s3(archive, s3):
+    storage.upload_folder(Path(archive), f"{s3}/archive")
+    return f"{s3}/archive"
+
+
+@pytest.fixture(scope="module")
+def model_uri(tmp_path_factory):
+    uri = str(tmp_path_factory.mktemp("model"))
+    bundle.save(model.build(2, seed=1), card(input_height_px=128, input_width_px=192), uri)
+    return uri
+
+
+def start(model_uri, data, output):
+    """The job as a process of its own, on the cluster of the tests."""
+    command = [
+        sys.executable,
+        "jobs/score.py",
+        "--model",
+        model_uri,
+        "--input",
+        data,
+        "--output",
+        str(output),
+    ]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(job):
+    """Its output; it must have ended well."""
+    log, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 0, log
+    return log
+
+
+def table(output):
+    """The whole predictions table, sorted."""
+    filesystem, path = storage.resolve(storage.join(str(output), "predictions"))
+    found = pads.dataset(path, filesystem=filesystem, format="parquet").to_table()
+    return found.sort_by(schema.IMAGE_ID)
+
+
+def segments(output):
+    """Names of the files committed so far."""
+    files = storage.list_files_if_any(storage.join(str(output), "work", "0001"))
+    return [file.path for file in files if file.path.endswith(".parquet")]
+
+
+def wait_for_segment(job, output):
+    """Until rows are committed, but not all of them."""
+    wait_for(lambda: segments(output) or job.poll() is not None, PATIENCE_S, "the first segment")
+    assert job.poll() is None, job.communicate()[0]
+    assert not storage.exists(storage.join(str(output), "summary.json"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, archive, model_uri, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    log = finished(start(model_uri, archive, output))
+    return output, log
+
+
+def assert_same(found, expected):
+    """Equal but for rounding; no id twice."""
+    names = found[schema.IMAGE_ID].to_pylist()
+    assert len(set(names)) == len(names)
+    assert names == expected[schema.IMAGE_ID].to_pylist()
+    for name in (schema.ERROR, schema.PREDICTED_CLASS, schema.X_LEVEL0_PX, schema.WIDTH_PX):
+        assert found[name].equals(expected[name])
+    good = pc.is_null(expected[schema.ERROR])
+    for name in (schema.PROBABILITY_MALIGNANT, schema.EVIDENCE_BIAS):
+        pair = [t.filter(good)[name].to_numpy() for t in (found, expected)]
+        np.testing.assert_allclose(*pair, atol=1e-5)
+
+
+def test_every_input_gives_a_result_or_a_typed_error(undisturbed, archive):
+    """Done when 1 and 2."""
+    output, log = undisturbed
+    rows = table(output).to_pylist()
+    by_input = {}
+    for row in rows:
+        name = row[schema.SLIDE] if row[schema.X_LEVEL0_PX] is not None else row[schema.IMAGE_ID]
+        by_input.setdefault(name, []).append(row)
+    files = [f.path for f in storage.list_files(archive) if not f.path.endswith(".txt")]
+    assert sorted(by_input) == sorted(files)
+    for name in [*archives.fields(N_FIELDS), *archives.odd()]:
+        assert [row[schema.ERROR] for row in by_input[name]] == [None], name
+    for name, (_, code) in archives.broken().items():
+        assert [row[schema.ERROR] for row in by_input[name]] == [code], name
+    summary = read_json(storage.join(str(output), "summary.json"))
+    assert summary["n_inputs"] == len(files) == summary["n_results"] + summary["n_errors"]
+    assert summary["n_ignored_files"] == 1
+    assert f"{len(files)} inputs = {summary['n_results']} results + {summary['n_errors']} errors" in log
+    if "slides/half.svs" in by_input:
+        assert [row[schema.ERROR] for row in by_input["slides/half.svs"]] == ["unreadable"]
+        assert [row[schema.ERROR] for row in by_input["slides/boxes.tiff"]] == ["missing_mpp"]
+        assert len(by_input["slides/CMU-1-Small-Region.svs"]) > 10
+    for row in rows:
+        if row[schema.ERROR] is None:
+            total = np.mean(row[schema.EVIDENCE]) + row[schema.EVIDENCE_BIAS]
+            assert total == pytest.approx(row[schema.LOGIT][1] - row[schema.LOGIT][0], abs=1e-3)
+
+
+def test_the_table_is_read_without_us(undisturbed):
+    """DuckDB, Polars and pandas see the same rows, numbers and maps."""
+    files = f"{undisturbed[0]}/predictions/*.parquet"
+    expected = table(undisturbed[0])
+    n_good = expected[schema.ERROR].null_count
+    mean = pc.mean(expected[schema.PROBABILITY_MALIGNANT]).as_py()
+    query = (
+        f"select count(*), avg(probability_malignant), max(len(evidence)) from '{files}' where error is null"
+    )
+    assert duckdb.sql(query).fetchone() == (n_good, pytest.approx(mean), 4 * 6)
+    frame = polars.read_parquet(files).filter(polars.col("error").is_null())
+    assert (len(frame), frame["probability_malignant"].mean()) == (n_good, pytest.approx(mean))
+    assert frame["evidence"][0].len() == 4 * 6
+    frame = pandas.read_parquet(f"{undisturbed[0]}/predictions").query("error.isnull()")
+    assert (len(frame), frame["probability_malignant"].mean()) == (n_good, pytest.approx(mean))
+    assert len(frame["evidence"].iloc[0]) == 4 * 6
+
+
+def test_a_finished_run_does_nothing_and_another_model_is_refused(undisturbed, archive, model_uri, tmp_path):
+    output, _ = undisturbed
+    before = {f.path: f.size_bytes for f in storage.list_files(str(output))}
+    assert "is finished: all" in finished(start(model_uri, archive, output))
+    assert {f.path: f.size_bytes for f in storage.list_files(str(output))} == before
+    bundle.save(model.build(2, seed=2), card(input_height_px=128, input_width_px=192), str(tmp_path))
+    job = start(str(tmp_path), archive, output)
+    log, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 2
+    assert "holds rows that were scored otherwise: model " in log
+
+
+def test_a_job_killed_on_s3_goes_on_and_takes_up_new_files(
+    cluster, archive_on_s3, model_uri, s3, undisturbed
+):
+    """Done when 3: SIGKILL of the driver, through `ray job submit`, from and to S3; then a file is added."""
+    client = JobSubmissionClient(cluster.dashboard)
+    bundle_uri, output = f"{s3}/score-model", f"{s3}/scores"
+    storage.upload_folder(Path(model_uri), bundle_uri)
+    arguments = ("jobs/score.py", "--model", bundle_uri, "--input", archive_on_s3, "--output", output)
+    first = submit(cluster, *arguments)
+    wait_for(lambda: segments(output), PATIENCE_S, "the first segment")
+    assert kill(cluster.processes(), r"python jobs/score.py .*--output s3://bucket/scores")
+    assert finish(client, first)[0] == JobStatus.FAILED
+    assert not storage.exists(f"{output}/summary.json")
+    status, log = finish(client, submit(cluster, *arguments))
+    assert status == JobStatus.SUCCEEDED, log
+    assert "are scored already, going on with" in log
+    assert_same(table(output), table(undisturbed[0]))
+    storage.write_bytes(f"{archive_on_s3}/late.png", archives.odd()["odd/grey.png"])
+    status, log = finish(client, submit(cluster, *arguments))
+    assert status == JobStatus.SUCCEEDED, log
+    assert "going on with 1" in log
+    names = table(output)[schema.IMAGE_ID].to_pylist()
+    assert sorted(names) == sorted([*table(undisturbed[0])[schema.IMAGE_ID].to_pylist(), "late.png"])
+
+
+def test_a_killed_model_actor_is_replaced(cluster, archive, model_uri, tmp_path, undisturbed):
+    """Done when 3: SIGKILL of the actor; the job ends well by itself."""
+    job = start(model_uri, archive, tmp_path)
+    wait_for_segment(job, tmp_path)
+    assert kill(cluster.processes(), SCORER)
+    finished(job)
+    assert_same(table(tmp_path), table(undisturbed[0]))
+
+
+def test_a_killed_node_is_survived(cluster, archive, model_uri, tmp_path, undisturbed, joined):
+    """Done when 3: a second node, with a model actor on it, is killed whole."""
+    marker = f"BCD_TEST_NODE={uuid.uuid4().hex}"
+    node = start_ray([f"--address={cluster.gcs}", "--num-cpus=4"], marker)
+    try:
+        wait_for(lambda: sum(n["Alive"] for n in ray.nodes()) == 2, PATIENCE_S, "the second node")
+        job = start(model_uri, archive, tmp_path)
+
+        def has_actor():
+            assert job.poll() is None, job.communicate()[0]
+            return [c for _, c in processes(node.pid, marker) if "Scorer" in c]
+
+        wait_for(has_actor, PATIENCE_S, "a model actor on the second node")
+        wait_for_segment(job, tmp_path)
+    finally:
+        node.kill()
+        wait_for(lambda: not kill(processes(node.pid, marker)), 60, "the end of the second node")
+        node.wait()
+    finished(job)
+    assert_same(table(tmp_path), table(undisturbed[0]))
