@@ -219,7 +219,8 @@ class ScoreConfig(Config):
     """Which features --cam explains; the closed form knows layer4 only."""
 
     overlays: Literal["none", "png"] = "none"
-    """png: each row also carries its picture with the map laid over it (about 100 KB a row)."""
+    """png: each row also carries its picture with the map laid over it (about 100 KB a row); full colour
+    is 4 log-odds a cell, with another --cam the largest value of the picture."""
 
     mpp: float | None = Field(default=None, gt=0)
     """µm per pixel of the slides that do not say it themselves."""

@@ -70,7 +70,7 @@ def _check_size(picture: Image.Image) -> None:
 
 
 def _check_end(data: bytes) -> None:
-    """Pillow forgives a missing end where the pixels before it fill the picture; half a file is half a file."""
+    """Pillow forgives a missing end where the pixels before it fill the picture; we do not."""
     for start, (body, end) in ENDS.items():
         if data.startswith(start) and data.rfind(end) < data.rfind(body):
             raise ImageError("truncated", "the file has no end")

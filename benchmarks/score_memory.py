@@ -2,7 +2,7 @@
 
     python -m benchmarks.score_memory --model MODEL --images FOLDER --n 400 4000
 
-For each n, `jobs/score.py` runs on a manifest of n rows (the same pictures over and over) with a Ray of its own.
+For each n, `jobs/score.py` runs on a manifest of n rows (the same pictures over and over), on its own Ray.
 Every half second the memory of all its processes, Ray's own among them, is taken:
 
     private   sum of Pss_Anon: heap and stacks

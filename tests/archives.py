@@ -1,4 +1,4 @@
-"""A small archive with everything that people's archives have: good pictures, odd ones, broken ones, slides."""
+"""A small archive with what people's archives have: good pictures, odd ones, broken ones, slides."""
 
 import io
 from pathlib import Path

@@ -107,9 +107,9 @@ def submit(cluster: Cluster, *arguments: str) -> str:
     """`ray job submit` of a job script without waiting; the id of the job."""
     command = [BIN / "ray", "job", "submit", f"--address={cluster.dashboard}", "--no-wait"]
     command += ["--working-dir", ".", "--", "python", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     found = re.search(r"raysubmit_\w+", done.stdout)
-    assert found, done.stdout
+    assert found, done.stdout + done.stderr
     return found[0]
 
 

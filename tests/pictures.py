@@ -48,7 +48,7 @@ def broken() -> dict[str, tuple[bytes, str]]:
 
 
 def tiled_tiff(pixels: np.ndarray, mpp: float | None, side: int = 64) -> bytes:
-    """A slide as OpenSlide reads it: uncompressed tiles, one level, byte by byte since Pillow writes strips."""
+    """A slide as OpenSlide reads it, in tiles and of one level; byte by byte, since Pillow writes strips."""
     rows, columns = (-(-size // side) for size in pixels.shape[:2])
     padded = np.full((rows * side, columns * side, 3), 255, np.uint8)
     padded[: pixels.shape[0], : pixels.shape[1]] = pixels

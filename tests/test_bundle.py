@@ -1,11 +1,12 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from bcd import bundle, image, model, provenance, transform
+from bcd import bundle, cam, image, model, provenance, transform
 from bcd.config import TrainConfig
 from bcd.errors import BundleError
 from tests import pictures
@@ -41,6 +42,12 @@ def network():
     return model.build(2, seed=1).eval()
 
 
+def ready(network, **changes):
+    """A bundle without files."""
+    features = partial(model.features, network)
+    return bundle.Bundle(card(**changes), "id", network, features, torch.device("cpu"), "float32")
+
+
 def test_a_bundle_gives_the_logits_of_its_network(tmp_path, network):
     identity = bundle.save(network, card(), str(tmp_path / "model"))
     loaded = bundle.load(str(tmp_path / "model"), device="cpu")
@@ -49,7 +56,7 @@ def test_a_bundle_gives_the_logits_of_its_network(tmp_path, network):
     prediction = loaded.predict_files([pictures.encode(pictures.gradient())] * 2)
     np.testing.assert_allclose(prediction.logit, expected.detach().repeat(2, 1), atol=1e-5)
     np.testing.assert_allclose(prediction.probability.sum(1), 1, atol=1e-6)
-    assert prediction.evidence.shape == (2, *loaded.evidence_size) == (2, 2, 3)
+    assert prediction.evidence.shape == (2, *loaded.evidence_size()) == (2, 2, 3)
     log_odds = prediction.logit[:, 1] - prediction.logit[:, 0]
     np.testing.assert_allclose(
         prediction.evidence.mean((1, 2)) + prediction.evidence_bias, log_odds, atol=1e-4
@@ -59,16 +66,24 @@ def test_a_bundle_gives_the_logits_of_its_network(tmp_path, network):
 
 
 def test_evidence_size_is_that_of_the_map(network):
-    odd = bundle.Bundle(
-        card(input_height_px=97, input_width_px=145), "id", network, torch.device("cpu"), "float32"
-    )
-    assert odd.predict(np.zeros((1, 97, 145, 3), np.uint8)).evidence.shape[1:] == odd.evidence_size
+    odd, black = ready(network, input_height_px=97, input_width_px=145), np.zeros((1, 97, 145, 3), np.uint8)
+    assert odd.predict(black).evidence.shape[1:] == odd.evidence_size() == (4, 5)
+    for layer in cam.LAYERS:
+        assert odd.predict(black, "eigencam", layer).evidence.shape[1:] == odd.evidence_size(layer)
+
+
+def test_another_method_has_the_same_logits_and_no_bias(network):
+    loaded, picture = ready(network), image.fit(pictures.gradient(), 64, 96)[None]
+    closed, other = loaded.predict(picture), loaded.predict(picture, "gradcam++", "layer3")
+    np.testing.assert_array_equal(closed.logit, other.logit)
+    assert (closed.evidence.shape, other.evidence.shape) == ((1, 2, 3), (1, 4, 6))
+    assert np.isnan(other.evidence_bias).all()
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(0.0, "malignant"), (1.1, "benign")])
 def test_the_threshold_of_the_card_decides(network, threshold, expected):
-    ready = bundle.Bundle(card(threshold=threshold), "id", network, torch.device("cpu"), "float32")
-    assert ready.predict(np.zeros((1, 64, 96, 3), np.uint8)).predicted_class == [expected]
+    decided = ready(network, threshold=threshold)
+    assert decided.predict(np.zeros((1, 64, 96, 3), np.uint8)).predicted_class == [expected]
 
 
 def test_model_id_follows_weights_and_card_but_not_metrics():

@@ -6,7 +6,7 @@ import pytest
 
 from bcd import cli
 from bcd.config import DemoConfig, TrainConfig
-from bcd.errors import DataError
+from bcd.errors import DataError, IncompleteError
 
 
 def run(monkeypatch, *arguments, pipeline=lambda config: None, config_type=TrainConfig):
@@ -53,6 +53,15 @@ def test_what_a_user_can_put_right_is_one_line_and_exit_code_2(monkeypatch, caps
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, config_type=DemoConfig, pipeline=pipeline)
     assert capsys.readouterr().err == "error: x.csv: no column 'uri'\n"
+
+
+def test_books_that_do_not_balance_exit_1(monkeypatch, capsys):
+    def pipeline(config):
+        raise IncompleteError("3 of 9 inputs have neither a result nor an error")
+
+    with pytest.raises(SystemExit, match="1"):
+        run(monkeypatch, config_type=DemoConfig, pipeline=pipeline)
+    assert capsys.readouterr().err == "error: 3 of 9 inputs have neither a result nor an error\n"
 
 
 def test_our_own_faults_keep_their_trace(monkeypatch):

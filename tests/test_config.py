@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bcd.config import DemoConfig, EvaluateConfig, TrainConfig, differences
+from bcd.config import DemoConfig, EvaluateConfig, ScoreConfig, TrainConfig, differences
 from bcd.errors import ConfigError
 
 
@@ -45,7 +45,28 @@ def test_differences_name_what_decides_the_result_and_nothing_else():
     assert differences(old, new.model_dump(mode="json")) == ["--seed 0 -> 1"]
 
 
-@pytest.mark.parametrize("config_type", [TrainConfig, EvaluateConfig, DemoConfig])
+@pytest.mark.parametrize("config_type", [TrainConfig, EvaluateConfig, ScoreConfig, DemoConfig])
 def test_every_setting_has_a_help_text(config_type):
     for name, setting in config_type.model_fields.items():
         assert setting.description, f"{config_type.__name__}.{name} has no docstring"
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"cam_layer": "layer3"}, "--cam-layer layer3 needs another --cam, such as gradcam or layercam"),
+        ({"cam": "guesscam"}, "--cam input should be 'evidence', 'gradcam'"),
+        ({"mpp": 0}, "--mpp input should be greater than 0, not 0"),
+        ({"min_tissue": 1.5}, "--min-tissue input should be less than or equal to 1, not 1.5"),
+        ({"max_workers": 0}, "--max-workers input should be greater than or equal to 1, not 0"),
+        ({"classes": 2}, "--classes extra inputs are not permitted"),
+    ],
+)
+def test_contradictions_of_scoring_name_the_flag(settings, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        ScoreConfig(model="m", input="i", output="o", **settings)
+
+
+def test_another_method_explains_any_layer():
+    config = ScoreConfig(model="m", input="i", output="o", cam="layercam", cam_layer="layer2")
+    assert (config.cam, config.cam_layer) == ("layercam", "layer2")

@@ -1,3 +1,4 @@
+import copy
 import io
 import os
 import pickle
@@ -62,6 +63,21 @@ def test_forward_gives_float32_under_autocast():
     assert {output.logit.dtype, output.evidence.dtype} == {torch.float32}
     total = output.evidence.mean((1, 2)) + output.evidence_bias
     torch.testing.assert_close(total, output.logit[:, 1] - output.logit[:, 0], atol=1e-5, rtol=0)
+
+
+def test_folding_the_batch_norms_keeps_the_function():
+    network = model.build(2, seed=3)
+    images = torch.randn(4, 3, 96, 144, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for _ in range(3):
+            network.train()(images)  # batch norms that have seen something
+        expected = network.eval()(images)
+        folded = model.fold(copy.deepcopy(network))
+        torch.testing.assert_close(folded(images), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.forward(folded, images).logit, expected, atol=1e-4, rtol=1e-4)
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules()) == 53
+    assert not [module for module in folded.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert sum(isinstance(module, torch.nn.Conv2d) for module in folded.modules()) == 53
 
 
 def test_pretrained_reads_safetensors_and_plain_pth(tmp_path):

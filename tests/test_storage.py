@@ -40,6 +40,34 @@ def test_upload_folder_writes_the_marker_last(tmp_path, monkeypatch):
     assert written[-1][1] == b"card.json"
 
 
+def test_a_folder_that_may_not_be_there_lists_nothing(tmp_path, s3):
+    for folder in (str(tmp_path / "some"), f"{s3}/{tmp_path.name}"):
+        assert storage.list_files_if_any(folder) == []
+        storage.write_bytes(f"{folder}/a.bin", b"123")
+        assert storage.list_files_if_any(folder) == [storage.File(f"{folder}/a.bin", "a.bin", 3)]
+        assert storage.list_files_if_any(f"{folder}/a.bin") == []
+
+
+def test_download_copies_files_larger_than_a_piece(tmp_path, s3):
+    content = bytes(range(256)) * 2**15
+    for uri in (str(tmp_path / "in.bin"), f"{s3}/{tmp_path.name}.bin"):
+        storage.write_bytes(uri, content)
+        storage.download(uri, tmp_path / "out.bin")
+        assert (tmp_path / "out.bin").read_bytes() == content
+    with pytest.raises(StorageError, match=r"none.bin: cannot read it"):
+        storage.download(f"{s3}/none.bin", tmp_path / "out.bin")
+
+
+def test_delete_file_removes_one(tmp_path, s3):
+    for folder in (str(tmp_path / "some"), f"{s3}/{tmp_path.name}-some"):
+        for name in ("a.bin", "b.bin"):
+            storage.write_bytes(f"{folder}/{name}", b"x")
+        storage.delete_file(f"{folder}/a.bin")
+        assert [file.path for file in storage.list_files(folder)] == ["b.bin"]
+    with pytest.raises(StorageError, match=r"none.bin: cannot delete it"):
+        storage.delete_file(str(tmp_path / "none.bin"))
+
+
 def test_errors_name_the_uri(tmp_path):
     with pytest.raises(StorageError, match="nowhere: there is no such folder"):
         storage.list_files(str(tmp_path / "nowhere"))

@@ -148,10 +148,14 @@ class Scorer:
             schema.EVIDENCE_BIAS: pa.array(prediction.evidence_bias[:n], from_pandas=True),
         }
         if self._settings.overlays:
-            columns[schema.OVERLAY] = [
-                image.png(overlay.overlay(*pair)) for pair in zip(images, maps, strict=True)
-            ]
+            columns[schema.OVERLAY] = [self._drawn(*pair) for pair in zip(images, maps, strict=True)]
         return pa.table({name: pa.array(values, form.field(name).type) for name, values in columns.items()})
+
+    def _drawn(self, picture: np.ndarray, evidence: np.ndarray) -> bytes:
+        # Log-odds have a scale that all pictures share; the values of other methods have none.
+        closed_form = self._settings.cam == cam.CLOSED_FORM
+        limit = overlay.LIMIT if closed_form else overlay.scale([evidence])
+        return image.png(overlay.overlay(picture, evidence, limit))
 
 
 def write(dataset: Dataset, uri: str) -> None:

@@ -110,7 +110,7 @@ def _write_gallery(
         probabilities,
         examples,
         _failures(table),
-        [_slide(ours, row) for row in described.to_pylist()],
+        _slides(ours, described.to_pylist()),
         (card.input_height_px, card.input_width_px),
     )
     storage.write_bytes(storage.join(ours.uri, GALLERY), page.encode())
@@ -129,11 +129,13 @@ def _example(row: dict[str, Any], mpp: float | None) -> gallery.Example:
     maps = np.reshape(row[schema.EVIDENCE], (row[schema.EVIDENCE_HEIGHT], row[schema.EVIDENCE_WIDTH]))
     probability = row[schema.PROBABILITY_MALIGNANT]
     two_classes = len(logit) == 2
+    certain = np.finfo(np.float32).eps
+    odds = np.clip(probability, certain, 1 - certain)
     return gallery.Example(
         image_id=row[schema.IMAGE_ID],
         probability_malignant=probability,
         predicted_class=row[schema.PREDICTED_CLASS],
-        log_odds=logit[1] - logit[0] if two_classes else float(np.log(probability / (1 - probability))),
+        log_odds=logit[1] - logit[0] if two_classes else float(np.log(odds / (1 - odds))),
         pixels=_pixels(row, mpp),
         evidence=maps,
     )
@@ -157,16 +159,21 @@ def _failures(table: pa.Table) -> dict[str, gallery.Failures]:
     return found
 
 
-def _slide(ours: Ledger, row: dict[str, Any]) -> gallery.Slide:
-    folder = slides.folder(ours.uri, row[schema.SLIDE])
-    heat_map = storage.join(folder, slides.HEATMAP)
+def _slides(ours: Ledger, rows: list[dict[str, Any]]) -> list[gallery.Slide]:
+    scored = [row[schema.SLIDE] for row in rows if row[schema.ERROR] is None]
+    shown = set(scored[: gallery.MAX_SLIDES])
+    return [_slide(ours, row, row[schema.SLIDE] in shown) for row in rows]
+
+
+def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.Slide:
+    heat_map = storage.join(slides.folder(ours.uri, row[schema.SLIDE]), slides.HEATMAP)
     scored = row[schema.ERROR] is None
     return gallery.Slide(
         name=row[schema.SLIDE],
         n_tiles=row[schema.TILES] or 0,
         tissue_mm2=row[schema.TISSUE_AREA_MM2],
         share_malignant=row[schema.MALIGNANT_TILE_SHARE],
-        heat_map=storage.read_bytes(heat_map) if scored else None,
+        heat_map=storage.read_bytes(heat_map) if shown else None,
         geojson=f"{slides.FOLDER}/{row[schema.SLIDE]}/{slides.GEOJSON}" if scored else None,
     )
 
@@ -174,8 +181,8 @@ def _slide(ours: Ledger, row: dict[str, Any]) -> gallery.Slide:
 def summary_lines(uri: str, summary: Mapping[str, Any]) -> list[str]:
     """The end of the job in lines for people."""
     lines = [
-        f"{summary['n_inputs']:,} inputs = {summary['n_results']:,} results + {summary['n_errors']:,} errors; "
-        f"{summary['n_rows']:,} rows, {summary['n_tiles']:,} of them tiles"
+        f"{summary['n_inputs']:,} inputs = {summary['n_results']:,} results + "
+        f"{summary['n_errors']:,} errors; {summary['n_rows']:,} rows, {summary['n_tiles']:,} of them tiles"
     ]
     lines += [f"  {code}: {count:,}" for code, count in sorted(summary["errors"].items())]
     lines.append(f"table:   {storage.join(uri, 'predictions')}")

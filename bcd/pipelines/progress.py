@@ -1,7 +1,6 @@
 """How far an archive is, in lines for people."""
 
 import time
-from collections import Counter
 
 import pyarrow as pa
 
@@ -25,14 +24,15 @@ class Progress:
         names, sizes = todo[schema.IMAGE_ID].to_pylist(), todo[schema.SIZE_BYTES].to_pylist()
         # Slides are as long as they are large. A manifest does not say: every input counts alike then.
         self._weights = {name: size or 1 for name, size in zip(names, sizes, strict=True)}
-        self._missing = Counter({name: -before.rows[name] for name in names})
+        self._before = before.rows
+        self._expected: dict[str, int] = {}
+        self._missing: dict[str, int] = {}
         uris = todo[schema.URI].to_pylist()
         self._slides = {name for name, uri in zip(names, uris, strict=True) if expand.may_be_slide(uri)}
-        self._planned: set[str] = set()
         self._plans_uri = plans_uri
         self._started = self._printed = time.monotonic()
         self._done = self._rows = self._errors = 0
-        self._weight = 0
+        self._weight = 0.0
 
     def add(self, counted: pa.Table) -> None:
         """Take up what one segment holds: rows and errors per input."""
@@ -45,20 +45,19 @@ class Progress:
             self._print()
 
     def _count(self, name: str, rows: int) -> None:
-        if name not in self._planned:
+        if name not in self._expected:
             plan = expand.read_plan(self._plans_uri, name) if name in self._slides else None
-            self._missing[name] += plan.tiles if plan else 1
-            self._planned.add(name)
+            self._expected[name] = self._missing[name] = (plan.tiles if plan else 1) - self._before[name]
         self._missing[name] -= rows
-        if not self._missing[name]:
-            self._done += 1
-            self._weight += self._weights[name]
+        self._done += not self._missing[name]
+        self._weight += self._weights[name] * rows / max(1, self._expected[name])
 
     def _print(self) -> None:
         self._printed = time.monotonic()
-        seconds = self._printed - self._started
+        seconds = max(self._printed - self._started, 1e-3)
         share = self._weight / sum(self._weights.values())
-        left = f"; about {_duration(seconds * (1 - share) / share)} left" if 0 < share < 1 else ""
+        unfinished = self._done < len(self._weights) and 0 < share < 1
+        left = f"; about {_duration(seconds * (1 - share) / share)} left" if unfinished else ""
         print(
             f"{self._done:,} of {len(self._weights):,} inputs, {self._rows:,} rows, {self._errors:,} errors; "
             f"{self._rows / seconds:.1f} rows/s{left}",

@@ -102,11 +102,13 @@ def run(config: ScoreConfig) -> str:
         "model_id": model_id,
         "precision": config.precision,
         "cam": config.cam,
+        "cam_layer": config.cam_layer,
+        "target": card.target,
         "threshold": card.threshold,
         "synthetic": card.synthetic,
         "leaky": card.leaky,
         "n_ignored_files": found.ignored,
-        "rows_per_s": rate,
+        "rows_per_s": rate or None,
         "seconds": round(time.monotonic() - started, 1),
     }
     summary = present.present(

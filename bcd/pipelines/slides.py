@@ -91,7 +91,9 @@ def _boxes(tiles: pa.Table, slide_mpp: float) -> np.ndarray:
     """float (n, 4): x, y, width and height of the tiles in level-0 pixels."""
     scale = tiles[schema.MPP].to_numpy().astype(float) / slide_mpp
     place = [tiles[name].to_numpy().astype(float) for name in (schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX)]
-    size = [(tiles[name].to_numpy() * scale).round() for name in (schema.WIDTH_PX, schema.HEIGHT_PX)]
+    # All tiles of a slide have one size; the table has none for a tile in error.
+    sizes = [pc.max(tiles[name]).as_py() or 0 for name in (schema.WIDTH_PX, schema.HEIGHT_PX)]
+    size = [(size_px * scale).round() for size_px in sizes]
     return np.column_stack([*place, *size])
 
 

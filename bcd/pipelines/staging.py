@@ -56,15 +56,15 @@ def stage(uri: str) -> Staged:
     lock = (folder / LOCK).open("a+b")  # held as long as the slide is used
     target = folder / "slide" / uri.rpartition("/")[2]
     while True:
+        # Many may hold a slide. Only who fetches or removes it waits until nobody does.
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if target.exists():
+            os.utime(folder)
+            return Staged(target, lock)
         with _locked(lock):
             if not target.exists():
                 _make_room()
                 _fetch(uri, folder)
-            os.utime(folder)
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        # Between the two locks another process may have made room.
-        if target.exists():
-            return Staged(target, lock)
 
 
 @contextmanager

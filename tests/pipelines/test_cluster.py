@@ -48,6 +48,46 @@ def test_more_than_there_is_fails_at_once_with_the_numbers(monkeypatch, have, se
         cluster.scaling(TrainConfig(data="d", **settings))
 
 
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "limit", "expected"),
+    [
+        # One machine: actors, CPUs of each, threads of each.
+        ([2], 0, None, (1, 1, 2)),
+        ([1], 0, None, (1, 1, 1)),
+        ([3], 0, None, (1, 2, 3)),
+        ([4], 0, None, (1, 3, 4)),
+        ([16], 0, None, (4, 3, 4)),
+        ([16], 0, 2, (2, 3, 4)),
+        # Several: as large as the smallest allows, and one CPU stays free.
+        ([1, 1], 0, None, (1, 1, 1)),
+        ([2, 2, 2], 0, None, (3, 1, 2)),
+        ([4, 16], 0, None, (5, 3, 4)),
+        # A head node without CPUs holds no model.
+        ([0, 8], 0, None, (2, 3, 4)),
+        ([8], 4, None, (4, 1, 1)),
+        ([8], 4, 3, (3, 1, 1)),
+    ],
+)
+def test_model_workers_leave_a_cpu_free(monkeypatch, nodes, gpus, limit, expected):
+    fake(monkeypatch, sum(nodes), gpus)
+    now = {"CPU": float(sum(nodes)), "GPU": float(gpus)}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: now)
+    found = [{"Alive": True, "Resources": {"CPU": float(n)} if n else {}} for n in nodes]
+    monkeypatch.setattr(ray, "nodes", lambda: [*found, {"Alive": False, "Resources": {"CPU": 1.0}}])
+    pool = cluster.model_workers(limit)
+    assert (pool.size, pool.num_cpus, pool.threads) == expected
+    assert (pool.ready, pool.num_gpus) == (pool.size, int(gpus > 0))
+    assert pool.size * pool.num_cpus < max(2, sum(nodes))
+
+
+def test_model_workers_count_on_nodes_that_an_autoscaler_adds(monkeypatch):
+    fake(monkeypatch, 32)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    pool = cluster.model_workers()
+    assert (pool.size, pool.ready) == (8, 2)
+
+
 @pytest.mark.ray
 def test_connect_joins_the_cluster_that_is_named(joined):
     assert ray.get_runtime_context().gcs_address.endswith(joined.gcs.partition(":")[2])

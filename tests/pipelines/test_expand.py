@@ -1,0 +1,219 @@
+import math
+import uuid
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from bcd import archive, schema, slide, storage
+from bcd.pipelines import expand, read, staging
+from tests import pictures
+
+TILING = expand.Tiling(tile_mpp=0.5, tile_width_px=40, tile_height_px=30, mpp=None, min_tissue=0.25)
+# A BreaKHis field at 40X.
+FIELD = expand.Tiling(tile_mpp=0.49, tile_width_px=700, tile_height_px=460, mpp=None, min_tissue=0.25)
+NAME = "CMU-1-Small-Region.svs"
+NOTHING = frozenset()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache for each test."""
+    monkeypatch.setattr(staging, "CACHE", tmp_path / "cache")
+    yield
+    staging.open_slide.cache_clear()
+
+
+def stained(width=100, mpp=0.5):
+    """A slide of 200 x 150 px: tissue at the left, glass at the right."""
+    pixels = np.full((150, 200, 3), 243, np.uint8)
+    pixels[:, :width] = 230, 150, 180
+    return pictures.tiled_tiff(pixels, mpp)
+
+
+def expanded(folder, tiling=TILING, done=NOTHING):
+    """The rows for the archive in FOLDER/in; plans go to FOLDER/plans."""
+    inputs = archive.read(f"{folder}/in").table
+    return pa.concat_tables(expand.expand(inputs, tiling, f"{folder}/plans", done))
+
+
+def write(folder, contents):
+    for name, content in contents.items():
+        storage.write_bytes(f"{folder}/in/{name}", content)
+    return folder
+
+
+def test_a_slide_becomes_its_tiles_with_tissue(tmp_path):
+    """5 x 5 tiles of 40 x 30 px; of the third column half has tissue."""
+    table = expanded(write(tmp_path, {"s.tif": stained()}))
+    assert table.schema == schema.READING
+    places = [(x, y) for y in (0, 30, 60, 90, 120) for x in (0, 40, 80)]
+    assert table.to_pylist() == [
+        {
+            schema.IMAGE_ID: f"s.tif#{x},{y},0.5",
+            schema.URI: str(tmp_path / "in/s.tif"),
+            schema.SLIDE: "s.tif",
+            schema.PATIENT: None,
+            schema.X_LEVEL0_PX: x,
+            schema.Y_LEVEL0_PX: y,
+            schema.MPP: 0.5,
+            schema.WIDTH_PX: 40,
+            schema.HEIGHT_PX: 30,
+            schema.ERROR: None,
+            schema.ERROR_MESSAGE: None,
+        }
+        for x, y in places
+    ]
+    assert expand.read_plan(str(tmp_path / "plans"), "s.tif") == expand.Plan(
+        slide="s.tif",
+        uri=str(tmp_path / "in/s.tif"),
+        patient=None,
+        width_px=200,
+        height_px=150,
+        mpp=0.5,
+        tiles=15,
+        background_tiles=10,
+        tissue_area_mm2=100 * 150 * 0.0005**2,
+        thumbnail_scale=1.0,
+    )
+    thumbnail = expand.read_thumbnail(str(tmp_path / "plans"), "s.tif")
+    assert thumbnail.shape == (150, 200, 3)
+    assert (thumbnail[:, :100] == (230, 150, 180)).all()
+    assert (thumbnail[:, 100:] == 243).all()
+    assert expand.read_plan(str(tmp_path / "plans"), "t.tif") is None
+
+
+@pytest.mark.parametrize(("least", "tiles"), [(0.0, 15), (0.5, 15), (0.51, 10), (1.0, 10)])
+def test_min_tissue_decides_and_glass_is_never_scored(tmp_path, least, tiles):
+    assert len(expanded(write(tmp_path, {"s.tif": stained()}), replace(TILING, min_tissue=least))) == tiles
+
+
+def test_tiles_that_are_done_are_left_out_of_the_rows_and_not_of_the_plan(tmp_path):
+    write(tmp_path, {"s.tif": stained()})
+    ids = expanded(tmp_path)[schema.IMAGE_ID].to_pylist()
+    rest = expanded(tmp_path, done=frozenset({*ids[::2], "other.png"}))
+    assert rest[schema.IMAGE_ID].to_pylist() == ids[1::2]
+    assert expand.read_plan(str(tmp_path / "plans"), "s.tif").tiles == len(ids) == 15
+    assert len(expanded(tmp_path, done=frozenset(ids))) == 0
+
+
+def test_a_finer_slide_gives_tiles_that_cover_more_pixels(tmp_path):
+    """200 x 150 px at 0.25 µm/px: tiles of 80 x 60 px of level 0; an eighth of the last has tissue."""
+    table = expanded(write(tmp_path, {"s.tif": stained(mpp=0.25)}))
+    places = {(row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX]) for row in table.to_pylist()}
+    assert places == {(0, 0), (80, 0), (0, 60), (80, 60), (0, 120)}
+    assert set(table[schema.WIDTH_PX].to_pylist()) == {40}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("s.tif", stained(mpp=None), "missing_mpp"),
+        ("s.tif", stained(mpp=2.0), "too_coarse"),
+        ("s.tif", stained(width=0), "no_tissue"),
+        ("s.svs", b"no slide at all", "unreadable"),
+        ("s.ndpi", b"", "unreadable"),
+        ("s.svs", stained()[:9_000], "unreadable"),
+    ],
+)
+def test_a_slide_that_cannot_be_used_is_one_row_with_its_error(tmp_path, name, content, code):
+    (row,) = expanded(write(tmp_path, {name: content})).to_pylist()
+    assert (row[schema.IMAGE_ID], row[schema.SLIDE], row[schema.ERROR]) == (name, name, code)
+    assert row[schema.ERROR_MESSAGE]
+    assert row[schema.X_LEVEL0_PX] is None
+    assert not (tmp_path / "plans").exists()
+
+
+def test_a_slide_without_scale_takes_that_of_the_flag(tmp_path):
+    write(tmp_path, {"s.tif": stained(mpp=None)})
+    assert len(expanded(tmp_path, replace(TILING, mpp=0.5))) == 15
+    staging.open_slide.cache_clear()
+    assert expanded(tmp_path, replace(TILING, mpp=0.9))[schema.ERROR].to_pylist() == ["too_coarse"]
+
+
+def test_a_model_without_scale_needs_the_flag(tmp_path):
+    table = expanded(write(tmp_path, {"s.tif": stained()}), replace(TILING, tile_mpp=None))
+    assert table[schema.ERROR].to_pylist() == ["missing_mpp"]
+    assert "--tile-mpp gives it" in table[schema.ERROR_MESSAGE][0].as_py()
+
+
+def test_fields_stay_one_row_and_keep_what_is_known(tmp_path):
+    for kind in ("png", "jpg", "tiff"):
+        content = pictures.encode(pictures.gradient(), {"jpg": "JPEG"}.get(kind, kind.upper()))
+        write(tmp_path, {f"f.{kind}": content})
+    rows = ["uri,patient,slide,mpp", "in/f.png,7,s,0.5", "in/f.tiff,,,", "in/f.jpg,,,", "no.tif,,,"]
+    (tmp_path / "m.csv").write_text("\n".join(rows))
+    inputs = archive.read(str(tmp_path / "m.csv")).table
+    rows = pa.concat_tables(expand.expand(inputs, TILING, str(tmp_path / "plans"), NOTHING)).to_pylist()
+    found = {row[schema.IMAGE_ID]: row for row in rows}
+    assert [row[schema.ERROR] for row in rows] == [None] * 4
+    known = (schema.PATIENT, schema.SLIDE, schema.MPP, schema.X_LEVEL0_PX)
+    assert [found["in/f.png"][name] for name in known] == ["7", "s", 0.5, None]
+    assert [found["in/f.tiff"][name] for name in known] == [None] * 4
+
+
+def test_which_files_have_to_be_opened():
+    names = ["a.PNG", "b.jpeg", "c.svs", "d.TIFF", "e.dcm"]
+    assert [expand.may_be_slide(f"s3://b/{name}") for name in names] == [False, False, True, True, True]
+
+
+def test_a_slide_on_s3_gives_the_same_rows(tmp_path, s3):
+    remote = f"{s3}/{uuid.uuid4().hex}"
+    contents = {"s.tif": stained(), "t.svs": stained(), "b.svs": b"text", "f.png": b"any"}
+    here, there = (expanded(write(folder, contents)) for folder in (tmp_path, remote))
+    assert len(here) == 15 + 15 + 1 + 1
+    drop = [schema.URI, schema.ERROR_MESSAGE]
+    assert here.drop_columns(drop).equals(there.drop_columns(drop))
+    plans = [expand.read_plan(f"{f}/plans", "s.tif") for f in (tmp_path, remote)]
+    assert plans[0].model_copy(update={"uri": plans[1].uri}) == plans[1]
+
+
+def test_tiles_are_read_where_they_were_laid(tmp_path):
+    """What comes out here is what `read` reads: the tile's pixels, whole."""
+    pixels = pictures.gradient(150, 200)
+    write(tmp_path, {"s.tif": pictures.tiled_tiff(pixels, 0.5)})
+    table = expanded(tmp_path)
+    seen = read.pixels(table, 30, 40, [schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX])
+    assert len(table) == 25
+    for x, y, picture in zip(
+        seen[schema.X_LEVEL0_PX], seen[schema.Y_LEVEL0_PX], seen[schema.IMAGE], strict=True
+    ):
+        np.testing.assert_array_equal(picture, pixels[y : y + 30, x : x + 40])
+
+
+@pytest.mark.real
+def test_the_real_slide_has_the_grid_worked_out_by_hand(tmp_path, real_data):
+    """2220 x 2967 px at 0.499 µm/px; a tile is 700 x 460 px at 0.49, 687.4 x 451.7 of level 0."""
+    content = (real_data / "slides" / NAME).read_bytes()
+    columns, rows = math.ceil(2220 / (700 * 0.49 / 0.499)), math.ceil(2967 / (460 * 0.49 / 0.499))
+    table = expanded(write(tmp_path, {NAME: content}), FIELD)
+    plan = expand.read_plan(str(tmp_path / "plans"), NAME)
+    assert (columns, rows) == (4, 7)
+    assert plan.tiles + plan.background_tiles == columns * rows == 28
+    assert plan.tiles == len(table)
+    assert plan.background_tiles > 0
+    assert 0.3 < plan.tissue_area_mm2 < 2.22 * 0.499 * 2.967 * 0.499
+    for row in table.to_pylist():
+        assert row[schema.X_LEVEL0_PX] in [round(i * 700 * 0.49 / 0.499) for i in range(4)]
+        assert row[schema.Y_LEVEL0_PX] in [round(i * 460 * 0.49 / 0.499) for i in range(7)]
+    again = expanded(tmp_path, FIELD, frozenset(table[schema.IMAGE_ID].to_pylist()[3:]))
+    assert again.to_pylist() == table.to_pylist()[:3]
+    with slide.open_slide(real_data / "slides" / NAME) as opened:
+        assert expand.read_thumbnail(str(tmp_path / "plans"), NAME).shape == opened.thumbnail()[0].shape
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_a_real_slide_cut_short_is_unreadable(tmp_path, real_data, share):
+    content = (real_data / "slides" / NAME).read_bytes()
+    write(tmp_path, {"s.svs": content[: int(share * len(content))]})
+    (row,) = expanded(tmp_path, FIELD).to_pylist()
+    assert (row[schema.IMAGE_ID], row[schema.SLIDE], row[schema.ERROR]) == ("s.svs", "s.svs", "unreadable")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("name", "code"), [("boxes.tiff", "missing_mpp"), ("tiny.svs", "no_tissue")])
+def test_other_real_slides(tmp_path, real_data, name, code):
+    table = expanded(write(tmp_path, {name: (real_data / "slides" / name).read_bytes()}), FIELD)
+    assert (len(table), table[schema.ERROR][0].as_py()) == (1, code)

@@ -1,0 +1,199 @@
+import io
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from bcd import archive, image, schema, storage
+from bcd.pipelines import expand, ledger, slides, staging
+from tests import pictures
+
+NAME = "CMU-1-Small-Region.svs"
+SYNTHETIC = expand.Tiling(tile_mpp=0.5, tile_width_px=40, tile_height_px=30, mpp=None, min_tissue=0.25)
+FIELD = expand.Tiling(tile_mpp=0.49, tile_width_px=700, tile_height_px=460, mpp=None, min_tissue=0.25)
+ORDER = list(schema.QUANTILES)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """Ray's tasks as plain calls."""
+
+    def remote(**options):
+        return lambda function: SimpleNamespace(remote=function)
+
+    monkeypatch.setattr(slides, "ray", SimpleNamespace(remote=remote, get=lambda results: results))
+    yield
+    staging.open_slide.cache_clear()
+
+
+def planned(folder, contents, tiling, generation=1):
+    """Tiles and plans of an archive of slides, as the pipeline makes them."""
+    for name, content in contents.items():
+        storage.write_bytes(f"{folder}/in/{name}", content)
+    ours = ledger.Ledger(f"{folder}/out", generation)
+    inputs = archive.read(f"{folder}/in").table
+    inputs = inputs.filter(pa.array([name in contents for name in inputs[schema.IMAGE_ID].to_pylist()]))
+    tiles = pa.concat_tables(expand.expand(inputs, tiling, ours.plans_uri, frozenset()))
+    return ours, tiles, [expand.read_plan(ours.plans_uri, name) for name in contents]
+
+
+def scored(ours, tiles, classes=("benign", "malignant")):
+    """A predictions table by hand, and its probabilities."""
+    rng = np.random.default_rng(0)
+    log_odds = rng.normal(0, 2, len(tiles)).astype(np.float32)
+    probability = 1 / (1 + np.exp(-log_odds))
+    rows = [
+        row
+        | {
+            schema.LOGIT: [0.0, float(odds)] + [0.0] * (len(classes) - 2),
+            schema.PROBABILITY_MALIGNANT: float(p),
+            schema.PREDICTED_CLASS: classes[int(p >= 0.5)],
+            schema.MODEL_ID: "m",
+            schema.BCD_VERSION: "1",
+        }
+        for row, odds, p in zip(tiles.to_pylist(), log_odds, probability, strict=True)
+    ]
+    write(ours, rows)
+    return rows, np.array([row[schema.PROBABILITY_MALIGNANT] for row in rows], np.float32), log_odds
+
+
+def write(ours, rows):
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema.predictions(2, 3)), buffer)
+    storage.write_bytes(f"{ours.predictions_uri}/part-{ours.generation:04d}-00000.parquet", buffer.getvalue())
+
+
+def none():
+    return schema.predictions(2, 3).empty_table()
+
+
+def features(ours, name):
+    content = json.loads(storage.read_bytes(f"{slides.folder(ours.uri, name)}/tiles.geojson"))
+    assert content["type"] == "FeatureCollection"
+    return content["features"]
+
+
+def stained():
+    pixels = np.full((150, 200, 3), 243, np.uint8)
+    pixels[:, :100] = 230, 150, 180
+    return pictures.tiled_tiff(pixels, 0.5)
+
+
+def check(ours, plan, tiles, row, probability, log_odds):
+    """What is told of one slide against its tiles."""
+    assert row[schema.SLIDE] == plan.slide
+    assert row[schema.TILES] == plan.tiles == len(tiles)
+    assert row[schema.BACKGROUND_TILES] == plan.background_tiles
+    assert (row[schema.ERROR_TILES], row[schema.ERROR]) == (0, None)
+    assert row[schema.MALIGNANT_TILE_SHARE] == np.mean(probability >= 0.5)
+    expected = np.quantile(probability, [0.05, 0.25, 0.5, 0.75, 0.95])
+    np.testing.assert_allclose([row[name] for name in ORDER], expected, rtol=1e-6)
+    page = image.decode(storage.read_bytes(f"{slides.folder(ours.uri, plan.slide)}/heatmap.png"))
+    thumbnail = expand.read_thumbnail(ours.plans_uri, plan.slide)
+    assert page.shape[0] > thumbnail.shape[0]
+    assert page.shape[1] >= thumbnail.shape[1]
+    found = features(ours, plan.slide)
+    assert len(found) == len(tiles)
+    for feature, tile, p, odds in zip(found, tiles, probability, log_odds, strict=True):
+        x, y = tile[schema.X_LEVEL0_PX], tile[schema.Y_LEVEL0_PX]
+        scale = tile[schema.MPP] / plan.mpp
+        width, height = round(tile[schema.WIDTH_PX] * scale), round(tile[schema.HEIGHT_PX] * scale)
+        (ring,) = feature["geometry"]["coordinates"]
+        assert ring == [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
+        assert feature["properties"]["classification"]["name"] == ("malignant" if p >= 0.5 else "benign")
+        measured = feature["properties"]["measurements"]
+        assert measured == pytest.approx({schema.PROBABILITY_MALIGNANT: p, "log_odds": odds}, rel=1e-5)
+
+
+def test_a_slide_is_told_by_its_tiles(tmp_path):
+    ours, tiles, plans = planned(tmp_path, {"a/s.tif": stained()}, SYNTHETIC)
+    rows, probability, log_odds = scored(ours, tiles)
+    table = slides.write(ours, plans, none())
+    assert table.schema == schema.SLIDES
+    check(ours, plans[0], rows, *table.to_pylist(), probability, log_odds)
+    assert pq.read_table(f"{ours.uri}/slides.parquet").equals(table)
+
+
+@pytest.mark.real
+def test_a_real_slide_is_told_by_its_tiles(tmp_path, real_data):
+    content = (real_data / "slides" / NAME).read_bytes()
+    ours, tiles, plans = planned(tmp_path, {NAME: content}, FIELD)
+    rows, probability, log_odds = scored(ours, tiles)
+    (row,) = slides.write(ours, plans, none()).to_pylist()
+    check(ours, plans[0], rows, row, probability, log_odds)
+    known = (schema.WIDTH_PX, schema.HEIGHT_PX, schema.TISSUE_AREA_MM2, schema.URI)
+    uri = str(tmp_path / "in" / NAME)
+    assert [row[name] for name in known] == [2220, 2967, plans[0].tissue_area_mm2, uri]
+    assert row[schema.MPP] == pytest.approx(0.499)
+
+
+def test_the_heat_map_lies_on_the_tissue(tmp_path):
+    """White glass stays white; the first tile's colour is that of its probability."""
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    rows, *_ = scored(ours, tiles)
+    write(ours, [row | {schema.PROBABILITY_MALIGNANT: float(i > 0)} for i, row in enumerate(rows)])
+    slides.write(ours, plans, none())
+    page = image.decode(storage.read_bytes(f"{slides.folder(ours.uri, 's.tif')}/heatmap.png"))
+    left = (page.shape[1] - 200) // 2
+    first, second, glass = (page[15, left + x].astype(int) for x in (20, 60, 180))
+    assert first[2] > first[0] + 50
+    assert second[0] > second[2] + 50
+    assert np.ptp(glass) <= 1
+
+
+def test_tiles_in_error_are_counted_and_keep_their_place(tmp_path):
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    rows, probability, _ = scored(ours, tiles)
+    lost = [schema.LOGIT, schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS]
+    lost += [schema.WIDTH_PX, schema.HEIGHT_PX]
+    broken = [row | dict.fromkeys(lost) | {schema.ERROR: "unreadable"} for row in rows[:4]]
+    write(ours, broken + rows[4:])
+    (row,) = slides.write(ours, plans, none()).to_pylist()
+    assert (row[schema.TILES], row[schema.ERROR_TILES]) == (15, 4)
+    assert row[schema.MALIGNANT_TILE_SHARE] == pytest.approx(np.mean(probability[4:] >= 0.5))
+    assert row[ORDER[2]] == pytest.approx(np.median(probability[4:]))
+    found = features(ours, "s.tif")
+    assert [set(feature["properties"]) for feature in found[:4]] == [{"objectType", "measurements"}] * 4
+    assert found[1]["geometry"]["coordinates"][0][:3] == [[40, 0], [80, 0], [80, 30]]
+    write(ours, [row | dict.fromkeys(lost) | {schema.ERROR: "unreadable"} for row in rows])
+    (row,) = slides.write(ours, plans, none()).to_pylist()
+    assert (row[schema.ERROR_TILES], row[schema.MALIGNANT_TILE_SHARE], row[ORDER[0]]) == (15, None, None)
+
+
+def test_subtypes_have_no_log_odds(tmp_path):
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    scored(ours, tiles, ("A", "DC", "F"))
+    (row,) = slides.write(ours, plans, none()).to_pylist()
+    found = Counter(feature["properties"]["classification"]["name"] for feature in features(ours, "s.tif"))
+    assert found.keys() == {"A", "DC"}
+    assert row[schema.MALIGNANT_TILE_SHARE] == pytest.approx(found["DC"] / 15)
+    assert features(ours, "s.tif")[0]["properties"]["measurements"].keys() == {schema.PROBABILITY_MALIGNANT}
+
+
+def test_a_second_generation_keeps_the_rows_of_the_first(tmp_path):
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    scored(ours, tiles)
+    broken = {
+        schema.IMAGE_ID: "t.svs",
+        schema.SLIDE: "t.svs",
+        schema.URI: "/t.svs",
+        schema.ERROR: "too_coarse",
+    }
+    broken |= {schema.ERROR_MESSAGE: "m", schema.MODEL_ID: "m", schema.BCD_VERSION: "1"}
+    failed = pa.Table.from_pylist([broken], schema=schema.predictions(2, 3))
+    first = slides.write(ours, plans, failed)
+    assert first[schema.SLIDE].to_pylist() == ["s.tif", "t.svs"]
+    assert first[schema.ERROR].to_pylist() == [None, "too_coarse"]
+    assert first[schema.TILES].to_pylist() == [15, None]
+    later, tiles, plans = planned(tmp_path, {"a.tif": stained()}, SYNTHETIC, generation=2)
+    scored(later, tiles)
+    both = slides.write(later, plans, failed)
+    assert both[schema.SLIDE].to_pylist() == ["a.tif", "s.tif", "t.svs"]
+    assert both.slice(1).to_pylist() == first.to_pylist()
+    assert slides.write(later, plans, failed).equals(both)
+    assert Image.open(io.BytesIO(storage.read_bytes(f"{slides.folder(ours.uri, 's.tif')}/heatmap.png")))
