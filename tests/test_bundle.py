@@ -54,7 +54,7 @@ def test_a_bundle_gives_the_logits_of_its_network(tmp_path, network):
     field = image.fit(pictures.gradient(), 64, 96)
     expected = network(transform.normalise(torch.from_numpy(field).permute(2, 0, 1)[None]))
     prediction = loaded.predict_files([pictures.encode(pictures.gradient())] * 2)
-    np.testing.assert_allclose(prediction.logit, expected.detach().repeat(2, 1), atol=1e-5)
+    np.testing.assert_allclose(prediction.logit, expected.detach().repeat(2, 1), rtol=1e-5)
     np.testing.assert_allclose(prediction.probability.sum(1), 1, atol=1e-6)
     assert prediction.evidence.shape == (2, *loaded.evidence_size()) == (2, 2, 3)
     log_odds = prediction.logit[:, 1] - prediction.logit[:, 0]

@@ -202,7 +202,7 @@ def _reading(todo: pa.Table, tiling: expand.Tiling, plans_uri: str, done_tiles: 
             concurrency=max(1, int(cluster.capacity()["CPU"]) // 2),
         )
         datasets.append(tiles.repartition(target_num_rows_per_block=ROWS_PER_BLOCK))
-    return datasets[0].union(*datasets[1:])
+    return datasets[0].union(*datasets[1:]) if len(datasets) > 1 else datasets[0]
 
 
 def _merge(ours: Ledger, done: Done) -> None:

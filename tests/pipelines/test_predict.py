@@ -1,12 +1,15 @@
+import io
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
 import pytest
+from PIL import Image
 
 from bcd import bundle, index, model, schema, storage
-from bcd.pipelines import score
+from bcd.pipelines import predict, read
 from tests import pictures
 from tests.test_bundle import card
-
-pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +19,22 @@ def model_uri(tmp_path_factory):
     return uri
 
 
+@pytest.fixture(scope="module")
+def scorer(model_uri):
+    """As on a CPU: it reads what it scores, with two threads."""
+    return predict.Scorer(predict.Settings(model_uri, batch_size=4), 2)
+
+
+def reading(folder, contents):
+    """Rows to read for files with these contents."""
+    rows = []
+    for name, content in contents.items():
+        storage.write_bytes(f"{folder}/{name}", content)
+        rows.append({schema.IMAGE_ID: name, schema.URI: f"{folder}/{name}"})
+    return pa.Table.from_pylist(rows, schema=schema.READING)
+
+
+@pytest.mark.ray
 def test_every_row_gives_one_row_a_result_or_an_error(joined, model_uri, tmp_path):
     good = {f"benign/p/{i}.png": pictures.encode(pictures.gradient(50 + i, 70)) for i in range(5)}
     bad = {f"benign/p/{name}.png": content for name, (content, _) in pictures.broken().items()}
@@ -23,8 +42,9 @@ def test_every_row_gives_one_row_a_result_or_an_error(joined, model_uri, tmp_pat
         storage.write_bytes(storage.join(str(tmp_path / "in"), name), content)
     table, _ = index.read(str(tmp_path / "in"))
     uri = str(tmp_path / "out")
-    score.write(score.predictions(table, model_uri, card(), 4, "float32"), uri)
-    result = score.read_back(uri, schema.predictions(2, 3).names)
+    settings = predict.Settings(model_uri, batch_size=4)
+    predict.write(predict.predictions(read.rows(schema.fill(table, schema.READING)), settings), uri)
+    result = predict.read_back(uri, schema.predictions(2, 3).names)
     assert result.schema.equals(schema.predictions(2, 3))
     assert result[schema.IMAGE_ID].to_pylist() == sorted(good | bad)
     rows = {row[schema.IMAGE_ID]: row for row in result.to_pylist()}
@@ -36,6 +56,73 @@ def test_every_row_gives_one_row_a_result_or_an_error(joined, model_uri, tmp_pat
         assert row[schema.ERROR_MESSAGE]
 
 
+def test_a_row_does_not_depend_on_its_neighbours_or_its_place(scorer, tmp_path):
+    """To the last bit: a batch of five in batches of four, one broken among them, against each alone."""
+    contents = {f"{i}.png": pictures.encode(pictures.gradient(50 + 9 * i, 70)) for i in range(5)}
+    rows = reading(tmp_path, {"broken.png": b""} | contents)
+    together = scorer(rows)
+    alone = pa.concat_tables([scorer(rows.slice(i, 1)) for i in range(len(rows))])
+    backwards = scorer(rows.take(list(reversed(range(len(rows)))))).take(list(reversed(range(len(rows)))))
+    assert together[schema.LOGIT].null_count == 1
+    assert together.equals(alone)
+    assert together.equals(backwards)
+
+
+def test_rows_that_come_read_give_the_same(scorer, model_uri, tmp_path):
+    """As on a GPU, where CPU workers read."""
+    rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b""})
+    ready = predict.Scorer(predict.Settings(model_uri, batch_size=4), 0)
+    assert ready(read.pixels(rows, 64, 96, predict.CARRIED)).equals(scorer(rows))
+
+
+def test_the_numbers_are_the_bundles_own(scorer, model_uri, tmp_path):
+    contents = {f"{i}.png": pictures.encode(pictures.gradient(50 + 9 * i, 70)) for i in range(3)}
+    found = scorer(reading(tmp_path, contents)).to_pylist()
+    expected = bundle.load(model_uri, device="cpu").predict_files(list(contents.values()))
+    np.testing.assert_allclose([row[schema.LOGIT] for row in found], expected.logit, rtol=1e-5)
+    np.testing.assert_allclose(
+        [row[schema.EVIDENCE] for row in found], expected.evidence.reshape(3, 6), rtol=1e-3, atol=1e-4
+    )
+    assert [row[schema.PREDICTED_CLASS] for row in found] == expected.predicted_class
+    for i, row in enumerate(found):
+        log_odds = row[schema.LOGIT][1] - row[schema.LOGIT][0]
+        assert np.mean(row[schema.EVIDENCE]) + row[schema.EVIDENCE_BIAS] == pytest.approx(log_odds, abs=1e-3)
+        assert (row[schema.EVIDENCE_HEIGHT], row[schema.EVIDENCE_WIDTH]) == (2, 3)
+        assert (row[schema.HEIGHT_PX], row[schema.WIDTH_PX], row[schema.ERROR]) == (50 + 9 * i, 70, None)
+
+
+def test_tiles_are_scored_from_their_slide(scorer, tmp_path):
+    """A tile, and the same pixels as a field."""
+    pixels = pictures.gradient(150, 200)
+    field = pixels[30:76, 40:110]
+    rows = reading(tmp_path, {"s.tif": pictures.tiled_tiff(pixels, 0.5), "f.png": pictures.encode(field)})
+    first, second = rows.to_pylist()
+    first |= {schema.X_LEVEL0_PX: 40, schema.Y_LEVEL0_PX: 30, schema.MPP: 0.5, schema.SLIDE: "s.tif"}
+    first |= {schema.WIDTH_PX: 70, schema.HEIGHT_PX: 46}
+    known = {schema.IMAGE_ID: "b.svs", schema.ERROR: "unreadable", schema.ERROR_MESSAGE: "no slide"}
+    rows = pa.Table.from_pylist([first, second, second | known], schema=schema.READING)
+    tile, field, broken = scorer(rows).to_pylist()
+    assert tile[schema.EVIDENCE] == field[schema.EVIDENCE]
+    assert tile[schema.LOGIT] == field[schema.LOGIT]
+    place = (schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX, schema.MPP, schema.SLIDE, schema.WIDTH_PX)
+    assert [tile[name] for name in place] == [40, 30, 0.5, "s.tif", 70]
+    assert [field[name] for name in place] == [None, None, None, None, 70]
+    assert (broken[schema.ERROR], broken[schema.ERROR_MESSAGE]) == ("unreadable", "no slide")
+
+
+def test_overlays_and_other_methods_on_request(model_uri, tmp_path):
+    rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b""})
+    settings = predict.Settings(model_uri, batch_size=2, cam="layercam", cam_layer="layer3", overlays=True)
+    found = predict.Scorer(settings, 1)(rows)
+    assert found.schema.equals(schema.predictions(4, 6, overlays=True))
+    good, bad = found.to_pylist()
+    assert np.asarray(Image.open(io.BytesIO(good[schema.OVERLAY]))).shape == (64, 96, 3)
+    assert (good[schema.EVIDENCE_HEIGHT], good[schema.EVIDENCE_WIDTH]) == (4, 6)
+    assert (good[schema.EVIDENCE_BIAS], bad[schema.OVERLAY], bad[schema.EVIDENCE]) == (None, None, None)
+    plain = predict.Scorer(replace(settings, cam="evidence", cam_layer="layer4"), 1)(rows).to_pylist()
+    assert plain[0][schema.LOGIT] == good[schema.LOGIT]
+
+
 def test_a_batch_without_one_good_picture_is_all_errors(model_uri):
     batch = {
         schema.IMAGE: np.zeros((2, 64, 96, 3), np.uint8),
@@ -43,19 +130,21 @@ def test_a_batch_without_one_good_picture_is_all_errors(model_uri):
         schema.WIDTH_PX: np.zeros(2, np.int32),
         schema.ERROR: np.array(["empty", "truncated"]),
         schema.ERROR_MESSAGE: np.array(["a", "b"]),
-        **{name: np.array(["x", "y"], object) for name in score.CARRIED},
+        **{name: np.array(["x", "y"], object) for name in predict.CARRIED},
         schema.MPP: np.array([np.nan, 0.5], np.float32),
     }
-    result = score.Scorer(model_uri, "float32")(batch)
+    result = predict.Scorer(predict.Settings(model_uri), 0)(batch)
     assert result.schema.equals(schema.predictions(2, 3))
     assert result[schema.ERROR].to_pylist() == ["empty", "truncated"]
     assert result[schema.LOGIT].null_count == result[schema.HEIGHT_PX].null_count == 2
     assert result[schema.MPP].to_pylist() == [None, 0.5]
 
 
+@pytest.mark.ray
 def test_writing_replaces_what_stood_there(joined, model_uri, tmp_path):
     storage.write_bytes(str(tmp_path / "in/benign/p/a.png"), pictures.encode(pictures.gradient()))
     table, _ = index.read(str(tmp_path / "in"))
+    rows, settings = schema.fill(table, schema.READING), predict.Settings(model_uri, batch_size=4)
     for _ in range(2):
-        score.write(score.predictions(table, model_uri, card(), 4, "float32"), str(tmp_path / "out"))
-    assert len(score.read_back(str(tmp_path / "out"), [schema.IMAGE_ID])) == 1
+        predict.write(predict.predictions(read.rows(rows), settings), str(tmp_path / "out"))
+    assert len(predict.read_back(str(tmp_path / "out"), [schema.IMAGE_ID])) == 1

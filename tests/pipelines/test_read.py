@@ -30,18 +30,19 @@ def mixed(tmp_path):
 
 
 def test_inspect_hashes_the_good_and_names_the_broken(joined, mixed):
-    good, broken = read.inspect(mixed)
+    good, broken, size = read.inspect(mixed)
     codes = {name: code for name, (_, code) in pictures.broken().items()}
     assert {name.split("/")[-1][:-4]: fault.split(":")[0] for name, fault in broken.items()} == codes
     assert good[schema.IMAGE_ID].to_pylist() == sorted(f"benign/p/good-{i}.png" for i in range(12))
     for row in good.to_pylist():
         assert row[schema.SHA256] == hashlib.sha256(storage.read_bytes(row[schema.URI])).hexdigest()
     assert good.schema == schema.INDEX
+    assert size == (57, 70)  # all heights are equally common: the largest
 
 
 def test_a_missing_file_is_one_broken_image(joined, mixed, tmp_path):
     (tmp_path / "benign/p/good-3.png").unlink()
-    _, broken = read.inspect(mixed)
+    _, broken, _ = read.inspect(mixed)
     assert broken["benign/p/good-3.png"].startswith("unreadable")
 
 
