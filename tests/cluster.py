@@ -107,9 +107,15 @@ def submit(cluster: Cluster, *arguments: str) -> str:
     """`ray job submit` of a job script without waiting; the id of the job."""
     command = [BIN / "ray", "job", "submit", f"--address={cluster.dashboard}", "--no-wait"]
     command += ["--working-dir", ".", "--", "python", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    found = re.search(r"raysubmit_\w+", done.stdout)
-    assert found, done.stdout + done.stderr
+
+    def accepted() -> re.Match[str] | None:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        # A cluster that has just started, or is starved, has no agent for a while and says so.
+        assert done.returncode == 0 or "please try again later" in done.stderr, done.stderr
+        return re.search(r"raysubmit_\w+", done.stdout)
+
+    found = wait_for(accepted, PATIENCE_S, "a submission that is accepted")
+    assert isinstance(found, re.Match)
     return found[0]
 
 

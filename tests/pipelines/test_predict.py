@@ -131,6 +131,8 @@ def test_a_batch_without_one_good_picture_is_all_errors(model_uri):
         schema.ERROR: np.array(["empty", "truncated"]),
         schema.ERROR_MESSAGE: np.array(["a", "b"]),
         **{name: np.array(["x", "y"], object) for name in predict.CARRIED},
+        schema.X_LEVEL0_PX: np.array([np.nan, 9.0]),
+        schema.Y_LEVEL0_PX: np.array([np.nan, 0.0]),
         schema.MPP: np.array([np.nan, 0.5], np.float32),
     }
     result = predict.Scorer(predict.Settings(model_uri), 0)(batch)
@@ -138,6 +140,7 @@ def test_a_batch_without_one_good_picture_is_all_errors(model_uri):
     assert result[schema.ERROR].to_pylist() == ["empty", "truncated"]
     assert result[schema.LOGIT].null_count == result[schema.HEIGHT_PX].null_count == 2
     assert result[schema.MPP].to_pylist() == [None, 0.5]
+    assert result[schema.X_LEVEL0_PX].to_pylist() == [None, 9]
 
 
 @pytest.mark.ray
