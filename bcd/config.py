@@ -240,7 +240,7 @@ class ScoreConfig(Config):
 
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the network first, a minute that pays on long archives. auto: from 5,000 files or 1 GB of
-    slides, where there is a compiler."""
+    slides, where there is a compiler (g++, on every node)."""
 
     max_workers: int | None = Field(default=None, ge=1)
     """Most model workers at a time; by default one per GPU, else one per four CPUs."""

@@ -42,12 +42,14 @@ class Slide:
         width_px: of level 0.
         height_px: of level 0.
         mpp: µm per pixel of level 0.
+        downsamples: level-0 pixels per pixel of each level.
     """
 
     handle: openslide.OpenSlide
     width_px: int
     height_px: int
     mpp: float
+    downsamples: tuple[float, ...]
 
     def __enter__(self) -> Self:
         return self
@@ -56,11 +58,6 @@ class Slide:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.handle.close()
-
-    @property
-    def downsamples(self) -> tuple[float, ...]:
-        """Level-0 pixels per pixel of each level."""
-        return tuple(self.handle.level_downsamples)
 
     def level_for(self, target_mpp: float) -> int:
         """The smallest level that still holds the detail of `target_mpp` µm/px.
@@ -150,6 +147,7 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
     try:
         handle = openslide.OpenSlide(path)
         (width, height), properties = handle.dimensions, dict(handle.properties)
+        downsamples = tuple(handle.level_downsamples)
     except openslide.OpenSlideError as error:
         raise _unreadable(error) from error
     sides = [
@@ -157,11 +155,11 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
     ]
     known = [side for side in sides if side is not None]
     if known:
-        return Slide(handle, width, height, sum(known) / len(known))
+        return Slide(handle, width, height, sum(known) / len(known), downsamples)
     if mpp is None:
         handle.close()
         raise ImageError("missing_mpp", "the slide does not say how many µm a pixel has; --mpp gives it")
-    return Slide(handle, width, height, mpp)
+    return Slide(handle, width, height, mpp, downsamples)
 
 
 def _mpp(text: str | None) -> float | None:

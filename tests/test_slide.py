@@ -44,7 +44,7 @@ def fake(width_px, height_px, mpp=0.25, downsamples=(1.0,)):
     handle = SimpleNamespace(
         level_downsamples=downsamples, read_region=read_region, get_best_level_for_downsample=best
     )
-    return slide.Slide(handle, width_px, height_px, mpp), sizes
+    return slide.Slide(handle, width_px, height_px, mpp, tuple(handle.level_downsamples)), sizes
 
 
 def one_tile(resolution_unit, x_resolution, y_resolution, side=16):

@@ -41,7 +41,8 @@ class Progress:
             self._rows += rows
             self._errors += errors
             self._count(name, rows)
-        if time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+        running = self._done < len(self._weights)
+        if running and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._print()
 
     def _count(self, name: str, rows: int) -> None:

@@ -20,6 +20,7 @@ from ray.train import DataConfig
 from bcd import image, schema, storage
 from bcd.errors import BcdError, DataError, StorageError
 from bcd.pipelines import staging
+from bcd.slide import Slide, open_slide
 
 TRAIN, VALIDATION = "train", "validation"
 # One reading task decodes this many images: a quarter of a second of work, so that a training epoch has its
@@ -171,9 +172,19 @@ def picture(
 def _tile(row: dict[str, Any], mpp: float | None) -> np.ndarray:
     """The pixels of a tile, from the nearest better level of its slide."""
     try:
-        slide, _ = staging.open_slide(row[schema.URI], mpp)
+        slide, staged = staging.open_slide(row[schema.URI], mpp)
+        try:
+            return _cut(slide, row)
+        except image.ImageError:
+            # OpenSlide's handle is of no use after an error, its own or that of a tile read beside this one.
+            staging.open_slide.cache_clear()
+            with open_slide(staged.path, mpp) as fresh:
+                return _cut(fresh, row)
     except StorageError as error:
         raise image.ImageError("unreadable", str(error)) from error
+
+
+def _cut(slide: Slide, row: dict[str, Any]) -> np.ndarray:
     level = slide.level_for(row[schema.MPP])
     factor = row[schema.MPP] / slide.mpp / slide.downsamples[level]
     width, height = (max(1, round(row[name] * factor)) for name in (schema.WIDTH_PX, schema.HEIGHT_PX))

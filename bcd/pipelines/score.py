@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 import ray
 from ray.data import Dataset
 
-from bcd import archive, bundle, schema, slide
+from bcd import archive, bundle, schema, slide, storage
 from bcd.config import ScoreConfig
-from bcd.errors import IncompleteError
+from bcd.errors import ConfigError, IncompleteError
 from bcd.pipelines import cluster, expand, ledger, predict, present, read
 from bcd.pipelines.ledger import Done, Ledger
 from bcd.pipelines.progress import Progress
@@ -60,12 +60,39 @@ def run(config: ScoreConfig) -> str:
         IncompleteError: inputs ended in neither a result nor an error.
     """
     started = time.monotonic()
+    if storage.join(config.output, "").startswith(storage.join(config.input, "")):
+        raise ConfigError(f"--output {config.output} lies inside --input: its pictures would be scored too")
     card, model_id = bundle.read_card(config.model), bundle.identify(config.model)
     found = archive.read(config.input)
     cluster.connect()
     compiled = _compiles(config, found.table)
     ours, summary = ledger.begin(config.output, _deciding(config, model_id, compiled))
-    settings = predict.Settings(
+    books = _books(ours, found.table)
+    todo = books.open_inputs()
+    if not len(todo) and summary and not books.done.rows:
+        print(f"{ours.uri} is finished: all {len(found.table):,} inputs are scored; see gallery.html there")
+        return ours.uri
+    _announce(found, todo)
+    settings = _settings(config, compiled)
+    rate = _score(ours, books, todo, settings, _tiling(config, card), config.max_workers)
+    books = _books(ours, found.table)
+    _require_balance(books)
+    _merge(ours, books.done)
+    facts = _facts(config, card, model_id) | {
+        "n_ignored_files": found.ignored,
+        "rows_per_s": rate or None,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    names = found.table[schema.IMAGE_ID].to_pylist()
+    summary = present.present(ours, list(books.plans.values()), names, settings, facts)
+    ledger.finish(ours, summary)
+    for line in present.summary_lines(ours.uri, summary):
+        print(line, flush=True)
+    return ours.uri
+
+
+def _settings(config: ScoreConfig, compiled: bool) -> predict.Settings:
+    return predict.Settings(
         model_uri=config.model,
         precision=config.precision,
         batch_size=config.batch_size,
@@ -75,28 +102,20 @@ def run(config: ScoreConfig) -> str:
         compile=compiled,
         mpp=config.mpp,
     )
-    tiling = expand.Tiling(
+
+
+def _tiling(config: ScoreConfig, card: bundle.Card) -> expand.Tiling:
+    return expand.Tiling(
         tile_mpp=config.tile_mpp or max(card.mpp, default=None),
         tile_width_px=card.field_width_px,
         tile_height_px=card.field_height_px,
         mpp=config.mpp,
         min_tissue=config.min_tissue,
     )
-    books = _books(ours, found.table)
-    todo = books.open_inputs()
-    if not len(todo) and summary and not books.done.rows:
-        print(f"{ours.uri} is finished: all {len(found.table):,} inputs are scored; see gallery.html there")
-        return ours.uri
-    _announce(found, todo)
-    rate = _score(ours, books, todo, settings, tiling, config.max_workers)
-    books = _books(ours, found.table)
-    if missing := books.open_inputs()[schema.IMAGE_ID].to_pylist():
-        raise IncompleteError(
-            f"{len(missing):,} of {len(found.table):,} inputs have neither a result nor an error, "
-            f"{missing[0]} among them; the same command goes on"
-        )
-    _merge(ours, books.done)
-    facts: dict[str, Any] = {
+
+
+def _facts(config: ScoreConfig, card: bundle.Card, model_id: str) -> dict[str, Any]:
+    return {
         "title": f"Scored archive: {config.input}",
         "input": config.input,
         "model_id": model_id,
@@ -107,24 +126,15 @@ def run(config: ScoreConfig) -> str:
         "threshold": card.threshold,
         "synthetic": card.synthetic,
         "leaky": card.leaky,
-        "n_ignored_files": found.ignored,
-        "rows_per_s": rate or None,
-        "seconds": round(time.monotonic() - started, 1),
     }
-    summary = present.present(
-        ours, list(books.plans.values()), found.table[schema.IMAGE_ID].to_pylist(), settings, facts
-    )
-    ledger.finish(ours, summary)
-    for line in present.summary_lines(ours.uri, summary):
-        print(line, flush=True)
-    return ours.uri
 
 
 def _compiles(config: ScoreConfig, inputs: pa.Table) -> bool:
     """Whether the network is compiled; once decided for an output it stays, because rounding differs."""
     if config.compile != "auto":
         return config.compile == "on"
-    if (before := ledger.read_settings(config.output)) is not None:
+    before = ledger.read_settings(config.output) or {}
+    if "compile" in before:
         return bool(before["compile"])
     slides = [uri.lower().endswith(slide.SLIDE_SUFFIXES) for uri in inputs[schema.URI].to_pylist()]
     sizes = inputs[schema.SIZE_BYTES].to_pylist()
@@ -145,6 +155,15 @@ def _books(ours: Ledger, inputs: pa.Table) -> Books:
     possible = [name for name in done.rows if name in uris and expand.may_be_slide(uris[name])]
     plans = {name: plan for name in possible if (plan := expand.read_plan(ours.plans_uri, name))}
     return Books(inputs, ledger.merged(ours), done, plans)
+
+
+def _require_balance(books: Books) -> None:
+    """Raises IncompleteError where an input has not all its rows."""
+    if missing := books.open_inputs()[schema.IMAGE_ID].to_pylist():
+        raise IncompleteError(
+            f"{len(missing):,} of {len(books.inputs):,} inputs have neither a result nor an error, "
+            f"{missing[0]} among them; the same command goes on"
+        )
 
 
 def _announce(found: archive.Archive, todo: pa.Table) -> None:
@@ -206,7 +225,7 @@ def _reading(todo: pa.Table, tiling: expand.Tiling, plans_uri: str, done_tiles: 
 
 
 def _merge(ours: Ledger, done: Done) -> None:
-    task = ray.remote(num_cpus=0, max_retries=-1)(ledger.merge)
+    task = ray.remote(num_cpus=1, max_retries=-1)(ledger.merge)
     written = ray.get([task.remote(part) for part in ledger.parts(ours, done)])
     if sum(written) < len(done.rows):
         raise IncompleteError(f"{sum(written):,} rows were merged for {len(done.rows):,} inputs")

@@ -133,3 +133,31 @@ def _both(iterators):
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(consume, iterators))
+
+
+@pytest.mark.real
+def test_one_damaged_tile_is_one_error(tmp_path, real_data):
+    """After an error OpenSlide's handle is dead: the tiles beside the damaged one are read all the same."""
+    content = bytearray((real_data / "slides/CMU-1-Small-Region.svs").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 3_000] = bytes(3_000)
+    (tmp_path / "damaged.svs").write_bytes(content)
+    rows = [
+        {
+            schema.IMAGE_ID: f"{x},{y}",
+            schema.URI: str(tmp_path / "damaged.svs"),
+            schema.X_LEVEL0_PX: x,
+            schema.Y_LEVEL0_PX: y,
+            schema.MPP: 0.499,
+            schema.WIDTH_PX: 240,
+            schema.HEIGHT_PX: 240,
+        }
+        for y in range(0, 2_967, 240)
+        for x in range(0, 2_220, 240)
+    ]
+    table = schema.fill(pa.Table.from_pylist(rows), schema.READING)
+    for threads in (1, 2):
+        found = read.pixels(table, 64, 64, [schema.IMAGE_ID], threads)
+        codes = found[schema.ERROR].tolist()
+        assert 1 <= codes.count("unreadable") <= 8
+        assert codes.count("") == len(rows) - codes.count("unreadable")

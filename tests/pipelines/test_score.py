@@ -5,6 +5,7 @@ import pytest
 
 from bcd import schema
 from bcd.config import ScoreConfig
+from bcd.errors import ConfigError
 from bcd.pipelines import expand, ledger, score
 
 PLAN = expand.Plan(
@@ -69,3 +70,10 @@ def test_what_decides_a_row_is_part_of_the_books(flag, value, tmp_path):
     other = config.model_copy(update={flag: value, "output": "p", "max_workers": 3})
     one, two = (score._deciding(c, "id", False) for c in (config, other))
     assert {key for key in one if one[key] != two[key]} == {flag}
+
+
+@pytest.mark.parametrize("output", ["archive/scores", "archive"])
+def test_an_output_inside_the_input_is_refused(output, tmp_path):
+    config = ScoreConfig(model="m", input=str(tmp_path / "archive"), output=str(tmp_path / output))
+    with pytest.raises(ConfigError, match="lies inside --input"):
+        score.run(config)
