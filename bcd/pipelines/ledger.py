@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bcd import schema, storage
+from bcd.config import differences
 from bcd.errors import ConfigError
 
 CONFIG, SUMMARY, WORK, PREDICTIONS = "config.json", "summary.json", "work", "predictions"
@@ -90,12 +91,7 @@ def begin(uri: str, settings: dict[str, Any]) -> tuple[Ledger, dict[str, Any] | 
     """
     storage.check_writable(uri)
     if (old := read_settings(uri)) is not None:
-        differing = [
-            f"{key.replace('_', ' ')} {old.get(key)} -> {settings.get(key)}"
-            for key in sorted(old.keys() | settings.keys())
-            if old.get(key) != settings.get(key)
-        ]
-        if differing:
+        if differing := differences(old, settings):
             raise ConfigError(
                 f"{uri} holds rows that were scored otherwise: {'; '.join(differing)}. Repeat the command of "
                 "then to go on, or choose another --output"

@@ -16,7 +16,7 @@ import ray
 from ray.data import Dataset
 
 from bcd import archive, bundle, schema, slide, storage
-from bcd.config import ScoreConfig
+from bcd.config import OPERATIONAL, ScoreConfig
 from bcd.errors import ConfigError, IncompleteError
 from bcd.pipelines import cluster, expand, ledger, predict, present, read
 from bcd.pipelines.ledger import Done, Ledger
@@ -145,7 +145,7 @@ def _compiles(config: ScoreConfig, inputs: pa.Table) -> bool:
 
 def _deciding(config: ScoreConfig, model_id: str, compiled: bool) -> dict[str, Any]:
     """The settings that decide a row; the model by its content, wherever it lies."""
-    settings = config.model_dump(mode="json", exclude={"output", "max_workers"})
+    settings = config.model_dump(mode="json", exclude=set(OPERATIONAL))
     return settings | {"model": model_id, "compile": compiled}
 
 
