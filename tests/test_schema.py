@@ -20,5 +20,22 @@ def test_predictions_table_is_the_promised_one():
 def test_every_column_constant_is_spelled_as_its_name():
     constants = {n: v for n, v in vars(schema).items() if n.isupper() and isinstance(v, str)}
     assert all(value == name.lower() for name, value in constants.items())
-    used = {*schema.INDEX.names, *schema.SPLIT.names, *schema.EXPOSURE.names, *schema.predictions(1, 1).names}
-    assert used | {schema.IMAGE, schema.TARGET} == set(constants.values())
+    tables = schema.INDEX, schema.SPLIT, schema.EXPOSURE, schema.READING, schema.SLIDES
+    used = {name for table in (*tables, schema.predictions(1, 1, overlays=True)) for name in table.names}
+    assert used | {schema.IMAGE, schema.TARGET} == {*constants.values(), *schema.QUANTILES}
+
+
+def test_overlays_are_one_more_column():
+    with_overlays = schema.predictions(7, 11, overlays=True)
+    assert with_overlays.names == [*schema.predictions(7, 11).names, schema.OVERLAY]
+
+
+def test_filling_takes_columns_by_name_and_leaves_the_rest_null():
+    table = pa.table({schema.URI: ["u"], schema.IMAGE_ID: ["i"], "other": [1]})
+    filled = schema.fill(table, schema.READING)
+    assert filled.schema == schema.READING
+    row = filled.to_pylist()[0]
+    assert {name: value for name, value in row.items() if value is not None} == {
+        schema.URI: "u",
+        schema.IMAGE_ID: "i",
+    }
