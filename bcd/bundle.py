@@ -110,7 +110,7 @@ class Bundle:
 
     def evidence_size(self, layer: str = cam.LAYERS[-1]) -> tuple[int, int]:
         """Height and width in cells of the maps over a layer's features."""
-        stride = model.STRIDE_PX >> (len(cam.LAYERS) - 1 - cam.LAYERS.index(layer))
+        stride = cam.STRIDE_PX >> (len(cam.LAYERS) - 1 - cam.LAYERS.index(layer))
         return -(-self.card.input_height_px // stride), -(-self.card.input_width_px // stride)
 
     def fit(self, pixels: np.ndarray) -> np.ndarray:

@@ -35,7 +35,7 @@ METHODS = {
     "scorecam": "ScoreCAM",
     "ablationcam": "AblationCAM",
 }
-# A cell of the last layer covers this many pixels of the network's input.
+# The network halves the picture five times: a cell of the last layer covers this many pixels of its input.
 STRIDE_PX = 32
 # The name of our own method, `evidence`, in `--cam`.
 CLOSED_FORM = "evidence"

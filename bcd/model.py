@@ -20,8 +20,6 @@ from bcd.errors import BundleError
 from bcd.taxonomy import malignant_mask
 
 ARCHITECTURE = "resnet50"
-# The network halves the picture five times: one cell of the last feature map covers this many pixels.
-STRIDE_PX = 32
 
 State = Mapping[str, Tensor]
 

@@ -34,11 +34,6 @@ class Grid:
         size = np.broadcast_to([self.width_level0_px, self.height_level0_px], (len(self), 2))
         return scale * np.column_stack([self.x_level0_px, self.y_level0_px, size])
 
-    def read_size_px(self, downsample: float) -> tuple[int, int]:
-        """Width and height of a tile in pixels of a level with that many level-0 pixels per pixel."""
-        width, height = self.width_level0_px / downsample, self.height_level0_px / downsample
-        return max(1, round(width)), max(1, round(height))
-
 
 def grid(
     width_px: int,

@@ -241,5 +241,6 @@ def test_a_row_without_its_map_or_picture_is_named(change, reason, picture):
         cam.overlay(row(picture) | change)
 
 
-def test_the_stride_is_the_network_s():
-    assert cam.STRIDE_PX == model.STRIDE_PX
+def test_the_stride_is_the_network_s(network):
+    features = model.features(network, torch.zeros(1, 3, 2 * cam.STRIDE_PX, 3 * cam.STRIDE_PX))
+    assert features.shape[2:] == (2, 3)

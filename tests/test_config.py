@@ -1,8 +1,10 @@
 import json
+from typing import get_args
 
 import pytest
 
-from bcd.config import DemoConfig, EvaluateConfig, ScoreConfig, TrainConfig, differences
+from bcd import cam
+from bcd.config import Cam, DemoConfig, EvaluateConfig, ScoreConfig, TrainConfig, differences
 from bcd.errors import ConfigError
 
 
@@ -70,3 +72,7 @@ def test_contradictions_of_scoring_name_the_flag(settings, sentence):
 def test_another_method_explains_any_layer():
     config = ScoreConfig(model="m", input="i", output="o", cam="layercam", cam_layer="layer2")
     assert (config.cam, config.cam_layer) == ("layercam", "layer2")
+
+
+def test_every_cam_method_can_be_asked_for():
+    assert set(get_args(Cam)) == {cam.CLOSED_FORM, *cam.METHODS}

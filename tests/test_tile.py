@@ -38,13 +38,6 @@ def test_boxes_scale_to_the_thumbnail():
     np.testing.assert_allclose(grid.boxes(0.5)[5], [343.5, 226, 343.5, 226])
 
 
-def test_the_size_to_read_is_that_of_the_level():
-    grid = tile.grid(100_000, 80_000, 0.25, 0.49, 700, 460)
-    assert grid.read_size_px(1.0) == (1372, 902)
-    assert grid.read_size_px(4.0001) == (343, 225)
-    assert grid.read_size_px(10_000) == (1, 1)
-
-
 def test_a_tile_is_named_after_its_slide_place_and_scale():
     assert tile.tile_id("a/b.svs", 687, 452, 0.49) == "a/b.svs#687,452,0.49"
     assert tile.tile_id("a.svs", *np.array([0, 9]), np.float64(0.2)) == "a.svs#0,9,0.2"

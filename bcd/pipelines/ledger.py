@@ -32,7 +32,7 @@ CONFIG, SUMMARY, WORK, PREDICTIONS = "config.json", "summary.json", "work", "pre
 FILE_BYTES = 128 * 2**20
 ROWS_PER_GROUP = 16_384
 INPUT = "input"
-COUNTED = [schema.IMAGE_ID, schema.SLIDE, schema.Y_LEVEL0_PX, schema.X_LEVEL0_PX, schema.ERROR]
+COUNTED = [schema.IMAGE_ID, schema.SLIDE, schema.Y_LEVEL0_PX, schema.X_LEVEL0_PX]
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,9 @@ class Segment:
 
 @dataclass
 class Done:
-    """Rows per input (a field, or all tiles of a slide), rows in error, and the files that hold them."""
+    """Rows per input (a field, or all tiles of a slide), and the files that hold them."""
 
     rows: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
     segments: list[Segment] = field(default_factory=list)
 
 
@@ -163,7 +162,6 @@ def _scan(files: Iterable[storage.File]) -> Done:
     if tables:
         rows = _once(pa.concat_tables(tables))
         done.rows.update(rows[INPUT].to_pylist())
-        done.errors.update(rows.filter(pc.is_valid(rows[schema.ERROR]))[INPUT].to_pylist())
     return done
 
 

@@ -116,9 +116,9 @@ class Scorer:
             columns[name] = pa.array(batch[name], pa.string(), mask=good)
         columns[schema.MODEL_ID] = pa.array([self._bundle.model_id] * n)
         columns[schema.BCD_VERSION] = pa.array([self._version] * n)
-        return self._table(columns, n, batch[schema.IMAGE][good], good)
+        return self._table(columns, batch[schema.IMAGE][good], good)
 
-    def _table(self, columns: dict[str, pa.Array], n: int, images: np.ndarray, good: np.ndarray) -> pa.Table:
+    def _table(self, columns: dict[str, pa.Array], images: np.ndarray, good: np.ndarray) -> pa.Table:
         height, width = self._bundle.evidence_size(self._settings.cam_layer)
         form = schema.predictions(height, width, self._settings.overlays)
         # Every batch has one shape: numbers do not depend on a row's neighbours.
@@ -128,8 +128,7 @@ class Scorer:
             place = pa.array(np.cumsum(good) - 1, mask=~good)
             results = pa.concat_tables(parts).combine_chunks()
             columns |= {name: results[name].combine_chunks().take(place) for name in results.column_names}
-        full = [columns.get(f.name, pa.nulls(n, f.type)).cast(f.type) for f in form]
-        return pa.Table.from_arrays(full, schema=form)
+        return schema.fill(pa.table(columns), form)
 
     def _results(self, images: np.ndarray, form: pa.Schema) -> pa.Table:
         n, size = len(images), self._settings.batch_size

@@ -115,7 +115,6 @@ def test_what_is_committed_counts_each_row_once(output):
         commit(ours, rows)
     done = ledger.committed(ours)
     assert done.rows == {"f08.png": 1, "x.png": 1, "s.svs": 6}
-    assert done.errors == {"x.png": 1}
     assert ledger.tile_ids(done, {"s.svs"}) == {r["image_id"] for r in ROWS[10:16]}
     assert ledger.tile_ids(done, {"a.svs", "x.png"}) == ledger.tile_ids(done, set()) == frozenset()
     assert ledger.merged(ours).rows == {}
@@ -270,7 +269,6 @@ def test_a_slide_that_could_be_read_after_all_has_no_error_beside_its_tiles(tmp_
     commit(ours, [row("s.svs", slide="s.svs", error="unreadable"), row("t.svs", slide="t.svs", error="x")])
     done = ledger.committed(ours)
     assert (done.rows["s.svs"], done.rows["t.svs"]) == (7, 1)
-    assert done.errors == {"t.svs": 1}
     commit(ours, ROWS[17:19])
     finish(ours)
     assert rows_in(str(tmp_path))[:9] == expected(ROWS[10:19])
@@ -284,5 +282,4 @@ def test_a_finished_output_has_no_segments_and_an_older_table(output):
     assert (ours.generation, summary) == (2, {"generation": 1})
     older = ledger.merged(ours)
     assert older.rows == Counter(map(input_of, ROWS))
-    assert older.errors == {"x.png": 1}
     assert ledger.committed(ours) == ledger.Done()
