@@ -81,6 +81,7 @@ def predictions(dataset: Dataset, settings: Settings, max_workers: int | None = 
         compute=ActorPoolStrategy(min_size=1, max_size=pool.size, initial_size=pool.ready),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
+        runtime_env=cluster.KEEP_MEMORY,
     )
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.data import Dataset, RandomSeedConfig
+from ray.data import DataContext, Dataset, Datasource, RandomSeedConfig, ReadTask
+from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
 from bcd import image, schema, storage
@@ -26,8 +27,8 @@ TRAIN, VALIDATION = "train", "validation"
 # One reading task decodes this many images: a quarter of a second of work, so that a training epoch has its
 # first batch soon; 4 MB of pixels at 224x336.
 ROWS_PER_TASK = 16
-# Shuffling is all-to-all over blocks. A million index rows are a few hundred MB: few blocks, cheap shuffle.
-ROWS_PER_SHUFFLE_BLOCK = 100_000
+# An epoch is planned as at most so many tasks: each costs its planner a fraction of a millisecond.
+MOST_TASKS = 10_000
 # The largest share of the work between two progress lines.
 PROGRESS_STEPS = 10
 
@@ -38,11 +39,41 @@ def rows(table: pa.Table, rows_per_block: int = ROWS_PER_TASK) -> Dataset:
     return ray.data.from_arrow([table.slice(start, rows_per_block).combine_chunks() for start in cuts])
 
 
+class Shuffled(Datasource):
+    """Rows of a table in an order that is drawn anew at every pass over them, the same for the same seed.
+
+    The table is an index, small enough for one process, so the order is drawn where the pass is planned: an
+    all-to-all shuffle of blocks would make every epoch wait for its slowest task before the first image.
+    """
+
+    def __init__(self, table: pa.Table, seed: int) -> None:
+        self._table = table.combine_chunks()
+        self._seed = RandomSeedConfig(seed=seed, reseed_after_execution=True)
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of the rows."""
+        return self._table.nbytes
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        """Tasks for one pass; the wanted parallelism does not count: pixels follow in the same task."""
+        n = len(self._table)
+        seed = self._seed.get_seed_tuple(data_context=data_context or DataContext.get_current())
+        order = np.random.default_rng(seed.to_rng_args(0)).permutation(n)
+        size = ROWS_PER_TASK * -(-n // (ROWS_PER_TASK * MOST_TASKS))
+        shares = (self._table.take(pa.array(order[start : start + size])) for start in range(0, n, size))
+        return [_read_task(share, per_task_row_limit) for share in shares]
+
+
+def _read_task(share: pa.Table, limit: int | None) -> ReadTask:
+    facts = BlockMetadata(num_rows=len(share), size_bytes=share.nbytes, input_files=None, exec_stats=None)
+    return ReadTask(lambda: [share], facts, share.schema, limit)
+
+
 def shuffled(table: pa.Table, seed: int) -> Dataset:
-    """Rows in an order that is drawn anew at every pass over the dataset, the same for the same seed."""
-    dataset = rows(table, ROWS_PER_SHUFFLE_BLOCK)
-    dataset = dataset.random_shuffle(seed=RandomSeedConfig(seed=seed, reseed_after_execution=True))
-    return dataset.repartition(-(-len(table) // ROWS_PER_TASK))
+    """A dataset of `Shuffled` rows."""
+    return ray.data.read_datasource(Shuffled(table, seed))
 
 
 class SplitData(DataConfig):

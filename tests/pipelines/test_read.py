@@ -72,15 +72,29 @@ def test_images_are_decoded_and_fitted_as_everywhere_else(joined, mixed):
 def test_rows_are_shuffled_anew_every_epoch_and_alike_for_a_seed(joined):
     table = pa.table({schema.URI: [str(i) for i in range(500)]})
 
-    def order(dataset):
-        return [row[schema.URI] for row in dataset.iter_rows()]
+    def blocks(dataset):
+        """Those of one epoch; tasks may end in any order."""
+        batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+        return sorted(tuple(batch[schema.URI].to_pylist()) for batch in batches)
 
     first, again, other = (read.shuffled(table, seed) for seed in (1, 1, 2))
-    epochs = [order(first), order(first)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(table[schema.URI].to_pylist())
+    epochs = [blocks(first), blocks(first)]
+    for epoch in epochs:
+        assert sorted(name for block in epoch for name in block) == sorted(table[schema.URI].to_pylist())
+        assert {len(block) for block in epoch} == {read.ROWS_PER_TASK, 500 % read.ROWS_PER_TASK}
     assert epochs[0] != epochs[1]
-    assert epochs == [order(again), order(again)]
-    assert order(other) != epochs[0]
+    assert epochs == [blocks(again), blocks(again)]
+    assert blocks(other) != epochs[0]
+
+
+def test_an_epoch_of_many_rows_is_planned_as_few_tasks(monkeypatch):
+    monkeypatch.setattr(read, "MOST_TASKS", 3)
+    table = pa.table({schema.URI: [str(i) for i in range(500)]})
+    tasks = read.Shuffled(table, 0).get_read_tasks(1)
+    assert [task.metadata.num_rows for task in tasks] == [176, 176, 148]
+    seen = [name for task in tasks for block in task() for name in block[schema.URI].to_pylist()]
+    assert sorted(seen) == sorted(table[schema.URI].to_pylist())
+    assert seen != table[schema.URI].to_pylist()
 
 
 def test_an_image_that_breaks_after_the_run_began_stops_it():
