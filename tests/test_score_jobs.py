@@ -3,7 +3,9 @@
 However a job was disturbed, the table is that of an undisturbed run, each row once.
 """
 
+import itertools
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -99,13 +101,6 @@ def segments(output):
     """Names of the files committed so far."""
     files = storage.list_files_if_any(storage.join(str(output), "work", "0001"))
     return [file.path for file in files if file.path.endswith(".parquet")]
-
-
-def wait_for_segment(job, output):
-    """Until rows are committed, but not all of them."""
-    wait_for(lambda: segments(output) or job.poll() is not None, PATIENCE_S, "the first segment")
-    assert job.poll() is None, job.communicate()[0]
-    assert not storage.exists(storage.join(str(output), "summary.json"))
 
 
 @pytest.fixture(scope="module")
@@ -212,36 +207,75 @@ def test_a_job_killed_on_s3_goes_on_and_takes_up_new_files(
     storage.write_bytes(f"{archive_on_s3}/late.png", archives.odd()["odd/grey.png"])
     score.run(ScoreConfig(model=bundle_uri, input=archive_on_s3, output=output))
     assert "going on with 1\n" in capsys.readouterr().out
+    storage.delete_file(f"{archive_on_s3}/late.png")
     names = table(output)[schema.IMAGE_ID].to_pylist()
     assert sorted(names) == sorted([*table(undisturbed[0])[schema.IMAGE_ID].to_pylist(), "late.png"])
 
 
-def test_a_killed_model_actor_is_replaced(cluster, archive, model_uri, tmp_path, undisturbed):
-    """Done when 3: SIGKILL of the actor; the job ends well by itself."""
-    job = start(model_uri, archive, tmp_path)
-    wait_for_segment(job, tmp_path)
-    assert kill(cluster.processes(), SCORER)
-    finished(job)
-    assert_same(table(tmp_path), table(undisturbed[0]))
+VICTIMS, STORES = ("driver", "actor", "node"), ("disk", "s3")
+# The moments of a job, by what it has written: its settings, the first rows, a file of the table.
+MOMENTS = {"begun": "config.json", "scoring": "work/0001/", "merging": "predictions/part-"}
+# The others take half an hour: `pytest -m trial tests/test_score_jobs.py`.
+EVERY_TIME = {("actor", "disk", "scoring"), ("node", "s3", "scoring")}
 
 
-def test_a_killed_node_is_survived(cluster, archive, model_uri, tmp_path, undisturbed, joined):
-    """Done when 3: a second node, with a model actor on it, is killed whole."""
+def trials():
+    for trial in itertools.product(VICTIMS, STORES, MOMENTS):
+        if trial[0] == "actor" and trial[2] == "merging":
+            continue  # it has gone by then
+        yield pytest.param(*trial, marks=() if trial in EVERY_TIME else pytest.mark.trial)
+
+
+def wait_for_moment(job, output, moment):
+    """Until the job has written what marks the moment, and is not finished."""
+
+    def come():
+        assert job.poll() is None, job.communicate()[0]
+        return any(file.path.startswith(MOMENTS[moment]) for file in storage.list_files_if_any(str(output)))
+
+    wait_for(come, PATIENCE_S, moment)
+    assert not storage.exists(storage.join(str(output), "summary.json"))
+
+
+def wait_for_actor(job, found):
+    """Until one of the processes is a model actor."""
+
+    def come():
+        assert job.poll() is None, job.communicate()[0]
+        return any(re.search(SCORER, command) for _, command in found())
+
+    wait_for(come, PATIENCE_S, "a model actor")
+
+
+@pytest.fixture
+def second_node(cluster, joined):
+    """Finds the processes of a second node, which is gone in the end."""
     marker = f"BCD_TEST_NODE={uuid.uuid4().hex}"
     node = start_ray([f"--address={cluster.gcs}", "--num-cpus=4"], marker)
-    try:
-        wait_for(lambda: sum(n["Alive"] for n in ray.nodes()) == 2, PATIENCE_S, "the second node")
-        job = start(model_uri, archive, tmp_path)
+    wait_for(lambda: sum(n["Alive"] for n in ray.nodes()) == 2, PATIENCE_S, "the second node")
+    yield lambda: processes(node.pid, marker)
+    node.kill()
+    wait_for(lambda: not kill(processes(node.pid, marker)), 60, "the end of the second node")
+    node.wait()
+    wait_for(lambda: sum(n["Alive"] for n in ray.nodes()) == 1, PATIENCE_S, "the cluster to see it")
 
-        def has_actor():
-            assert job.poll() is None, job.communicate()[0]
-            return [c for _, c in processes(node.pid, marker) if "Scorer" in c]
 
-        wait_for(has_actor, PATIENCE_S, "a model actor on the second node")
-        wait_for_segment(job, tmp_path)
-    finally:
-        node.kill()
-        wait_for(lambda: not kill(processes(node.pid, marker)), 60, "the end of the second node")
-        node.wait()
+@pytest.mark.parametrize(("victim", "store", "moment"), trials())
+def test_a_kill_changes_nothing(
+    victim, store, moment, cluster, archive, archive_on_s3, model_uri, s3, tmp_path, undisturbed, request
+):
+    """Done when 3: SIGKILL; the same command again where the job itself was killed."""
+    data, output = (archive, tmp_path) if store == "disk" else (archive_on_s3, f"{s3}/{uuid.uuid4().hex}")
+    found = request.getfixturevalue("second_node") if victim == "node" else cluster.processes
+    job = start(model_uri, data, output)
+    if victim != "driver" and moment != "merging":
+        wait_for_actor(job, found)
+    wait_for_moment(job, output, moment)
+    if victim == "driver":
+        job.kill()
+        job.communicate()
+        job = start(model_uri, data, output)
+    else:
+        assert kill(found(), SCORER if victim == "actor" else "")
     finished(job)
-    assert_same(table(tmp_path), table(undisturbed[0]))
+    assert_same(table(output), table(undisturbed[0]))
