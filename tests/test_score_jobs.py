@@ -260,7 +260,7 @@ def second_node(cluster, joined):
     wait_for(lambda: sum(n["Alive"] for n in ray.nodes()) == 1, PATIENCE_S, "the cluster to see it")
 
 
-@pytest.mark.parametrize(("victim", "store", "moment"), trials())
+@pytest.mark.parametrize(("victim", "store", "moment"), list(trials()))
 def test_a_kill_changes_nothing(
     victim, store, moment, cluster, archive, archive_on_s3, model_uri, s3, tmp_path, undisturbed, request
 ):
