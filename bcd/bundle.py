@@ -11,7 +11,7 @@ archives and the service cannot drift apart. Nothing in a bundle is ever unpickl
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -25,8 +25,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torchvision.models import ResNet
 
-from bcd import cam, image, model, storage, transform
+from bcd import cam, image, model, novelty, storage, transform
 from bcd.errors import BundleError
+from bcd.novelty import FeatureStatistics
 from bcd.taxonomy import Target
 
 WEIGHTS, CARD, README = "model.safetensors", "card.json", "README.md"
@@ -69,8 +70,8 @@ class Card(BaseModel):
     """Whether patients may stand on two sides of the split: such numbers mislead."""
     synthetic: bool
     """Whether the training images are made up: such numbers say nothing about tissue."""
-    feature_statistics: dict[str, list[float]] | None = None
-    """Mean and spread of the pooled features over the training set, where they were taken."""
+    feature_statistics: FeatureStatistics | None = None
+    """Of the pooled features over the training pictures: they tell how unlike those a new picture is."""
     training: dict[str, Any]
     """All settings of the training run; an evaluation makes the split from them again."""
     validation: dict[str, float]
@@ -86,7 +87,8 @@ class Prediction:
     """What a model says about a batch; float32 arrays.
 
     logit (n, classes) and probability (n, classes) in card order, probability_malignant (n,),
-    predicted_class (n,) names, evidence (n, h, w) and evidence_bias (n,) as in `bcd.cam`.
+    predicted_class (n,) names, evidence (n, h, w) and evidence_bias (n,) as in `bcd.cam`, novelty (n,) as in
+    `bcd.novelty`, NaN where the card has no statistics for it.
     """
 
     logit: np.ndarray
@@ -95,6 +97,12 @@ class Prediction:
     predicted_class: list[str]
     evidence: np.ndarray
     evidence_bias: np.ndarray
+    novelty: np.ndarray
+
+    def rows(self) -> list["Prediction"]:
+        """One prediction for each picture, still as arrays of one row."""
+        columns = [getattr(self, field.name) for field in fields(self)]
+        return [Prediction(*(column[i : i + 1] for column in columns)) for i in range(len(self.logit))]
 
 
 @dataclass(frozen=True)
@@ -129,11 +137,8 @@ class Bundle:
                 NaN, because their maps do not add up to the log-odds.
             layer: whose features a method of `cam.METHODS` explains.
         """
-        batch = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
-        batch = transform.normalise(batch, self.card.mean, self.card.std)
-        batch = batch.contiguous(memory_format=torch.channels_last)
-        with model.autocast(self.device, self.precision):
-            output = model.explained(self.network, self.features(batch))
+        batch = self._normalised(images)
+        output = self._output(batch)
         evidence, bias = output.evidence.cpu(), output.evidence_bias.cpu()
         if method != cam.CLOSED_FORM:
             evidence = cam.explain(self.network, batch, method, layer, output.logit.argmax(1))
@@ -148,6 +153,7 @@ class Bundle:
             self._decide(probability, malignant),
             evidence.numpy(),
             bias.numpy(),
+            self._novelty(output.pooled),
         )
 
     def predict_files(self, contents: Sequence[bytes]) -> Prediction:
@@ -157,6 +163,26 @@ class Bundle:
             ImageError: one of them cannot be decoded.
         """
         return self.predict(np.stack([self.fit(image.decode(content)) for content in contents]))
+
+    @torch.inference_mode()
+    def pooled(self, images: np.ndarray) -> np.ndarray:
+        """Pooled features, float32 (n, channels), of a batch as in `predict`."""
+        return self._output(self._normalised(images)).pooled.cpu().numpy()
+
+    def _normalised(self, images: np.ndarray) -> torch.Tensor:
+        batch = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
+        batch = transform.normalise(batch, self.card.mean, self.card.std)
+        return batch.contiguous(memory_format=torch.channels_last)
+
+    def _output(self, batch: torch.Tensor) -> model.Output:
+        with model.autocast(self.device, self.precision):
+            return model.explained(self.network, self.features(batch))
+
+    def _novelty(self, pooled: torch.Tensor) -> np.ndarray:
+        statistics = self.card.feature_statistics
+        if statistics is None:
+            return np.full(len(pooled), np.nan, np.float32)
+        return novelty.distance(pooled.cpu().numpy(), statistics.mean, statistics.spread)
 
     def _decide(self, probability: torch.Tensor, malignant: torch.Tensor) -> list[str]:
         # The operating threshold belongs to the two-class decision; among subtypes the likeliest wins.
@@ -209,10 +235,26 @@ def load(
         network.load_state_dict(load_safetensors(weights))
     except (SafetensorError, RuntimeError) as error:
         raise BundleError(f"{uri}: {WEIGHTS} is damaged or of another model: {error}") from error
+    return _ready(network, card, model_id(weights, card), device, precision, compiled)
+
+
+def from_state(state: model.State, card: Card) -> Bundle:
+    """A bundle from weights in memory, in float32; it has no identity."""
+    return _ready(model.build(len(card.classes), state), card, "", None, "float32", False)
+
+
+def _ready(
+    network: ResNet,
+    card: Card,
+    identity: str,
+    device: str | torch.device | None,
+    precision: str,
+    compiled: bool,
+) -> Bundle:
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network = model.fold(network).to(where).to(memory_format=torch.channels_last).requires_grad_(False)
     features = model.compiled_features(network) if compiled else partial(model.features, network)
-    return Bundle(card, model_id(weights, card), network, features, where, precision)
+    return Bundle(card, identity, network, features, where, precision)
 
 
 def read_card(uri: str) -> Card:

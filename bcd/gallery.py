@@ -148,7 +148,7 @@ def _histogram(probabilities: np.ndarray, facts: Mapping[str, Any]) -> Markup:
 
 def _card(example: Example, limit: float, input_size_px: tuple[int, int] | None) -> dict[str, Any]:
     """One example with its two pictures as data URIs, drawn at the size in which they are shown."""
-    pixels = _shrink(example.pixels, MAX_WIDTH_PX)
+    pixels = image.shrink(example.pixels, 2 * MAX_WIDTH_PX, MAX_WIDTH_PX)
     drawn = overlay.overlay(pixels, example.evidence, limit, *(input_size_px or (None, None)))
     return {"example": example, "picture": _data_uri(pixels), "overlay": _data_uri(drawn)}
 
@@ -164,14 +164,7 @@ def _heat_maps(slides: Sequence[Slide]) -> list[str | None]:
 
 
 def _heat_map(content: bytes) -> str:
-    return _data_uri(_shrink(image.decode(content), MAX_SLIDE_WIDTH_PX))
-
-
-def _shrink(pixels: np.ndarray, width_px: int) -> np.ndarray:
-    """No wider than `width_px`, and no higher than twice that."""
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((width_px, 2 * width_px), Image.Resampling.LANCZOS)
-    return np.asarray(picture)
+    return _data_uri(image.shrink(image.decode(content), 2 * MAX_SLIDE_WIDTH_PX, MAX_SLIDE_WIDTH_PX))
 
 
 def _data_uri(pixels: np.ndarray, kind: str = "JPEG") -> str:

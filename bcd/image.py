@@ -108,6 +108,13 @@ def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return result
 
 
+def shrink(pixels: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
+    """A picture for people: uint8 (h, w, 3) within a size, aspect ratio kept, never enlarged."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((width_px, height_px), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
+
+
 def png(pixels: np.ndarray) -> bytes:
     """Encode uint8 (h, w, 3) RGB as PNG."""
     buffer = io.BytesIO()

@@ -7,6 +7,7 @@ from functools import partial
 from pickle import UnpicklingError as _Unpickling
 from typing import cast
 
+import numpy as np
 import torch
 import torchvision
 from safetensors import SafetensorError
@@ -126,12 +127,14 @@ def compiled_features(network: ResNet) -> Callable[[Tensor], Tensor]:
 class Output:
     """What one forward pass says about a batch; all float32.
 
-    logit (n, classes), evidence (n, h, w) and evidence_bias (n,), see `bcd.cam`.
+    logit (n, classes), evidence (n, h, w) and evidence_bias (n,), see `bcd.cam`, and pooled (n, channels),
+    the mean of each feature over the picture.
     """
 
     logit: Tensor
     evidence: Tensor
     evidence_bias: Tensor
+    pooled: Tensor
 
 
 def forward(network: ResNet, images: Tensor) -> Output:
@@ -152,9 +155,10 @@ def explained(network: ResNet, maps: Tensor) -> Output:
     """
     with torch.autocast(maps.device.type, enabled=False):
         maps = maps.float()
-        logit = network.fc(maps.mean((2, 3)))
+        pooled = maps.mean((2, 3))
+        logit = network.fc(pooled)
         evidence, bias = cam.evidence(maps, network.fc.weight, network.fc.bias, logit.argmax(1))
-    return Output(logit, evidence, bias)
+    return Output(logit, evidence, bias, pooled)
 
 
 def features(network: ResNet, images: Tensor) -> Tensor:
@@ -174,6 +178,16 @@ def probability(logit: Tensor, temperature: float = 1.0) -> Tensor:
 def probability_malignant(probabilities: Tensor, class_names: tuple[str, ...]) -> Tensor:
     """Probability of malignancy (n,): that of the class, or the sum over malignant subtypes."""
     return probabilities[:, torch.tensor(malignant_mask(class_names))].sum(1)
+
+
+def log_odds(logit: np.ndarray, class_names: tuple[str, ...]) -> list[float]:
+    """Log-odds of malignancy of each row of logits (n, classes), before the temperature.
+
+    Of two classes it is the difference of their logits, and the evidence map's mean plus bias.
+    """
+    malignant = np.array(malignant_mask(class_names))
+    summed = [np.logaddexp.reduce(logit[:, part].astype(np.float64), 1) for part in (malignant, ~malignant)]
+    return (summed[0] - summed[1]).tolist()
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:

@@ -90,10 +90,10 @@ def read_json(uri: str) -> Any:
     return json.loads(storage.read_bytes(uri))
 
 
-def start_ray(arguments: list[str], marker: str) -> subprocess.Popen[bytes]:
+def start_ray(arguments: list[str], marker: str, **variables: str) -> subprocess.Popen[bytes]:
     """`ray start --block` in a session of its own; `processes` finds what belongs to it by the marker."""
     name, _, value = marker.partition("=")
-    environment = os.environ | {name: value, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment = os.environ | variables | {name: value, "PATH": f"{BIN}:{os.environ['PATH']}"}
     return subprocess.Popen(
         [BIN / "ray", "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *arguments],
         env=environment,

@@ -3,6 +3,7 @@
 Each server is a process of its own, started once for all tests that need it; tests that need none stay fast.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -10,12 +11,13 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.fs
 import pytest
 
-from bcd import storage, synthetic
+from bcd import guard, storage, synthetic
 from tests.cluster import (
     BIN,
     CLUSTER_CPUS,
@@ -27,6 +29,7 @@ from tests.cluster import (
     start_ray,
     wait_for,
 )
+from tests.service import LIMITS, TOKEN
 
 # Ray reads these when it is imported: the cluster asks for this token, and every client here has it.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -90,7 +93,13 @@ def cluster(s3: str) -> Iterator[Cluster]:
     marker = f"BCD_TEST_CLUSTER={uuid.uuid4().hex}"
     arguments = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
     arguments += [f"--num-cpus={CLUSTER_CPUS}", f"--temp-dir={folder}", f"--object-store-memory={10**9}"]
-    head = start_ray(arguments, marker)
+    # The service's HTTP proxy takes token and limits from here.
+    head = start_ray(
+        arguments,
+        marker,
+        **{guard.TOKEN_VARIABLE: TOKEN, guard.PROXY_VARIABLE: guard.PROXY_CALLBACK},
+        **{guard.LIMITS_VARIABLE: json.dumps(asdict(LIMITS))},
+    )
     try:
         wait_for(lambda: listens(dashboard) and listens(gcs), 120, "the Ray cluster")
         os.environ["RAY_ADDRESS"] = f"127.0.0.1:{gcs}"

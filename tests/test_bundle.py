@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bcd import bundle, cam, image, model, provenance, transform
+from bcd import bundle, cam, image, model, novelty, provenance, transform
 from bcd.config import TrainConfig
 from bcd.errors import BundleError
 from tests import pictures
@@ -132,3 +132,46 @@ def test_damaged_or_foreign_weights_are_refused(tmp_path, network):
     (tmp_path / "model.safetensors").write_bytes(b"xx")
     with pytest.raises(BundleError, match="is damaged"):
         bundle.load(str(tmp_path))
+
+
+def statistics(network, cutoff=1.0):
+    """Such that the pooled features of a black picture are the mean."""
+    black = ready(network).pooled(np.zeros((1, 64, 96, 3), np.uint8))[0]
+    facts = {"mean": tuple(black.tolist()), "spread": (0.5,) * len(black), "cutoff": cutoff}
+    return novelty.FeatureStatistics(**facts, n_training=1, n_validation=1)
+
+
+def test_novelty_is_the_distance_of_the_pooled_features(network):
+    black, white = np.zeros((64, 96, 3), np.uint8), np.full((64, 96, 3), 255, np.uint8)
+    loaded = ready(network, feature_statistics=statistics(network))
+    prediction = loaded.predict(np.stack([black, white]))
+    pooled = loaded.pooled(np.stack([black, white]))
+    assert pooled.shape == (2, 2048)
+    expected = np.sqrt(np.mean((2 * (pooled[1] - pooled[0])) ** 2))
+    assert prediction.novelty[0] == pytest.approx(0, abs=1e-4)
+    assert prediction.novelty[1] == pytest.approx(expected, rel=1e-4)
+    assert np.isnan(ready(network).predict(white[None]).novelty).all()
+
+
+def test_statistics_stand_in_the_card_and_decide_its_identity(tmp_path, network):
+    known = card(feature_statistics=statistics(network))
+    bundle.save(network, known, str(tmp_path))
+    assert bundle.read_card(str(tmp_path)) == known
+    assert bundle.model_id(b"w", known) != bundle.model_id(b"w", card())
+
+
+def test_rows_are_predictions_of_one_picture(network):
+    images = np.stack([np.full((64, 96, 3), shade, np.uint8) for shade in (0, 90, 255)])
+    whole = ready(network).predict(images)
+    for i, row in enumerate(whole.rows()):
+        np.testing.assert_array_equal(row.logit, whole.logit[i : i + 1])
+        np.testing.assert_array_equal(row.evidence, whole.evidence[i : i + 1])
+        assert row.predicted_class == whole.predicted_class[i : i + 1]
+    assert len(whole.rows()) == 3
+
+
+def test_a_bundle_from_weights_in_memory_is_the_one_on_disk(tmp_path, network):
+    bundle.save(network, card(), str(tmp_path))
+    picture = image.fit(pictures.gradient(), 64, 96)[None]
+    loaded, made = bundle.load(str(tmp_path), device="cpu"), bundle.from_state(network.state_dict(), card())
+    np.testing.assert_allclose(made.predict(picture).logit, loaded.predict(picture).logit, rtol=1e-6)

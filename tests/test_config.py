@@ -4,7 +4,16 @@ from typing import get_args
 import pytest
 
 from bcd import cam
-from bcd.config import Cam, DemoConfig, EvaluateConfig, ScoreConfig, TrainConfig, differences
+from bcd.config import (
+    Cam,
+    DemoConfig,
+    EvaluateConfig,
+    ScoreConfig,
+    ServeConfig,
+    ServiceConfig,
+    TrainConfig,
+    differences,
+)
 from bcd.errors import ConfigError
 
 
@@ -76,3 +85,9 @@ def test_another_method_explains_any_layer():
 
 def test_every_cam_method_can_be_asked_for():
     assert set(get_args(Cam)) == {cam.CLOSED_FORM, *cam.METHODS}
+
+
+def test_a_service_has_its_bounds_in_order():
+    with pytest.raises(ConfigError, match=r"--max-replicas 2 is less than --min-replicas 3"):
+        ServeConfig(model="m", min_replicas=3, max_replicas=2)
+    assert ServiceConfig(model="m", num_gpus="0.25", max_replicas="4").num_gpus == 0.25

@@ -86,3 +86,14 @@ def test_fit_leaves_a_picture_of_the_right_size_alone():
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (2000, 10)])
 def test_fit_takes_any_shape(size):
     assert image.fit(np.zeros((*size, 3), np.uint8), 96, 144).shape == (96, 144, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "within", "expected"),
+    [((100, 300), (50, 60), (20, 60)), ((100, 300), (10, 300), (10, 30)), ((10, 20), (50, 60), (10, 20))],
+)
+def test_shrink_keeps_the_aspect_ratio_and_never_enlarges(size, within, expected):
+    found = image.shrink(pictures.gradient(*size), *within)
+    assert found.shape == (*expected, 3)
+    if size == expected:
+        np.testing.assert_array_equal(found, pictures.gradient(*size))

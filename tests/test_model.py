@@ -3,12 +3,13 @@ import io
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 
-from bcd import model
+from bcd import model, taxonomy
 from bcd.errors import BundleError, StorageError
 
 
@@ -145,3 +146,12 @@ def test_the_real_weights_fit(real_data):
     network = model.build(2, weights).eval()
     stored = load_file(real_data / "weights/resnet50_imagenet.safetensors")
     torch.testing.assert_close(network.conv1.weight, stored["conv1.weight"].float())
+
+
+def test_log_odds_are_those_of_the_probability():
+    rng = np.random.default_rng(0)
+    two, eight = rng.normal(0, 3, (5, 2)), rng.normal(0, 3, (5, 8))
+    np.testing.assert_allclose(model.log_odds(two, ("benign", "malignant")), two[:, 1] - two[:, 0])
+    names = taxonomy.classes("subtype")
+    p = model.probability_malignant(model.probability(torch.from_numpy(eight)), names).numpy()
+    np.testing.assert_allclose(model.log_odds(eight, names), np.log(p / (1 - p)))

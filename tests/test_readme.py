@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bcd import bundle, model, provenance
-from bcd.config import Config, EvaluateConfig, ScoreConfig, TrainConfig
+from bcd.config import Config, EvaluateConfig, ScoreConfig, ServeConfig, TrainConfig
 from tests import pictures
 from tests.test_bundle import card
 
@@ -18,7 +18,12 @@ COMMANDS = [
     for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S)
     for line in block.replace("\\\n", "").splitlines()
 ]
-JOBS: dict[str, type[Config]] = {"train": TrainConfig, "evaluate": EvaluateConfig, "score": ScoreConfig}
+JOBS: dict[str, type[Config]] = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "score": ScoreConfig,
+    "serve": ServeConfig,
+}
 
 
 def jobs():

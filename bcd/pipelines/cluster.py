@@ -74,6 +74,11 @@ def share_cores(local_workers: int) -> None:
     torch.set_num_threads(max(1, cores() // local_workers))
 
 
+def use_threads(threads: int) -> None:
+    """Let this process compute with so many threads, if the machine has as many cores."""
+    torch.set_num_threads(min(threads, cores()))
+
+
 def cores() -> int:
     """Cores of this machine that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
-import torch
 from ray.data import ActorPoolStrategy, Dataset
 
 from bcd import bundle, cam, image, overlay, provenance, schema, storage
@@ -96,7 +95,7 @@ class Scorer:
     def __init__(self, settings: Settings, threads: int) -> None:
         self._settings, self._threads = settings, threads
         if threads:
-            torch.set_num_threads(min(threads, cluster.cores()))
+            cluster.use_threads(threads)
         self._bundle = bundle.load(
             settings.model_uri, precision=settings.precision, compiled=settings.compile
         )
@@ -146,6 +145,7 @@ class Scorer:
             schema.EVIDENCE_HEIGHT: [height] * n,
             schema.EVIDENCE_WIDTH: [width] * n,
             schema.EVIDENCE_BIAS: pa.array(prediction.evidence_bias[:n], from_pandas=True),
+            schema.NOVELTY: pa.array(prediction.novelty[:n], from_pandas=True),
         }
         if self._settings.overlays:
             columns[schema.OVERLAY] = [self._drawn(*pair) for pair in zip(images, maps, strict=True)]

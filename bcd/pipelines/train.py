@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from bcd import balance, bundle, model, provenance, schema, split, storage, taxonomy
 from bcd.config import TrainConfig, differences
 from bcd.errors import BcdError, ConfigError
-from bcd.pipelines import cluster, evaluate, read, worker
+from bcd.pipelines import cluster, evaluate, features, read, worker
 from bcd.pipelines.prepare import Facts, describe, part_of, prepare
 
 CONFIG, RUN, DATA, SPLIT, MODEL = "config.json", "run.json", "data.json", "split.parquet", "model"
@@ -204,6 +204,8 @@ def _publish_bundle(config: TrainConfig, run_uri: str, table: pa.Table, facts: F
         versions=provenance.versions(),
         git_commit=provenance.git_commit(),
     )
+    statistics = features.statistics(network, card, train, part_of(table, read.VALIDATION))
+    card = card.model_copy(update={"feature_statistics": statistics})
     bundle.save(network, card, storage.join(run_uri, MODEL))
 
 

@@ -1,0 +1,255 @@
+"""Serve a model over HTTP with Ray Serve: `app` builds the application, `run` is the door of `jobs/serve.py`.
+
+A replica decodes off the event loop and computes in one thread. While a batch is computed, requests gather
+before the gate; when it is done they form the next one. So nobody waits for a timer: a lonely request is
+computed at once, and under load batches fill by themselves.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
+
+from bcd import api, bundle, guard, image, storage
+from bcd.bundle import Prediction
+from bcd.config import ServeConfig, ServiceConfig
+from bcd.errors import ConfigError, ResourceError
+from bcd.pipelines import cluster
+
+NAME = "bcd"
+# A forward pass that succeeded so long ago still shows that the replica works.
+READY_FOR_S = 10.0
+READY_TIMEOUT_S = 20.0
+Result = TypeVar("Result")
+
+
+class Gate:
+    """Lets requests through to the batcher only while the model is idle, one batch at a time.
+
+    `@serve.batch` closes a batch once its time is up, even while the model is busy: without a gate most
+    batches under load would be of one.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size, self._busy = size, False
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def enter(self) -> None:
+        """Wait until the model is idle."""
+        if self._busy or self._waiting:
+            place = asyncio.get_running_loop().create_future()
+            self._waiting.append(place)
+            try:
+                await place
+            except asyncio.CancelledError:
+                if place.done() and not place.cancelled():
+                    self._let_in(1)
+                raise
+
+    def close(self) -> None:
+        """A batch begins."""
+        self._busy = True
+
+    def open(self) -> None:
+        """A batch has ended."""
+        self._busy = False
+        self._let_in(self._size)
+
+    def _let_in(self, n: int) -> None:
+        while n and self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                n -= 1
+
+
+@serve.ingress()
+class Replica:
+    """One copy of the model, and the HTTP interface in front of it: an `api.Engine`.
+
+    Args:
+        config: of the service.
+        token_digest: `guard.digest` of the token; None answers this machine only.
+    """
+
+    def __init__(self, config: ServiceConfig, token_digest: str | None) -> None:
+        threads = min(cluster.CPUS_PER_MODEL, cluster.cores())
+        cluster.use_threads(threads)
+        self._config, self._token_digest = config, token_digest
+        self._bundle = bundle.load(config.model, precision=config.precision)
+        self.card, self.model_id = self._bundle.card, self._bundle.model_id
+        self._decoders = ThreadPoolExecutor(threads, "decode")
+        self._computer = ThreadPoolExecutor(1, "compute")
+        self._gate = Gate(config.max_batch_size)
+        self._succeeded = -READY_FOR_S
+        self._canary = np.zeros((self.card.input_height_px, self.card.input_width_px, 3), np.uint8)
+        for n in {1, config.max_batch_size}:  # a replica that cannot compute never becomes healthy
+            self._computer.submit(self._bundle.predict, np.stack([self._canary] * n)).result()
+
+    def __serve_build_asgi_app__(self) -> guard.Guard:
+        self._forward.set_max_batch_size(self._config.max_batch_size)
+        limits = _limits(self._config)
+        app = api.build(self, limits, self._config.max_images)
+        return guard.Guard(app, limits, self._token_digest, loopback_only=True)
+
+    async def decode(self, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """See `api.Engine`."""
+        return await self._off_the_loop(self._decoders, partial(_decoded, self._bundle, content))
+
+    async def predict(self, fitted: np.ndarray) -> Prediction:
+        """See `api.Engine`."""
+        await self._gate.enter()
+        return await self._forward(fitted)
+
+    async def ready(self) -> bool:
+        """See `api.Engine`."""
+        if time.monotonic() - self._succeeded > READY_FOR_S:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await self.predict(self._canary)
+        return True
+
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.0, max_concurrent_batches=1)
+    async def _forward(self, pictures: list[np.ndarray]) -> list[Prediction]:
+        self._gate.close()
+        try:
+            predict = partial(self._bundle.predict, np.stack(pictures))
+            prediction = await self._off_the_loop(self._computer, predict)
+        finally:
+            self._gate.open()
+        self._succeeded = time.monotonic()
+        return prediction.rows()
+
+    async def _off_the_loop(self, pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def _decoded(loaded: bundle.Bundle, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    pixels = image.decode(content)
+    return pixels, loaded.fit(pixels)
+
+
+def app(config: ServiceConfig) -> Application:
+    """The application, for `serve run bcd.pipelines.serve:app model=URI` and for serve.yaml.
+
+    Raises:
+        BcdError: what the user can put right, before any replica is started.
+    """
+    return build(config, _listening_on())
+
+
+def build(config: ServiceConfig, host: str | None) -> Application:
+    """The application behind an address; `None` where that is not known yet.
+
+    Raises:
+        ConfigError: the address is reached from elsewhere, and there is no token.
+        BundleError: there is no model.
+    """
+    bundle.read_card(config.model)
+    token_digest = _token_digest(config)
+    if token_digest is None and host is not None and not guard.is_loopback(host):
+        raise ConfigError(
+            f"listening on {host} lets others in: set the variable {guard.TOKEN_VARIABLE} or --token-file, "
+            "or listen on 127.0.0.1"
+        )
+    service = ServiceConfig(**config.model_dump(include=set(ServiceConfig.model_fields)))
+    replicas: dict[str, Any] = {"num_replicas": config.min_replicas}
+    if config.max_replicas > config.min_replicas:
+        bounds = {"min_replicas": config.min_replicas, "max_replicas": config.max_replicas}
+        replicas = {"autoscaling_config": bounds | {"target_ongoing_requests": config.max_batch_size}}
+    options = serve.deployment(Replica).options(
+        **replicas,
+        ray_actor_options={
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            "runtime_env": cluster.KEEP_MEMORY,
+        },
+        # One batch is computed while the next one gathers and is decoded.
+        max_ongoing_requests=2 * config.max_batch_size,
+        max_queued_requests=config.max_queued,
+    )
+    return options.bind(service, token_digest)
+
+
+def _limits(config: ServiceConfig) -> guard.Limits:
+    return guard.Limits(
+        max_body_bytes=config.max_body_bytes,
+        max_requests=2 * config.max_batch_size * config.max_replicas + config.max_queued,
+        upload_timeout_s=config.upload_timeout_s,
+        answer_timeout_s=config.answer_timeout_s,
+    )
+
+
+def _token_digest(config: ServiceConfig) -> str | None:
+    token = os.environ.get(guard.TOKEN_VARIABLE, "").strip()
+    if config.token_file:
+        token = storage.read_bytes(config.token_file).decode().strip()
+        if not token:
+            raise ConfigError(f"--token-file {config.token_file} is empty")
+    return guard.digest(token) if token else None
+
+
+def _listening_on() -> str | None:
+    """The address of a Serve instance that runs already."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return client.http_config.host if client else None
+
+
+def run(config: ServeConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what was accepted.
+
+    Raises:
+        BcdError: what the user can put right.
+    """
+    application = build(config, config.host)
+    _require_free(config.host, config.port)
+    # For the proxy, which is a process of the cluster that we start; one that runs already has its own.
+    os.environ[guard.PROXY_VARIABLE] = guard.PROXY_CALLBACK
+    os.environ[guard.LIMITS_VARIABLE] = json.dumps(asdict(_limits(config)))
+    if token_digest := _token_digest(config):
+        os.environ[guard.DIGEST_VARIABLE] = token_digest
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    cluster.connect()
+    _require_capacity(config)
+    serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
+    serve.run(application, name=NAME)
+    print(f"serving {config.model} at http://{config.host}:{config.port} (Ctrl-C ends it)", flush=True)
+    stop.wait()
+    print("finishing what was accepted", flush=True)
+    serve.delete(NAME)
+    serve.shutdown()
+
+
+def _require_capacity(config: ServeConfig) -> None:
+    """Serve would wait for ever."""
+    have = cluster.capacity()
+    for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
+        if each * config.min_replicas > have[kind]:
+            raise ResourceError(
+                f"{config.min_replicas} replicas of {each:g} {kind} each were asked for, but the cluster "
+                f"has {have[kind]:g}; lower --min-replicas or --num-{kind.lower()}s"
+            )
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ResourceError(f"--host {host} --port {port} cannot be listened on: {error}") from None

@@ -1,0 +1,57 @@
+"""Statistics of a model's features: Ray's sums against plain NumPy over the same pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from bcd import bundle, image, model, novelty, schema
+from bcd.errors import BcdError
+from bcd.pipelines import features
+from tests import pictures
+from tests.test_bundle import card
+
+pytestmark = pytest.mark.ray
+
+
+def table(folder, prefix, n, seed):
+    """Rows of n pictures, each of its own shade."""
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(n):
+        path = folder / f"{prefix}-{i}.png"
+        shade = rng.integers(-60, 60, 3)
+        pixels = np.clip(pictures.gradient(92, 140).astype(int) + shade, 0, 255).astype(np.uint8)
+        path.write_bytes(pictures.encode(pixels))
+        rows.append({schema.IMAGE_ID: path.name, schema.URI: str(path)})
+    return schema.fill(pa.Table.from_pylist(rows), schema.INDEX)
+
+
+def test_they_are_those_of_a_plain_loop(joined, tmp_path):
+    network, facts = model.build(2, seed=1).eval(), card()
+    train, validation = table(tmp_path, "t", 41, 0), table(tmp_path, "v", 12, 1)
+    before = network.fc.weight.clone()
+    found = features.statistics(network, facts, train, validation)
+    plain = bundle.from_state(network.state_dict(), facts)
+
+    def pooled(rows):
+        contents = [Path(uri).read_bytes() for uri in rows[schema.URI].to_pylist()]
+        return plain.pooled(np.stack([plain.fit(image.decode(content)) for content in contents]))
+
+    np.testing.assert_allclose(found.mean, pooled(train).mean(0), rtol=1e-3, atol=1e-5)
+    spread = pooled(train).std(0)
+    moving = spread > 2 * novelty.SMALLEST_SPREAD * spread.mean()
+    assert moving.mean() > 0.5
+    np.testing.assert_allclose(np.array(found.spread)[moving], spread[moving], rtol=0.02)
+    distances = novelty.distance(pooled(validation), found.mean, found.spread)
+    assert found.cutoff == pytest.approx(np.percentile(distances, 99), rel=1e-2)
+    assert (found.n_training, found.n_validation) == (41, 12)
+    assert (network.fc.weight == before).all()
+
+
+def test_a_picture_that_has_gone_is_named(joined, tmp_path):
+    rows = table(tmp_path, "t", 3, 0)
+    (tmp_path / "t-1.png").unlink()
+    with pytest.raises(Exception, match=r"t-1.png became unusable") as caught:
+        features.statistics(model.build(2), card(), rows, rows)
+    assert BcdError.__name__ in str(caught.value)

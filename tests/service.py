@@ -1,0 +1,57 @@
+"""A service without Ray: the same app around a bundle in this process, on a real socket."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import uvicorn
+from starlette.types import ASGIApp
+
+from bcd import api, bundle, guard, image
+from tests.cluster import free_port, wait_for
+
+TOKEN = "a token for tests"
+# Of the service on the tests' cluster.
+LIMITS = guard.Limits(max_body_bytes=8 * 2**20, upload_timeout_s=3)
+
+
+class LocalEngine:
+    """An `api.Engine` that computes where it is asked."""
+
+    def __init__(self, loaded: bundle.Bundle) -> None:
+        self._bundle = loaded
+        self.card, self.model_id = loaded.card, loaded.model_id
+        self.works = True
+
+    async def decode(self, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+        pixels = image.decode(content)
+        return pixels, self._bundle.fit(pixels)
+
+    async def predict(self, fitted: np.ndarray) -> bundle.Prediction:
+        return self._bundle.predict(fitted[None])
+
+    async def ready(self) -> bool:
+        return self.works
+
+
+def guarded(engine: api.Engine, limits: guard.Limits | None = None, token: str | None = TOKEN) -> guard.Guard:
+    """The app as a replica builds it."""
+    limits = limits or guard.Limits()
+    app = api.build(engine, limits, max_images=4)
+    return guard.Guard(app, limits, guard.digest(token) if token else None, loopback_only=True)
+
+
+@contextlib.contextmanager
+def serving(app: ASGIApp) -> Iterator[str]:
+    """URL of an app served in a thread, by the server that Ray Serve's proxy uses."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(lambda: server.started, 60, "the server")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
