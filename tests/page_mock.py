@@ -1,11 +1,12 @@
 """The service's contract with the page, without a model: made-up answers that depend on the bytes alone.
 
-What a real service does only under stress (a refused token, overload, a proxy's own page) is provoked here by
-the name of the picture in the mock's hands: pages send no names, so by its first pixel. See `TRICKS`.
+What a real service does only under stress (overload, a token that has run out, a proxy's own page) happens
+here to pictures of certain heights: see `TRICKS`.
 """
 
 import asyncio
 import base64
+import copy
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -83,7 +84,7 @@ def model_document() -> dict[str, Any]:
     return {
         "model_id": MODEL_ID,
         "version": VERSION,
-        "card": CARD,
+        "card": copy.deepcopy(CARD),
         "limits": {"max_body_bytes": 2**20 * 4, "max_images": 16, "max_pixels": image.MAX_PIXELS},
         "overlay": {
             "limit": overlay.LIMIT,
@@ -118,9 +119,7 @@ def document(content: bytes, with_overlay: bool, with_preview: bool) -> dict[str
     into = INPUT_HEIGHT_PX, INPUT_WIDTH_PX
     top, left, inner_height, inner_width = image.placement(height, width, *into)
     novelty = 0.8 + (len(content) % 97) / 120
-    strange = (
-        f"This picture does not look like the training data (distance {novelty:.2f})."
-    )
+    strange = f"This picture does not look like the training data (distance {novelty:.2f})."
     return {
         "predicted_class": "malignant" if malignant >= CARD["threshold"] else "benign",
         "probability_malignant": malignant,
@@ -167,6 +166,7 @@ class Mock:
 
     url: str = ""
     token: str | None = None
+    about: dict[str, Any] = field(default_factory=lambda: model_document())
     asked: list[str] = field(default_factory=list)
     most_at_once: int = 0
     # Held answers: the test sees what the page does meanwhile, and lets go.
@@ -228,7 +228,7 @@ class Mock:
 
         @app.get("/v1/model")
         async def about() -> dict[str, Any]:
-            return model_document()
+            return self.about
 
         app.post("/v1/predict")(self.predict)
         app.mount("/page", StaticFiles(directory=str(folder)), name="page")

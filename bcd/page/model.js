@@ -71,7 +71,7 @@ function showMeasures({ metrics }) {
   );
   const heads = ["test part", "value", "95 % interval"].map((name) => make("th", name, { scope: "col" }));
   element("measures").replaceChildren(wrap("tr", {}, ...heads), ...rows);
-  element("measures").parentElement.hidden = !rows.length;
+  show("measures", rows.length > 0);
 }
 
 function showDetails({ card, limits }) {

@@ -10,6 +10,7 @@ const COLUMNS = [
   { key: "novelty", name: "novelty", of: (item) => item.answer?.novelty, digits: true },
   { key: "notes", name: "warnings and errors", of: (item) => notes(item) || null },
 ];
+const PENDING = { waiting: "waiting", sending: "sending …", held: "needs the token" };
 const AS_ADDED = { of: (item) => item.number };
 const order = { column: AS_ADDED, rising: true };
 
@@ -76,7 +77,7 @@ export function fillRow(item, chosen) {
   if (chosen) item.button.setAttribute("aria-current", "true");
   else item.button.removeAttribute("aria-current");
   item.row.className = chosen ? "chosen" : "";
-  const call = answer ? chip(answer) : make("span", error ? "not scored" : item.status, { class: "quiet" });
+  const call = answer ? chip(answer) : make("span", error ? "not scored" : PENDING[item.status], { class: "quiet" });
   const digits = [
     answer ? probability(answer.probability_malignant) : "",
     answer ? signed(answer.log_odds) : "",

@@ -1,5 +1,6 @@
 """The whole way on made-up pictures, small enough for two cores."""
 
+import sys
 from pathlib import Path
 
 from bcd import storage, synthetic
@@ -30,9 +31,9 @@ def run(config: DemoConfig) -> str:
     )
     run_uri = train.run(training)
     archive = _archive(folder / "archive", config.seed + 1)
-    score.run(
-        ScoreConfig(model=storage.join(run_uri, train.MODEL), input=archive, output=str(folder / "scores"))
-    )
+    model_uri = storage.join(run_uri, train.MODEL)
+    score.run(ScoreConfig(model=model_uri, input=archive, output=str(folder / "scores")))
+    print(f"to ask the model in a browser: {sys.executable} jobs/serve.py --model {model_uri}", flush=True)
     return run_uri
 
 

@@ -7,6 +7,7 @@ computed at once, and under load batches fill by themselves.
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ NAME = "bcd"
 # A forward pass that succeeded so long ago still shows that the replica works.
 READY_FOR_S = 10.0
 READY_TIMEOUT_S = 20.0
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
 Result = TypeVar("Result")
 
 
@@ -222,13 +224,17 @@ def run(config: ServeConfig) -> None:
     os.environ[guard.LIMITS_VARIABLE] = json.dumps(asdict(_limits(config)))
     if token_digest := _token_digest(config):
         os.environ[guard.DIGEST_VARIABLE] = token_digest
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     cluster.connect()
     _require_capacity(config)
-    serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
-    serve.run(application, name=NAME)
+    # Ray Serve tells of every step; what people want to know, we print.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    http = HTTPOptions(host=config.host, port=config.port)
+    serve.start(http_options=http, logging_config=QUIET)
+    serve.run(application, name=NAME, logging_config=QUIET)
+    stop = threading.Event()
+    # Only now: Ray sets handlers of its own when it starts.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
     print(f"serving {config.model} at http://{config.host}:{config.port} (Ctrl-C ends it)", flush=True)
     stop.wait()
     print("finishing what was accepted", flush=True)

@@ -2,7 +2,7 @@ from bcd.config import DemoConfig
 from bcd.pipelines import demo
 
 
-def test_the_demo_trains_on_what_it_made_and_scores_an_archive(tmp_path, monkeypatch):
+def test_the_demo_trains_on_what_it_made_and_scores_an_archive(tmp_path, monkeypatch, capsys):
     """The run itself is `make demo`; here: that it asks for what the pictures are."""
     asked = []
     monkeypatch.setattr(demo.train, "run", lambda config: asked.append(config) or "the run")
@@ -12,6 +12,7 @@ def test_the_demo_trains_on_what_it_made_and_scores_an_archive(tmp_path, monkeyp
     assert training.data == str(tmp_path / "BreaKHis_v1")
     assert (training.weights, training.seed) == ("none", 4)
     assert scoring.model.endswith("the run/model")
+    assert f"jobs/serve.py --model {scoring.model}" in capsys.readouterr().out
     seen, new = (
         {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.png")}
         for name in ("BreaKHis_v1", "archive")
