@@ -174,7 +174,12 @@ def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) ->
     bearer = Depends(HTTPBearer(auto_error=False))
 
     @app.get(
-        "/v1/model", response_model=ModelDocument, responses=_errors(401, 503, 504), dependencies=[bearer]
+        "/v1/model",
+        response_model=ModelDocument,
+        # Thousands of numbers that nobody looks at.
+        response_model_exclude={"card": {"feature_statistics"}},
+        responses=_errors(401, 503, 504),
+        dependencies=[bearer],
     )
     async def about_model() -> Any:
         """The model card, its identity, the limits, and the scale of the overlays."""

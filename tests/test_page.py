@@ -20,21 +20,29 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from bcd import image, overlay
-from tests import page_mock, pictures
+from bcd import bundle, image, model, overlay
+from tests import page_mock, pictures, service
 from tests.cluster import wait_for
+from tests.test_api import statistics
+from tests.test_bundle import card
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser tests")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
 
 expect, Page = sync_api.expect, sync_api.Page
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 # The machine may be busy with other tests.
 PATIENCE_MS = 60_000
 File = dict[str, Any]
+
+
+def launch(playwright: Any) -> Any:
+    """Debian's browser, which asks nobody outside."""
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    return playwright.chromium.launch(executable_path=CHROMIUM, args=flags, timeout=PATIENCE_MS)
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +50,32 @@ def browser() -> Iterator[Any]:
     """One browser for all tests; each gets a profile of its own."""
     expect.set_options(timeout=PATIENCE_MS)
     with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=PATIENCE_MS)
+        found = launch(playwright)
         yield found
         found.close()
 
 
-@pytest.fixture(scope="module")
-def page_service() -> Iterator[Any]:
-    """A service with `url` and `token` (None here)."""
-    with page_mock.running() as found:
-        yield found
-
-
-@pytest.fixture
-def page_url(page_service: Any) -> str:
-    """Where the page is served, without a token."""
-    return page_service.url
+@pytest.fixture(scope="module", params=["mock", "service"])
+def page_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where the page is served, without a token: by the mock, and by the service around a real network."""
+    if request.param == "mock":
+        with page_mock.running() as found:
+            yield found.url
+        return
+    network = model.build(2, seed=1)
+    # Maps that are seen, and a cut-off that some pictures pass.
+    torch.nn.init.normal_(network.fc.weight, std=1)
+    facts = card(
+        feature_statistics=statistics(cutoff=0.6),
+        input_height_px=224,
+        input_width_px=336,
+        magnifications=(40, 100),
+    )
+    uri = str(tmp_path_factory.mktemp("model"))
+    bundle.save(network, facts, uri)
+    engine = service.LocalEngine(bundle.load(uri, device="cpu"))
+    with service.serving(service.guarded(engine, token=None)) as url:
+        yield url
 
 
 @pytest.fixture

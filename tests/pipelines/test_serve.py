@@ -36,6 +36,7 @@ from tests.cluster import BIN, PATIENCE_S, ROOT, free_port, kill, wait_for
 from tests.service import LIMITS, TOKEN
 from tests.test_api import statistics
 from tests.test_bundle import card
+from tests.test_page import CHROMIUM, PATIENCE_MS, launch, sync_api
 
 N_PICTURES = 100
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
@@ -342,6 +343,27 @@ def test_slow_clients_end_and_hold_up_nobody(service, files):
     assert all(answer.startswith(b"HTTP/1.1 408") for answer in answers.values())
     for client in slow:
         client.close()
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
+def test_the_page_works_with_the_services_token(service, archived, models, files):
+    """Done when 5: from the token to the probability, through the cluster's proxy."""
+    name, content = next(iter(files.items()))
+    row = archived[models[0]][name]
+    with sync_api.sync_playwright() as playwright:
+        browser = launch(playwright)
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(service.url)
+        page.get_by_label("Token").fill(TOKEN)
+        page.get_by_role("button", name="Continue").click()
+        page.set_input_files("#files", [{"name": name, "mimeType": "image/png", "buffer": content}])
+        probability = page.get_by_text(f"{row[schema.PROBABILITY_MALIGNANT]:.3f}").first
+        probability.wait_for()
+        page.get_by_text(row[schema.PREDICTED_CLASS]).first.wait_for()
+        assert TOKEN not in page.url
+        browser.close()
 
 
 @contextmanager
