@@ -45,11 +45,12 @@ class Engine(Protocol):
     card: Card
     model_id: str
 
-    async def decode(self, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes to the picture as decoded and as the network sees it, off the event loop; or ImageError."""
+    async def look(self, content: bytes) -> tuple[np.ndarray, Prediction]:
+        """An encoded picture to its pixels, uint8 (h, w, 3) RGB, and a prediction of one row.
 
-    async def predict(self, fitted: np.ndarray) -> Prediction:
-        """One fitted picture (height, width, 3) to a prediction of one row."""
+        Raises:
+            ImageError: it cannot be decoded.
+        """
 
     async def ready(self) -> bool:
         """Whether a forward pass has succeeded a moment ago."""
@@ -148,7 +149,7 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         """
         content = (await _pictures(request, "file", 1))[0][1]
         as_picture = request.headers.get("accept", "").startswith("image/png")
-        pixels, prediction = await _look(engine, content)
+        pixels, prediction = await engine.look(content)
         if as_picture:
             png = await asyncio.to_thread(drawn, engine.card, pixels, prediction)
             return Response(png, media_type="image/png", headers={"X-Model-Id": engine.model_id})
@@ -238,14 +239,9 @@ async def _pictures(request: Request, field: str, most: int) -> list[tuple[str, 
     return found
 
 
-async def _look(engine: Engine, content: bytes) -> tuple[np.ndarray, Prediction]:
-    pixels, fitted = await engine.decode(content)
-    return pixels, await engine.predict(fitted)
-
-
 async def _item(engine: Engine, name: str, content: bytes) -> BatchItem:
     try:
-        pixels, prediction = await _look(engine, content)
+        pixels, prediction = await engine.look(content)
     except image.ImageError as error:
         return BatchItem(name=name, error=ErrorBody(code=error.code, message=error.message))
     document = await asyncio.to_thread(answer, engine.card, engine.model_id, pixels, prediction)

@@ -113,7 +113,7 @@ def load(url: str, images: str, clients: int, seconds: float) -> Outcome:
         path = Path(folder) / "stats.json"
         command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).with_name("locustfile.py"))]
         command += ["--headless", "--host", url, "--users", str(clients), "--spawn-rate", str(clients)]
-        command += ["--run-time", f"{seconds:g}s", "--stop-timeout", "120", "--reset-stats"]
+        command += ["--run-time", f"{seconds:.0f}s", "--stop-timeout", "120", "--reset-stats"]
         command += ["--only-summary", "--json-file", str(path.with_suffix("")), "--exit-code-on-error", "0"]
         environment = os.environ | {"BCD_IMAGES": images, "PYTHONPATH": os.getcwd()}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)

@@ -24,12 +24,9 @@ class LocalEngine:
         self.card, self.model_id = loaded.card, loaded.model_id
         self.works = True
 
-    async def decode(self, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    async def look(self, content: bytes) -> tuple[np.ndarray, bundle.Prediction]:
         pixels = image.decode(content)
-        return pixels, self._bundle.fit(pixels)
-
-    async def predict(self, fitted: np.ndarray) -> bundle.Prediction:
-        return self._bundle.predict(fitted[None])
+        return pixels, self._bundle.predict(self._bundle.fit(pixels)[None])
 
     async def ready(self) -> bool:
         return self.works

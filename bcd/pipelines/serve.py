@@ -1,8 +1,9 @@
 """Serve a model over HTTP with Ray Serve: `app` builds the application, `run` is the door of `jobs/serve.py`.
 
-A replica decodes off the event loop and computes in one thread. While a batch is computed, requests gather
-before the gate; when it is done they form the next one. So nobody waits for a timer: a lonely request is
-computed at once, and under load batches fill by themselves.
+A replica decodes and computes off the event loop. While a batch is computed, requests gather before the
+gate; when it is done they form the next one. So nobody waits for a timer: a lonely request is computed at
+once, and under load batches fill by themselves. On CPUs decoding is part of the batch, because threads that
+decode beside it fight with the network's for the cores; in front of a GPU it happens before the gate.
 """
 
 import asyncio
@@ -38,6 +39,10 @@ READY_FOR_S = 10.0
 READY_TIMEOUT_S = 20.0
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 Result = TypeVar("Result")
+# The picture as it was sent and as the network sees it, or what is wrong with it.
+Decoded = tuple[np.ndarray, np.ndarray] | image.ImageError
+# The picture as it was sent, and what the model says of it.
+Seen = tuple[np.ndarray, Prediction]
 
 
 class Gate:
@@ -97,11 +102,13 @@ class Replica:
         self.card, self.model_id = self._bundle.card, self._bundle.model_id
         self._decoders = ThreadPoolExecutor(threads, "decode")
         self._computer = ThreadPoolExecutor(1, "compute")
+        self._decodes_ahead = self._bundle.device.type != "cpu"
         self._gate = Gate(config.max_batch_size)
         self._succeeded = -READY_FOR_S
-        self._canary = np.zeros((self.card.input_height_px, self.card.input_width_px, 3), np.uint8)
+        canary = np.zeros((self.card.input_height_px, self.card.input_width_px, 3), np.uint8)
+        self._canary = image.png(canary)
         for n in {1, config.max_batch_size}:  # a replica that cannot compute never becomes healthy
-            self._computer.submit(self._bundle.predict, np.stack([self._canary] * n)).result()
+            self._computer.submit(self._bundle.predict, np.stack([canary] * n)).result()
 
     def __serve_build_asgi_app__(self) -> guard.Guard:
         self._forward.set_max_batch_size(self._config.max_batch_size)
@@ -109,39 +116,57 @@ class Replica:
         app = api.build(self, limits, self._config.max_images)
         return guard.Guard(app, limits, self._token_digest, loopback_only=True)
 
-    async def decode(self, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    async def look(self, content: bytes) -> Seen:
         """See `api.Engine`."""
-        return await self._off_the_loop(self._decoders, partial(_decoded, self._bundle, content))
-
-    async def predict(self, fitted: np.ndarray) -> Prediction:
-        """See `api.Engine`."""
+        given = await self._decode(content) if self._decodes_ahead else content
         await self._gate.enter()
-        return await self._forward(fitted)
+        found = await self._forward(given)
+        if isinstance(found, image.ImageError):
+            raise found
+        return found
 
     async def ready(self) -> bool:
         """See `api.Engine`."""
         if time.monotonic() - self._succeeded > READY_FOR_S:
             async with asyncio.timeout(READY_TIMEOUT_S):
-                await self.predict(self._canary)
+                await self.look(self._canary)
         return True
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.0, max_concurrent_batches=1)
-    async def _forward(self, pictures: list[np.ndarray]) -> list[Prediction]:
+    @serve.batch(batch_wait_timeout_s=0.0, max_concurrent_batches=1)
+    async def _forward(self, given: list[bytes | Decoded]) -> list[Seen | image.ImageError]:
         self._gate.close()
         try:
-            predict = partial(self._bundle.predict, np.stack(pictures))
-            prediction = await self._off_the_loop(self._computer, predict)
+            return await self._seen(given)
         finally:
             self._gate.open()
+
+    async def _seen(self, given: list[Any]) -> list[Seen | image.ImageError]:
+        if not self._decodes_ahead:
+            given = await asyncio.gather(*map(self._decode, given))
+        fitted = [one[1] for one in given if not isinstance(one, image.ImageError)]
+        predictions = iter(await self._predict(fitted))
+        return [one if isinstance(one, image.ImageError) else (one[0], next(predictions)) for one in given]
+
+    async def _predict(self, fitted: list[np.ndarray]) -> list[Prediction]:
+        if not fitted:
+            return []
+        predict = partial(self._bundle.predict, np.stack(fitted))
+        prediction = await self._off_the_loop(self._computer, predict)
         self._succeeded = time.monotonic()
         return prediction.rows()
+
+    async def _decode(self, content: bytes) -> Decoded:
+        return await self._off_the_loop(self._decoders, partial(_decoded, self._bundle, content))
 
     async def _off_the_loop(self, pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
-def _decoded(loaded: bundle.Bundle, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    pixels = image.decode(content)
+def _decoded(loaded: bundle.Bundle, content: bytes) -> Decoded:
+    try:
+        pixels = image.decode(content)
+    except image.ImageError as error:
+        return error
     return pixels, loaded.fit(pixels)
 
 
