@@ -519,6 +519,18 @@ def test_the_token_is_bound_as_a_digest(models, tmp_path, monkeypatch):
     assert TOKEN not in bound
 
 
+def test_replicas_are_as_many_and_as_large_as_asked_for(models):
+    def deployed(**settings):
+        return serve.build(ServiceConfig(model=models[0], **settings), None)._bound_deployment
+
+    fixed, elastic = deployed(min_replicas=2, max_replicas=2), deployed(max_replicas=3, num_gpus=0.25)
+    assert fixed.num_replicas == 2
+    bounds = elastic._deployment_config.autoscaling_config
+    assert (bounds.min_replicas, bounds.max_replicas, bounds.target_ongoing_requests) == (1, 3, 8)
+    assert elastic.ray_actor_options["num_gpus"] == 0.25
+    assert (elastic.max_ongoing_requests, elastic.max_queued_requests) == (16, 16)
+
+
 def test_a_port_in_use_and_a_missing_model_are_told(models, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
