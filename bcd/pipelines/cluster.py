@@ -52,6 +52,8 @@ def _init() -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         _join(address)
     else:
+        # Ray Data in the workers of this cluster tells of every execution, too.
+        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
         # Never a cluster that merely happens to run here: two jobs on one small machine starve each other.
         ray.init(address="local", num_cpus=max(1 + DATA_CPUS, cores()), logging_level=logging.WARNING)
 
