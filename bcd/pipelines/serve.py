@@ -7,6 +7,7 @@ decode beside it fight with the network's for the cores; in front of a GPU it ha
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -128,9 +129,10 @@ class Replica:
     async def ready(self) -> bool:
         """See `api.Engine`."""
         if time.monotonic() - self._succeeded > READY_FOR_S:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                await self.look(self._canary)
-        return True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(READY_TIMEOUT_S):
+                    await self.look(self._canary)
+        return time.monotonic() - self._succeeded <= READY_FOR_S
 
     @serve.batch(batch_wait_timeout_s=0.0, max_concurrent_batches=1)
     async def _forward(self, given: list[bytes | Decoded]) -> list[Seen | image.ImageError]:
@@ -193,7 +195,8 @@ def build(config: ServiceConfig, host: str | None) -> Application:
             f"listening on {host} lets others in: set the variable {guard.TOKEN_VARIABLE} or --token-file, "
             "or listen on 127.0.0.1"
         )
-    service = ServiceConfig(**config.model_dump(include=set(ServiceConfig.model_fields)))
+    settings = config.model_dump(include=set(ServiceConfig.model_fields))
+    service = ServiceConfig(**settings | {"model": storage.absolute(config.model)})
     replicas: dict[str, Any] = {"num_replicas": config.min_replicas}
     if config.max_replicas > config.min_replicas:
         bounds = {"min_replicas": config.min_replicas, "max_replicas": config.max_replicas}
