@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from bcd import api, bundle, guard, image
 from tests.cluster import free_port, wait_for
 
-TOKEN = "a token for tests"
+TOKEN = "a-token-for-tests"
 # Of the service on the tests' cluster.
 LIMITS = guard.Limits(max_body_bytes=8 * 2**20, upload_timeout_s=3)
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -230,6 +231,8 @@ def _token_digest(config: ServiceConfig) -> str | None:
         token = storage.read_bytes(config.token_file).decode().strip()
         if not token:
             raise ConfigError(f"--token-file {config.token_file} is empty")
+    if not re.fullmatch(r"[!-~]*", token):  # what a header can carry
+        raise ConfigError("the token may have letters, digits and signs of ASCII only, and no spaces")
     return guard.digest(token) if token else None
 
 

@@ -360,8 +360,10 @@ def test_the_page_works_with_the_services_token(service, archived, models, files
         page.get_by_label("Token").fill(TOKEN)
         page.get_by_role("button", name="Continue").click()
         page.set_input_files("#files", [{"name": name, "mimeType": "image/png", "buffer": content}])
-        page.get_by_text(probability(row[schema.PROBABILITY_MALIGNANT])).first.wait_for()
-        page.get_by_text(row[schema.PREDICTED_CLASS]).first.wait_for()
+        verdict = page.locator("#verdict")
+        shown = probability(row[schema.PROBABILITY_MALIGNANT])
+        sync_api.expect(verdict.locator(".number")).to_have_text(shown, timeout=PATIENCE_MS)
+        sync_api.expect(verdict.locator(".chip")).to_have_text(row[schema.PREDICTED_CLASS])
         assert TOKEN not in page.url
         browser.close()
 
@@ -506,8 +508,12 @@ def test_without_a_token_only_loopback(models, monkeypatch):
 
 def test_an_empty_token_file_is_no_token(models, tmp_path):
     (tmp_path / "token").write_text("\n")
+    config = ServiceConfig(model=models[0], token_file=str(tmp_path / "token"))
     with pytest.raises(ConfigError, match="is empty"):
-        serve.build(ServiceConfig(model=models[0], token_file=str(tmp_path / "token")), None)
+        serve.build(config, None)
+    (tmp_path / "token").write_text("two words")
+    with pytest.raises(ConfigError, match="no spaces"):
+        serve.build(config, None)
 
 
 def test_the_token_is_bound_as_a_digest(models, tmp_path, monkeypatch):
