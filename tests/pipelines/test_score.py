@@ -48,7 +48,7 @@ def test_compiling_is_decided_once_for_an_output(tmp_path, monkeypatch):
     few, many = inputs("a.png"), inputs(*(f"{i}.png" for i in range(score.COMPILE_FROM_FILES)))
     assert not score._compiles(config, few)
     assert score._compiles(config, many)
-    assert score._compiles(config, inputs("a.svs", size_bytes=2**31))
+    assert score._compiles(config, inputs("a.svs", size_bytes=score.COMPILE_FROM_SLIDE_BYTES))
     assert score._compiles(config.model_copy(update={"compile": "on"}), few)
     assert not score._compiles(config.model_copy(update={"compile": "off"}), many)
     ledger.begin(str(tmp_path), {"compile": False})
@@ -59,7 +59,7 @@ def test_without_a_compiler_auto_does_not_compile(tmp_path, monkeypatch):
     monkeypatch.setattr(score.shutil, "which", lambda name: None)
     monkeypatch.setattr(score.cluster, "capacity", lambda: {"CPU": 2.0, "GPU": 0.0})
     config = ScoreConfig(model="m", input="i", output=str(tmp_path))
-    assert not score._compiles(config, inputs("a.svs", size_bytes=2**31))
+    assert not score._compiles(config, inputs("a.svs", size_bytes=score.COMPILE_FROM_SLIDE_BYTES))
 
 
 @pytest.mark.parametrize(
