@@ -16,6 +16,11 @@ from bcd.taxonomy import BENIGN, MALIGNANT
 N_IMAGES = "n_images"
 CORRECT = "correct"
 LOG_ODDS = "log_odds"
+MARGIN = "margin"
+UNCALIBRATED = "probability_uncalibrated"
+# Where a row of a joined table comes from: the fold, and the URI of its predictions table.
+FOLD = "fold"
+SOURCE = "source"
 SHARE_MALIGNANT = "share_malignant"
 SHARE_CORRECT = "share_correct"
 
@@ -30,6 +35,7 @@ COLUMNS = (
     schema.MAGNIFICATION,
     schema.PROBABILITY,
     schema.PROBABILITY_MALIGNANT,
+    UNCALIBRATED,
 )
 # A probability of exactly 0 or 1 is as sure as float32 can be, not infinitely sure.
 CERTAINTY = float(np.finfo(np.float32).eps)
@@ -43,8 +49,10 @@ def images(predictions: pd.DataFrame | pa.Table, threshold: float = 0.5) -> pd.D
         threshold: an image is called malignant from this probability on.
 
     Returns:
-        `COLUMNS` (null where the input has no such column), `log_odds`, `predicted_class` (benign or
-        malignant, whatever the model's target) and `correct`. Rows with an `error` are left out.
+        `COLUMNS` (null where the input has no such column), `log_odds`, `margin` (log-odds above the
+        threshold, below 0 for all that is called benign), `predicted_class` (benign or malignant, whatever
+        the model's target) and `correct`. Rows with an `error` are left out. Tables of models with other
+        thresholds may be joined: what follows goes by the margin.
 
     Raises:
         DataError: a row has neither an error nor a probability, or no truth.
@@ -56,11 +64,16 @@ def images(predictions: pd.DataFrame | pa.Table, threshold: float = 0.5) -> pd.D
             image = frame.loc[frame[column].isna(), schema.IMAGE_ID].iloc[0]
             raise DataError(f"image {image!r} has no {column} and no error; it cannot be measured")
     probability = frame[schema.PROBABILITY_MALIGNANT].to_numpy(np.float64)
-    predicted = _tumor_class(probability, threshold)
+    called = probability >= threshold
+    predicted = _tumor_class(called)
+    # Beyond certainty both log-odds are the same, and a group of one image is still called as the image is.
+    margin = log_odds(probability) - log_odds(np.array(threshold))
+    margin = np.where(called, margin, np.minimum(margin, -CERTAINTY))
     return frame.assign(
         **{
             schema.PROBABILITY_MALIGNANT: probability,
-            LOG_ODDS: _logit(probability),
+            LOG_ODDS: log_odds(probability),
+            MARGIN: margin,
             schema.PREDICTED_CLASS: predicted,
             CORRECT: predicted == frame[schema.TUMOR_CLASS].to_numpy(object),
         }
@@ -73,18 +86,18 @@ def unscored(predictions: pd.DataFrame | pa.Table) -> pd.DataFrame:
     return frame[frame[schema.ERROR].notna()].reset_index(drop=True)
 
 
-def groups(images: pd.DataFrame, level: str, threshold: float = 0.5) -> pd.DataFrame:
+def groups(images: pd.DataFrame, level: str) -> pd.DataFrame:
     """One row per slide, case or patient.
 
     Args:
         images: from `images`. Images without an id at this level belong to no group.
         level: `schema.SLIDE`, `schema.CASE` or `schema.PATIENT`.
-        threshold: a group is called malignant from this probability on.
 
     Returns:
         Sorted by id: the id, `patient` and `tumor_class` (null where a group's images differ in it),
         `n_images`, `share_malignant` (of images called so), `probability_malignant` (logistic of the
-        mean log-odds), `share_correct` and `predicted_class`.
+        mean log-odds), `margin` (mean of its images'), `share_correct` and `predicted_class` (malignant from
+        a margin of 0 on).
     """
     malignant = images[schema.PREDICTED_CLASS] == MALIGNANT
     grouped = images.assign(**{SHARE_MALIGNANT: malignant}).groupby(level)
@@ -96,6 +109,7 @@ def groups(images: pd.DataFrame, level: str, threshold: float = 0.5) -> pd.DataF
             N_IMAGES: (schema.IMAGE_ID, "size"),
             SHARE_MALIGNANT: (SHARE_MALIGNANT, "mean"),
             schema.PROBABILITY_MALIGNANT: (LOG_ODDS, "mean"),
+            MARGIN: (MARGIN, "mean"),
             SHARE_CORRECT: (CORRECT, "mean"),
         },
     ).reset_index()
@@ -103,9 +117,15 @@ def groups(images: pd.DataFrame, level: str, threshold: float = 0.5) -> pd.DataF
     return table.assign(
         **{
             schema.PROBABILITY_MALIGNANT: probability,
-            schema.PREDICTED_CLASS: _tumor_class(probability, threshold),
+            schema.PREDICTED_CLASS: _tumor_class(table[MARGIN].to_numpy() >= 0),
         }
     )
+
+
+def log_odds(probability: np.ndarray) -> np.ndarray:
+    """Log-odds of probabilities, as sure as float32 can be at most."""
+    inside = np.clip(probability, CERTAINTY, 1 - CERTAINTY)
+    return np.log(inside / (1 - inside))
 
 
 def _frame(predictions: pd.DataFrame | pa.Table) -> pd.DataFrame:
@@ -116,13 +136,8 @@ def _frame(predictions: pd.DataFrame | pa.Table) -> pd.DataFrame:
     return predictions.reindex(columns=wanted)
 
 
-def _tumor_class(probability: np.ndarray, threshold: float) -> np.ndarray:
-    return np.where(probability >= threshold, MALIGNANT, BENIGN).astype(object)
-
-
-def _logit(probability: np.ndarray) -> np.ndarray:
-    inside = np.clip(probability, CERTAINTY, 1 - CERTAINTY)
-    return np.log(inside / (1 - inside))
+def _tumor_class(called: np.ndarray) -> np.ndarray:
+    return np.where(called, MALIGNANT, BENIGN).astype(object)
 
 
 def _unanimous(values: pd.Series) -> object:

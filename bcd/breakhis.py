@@ -16,6 +16,8 @@ from bcd import schema
 from bcd.errors import DataError
 from bcd.taxonomy import BENIGN, MAGNIFICATIONS, MALIGNANT, MPP_BY_MAGNIFICATION, SUBTYPES, TUMOR_CLASSES
 
+# Begins every published file name.
+PREFIX = "SOB_"
 GRAMMAR = "SOB_<B|M>_<subtype>-<year>-<slide id>-<40|100|200|400>-<sequence>.png"
 
 _LETTERS: Mapping[str, str] = {BENIGN: "B", MALIGNANT: "M"}
@@ -31,6 +33,7 @@ _FOLDERS = (
     re.compile(r"SOB_[BM]_.+"),
     re.compile(r"[0-9]+X"),
 )
+N_FOLDS = 5
 _FOLD_LINE = re.compile(r"(?P<name>[^|]+)\|(?P<magnification>[0-9]+)\|(?P<fold>[1-5])\|(?P<role>train|test)")
 
 # Published images per subtype and magnification (Spanhol et al. 2016); the names in the fold files agree.

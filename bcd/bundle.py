@@ -57,8 +57,13 @@ class Card(BaseModel):
     magnifications: tuple[int, ...]
     """BreaKHis magnifications seen in training, where known."""
     temperature: float = 1.0
+    """Divides the logits of the weights, so that probabilities mean what they say; fitted on validation."""
     threshold: float = 0.5
-    """Probability of malignancy from which a picture is called malignant."""
+    """Probability of malignancy from which a picture is called malignant; chosen on validation."""
+    operating_point: dict[str, Any] = {}
+    """How the threshold was chosen, and what it reaches on validation: see `bcd.decision.choose`."""
+    calibration: dict[str, float] = {}
+    """On validation, before and after the temperature: cross-entropy, Brier score, calibration error."""
     protocol: str
     fold: int | None = None
     seed: int
@@ -107,7 +112,8 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model ready to predict: `load` makes one. Its batch norms are folded into the convolutions."""
+    """A model ready to predict: `load` makes one. Batch norms are folded into the convolutions, and the
+    temperature into the last layer."""
 
     card: Card
     model_id: str
@@ -144,7 +150,7 @@ class Bundle:
             evidence = cam.explain(self.network, batch, method, layer, output.logit.argmax(1))
             bias = torch.full_like(bias, torch.nan)
         logit = output.logit.cpu()
-        probability = model.probability(logit, self.card.temperature)
+        probability = model.probability(logit)
         malignant = model.probability_malignant(probability, self.card.classes)
         return Prediction(
             logit.numpy(),
@@ -165,9 +171,10 @@ class Bundle:
         return self.predict(np.stack([self.fit(image.decode(content)) for content in contents]))
 
     @torch.inference_mode()
-    def pooled(self, images: np.ndarray) -> np.ndarray:
-        """Pooled features, float32 (n, channels), of a batch as in `predict`."""
-        return self._output(self._normalised(images)).pooled.cpu().numpy()
+    def pooled(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pooled features (n, channels) and logits (n, classes), float32, of a batch as in `predict`."""
+        output = self._output(self._normalised(images))
+        return output.pooled.cpu().numpy(), output.logit.cpu().numpy()
 
     def _normalised(self, images: np.ndarray) -> torch.Tensor:
         batch = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
@@ -252,7 +259,8 @@ def _ready(
     compiled: bool,
 ) -> Bundle:
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = model.fold(network).to(where).to(memory_format=torch.channels_last).requires_grad_(False)
+    network = model.temper(model.fold(network), card.temperature).requires_grad_(False)
+    network = network.to(where).to(memory_format=torch.channels_last)
     features = model.compiled_features(network) if compiled else partial(model.features, network)
     return Bundle(card, identity, network, features, where, precision)
 

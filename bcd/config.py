@@ -5,14 +5,16 @@ threshold) is frozen into the model bundle; evaluation reads it from there and h
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from bcd.breakhis import N_FOLDS
 from bcd.errors import ConfigError
 from bcd.taxonomy import MAGNIFICATIONS, Target
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Protocol = Literal["case", "patient", "official", "image"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Cam = Literal[
     "evidence",
@@ -46,8 +48,8 @@ def _sentence(error: Any) -> str:
     return f"{flag}{message[0].lower()}{message[1:]}" + (f", not {error['input']!r}" if flag else "")
 
 
-class TrainConfig(Config):
-    """Train ResNet50 on breast histopathology and evaluate it on patients that it has never seen."""
+class TrainingConfig(Config):
+    """What decides a training, whatever it is tested on."""
 
     data: str
     """A BreaKHis tree, a folder with one sub-folder per class, or a CSV or Parquet manifest
@@ -56,7 +58,7 @@ class TrainConfig(Config):
     output: str = "runs"
     """Where runs are kept: a local folder, s3:// or gs://. The run lands in OUTPUT/NAME."""
 
-    name: str = "train"
+    name: str
     """Name of the run. The same command with the same name goes on where it was stopped."""
 
     weights: str = "imagenet"
@@ -69,22 +71,11 @@ class TrainConfig(Config):
     magnifications: tuple[int, ...] = MAGNIFICATIONS
     """BreaKHis magnifications to use (40 100 200 400); images without one are always used."""
 
-    protocol: Literal["case", "patient", "official", "image"] = "case"
-    """What never stands on two sides of the split. case: all slides of one case number (the safe
-    choice); patient: one slide id; official: the published folds; image: leaks patients, kept only
-    to reproduce the literature."""
-
     folds: str | None = None
     """Folder with the published dsfold1.txt to dsfold5.txt, for --protocol official."""
 
-    fold: int | None = Field(default=None, ge=1, le=5)
-    """Which published fold, 1 to 5, for --protocol official."""
-
     validation_fraction: Fraction = 0.15
     """Share of the images that choose the best epoch."""
-
-    test_fraction: Fraction = 0.20
-    """Share of the images that only the final evaluation sees."""
 
     quarantine: bool = True
     """Set aside slides published under two labels (14-13412) and pictures that stand twice."""
@@ -119,6 +110,10 @@ class TrainConfig(Config):
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of all steps in which the learning rate rises linearly."""
 
+    target_sensitivity: Fraction | None = None
+    """Share of the malignant validation images that must be called malignant: the threshold follows. Without
+    it the threshold is where sensitivity + specificity is greatest on validation (Youden)."""
+
     augment: bool = True
     """Flips, quarter rotations, random resized crop and colour jitter on the training images."""
 
@@ -138,16 +133,12 @@ class TrainConfig(Config):
     """How often training restarts from the last epoch after a worker or node is lost."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "TrainConfig":
+    def _settings_are_possible(self) -> "TrainingConfig":
         workers = WORKERS.fullmatch(self.num_workers)
         if not workers:
             raise ValueError(f"--num-workers takes a number, MIN-MAX or auto, not {self.num_workers!r}")
         if workers[1] and int(workers[1]) > int(workers[2]):
             raise ValueError(f"--num-workers {self.num_workers}: the minimum exceeds the maximum")
-        if {self.protocol == "official"} != {self.fold is not None, self.folds is not None}:
-            raise ValueError("--protocol official goes with --folds FOLDER and --fold 1..5, and they with it")
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError("--validation-fraction and --test-fraction leave nothing to train on")
         if unknown := set(self.magnifications) - set(MAGNIFICATIONS):
             raise ValueError(f"--magnifications {sorted(unknown)}: BreaKHis has {list(MAGNIFICATIONS)}")
         if not re.fullmatch(r"[\w.-]+", self.name):
@@ -162,8 +153,89 @@ class TrainConfig(Config):
         return int(low), int(high or low)
 
 
+class TrainConfig(TrainingConfig):
+    """Train ResNet50 on breast histopathology and evaluate it on patients that it has never seen."""
+
+    name: str = "train"
+    """Name of the run. The same command with the same name goes on where it was stopped."""
+
+    protocol: Protocol = "case"
+    """What never stands on two sides of the split. case: all slides of one case number (the safe
+    choice); patient: one slide id; official: the published folds; image: leaks patients, kept only
+    to reproduce the literature."""
+
+    test_fraction: Fraction = 0.20
+    """Share of the images that only the final evaluation sees."""
+
+    fold: int | None = Field(default=None, ge=1)
+    """Which fold to test on, from 1: of the published five, or of --cross-folds."""
+
+    cross_folds: int | None = Field(default=None, ge=2)
+    """Cut the groups into so many folds and test on --fold; jobs/crossval.py does this for all of them."""
+
+    @model_validator(mode="after")
+    def _split_is_possible(self) -> "TrainConfig":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("--validation-fraction and --test-fraction leave nothing to train on")
+        official = self.protocol == "official"
+        if official != (self.folds is not None):
+            raise ValueError("--protocol official goes with --folds FOLDER, and that with it")
+        if official and self.cross_folds:
+            raise ValueError("--cross-folds is for the other protocols: official has its own five folds")
+        n_folds = N_FOLDS if official else self.cross_folds
+        if (n_folds is None) != (self.fold is None):
+            raise ValueError("--fold goes with --protocol official or --cross-folds, and they with it")
+        if n_folds and self.fold and self.fold > n_folds:
+            raise ValueError(f"--fold {self.fold}: there are {n_folds} folds")
+        return self
+
+
+class CrossvalConfig(TrainingConfig):
+    """Train and evaluate one model for each fold, with the same settings, and report over all of them.
+
+    Several protocols make several arms: `--protocol case,image` shows how much better the same model seems
+    when pictures of a patient stand on both sides. The same command again goes on where it was stopped.
+    """
+
+    name: str = "crossval"
+    """Name of the study. The same command with the same name goes on where it was stopped."""
+
+    protocol: str = "case"
+    """case, patient, official or image (see jobs/train.py), or several with commas between: case,image."""
+
+    k: int = Field(default=5, ge=2)
+    """Folds of every protocol but official, which has its five."""
+
+    repeats: int = Field(default=1, ge=1)
+    """How often, each time with other folds."""
+
+    parallel: int | None = Field(default=None, ge=1)
+    """Folds trained at a time; by default as many as the cluster has room for."""
+
+    against: str | None = None
+    """Another finished study of the same data: the two are compared on the same patients."""
+
+    @model_validator(mode="after")
+    def _arms_are_possible(self) -> "CrossvalConfig":
+        named = self.protocol.split(",")
+        if unknown := set(named) - set(get_args(Protocol)):
+            raise ValueError(f"--protocol {min(unknown)!r}: expected some of {', '.join(get_args(Protocol))}")
+        if len(set(named)) < len(named):
+            raise ValueError(f"--protocol {self.protocol}: each protocol once")
+        if ("official" in named) != (self.folds is not None):
+            raise ValueError("--protocol official goes with --folds FOLDER, and that with it")
+        return self
+
+    def protocols(self) -> tuple[Protocol, ...]:
+        """The protocol of each arm."""
+        named = self.protocol.split(",")
+        return tuple(protocol for name in named for protocol in get_args(Protocol) if protocol == name)
+
+
 # Where and with how much a run is carried out; all other settings decide its result.
-OPERATIONAL = frozenset({"output", "name", "num_workers", "device", "max_failures", "max_workers"})
+OPERATIONAL = frozenset(
+    {"output", "name", "num_workers", "device", "max_failures", "max_workers", "parallel", "against"}
+)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -176,23 +248,76 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+class AuditConfig(Config):
+    """Say what is wrong with a data set before anyone trains on it: copies, leaks, labels, broken pictures.
+
+    Exit code 1 where a given split leaks: a patient, slide or picture stands in several of its parts.
+    """
+
+    data: str
+    """A BreaKHis tree, a folder with one sub-folder per class, or a CSV or Parquet manifest
+    (columns uri, tumor_class or subtype, patient): a local path, s3:// or gs://."""
+
+    folds: str | None = None
+    """Folder with the published dsfold1.txt to dsfold5.txt, or some of them, to be checked for leaks."""
+
+    split: str | None = None
+    """A split to be checked for leaks: CSV or Parquet with image_id (or uri, or file names in one of them)
+    and part (train, validation or test), such as the split.parquet of a run."""
+
+    output: str = "audit"
+    """Folder for audit.html, audit.json, images.parquet and near_duplicates.parquet: local, s3:// or gs://."""
+
+    pixels: bool = True
+    """Read every picture once. Without, names and file sizes alone are audited, in seconds."""
+
+    near_bits: int = Field(default=60, ge=0, le=90)
+    """Pictures whose perceptual hashes differ in at most so many of 256 bits are near duplicates. Strangers
+    differ in 98 or more; a copy moved by 2 % of its width in up to 54."""
+
+    outlier_z: float = Field(default=3.5, gt=0)
+    """Robust z-score (median, MAD) beyond which a picture's haematoxylin or eosin is unusual; 3.5 is the
+    cut-off of Iglewicz and Hoaglin 1993."""
+
+    @model_validator(mode="after")
+    def _split_is_a_table(self) -> "AuditConfig":
+        if self.split is not None and not self.split.lower().endswith((".csv", ".parquet")):
+            raise ValueError(f"--split {self.split}: expected a .csv or .parquet file")
+        return self
+
+
 class EvaluateConfig(Config):
-    """Score a model's held-out test part and say how good it is."""
+    """Score a model's held-out test part, or data that it has never seen, and say how good it is."""
 
     model: str
     """The model bundle: a local folder, s3:// or gs://."""
 
     data: str
-    """The data set that the model was trained on; the split is read from the model card."""
+    """The data set that the model was trained on, whose split is read from the model card, or another one,
+    which is scored whole where the run's split.parquet proves that none of its pictures was trained on."""
 
     output: str | None = None
     """Where predictions, metrics and report go; by default beside the bundle, in its run."""
+
+    force: bool = False
+    """Score data that the model may have been trained on: every number is marked."""
+
+    against: str | None = None
+    """Output of another evaluation of the same images: the two models are compared on the same patients."""
 
     batch_size: int = Field(default=32, ge=1)
     """Images per forward pass."""
 
     precision: Precision = "float32"
     """float32 gives the same numbers everywhere; bfloat16 is faster."""
+
+    @model_validator(mode="after")
+    def _marked_numbers_stay_apart(self) -> "EvaluateConfig":
+        if self.force and self.output is None:
+            raise ValueError(
+                "--force needs --output: its numbers must not replace those of the held-out part"
+            )
+        return self
 
 
 class ScoreConfig(Config):
@@ -250,69 +375,6 @@ class ScoreConfig(Config):
         if self.cam == "evidence" and self.cam_layer != "layer4":
             raise ValueError(f"--cam-layer {self.cam_layer} needs another --cam, such as gradcam or layercam")
         return self
-
-
-class ServiceConfig(Config):
-    """What a service is made of: `serve run bcd.pipelines.serve:app model=URI`, or the args in serve.yaml."""
-
-    model: str
-    """The model bundle: a local folder, s3:// or gs://."""
-
-    token_file: str | None = None
-    """File whose content is the token that callers of /v1 must show; without it the variable
-    BCD_API_TOKEN. Without either, only this machine is answered."""
-
-    precision: Precision = "float32"
-    """float32 answers what the archive job writes; bfloat16 is several times faster on fitting hardware."""
-
-    max_batch_size: int = Field(default=8, ge=1)
-    """Most pictures in one forward pass. A lonely request never waits for others."""
-
-    min_replicas: int = Field(default=1, ge=1)
-    """Replicas of the model that always run."""
-
-    max_replicas: int = Field(default=1, ge=1)
-    """Replicas of the model under load."""
-
-    num_cpus: float = Field(default=1, gt=0)
-    """CPUs that a replica reserves in the cluster."""
-
-    num_gpus: float = Field(default=0, ge=0)
-    """GPUs of a replica; 0.25 lets four replicas share one."""
-
-    max_queued: int = Field(default=16, ge=1)
-    """Requests that wait while every replica has two batches of them; more are answered 503 with
-    Retry-After."""
-
-    max_images: int = Field(default=16, ge=1)
-    """Most pictures in one request to /v1/predict/batch."""
-
-    max_body_bytes: int = Field(default=32 * 2**20, ge=1)
-    """Largest request body; a larger one is answered 413 while it is read."""
-
-    upload_timeout_s: float = Field(default=30, gt=0)
-    """Seconds in which a request body must have arrived, else 408."""
-
-    answer_timeout_s: float = Field(default=60, gt=0)
-    """Seconds in which a request must be answered, else 504."""
-
-    @model_validator(mode="after")
-    def _bounds_in_order(self) -> "ServiceConfig":
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"--max-replicas {self.max_replicas} is less than --min-replicas {self.min_replicas}"
-            )
-        return self
-
-
-class ServeConfig(ServiceConfig):
-    """Answer requests over HTTP, and show a page for people. Stays until SIGTERM or Ctrl-C."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on. Another than loopback needs a token."""
-
-    port: int = Field(default=8000, ge=1, le=65535)
-    """Port to listen on."""
 
 
 class DemoConfig(Config):

@@ -7,7 +7,8 @@
     ├── BundleError       weights or a model bundle that cannot be used
     ├── ResourceError     more CPUs or GPUs asked for than there are
     ├── StorageError      a place that cannot be read or written
-    └── IncompleteError   inputs that ended in neither a result nor an error; exit code 1
+    ├── IncompleteError   inputs that ended in neither a result nor an error; exit code 1
+    └── AuditError        a finished audit found that a given split leaks; exit code 1
 
 Anything else is a fault of ours and keeps its stack trace.
 """
@@ -48,5 +49,11 @@ class StorageError(BcdError):
 
 class IncompleteError(BcdError):
     """A job ran to its end and its books do not balance: the same command goes on."""
+
+    exit_code = 1
+
+
+class AuditError(BcdError):
+    """An audit ran to its end, and a split that it was given leaks."""
 
     exit_code = 1

@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
-from sklearn.metrics import roc_curve
 
-from bcd import aggregate, schema
 from bcd.overlay import BLUE, VERMILION
 from bcd.taxonomy import BENIGN, MALIGNANT, SUBTYPES, TUMOR_CLASSES
 
@@ -88,25 +85,27 @@ def inline(svg: str, name: str) -> Markup:
     return Markup(svg.replace(INK, "currentColor"))
 
 
-def _canvas(height_in: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
+def canvas(height_in: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure with `rows` panels, one above the other."""
     figure = Figure(figsize=(WIDTH_IN, height_in), layout=ConstrainedLayoutEngine(hspace=0.08))
     return figure, list(figure.subplots(rows, squeeze=False)[:, 0])
 
 
-def _percent_axis(axes: Axes, label: str) -> None:
+def percent_axis(axes: Axes, label: str) -> None:
+    """0 to 100 % upwards."""
     axes.set(ylim=(0, 1.02), ylabel=label, yticks=np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
     axes.grid(axis="y")
 
 
-def _legend_above(axes: Axes) -> None:
+def legend_above(axes: Axes) -> None:
+    """A legend in one line, beside the title."""
     axes.legend(loc="lower right", bbox_to_anchor=(1.01, 1), ncols=4, borderaxespad=0.3)
 
 
 def history(records: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> Figure:
     """Loss and balanced accuracy over the epochs, with the best epoch marked."""
-    figure, (loss, rate) = _canvas(4.8, rows=2)
+    figure, (loss, rate) = canvas(4.8, rows=2)
     epochs = [row["epoch"] for row in records]
     for axes, key, label, color in (
         (loss, "train_loss", "training", ORANGE),
@@ -120,10 +119,10 @@ def history(records: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> Fi
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
     loss.set(title="Loss", ylabel="cross-entropy per image", ylim=(0, None))
     loss.grid(axis="y")
-    _legend_above(loss)
+    legend_above(loss)
     reached = f"{100 * best['validation_balanced_accuracy']:.1f}{PERCENT}"
     rate.set(title=f"Balanced accuracy, best {reached} at epoch {best['epoch']}", xlabel="epoch")
-    _percent_axis(rate, "on validation")
+    percent_axis(rate, "on validation")
     return figure
 
 
@@ -134,7 +133,7 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> F
     shares = counts / np.maximum(rows, 1)[:, None]
     k = len(names)
     height_in, size = (4.2, 13) if k == 2 else (5.0, 7.5)
-    figure, (axes,) = _canvas(height_in)
+    figure, (axes,) = canvas(height_in)
     axes.pcolormesh(shares, cmap=BLUES, vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
     for (row, column), share in np.ndenumerate(shares):
         ink = "white" if share > 0.6 else "black"
@@ -154,7 +153,7 @@ def class_distribution(parts: Mapping[str, Mapping[str, int]], balanced: Mapping
     """Images per class in each part as collected, and training rows per class after balancing."""
     found = {name for counts in (*parts.values(), balanced) for name in counts}
     names = [name for name in (*TUMOR_CLASSES, *SUBTYPES) if name in found]
-    figure, panels = _canvas(max(3.8, 2.0 + 0.4 * len(names)), rows=2)
+    figure, panels = canvas(max(3.8, 2.0 + 0.4 * len(names)), rows=2)
     total = _stack(panels[0], names, parts)
     panels[0].set(title=f"As collected, n = {total:,}", xlabel="images")
     train = parts.get("train", {})
@@ -182,34 +181,15 @@ def _stack(axes: Axes, names: Sequence[str], layers: Mapping[str, Mapping[str, i
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    _legend_above(axes)
+    legend_above(axes)
     return int(left.sum())
-
-
-def roc(images: pd.DataFrame, metrics: Mapping[str, Any]) -> Figure:
-    """Sensitivity against false alarms, with the threshold in use."""
-    pooled = metrics["pooled"]
-    truth = images[schema.TUMOR_CLASS] == MALIGNANT
-    false_positive, true_positive, _ = roc_curve(truth, images[schema.PROBABILITY_MALIGNANT])
-    figure, (axes,) = _canvas(4.2)
-    axes.plot([0, 1], [0, 1], color=GREY, ls=(0, (4, 3)), lw=1.2, label="chance")
-    axes.plot(false_positive, true_positive, color=BLUE, label=f"AUC {pooled['auc']:.3f}")
-    used = f"threshold {metrics['threshold']:.2g}"
-    point = 1 - pooled["specificity"], pooled["sensitivity"]
-    axes.scatter(*point, s=50, color=VERMILION, clip_on=False, zorder=3, label=used)
-    axes.set(title=f"ROC, n = {pooled['n']:,} images", xlim=(0, 1), xlabel="1 − specificity")
-    _percent_axis(axes, "sensitivity")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
-    axes.set_aspect("equal")
-    axes.legend(loc="lower right")
-    return figure
 
 
 def by_magnification(metrics: Mapping[str, Any]) -> Figure:
     """Recognition rates with intervals, per magnification and pooled."""
     groups = {f"{name}X": values for name, values in metrics["by_magnification"].items()}
     groups["pooled"] = metrics["pooled"]
-    figure, (axes,) = _canvas(3.9)
+    figure, (axes,) = canvas(3.9)
     for offset, name, label, color, ink in BARS:
         for x, values in enumerate(groups.values()):
             _bar(axes, x + offset, values[name], values["intervals"][name], color, ink)
@@ -217,8 +197,8 @@ def by_magnification(metrics: Mapping[str, Any]) -> Figure:
     axes.set_xticks(range(len(groups)), [_sizes(label, values) for label, values in groups.items()])
     axes.tick_params(axis="x", length=0, labelsize=8)
     axes.set_title("By magnification")
-    _percent_axis(axes, "recognition rate")
-    _legend_above(axes)
+    percent_axis(axes, "recognition rate")
+    legend_above(axes)
     return figure
 
 
@@ -238,35 +218,12 @@ def _bar(
         axes.vlines(x, interval[0], interval[1], color=INK, lw=1.4)
 
 
-def patients(table: pd.DataFrame) -> Figure:
-    """Share of images classified correctly, a column per patient, from `aggregate.groups`."""
-    kind = table[schema.TUMOR_CLASS]
-    figure, (axes,) = _canvas(3.9)
-    start, ticks = 0, dict[int, str]()
-    for name, color in CLASS_COLOR.items():
-        group = table[kind == name].sort_values(aggregate.SHARE_CORRECT, kind="stable")
-        if group.empty:
-            continue
-        x, share = np.arange(len(group)) + start, group[aggregate.SHARE_CORRECT].to_numpy()
-        axes.bar(x, share, color=color, label=f"{name} (n = {len(group):,})")
-        axes.bar(x, 1 - share, bottom=share, color=PALE)
-        ticks |= dict(zip(x.tolist(), group[schema.PATIENT].str.slice(0, 16), strict=True))
-        start = int(x[-1]) + 2
-    axes.set_xlim(-1, max(start - 1, 9))
-    axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, size=7)
-    axes.tick_params(axis="x", length=0, labelbottom=len(ticks) <= 36)
-    axes.set_title(f"Patients, n = {len(table):,}")
-    _percent_axis(axes, "images classified correctly")
-    _legend_above(axes)
-    return figure
-
-
 def probabilities(values: np.ndarray, threshold: float) -> Figure:
     """Histogram of probabilities of malignancy (n,), in the colours of the class that each is called."""
     edges = np.linspace(0, 1, 51)
     called = values >= threshold
     counts = [np.histogram(values[mask], edges)[0] for mask in (~called, called)]
-    figure, (axes,) = _canvas(3.1)
+    figure, (axes,) = canvas(3.1)
     below = np.zeros(50, int)
     for name, count in zip(TUMOR_CLASSES, counts, strict=True):
         axes.bar(
@@ -279,5 +236,5 @@ def probabilities(values: np.ndarray, threshold: float) -> Figure:
     axes.grid(axis="y")
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    _legend_above(axes)
+    legend_above(axes)
     return figure

@@ -4,8 +4,6 @@ The page is self-contained, needs no server, and stays small: it shows a few pic
 archive is. What it shows is collected by the pipeline; all pictures share one stated colour scale.
 """
 
-import base64
-import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +13,9 @@ import jinja2
 import matplotlib
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
-from bcd import figures, image, overlay
+from bcd import example, figures, image, overlay
+from bcd.example import Example
 
 # The groups of examples, in the order of the page, and what each shows.
 GROUPS = {
@@ -27,22 +25,9 @@ GROUPS = {
 }
 PER_GROUP = 8
 MAX_SLIDES = 24
-MAX_WIDTH_PX, MAX_SLIDE_WIDTH_PX = 420, 840
-JPEG_QUALITY = 82
+MAX_SLIDE_WIDTH_PX = 840
 # Probabilities in between count as uncertain in the text below the histogram.
 UNCERTAIN = (0.1, 0.9)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One picture of the archive: pixels uint8 (H, W, 3), evidence float (h, w) over the network's input."""
-
-    image_id: str
-    probability_malignant: float
-    predicted_class: str
-    log_odds: float
-    pixels: np.ndarray
-    evidence: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -108,7 +93,7 @@ def page(
             covers each picture alone.
     """
     shown = {group: list(found[:PER_GROUP]) for group, found in examples.items() if found}
-    limit = overlay.scale(example.evidence for found in shown.values() for example in found)
+    limit = overlay.scale(one.evidence for found in shown.values() for one in found)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bcd"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -120,11 +105,11 @@ def page(
         uncertain=UNCERTAIN,
         descriptions=GROUPS,
         examples={
-            group: [_card(example, limit, input_size_px) for example in found]
+            group: [example.draw(one, limit, input_size_px) for one in found]
             for group, found in shown.items()
         },
         limit=limit,
-        legend=_data_uri(overlay.legend(), "PNG"),
+        legend=example.data_uri(overlay.legend(), "PNG"),
         errors=dict(sorted(errors.items(), key=lambda item: -item[1].count)),
         slides=[(slide, picture) for slide, picture in zip(slides, _heat_maps(slides), strict=True)],
     )
@@ -146,13 +131,6 @@ def _histogram(probabilities: np.ndarray, facts: Mapping[str, Any]) -> Markup:
         return figures.inline(figures.svg(figure), "probabilities")
 
 
-def _card(example: Example, limit: float, input_size_px: tuple[int, int] | None) -> dict[str, Any]:
-    """One example with its two pictures as data URIs, drawn at the size in which they are shown."""
-    pixels = image.shrink(example.pixels, 2 * MAX_WIDTH_PX, MAX_WIDTH_PX)
-    drawn = overlay.overlay(pixels, example.evidence, limit, *(input_size_px or (None, None)))
-    return {"example": example, "picture": _data_uri(pixels), "overlay": _data_uri(drawn)}
-
-
 def _heat_maps(slides: Sequence[Slide]) -> list[str | None]:
     """Data URIs of the first heat maps."""
     left, found = MAX_SLIDES, list[str | None]()
@@ -164,10 +142,4 @@ def _heat_maps(slides: Sequence[Slide]) -> list[str | None]:
 
 
 def _heat_map(content: bytes) -> str:
-    return _data_uri(image.shrink(image.decode(content), 2 * MAX_SLIDE_WIDTH_PX, MAX_SLIDE_WIDTH_PX))
-
-
-def _data_uri(pixels: np.ndarray, kind: str = "JPEG") -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, quality=JPEG_QUALITY)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return example.data_uri(image.shrink(image.decode(content), 2 * MAX_SLIDE_WIDTH_PX, MAX_SLIDE_WIDTH_PX))

@@ -58,7 +58,7 @@ def overloaded(why: str) -> RefusedError:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much and how long; the field names are the flags of `config.ServeConfig`."""
+    """How much and how long; the field names are the flags of `serving_config.ServeConfig`."""
 
     max_body_bytes: int = 32 * 2**20
     max_requests: int = 64

@@ -42,7 +42,7 @@ def read(data: str) -> tuple[pa.Table, list[str]]:
     files = [f for f in storage.list_files(data) if f.path.lower().endswith(IMAGE_SUFFIXES)]
     if not files:
         raise DataError(f"{data}: no image below it; expected {', '.join(IMAGE_SUFFIXES)} files")
-    if any(f.path.rpartition("/")[2].startswith("SOB_") for f in files):
+    if any(f.path.rpartition("/")[2].startswith(breakhis.PREFIX) for f in files):
         table = breakhis.index(files)
         return _table(table.to_pylist()), breakhis.count_warnings(table)
     return _table([_row_from_folders(data, file) for file in files]), []

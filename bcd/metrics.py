@@ -1,12 +1,10 @@
 """How good predictions are, and how sure one may be of it.
 
 A value that is undefined (the AUC of one class, the recall of an absent one) is `None`: never nan, never a
-guess. Intervals resample patients, not images: fields of one patient resemble each other, so a thousand
-images of ten patients know little more than ten patients do.
+guess. Intervals are those of `bootstrap`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,16 +12,11 @@ import pandas as pd
 import pyarrow as pa
 from sklearn.metrics import roc_auc_score
 
-from bcd import aggregate, schema
+from bcd import aggregate, bootstrap, calibration, schema
 from bcd.taxonomy import MALIGNANT, SUBTYPES, TUMOR_CLASSES
 
-INTERVAL_LEVEL = 0.95
-N_RESAMPLES = 1000
-# The metrics that get one.
-INTERVALS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "auc", "patient_recognition_rate")
-# A resample without patients of one class has no AUC. Two patients of a class are missing from at most
-# 14 % of the resamples, a single one from at least 25 %: beyond this there is no interval.
-MAX_UNDEFINED = 0.2
+# Units above the image, smallest first.
+LEVELS = (schema.SLIDE, schema.CASE, schema.PATIENT)
 
 
 def evaluate(
@@ -33,7 +26,7 @@ def evaluate(
     protocol: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Everything that `metrics.json` holds; finite and JSON-serialisable.
+    """Everything that `metrics.json` holds about the predictions of one model: see `measure`.
 
     Args:
         predictions: rows of the predictions table with the truth columns of the index.
@@ -42,32 +35,47 @@ def evaluate(
         protocol: facts about the split and the run, passed through.
         seed: of the bootstrap.
 
-    Returns:
-        `pooled` and `by_magnification` ("40", ...; empty without magnifications) as `describe` gives
-        them, `recall_by_subtype`, `classification_report`, `multiclass` (for a model of subtypes),
-        and the counts, where `n_images` leaves out the `n_errors` rows that could not be scored.
-
     Raises:
         DataError: a row has neither an error nor a probability, or no truth.
     """
     images = aggregate.images(predictions, threshold)
+    measured = measure(images, class_names, seed)
+    n_errors = len(predictions) - len(images)
+    return measured | {"threshold": threshold, "n_errors": n_errors, "protocol": dict(protocol or {})}
+
+
+def measure(
+    images: pd.DataFrame, class_names: Sequence[str] = TUMOR_CLASSES, seed: int = 0
+) -> dict[str, Any]:
+    """All metrics of an image table; finite and JSON-serialisable.
+
+    Args:
+        images: from `aggregate.images`, of one model or of several joined.
+        class_names: the models' classes in the order of `probability`.
+        seed: of the bootstrap.
+
+    Returns:
+        `n_images`, `n_patients`, `interval`, `pooled`, `by_magnification` ("40", ...; empty without
+        magnifications) and `by_level` ("slide", "case", "patient", where ids are known), all as `describe`
+        gives them, `calibration` (`after` and `before` the temperature), `recall_by_subtype`,
+        `classification_report`, and `multiclass` for a model of subtypes.
+    """
     report: dict[str, Any] = {
         "n_images": len(images),
         "n_patients": _n_patients(images),
-        "n_errors": len(predictions) - len(images),
-        "threshold": threshold,
         "interval": {
-            "level": INTERVAL_LEVEL,
-            "method": "percentile bootstrap over patients",
-            "n_resamples": N_RESAMPLES,
+            "level": bootstrap.LEVEL,
+            "method": bootstrap.METHOD,
+            "n_resamples": bootstrap.N_RESAMPLES,
             "seed": seed,
         },
-        "protocol": dict(protocol or {}),
-        "pooled": describe(images, threshold, seed),
+        "pooled": describe(images, seed),
         "by_magnification": {
-            str(int(magnification)): describe(rows, threshold, seed)
+            str(int(magnification)): describe(rows, seed)
             for magnification, rows in images.groupby(schema.MAGNIFICATION)
         },
+        "by_level": {level: row for level in LEVELS if (row := _level(images, level, seed))},
+        "calibration": _calibration(images, seed),
         "recall_by_subtype": _recall_by_subtype(images),
         "classification_report": classification_report(
             _malignant(images, schema.TUMOR_CLASS), _malignant(images, schema.PREDICTED_CLASS), TUMOR_CLASSES
@@ -78,49 +86,95 @@ def evaluate(
     return report
 
 
-def describe(images: pd.DataFrame, threshold: float = 0.5, seed: int = 0) -> dict[str, Any]:
-    """`binary` metrics of an image table, the two recognition rates, and 95 % intervals.
-
-    Patient figures are `None` where an image has no patient: nobody knows how the images depend on each
-    other then.
+def describe(images: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
+    """`estimates` of an image table, and `intervals`: 95 %, `None` where an image has no patient, as nobody
+    knows how the images depend on each other then.
 
     Args:
         images: from `aggregate.images`.
-        threshold: as given to it.
         seed: of the bootstrap.
     """
-    truth = _malignant(images, schema.TUMOR_CLASS)
-    probability = images[schema.PROBABILITY_MALIGNANT].to_numpy()
-    result = binary(truth, probability, threshold)
-    result["image_recognition_rate"] = result["accuracy"]
-    result["n_patients"] = _n_patients(images)
-    result["patient_recognition_rate"] = None
-    result["intervals"] = dict.fromkeys(INTERVALS)
+    result = estimates(images)
+    result["intervals"] = dict.fromkeys(bootstrap.INTERVALS)
     if result["n_patients"]:
-        patient = images[schema.PATIENT].to_numpy(object)
-        correct = images[aggregate.CORRECT].to_numpy(bool)
-        result["patient_recognition_rate"] = patient_recognition_rate(correct, patient)
-        result["intervals"] = intervals(truth, probability, patient, threshold, seed=seed)
+        result["intervals"] = bootstrap.intervals(tally(images), seed=seed)
     return result
 
 
+def estimates(images: pd.DataFrame) -> dict[str, Any]:
+    """`binary` metrics of an image table, the two recognition rates, and the number of patients.
+
+    Args:
+        images: from `aggregate.images`. Where one has no patient, the figures of patients are `None`.
+    """
+    truth, probability, called = _columns(images)
+    result = binary(truth, probability, called)
+    result["image_recognition_rate"] = result["accuracy"]
+    result["n_patients"] = _n_patients(images)
+    result["patient_recognition_rate"] = None
+    if result["n_patients"]:
+        patient = images[schema.PATIENT].to_numpy(object)
+        result["patient_recognition_rate"] = patient_recognition_rate(truth == called, patient)
+    return result
+
+
+def tally(images: pd.DataFrame) -> bootstrap.Tally:
+    """What a bootstrap needs of an image table whose patients are all known, in order of appearance."""
+    return bootstrap.tally(*_columns(images), images[schema.PATIENT].to_numpy(object))
+
+
+def _level(images: pd.DataFrame, level: str, seed: int) -> dict[str, Any] | None:
+    """`describe` of slides, cases or patients as wholes; groups of both classes are left out and counted."""
+    groups = aggregate.groups(images, level)
+    known = groups[groups[schema.TUMOR_CLASS].notna()]
+    if known.empty:
+        return None
+    # A case of several patients is a unit of its own.
+    owner = known[schema.PATIENT].fillna(known[level])
+    return describe(known.assign(**{schema.PATIENT: owner}), seed) | {"n_mixed": len(groups) - len(known)}
+
+
+def _calibration(images: pd.DataFrame, seed: int) -> dict[str, Any]:
+    """`after`, and where the probabilities before the temperature are known `before`: Brier score, expected
+    calibration error (15 bins), cross-entropy, and the bins of the reliability diagram."""
+    told = {"after": images[schema.PROBABILITY_MALIGNANT], "before": images[aggregate.UNCALIBRATED]}
+    return {
+        name: _trust(images.assign(**{schema.PROBABILITY_MALIGNANT: column}), seed)
+        for name, column in told.items()
+        if column.notna().all()
+    }
+
+
+def _trust(images: pd.DataFrame, seed: int) -> dict[str, Any]:
+    truth = _malignant(images, schema.TUMOR_CLASS)
+    probability = images[schema.PROBABILITY_MALIGNANT].to_numpy(float)
+    described = describe(images, seed)
+    return {
+        "brier": described["brier"],
+        "ece": described["ece"],
+        "intervals": {name: described["intervals"][name] for name in ("brier", "ece")},
+        "cross_entropy": calibration.cross_entropy(truth, aggregate.log_odds(probability)),
+        "reliability": calibration.reliability(truth, probability),
+    }
+
+
 def binary(
-    truth_malignant: np.ndarray, probability_malignant: np.ndarray, threshold: float = 0.5
+    truth_malignant: np.ndarray, probability_malignant: np.ndarray, called: np.ndarray
 ) -> dict[str, Any]:
     """Benign or malignant.
 
     Args:
         truth_malignant: bool (n,).
         probability_malignant: float (n,).
-        threshold: malignant from this probability on.
+        called: bool (n,), called malignant.
 
     Returns:
-        Counts, rates and `confusion_matrix` [[tn, fp], [fn, tp]]: rows are the truth, columns the
-        prediction, both benign then malignant. `balanced_accuracy` is the mean of sensitivity and
-        specificity.
+        Counts, rates, Brier score, expected calibration error (`ece`) and `confusion_matrix`
+        [[tn, fp], [fn, tp]]: rows are the truth, columns the prediction, both benign then malignant.
+        `balanced_accuracy` is the mean of sensitivity and specificity.
     """
     truth = np.asarray(truth_malignant, bool)
-    matrix = _confusion_matrix(truth, np.asarray(probability_malignant) >= threshold, 2)
+    matrix = _confusion_matrix(truth, called, 2)
     (tn, fp), (fn, tp) = matrix.tolist()
     sensitivity, specificity = _ratio(tp, fn + tp), _ratio(tn, tn + fp)
     balanced_accuracy = auc = None
@@ -137,6 +191,8 @@ def binary(
         "specificity": specificity,
         "auc": auc,
         "f1": _ratio(2 * tp, 2 * tp + fp + fn),
+        "brier": calibration.brier(truth, probability_malignant),
+        "ece": calibration.expected_error(truth, probability_malignant),
         "confusion_matrix": matrix.tolist(),
     }
 
@@ -203,106 +259,6 @@ def patient_recognition_rate(correct: np.ndarray, patient: np.ndarray) -> float 
     return float(shares.mean()) if len(shares) else None
 
 
-def intervals(
-    truth_malignant: np.ndarray,
-    probability_malignant: np.ndarray,
-    patient: np.ndarray,
-    threshold: float = 0.5,
-    n_resamples: int = N_RESAMPLES,
-    seed: int = 0,
-) -> dict[str, list[float] | None]:
-    """95 % percentile intervals by a bootstrap over patients.
-
-    Args:
-        truth_malignant: bool (n,).
-        probability_malignant: float (n,).
-        patient: id of each image's patient (n,).
-        threshold: malignant from this probability on.
-        n_resamples: how often patients are drawn with replacement.
-        seed: of numpy's PCG64.
-
-    Returns:
-        For each of `INTERVALS` [low, high], or `None` with fewer than two patients (of a class, where
-        the metric is about one), and where all resamples agree: a sample without a single error does not
-        tell how rare errors are, and [1, 1] would claim to know.
-    """
-    tally = _tally(truth_malignant, probability_malignant, patient, threshold)
-    n_patients = len(tally.malignant)
-    if n_patients < 2:
-        return dict.fromkeys(INTERVALS)
-    generator = np.random.Generator(np.random.PCG64(seed))
-    drawn = generator.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=n_resamples)
-    return {name: _interval(values) for name, values in tally.metrics(drawn).items()}
-
-
-@dataclass(frozen=True)
-class _Tally:
-    """What a bootstrap over p patients needs of their images: counts (p,), and `wins` (p, p).
-
-    `wins[i, j]` counts the pairs of a malignant image of patient i and a benign one of patient j that are
-    ranked rightly, a tie as one half; its sum over all pairs is the AUC.
-    """
-
-    malignant: np.ndarray
-    benign: np.ndarray
-    true_positive: np.ndarray
-    true_negative: np.ndarray
-    wins: np.ndarray
-
-    def metrics(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
-        """Each metric (r,) when patients count as often as they were `drawn` (r, p); nan if undefined."""
-        malignant, benign = drawn @ self.malignant, drawn @ self.benign
-        correct, images = self.true_positive + self.true_negative, self.malignant + self.benign
-        sensitivity = _ratios(drawn @ self.true_positive, malignant)
-        specificity = _ratios(drawn @ self.true_negative, benign)
-        return {
-            "accuracy": _ratios(drawn @ correct, drawn @ images),
-            "balanced_accuracy": (sensitivity + specificity) / 2,
-            "sensitivity": sensitivity,
-            "specificity": specificity,
-            "auc": _ratios(((drawn @ self.wins) * drawn).sum(axis=1), malignant * benign),
-            "patient_recognition_rate": _ratios(drawn @ (correct / images), drawn.sum(axis=1)),
-        }
-
-
-def _tally(
-    truth_malignant: np.ndarray, probability_malignant: np.ndarray, patient: np.ndarray, threshold: float
-) -> _Tally:
-    truth, probability = np.asarray(truth_malignant, bool), np.asarray(probability_malignant, float)
-    owner, ids = pd.factorize(np.asarray(patient, object))
-
-    def count(rows: np.ndarray) -> np.ndarray:
-        return np.bincount(owner[rows], minlength=len(ids))
-
-    called = probability >= threshold
-    wins = [
-        np.bincount(owner[truth], _ranks(probability[truth], probability[~truth & (owner == j)]), len(ids))
-        for j in range(len(ids))
-    ]
-    return _Tally(
-        malignant=count(truth),
-        benign=count(~truth),
-        true_positive=count(truth & called),
-        true_negative=count(~truth & ~called),
-        wins=np.stack(wins, axis=1) if wins else np.zeros((0, 0)),
-    )
-
-
-def _ranks(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """How many of `others` each value exceeds, a tie as one half."""
-    others = np.sort(others)
-    return (np.searchsorted(others, values, "left") + np.searchsorted(others, values, "right")) / 2
-
-
-def _interval(values: np.ndarray) -> list[float] | None:
-    defined = values[~np.isnan(values)]
-    if len(defined) < (1 - MAX_UNDEFINED) * len(values):
-        return None
-    tail = 50 * (1 - INTERVAL_LEVEL)
-    low, high = np.percentile(defined, [tail, 100 - tail]).tolist()
-    return [low, high] if low < high else None
-
-
 def _confusion_matrix(truth: np.ndarray, predicted: np.ndarray, k: int) -> np.ndarray:
     """Counts (k, k), truth in rows; own code, as scikit-learn refuses no images at all."""
     cells = np.asarray(truth, int) * k + np.asarray(predicted, int)
@@ -326,6 +282,12 @@ def _recall_by_subtype(images: pd.DataFrame) -> dict[str, dict[str, Any]]:
     }
 
 
+def _columns(images: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Truth, probability and call of malignancy (n,)."""
+    truth, called = _malignant(images, schema.TUMOR_CLASS), _malignant(images, schema.PREDICTED_CLASS)
+    return truth, images[schema.PROBABILITY_MALIGNANT].to_numpy(float), called
+
+
 def _malignant(images: pd.DataFrame, column: str) -> np.ndarray:
     return (images[column] == MALIGNANT).to_numpy(bool)
 
@@ -337,8 +299,3 @@ def _n_patients(images: pd.DataFrame) -> int | None:
 
 def _ratio(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator else None
-
-
-def _ratios(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    undefined = np.full(len(numerator), np.nan)
-    return np.divide(numerator, denominator, out=undefined, where=denominator > 0)

@@ -170,9 +170,18 @@ def features(network: ResNet, images: Tensor) -> Tensor:
     return images
 
 
-def probability(logit: Tensor, temperature: float = 1.0) -> Tensor:
-    """Logits (n, classes) to probabilities (n, classes), calibrated by the temperature."""
-    return (logit / temperature).softmax(1)
+def temper(network: ResNet, temperature: float) -> ResNet:
+    """Divide the last layer by the temperature, in place: logits, log-odds, evidence and probabilities are
+    then calibrated alike, and the evidence still adds up to the log-odds. For evaluation only."""
+    with torch.no_grad():
+        network.fc.weight /= temperature
+        network.fc.bias /= temperature
+    return network
+
+
+def probability(logit: Tensor) -> Tensor:
+    """Logits (n, classes) to probabilities (n, classes)."""
+    return logit.softmax(1)
 
 
 def probability_malignant(probabilities: Tensor, class_names: tuple[str, ...]) -> Tensor:
@@ -181,7 +190,7 @@ def probability_malignant(probabilities: Tensor, class_names: tuple[str, ...]) -
 
 
 def log_odds(logit: np.ndarray, class_names: tuple[str, ...]) -> list[float]:
-    """Log-odds of malignancy of each row of logits (n, classes), before the temperature.
+    """Log-odds of malignancy of each row of logits (n, classes).
 
     Of two classes it is the difference of their logits, and the evidence map's mean plus bias.
     """

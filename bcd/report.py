@@ -1,26 +1,29 @@
 """What a model reaches, as pictures: one self-contained HTML page, and each figure as PNG and SVG.
 
-A new figure costs two edits: a function in `figures` that is called in `_draw`, and its place in the
-template. Marks (synthetic, leaky) are put on every figure and every block of the page from one place.
+A new figure costs two edits: a function in `figures` or `curves` that is called in `_draw`, and its place in
+the template. Marks (synthetic, leaky) are put on every figure and every block of the page from one place.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
 import matplotlib
+import numpy as np
 import pandas as pd
-import pyarrow as pa
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from bcd import aggregate, figures, schema
+from bcd import aggregate, curves, decision, example, figures, overlay, schema
+from bcd.example import Example
 from bcd.figures import PERCENT
 from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES
 
-# As `metrics.evaluate` gives them, a record per epoch, and what is known about the run: see `write`.
+# What was measured, a record per epoch, and what is known about the run: see `write`.
 Metrics = Mapping[str, Any]
 History = Sequence[Mapping[str, Any]]
 Facts = Mapping[str, Any]
@@ -33,61 +36,179 @@ MEASURES = {
     "accuracy": "image recognition rate",
     "patient_recognition_rate": "patient recognition rate",
 }
+# More wrong predictions than this would make a page that no browser likes; the table has them all.
+MAX_WRONG = 200
+N_CLEAREST, N_CORRECT = 3, 12
+PICTURE_WIDTH_PX = 300
 
 
 def write(
-    directory: Path, metrics: Metrics, history: History, predictions: pd.DataFrame | pa.Table, facts: Facts
+    directory: Path,
+    measured: Metrics,
+    history: History,
+    images: pd.DataFrame,
+    facts: Facts,
+    examples: Mapping[int, Example] = MappingProxyType({}),
+    unscored: Sequence[Mapping[str, str]] = (),
 ) -> Path:
     """Write `report.html` and `figures/*.png`, `*.svg` below a local directory.
 
     Args:
         directory: is made if it does not exist.
-        metrics: from `metrics.evaluate`.
+        measured: from `metrics.measure`; with `n_errors`, and optionally `threshold`, `temperature` and
+            `operating_point` as on the card, `folds`, `spread` and `leak` of a cross-validation, and
+            `comparison` with another model.
         history: a record per epoch (epoch, train_loss, validation_loss, validation_balanced_accuracy,
             validation_accuracy, learning_rate, seconds, images_per_s, class_counts); may be empty.
-        predictions: the rows that `metrics` was made from.
+        images: from `aggregate.images`, what was measured.
         facts: what is known about the run, all optional: title, model_id, data, protocol, fold, seed,
-            weights, synthetic, leaky, warnings, broken, quarantined, best_epoch, command, git_commit,
-            versions, data_fingerprint, split_fingerprint, `parts` (images per class in each part) and
-            `balanced` (training rows per class after upsampling).
+            weights, synthetic, leaky, forced, external, warnings, broken, quarantined, best_epoch, command,
+            git_commit, versions, data_fingerprint, split_fingerprint, input_size_px (height and width, which
+            the evidence covers), `parts` (images per class in each part) and `balanced` (training rows per
+            class after upsampling).
+        examples: pictures of images by their position in the table; `choose` says of which.
+        unscored: `image_id` and `error` of what could not be scored.
 
     Returns:
         Path of the page; it refers to nothing outside itself.
     """
-    images = aggregate.images(predictions, metrics["threshold"])
-    patients = aggregate.groups(images, schema.PATIENT, metrics["threshold"])
+    patients = aggregate.groups(images, schema.PATIENT)
     patients = patients.fillna({schema.TUMOR_CLASS: figures.MIXED})
     folder = directory / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(figures.STYLE):
-        drawn = _draw(metrics, history, images, patients, facts)
+        drawn = _draw(measured, history, images, patients, facts)
         plates = {name: _save(figure, folder / name, _marks(facts)) for name, figure in drawn.items()}
     page = directory / "report.html"
-    page.write_text(_page(metrics, history, predictions, patients, facts, plates), encoding="utf-8")
+    shown = _pictures(images, choose(images), examples, facts)
+    page.write_text(_page(measured, history, patients, unscored, facts, plates, shown), encoding="utf-8")
     return page
 
 
-def summary(metrics: Metrics) -> list[tuple[str, str, str]]:
+@dataclass(frozen=True)
+class Choice:
+    """Which images to show, as positions in the table."""
+
+    wrong: list[int]
+    clearest: list[int]
+    correct: list[int]
+
+    def all(self) -> list[int]:
+        """Every position once."""
+        return sorted({*self.wrong, *self.clearest, *self.correct})
+
+
+def choose(images: pd.DataFrame) -> Choice:
+    """The images that the report shows.
+
+    Args:
+        images: from `aggregate.images`.
+
+    Returns:
+        `wrong`: all wrong predictions, at most `MAX_WRONG`, patients with most of them first, of a patient
+        the surest first; `clearest`: of each class the `N_CLEAREST` surest right ones; `correct`: a random
+        sample of the other right ones, at most `N_CORRECT`.
+    """
+    correct = images[aggregate.CORRECT].to_numpy(bool)
+    sure = images[aggregate.MARGIN].abs().to_numpy()
+    patient = images[schema.PATIENT].astype(object).fillna("").to_numpy(str)
+    n_wrong = pd.Series(~correct).groupby(patient).transform("sum").to_numpy()
+    order = np.lexsort((-sure, patient, -n_wrong))
+    clearest: list[int] = []
+    for name in TUMOR_CLASSES:
+        rows = np.flatnonzero(correct & (images[schema.TUMOR_CLASS] == name).to_numpy())
+        clearest += rows[np.argsort(-sure[rows], kind="stable")][:N_CLEAREST].tolist()
+    rest = np.setdiff1d(np.flatnonzero(correct), clearest)
+    sample = np.random.Generator(np.random.PCG64(0)).permutation(rest)[:N_CORRECT]
+    return Choice(order[~correct[order]][:MAX_WRONG].tolist(), clearest, sorted(sample.tolist()))
+
+
+def _pictures(
+    images: pd.DataFrame, choice: Choice, examples: Mapping[int, Example], facts: Facts
+) -> dict[str, Any]:
+    """What the page shows of each chosen image that there is an example of, all on one scale."""
+    found = {place: examples[place] for place in choice.all() if place in examples}
+    limit = overlay.scale(one.evidence for one in found.values())
+    drawn = {
+        place: example.draw(one, limit, facts.get("input_size_px"), PICTURE_WIDTH_PX)
+        | {"row": images.iloc[place].to_dict()}
+        for place, one in found.items()
+    }
+    patient = images[schema.PATIENT].astype(object).fillna("").to_numpy(str)
+    wrong: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for place in choice.wrong:
+        if place in drawn:
+            wrong[patient[place]].append(drawn[place])
+    return {
+        "n_wrong": int((~images[aggregate.CORRECT]).sum()),
+        "wrong": wrong,
+        "clearest": [drawn[place] for place in choice.clearest if place in drawn],
+        "correct": [drawn[place] for place in choice.correct if place in drawn],
+        "limit": limit,
+        "legend": example.data_uri(overlay.legend(), "PNG"),
+    }
+
+
+def summary(measured: Metrics) -> list[tuple[str, str, str]]:
     """Name, value and 95 % interval of the main metrics, as text; a dash where one is undefined."""
-    pooled = metrics["pooled"]
+    pooled = measured["pooled"]
     return [
         (label, _value(pooled[name], name), _interval(pooled["intervals"][name], name))
         for name, label in MEASURES.items()
     ]
 
 
-def summary_lines(metrics: Metrics) -> list[str]:
-    """`summary` as a table for a terminal."""
-    patients = "patients unknown" if metrics["n_patients"] is None else f"{metrics['n_patients']:,} patients"
-    title = f"test part: {metrics['n_images']:,} images, {patients}, {metrics['n_errors']:,} not scored"
-    rows = [("", "value", "95 % interval over patients"), *summary(metrics)]
-    return [title, *(f"  {label:26} {value:>8}   {interval}".rstrip() for label, value, interval in rows)]
+def summary_lines(measured: Metrics) -> list[str]:
+    """`summary` as a table for a terminal, with the spread over folds where there are any."""
+    patients = (
+        "patients unknown" if measured["n_patients"] is None else f"{measured['n_patients']:,} patients"
+    )
+    title = f"test part: {measured['n_images']:,} images, {patients}, {measured['n_errors']:,} not scored"
+    rows = [("", "value", "95 % interval over patients"), *summary(measured)]
+    last = [""] * len(rows)
+    if measured.get("spread"):
+        last = ["mean ± SD of folds", *(_spread(measured, name) for name in MEASURES)]
+    lines = [f"  {a:26} {b:>8}   {c:28} {d}".rstrip() for (a, b, c), d in zip(rows, last, strict=True)]
+    return [title, *lines]
+
+
+def leak_sentence(leak: Mapping[str, Any]) -> str:
+    """What the same model seems to gain when patients stand on both sides, in words."""
+    row = leak["metrics"]["balanced_accuracy"]
+    if row["difference"] is None:
+        return "What a leak would add cannot be told: a class is missing."
+    start, told = "No leak is seen", ""
+    if row["interval"]:
+        low, high = row["interval"]
+        told = f" (95{PERCENT} interval of the difference {_points(low)} to {_points(high)} points)"
+        start = f"The leak adds {_points(row['difference'])} points" if low > 0 else start
+    return (
+        f"{start}: split by {leak['leaky']}, with patients on both sides, the same model seems to reach "
+        f"{_value(row['first'])} balanced accuracy instead of {_value(row['second'])}{told}."
+    )
+
+
+def _spread(measured: Metrics, name: str) -> str:
+    """Mean and standard deviation of a metric over the folds."""
+    row = measured["spread"][name]
+    if row["mean"] is None:
+        return "–"
+    deviation = "" if row["sd"] is None else f" ± {_value(row['sd'], name)}"
+    return f"{_value(row['mean'], name).removesuffix(PERCENT)}{deviation}"
 
 
 def _value(value: float | None, name: str = "") -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if name == "auc" else f"{100 * value:.1f}{PERCENT}"
+
+
+def _points(difference: float | None, name: str = "") -> str:
+    """A difference of two values, with its sign: in points of a percentage."""
+    if difference is None:
+        return "–"
+    text = f"{difference:+.3f}" if name == "auc" else f"{100 * difference:+.1f}"
+    return text.replace("-", "−")
 
 
 def _interval(interval: Sequence[float] | None, name: str = "") -> str:
@@ -99,38 +220,46 @@ def _interval(interval: Sequence[float] | None, name: str = "") -> str:
 
 def _marks(facts: Facts) -> list[str]:
     """What a reader must know before believing any number here."""
-    marks = {"synthetic": "synthetic data", "leaky": "leaky: patients stand on both sides"}
+    marks = {
+        "synthetic": "synthetic data",
+        "leaky": "leaky: patients stand on both sides",
+        "forced": "forced: may have been trained on",
+    }
     return [text for name, text in marks.items() if facts.get(name)]
 
 
 def _page(
-    metrics: Metrics,
+    measured: Metrics,
     history: History,
-    predictions: pd.DataFrame | pa.Table,
     patients: pd.DataFrame,
+    unscored: Sequence[Mapping[str, str]],
     facts: Facts,
     plates: Mapping[str, Markup],
+    pictures: Mapping[str, Any],
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bcd"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"value": _value, "interval": _interval}
-    pooled = metrics["pooled"]
+    environment.filters |= {"value": _value, "interval": _interval, "points": _points}
+    pooled = measured["pooled"]
     return environment.get_template("report.html").render(
-        metrics=metrics,
+        metrics=defaultdict(lambda: None, measured),
         pooled=pooled,
         measures=MEASURES,
         main="accuracy" if pooled["balanced_accuracy"] is None else "balanced_accuracy",
+        spread={name: _spread(measured, name) for name in MEASURES} if measured.get("spread") else {},
         history=history,
         best=_best(history, facts),
         patients=patients.sort_values(aggregate.SHARE_CORRECT, kind="stable").to_dict("records"),
-        errors=aggregate.unscored(predictions).to_dict("records"),
+        errors=list(unscored),
         subtypes={code: subtype.name.replace("_", " ") for code, subtype in SUBTYPES.items()},
         facts=defaultdict(lambda: None, facts),
         marks=_marks(facts),
         figures=plates,
+        pictures=pictures,
+        leak_sentence=leak_sentence(measured["leak"]) if measured.get("leak") else None,
     )
 
 
@@ -149,22 +278,41 @@ def _save(figure: Figure, path: Path, marks: Sequence[str]) -> Markup:
 
 
 def _draw(
-    metrics: Metrics, history: History, images: pd.DataFrame, patients: pd.DataFrame, facts: Facts
+    measured: Metrics, history: History, images: pd.DataFrame, patients: pd.DataFrame, facts: Facts
 ) -> dict[str, Figure]:
     """Every figure that there is data for, by the name of its file."""
-    pooled = metrics["pooled"]
+    pooled, threshold = measured["pooled"], measured.get("threshold")
     drawn = {"confusion_matrix": figures.confusion_matrix(pooled["confusion_matrix"], TUMOR_CLASSES)}
     if best := _best(history, facts):
         drawn["history"] = figures.history(history, best)
     if facts.get("parts"):
         drawn["class_distribution"] = figures.class_distribution(facts["parts"], facts.get("balanced") or {})
     if pooled["auc"] is not None:
-        drawn["roc"] = figures.roc(images, metrics)
-    if metrics["by_magnification"]:
-        drawn["by_magnification"] = figures.by_magnification(metrics)
+        drawn["roc"] = curves.roc(images, pooled)
+        drawn["precision_recall"] = curves.precision_recall(images, pooled)
+    if len(images):
+        drawn["reliability"] = curves.reliability(measured["calibration"], len(images))
+        drawn["abstention"] = curves.abstention(_handing_over(images, patients))
+    if measured["by_magnification"]:
+        drawn["by_magnification"] = figures.by_magnification(measured)
+        drawn["magnification_strip"] = curves.strip(images, schema.MAGNIFICATION, "Magnifications", threshold)
     if len(patients):
-        drawn["patients"] = figures.patients(patients)
-    if many := metrics.get("multiclass"):
+        drawn["patients"] = curves.patients(patients)
+        drawn["patient_strip"] = curves.strip(images, schema.PATIENT, "Patients", threshold)
+    if many := measured.get("multiclass"):
         matrix = many["confusion_matrix"]
         drawn["confusion_matrix_subtype"] = figures.confusion_matrix(matrix, many["class_names"])
+    if rows := measured.get("folds"):
+        drawn["folds"] = curves.folds(rows, MEASURES)
+        drawn["histories"] = curves.histories([row["history"] for row in rows])
+    if leak := measured.get("leak"):
+        names = f"by {leak['leaky']}, leaky", f"by {leak['honest']}"
+        drawn["leak"] = curves.leak(leak["metrics"], MEASURES, names)
     return drawn
+
+
+def _handing_over(images: pd.DataFrame, patients: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Abstention curves of the images, and of the patients where there are some."""
+    whole = patients[patients[schema.TUMOR_CLASS] != figures.MIXED]
+    found = {"images": decision.abstention(images)}
+    return found | ({"patients": decision.abstention(whole)} if len(whole) > 1 else {})

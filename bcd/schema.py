@@ -43,6 +43,15 @@ BACKGROUND_TILES = "background_tiles"
 ERROR_TILES = "error_tiles"
 TISSUE_AREA_MM2 = "tissue_area_mm2"
 MALIGNANT_TILE_SHARE = "malignant_tile_share"
+PHASH = "phash"
+HEMATOXYLIN_OD_MEAN = "hematoxylin_od_mean"
+HEMATOXYLIN_OD_STD = "hematoxylin_od_std"
+EOSIN_OD_MEAN = "eosin_od_mean"
+EOSIN_OD_STD = "eosin_od_std"
+TISSUE_FRACTION = "tissue_fraction"
+IMAGE_ID_A = "image_id_a"
+IMAGE_ID_B = "image_id_b"
+HAMMING_DISTANCE = "hamming_distance"
 QUANTILES = {f"probability_q{round(100 * q):02}": q for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
 
 # Rows, not pixels. `size_bytes` comes free with a listing: only files of equal size can be equal,
@@ -65,6 +74,28 @@ INDEX = pa.schema(
 
 # Which part of a split each row went to; `part` is one of split.PARTS.
 SPLIT = pa.schema([*INDEX, pa.field(PART, pa.string(), nullable=False)])
+
+# How each picture of a data set looks, by `appearance.describe`. A broken picture has an error, no numbers.
+AUDIT = pa.schema(
+    [
+        *INDEX,
+        (WIDTH_PX, pa.int32()),
+        (HEIGHT_PX, pa.int32()),
+        (PHASH, pa.string()),
+        (HEMATOXYLIN_OD_MEAN, pa.float32()),
+        (HEMATOXYLIN_OD_STD, pa.float32()),
+        (EOSIN_OD_MEAN, pa.float32()),
+        (EOSIN_OD_STD, pa.float32()),
+        (TISSUE_FRACTION, pa.float32()),
+        (ERROR, pa.string()),
+        (ERROR_MESSAGE, pa.string()),
+    ]
+)
+
+# Two pictures that look alike, and in how many bits their perceptual hashes differ.
+NEAR_DUPLICATES = pa.schema(
+    [(IMAGE_ID_A, pa.string()), (IMAGE_ID_B, pa.string()), (HAMMING_DISTANCE, pa.int16())]
+)
 
 # Which images an epoch showed to the training workers, once per showing.
 EXPOSURE = pa.schema([(EPOCH, pa.int32()), (IMAGE_ID, pa.string())])

@@ -8,19 +8,18 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from bcd import schema
+from bcd import division, schema
+from bcd.config import Protocol
+from bcd.division import Integers
 from bcd.errors import ConfigError, DataError, LeakageError
 from bcd.taxonomy import TUMOR_CLASSES
-
-Protocol = Literal["case", "patient", "official", "image"]
-Integers = NDArray[np.int64]
 
 TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
 # Protocols that put images of one patient on both sides: their numbers are marked wherever they appear.
@@ -34,15 +33,6 @@ _KEYS: Mapping[Protocol, tuple[str, ...]] = {
     "official": (schema.PATIENT, schema.SLIDE, schema.SHA256),
     "image": (schema.SHA256,),
 }
-
-# A fair split: subtypes take shares of every part that are within 5 points of their shares in the whole,
-# and parts are within 10 % of the wanted size.
-_SHARE, _SIZE = 0.05, 0.10
-# Effort of one split: local searches from nothing, rounds of each, and a bound on the groups looked at. The
-# first searches insist on a fair split; where the groups allow none, each later one is content with less.
-_SEARCHES, _STRICT, _ROUNDS, _WORK = 8, 4, 100, 60_000
-# Columns of the table of group sizes: images of each tumour class, of all, and of each stratum.
-_CLASSES, _ALL, _STRATA = slice(0, 2), 2, slice(3, None)
 
 
 class Quarantine(NamedTuple):
@@ -121,34 +111,70 @@ def assign(
     if min(held_out.values()) <= 0 or sum(held_out.values()) >= 1:
         fractions = " and ".join(f"{part} {fraction}" for part, fraction in held_out.items())
         raise ConfigError(f"{fractions}: expected fractions above 0 that leave something to train on")
-    order = pc.sort_indices(table[schema.IMAGE_ID]).to_numpy()
-    rows = table.take(order)
-    is_known = pc.is_in(rows[schema.TUMOR_CLASS], pa.array(TUMOR_CLASSES))
-    _require(rows, is_known, f"no {schema.TUMOR_CLASS}; expected {' or '.join(TUMOR_CLASSES)}")
+    rows, order = _ordered(table)
     if protocol == "official":
         parts = _official(rows, seed, held_out, fold)
     else:
         parts = _partition(rows, protocol, seed, held_out)
-    unsorted = np.empty_like(parts)
-    unsorted[order] = parts
-    return table.append_column(schema.SPLIT.field(schema.PART), pa.array(unsorted, pa.string()))
+    return _with_parts(table, order, parts)
+
+
+def assign_fold(
+    table: pa.Table, protocol: Protocol, seed: int, k: int, fold: int, validation_fraction: float = 0.15
+) -> pa.Table:
+    """Give every row its part in one of k folds; over all folds each row is tested once.
+
+    Args:
+        table: rows with schema `schema.INDEX`.
+        protocol: what makes a group; not `official`, whose folds are given.
+        seed: chooses one of the many good divisions, the same for every fold.
+        k: number of folds, at least 2.
+        fold: 1 to k, the one to test on.
+        validation_fraction: share of all images, taken from those that are not tested on.
+
+    Returns:
+        The table with schema `schema.SPLIT`, rows in their old order. A class with fewer groups than folds is
+        missing from some test parts, never from training or validation.
+
+    Raises:
+        ConfigError: the fraction leaves nothing to train on.
+        DataError: there are fewer groups than folds, too few of a class, or a row has no patient or class.
+    """
+    share = validation_fraction * k / (k - 1)
+    if not 0 < share < 1:
+        raise ConfigError(
+            f"validation fraction {validation_fraction} leaves nothing to train on in {k} folds"
+        )
+    rows, order = _ordered(table)
+    groups, sizes = _groups(rows, protocol)
+    if len(sizes) < k:
+        raise DataError(f"{len(sizes)} groups by {protocol} cannot make {k} folds; lower --k")
+    tested = division.divide(sizes, np.full(k, 1 / k), [1] * k, seed)[groups] == fold - 1
+    parts = np.full(len(rows), TEST, dtype=object)
+    parts[~tested] = _partition(rows.filter(pa.array(~tested)), protocol, seed, {VALIDATION: share})
+    return _with_parts(table, order, parts)
 
 
 def audit(table: pa.Table, protocol: Protocol = "patient") -> list[str]:
     """Every case, patient, slide or picture that crosses although the protocol forbids it, as sentences."""
+    return [sentence for _, sentence in crossings(table, _KEYS[protocol])]
+
+
+def crossings(table: pa.Table, keys: Iterable[str]) -> list[tuple[str, str]]:
+    """Name and sentence of every value of the columns `keys` that stands in more than one part."""
     sides: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in sorted(table.to_pylist(), key=lambda row: row[schema.IMAGE_ID]):
-        for column in _KEYS[protocol]:
+        for column in keys:
             if row[column] is not None and row[schema.PART] in PARTS:
                 side = sides.setdefault((column, row[column]), {})
                 side.setdefault(row[schema.PART], []).append(row[schema.IMAGE_ID])
     # A BreaKHis patient is a slide and often a case: one sentence for the three.
-    kinds: dict[str, list[str]] = defaultdict(list)
+    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (column, name), parts in sides.items():
         if len(parts) > 1:
             where = " and in ".join(f"{part} (as {_some(parts[part], 1)})" for part in PARTS if part in parts)
-            kinds[f"{name} stands in {where}"].append(column)
-    return [f"{', '.join(columns)} {sentence}" for sentence, columns in kinds.items()]
+            kinds[name, where].append(column)
+    return [(name, f"{', '.join(on)} {name} stands in {where}") for (name, where), on in kinds.items()]
 
 
 def check(table: pa.Table, protocol: Protocol) -> None:
@@ -195,6 +221,21 @@ def _require(rows: pa.Table, fulfilled: pa.ChunkedArray, otherwise: str) -> None
         raise DataError(f"{_some(lacking)}: {otherwise}")
 
 
+def _ordered(table: pa.Table) -> tuple[pa.Table, Integers]:
+    """Rows sorted by id, and where each of them stood."""
+    order = pc.sort_indices(table[schema.IMAGE_ID]).to_numpy()
+    rows = table.take(order)
+    is_known = pc.is_in(rows[schema.TUMOR_CLASS], pa.array(TUMOR_CLASSES))
+    _require(rows, is_known, f"no {schema.TUMOR_CLASS}; expected {' or '.join(TUMOR_CLASSES)}")
+    return rows, order
+
+
+def _with_parts(table: pa.Table, order: Integers, parts: NDArray[np.object_]) -> pa.Table:
+    unsorted = np.empty_like(parts)
+    unsorted[order] = parts
+    return table.append_column(schema.SPLIT.field(schema.PART), pa.array(unsorted, pa.string()))
+
+
 def _official(
     rows: pa.Table, seed: int, held_out: Mapping[str, float], fold: Mapping[str, str] | None
 ) -> NDArray[np.object_]:
@@ -218,25 +259,33 @@ def _partition(
     rows: pa.Table, protocol: Protocol, seed: int, held_out: Mapping[str, float]
 ) -> NDArray[np.object_]:
     """Part of every row: `train`, or one of those held out, given with their shares."""
-    if protocol != "image":
-        needs = f"protocol {protocol} needs the column {schema.PATIENT} (protocol image does not, but leaks)"
-        _require(rows, pc.is_valid(rows[schema.PATIENT]), f"no {schema.PATIENT}; {needs}")
     parts = [TRAIN, *held_out]
-    groups = _connected(rows, _KEYS[protocol])
-    sizes = _sizes(rows, groups)
+    groups, sizes = _groups(rows, protocol)
     unit = schema.PATIENT if protocol == "case" and not rows[schema.CASE].drop_null() else protocol
-    for tumor_class, n in zip(TUMOR_CLASSES, np.count_nonzero(sizes[:, _CLASSES], axis=0), strict=True):
+    of_class = np.count_nonzero(sizes[:, division.CLASSES], axis=0)
+    for tumor_class, n in zip(TUMOR_CLASSES, of_class, strict=True):
         if n < len(parts):
             needs = f"{', '.join(parts[:-1])} and {parts[-1]} need at least {len(parts)}"
             raise DataError(f"class {tumor_class} has {n} {unit}{'' if n == 1 else 's'}; {needs}")
     shares = np.array([1 - sum(held_out.values()), *held_out.values()])
-    return np.array(parts, dtype=object)[_divide(sizes, shares, seed)[groups]]
+    # Training should miss no stratum; validation may, rather than the test.
+    wanted = [2, 0, 1][: len(parts)]
+    return np.array(parts, dtype=object)[division.divide(sizes, shares, wanted, seed)[groups]]
+
+
+def _groups(rows: pa.Table, protocol: Protocol) -> tuple[Integers, Integers]:
+    """Group of every row, and the groups' sizes as in `division.sizes`."""
+    if protocol != "image":
+        needs = f"protocol {protocol} needs the column {schema.PATIENT} (protocol image does not, but leaks)"
+        _require(rows, pc.is_valid(rows[schema.PATIENT]), f"no {schema.PATIENT}; {needs}")
+    groups = _connected(rows, _KEYS[protocol])
+    return groups, division.sizes(rows, groups)
 
 
 def _connected(rows: pa.Table, columns: Iterable[str]) -> Integers:
     """Number of every row's group: an equal value in any of the columns connects, a null does not."""
     label = np.arange(rows.num_rows)
-    codes = [_codes(rows[column]) for column in columns]
+    codes = [division.codes(rows[column]) for column in columns]
     settled = False
     while not settled:
         before = label.copy()
@@ -247,149 +296,3 @@ def _connected(rows: pa.Table, columns: Iterable[str]) -> Integers:
             label = np.where(code < 0, label, smallest[code])
         settled = bool((label == before).all())
     return np.unique(label, return_inverse=True)[1]
-
-
-def _codes(column: pa.ChunkedArray) -> Integers:
-    """Number of every value, in order of appearance; -1 for null."""
-    indices = column.combine_chunks().dictionary_encode().indices
-    return indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _sizes(rows: pa.Table, groups: Integers) -> Integers:
-    """Images of every group (rows): of each tumour class, of all, and of each stratum (columns)."""
-    classes = pc.index_in(rows[schema.TUMOR_CLASS], pa.array(TUMOR_CLASSES)).to_numpy()
-    strata = _codes(pc.coalesce(rows[schema.SUBTYPE], rows[schema.TUMOR_CLASS]))
-    n_groups, n_strata = groups.max(initial=-1) + 1, strata.max(initial=-1) + 1
-    sizes = np.zeros((n_groups, _STRATA.start + n_strata), dtype=np.int64)
-    sizes[:, _ALL] = np.bincount(groups, minlength=n_groups)
-    np.add.at(sizes, (groups, classes), 1)
-    np.add.at(sizes, (groups, _STRATA.start + strata), 1)
-    return sizes
-
-
-def _divide(sizes: Integers, shares: NDArray[np.float64], seed: int) -> Integers:
-    """Part of every group: a random fair division, found by local search.
-
-    The best division would be the same for every seed, so the first that is fair is taken. A round takes a
-    random quarter of the groups out, puts them back one by one where they fit best, moves single groups while
-    that helps, and goes on from the result if it is no worse.
-
-    Args:
-        sizes: (groups, columns) from `_sizes`.
-        shares: (parts,) wanted share of the images; the first part is for training.
-        seed: of raw PCG64 words, which NumPy promises never to change, unlike `Generator` methods.
-    """
-    n = len(sizes)
-    rounds = int(np.clip(_WORK // n, 1, _SEARCHES * _ROUNDS))
-    words = np.random.PCG64(seed).random_raw(rounds * n).reshape(rounds, n) >> np.uint64(40)
-    results: list[_Division] = []
-    for number, word in enumerate(words.astype(np.int64)):
-        fresh = number % _ROUNDS == 0
-        part = np.full(n, -1) if fresh else results[-1].part.copy()
-        out = np.arange(n) if fresh else np.argsort(word, kind="stable")[: max(2, n // 4)]
-        part[out] = -1
-        trial = _Division(sizes, shares, part)
-        # Roughly the large before the small, which then even out what the large leave.
-        trial.fill(out[np.argsort(-word[out] * sizes[out, _ALL], kind="stable")])
-        trial.settle()
-        if fresh:
-            results.append(trial)
-        elif trial.measure() <= results[-1].measure():
-            results[-1] = trial
-        if trial.is_fair(slack=max(1, len(results) - _STRICT + 1)):
-            return trial.part
-    return min(results, key=_Division.measure).part
-
-
-class _Division:
-    """Groups on their way into parts, and what it costs to add or to move one.
-
-    Absence comes before all else: it counts the classes missing from a part and, far behind, the strata
-    missing from training, and behind those the strata missing from the test (the third part). Unevenness
-    is the squared distance to the wanted number of images, in units of the part's wanted size, summed over
-    parts, classes, strata and the whole. Integers only: no rounding that tips a tie one way here and
-    another way there (exact up to some 10 million rows).
-    """
-
-    def __init__(self, sizes: Integers, shares: NDArray[np.float64], part: Integers) -> None:
-        """Start from the part of every group, -1 for those still out; arguments as in `_divide`."""
-        inside = (part == np.arange(len(shares))[:, None]).astype(np.int64)
-        self.sizes, self.part = sizes, part
-        self.holds = (sizes > 0).astype(np.int64)
-        self.target = np.rint(np.outer(shares, sizes.sum(axis=0))).astype(np.int64)
-        self.excess = inside @ sizes - self.target
-        self.holders = inside @ self.holds
-        self.weight = np.rint(1 / (shares * shares)).astype(np.int64)
-        self.must = np.zeros_like(self.excess)
-        self.must[:, _CLASSES] = 3 * sizes.shape[1]
-        self.must[0, _STRATA], self.must[2:, _STRATA] = 2, 1
-
-    def measure(self) -> tuple[int, int]:
-        """Absence, and the unevenness by fourth powers: one stratum far off is worse than all a little."""
-        squares = (self.excess**2 * self.weight[:, None]).astype(object)
-        return self._absence(), (squares**2).sum()
-
-    def is_fair(self, slack: int) -> bool:
-        """Nothing is absent that need not be, and all is within slack times the tolerances.
-
-        A stratum of a single group can only be trained on; one with fewer groups than parts keeps no share.
-        """
-        groups = self.holds.sum(axis=0)
-        if self._absence() > np.count_nonzero(groups[_STRATA] == 1):
-            return False
-        images, total = self.target + self.excess, self.sizes.sum(axis=0)
-        shares = np.abs(images / images[:, [_ALL]] - total / total[_ALL])
-        sizes = np.abs(self.excess[:, _ALL]) / np.maximum(self.target[:, _ALL], 1)
-        within = shares[:, groups >= len(images)].max() <= slack * _SHARE
-        return bool(within and sizes.max() <= slack * _SIZE)
-
-    def fill(self, order: Integers) -> None:
-        """Put groups where they fit best, in the given order."""
-        for group in order:
-            absence, unevenness = self._adding(slice(group, group + 1))
-            self._put(group, int(np.lexsort((unevenness[0], absence[0]))[0]))
-
-    def settle(self) -> None:
-        """Move the one group whose move helps most, until none helps by a tenth of a point, squared.
-
-        Afterwards each class with as many groups as parts stands in every part: if it lacked one, some part
-        would have two groups of it, and of those one can go without taking the other class along for good.
-        """
-        worthwhile = -(int(self.sizes[:, _ALL].sum()) ** 2) // 10**6
-        while True:
-            absence, unevenness = self._moving()
-            best = absence.min()
-            candidates = np.where(absence == best, unevenness, np.iinfo(np.int64).max)
-            group, part = np.unravel_index(candidates.argmin(), candidates.shape)
-            if best == 0 and candidates[group, part] >= worthwhile:
-                return
-            self._put(int(group), int(part))
-
-    def _absence(self) -> int:
-        return int(self.must[self.holders == 0].sum())
-
-    def _adding(self, groups: slice) -> tuple[Integers, Integers]:
-        """Change of absence and unevenness, each (groups, parts), by adding one group to a part."""
-        x = self.sizes[groups]
-        absence = -(self.holds[groups] @ (self.must * (self.holders == 0)).T)
-        return absence, (2 * x @ self.excess.T + (x * x).sum(axis=1, keepdims=True)) * self.weight
-
-    def _moving(self) -> tuple[Integers, Integers]:
-        """Change of absence and unevenness, each (groups, parts), by moving one group to a part."""
-        x, part, everyone = self.sizes, self.part, np.arange(len(self.sizes))
-        absence, unevenness = self._adding(slice(None))
-        leaves = (self.holds * (self.must * (self.holders == 1))[part]).sum(axis=1)
-        relieves = (x * (x - 2 * self.excess[part])).sum(axis=1) * self.weight[part]
-        absence += leaves[:, None]
-        unevenness += relieves[:, None]
-        absence[everyone, part] = unevenness[everyone, part] = 0
-        return absence, unevenness
-
-    def _put(self, group: int, part: int) -> None:
-        old = self.part[group]
-        if old >= 0:
-            self.excess[old] -= self.sizes[group]
-            self.holders[old] -= self.holds[group]
-        self.excess[part] += self.sizes[group]
-        self.holders[part] += self.holds[group]
-        self.part[group] = part

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.spatial import KDTree  # type: ignore[import-untyped]
+from scipy.spatial import KDTree
 
 from bcd.taxonomy import BENIGN, MAGNIFICATIONS, MALIGNANT, SUBTYPES
 

@@ -5,7 +5,7 @@ Otsu's method finds two classes in everything, in an empty slide as in one full 
 """
 
 import numpy as np
-from scipy import ndimage  # type: ignore[import-untyped]
+from scipy import ndimage
 
 LEVELS = 256
 # Saturation, 0 to 1. Below the first nothing is stain: white glass after JPEG has up to 0.03. Above the

@@ -40,6 +40,46 @@ def test_images_are_judged_at_the_threshold() -> None:
     assert stricter[aggregate.CORRECT].tolist() == [True, False, True, True]
 
 
+def test_the_margin_is_the_log_odds_above_the_threshold() -> None:
+    images = aggregate.images(predictions(), threshold=0.8)
+    # odds 9, 2/3, 4 and 1 against 4
+    assert images[aggregate.MARGIN].tolist() == pytest.approx([math.log(o / 4) for o in (9, 2 / 3, 4, 1)])
+    assert images[schema.PREDICTED_CLASS].tolist() == ["malignant", "benign", "malignant", "benign"]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-30, 1e-8, 0.3, 0.5, 1 - 2**-25, 1.0])
+def test_a_group_of_one_image_is_called_as_the_image_is(threshold: float) -> None:
+    """Thresholds at, beside and between the probabilities, and where log-odds no longer tell them apart."""
+    probability = np.unique([0, 1e-30, 1e-12, 0.5, 1 - 2**-24, 1, threshold, np.nextafter(threshold, 0)])
+    rows = {schema.PROBABILITY_MALIGNANT: probability, schema.TUMOR_CLASS: "benign", schema.ERROR: None}
+    names = [f"{i:02}" for i in range(len(probability))]
+    images = aggregate.images(pd.DataFrame(rows | {schema.IMAGE_ID: names, schema.SLIDE: names}), threshold)
+    slides = aggregate.groups(images, schema.SLIDE)
+    assert images[aggregate.CORRECT].tolist() == (probability < threshold).tolist()
+    assert slides[schema.PREDICTED_CLASS].tolist() == images[schema.PREDICTED_CLASS].tolist()
+    assert ((images[aggregate.MARGIN] < 0) == images[aggregate.CORRECT]).all()
+
+
+def test_groups_of_joined_models_go_by_the_mean_margin() -> None:
+    frame = predictions()
+    joined = pd.concat([aggregate.images(frame[:2], 0.5), aggregate.images(frame[2:3], 0.9)])
+    patient = aggregate.groups(joined, schema.PATIENT).iloc[0]
+    # odds 9 and 2/3 against 1, and 4 against 9
+    margin = math.log(9 * (2 / 3) * (4 / 9)) / 3
+    assert patient[aggregate.MARGIN] == pytest.approx(margin)
+    assert patient[schema.PREDICTED_CLASS] == "malignant"
+    assert patient[aggregate.SHARE_MALIGNANT] == pytest.approx(1 / 3)
+    # the probability knows no threshold
+    odds = 24 ** (1 / 3)
+    assert patient[schema.PROBABILITY_MALIGNANT] == pytest.approx(odds / (1 + odds))
+
+
+def test_probabilities_before_the_temperature_are_kept_where_known() -> None:
+    assert aggregate.images(predictions())[aggregate.UNCALIBRATED].isna().all()
+    before = predictions().assign(**{aggregate.UNCALIBRATED: [0.99, 0.3, 0.9, 0.5, None]})
+    assert aggregate.images(before)[aggregate.UNCALIBRATED].tolist() == [0.99, 0.3, 0.9, 0.5]
+
+
 def test_an_arrow_table_gives_the_same() -> None:
     table = pa.Table.from_pandas(predictions().assign(evidence=[[0.0]] * 5))
     pd.testing.assert_frame_equal(

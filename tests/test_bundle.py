@@ -136,7 +136,7 @@ def test_damaged_or_foreign_weights_are_refused(tmp_path, network):
 
 def statistics(network, cutoff=1.0):
     """Such that the pooled features of a black picture are the mean."""
-    black = ready(network).pooled(np.zeros((1, 64, 96, 3), np.uint8))[0]
+    black = ready(network).pooled(np.zeros((1, 64, 96, 3), np.uint8))[0][0]
     facts = {"mean": tuple(black.tolist()), "spread": (0.5,) * len(black), "cutoff": cutoff}
     return novelty.FeatureStatistics(**facts, n_training=1, n_validation=1)
 
@@ -145,12 +145,24 @@ def test_novelty_is_the_distance_of_the_pooled_features(network):
     black, white = np.zeros((64, 96, 3), np.uint8), np.full((64, 96, 3), 255, np.uint8)
     loaded = ready(network, feature_statistics=statistics(network))
     prediction = loaded.predict(np.stack([black, white]))
-    pooled = loaded.pooled(np.stack([black, white]))
+    pooled, logit = loaded.pooled(np.stack([black, white]))
     assert pooled.shape == (2, 2048)
+    np.testing.assert_allclose(logit, prediction.logit, atol=1e-6)
     expected = np.sqrt(np.mean((2 * (pooled[1] - pooled[0])) ** 2))
     assert prediction.novelty[0] == pytest.approx(0, abs=1e-4)
     assert prediction.novelty[1] == pytest.approx(expected, rel=1e-4)
     assert np.isnan(ready(network).predict(white[None]).novelty).all()
+
+
+def test_a_temperature_is_in_every_number(network):
+    """The evidence adds up to the log-odds of the very probability that is reported."""
+    picture = np.random.default_rng(0).integers(0, 255, (3, 64, 96, 3), np.uint8)
+    state = network.state_dict()
+    plain, cooler = (bundle.from_state(state, card(temperature=t)).predict(picture) for t in (1.0, 50.0))
+    np.testing.assert_allclose(cooler.logit, plain.logit / 50, rtol=1e-5)
+    log_odds = np.log(cooler.probability_malignant / (1 - cooler.probability_malignant))
+    total = cooler.evidence.mean((1, 2)) + cooler.evidence_bias
+    np.testing.assert_allclose(total, log_odds, atol=1e-3)
 
 
 def test_statistics_stand_in_the_card_and_decide_its_identity(tmp_path, network):

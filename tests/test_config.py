@@ -5,12 +5,12 @@ import pytest
 
 from bcd import cam
 from bcd.config import (
+    AuditConfig,
     Cam,
+    CrossvalConfig,
     DemoConfig,
     EvaluateConfig,
     ScoreConfig,
-    ServeConfig,
-    ServiceConfig,
     TrainConfig,
     differences,
 )
@@ -22,9 +22,17 @@ from bcd.errors import ConfigError
     [
         ({"num_workers": "8-2"}, "--num-workers 8-2: the minimum exceeds the maximum"),
         ({"num_workers": "0"}, "--num-workers takes a number, MIN-MAX or auto"),
-        ({"protocol": "official"}, "--protocol official goes with --folds FOLDER and --fold 1..5"),
-        ({"fold": 2}, "--protocol official goes with"),
-        ({"fold": 6}, "--fold input should be less than or equal to 5, not 6"),
+        ({"protocol": "official"}, "--protocol official goes with --folds FOLDER"),
+        ({"folds": "f"}, "--protocol official goes with --folds FOLDER"),
+        ({"protocol": "official", "folds": "f"}, "--fold goes with --protocol official or --cross-folds"),
+        ({"protocol": "official", "folds": "f", "fold": 6}, "--fold 6: there are 5 folds"),
+        (
+            {"protocol": "official", "folds": "f", "fold": 1, "cross_folds": 5},
+            "official has its own five folds",
+        ),
+        ({"fold": 2}, "--fold goes with --protocol official or --cross-folds"),
+        ({"cross_folds": 3}, "--fold goes with --protocol official or --cross-folds"),
+        ({"cross_folds": 3, "fold": 4}, "--fold 4: there are 3 folds"),
         ({"validation_fraction": 0.6, "test_fraction": 0.4}, "leave nothing to train on"),
         ({"magnifications": (50,)}, r"--magnifications \[50\]: BreaKHis has \[40, 100, 200, 400\]"),
         ({"name": "a/b"}, "--name 'a/b': use letters"),
@@ -56,7 +64,9 @@ def test_differences_name_what_decides_the_result_and_nothing_else():
     assert differences(old, new.model_dump(mode="json")) == ["--seed 0 -> 1"]
 
 
-@pytest.mark.parametrize("config_type", [TrainConfig, EvaluateConfig, ScoreConfig, DemoConfig])
+@pytest.mark.parametrize(
+    "config_type", [TrainConfig, AuditConfig, CrossvalConfig, EvaluateConfig, ScoreConfig, DemoConfig]
+)
 def test_every_setting_has_a_help_text(config_type):
     for name, setting in config_type.model_fields.items():
         assert setting.description, f"{config_type.__name__}.{name} has no docstring"
@@ -87,7 +97,26 @@ def test_every_cam_method_can_be_asked_for():
     assert set(get_args(Cam)) == {cam.CLOSED_FORM, *cam.METHODS}
 
 
-def test_a_service_has_its_bounds_in_order():
-    with pytest.raises(ConfigError, match=r"--max-replicas 2 is less than --min-replicas 3"):
-        ServeConfig(model="m", min_replicas=3, max_replicas=2)
-    assert ServiceConfig(model="m", num_gpus="0.25", max_replicas="4").num_gpus == 0.25
+def test_protocols_stand_between_commas():
+    assert CrossvalConfig(data="d", protocol="image,case").protocols() == ("image", "case")
+    with pytest.raises(ConfigError, match="--protocol case,case: each protocol once"):
+        CrossvalConfig(data="d", protocol="case,case")
+    with pytest.raises(ConfigError, match="--protocol official goes with --folds"):
+        CrossvalConfig(data="d", protocol="case,official")
+    with pytest.raises(
+        ConfigError, match="--protocol 'cases': expected some of case, patient, official, image"
+    ):
+        CrossvalConfig(data="d", protocol="cases")
+
+
+def test_forced_numbers_do_not_replace_honest_ones():
+    with pytest.raises(ConfigError, match="--force needs --output"):
+        EvaluateConfig(model="m", data="d", force=True)
+
+
+def test_an_audit_knows_what_a_split_looks_like():
+    with pytest.raises(ConfigError, match=r"--split s.txt: expected a .csv or .parquet file"):
+        AuditConfig(data="d", split="s.txt")
+    with pytest.raises(ConfigError, match=r"--near-bits input should be less than or equal to 90, not 98"):
+        AuditConfig(data="d", near_bits=98)
+    assert AuditConfig(data="d", split="S.CSV").pixels

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bcd import gallery, image, overlay
+from bcd.example import Example
 from tests import pictures
 
 FACTS: dict[str, Any] = {
@@ -27,10 +28,10 @@ FACTS: dict[str, Any] = {
 PROBABILITIES = np.linspace(0, 1, 2_001)
 
 
-def example(name: str = "a/b.png", p: float = 0.9, value: float = 2.0) -> gallery.Example:
+def example(name: str = "a/b.png", p: float = 0.9, value: float = 2.0) -> Example:
     pixels = pictures.gradient(460, 700)
     called = "malignant" if p >= 0.5 else "benign"
-    return gallery.Example(name, p, called, float(np.log(p / (1 - p))), pixels, np.full((7, 11), value))
+    return Example(name, p, called, float(np.log(p / (1 - p))), pixels, np.full((7, 11), value))
 
 
 def page(**other: Any) -> str:
@@ -93,7 +94,7 @@ def test_the_numbers_of_the_archive_are_on_the_page() -> None:
 def test_a_picture_stands_beside_its_map_on_the_scale_that_is_stated() -> None:
     evidence = np.zeros((7, 11))
     evidence[:, 5:] = 6
-    marked = gallery.Example("a", 0.9, "malignant", 2.2, np.full((460, 700, 3), 255, np.uint8), evidence)
+    marked = Example("a", 0.9, "malignant", 2.2, np.full((460, 700, 3), 255, np.uint8), evidence)
     html = page(examples={"least certain": [marked]}, slides=[], input_size_px=(224, 336))
     legend, left, right = shown(html)
     assert "−6 0 +6" in text(html)

@@ -1,4 +1,4 @@
-"""Known answers: tables worked by hand, scikit-learn, and studies whose truth is planted."""
+"""Known answers: tables worked by hand, and scikit-learn."""
 
 import json
 import warnings
@@ -9,71 +9,54 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from bcd import metrics, schema
+from bcd import aggregate, bootstrap, calibration, metrics, schema
 from bcd.taxonomy import SUBTYPES
-
-
-def study(n_patients: int = 12, n_images: int = 20, spread: float = 1.0, seed: int = 0) -> pd.DataFrame:
-    """Predictions in which the images of a patient share a shift of `spread` log-odds."""
-    generator = np.random.default_rng(seed)
-    codes = [list(SUBTYPES)[i % 8] for i in range(n_patients)]
-    shift = generator.normal(0, spread, n_patients)
-    rows = [
-        {
-            schema.IMAGE_ID: f"p{patient}/{image}",
-            schema.PATIENT: f"p{patient}",
-            schema.TUMOR_CLASS: SUBTYPES[code].tumor_class,
-            schema.SUBTYPE: code,
-            schema.MAGNIFICATION: (40, 100)[image % 2],
-            schema.PROBABILITY_MALIGNANT: 1 / (1 + np.exp(-log_odds)),
-            schema.ERROR: None,
-        }
-        for patient, code in enumerate(codes)
-        for image in range(n_images)
-        for sign in [1 if SUBTYPES[code].tumor_class == "malignant" else -1]
-        for log_odds in [sign + shift[patient] + generator.normal()]
-    ]
-    return pd.DataFrame(rows)
-
-
-def arrays(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    truth = (frame[schema.TUMOR_CLASS] == "malignant").to_numpy()
-    return truth, frame[schema.PROBABILITY_MALIGNANT].to_numpy(), frame[schema.PATIENT].to_numpy()
+from tests.studies import arrays, predictions
 
 
 def test_binary_by_hand() -> None:
     truth = np.array([0, 0, 0, 1, 1, 1, 1, 1], bool)
     probability = np.array([0.1, 0.6, 0.2, 0.9, 0.5, 0.4, 0.8, 0.7])
-    assert metrics.binary(truth, probability) == {
-        "n": 8,
-        "n_benign": 3,
-        "n_malignant": 5,
-        "accuracy": 6 / 8,
-        "balanced_accuracy": (4 / 5 + 2 / 3) / 2,
-        "sensitivity": 4 / 5,
-        "specificity": 2 / 3,
-        "auc": 13 / 15,
-        "f1": 8 / 10,
-        "confusion_matrix": [[2, 1], [1, 4]],
-    }
-    assert metrics.binary(truth, probability, 0.65)["confusion_matrix"] == [[3, 0], [2, 3]]
+    found = metrics.binary(truth, probability, probability >= 0.5)
+    assert found.pop("confusion_matrix") == [[2, 1], [1, 4]]
+    assert found == pytest.approx(
+        {
+            "n": 8,
+            "n_benign": 3,
+            "n_malignant": 5,
+            "accuracy": 6 / 8,
+            "balanced_accuracy": (4 / 5 + 2 / 3) / 2,
+            "sensitivity": 4 / 5,
+            "specificity": 2 / 3,
+            "auc": 13 / 15,
+            "f1": 8 / 10,
+            "brier": (0.01 + 0.36 + 0.04 + 0.01 + 0.25 + 0.36 + 0.04 + 0.09) / 8,
+            # each image has a bin of its own
+            "ece": (0.1 + 0.6 + 0.2 + 0.1 + 0.5 + 0.6 + 0.2 + 0.3) / 8,
+        }
+    )
+    stricter = metrics.binary(truth, probability, probability >= 0.65)
+    assert stricter["confusion_matrix"] == [[3, 0], [2, 3]]
 
 
 def test_binary_agrees_with_scikit_learn() -> None:
-    truth, probability, _ = arrays(study())
-    ours, called = metrics.binary(truth, probability, 0.4), probability >= 0.4
+    study = arrays(predictions(), 0.4)
+    truth, probability, called = study.truth, study.probability, study.called
+    ours = metrics.binary(truth, probability, called)
     assert ours["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(truth, called))
     assert ours["balanced_accuracy"] == pytest.approx(sklearn_metrics.balanced_accuracy_score(truth, called))
     assert ours["sensitivity"] == pytest.approx(sklearn_metrics.recall_score(truth, called))
     assert ours["specificity"] == pytest.approx(sklearn_metrics.recall_score(~truth, ~called))
+    assert ours["auc"] == pytest.approx(sklearn_metrics.roc_auc_score(truth, probability))
     assert ours["f1"] == pytest.approx(sklearn_metrics.f1_score(truth, called))
+    assert ours["brier"] == pytest.approx(sklearn_metrics.brier_score_loss(truth, probability))
     assert ours["confusion_matrix"] == sklearn_metrics.confusion_matrix(truth, called).tolist()
 
 
 @pytest.mark.parametrize(
     ("truth", "undefined"),
     [
-        ([], {"accuracy", "balanced_accuracy", "sensitivity", "specificity", "auc", "f1"}),
+        ([], {"accuracy", "balanced_accuracy", "sensitivity", "specificity", "auc", "f1", "brier", "ece"}),
         ([True, True], {"balanced_accuracy", "specificity", "auc"}),
         ([False, False], {"balanced_accuracy", "sensitivity", "auc"}),
     ],
@@ -81,7 +64,8 @@ def test_binary_agrees_with_scikit_learn() -> None:
 def test_the_undefined_is_none_without_a_warning(truth: list[bool], undefined: set[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = metrics.binary(np.array(truth, bool), np.linspace(0, 1, len(truth)))
+        probability = np.linspace(0, 1, len(truth))
+        result = metrics.binary(np.array(truth, bool), probability, probability >= 0.5)
     assert {name for name, value in result.items() if value is None} == undefined
 
 
@@ -121,102 +105,164 @@ def test_patient_recognition_rate_by_hand() -> None:
     assert metrics.patient_recognition_rate(correct[:0], patient[:0]) is None
 
 
-def test_a_resample_of_everybody_is_the_estimate() -> None:
-    """The formulas of the bootstrap, with every patient drawn once, against the plain ones; ties too."""
-    frame = study()
-    frame[schema.PROBABILITY_MALIGNANT] = frame[schema.PROBABILITY_MALIGNANT].round(1)
-    truth, probability, patient = arrays(frame)
-    tally = metrics._tally(truth, probability, patient, 0.5)
-    once = tally.metrics(np.ones((1, 12), int))
-    plain = metrics.binary(truth, probability)
-    plain["patient_recognition_rate"] = metrics.patient_recognition_rate(
-        truth == (probability >= 0.5), patient
-    )
-    assert set(once) == set(metrics.INTERVALS)
-    assert {name: values[0] for name, values in once.items()} == pytest.approx(
-        {name: plain[name] for name in metrics.INTERVALS}
-    )
-
-
-def test_a_resample_equals_the_metrics_of_the_repeated_images() -> None:
-    truth, probability, patient = arrays(study(n_patients=8, n_images=5))
-    drawn = np.array([0, 2, 1, 0, 3, 0, 1, 1])
-    rows = np.concatenate(
-        [np.flatnonzero(patient == f"p{i}") for i, times in enumerate(drawn) for _ in range(times)]
-    )
-    bootstrapped = metrics._tally(truth, probability, patient, 0.5).metrics(drawn[None])
-    repeated = metrics.binary(truth[rows], probability[rows])
-    for name in ("accuracy", "balanced_accuracy", "auc"):
-        assert bootstrapped[name][0] == pytest.approx(repeated[name])
-
-
-def test_intervals_hold_the_estimate_and_are_reproducible() -> None:
-    truth, probability, patient = arrays(study())
-    estimate = metrics.binary(truth, probability)
-    found = metrics.intervals(truth, probability, patient)
-    assert found == metrics.intervals(truth, probability, patient)
-    assert found != metrics.intervals(truth, probability, patient, seed=1)
-    for name in ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "auc"):
-        low, high = found[name] or (1, 0)
-        assert 0 <= low <= estimate[name] <= high <= 1
-
-
-def test_patients_who_differ_widen_the_interval() -> None:
-    truth, probability, patient = arrays(study(spread=2.0))
-    clustered = metrics.intervals(truth, probability, patient)["accuracy"]
-    naive = metrics.intervals(truth, probability, np.arange(len(truth)))["accuracy"]
-    assert clustered is not None
-    assert naive is not None
-    assert np.ptp(clustered) > 2 * np.ptp(naive)
-
-
-def test_no_interval_where_there_is_nothing_to_resample() -> None:
-    truth, probability, patient = arrays(study())
-    one = patient == "p0"
-    assert set(metrics.intervals(truth[one], probability[one], patient[one]).values()) == {None}
-    # one benign patient beside six malignant ones: nothing about the benign
-    few = truth | one
-    found = metrics.intervals(truth[few], probability[few], patient[few])
-    undefined = {"specificity", "balanced_accuracy", "auc"}
-    assert {name for name, interval in found.items() if interval is None} == undefined
-    # no error seen: how rare errors are stays unknown
-    flawless = metrics.intervals(truth, truth.astype(float), patient)
-    assert set(flawless.values()) == {None}
-
-
 def finite(value: Any) -> bool:
     json.dumps(value, allow_nan=False)
     return True
 
 
 def test_evaluate() -> None:
-    frame = study()
+    frame = predictions()
     frame.loc[[0, 25], [schema.ERROR, schema.PROBABILITY_MALIGNANT]] = ["truncated", np.nan]
-    result = metrics.evaluate(frame, threshold=0.4, protocol={"name": "case", "leaky": False})
+    result = metrics.evaluate(frame, threshold=0.4, protocol={"name": "case", "leaky": False}, seed=7)
     assert finite(result)
     assert json.loads(json.dumps(result)) == result
     assert (result["n_images"], result["n_patients"], result["n_errors"]) == (238, 12, 2)
     assert result["protocol"] == {"name": "case", "leaky": False}
+    assert result["threshold"] == 0.4
+    assert result["interval"] == {
+        "level": 0.95,
+        "method": bootstrap.METHOD,
+        "n_resamples": bootstrap.N_RESAMPLES,
+        "seed": 7,
+    }
     good = frame[frame[schema.ERROR].isna()]
-    truth, probability, patient = arrays(good)
-    pooled = result["pooled"]
-    assert pooled.items() >= metrics.binary(truth, probability, 0.4).items()
+    study, pooled = arrays(good, 0.4), result["pooled"]
+    binary = metrics.binary(study.truth, study.probability, study.called)
+    assert {name: pooled[name] for name in binary} == binary
     assert pooled["image_recognition_rate"] == pooled["accuracy"]
-    assert pooled["intervals"] == metrics.intervals(truth, probability, patient, 0.4)
+    assert pooled["intervals"] == bootstrap.intervals(study.tally(), seed=7)
     assert list(result["by_magnification"]) == ["40", "100"]
     assert sum(part["n"] for part in result["by_magnification"].values()) == 238
     assert list(result["recall_by_subtype"]) == list(SUBTYPES)
-    right = ((probability >= 0.4) == truth)[good[schema.SUBTYPE] == "DC"]
+    right = (study.called == study.truth)[good[schema.SUBTYPE] == "DC"]
     assert result["recall_by_subtype"]["DC"] == {"n": 20, "n_patients": 1, "recall": right.mean()}
     assert result["classification_report"]["malignant"]["recall"] == pooled["sensitivity"]
     assert "multiclass" not in result
 
 
+def test_the_classification_report_agrees_with_scikit_learn() -> None:
+    study = arrays(predictions())
+    found = metrics.evaluate(predictions())["classification_report"]
+    theirs = sklearn_metrics.classification_report(
+        study.truth, study.called, target_names=["benign", "malignant"], output_dict=True
+    )
+    for name, row in found.items():
+        assert row == pytest.approx(
+            {
+                "f1": theirs[name]["f1-score"],
+                **{k: theirs[name][k] for k in ("precision", "recall", "support")},
+            }
+        )
+
+
+def levels() -> pd.DataFrame:
+    """Six patients in five cases: a case of two patients, one of both classes, an image of no slide."""
+    rows = [
+        ("a", "s1", "p1", "c1", "malignant", 0.9),
+        ("b", "s1", "p1", "c1", "malignant", 0.4),
+        ("c", "s2", "p1", "c1", "malignant", 0.8),
+        ("d", "s3", "p2", "c2", "benign", 0.5),
+        ("e", "s4", "p3", "c2", "benign", 0.1),
+        ("f", "s4", "p3", "c2", "benign", 0.2),
+        ("g", "s5", "p4", "c3", "benign", 0.6),
+        ("h", "s5", "p4", "c3", "malignant", 0.6),
+        ("i", None, "p5", "c4", "malignant", 0.3),
+        ("j", "s6", "p6", "c5", "benign", 0.2),
+    ]
+    columns = [schema.IMAGE_ID, schema.SLIDE, schema.PATIENT, schema.CASE, schema.TUMOR_CLASS]
+    return pd.DataFrame(rows, columns=[*columns, schema.PROBABILITY_MALIGNANT]).assign(**{schema.ERROR: None})
+
+
+def test_slides_cases_and_patients_by_hand() -> None:
+    by_level = metrics.evaluate(levels())["by_level"]
+    slide, case, patient = (by_level[name] for name in ("slide", "case", "patient"))
+    # Odds of s1: the root of 9 · 2/3, of s2: 4, of s3: 1, wrongly called malignant, of s4: the root of
+    # 1/9 · 1/4, of s6: 1/4; s5 is of both classes.
+    assert (slide["n"], slide["n_mixed"], slide["n_patients"]) == (5, 1, 4)
+    assert slide["confusion_matrix"] == [[2, 1], [0, 2]]
+    assert slide["auc"] == 1
+    assert slide["patient_recognition_rate"] == 3 / 4
+    # Odds of c1: the cube root of 24, of c2: that of 1 · 1/9 · 1/4, rightly called benign.
+    assert (case["n"], case["n_mixed"], case["n_patients"]) == (4, 1, 4)
+    assert case["confusion_matrix"] == [[2, 0], [1, 1]]
+    assert case["auc"] == 1
+    odds = np.array([24 ** (1 / 3), (1 / 36) ** (1 / 3), 3 / 7, 1 / 4])
+    error = odds / (1 + odds) - [1, 0, 1, 0]
+    assert case["brier"] == pytest.approx((error**2).mean())
+    # p1 and p5 are malignant, p2, p3 and p6 benign; p2 is wrong, and p5.
+    assert (patient["n"], patient["n_mixed"], patient["n_patients"]) == (5, 1, 5)
+    assert patient["confusion_matrix"] == [[2, 1], [1, 1]]
+    assert patient["auc"] == 5 / 6
+    assert patient["accuracy"] == patient["patient_recognition_rate"] == 3 / 5
+    # all images: of p1 two of three, p2 none, p3 all, p4 one of two, p5 none, p6 all
+    pooled = metrics.evaluate(levels())["pooled"]
+    assert pooled["patient_recognition_rate"] == pytest.approx((2 / 3 + 0 + 1 + 1 / 2 + 0 + 1) / 6)
+
+
+def test_groups_are_called_by_the_threshold_too() -> None:
+    """The mean log-odds of a group against those of the threshold."""
+    verdicts = [
+        metrics.evaluate(levels(), threshold)["by_level"]["case"]["confusion_matrix"]
+        for threshold in (0.25, 0.5, 0.75)
+    ]
+    # odds against 1/3, 1 and 3: c1 has 2.9, c2 0.30, c4 0.43, c5 0.25
+    assert verdicts == [[[2, 0], [0, 2]], [[2, 0], [1, 1]], [[2, 0], [2, 0]]]
+
+
+def test_models_with_other_thresholds_are_measured_together() -> None:
+    """Cross-validation: each fold's images are judged at the threshold of the model that never saw them."""
+    frame = predictions()
+    fold = frame[schema.PATIENT].isin([f"p{i}" for i in range(6)])
+    joined = pd.concat([aggregate.images(frame[fold], 0.3), aggregate.images(frame[~fold], 0.7)])
+    found = metrics.measure(joined)
+    called = frame[schema.PROBABILITY_MALIGNANT] >= np.where(fold, 0.3, 0.7)
+    right = called == (frame[schema.TUMOR_CLASS] == "malignant")
+    assert found["pooled"]["accuracy"] == right.mean()
+    patients = found["by_level"]["patient"]
+    apart = [
+        metrics.evaluate(frame[rows], t)["by_level"]["patient"] for rows, t in ((fold, 0.3), (~fold, 0.7))
+    ]
+    assert patients["accuracy"] == pytest.approx((apart[0]["accuracy"] + apart[1]["accuracy"]) / 2)
+    assert finite(found)
+
+
+def test_calibration_before_and_after_the_temperature() -> None:
+    frame = predictions()
+    before = metrics.evaluate(frame)["calibration"]
+    assert list(before) == ["after"]
+    sharper = 1 / (1 + ((1 / frame[schema.PROBABILITY_MALIGNANT]) - 1) ** 3)
+    found = metrics.evaluate(frame.assign(**{aggregate.UNCALIBRATED: sharper}))
+    after, before = found["calibration"]["after"], found["calibration"]["before"]
+    truth = (frame[schema.TUMOR_CLASS] == "malignant").to_numpy()
+    for told, probability in ((after, frame[schema.PROBABILITY_MALIGNANT]), (before, sharper)):
+        assert told["brier"] == pytest.approx(sklearn_metrics.brier_score_loss(truth, probability))
+        assert told["cross_entropy"] == pytest.approx(sklearn_metrics.log_loss(truth, probability))
+        assert told["ece"] == calibration.expected_error(truth, probability)
+        assert sum(row["n"] for row in told["reliability"]) == 240
+        low, high = told["intervals"]["brier"]
+        assert low < told["brier"] < high
+    assert after["brier"] == found["pooled"]["brier"]
+    assert after["intervals"]["ece"] == found["pooled"]["intervals"]["ece"]
+    assert finite(found)
+
+
+def test_describe_adds_intervals_to_estimates() -> None:
+    images = aggregate.images(predictions())
+    described = metrics.describe(images)
+    assert described.pop("intervals") == bootstrap.intervals(metrics.tally(images))
+    assert described == metrics.estimates(images)
+    unknown = images.assign(**{schema.PATIENT: images[schema.PATIENT].where(images.index > 0)})
+    estimates = metrics.estimates(unknown)
+    assert (estimates["n_patients"], estimates["patient_recognition_rate"]) == (None, None)
+    assert estimates["accuracy"] == described["accuracy"]
+
+
 def test_evaluate_without_magnification_subtype_or_patient() -> None:
-    bare = study().drop(columns=[schema.MAGNIFICATION, schema.SUBTYPE, schema.PATIENT])
+    bare = predictions().drop(columns=[schema.MAGNIFICATION, schema.SUBTYPE, schema.PATIENT])
     result = metrics.evaluate(bare)
     assert finite(result)
     assert result["by_magnification"] == {}
+    assert result["by_level"] == {}
     assert result["recall_by_subtype"] == {}
     assert result["n_patients"] is None
     assert result["pooled"]["patient_recognition_rate"] is None
@@ -224,14 +270,14 @@ def test_evaluate_without_magnification_subtype_or_patient() -> None:
 
 
 def test_evaluate_when_nothing_was_scored() -> None:
-    frame = study(n_patients=1, n_images=2).assign(**{schema.ERROR: "truncated"})
+    frame = predictions(n_patients=1, n_images=2).assign(**{schema.ERROR: "truncated"})
     result = metrics.evaluate(frame)
     assert finite(result)
     assert (result["n_images"], result["n_errors"], result["pooled"]["accuracy"]) == (0, 2, None)
 
 
 def test_evaluate_a_model_of_subtypes() -> None:
-    frame, names = study(), list(SUBTYPES)
+    frame, names = predictions(), list(SUBTYPES)
     generator = np.random.default_rng(0)
     probability = generator.dirichlet(np.ones(8), len(frame))
     frame[schema.PROBABILITY] = list(probability)

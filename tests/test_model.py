@@ -129,8 +129,18 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
 def test_probability():
     logit = torch.tensor([[0.0, 2.0], [1.0, 1.0]])
     torch.testing.assert_close(model.probability(logit)[:, 1], torch.sigmoid(torch.tensor([2.0, 0.0])))
-    cooler = model.probability(logit, temperature=2.0)[0, 1]
-    torch.testing.assert_close(cooler, torch.sigmoid(torch.tensor(1.0)))
+
+
+def test_a_temperature_divides_logits_and_evidence_alike():
+    network = model.build(2, seed=1).eval()
+    images = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        plain = model.forward(network, images)
+        cooler = model.forward(model.temper(network, 2.0), images)
+    torch.testing.assert_close(cooler.logit, plain.logit / 2)
+    torch.testing.assert_close(cooler.evidence, plain.evidence / 2)
+    torch.testing.assert_close(cooler.evidence_bias, plain.evidence_bias / 2)
+    torch.testing.assert_close(cooler.pooled, plain.pooled)
 
 
 def test_probability_malignant_sums_over_malignant_subtypes():

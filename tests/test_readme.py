@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bcd import bundle, model, provenance
-from bcd.config import Config, EvaluateConfig, ScoreConfig, ServeConfig, TrainConfig
+from bcd.config import AuditConfig, Config, CrossvalConfig, EvaluateConfig, ScoreConfig, TrainConfig
+from bcd.serving_config import ServeConfig
 from tests import pictures
 from tests.test_bundle import card
 
@@ -20,7 +21,9 @@ COMMANDS = [
 ]
 JOBS: dict[str, type[Config]] = {
     "train": TrainConfig,
+    "crossval": CrossvalConfig,
     "evaluate": EvaluateConfig,
+    "audit": AuditConfig,
     "score": ScoreConfig,
     "serve": ServeConfig,
 }

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from bcd import metrics, report, schema
-from bcd.taxonomy import SUBTYPES
+from bcd import aggregate, metrics, report, schema
+from bcd.example import Example
+from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES
 
 FACTS: dict[str, Any] = {
     "title": "A first run",
@@ -23,7 +24,19 @@ FACTS: dict[str, Any] = {
     "command": "python jobs/train.py --data <here>",
     "versions": {"bcd": "0.1.0"},
 }
-FIGURES = {"history", "class_distribution", "confusion_matrix", "roc", "by_magnification", "patients"}
+FIGURES = {
+    "history",
+    "class_distribution",
+    "confusion_matrix",
+    "roc",
+    "precision_recall",
+    "reliability",
+    "abstention",
+    "by_magnification",
+    "magnification_strip",
+    "patients",
+    "patient_strip",
+}
 
 
 def predictions(n_patients: int = 8) -> pd.DataFrame:
@@ -64,8 +77,28 @@ def history(n_epochs: int = 3) -> list[dict[str, Any]]:
     ]
 
 
-def write(folder: Path, frame: pd.DataFrame, n_epochs: int = 0, facts: dict[str, Any] | None = None) -> str:
-    page = report.write(folder, metrics.evaluate(frame), history(n_epochs), frame, facts or {})
+def example(image: pd.Series) -> Example:
+    p = image[schema.PROBABILITY_MALIGNANT]
+    pixels = np.full((46, 70, 3), 200, np.uint8)
+    evidence = np.full((2, 3), image[aggregate.LOG_ODDS])
+    return Example(
+        image[schema.IMAGE_ID], p, image[schema.PREDICTED_CLASS], image[aggregate.LOG_ODDS], pixels, evidence
+    )
+
+
+def write(
+    folder: Path,
+    frame: pd.DataFrame,
+    n_epochs: int = 0,
+    facts: dict[str, Any] | None = None,
+    classes: tuple[str, ...] = TUMOR_CLASSES,
+    **more: Any,
+) -> str:
+    images = aggregate.images(frame)
+    examples = {place: example(images.iloc[place]) for place in report.choose(images).all()}
+    unscored = aggregate.unscored(frame).to_dict("records")
+    measured = metrics.evaluate(frame, class_names=classes) | more
+    page = report.write(folder, measured, history(n_epochs), images, facts or {}, examples, unscored)
     assert page == folder / "report.html"
     return page.read_text(encoding="utf-8")
 
@@ -113,7 +146,7 @@ def test_numbers_and_facts_are_on_the_page(page: str) -> None:
 
 def test_the_page_needs_nothing_from_outside(page: str) -> None:
     assert "http" not in page
-    assert not re.search(r"<(script|link|img|iframe)\b|@import|\bsrc=", page)
+    assert not re.search(r"<(script|link|iframe)\b|@import|\bsrc=(?!\"data:image/)", page)
     assert not [target for target in re.findall(r'href="([^"]*)"', page) if not target.startswith("#")]
     ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
@@ -137,7 +170,12 @@ def test_the_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("fact", "mark"), [("synthetic", "synthetic data"), ("leaky", "leaky: patients stand on both sides")]
+    ("fact", "mark"),
+    [
+        ("synthetic", "synthetic data"),
+        ("leaky", "leaky: patients stand on both sides"),
+        ("forced", "forced: may have been trained on"),
+    ],
 )
 def test_a_mark_stands_wherever_numbers_do(fact: str, mark: str, page: str, tmp_path: Path) -> None:
     assert mark.upper() not in page.upper()
@@ -146,10 +184,10 @@ def test_a_mark_stands_wherever_numbers_do(fact: str, mark: str, page: str, tmp_
     assert len(cards) == 5
     assert all(mark in card for card in cards)
     svgs = re.findall(r"<svg.*?</svg>", marked, flags=re.S)
-    assert len(svgs) == 5
+    assert len(svgs) == len(FIGURES) - 1
     assert all(mark.upper() in svg for svg in svgs)
     assert all(mark.upper() in path.read_text() for path in (tmp_path / "figures").glob("*.svg"))
-    assert ("that it had never seen" in text(marked)) == (fact != "leaky")
+    assert ("that it had never seen" in text(marked)) == (fact == "synthetic")
 
 
 def test_one_patient_one_class_and_no_run(tmp_path: Path) -> None:
@@ -160,8 +198,12 @@ def test_one_patient_one_class_and_no_run(tmp_path: Path) -> None:
     assert not re.search(r"\b(nan|None)\b", text(page))
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
         "confusion_matrix",
+        "reliability",
+        "abstention",
         "by_magnification",
+        "magnification_strip",
         "patients",
+        "patient_strip",
     }
 
 
@@ -177,8 +219,7 @@ def test_images_without_patients_and_with_errors(tmp_path: Path) -> None:
 def test_a_model_of_subtypes_has_both_matrices(tmp_path: Path) -> None:
     frame, names = predictions(), tuple(SUBTYPES)
     frame[schema.PROBABILITY] = [np.eye(8)[names.index(code)] for code in frame[schema.SUBTYPE]]
-    measured = metrics.evaluate(frame, class_names=names)
-    page = report.write(tmp_path, measured, [], frame, {}).read_text(encoding="utf-8")
+    page = write(tmp_path, frame, classes=names)
     assert "Accuracy 100.0 %, balanced accuracy 100.0 % over 24 images" in text(page)
     assert (tmp_path / "figures" / "confusion_matrix_subtype.svg").exists()
 
@@ -188,7 +229,71 @@ def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
     frame.loc[frame[schema.PATIENT] == "p0", schema.PATIENT] = "<b>$x^$"
     page = write(tmp_path, frame)
     assert "<b>$x" not in page
-    assert page.count("&lt;b&gt;$x^$") == 2  # in the table and below its column
+    assert page.count("&lt;b&gt;$x^$") == 4  # in the table, over its picture and below two columns
+
+
+def test_every_wrong_prediction_is_shown_by_patient_and_the_rest_as_samples(page: str) -> None:
+    """Of 8 patients with 3 images each, every other one has one wrong."""
+    images = aggregate.images(predictions())
+    choice = report.choose(images)
+    assert [images[schema.IMAGE_ID].iloc[i] for i in choice.wrong] == ["p0/2", "p2/2", "p4/2", "p6/2"]
+    assert images.iloc[choice.clearest][schema.TUMOR_CLASS].tolist() == ["benign"] * 3 + ["malignant"] * 3
+    assert len(choice.correct) == report.N_CORRECT
+    assert not set(choice.correct) & {*choice.clearest, *choice.wrong}
+    assert images.iloc[choice.correct + choice.clearest][aggregate.CORRECT].all()
+    for patient in ("p0", "p2", "p4", "p6"):
+        assert f"Patient {patient}: 1 wrong" in text(page)
+    assert page.count('<figure class="example">') == 4 + 6 + 12
+    assert "4 of 24 images; patients with most of them first" in text(page)
+
+
+def test_what_it_costs_is_said_in_missed_cancers(tmp_path: Path) -> None:
+    point = {"threshold": 0.5, "rule": "sensitivity", "target_sensitivity": 0.95, "sensitivity": 0.96}
+    point |= {"specificity": 0.8, "n_malignant": 50, "n_benign": 20, "n_patients": 9}
+    page = text(write(tmp_path, predictions(), operating_point=point, temperature=1.7))
+    assert "Missed cancers: 2 of 12 malignant images (16.7 %), 0 of 4 malignant patients as a whole" in page
+    assert "chosen on validation (50 malignant and 20 benign images of 9 patients) for a sensitivity" in page
+    assert "Temperature 1.70, fitted on validation only: above 1, the network was too sure of itself" in page
+
+
+def study(repeat: int, fold: int, values: pd.DataFrame) -> dict[str, Any]:
+    measured = metrics.evaluate(values)
+    row = {"repeat": repeat, "fold": fold, "n_patients": measured["n_patients"], "threshold": 0.4}
+    return row | {"temperature": 1.2, "pooled": measured["pooled"], "history": history(2)}
+
+
+def test_a_cross_validation_shows_its_folds_and_what_a_leak_adds(tmp_path: Path) -> None:
+    frame = predictions()
+    rows = [study(1, n, frame.iloc[part]) for n, part in enumerate((slice(0, 12), slice(12, 24)), 1)]
+    spread = {name: {"mean": 0.9, "sd": 0.04, "n": 2} for name in report.MEASURES}
+    row = {"first": 0.99, "second": 0.52, "difference": 0.47, "interval": [0.4, 0.54], "p_value": 1e-6}
+    leak = {"leaky": "image", "honest": "case", "metrics": dict.fromkeys(report.MEASURES, row)}
+    page = write(tmp_path, frame, folds=rows, spread=spread, leak=leak, threshold=None)
+    said = text(page)
+    assert "each judged by a model that had not seen the patient, 2 models tell" in said
+    assert "Its mean over the 2 folds is 90.0 ± 4.0 %" in said
+    assert "The leak adds +47.0 points: split by image, with patients on both sides" in said
+    assert "instead of 52.0 % (95 % interval of the difference +40.0 to +54.0 points)" in said
+    assert {"folds", "histories", "leak"} <= {path.stem for path in (tmp_path / "figures").iterdir()}
+    lines = report.summary_lines(metrics.evaluate(frame) | {"spread": spread})
+    assert lines[1].endswith("mean ± SD of folds")
+    assert lines[2].endswith("90.0 ± 4.0\N{NO-BREAK SPACE}%")
+
+
+@pytest.mark.parametrize(
+    ("difference", "interval", "start"),
+    [
+        (0.1, [0.02, 0.18], "The leak adds +10.0 points"),
+        (0.1, [-0.02, 0.2], "No leak is seen"),
+        (0.1, None, "No"),
+    ],
+)
+def test_a_leak_is_claimed_only_where_the_interval_says_so(
+    difference: float, interval: list[float] | None, start: str
+) -> None:
+    row = {"first": 0.9, "second": 0.8, "difference": difference, "interval": interval}
+    leak = {"leaky": "image", "honest": "case", "metrics": {"balanced_accuracy": row}}
+    assert report.leak_sentence(leak).startswith(start)
 
 
 def test_summary_lines() -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from bcd import breakhis, schema, split
+from bcd import breakhis, division, schema, split
 from bcd.errors import ConfigError, DataError, LeakageError
 from bcd.storage import File
 from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES
@@ -223,7 +223,7 @@ def test_three_patients_of_a_class_give_one_to_each_part_however_large() -> None
 @pytest.mark.parametrize("seed", range(20))
 def test_one_round_suffices_for_both_classes_everywhere(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two patients of both classes and one of each: only one way of dividing them is right."""
-    monkeypatch.setattr(split, "_WORK", 1)
+    monkeypatch.setattr(division, "_WORK", 1)
     rows = table(
         *(row(f"both{p}-{s}", f"both{p}", s) for p in range(2) for s in ("A", "DC")),
         *(row(f"{s}-{i}", s, s) for s in ("A", "DC") for i in range(9)),
@@ -417,6 +417,14 @@ def test_what_may_not_cross_is_found(
     with pytest.raises(LeakageError) as caught:
         split.check(crossing, protocol)
     assert str(caught.value) == f"the split by {protocol} leaks: {expected}"
+
+
+def test_crossings_are_named_for_the_columns_that_are_asked_for() -> None:
+    rows = table(row("a", "p", "A", case="c"), row("b", "p", "A", case="c"), row("d", "q", "A", case="c"))
+    crossing = with_parts(rows, split.TRAIN, split.TRAIN, split.TEST)
+    assert split.crossings(crossing, (schema.PATIENT,)) == []
+    said = "case c stands in train (as a and 1 more) and in test (as d)"
+    assert split.crossings(crossing, (schema.PATIENT, schema.CASE)) == [("c", said)]
 
 
 def test_one_case_on_one_side_is_no_leak() -> None:

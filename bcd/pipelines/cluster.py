@@ -112,6 +112,15 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     return ScalingConfig(num_workers=low if low == high else (low, high), use_gpu=use_gpu)
 
 
+def room(config: TrainConfig) -> int:
+    """How many training runs of this kind the cluster holds at a time, at least 1."""
+    have = capacity()
+    low, _ = config.worker_bounds() or (1, 1)
+    if config.device != "cpu" and have["GPU"]:
+        return max(1, int(have["GPU"] // low))
+    return max(1, int(have["CPU"] // (low + DATA_CPUS)))
+
+
 @dataclass(frozen=True)
 class Pool:
     """Actors that each hold a model: at most `size`, `ready` of them without waiting for new nodes."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bcd import storage, synthetic
 from bcd.config import DemoConfig, ScoreConfig, TrainConfig
-from bcd.pipelines import score, train
+from bcd.pipelines import rundir, score, train
 
 
 def run(config: DemoConfig) -> str:
@@ -31,7 +31,7 @@ def run(config: DemoConfig) -> str:
     )
     run_uri = train.run(training)
     archive = _archive(folder / "archive", config.seed + 1)
-    model_uri = storage.join(run_uri, train.MODEL)
+    model_uri = storage.join(run_uri, rundir.MODEL)
     score.run(ScoreConfig(model=model_uri, input=archive, output=str(folder / "scores")))
     print(f"to ask the model in a browser: {sys.executable} jobs/serve.py --model {model_uri}", flush=True)
     return run_uri

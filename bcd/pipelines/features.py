@@ -1,4 +1,4 @@
-"""Statistics of a new model's features over its training pictures, for `bcd.novelty`."""
+"""What a new model makes of its training and validation pictures: feature statistics, and logits."""
 
 from typing import Any
 
@@ -15,34 +15,43 @@ from bcd.pipelines import cluster, predict, read
 N, TOTAL, SQUARES, DISTANCE = "n", "total", "squares", "distance"
 
 
-def statistics(
+def measure(
     network: ResNet, card: bundle.Card, train: pa.Table, validation: pa.Table
-) -> FeatureStatistics:
-    """Mean and spread of the pooled features over the training pictures, the cut-off from the validation's.
+) -> tuple[FeatureStatistics, np.ndarray]:
+    """Mean and spread of the pooled features over the training pictures, and what the validation's tell.
 
     Args:
         network: from `bcd.model.build`, trained; is left as it was.
         card: its card, without statistics.
         train: rows with a `uri`, each picture once.
         validation: likewise.
+
+    Returns:
+        The statistics, with the cut-off from the validation pictures, and the logits (n, classes) of these,
+        in the order of their rows.
     """
     shared = ray.put((network.state_dict(), card))
     sums = _pooled(train, shared, None).to_pandas()
     n = int(sums[N].sum())
     mean, spread = novelty.spread(n, np.sum(sums[TOTAL].tolist(), 0), np.sum(sums[SQUARES].tolist(), 0))
     moments = ray.put((mean, spread))
-    distances = np.concatenate(_pooled(validation, shared, moments).to_pandas()[DISTANCE].tolist())
-    return FeatureStatistics(
+    seen = _pooled(validation, shared, moments).to_pandas()
+    distances = np.concatenate(seen[DISTANCE].tolist())
+    # Batches come back in any order.
+    ids = np.concatenate(seen[schema.IMAGE_ID].tolist()).tolist()
+    logit = dict(zip(ids, np.concatenate([np.stack(rows) for rows in seen[schema.LOGIT]]), strict=True))
+    statistics = FeatureStatistics(
         mean=tuple(mean.astype(np.float32).tolist()),
         spread=tuple(spread.astype(np.float32).tolist()),
         cutoff=novelty.cutoff(distances),
         n_training=n,
         n_validation=len(distances),
     )
+    return statistics, np.stack([logit[name] for name in validation[schema.IMAGE_ID].to_pylist()])
 
 
 def _pooled(rows: pa.Table, shared: ray.ObjectRef, moments: ray.ObjectRef | None) -> Dataset:
-    """A row for each batch of pictures: sums, or distances where the moments are known."""
+    """A row for each batch of pictures: sums, or ids, distances and logits where the moments are known."""
     pool = cluster.model_workers()
     return read.rows(schema.fill(rows, schema.READING), predict.Settings.batch_size).map_batches(
         _Pooler,
@@ -71,7 +80,10 @@ class _Pooler:
         size = (card.input_height_px, card.input_width_px)
         found = read.pixels(batch, *size, [schema.IMAGE_ID], self._threads)
         read.require_whole(found[schema.ERROR], found[schema.IMAGE_ID])
-        pooled = self._bundle.pooled(found[schema.IMAGE]).astype(np.float64)
+        features, logit = self._bundle.pooled(found[schema.IMAGE])
+        pooled = features.astype(np.float64)
         if self._moments is not None:
-            return {DISTANCE: [novelty.distance(pooled, *self._moments)]}
+            distance = novelty.distance(pooled, *self._moments)
+            ids = found[schema.IMAGE_ID].tolist()
+            return {schema.IMAGE_ID: [ids], DISTANCE: [distance], schema.LOGIT: [logit]}
         return {N: [len(pooled)], TOTAL: [pooled.sum(0)], SQUARES: [(pooled**2).sum(0)]}

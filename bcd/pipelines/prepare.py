@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from bcd import balance, breakhis, index, schema, split, storage, synthetic
-from bcd.config import TrainConfig
+from bcd.config import TrainConfig, TrainingConfig
 from bcd.pipelines import read
 from bcd.taxonomy import Target
 
@@ -21,8 +21,11 @@ class Facts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    data: str = ""
+    """URI of the data set."""
     data_fingerprint: str
-    split_fingerprint: str
+    split_fingerprint: str = ""
+    """Of the split, where there is one."""
     synthetic: bool
     warnings: list[str]
     broken: list[str]
@@ -31,28 +34,47 @@ class Facts(BaseModel):
     field_width_px: int
 
 
-def prepare(config: TrainConfig) -> tuple[pa.Table, Facts]:
+def prepare(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None) -> tuple[pa.Table, Facts]:
     """Split rows (schema `schema.SPLIT`) of a training data set, and the facts about it.
+
+    Args:
+        config: of the run.
+        inspected: the data, from `inspect`, where the caller has already read them.
 
     Raises:
         DataError: the data cannot be used, or cannot be split as asked.
         LeakageError: the split lets a group or a picture stand on two sides.
     """
+    fold = _fold(config)  # a missing file is found before pixels are read
+    table, facts = inspected or inspect(config)
+    if config.cross_folds and config.fold:
+        parts = split.assign_fold(
+            table, config.protocol, config.seed, config.cross_folds, config.fold, config.validation_fraction
+        )
+    else:
+        parts = split.assign(
+            table, config.protocol, config.seed, config.validation_fraction, config.test_fraction, fold
+        )
+    split.check(parts, config.protocol)
+    return parts, facts.model_copy(update={"split_fingerprint": split.fingerprint(parts)})
+
+
+def inspect(config: TrainingConfig) -> tuple[pa.Table, Facts]:
+    """The usable rows (schema `schema.INDEX`) of a data set, every image read once, and the facts about it.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
     table, warnings = index.read(config.data)
     table = index.select_magnifications(table, config.magnifications)
-    fold = _fold(config)
     table, broken, (height, width) = read.inspect(table)
     broken_named = read.check_bad_fraction(broken, len(table) + len(broken), config.max_bad_fraction)
     reasons: list[str] = []
     if config.quarantine:
         table, _, reasons = split.quarantine(table)
-    parts = split.assign(
-        table, config.protocol, config.seed, config.validation_fraction, config.test_fraction, fold
-    )
-    split.check(parts, config.protocol)
     facts = Facts(
+        data=config.data,
         data_fingerprint=split.data_fingerprint(table),
-        split_fingerprint=split.fingerprint(parts),
         synthetic=storage.exists(storage.join(config.data, synthetic.MARKER)),
         warnings=warnings,
         broken=broken_named,
@@ -60,7 +82,7 @@ def prepare(config: TrainConfig) -> tuple[pa.Table, Facts]:
         field_height_px=height,
         field_width_px=width,
     )
-    return parts, facts
+    return table, facts
 
 
 def _fold(config: TrainConfig) -> Mapping[str, str] | None:

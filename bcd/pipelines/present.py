@@ -3,15 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import ray
 
-from bcd import bundle, gallery, image, schema, storage
+from bcd import bundle, gallery, schema, storage
 from bcd.errors import IncompleteError
-from bcd.pipelines import expand, predict, read, slides
+from bcd.pipelines import examples, expand, predict, slides
 from bcd.pipelines.ledger import SUMMARY, Ledger
 
 GALLERY = "gallery.html"
@@ -101,14 +100,14 @@ def _write_gallery(
     probabilities = results[schema.PROBABILITY_MALIGNANT].to_numpy()
     chosen = gallery.choose(probabilities, card.threshold)
     rows = _rows(ours, [i for places in chosen.values() for i in places], results)
-    examples = {
-        group: [_example(rows[i], settings.mpp) for i in places if i in rows]
+    shown = {
+        group: [examples.of_row(rows[i], settings.mpp) for i in places if i in rows]
         for group, places in chosen.items()
     }
     page = gallery.page(
         facts,
         probabilities,
-        examples,
+        shown,
         _failures(table),
         _slides(ours, described.to_pylist()),
         (card.input_height_px, card.input_width_px),
@@ -122,31 +121,6 @@ def _rows(ours: Ledger, places: Sequence[int], results: pa.Table) -> dict[int, d
     found = _dataset(ours).to_table(filter=pc.field(schema.IMAGE_ID).isin(ids)).to_pylist()
     by_id = {row[schema.IMAGE_ID]: row for row in found}
     return {i: by_id[name] for i, name in zip(places, ids, strict=True)}
-
-
-def _example(row: dict[str, Any], mpp: float | None) -> gallery.Example:
-    logit = row[schema.LOGIT]
-    maps = np.reshape(row[schema.EVIDENCE], (row[schema.EVIDENCE_HEIGHT], row[schema.EVIDENCE_WIDTH]))
-    probability = row[schema.PROBABILITY_MALIGNANT]
-    two_classes = len(logit) == 2
-    certain = np.finfo(np.float32).eps
-    odds = np.clip(probability, certain, 1 - certain)
-    return gallery.Example(
-        image_id=row[schema.IMAGE_ID],
-        probability_malignant=probability,
-        predicted_class=row[schema.PREDICTED_CLASS],
-        log_odds=logit[1] - logit[0] if two_classes else float(np.log(odds / (1 - odds))),
-        pixels=_pixels(row, mpp),
-        evidence=maps,
-    )
-
-
-def _pixels(row: dict[str, Any], mpp: float | None) -> np.ndarray:
-    """The picture of a row; grey where it is no longer there."""
-    try:
-        return read.picture(row, mpp)
-    except image.ImageError:
-        return np.full((row[schema.HEIGHT_PX], row[schema.WIDTH_PX], 3), 128, np.uint8)
 
 
 def _failures(table: pa.Table) -> dict[str, gallery.Failures]:

@@ -6,7 +6,7 @@ through the driver.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -248,17 +248,7 @@ def inspect(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int, int]]
     Raises:
         DataError: every image is broken.
     """
-    dataset = rows(table).map_batches(
-        _inspect_batch, batch_size=ROWS_PER_TASK, batch_format="pyarrow", num_cpus=1
-    )
-    found: list[pa.Table] = []
-    done, step = 0, max(ROWS_PER_TASK, len(table) // PROGRESS_STEPS)
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        found.append(batch)
-        if (done + len(batch)) // step > done // step:
-            print(f"checked {done + len(batch):,} of {len(table):,} images", flush=True)
-        done += len(batch)
-    result = pa.concat_tables(found).sort_by(schema.IMAGE_ID)
+    result = checked(table, _inspect_batch)
     whole = pc.is_null(result[schema.ERROR])
     bad, good = result.filter(pc.invert(whole)), result.filter(whole)
     broken = dict(_pairs(bad, schema.IMAGE_ID, schema.ERROR))
@@ -267,12 +257,25 @@ def inspect(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int, int]]
     return good.select(schema.INDEX.names).cast(schema.INDEX), broken, usual
 
 
+def checked(table: pa.Table, check: Callable[[pa.Table], pa.Table]) -> pa.Table:
+    """What `check` makes of every batch of rows, on CPU workers: rows without pixels, by image id."""
+    dataset = rows(table).map_batches(check, batch_size=ROWS_PER_TASK, batch_format="pyarrow", num_cpus=1)
+    found: list[pa.Table] = []
+    done, step = 0, max(ROWS_PER_TASK, len(table) // PROGRESS_STEPS)
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        found.append(batch)
+        if (done + len(batch)) // step > done // step:
+            print(f"checked {done + len(batch):,} of {len(table):,} images", flush=True)
+        done += len(batch)
+    return pa.concat_tables(found).sort_by(schema.IMAGE_ID)
+
+
 def _pairs(table: pa.Table, *names: str) -> Iterator[tuple[Any, ...]]:
     return zip(*(table[name].to_pylist() for name in names), strict=True)
 
 
 def _inspect_batch(batch: pa.Table) -> pa.Table:
-    found = [_inspected(content) for content in _contents(batch[schema.URI].to_pylist())]
+    found = [_inspected(content) for content in contents(batch[schema.URI].to_pylist())]
     position = batch.schema.get_field_index(schema.SHA256)
     batch = batch.drop_columns(schema.SHA256)
     columns = pa.Table.from_pylist(found, schema=_INSPECTED)
@@ -300,7 +303,7 @@ def _inspected(content: bytes | StorageError) -> dict[str, Any]:
     return {schema.SHA256: hashlib.sha256(data).hexdigest(), schema.HEIGHT_PX: height, schema.WIDTH_PX: width}
 
 
-def _contents(uris: list[str]) -> Iterator[bytes | StorageError]:
+def contents(uris: list[str]) -> Iterator[bytes | StorageError]:
     """Contents in order; several requests are in flight while the caller decodes."""
     with ThreadPoolExecutor(storage.READ_THREADS) as pool:
         yield from pool.map(_try_read, uris)

@@ -31,9 +31,9 @@ from ray.serve.context import _get_global_client
 
 from bcd import api, bundle, guard, image, storage
 from bcd.bundle import Prediction
-from bcd.config import ServeConfig, ServiceConfig
 from bcd.errors import ConfigError, ResourceError
 from bcd.pipelines import cluster
+from bcd.serving_config import ServeConfig, ServiceConfig
 
 NAME = "bcd"
 # A forward pass that succeeded so long ago still shows that the replica works.

@@ -1,13 +1,8 @@
 """Train a model: index, split, balance, stream, fit, bundle, evaluate. One call, resumable at every step."""
 
-import io
-import json
 import time
-from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from ray.data import Dataset
 from ray.train import (
@@ -20,22 +15,22 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchTrainer
-from safetensors.torch import load_file
 
-from bcd import balance, bundle, model, provenance, schema, split, storage, taxonomy
-from bcd.config import TrainConfig, differences
-from bcd.errors import BcdError, ConfigError
-from bcd.pipelines import cluster, evaluate, features, read, worker
+from bcd import balance, model, schema, storage, taxonomy
+from bcd.config import TrainConfig
+from bcd.errors import BcdError
+from bcd.pipelines import cluster, evaluate, publish, read, rundir, worker
 from bcd.pipelines.prepare import Facts, describe, part_of, prepare
 
-CONFIG, RUN, DATA, SPLIT, MODEL = "config.json", "run.json", "data.json", "split.parquet", "model"
-FINISHED = "finished"
 
-
-def run(config: TrainConfig) -> str:
+def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None) -> str:
     """Train, write the bundle, evaluate it on the test part, and report.
 
     Running the same config again goes on where it was stopped, or says that it is finished.
+
+    Args:
+        config: of the run.
+        inspected: the data, from `prepare.inspect`, where the caller has already read them.
 
     Returns:
         URI of the run directory.
@@ -44,7 +39,7 @@ def run(config: TrainConfig) -> str:
         BcdError: what the user can put right, before any long work where that is possible.
     """
     run_uri = storage.join(config.output, config.name)
-    if _begin(config, run_uri):
+    if rundir.begin(config, run_uri):
         print(f"{run_uri} is finished: see report.html there, or choose another --name to train anew")
         return run_uri
     started = time.time()
@@ -53,64 +48,30 @@ def run(config: TrainConfig) -> str:
     model.build(len(classes), weights)  # wrong weights end the run here, not in a worker
     cluster.connect()
     scaling = cluster.scaling(config)
-    table, facts = _prepared(config, run_uri)
+    table, facts = _prepared(config, run_uri, inspected)
     result = fit(config, run_uri, table, weights, scaling)
-    _write_json(run_uri, evaluate.HISTORY, result.return_value)
-    _publish_bundle(config, run_uri, table, facts, result)
+    rundir.write_json(run_uri, rundir.HISTORY, result.return_value)
+    publish.bundle_of(config, storage.join(run_uri, rundir.MODEL), table, facts, result)
     trained = time.time()
-    evaluate.evaluate(storage.join(run_uri, MODEL), table, facts, run_uri)
+    evaluate.evaluate(storage.join(run_uri, rundir.MODEL), table, facts, run_uri)
     timings = {"train_s": round(trained - started, 1), "evaluate_s": round(time.time() - trained, 1)}
-    _write_json(run_uri, RUN, _run_facts(config) | {"status": FINISHED, "timings": timings})
+    rundir.finish(config, run_uri, timings)
     return run_uri
 
 
-def _begin(config: TrainConfig, run_uri: str) -> bool:
-    """Check that the run directory is ours and can be written; whether the run is already finished.
-
-    Raises:
-        ConfigError: it belongs to a run with other settings, which are named.
-        StorageError: nothing can be written there.
-    """
-    settings = config.model_dump(mode="json")
-    if not storage.exists(storage.join(run_uri, CONFIG)):
-        storage.check_writable(run_uri)
-        return False
-    if differing := differences(_read_json(run_uri, CONFIG), settings):
-        raise ConfigError(
-            f"{run_uri} was started with other settings: {'; '.join(differing)}. "
-            "Repeat them to go on, or choose another --name"
-        )
-    if _read_json(run_uri, RUN).get("status") == FINISHED:
-        return True
-    storage.check_writable(run_uri)
-    return False
-
-
-def _run_facts(config: TrainConfig) -> dict[str, Any]:
-    return {
-        "versions": provenance.versions(),
-        "git_commit": provenance.git_commit(),
-        "command": provenance.command(),
-        "seed": config.seed,
-    }
-
-
-def _prepared(config: TrainConfig, run_uri: str) -> tuple[pa.Table, Facts]:
+def _prepared(
+    config: TrainConfig, run_uri: str, inspected: tuple[pa.Table, Facts] | None
+) -> tuple[pa.Table, Facts]:
     """The split of this run: made once, then read back, so that a resumed run cannot see another one.
 
     Only now is the run directory claimed: a run that failed on its data may be tried again with other data.
     """
-    split_uri = storage.join(run_uri, SPLIT)
-    if storage.exists(split_uri):
-        table = pq.read_table(io.BytesIO(storage.read_bytes(split_uri)))
-        return table.cast(schema.SPLIT), Facts(**_read_json(run_uri, DATA))
-    table, facts = prepare(config)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    _write_json(run_uri, DATA, facts.model_dump())
-    _write_json(run_uri, RUN, _run_facts(config) | {"status": "started"})
-    _write_json(run_uri, CONFIG, config.model_dump(mode="json"))
-    storage.write_bytes(split_uri, buffer.getvalue())
+    if (table := rundir.read_split(run_uri)) is not None:
+        return table, Facts(**rundir.read_json(run_uri, rundir.DATA))
+    table, facts = prepare(config, inspected)
+    rundir.write_json(run_uri, rundir.DATA, facts.model_dump())
+    rundir.claim(config, run_uri)
+    rundir.write_split(run_uri, table)
     print("\n".join(describe(config, table, facts)), flush=True)
     return table, facts
 
@@ -174,52 +135,3 @@ def fit(
             if isinstance(fault, BcdError):
                 raise fault from error
         raise
-
-
-def _publish_bundle(config: TrainConfig, run_uri: str, table: pa.Table, facts: Facts, result: Result) -> None:
-    """Write the best epoch by validation balanced accuracy as the bundle."""
-    checkpoint, measured = max(result.best_checkpoints, key=lambda pair: pair[1][worker.SELECTION])
-    network = model.build(len(taxonomy.classes(config.target)))
-    with checkpoint.as_directory() as folder:
-        network.load_state_dict(load_file(Path(folder) / worker.WEIGHTS_FILE))
-    train = part_of(table, read.TRAIN)
-    card = bundle.Card(
-        target=config.target,
-        classes=taxonomy.classes(config.target),
-        input_height_px=config.input_height_px,
-        input_width_px=config.input_width_px,
-        field_height_px=facts.field_height_px,
-        field_width_px=facts.field_width_px,
-        mpp=_distinct(train, schema.MPP),
-        magnifications=_distinct(train, schema.MAGNIFICATION),
-        protocol=config.protocol,
-        fold=config.fold,
-        seed=config.seed,
-        data_fingerprint=facts.data_fingerprint,
-        split_fingerprint=facts.split_fingerprint,
-        leaky=config.protocol in split.LEAKY,
-        synthetic=facts.synthetic,
-        training=config.model_dump(mode="json"),
-        validation={name: measured[name] for name in (schema.EPOCH, worker.SCORE, "n_validation")},
-        versions=provenance.versions(),
-        git_commit=provenance.git_commit(),
-    )
-    statistics = features.statistics(network, card, train, part_of(table, read.VALIDATION))
-    card = card.model_copy(update={"feature_statistics": statistics})
-    bundle.save(network, card, storage.join(run_uri, MODEL))
-
-
-def _distinct(table: pa.Table, column: str) -> tuple[Any, ...]:
-    return tuple(sorted({round(v, 4) for v in table[column].to_pylist() if v is not None}))
-
-
-def _write_json(run_uri: str, name: str, content: Any) -> None:
-    storage.write_bytes(storage.join(run_uri, name), json.dumps(content, indent=2).encode())
-
-
-def _read_json(run_uri: str, name: str) -> dict[str, Any]:
-    uri = storage.join(run_uri, name)
-    try:
-        return json.loads(storage.read_bytes(uri))
-    except json.JSONDecodeError as error:
-        raise BcdError(f"{uri} is damaged: {error}; delete the run directory and train anew") from error

@@ -1,4 +1,4 @@
-"""Statistics of a model's features: Ray's sums against plain NumPy over the same pictures."""
+"""What a model makes of its pictures: Ray's sums against plain NumPy over the same ones."""
 
 from pathlib import Path
 
@@ -32,19 +32,22 @@ def test_they_are_those_of_a_plain_loop(joined, tmp_path):
     network, facts = model.build(2, seed=1).eval(), card()
     train, validation = table(tmp_path, "t", 41, 0), table(tmp_path, "v", 12, 1)
     before = network.fc.weight.clone()
-    found = features.statistics(network, facts, train, validation)
+    found, logit = features.measure(network, facts, train, validation)
     plain = bundle.from_state(network.state_dict(), facts)
 
     def pooled(rows):
         contents = [Path(uri).read_bytes() for uri in rows[schema.URI].to_pylist()]
         return plain.pooled(np.stack([plain.fit(image.decode(content)) for content in contents]))
 
-    np.testing.assert_allclose(found.mean, pooled(train).mean(0), rtol=1e-3, atol=1e-5)
-    spread = pooled(train).std(0)
+    seen = pooled(train)[0]
+    np.testing.assert_allclose(found.mean, seen.mean(0), rtol=1e-3, atol=1e-5)
+    spread = seen.std(0)
     moving = spread > 2 * novelty.SMALLEST_SPREAD * spread.mean()
     assert moving.mean() > 0.5
     np.testing.assert_allclose(np.array(found.spread)[moving], spread[moving], rtol=0.02)
-    distances = novelty.distance(pooled(validation), found.mean, found.spread)
+    held_out, expected = pooled(validation)
+    np.testing.assert_allclose(logit, expected, atol=1e-4)
+    distances = novelty.distance(held_out, found.mean, found.spread)
     assert found.cutoff == pytest.approx(np.percentile(distances, 99), rel=1e-2)
     assert (found.n_training, found.n_validation) == (41, 12)
     assert (network.fc.weight == before).all()

@@ -28,9 +28,10 @@ from ray import serve as ray_serve
 from ray.serve.schema import ServeDeploySchema
 
 from bcd import bundle, guard, model, schema
-from bcd.config import ScoreConfig, ServeConfig, ServiceConfig
+from bcd.config import ScoreConfig
 from bcd.errors import BundleError, ConfigError, ResourceError
 from bcd.pipelines import score, serve
+from bcd.serving_config import ServeConfig, ServiceConfig
 from tests import archives, pictures
 from tests.cluster import BIN, PATIENCE_S, ROOT, free_port, kill, wait_for
 from tests.service import LIMITS, TOKEN

@@ -1,0 +1,178 @@
+"""Dividing groups of images into parts: a random fair division, found by local search, in integers only.
+
+The same seed gives the same division on every platform and with every version of NumPy (raw PCG64 words).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from bcd import schema
+from bcd.taxonomy import TUMOR_CLASSES
+
+Integers = NDArray[np.int64]
+
+# A fair split: subtypes take shares of every part that are within 5 points of their shares in the whole,
+# and parts are within 10 % of the wanted size.
+_SHARE, _SIZE = 0.05, 0.10
+# Effort of one split: local searches from nothing, rounds of each, and a bound on the groups looked at. The
+# first searches insist on a fair split; where the groups allow none, each later one is content with less.
+_SEARCHES, _STRICT, _ROUNDS, _WORK = 8, 4, 100, 60_000
+# Columns of the table of group sizes: images of each tumour class, of all, and of each stratum.
+CLASSES, _ALL, _STRATA = slice(0, 2), 2, slice(3, None)
+
+
+def codes(column: pa.ChunkedArray) -> Integers:
+    """Number of every value, in order of appearance; -1 for null."""
+    indices = column.combine_chunks().dictionary_encode().indices
+    return indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def sizes(rows: pa.Table, groups: Integers) -> Integers:
+    """Images of every group (rows): of each tumour class, of all, and of each stratum (columns)."""
+    classes = pc.index_in(rows[schema.TUMOR_CLASS], pa.array(TUMOR_CLASSES)).to_numpy()
+    strata = codes(pc.coalesce(rows[schema.SUBTYPE], rows[schema.TUMOR_CLASS]))
+    n_groups, n_strata = groups.max(initial=-1) + 1, strata.max(initial=-1) + 1
+    sizes = np.zeros((n_groups, _STRATA.start + n_strata), dtype=np.int64)
+    sizes[:, _ALL] = np.bincount(groups, minlength=n_groups)
+    np.add.at(sizes, (groups, classes), 1)
+    np.add.at(sizes, (groups, _STRATA.start + strata), 1)
+    return sizes
+
+
+def divide(sizes: Integers, shares: NDArray[np.float64], wanted: Sequence[int], seed: int) -> Integers:
+    """Part of every group: a random fair division, found by local search.
+
+    The best division would be the same for every seed, so the first that is fair is taken. A round takes a
+    random quarter of the groups out, puts them back one by one where they fit best, moves single groups while
+    that helps, and goes on from the result if it is no worse.
+
+    Args:
+        sizes: (groups, columns) from `sizes`.
+        shares: (parts,) wanted share of the images.
+        wanted: (parts,) how much worse a part is without some stratum; without a class all are useless.
+        seed: of raw PCG64 words, which NumPy promises never to change, unlike `Generator` methods.
+    """
+    n = len(sizes)
+    rounds = int(np.clip(_WORK // n, 1, _SEARCHES * _ROUNDS))
+    words = np.random.PCG64(seed).random_raw(rounds * n).reshape(rounds, n) >> np.uint64(40)
+    results: list[_Division] = []
+    for number, word in enumerate(words.astype(np.int64)):
+        fresh = number % _ROUNDS == 0
+        part = np.full(n, -1) if fresh else results[-1].part.copy()
+        out = np.arange(n) if fresh else np.argsort(word, kind="stable")[: max(2, n // 4)]
+        part[out] = -1
+        trial = _Division(sizes, shares, wanted, part)
+        # Roughly the large before the small, which then even out what the large leave.
+        trial.fill(out[np.argsort(-word[out] * sizes[out, _ALL], kind="stable")])
+        trial.settle()
+        if fresh:
+            results.append(trial)
+        elif trial.measure() <= results[-1].measure():
+            results[-1] = trial
+        if trial.is_fair(slack=max(1, len(results) - _STRICT + 1)):
+            return trial.part
+    return min(results, key=_Division.measure).part
+
+
+class _Division:
+    """Groups on their way into parts, and what it costs to add or to move one.
+
+    Absence comes before all else: it counts the classes missing from a part and, far behind, the strata
+    missing, by how much each part wants them. Unevenness is the squared distance to the wanted number of
+    images, in units of the part's wanted size, summed over parts, classes, strata and the whole. Integers
+    only: no rounding that tips a tie one way here and another way there (exact up to some 10 million rows).
+    """
+
+    def __init__(
+        self, sizes: Integers, shares: NDArray[np.float64], wanted: Sequence[int], part: Integers
+    ) -> None:
+        """Start from the part of every group, -1 for those still out; arguments as in `divide`."""
+        inside = (part == np.arange(len(shares))[:, None]).astype(np.int64)
+        self.sizes, self.part = sizes, part
+        self.holds = (sizes > 0).astype(np.int64)
+        self.target = np.rint(np.outer(shares, sizes.sum(axis=0))).astype(np.int64)
+        self.excess = inside @ sizes - self.target
+        self.holders = inside @ self.holds
+        self.weight = np.rint(1 / (shares * shares)).astype(np.int64)
+        self.must = np.zeros_like(self.excess)
+        self.must[:, CLASSES] = 3 * sizes.shape[1]
+        self.must[:, _STRATA] = np.array(wanted)[:, None]
+        # Fewer groups than parts must be missing somewhere: best where it costs least.
+        groups = self.holds.sum(axis=0)
+        dearest_first = -np.sort(-self.must, axis=0)
+        missing = np.arange(len(shares))[:, None] >= groups
+        self.unavoidable = int((dearest_first * missing).sum())
+
+    def measure(self) -> tuple[int, int]:
+        """Absence, and the unevenness by fourth powers: one stratum far off is worse than all a little."""
+        squares = (self.excess**2 * self.weight[:, None]).astype(object)
+        return self._absence(), (squares**2).sum()
+
+    def is_fair(self, slack: int) -> bool:
+        """Nothing is absent that need not be, and all is within slack times the tolerances.
+
+        A stratum with fewer groups than parts keeps no share.
+        """
+        groups = self.holds.sum(axis=0)
+        if self._absence() > self.unavoidable:
+            return False
+        images, total = self.target + self.excess, self.sizes.sum(axis=0)
+        shares = np.abs(images / images[:, [_ALL]] - total / total[_ALL])
+        sizes = np.abs(self.excess[:, _ALL]) / np.maximum(self.target[:, _ALL], 1)
+        within = shares[:, groups >= len(images)].max() <= slack * _SHARE
+        return bool(within and sizes.max() <= slack * _SIZE)
+
+    def fill(self, order: Integers) -> None:
+        """Put groups where they fit best, in the given order."""
+        for group in order:
+            absence, unevenness = self._adding(slice(group, group + 1))
+            self._put(group, int(np.lexsort((unevenness[0], absence[0]))[0]))
+
+    def settle(self) -> None:
+        """Move the one group whose move helps most, until none helps by a tenth of a point, squared.
+
+        Afterwards each class with as many groups as parts stands in every part: if it lacked one, some part
+        would have two groups of it, and of those one can go without taking the other class along for good.
+        """
+        worthwhile = -(int(self.sizes[:, _ALL].sum()) ** 2) // 10**6
+        while True:
+            absence, unevenness = self._moving()
+            best = absence.min()
+            candidates = np.where(absence == best, unevenness, np.iinfo(np.int64).max)
+            group, part = np.unravel_index(candidates.argmin(), candidates.shape)
+            if best == 0 and candidates[group, part] >= worthwhile:
+                return
+            self._put(int(group), int(part))
+
+    def _absence(self) -> int:
+        return int(self.must[self.holders == 0].sum())
+
+    def _adding(self, groups: slice) -> tuple[Integers, Integers]:
+        """Change of absence and unevenness, each (groups, parts), by adding one group to a part."""
+        x = self.sizes[groups]
+        absence = -(self.holds[groups] @ (self.must * (self.holders == 0)).T)
+        return absence, (2 * x @ self.excess.T + (x * x).sum(axis=1, keepdims=True)) * self.weight
+
+    def _moving(self) -> tuple[Integers, Integers]:
+        """Change of absence and unevenness, each (groups, parts), by moving one group to a part."""
+        x, part, everyone = self.sizes, self.part, np.arange(len(self.sizes))
+        absence, unevenness = self._adding(slice(None))
+        leaves = (self.holds * (self.must * (self.holders == 1))[part]).sum(axis=1)
+        relieves = (x * (x - 2 * self.excess[part])).sum(axis=1) * self.weight[part]
+        absence += leaves[:, None]
+        unevenness += relieves[:, None]
+        absence[everyone, part] = unevenness[everyone, part] = 0
+        return absence, unevenness
+
+    def _put(self, group: int, part: int) -> None:
+        old = self.part[group]
+        if old >= 0:
+            self.excess[old] -= self.sizes[group]
+            self.holders[old] -= self.holds[group]
+        self.excess[part] += self.sizes[group]
+        self.holders[part] += self.holds[group]
+        self.part[group] = part

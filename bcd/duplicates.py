@@ -1,0 +1,63 @@
+"""Pictures that stand several times: equal byte by byte, or alike to the eye.
+
+Works on the hashes of `schema.AUDIT`. Mirrored and turned copies are not looked for.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from bcd import schema
+
+# Pairs compared at a time, and kept at most: a few MB, and 24 MB.
+PAIRS_AT_A_TIME, MOST_PAIRS = 2**20, 2**20
+
+
+def exact(table: pa.Table) -> list[list[int]]:
+    """Rows of every picture that stands more than once (equal `sha256`), in the order of the table."""
+    copies: dict[str, list[int]] = defaultdict(list)
+    for row, content in enumerate(table[schema.SHA256].to_pylist()):
+        if content is not None:
+            copies[content].append(row)
+    return [rows for rows in copies.values() if len(rows) > 1]
+
+
+def near(table: pa.Table, near_bits: int, least_tissue: float) -> NDArray[np.int64]:
+    """Pairs of pictures whose perceptual hashes differ in few bits, nearest first.
+
+    Every pair is compared. Of pictures that are equal byte by byte the first one counts, and those with less
+    than `least_tissue` do not, because blank ones all look alike.
+
+    Returns:
+        (n, 3): rows i < j, and the Hamming distance in bits; the first `MOST_PAIRS` found, if there are more.
+    """
+    known = ~pd.Series(table[schema.SHA256].to_pylist(), dtype=object).duplicated().to_numpy()
+    known &= table[schema.TISSUE_FRACTION].fill_null(-1).to_numpy() >= least_tissue
+    rows = np.flatnonzero(known & table[schema.PHASH].is_valid().to_numpy())
+    hashes = bytes.fromhex("".join(table[schema.PHASH].take(pa.array(rows)).to_pylist()))
+    # (words, pictures): 64 bits of every hash lie side by side, which is what the processor wants.
+    words = np.frombuffer(hashes, np.uint64).reshape(len(rows), -1 if len(rows) else 1).T.copy()
+    step = max(1, PAIRS_AT_A_TIME // max(1, len(rows)))
+    found, n_found = [np.zeros((0, 3), np.int64)], 0
+    for start in range(0, len(rows), step):
+        distance = np.zeros((min(step, len(rows) - start), len(rows) - start), np.int16)
+        for word in words:
+            distance += np.bitwise_count(word[start : start + step, None] ^ word[None, start:])
+        i, j = np.nonzero(np.triu(distance <= near_bits, 1))
+        found.append(np.stack([rows[start + i], rows[start + j], distance[i, j]], 1))
+        n_found += len(i)
+        if n_found >= MOST_PAIRS:
+            break
+    pairs = np.concatenate(found)[:MOST_PAIRS]
+    return pairs[np.argsort(pairs[:, 2], kind="stable")]
+
+
+def named(table: pa.Table, pairs: NDArray[np.int64]) -> pa.Table:
+    """Pairs of `near` by image id, with schema `schema.NEAR_DUPLICATES`."""
+    first, second, distance = (pa.array(column) for column in pairs.T)
+    ids = table[schema.IMAGE_ID].combine_chunks()
+    columns = [ids.take(first), ids.take(second), distance.cast(pa.int16())]
+    return pa.Table.from_arrays(columns, schema=schema.NEAR_DUPLICATES)

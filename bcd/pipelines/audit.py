@@ -1,0 +1,121 @@
+"""The audit job: list, read every picture once on CPU workers, find, and write what was found."""
+
+import hashlib
+import io
+import re
+from contextlib import suppress
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from bcd import (
+    appearance,
+    audit,
+    audit_report,
+    breakhis,
+    duplicates,
+    finding,
+    image,
+    index,
+    provenance,
+    schema,
+    storage,
+    synthetic,
+)
+from bcd.config import AuditConfig
+from bcd.errors import AuditError, DataError, StorageError
+from bcd.pipelines import cluster, read
+
+PAGE, RESULT, IMAGES, NEAR = "audit.html", "audit.json", "images.parquet", "near_duplicates.parquet"
+
+
+def run(config: AuditConfig) -> audit.Audit:
+    """Audit a data set, write the result, and tell it.
+
+    Raises:
+        AuditError: the audit is written, and a given split leaks.
+        BcdError: the data or a split cannot be read.
+    """
+    table, warnings = index.read(config.data)
+    splits = [audit.place(table, roles, name) for name, roles in _given(config).items()]
+    storage.check_writable(config.output)
+    if config.pixels:
+        cluster.connect()
+        table = read.checked(table, _describe)
+    table = schema.fill(table, schema.AUDIT)
+    pairs = duplicates.near(table, config.near_bits, finding.BLANK)
+    result = audit.audit(table, warnings, splits, pairs, config.outlier_z)
+    _write(config, result, table, pairs)
+    print("\n".join(audit_report.lines(result)))
+    for name in (PAGE, RESULT, IMAGES, NEAR):
+        print(storage.join(config.output, name))
+    if result.leaking_splits:
+        raise AuditError(
+            f"{', '.join(result.leaking_splits)}: a patient, slide or picture is in several parts"
+        )
+    return result
+
+
+def _given(config: AuditConfig) -> dict[str, dict[str, str]]:
+    """Part by image, of every split that was given."""
+    given = {}
+    if config.folds is not None:
+        files = [
+            file for file in storage.list_files(config.folds) if re.fullmatch(r"dsfold[1-5]\.txt", file.path)
+        ]
+        if not files:
+            raise DataError(f"{config.folds}: expected dsfold1.txt to dsfold5.txt, or some of them")
+        for file in files:
+            text = storage.read_bytes(file.uri).decode(errors="replace")
+            given[f"fold {file.path[6]}"] = breakhis.read_fold(text, file.path)
+    if config.split is not None:
+        roles = audit.read_roles(index.read_frame(config.split), config.split)
+        given[config.split.rpartition("/")[2]] = roles
+    return given
+
+
+def _describe(batch: pa.Table) -> pa.Table:
+    """The batch with schema `schema.AUDIT`."""
+    rows = batch.to_pylist()
+    contents = read.contents(batch[schema.URI].to_pylist())
+    described = [row | _described(row, content) for row, content in zip(rows, contents, strict=True)]
+    return pa.Table.from_pylist(described, schema=schema.AUDIT)
+
+
+def _described(row: dict[str, Any], content: bytes | StorageError) -> dict[str, Any]:
+    known = {schema.SHA256: hashlib.sha256(content).hexdigest()} if isinstance(content, bytes) else {}
+    try:
+        return known | appearance.describe(read.picture(row, content=content))
+    except image.ImageError as error:
+        return known | {schema.ERROR: error.code, schema.ERROR_MESSAGE: error.message}
+
+
+def _write(config: AuditConfig, result: audit.Audit, table: pa.Table, pairs: Any) -> None:
+    for name, rows in {IMAGES: table, NEAR: duplicates.named(table, pairs)}.items():
+        buffer = io.BytesIO()
+        pq.write_table(rows, buffer, compression="zstd")
+        storage.write_bytes(storage.join(config.output, name), buffer.getvalue())
+    storage.write_bytes(storage.join(config.output, RESULT), result.model_dump_json(indent=1).encode())
+    uris = dict(zip(table[schema.IMAGE_ID].to_pylist(), table[schema.URI].to_pylist(), strict=True))
+    shown = {name: uris[name] for name in audit_report.shown(result)}
+    facts = config.model_dump() | {
+        "bcd_version": provenance.own_version(),
+        "git_commit": provenance.git_commit(),
+        "synthetic": storage.exists(storage.join(config.data, synthetic.MARKER)),
+    }
+    # The few pictures of the page are read by a worker and never come to the driver.
+    writing = ray.remote(num_cpus=1, max_retries=-1)(_write_page).remote if shown else _write_page
+    written = writing(storage.join(config.output, PAGE), result, shown, facts)
+    if shown:
+        ray.get(written)
+
+
+def _write_page(uri: str, result: audit.Audit, shown: dict[str, str], facts: dict[str, Any]) -> None:
+    """Draw and write the page; of `shown`, URIs by image id, one that can no longer be read is left out."""
+    thumbnails = {}
+    for name, content in zip(shown, read.contents(list(shown.values())), strict=True):
+        with suppress(image.ImageError):
+            thumbnails[name] = audit_report.thumbnail(read.picture({}, content=content))
+    storage.write_bytes(uri, audit_report.page(result, thumbnails, facts).encode())

@@ -1,0 +1,58 @@
+"""Pictures for the pages: the pixels of a few rows of a predictions table, beside their maps."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+
+from bcd import aggregate, image, schema, storage
+from bcd.example import Example
+from bcd.pipelines import read
+
+
+def of_images(images: pd.DataFrame) -> list[Example]:
+    """The examples of some images, in their order.
+
+    Args:
+        images: `image_id`, and in `source` the URI of the predictions table that each stands in.
+    """
+    found: dict[tuple[str, str], Example] = {}
+    for source, rows in images.groupby(aggregate.SOURCE):
+        filesystem, path = storage.resolve(str(source))
+        wanted = pc.field(schema.IMAGE_ID).isin(rows[schema.IMAGE_ID].tolist())
+        table = pads.dataset(path, filesystem=filesystem, format="parquet").to_table(filter=wanted)
+        found |= {(str(source), row[schema.IMAGE_ID]): of_row(row) for row in table.to_pylist()}
+    return [found[key] for key in zip(images[aggregate.SOURCE], images[schema.IMAGE_ID], strict=True)]
+
+
+def of_row(row: dict[str, Any], mpp: float | None = None) -> Example:
+    """The example of a whole row of the predictions table that has no error.
+
+    Args:
+        row: of schema `schema.predictions`.
+        mpp: of a slide that does not say it itself.
+    """
+    logit = row[schema.LOGIT]
+    maps = np.reshape(row[schema.EVIDENCE], (row[schema.EVIDENCE_HEIGHT], row[schema.EVIDENCE_WIDTH]))
+    probability = row[schema.PROBABILITY_MALIGNANT]
+    two_classes = len(logit) == 2
+    certain = np.finfo(np.float32).eps
+    odds = np.clip(probability, certain, 1 - certain)
+    return Example(
+        image_id=row[schema.IMAGE_ID],
+        probability_malignant=probability,
+        predicted_class=row[schema.PREDICTED_CLASS],
+        log_odds=logit[1] - logit[0] if two_classes else float(np.log(odds / (1 - odds))),
+        pixels=_pixels(row, mpp),
+        evidence=maps,
+    )
+
+
+def _pixels(row: dict[str, Any], mpp: float | None) -> np.ndarray:
+    """The picture of a row; grey where it is no longer there."""
+    try:
+        return read.picture(row, mpp)
+    except image.ImageError:
+        return np.full((row[schema.HEIGHT_PX], row[schema.WIDTH_PX], 3), 128, np.uint8)

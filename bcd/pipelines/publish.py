@@ -1,0 +1,87 @@
+"""From the best epoch to a bundle: novelty statistics, temperature, threshold; the test part has no say."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from ray.train import Result
+from safetensors.torch import load_file
+
+from bcd import aggregate, bundle, calibration, decision, model, provenance, schema, split, taxonomy
+from bcd.config import TrainConfig
+from bcd.pipelines import features, worker
+from bcd.pipelines.prepare import Facts, part_of
+
+
+def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: Facts, result: Result) -> None:
+    """Write the best epoch by validation balanced accuracy as the bundle.
+
+    Args:
+        config: of the run.
+        uri: where the bundle goes.
+        table: the split rows.
+        facts: about the data.
+        result: of the training.
+    """
+    checkpoint, measured = max(result.best_checkpoints, key=lambda pair: pair[1][worker.SELECTION])
+    network = model.build(len(taxonomy.classes(config.target)))
+    with checkpoint.as_directory() as folder:
+        network.load_state_dict(load_file(Path(folder) / worker.WEIGHTS_FILE))
+    train, validation = part_of(table, split.TRAIN), part_of(table, split.VALIDATION)
+    card = _card(config, train, facts, measured)
+    statistics, logit = features.measure(network, card, train, validation)
+    decided = _decided(config, logit, validation)
+    bundle.save(network, card.model_copy(update=decided | {"feature_statistics": statistics}), uri)
+
+
+def _card(config: TrainConfig, train: pa.Table, facts: Facts, measured: dict[str, Any]) -> bundle.Card:
+    return bundle.Card(
+        target=config.target,
+        classes=taxonomy.classes(config.target),
+        input_height_px=config.input_height_px,
+        input_width_px=config.input_width_px,
+        field_height_px=facts.field_height_px,
+        field_width_px=facts.field_width_px,
+        mpp=_distinct(train, schema.MPP),
+        magnifications=_distinct(train, schema.MAGNIFICATION),
+        protocol=config.protocol,
+        fold=config.fold,
+        seed=config.seed,
+        data_fingerprint=facts.data_fingerprint,
+        split_fingerprint=facts.split_fingerprint,
+        leaky=config.protocol in split.LEAKY,
+        synthetic=facts.synthetic,
+        training=config.model_dump(mode="json"),
+        validation={name: measured[name] for name in (schema.EPOCH, worker.SCORE, "n_validation")},
+        versions=provenance.versions(),
+        git_commit=provenance.git_commit(),
+    )
+
+
+def _distinct(table: pa.Table, column: str) -> tuple[Any, ...]:
+    return tuple(sorted({round(v, 4) for v in table[column].to_pylist() if v is not None}))
+
+
+def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table) -> dict[str, Any]:
+    """Temperature and threshold for the card, from the logits (n, classes) of the validation rows."""
+    classes = taxonomy.classes(config.target)
+    target = np.array([classes.index(name) for name in validation[config.target].to_pylist()])
+    malignant = np.array(validation[schema.TUMOR_CLASS].to_pylist()) == taxonomy.MALIGNANT
+    temperature = calibration.fit_temperature(logit, target)
+    told: dict[str, float | None] = {}
+    for when, divisor in (("before", 1.0), ("after", temperature)):
+        probability = calibration.probability_malignant(logit, classes, divisor)
+        told |= {
+            f"cross_entropy_{when}": calibration.cross_entropy(malignant, aggregate.log_odds(probability)),
+            f"brier_{when}": calibration.brier(malignant, probability),
+            f"ece_{when}": calibration.expected_error(malignant, probability),
+        }
+    chosen = decision.choose(malignant, probability, config.target_sensitivity)
+    patients = validation[schema.PATIENT].drop_null().unique()
+    return {
+        "temperature": temperature,
+        "calibration": told,
+        "threshold": chosen["threshold"],
+        "operating_point": chosen | {"n_patients": len(patients)},
+    }

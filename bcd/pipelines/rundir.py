@@ -1,0 +1,92 @@
+"""The directory of a run: whose it is, whether it is finished, and the files that a rerun goes on from."""
+
+import io
+import json
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bcd import provenance, schema, storage
+from bcd.config import TrainingConfig, differences
+from bcd.errors import BcdError, ConfigError
+
+CONFIG, RUN, DATA, SPLIT, MODEL = "config.json", "run.json", "data.json", "split.parquet", "model"
+HISTORY = "history.json"
+FINISHED = "finished"
+
+
+def begin(config: TrainingConfig, run_uri: str) -> bool:
+    """Check that the run directory is ours and can be written; whether the run is already finished.
+
+    Raises:
+        ConfigError: it belongs to a run with other settings, which are named.
+        StorageError: nothing can be written there.
+    """
+    settings = config.model_dump(mode="json")
+    if not storage.exists(storage.join(run_uri, CONFIG)):
+        storage.check_writable(run_uri)
+        return False
+    if differing := differences(read_json(run_uri, CONFIG), settings):
+        raise ConfigError(
+            f"{run_uri} was started with other settings: {'; '.join(differing)}. "
+            "Repeat them to go on, or choose another --name"
+        )
+    if read_json(run_uri, RUN).get("status") == FINISHED:
+        return True
+    storage.check_writable(run_uri)
+    return False
+
+
+def claim(config: TrainingConfig, run_uri: str) -> None:
+    """Make the directory that of this run."""
+    write_json(run_uri, RUN, _facts(config) | {"status": "started"})
+    write_json(run_uri, CONFIG, config.model_dump(mode="json"))
+
+
+def finish(config: TrainingConfig, run_uri: str, timings: dict[str, float]) -> None:
+    """Say that the run is finished, and how many seconds it took."""
+    write_json(run_uri, RUN, _facts(config) | {"status": FINISHED, "timings": timings})
+
+
+def _facts(config: TrainingConfig) -> dict[str, Any]:
+    return {
+        "versions": provenance.versions(),
+        "git_commit": provenance.git_commit(),
+        "command": provenance.command(),
+        "seed": config.seed,
+    }
+
+
+def write_split(run_uri: str, table: pa.Table) -> None:
+    """Keep the split rows of the run."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    storage.write_bytes(storage.join(run_uri, SPLIT), buffer.getvalue())
+
+
+def read_split(run_uri: str) -> pa.Table | None:
+    """The split rows (schema `schema.SPLIT`) of the run, where it has come so far."""
+    uri = storage.join(run_uri, SPLIT)
+    if not storage.exists(uri):
+        return None
+    return pq.read_table(io.BytesIO(storage.read_bytes(uri))).cast(schema.SPLIT)
+
+
+def write_json(run_uri: str, name: str, content: Any) -> None:
+    """Write a file of the run."""
+    text = json.dumps(content, indent=2)
+    storage.write_bytes(storage.join(run_uri, name), text.encode())
+
+
+def read_json(run_uri: str, name: str) -> Any:
+    """Read a file of the run.
+
+    Raises:
+        BcdError: it is damaged.
+    """
+    uri = storage.join(run_uri, name)
+    try:
+        return json.loads(storage.read_bytes(uri))
+    except json.JSONDecodeError as error:
+        raise BcdError(f"{uri} is damaged: {error}; delete the run directory and train anew") from error

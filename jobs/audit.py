@@ -1,0 +1,14 @@
+"""Say what is wrong with a data set before anyone trains on it: copies, leaks, labels, broken pictures.
+
+On a cluster:
+    ray job submit --working-dir . -- python jobs/audit.py \\
+        --data s3://bucket/BreaKHis_v1 --folds s3://bucket/folds --output s3://bucket/audit
+On this machine:
+    python jobs/audit.py --data ./BreaKHis_v1
+"""
+
+from bcd import cli
+from bcd.config import AuditConfig
+
+if __name__ == "__main__":
+    cli.main(AuditConfig, "audit", __doc__)

@@ -1,0 +1,14 @@
+"""Train and evaluate one model for each fold, and report over all of them; show what a leak would add.
+
+On a cluster:
+    ray job submit --working-dir . -- python jobs/crossval.py \\
+        --data s3://bucket/BreaKHis_v1 --output s3://bucket/runs --name study --protocol case,image
+On this machine:
+    python jobs/crossval.py --data ./BreaKHis_v1
+"""
+
+from bcd import cli
+from bcd.config import CrossvalConfig
+
+if __name__ == "__main__":
+    cli.main(CrossvalConfig, "crossval", __doc__)
