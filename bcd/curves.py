@@ -29,10 +29,7 @@ def roc(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Figure:
     axes.plot(false_positive, true_positive, color=BLUE, label=f"AUC {pooled['auc']:.3f}")
     _point(axes, 1 - pooled["specificity"], pooled["sensitivity"])
     axes.set(title=f"ROC, n = {pooled['n']:,} images", xlim=(0, 1), xlabel="1 − specificity")
-    percent_axis(axes, "sensitivity")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
-    axes.set_aspect("equal")
-    axes.legend(loc="lower right")
+    _square(axes, "sensitivity")
     return figure
 
 
@@ -53,11 +50,16 @@ def precision_recall(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Figure:
     axes.set(
         title=f"Precision and recall, n = {pooled['n']:,} images", xlim=(0, 1), xlabel="sensitivity (recall)"
     )
-    percent_axis(axes, "precision")
+    _square(axes, "precision")
+    return figure
+
+
+def _square(axes: Axes, label: str) -> None:
+    """0 to 100 % both ways, and the legend where such curves leave room."""
+    percent_axis(axes, label)
     axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
     axes.set_aspect("equal")
     axes.legend(loc="lower right")
-    return figure
 
 
 def _point(axes: Axes, x: float, y: float) -> None:
@@ -81,10 +83,7 @@ def reliability(calibration: Mapping[str, Any], n: int) -> Figure:
         said = f"{label}, error {100 * calibration[name]['ece']:.1f}{PERCENT}"
         axes.scatter(x, y, areas, color=color, marker=marker, label=said, clip_on=False, zorder=3)
     axes.set(title=f"Reliability, n = {n:,} images", xlim=(0, 1), xlabel="stated probability of malignancy")
-    percent_axis(axes, "malignant images")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
-    axes.set_aspect("equal")
-    axes.legend(loc="lower right")
+    _square(axes, "malignant images")
     return figure
 
 

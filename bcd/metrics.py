@@ -4,12 +4,11 @@ A value that is undefined (the AUC of one class, the recall of an absent one) is
 guess. Intervals are those of `bootstrap`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from sklearn.metrics import roc_auc_score
 
 from bcd import aggregate, bootstrap, calibration, schema
@@ -17,31 +16,6 @@ from bcd.taxonomy import MALIGNANT, SUBTYPES, TUMOR_CLASSES
 
 # Units above the image, smallest first.
 LEVELS = (schema.SLIDE, schema.CASE, schema.PATIENT)
-
-
-def evaluate(
-    predictions: pd.DataFrame | pa.Table,
-    threshold: float = 0.5,
-    class_names: Sequence[str] = TUMOR_CLASSES,
-    protocol: Mapping[str, Any] | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Everything that `metrics.json` holds about the predictions of one model: see `measure`.
-
-    Args:
-        predictions: rows of the predictions table with the truth columns of the index.
-        threshold: an image is called malignant from this probability on.
-        class_names: the model's classes in the order of `probability`.
-        protocol: facts about the split and the run, passed through.
-        seed: of the bootstrap.
-
-    Raises:
-        DataError: a row has neither an error nor a probability, or no truth.
-    """
-    images = aggregate.images(predictions, threshold)
-    measured = measure(images, class_names, seed)
-    n_errors = len(predictions) - len(images)
-    return measured | {"threshold": threshold, "n_errors": n_errors, "protocol": dict(protocol or {})}
 
 
 def measure(

@@ -1,6 +1,8 @@
 """Studies with a planted truth: tables of predictions, and simulated patients whose figures are known."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,12 +10,24 @@ from scipy.special import expit
 from scipy.stats import norm
 from threadpoolctl import threadpool_limits
 
-from bcd import aggregate, bootstrap, schema
-from bcd.taxonomy import SUBTYPES
+from bcd import aggregate, bootstrap, metrics, schema
+from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES
 
 # The matrices of a simulated study are small: on a busy machine threads would mostly wait for each other.
 one_thread = threadpool_limits.wrap(limits=1)
 BENIGN_PATIENTS, MALIGNANT_PATIENTS = 24, 58
+
+
+def measured(
+    predictions: pd.DataFrame,
+    threshold: float = 0.5,
+    class_names: Sequence[str] = TUMOR_CLASSES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All metrics of one model's predictions, as an evaluation puts them together."""
+    images = aggregate.images(predictions, threshold)
+    n_errors = len(predictions) - len(images)
+    return metrics.measure(images, class_names, seed) | {"threshold": threshold, "n_errors": n_errors}
 
 
 def predictions(n_patients: int = 12, n_images: int = 20, spread: float = 1.0, seed: int = 0) -> pd.DataFrame:

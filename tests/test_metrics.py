@@ -11,6 +11,7 @@ from sklearn import metrics as sklearn_metrics
 
 from bcd import aggregate, bootstrap, calibration, metrics, schema
 from bcd.taxonomy import SUBTYPES
+from tests import studies
 from tests.studies import arrays, predictions
 
 
@@ -113,11 +114,10 @@ def finite(value: Any) -> bool:
 def test_evaluate() -> None:
     frame = predictions()
     frame.loc[[0, 25], [schema.ERROR, schema.PROBABILITY_MALIGNANT]] = ["truncated", np.nan]
-    result = metrics.evaluate(frame, threshold=0.4, protocol={"name": "case", "leaky": False}, seed=7)
+    result = studies.measured(frame, threshold=0.4, seed=7)
     assert finite(result)
     assert json.loads(json.dumps(result)) == result
     assert (result["n_images"], result["n_patients"], result["n_errors"]) == (238, 12, 2)
-    assert result["protocol"] == {"name": "case", "leaky": False}
     assert result["threshold"] == 0.4
     assert result["interval"] == {
         "level": 0.95,
@@ -142,7 +142,7 @@ def test_evaluate() -> None:
 
 def test_the_classification_report_agrees_with_scikit_learn() -> None:
     study = arrays(predictions())
-    found = metrics.evaluate(predictions())["classification_report"]
+    found = studies.measured(predictions())["classification_report"]
     theirs = sklearn_metrics.classification_report(
         study.truth, study.called, target_names=["benign", "malignant"], output_dict=True
     )
@@ -174,7 +174,7 @@ def levels() -> pd.DataFrame:
 
 
 def test_slides_cases_and_patients_by_hand() -> None:
-    by_level = metrics.evaluate(levels())["by_level"]
+    by_level = studies.measured(levels())["by_level"]
     slide, case, patient = (by_level[name] for name in ("slide", "case", "patient"))
     # Odds of s1: the root of 9 · 2/3, of s2: 4, of s3: 1, wrongly called malignant, of s4: the root of
     # 1/9 · 1/4, of s6: 1/4; s5 is of both classes.
@@ -195,14 +195,14 @@ def test_slides_cases_and_patients_by_hand() -> None:
     assert patient["auc"] == 5 / 6
     assert patient["accuracy"] == patient["patient_recognition_rate"] == 3 / 5
     # all images: of p1 two of three, p2 none, p3 all, p4 one of two, p5 none, p6 all
-    pooled = metrics.evaluate(levels())["pooled"]
+    pooled = studies.measured(levels())["pooled"]
     assert pooled["patient_recognition_rate"] == pytest.approx((2 / 3 + 0 + 1 + 1 / 2 + 0 + 1) / 6)
 
 
 def test_groups_are_called_by_the_threshold_too() -> None:
     """The mean log-odds of a group against those of the threshold."""
     verdicts = [
-        metrics.evaluate(levels(), threshold)["by_level"]["case"]["confusion_matrix"]
+        studies.measured(levels(), threshold)["by_level"]["case"]["confusion_matrix"]
         for threshold in (0.25, 0.5, 0.75)
     ]
     # odds against 1/3, 1 and 3: c1 has 2.9, c2 0.30, c4 0.43, c5 0.25
@@ -220,7 +220,7 @@ def test_models_with_other_thresholds_are_measured_together() -> None:
     assert found["pooled"]["accuracy"] == right.mean()
     patients = found["by_level"]["patient"]
     apart = [
-        metrics.evaluate(frame[rows], t)["by_level"]["patient"] for rows, t in ((fold, 0.3), (~fold, 0.7))
+        studies.measured(frame[rows], t)["by_level"]["patient"] for rows, t in ((fold, 0.3), (~fold, 0.7))
     ]
     assert patients["accuracy"] == pytest.approx((apart[0]["accuracy"] + apart[1]["accuracy"]) / 2)
     assert finite(found)
@@ -228,10 +228,10 @@ def test_models_with_other_thresholds_are_measured_together() -> None:
 
 def test_calibration_before_and_after_the_temperature() -> None:
     frame = predictions()
-    before = metrics.evaluate(frame)["calibration"]
+    before = studies.measured(frame)["calibration"]
     assert list(before) == ["after"]
     sharper = 1 / (1 + ((1 / frame[schema.PROBABILITY_MALIGNANT]) - 1) ** 3)
-    found = metrics.evaluate(frame.assign(**{aggregate.UNCALIBRATED: sharper}))
+    found = studies.measured(frame.assign(**{aggregate.UNCALIBRATED: sharper}))
     after, before = found["calibration"]["after"], found["calibration"]["before"]
     truth = (frame[schema.TUMOR_CLASS] == "malignant").to_numpy()
     for told, probability in ((after, frame[schema.PROBABILITY_MALIGNANT]), (before, sharper)):
@@ -259,7 +259,7 @@ def test_describe_adds_intervals_to_estimates() -> None:
 
 def test_evaluate_without_magnification_subtype_or_patient() -> None:
     bare = predictions().drop(columns=[schema.MAGNIFICATION, schema.SUBTYPE, schema.PATIENT])
-    result = metrics.evaluate(bare)
+    result = studies.measured(bare)
     assert finite(result)
     assert result["by_magnification"] == {}
     assert result["by_level"] == {}
@@ -271,7 +271,7 @@ def test_evaluate_without_magnification_subtype_or_patient() -> None:
 
 def test_evaluate_when_nothing_was_scored() -> None:
     frame = predictions(n_patients=1, n_images=2).assign(**{schema.ERROR: "truncated"})
-    result = metrics.evaluate(frame)
+    result = studies.measured(frame)
     assert finite(result)
     assert (result["n_images"], result["n_errors"], result["pooled"]["accuracy"]) == (0, 2, None)
 
@@ -283,7 +283,7 @@ def test_evaluate_a_model_of_subtypes() -> None:
     frame[schema.PROBABILITY] = list(probability)
     frame[schema.PROBABILITY_MALIGNANT] = probability[:, 4:].sum(axis=1)
     frame.loc[:4, schema.SUBTYPE] = None
-    result = metrics.evaluate(frame, class_names=names)
+    result = studies.measured(frame, class_names=names)
     assert finite(result)
     known = frame[schema.SUBTYPE].notna()
     truth = np.array([names.index(code) for code in frame.loc[known, schema.SUBTYPE]])

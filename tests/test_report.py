@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from bcd import aggregate, metrics, report, schema
+from bcd import aggregate, report, schema
 from bcd.example import Example
 from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES
+from tests import studies
 
 FACTS: dict[str, Any] = {
     "title": "A first run",
@@ -97,7 +98,7 @@ def write(
     images = aggregate.images(frame)
     examples = {place: example(images.iloc[place]) for place in report.choose(images).all()}
     unscored = aggregate.unscored(frame).to_dict("records")
-    measured = metrics.evaluate(frame, class_names=classes) | more
+    measured = studies.measured(frame, class_names=classes) | more
     page = report.write(folder, measured, history(n_epochs), images, facts or {}, examples, unscored)
     assert page == folder / "report.html"
     return page.read_text(encoding="utf-8")
@@ -122,7 +123,7 @@ def page(folder: Path) -> str:
 
 
 def test_the_first_sentence_says_what_was_measured_on_whom_and_how_sure_it_is(page: str) -> None:
-    low, high = metrics.evaluate(predictions())["pooled"]["intervals"]["balanced_accuracy"]
+    low, high = studies.measured(predictions())["pooled"]["intervals"]["balanced_accuracy"]
     says = f"a balanced accuracy of 83.3 % (95 % interval {100 * low:.1f} to {100 * high:.1f} %"
     assert "On 24 images of 8 patients that it had never seen" in text(page)
     assert says in text(page)
@@ -257,7 +258,7 @@ def test_what_it_costs_is_said_in_missed_cancers(tmp_path: Path) -> None:
 
 
 def study(repeat: int, fold: int, values: pd.DataFrame) -> dict[str, Any]:
-    measured = metrics.evaluate(values)
+    measured = studies.measured(values)
     row = {"repeat": repeat, "fold": fold, "n_patients": measured["n_patients"], "threshold": 0.4}
     return row | {"temperature": 1.2, "pooled": measured["pooled"], "history": history(2)}
 
@@ -275,7 +276,7 @@ def test_a_cross_validation_shows_its_folds_and_what_a_leak_adds(tmp_path: Path)
     assert "The leak adds +47.0 points: split by image, with patients on both sides" in said
     assert "instead of 52.0 % (95 % interval of the difference +40.0 to +54.0 points)" in said
     assert {"folds", "histories", "leak"} <= {path.stem for path in (tmp_path / "figures").iterdir()}
-    lines = report.summary_lines(metrics.evaluate(frame) | {"spread": spread})
+    lines = report.summary_lines(studies.measured(frame) | {"spread": spread})
     assert lines[1].endswith("mean ± SD of folds")
     assert lines[2].endswith("90.0 ± 4.0\N{NO-BREAK SPACE}%")
 
@@ -297,7 +298,7 @@ def test_a_leak_is_claimed_only_where_the_interval_says_so(
 
 
 def test_summary_lines() -> None:
-    lines = report.summary_lines(metrics.evaluate(predictions()))
+    lines = report.summary_lines(studies.measured(predictions()))
     assert lines[0] == "test part: 24 images, 8 patients, 0 not scored"
     assert re.fullmatch(r"  balanced accuracy +83.3\s% +\d+\.\d to \d+\.\d\s%", lines[2])
     assert len(lines) == 2 + len(report.MEASURES)

@@ -83,6 +83,8 @@ def _folds(config: CrossvalConfig, uri: str, protocol: Protocol) -> Iterator[Fol
                 "fold": fold,
                 "folds": config.folds if official else None,
                 "cross_folds": None if official else n_folds,
+                # One GPU for each of several folds, rather than all for one after the other.
+                "num_workers": "1" if config.num_workers == "auto" else config.num_workers,
             }
             yield Fold(repeat, fold, TrainConfig(**settings))
 

@@ -54,7 +54,7 @@ def _tested(
         return parts, facts, FORCED
     why = "no split.parquet beside the model tells what it has seen"
     if n_seen is not None:
-        why = f"{n_seen:,} of its images were seen in training"
+        why = f"{n_seen:,} of its images were seen in training, themselves or others of their patients"
     raise DataError(
         f"{config.data} is not the data set that {config.model} was trained on, as it was then, and {why}: "
         "its numbers would not be honest. --force measures and marks them"
@@ -62,12 +62,15 @@ def _tested(
 
 
 def _n_seen(model_uri: str, table: pa.Table) -> int | None:
-    """How many of the images the model was trained or chosen on, by content; `None` if nobody knows."""
+    """How many images the model was trained or chosen on, by content, or on others of their patients, by id;
+    `None` if nobody knows."""
     known = rundir.read_split(storage.parent(model_uri))
     if known is None:
         return None
-    used = {row[schema.SHA256] for row in known.to_pylist() if row[schema.PART] != split.TEST}
-    return sum(digest in used for digest in table[schema.SHA256].to_pylist())
+    keys = (schema.SHA256, schema.PATIENT)
+    rows = [row for row in known.to_pylist() if row[schema.PART] != split.TEST]
+    used = {(key, row[key]) for row in rows for key in keys if row[key] is not None}
+    return sum(any((key, row[key]) in used for key in keys) for row in table.to_pylist())
 
 
 def evaluate(

@@ -37,14 +37,13 @@ def of_row(row: dict[str, Any], mpp: float | None = None) -> Example:
     logit = row[schema.LOGIT]
     maps = np.reshape(row[schema.EVIDENCE], (row[schema.EVIDENCE_HEIGHT], row[schema.EVIDENCE_WIDTH]))
     probability = row[schema.PROBABILITY_MALIGNANT]
-    two_classes = len(logit) == 2
-    certain = np.finfo(np.float32).eps
-    odds = np.clip(probability, certain, 1 - certain)
+    # Of two classes their difference, which knows no limit of certainty.
+    log_odds = logit[1] - logit[0] if len(logit) == 2 else float(aggregate.log_odds(np.array(probability)))
     return Example(
         image_id=row[schema.IMAGE_ID],
         probability_malignant=probability,
         predicted_class=row[schema.PREDICTED_CLASS],
-        log_odds=logit[1] - logit[0] if two_classes else float(np.log(odds / (1 - odds))),
+        log_odds=log_odds,
         pixels=_pixels(row, mpp),
         evidence=maps,
     )
