@@ -360,6 +360,8 @@ def test_the_page_works_with_the_services_token(service, archived, models, files
         page.goto(service.url)
         page.get_by_label("Token").fill(TOKEN)
         page.get_by_role("button", name="Continue").click()
+        # Until the token is accepted the page takes no pictures.
+        sync_api.expect(page.locator("#work")).to_be_visible(timeout=PATIENCE_MS)
         page.set_input_files("#files", [{"name": name, "mimeType": "image/png", "buffer": content}])
         verdict = page.locator("#verdict")
         shown = probability(row[schema.PROBABILITY_MALIGNANT])
