@@ -105,7 +105,7 @@ def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, Facts], parallel: i
     while waiting or running:
         while waiting and len(running) < at_once:
             fold = waiting.pop(0)
-            running[remote.remote(fold.config, shared)] = fold
+            running[remote.remote(fold.config, shared, cluster.per_node(at_once))] = fold
         (done, *_), _ = ray.wait(list(running), num_returns=1)
         fold = running.pop(done)
         ray.get(done)

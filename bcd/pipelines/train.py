@@ -23,7 +23,7 @@ from bcd.pipelines import cluster, evaluate, publish, read, rundir, worker
 from bcd.pipelines.prepare import Facts, describe, part_of, prepare
 
 
-def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None) -> str:
+def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None, runs_per_node: int = 1) -> str:
     """Train, write the bundle, evaluate it on the test part, and report.
 
     Running the same config again goes on where it was stopped, or says that it is finished.
@@ -31,6 +31,7 @@ def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None) ->
     Args:
         config: of the run.
         inspected: the data, from `prepare.inspect`, where the caller has already read them.
+        runs_per_node: how many runs share the cores of a node at a time, this one included.
 
     Returns:
         URI of the run directory.
@@ -49,7 +50,7 @@ def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None) ->
     cluster.connect()
     scaling = cluster.scaling(config)
     table, facts = _prepared(config, run_uri, inspected)
-    result = fit(config, run_uri, table, weights, scaling)
+    result = fit(config, run_uri, table, weights, scaling, runs_per_node)
     rundir.write_json(run_uri, rundir.HISTORY, result.return_value)
     publish.bundle_of(config, storage.join(run_uri, rundir.MODEL), table, facts, result)
     trained = time.time()
@@ -98,7 +99,12 @@ def _with_target(table: pa.Table, target: str, classes: tuple[str, ...]) -> pa.T
 
 
 def fit(
-    config: TrainConfig, run_uri: str, table: pa.Table, weights: model.State | None, scaling: ScalingConfig
+    config: TrainConfig,
+    run_uri: str,
+    table: pa.Table,
+    weights: model.State | None,
+    scaling: ScalingConfig,
+    runs_per_node: int = 1,
 ) -> Result:
     """Train on the split rows, from the last checkpoint of the run where there is one.
 
@@ -106,9 +112,8 @@ def fit(
     """
     streams, n_train = datasets(config, table)
     filesystem, path = storage.resolve(run_uri)
-    task = worker.Task(
-        config, taxonomy.classes(config.target), weights and ray.put(weights), run_uri, n_train
-    )
+    classes, shared = taxonomy.classes(config.target), weights and ray.put(weights)
+    task = worker.Task(config, classes, shared, run_uri, n_train, runs_per_node)
     trainer = TorchTrainer(
         worker.train,
         train_loop_config=task,

@@ -48,6 +48,7 @@ class Task:
     weights: ray.ObjectRef | None
     run_uri: str
     n_train: int
+    runs_per_node: int = 1
 
 
 @dataclass
@@ -97,7 +98,7 @@ def train(task: Task) -> list[dict[str, Any]]:
     logging.getLogger("bcd").setLevel(logging.INFO)
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        cluster.share_cores(context.get_local_world_size())
+        cluster.share_cores(context.get_local_world_size() * task.runs_per_node)
     # Every worker augments differently, every epoch anew, all from one seed.
     torch.manual_seed(config.seed * 1_000 + context.get_world_rank())
     state = _state(task, device)

@@ -88,6 +88,24 @@ def test_model_workers_count_on_nodes_that_an_autoscaler_adds(monkeypatch):
     assert (pool.size, pool.ready) == (8, 2)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "n", "expected"), [([16], 5, 5), ([0, 8, 8], 5, 3), ([8, 8], 1, 1), ([], 2, 2)]
+)
+def test_runs_are_spread_over_the_nodes_with_cpus(monkeypatch, nodes, n, expected):
+    found = [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in nodes]
+    monkeypatch.setattr(ray, "nodes", lambda: [*found, {"Alive": False, "Resources": {"CPU": 8.0}}])
+    assert cluster.per_node(n) == expected
+
+
+def test_runs_beside_each_other_share_the_cores(monkeypatch):
+    threads = []
+    monkeypatch.setattr(cluster.torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(cluster, "cores", lambda: 16)
+    for workers in (1, 3, 5, 32):
+        cluster.share_cores(workers)
+    assert threads == [16, 5, 3, 1]
+
+
 @pytest.mark.ray
 def test_connect_joins_the_cluster_that_is_named(joined):
     assert ray.get_runtime_context().gcs_address.endswith(joined.gcs.partition(":")[2])
