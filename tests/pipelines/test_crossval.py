@@ -1,5 +1,9 @@
 """Planted truths: a leak where there is one, and none where there is none; what a study leaves behind."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from bcd import bundle, schema, split, storage
@@ -7,11 +11,12 @@ from bcd.config import CrossvalConfig
 from bcd.errors import ConfigError, DataError
 from bcd.pipelines import crossval, rundir
 from tests import planted
-from tests.cluster import read_json
+from tests.cluster import PATIENCE_S, ROOT, read_json, wait_for
 from tests.pipelines.test_read import small
 
+pytestmark = pytest.mark.ray
 # Two studies of four trainings each: `pytest -m trial tests/pipelines/test_crossval.py`.
-pytestmark = [pytest.mark.ray, pytest.mark.trial]
+trial = pytest.mark.trial
 
 K = 2
 N_IMAGES = planted.N_PATIENTS * planted.N_IMAGES
@@ -48,6 +53,7 @@ def signal(cluster, tmp_path_factory):
     return config, crossval.run(config)
 
 
+@trial
 def test_a_leak_is_seen_and_said_where_the_class_stands_in_no_picture(noise):
     _, uri = noise
     measured = read_json(f"{uri}/metrics.json")
@@ -66,6 +72,7 @@ def test_a_leak_is_seen_and_said_where_the_class_stands_in_no_picture(noise):
     assert mark not in page
 
 
+@trial
 def test_no_leak_is_seen_where_the_class_stands_in_every_picture(signal):
     _, uri = signal
     measured = read_json(f"{uri}/metrics.json")
@@ -76,6 +83,7 @@ def test_no_leak_is_seen_where_the_class_stands_in_every_picture(signal):
     assert "No leak is seen" in storage.read_bytes(f"{uri}/report.html").decode()
 
 
+@trial
 @pytest.mark.parametrize("protocol", ["case", "image"])
 def test_every_image_is_tested_once_by_a_model_that_was_not_trained_on_it(noise, protocol):
     _, uri = noise
@@ -94,6 +102,7 @@ def test_every_image_is_tested_once_by_a_model_that_was_not_trained_on_it(noise,
     assert (measured["n_images"], measured["n_patients"]) == (N_IMAGES, planted.N_PATIENTS)
 
 
+@trial
 def test_the_spread_is_that_of_the_folds(noise):
     _, uri = noise
     measured = read_json(f"{uri}/metrics.json")
@@ -107,12 +116,42 @@ def test_the_spread_is_that_of_the_folds(noise):
     assert measured["pooled"]["accuracy"] == pytest.approx(sum(values) / K)  # folds of equal size
 
 
+@trial
 def test_a_finished_study_says_so_and_another_is_refused(noise, capsys):
     config, uri = noise
     assert crossval.run(config) == uri
     assert "is finished" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"other settings: --k 2 -> 3"):
         crossval.run(config.model_copy(update={"k": 3}))
+
+
+def test_a_killed_study_goes_on_with_the_folds_that_are_missing(cluster, tree, tmp_path, capsys):
+    """SIGKILL while the second of two folds is trained: the same command trains that one only."""
+    settings = small(tree).model_dump(include={"data", "weights", "input_height_px", "input_width_px"})
+    settings |= {"output": str(tmp_path), "name": "killed", "k": 2, "epochs": 1, "validation_fraction": 0.33}
+    flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    job = subprocess.Popen([sys.executable, "jobs/crossval.py", *flags, "--parallel", "1"], cwd=ROOT)
+    first, second = (tmp_path / f"killed/case/repeat-1-fold-{fold}" for fold in (1, 2))
+    wait_for(
+        lambda: (second / "config.json").exists() or job.poll() is not None, PATIENCE_S, "the second fold"
+    )
+    assert job.poll() is None
+    job.kill()
+    job.wait()
+    assert is_finished(first)
+    assert not is_finished(second)
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    uri = crossval.run(CrossvalConfig(**settings, parallel=1))
+    assert f"{first} is finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    measured = read_json(f"{uri}/metrics.json")
+    assert measured["n_images"] == len(list(Path(tree).rglob("*.png")))
+    assert [row["fold"] for row in measured["folds"]] == [1, 2]
+    assert read_json(f"{uri}/run.json")["status"] == "finished"
+
+
+def is_finished(run):
+    return read_json(str(run / "run.json"))["status"] == "finished"
 
 
 def test_more_folds_than_groups_end_a_study_before_it_trains(cluster, tree, tmp_path):
