@@ -10,7 +10,7 @@ const IN_FLIGHT = 4;
 const THUMB_PX = 96;
 const STEPS = { ArrowLeft: -1, ArrowRight: 1 };
 
-// Of an item, `status` is one of waiting, sending, held (until there is a token), done and failed; `source` is
+// Of an item, `status` is one of waiting, sending, held (until the service lets us in), done and failed; `source` is
 // what can be drawn: the file, or the service's picture of it.
 const state = { about: null, items: [], chosen: null, shown: null, loading: null, active: 0, abort: new AbortController() };
 
@@ -20,11 +20,13 @@ const say = (text) => (element("status").textContent = text);
 // ---- the queue ------------------------------------------------------------------------------------------------
 
 function add(files) {
-  if (!files.length || !state.about) return;
+  if (!files.length) return;
   const first = state.items.length;
+  // What is dropped before the model is known is not lost.
+  const status = state.about ? "waiting" : "held";
   for (const file of files) {
     const number = state.items.length + 1;
-    const item = { number, file, source: file, name: file.name, status: "waiting", answer: null, error: null };
+    const item = { number, file, source: file, name: file.name, status, answer: null, error: null };
     state.items.push(item);
     addRow(item, (one) => choose(one, true));
     fill(item);
