@@ -18,8 +18,9 @@ CORRECT = "correct"
 LOG_ODDS = "log_odds"
 MARGIN = "margin"
 UNCALIBRATED = "probability_uncalibrated"
-# Where a row of a joined table comes from: the fold, and the URI of its predictions table.
-FOLD = "fold"
+# Where a row of a joined table comes from: which of several divisions into folds (each tests an image once at
+# most), and the URI of its predictions table.
+DRAW = "draw"
 SOURCE = "source"
 SHARE_MALIGNANT = "share_malignant"
 SHARE_CORRECT = "share_correct"
@@ -120,6 +121,14 @@ def groups(images: pd.DataFrame, level: str) -> pd.DataFrame:
             schema.PREDICTED_CLASS: _tumor_class(table[MARGIN].to_numpy() >= 0),
         }
     )
+
+
+def groups_of_draws(images: pd.DataFrame, level: str) -> pd.DataFrame:
+    """`groups` of each draw of the folds for itself, one after the other: the mean over the models of several
+    draws would be that of an ensemble which nobody has."""
+    if DRAW not in images:
+        return groups(images, level)
+    return pd.concat([groups(rows, level) for _, rows in images.groupby(DRAW)], ignore_index=True)
 
 
 def log_odds(probability: np.ndarray) -> np.ndarray:

@@ -138,11 +138,12 @@ def _facts(table: pa.Table) -> Facts:
 
 
 def _counts(table: pa.Table) -> dict[str, dict[str, tuple[int, int]]]:
-    """Empty unless all names are BreaKHis names."""
-    if not all(name.startswith(breakhis.PREFIX) for name in _file_names(table)):
+    """Empty unless all names are BreaKHis names, of known subtype and magnification."""
+    columns = [table[name] for name in (schema.SUBTYPE, schema.MAGNIFICATION)]
+    known = not any(column.null_count for column in columns)
+    if not known or not all(name.startswith(breakhis.PREFIX) for name in _file_names(table)):
         return {}
-    columns = (table[name].to_pylist() for name in (schema.SUBTYPE, schema.MAGNIFICATION))
-    here = Counter(zip(*columns, strict=True))
+    here = Counter(zip(*(column.to_pylist() for column in columns), strict=True))
     return {
         subtype: {str(m): (here[subtype, m], n) for m, n in published.items()}
         for subtype, published in breakhis.EXPECTED_COUNTS.items()

@@ -29,13 +29,15 @@ def measure(
         seed: of the bootstrap.
 
     Returns:
-        `n_images`, `n_patients`, `interval`, `pooled`, `by_magnification` ("40", ...; empty without
+        `n_images` (different ones), `n_judgements` (more, where several models judged an image),
+        `n_patients`, `interval`, `pooled`, `by_magnification` ("40", ...; empty without
         magnifications) and `by_level` ("slide", "case", "patient", where ids are known), all as `describe`
         gives them, `calibration` (`after` and `before` the temperature), `recall_by_subtype`,
         `classification_report`, and `multiclass` for a model of subtypes.
     """
     report: dict[str, Any] = {
-        "n_images": len(images),
+        "n_images": int(images[schema.IMAGE_ID].nunique()),
+        "n_judgements": len(images),
         "n_patients": _n_patients(images),
         "interval": {
             "level": bootstrap.LEVEL,
@@ -99,13 +101,14 @@ def tally(images: pd.DataFrame) -> bootstrap.Tally:
 
 def _level(images: pd.DataFrame, level: str, seed: int) -> dict[str, Any] | None:
     """`describe` of slides, cases or patients as wholes; groups of both classes are left out and counted."""
-    groups = aggregate.groups(images, level)
+    groups = aggregate.groups_of_draws(images, level)
     known = groups[groups[schema.TUMOR_CLASS].notna()]
     if known.empty:
         return None
-    # A case of several patients is a unit of its own.
-    owner = known[schema.PATIENT].fillna(known[level])
-    return describe(known.assign(**{schema.PATIENT: owner}), seed) | {"n_mixed": len(groups) - len(known)}
+    if _n_patients(images) is not None:
+        # A case of several patients is a unit of its own.
+        known = known.assign(**{schema.PATIENT: known[schema.PATIENT].fillna(known[level])})
+    return describe(known, seed) | {"n_mixed": len(groups) - len(known)}
 
 
 def _calibration(images: pd.DataFrame, seed: int) -> dict[str, Any]:

@@ -164,6 +164,7 @@ def summary_lines(measured: Metrics) -> list[str]:
         "patients unknown" if measured["n_patients"] is None else f"{measured['n_patients']:,} patients"
     )
     title = f"test part: {measured['n_images']:,} images, {patients}, {measured['n_errors']:,} not scored"
+    title += "".join(f" [{mark}]" for mark in _marks(measured))
     rows = [("", "value", "95 % interval over patients"), *summary(measured)]
     last = [""] * len(rows)
     if measured.get("spread"):
@@ -194,7 +195,10 @@ def _spread(measured: Metrics, name: str) -> str:
     if row["mean"] is None:
         return "–"
     deviation = "" if row["sd"] is None else f" ± {_value(row['sd'], name)}"
-    return f"{_value(row['mean'], name).removesuffix(PERCENT)}{deviation}"
+    # A fold of one class has no balanced accuracy.
+    n_folds = len(measured["folds"])
+    some = "" if row["n"] == n_folds else f" ({row['n']} of {n_folds} folds)"
+    return f"{_value(row['mean'], name).removesuffix(PERCENT)}{deviation}{some}"
 
 
 def _value(value: float | None, name: str = "") -> str:
@@ -292,7 +296,7 @@ def _draw(
         drawn["precision_recall"] = curves.precision_recall(images, pooled)
     if len(images):
         drawn["reliability"] = curves.reliability(measured["calibration"], len(images))
-        drawn["abstention"] = curves.abstention(_handing_over(images, patients))
+        drawn["abstention"] = curves.abstention(_handing_over(images))
     if measured["by_magnification"]:
         drawn["by_magnification"] = figures.by_magnification(measured)
         drawn["magnification_strip"] = curves.strip(images, schema.MAGNIFICATION, "Magnifications", threshold)
@@ -311,8 +315,9 @@ def _draw(
     return drawn
 
 
-def _handing_over(images: pd.DataFrame, patients: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def _handing_over(images: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Abstention curves of the images, and of the patients where there are some."""
-    whole = patients[patients[schema.TUMOR_CLASS] != figures.MIXED]
+    patients = aggregate.groups_of_draws(images, schema.PATIENT)
+    whole = patients[patients[schema.TUMOR_CLASS].notna()]
     found = {"images": decision.abstention(images)}
     return found | ({"patients": decision.abstention(whole)} if len(whole) > 1 else {})

@@ -91,6 +91,14 @@ def test_nothing_found_is_said() -> None:
     )
 
 
+def test_names_are_counted_only_where_subtype_and_magnification_are_known() -> None:
+    """A manifest of BreaKHis files may give neither: nought of 864 would be wrong."""
+    name = "SOB_B_A-14-22549AB-40-001.png"
+    known = {schema.SUBTYPE: "A", schema.MAGNIFICATION: 40}
+    assert audited(table(row(name, **known))).counts["A"]["40"][0] == 1
+    assert audited(table(row(name, **known | {schema.SUBTYPE: None}))).counts == {}
+
+
 def test_a_split_that_was_checked_in_part_is_said_to_be() -> None:
     rows = table(row("a"), row("b"))
     assert audited(rows, named(rows, a="train", b="test", z="test")).verdict == (

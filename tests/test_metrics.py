@@ -257,6 +257,33 @@ def test_describe_adds_intervals_to_estimates() -> None:
     assert estimates["accuracy"] == described["accuracy"]
 
 
+def test_models_of_several_draws_are_not_averaged() -> None:
+    """Twenty models hardly better than chance: their mean would know every patient, and nobody has it."""
+    draws = [predictions(spread=3.0, seed=seed) for seed in range(20)]
+    tables = [aggregate.images(frame).assign(**{aggregate.DRAW: n}) for n, frame in enumerate(draws)]
+    joined = pd.concat(tables, ignore_index=True)
+    found, apart = metrics.measure(joined), [metrics.measure(table) for table in tables]
+    assert (found["n_images"], found["n_judgements"], found["n_patients"]) == (240, 4800, 12)
+    patient = found["by_level"]["patient"]
+    alone = [one["by_level"]["patient"]["accuracy"] for one in apart]
+    assert (patient["n"], patient["n_patients"]) == (240, 12)
+    assert patient["accuracy"] == pytest.approx(np.mean(alone))
+    ensemble = aggregate.groups(joined, schema.PATIENT)
+    averaged = (ensemble[schema.TUMOR_CLASS] == ensemble[schema.PREDICTED_CLASS]).mean()
+    assert averaged > patient["accuracy"] + 0.1
+
+
+def test_slides_of_unknown_patients_have_no_interval() -> None:
+    """Nobody knows which of them depend on each other."""
+    frame = predictions()
+    known = frame.assign(**{schema.SLIDE: frame[schema.PATIENT]})
+    assert studies.measured(known)["by_level"]["slide"]["intervals"]["brier"]
+    unknown = known.assign(**{schema.PATIENT: None})
+    slide = studies.measured(unknown)["by_level"]["slide"]
+    assert (slide["n"], slide["n_patients"]) == (12, None)
+    assert set(slide["intervals"].values()) == {None}
+
+
 def test_evaluate_without_magnification_subtype_or_patient() -> None:
     bare = predictions().drop(columns=[schema.MAGNIFICATION, schema.SUBTYPE, schema.PATIENT])
     result = studies.measured(bare)

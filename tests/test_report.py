@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from bcd import aggregate, report, schema
+from bcd import aggregate, metrics, report, schema
 from bcd.example import Example
 from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES
 from tests import studies
@@ -268,17 +268,40 @@ def test_a_cross_validation_shows_its_folds_and_what_a_leak_adds(tmp_path: Path)
     rows = [study(1, n, frame.iloc[part]) for n, part in enumerate((slice(0, 12), slice(12, 24)), 1)]
     spread = {name: {"mean": 0.9, "sd": 0.04, "n": 2} for name in report.MEASURES}
     row = {"first": 0.99, "second": 0.52, "difference": 0.47, "interval": [0.4, 0.54], "p_value": 1e-6}
-    leak = {"leaky": "image", "honest": "case", "metrics": dict.fromkeys(report.MEASURES, row)}
+    leak = {"leaky": "image", "honest": "case", "n_left_out": 3}
+    leak["metrics"] = dict.fromkeys(report.MEASURES, row)
     page = write(tmp_path, frame, folds=rows, spread=spread, leak=leak, threshold=None)
     said = text(page)
     assert "each judged by a model that had not seen the patient, 2 models tell" in said
-    assert "Its mean over the 2 folds is 90.0 ± 4.0 %" in said
+    assert "Its mean over the folds is 90.0 ± 4.0 %" in said
+    assert "3 images that one of the two arms tested more often than the other" in said
+    assert "they resample all 8 patients together" in said
     assert "The leak adds +47.0 points: split by image, with patients on both sides" in said
     assert "instead of 52.0 % (95 % interval of the difference +40.0 to +54.0 points)" in said
     assert {"folds", "histories", "leak"} <= {path.stem for path in (tmp_path / "figures").iterdir()}
-    lines = report.summary_lines(studies.measured(frame) | {"spread": spread})
+    spread["auc"] |= {"n": 1}
+    lines = report.summary_lines(studies.measured(frame) | {"spread": spread, "folds": rows})
     assert lines[1].endswith("mean ± SD of folds")
     assert lines[2].endswith("90.0 ± 4.0\N{NO-BREAK SPACE}%")
+    assert lines[5].endswith("0.900 ± 0.040 (1 of 2 folds)")
+
+
+def test_several_models_of_an_image_are_told_from_several_images(tmp_path: Path) -> None:
+    frame = predictions()
+    tables = [aggregate.images(frame).assign(**{aggregate.DRAW: n}) for n in (1, 2)]
+    measured = metrics.measure(joined := pd.concat(tables, ignore_index=True)) | {"n_errors": 0}
+    page = text(report.write(tmp_path, measured, [], joined, FACTS).read_text(encoding="utf-8"))
+    assert "On 24 images of 8 patients" in page
+    assert "24 judgements of benign and 24 of malignant images" in page
+    assert "Missed cancers: 4 of 24 judgements of malignant images" in page
+
+
+def test_colours_speak_for_the_predicted_subtype_where_there_are_eight(tmp_path: Path) -> None:
+    targets = ("tumor_class", "subtype")
+    pages = [text(write(tmp_path, predictions(), facts={"target": target})) for target in targets]
+    assert "vermilion speaks for malignant, blue for benign" in pages[0]
+    assert "vermilion speaks for the predicted subtype, blue against it" in pages[1]
+    assert "vermilion speaks for malignant" not in pages[1]
 
 
 @pytest.mark.parametrize(
@@ -302,6 +325,8 @@ def test_summary_lines() -> None:
     assert lines[0] == "test part: 24 images, 8 patients, 0 not scored"
     assert re.fullmatch(r"  balanced accuracy +83.3\s% +\d+\.\d to \d+\.\d\s%", lines[2])
     assert len(lines) == 2 + len(report.MEASURES)
+    marked = report.summary_lines(studies.measured(predictions()) | {"leaky": True, "forced": True})
+    assert marked[0].endswith("[leaky: patients stand on both sides] [forced: may have been trained on]")
 
 
 def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pyarrow as pa
 import ray
+from ray.exceptions import RayTaskError
 
 from bcd import aggregate, bundle, compare, provenance, report, schema, split, storage
 from bcd.breakhis import N_FOLDS
@@ -23,6 +24,11 @@ class Fold(NamedTuple):
     repeat: int
     fold: int
     config: TrainConfig
+
+    @property
+    def draw(self) -> int:
+        """Which division this fold is of: each tests an image once at most. The published folds overlap."""
+        return self.fold if self.config.protocol == "official" else self.repeat
 
     @property
     def uri(self) -> str:
@@ -43,28 +49,27 @@ class Arm(NamedTuple):
 def run(config: CrossvalConfig) -> str:
     """Train and evaluate every fold of every protocol, and report; returns the URI of the study.
 
-    Running the same config again goes on with the folds that are missing.
+    Running the same config again goes on with the folds that are missing. A finished study is only reported
+    anew, where `against` asks for a comparison.
+
+    Raises:
+        DataError: the data cannot be used, or are not those of the folds that stand already.
     """
     uri = storage.join(config.output, config.name)
-    if rundir.begin(config, uri):
+    if config.against:
+        reporting.require_images(config.against)
+    finished = rundir.begin(config, uri)
+    if finished and not config.against:
         print(f"{uri} is finished: see report.html there, or choose another --name to run it anew")
         return uri
     started = time.time()
     cluster.connect()
     folds = {protocol: list(_folds(config, uri, protocol)) for protocol in config.protocols()}
-    inspected = prepare.inspect(config)
-    for fold in (each for arm in folds.values() for each in arm):
-        # What cannot be split ends the study here, before any training.
-        prepare.prepare(fold.config, inspected)
-    rundir.claim(config, uri)
-    _train([fold for arm in folds.values() for fold in arm], inspected, config.parallel)
-    arms = [_arm(protocol, arm, config) for protocol, arm in folds.items()]
-    for arm in arms:
-        arm_uri = storage.join(uri, arm.protocol)
-        print(f"\nprotocol {arm.protocol}{' (leaky)' if arm.facts['leaky'] else ''}")
-        reporting.write(arm_uri, arm.measured, [], arm.images, arm.facts, arm.unscored)
-    _conclude(config, uri, arms)
-    rundir.finish(config, uri, {"seconds": round(time.time() - started, 1)})
+    if not finished:
+        _train_missing(config, uri, [fold for arm in folds.values() for fold in arm])
+    _report(config, uri, [_arm(protocol, arm, config) for protocol, arm in folds.items()])
+    if not finished:
+        rundir.finish(config, uri, {"seconds": round(time.time() - started, 1)})
     return uri
 
 
@@ -89,6 +94,31 @@ def _folds(config: CrossvalConfig, uri: str, protocol: Protocol) -> Iterator[Fol
             yield Fold(repeat, fold, TrainConfig(**settings))
 
 
+def _train_missing(config: CrossvalConfig, uri: str, folds: Sequence[Fold]) -> None:
+    """Train what is not trained yet; what cannot be split ends the study here, before any training."""
+    for fold in folds:
+        prepare.published_fold(fold.config)  # before pixels are read
+    inspected = prepare.inspect(config)
+    for fold in folds:
+        _require_same_data(fold, inspected[1])
+        prepare.prepare(fold.config, inspected)
+    rundir.claim(config, uri)
+    _train(folds, inspected, config.parallel)
+
+
+def _require_same_data(fold: Fold, now: Facts) -> None:
+    """One image more or less divides all folds anew: some would be tested twice, and others never."""
+    if rundir.read_split(fold.uri) is None:
+        return
+    before = Facts(**rundir.read_json(fold.uri, rundir.DATA))
+    if before.data_fingerprint != now.data_fingerprint:
+        raise DataError(
+            f"{now.data} is not what it was when {fold.uri} was split: images were added or removed, or "
+            f"cannot be read ({len(now.broken)} now, {len(before.broken)} then); restore them, or choose "
+            "another --name"
+        )
+
+
 def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, Facts], parallel: int | None) -> None:
     """Train and evaluate the folds, several at a time where there is room."""
     at_once = min(len(folds), parallel or cluster.room(folds[0].config))
@@ -98,8 +128,8 @@ def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, Facts], parallel: i
             train.run(fold.config, inspected)
         return
     print(f"{len(folds)} folds, {at_once} at a time", flush=True)
-    # A fold drives its own workers and needs no CPU of its own.
-    remote = ray.remote(num_cpus=0, max_retries=0)(train.run)
+    # A fold drives its own workers and needs no CPU of its own. Lost with its node, it goes on elsewhere.
+    remote = ray.remote(num_cpus=0, max_retries=folds[0].config.max_failures)(train.run)
     shared, waiting = ray.put(inspected), list(folds)
     running: dict[ray.ObjectRef, Fold] = {}
     while waiting or running:
@@ -108,7 +138,10 @@ def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, Facts], parallel: i
             running[remote.remote(fold.config, shared, cluster.per_node(at_once))] = fold
         (done, *_), _ = ray.wait(list(running), num_returns=1)
         fold = running.pop(done)
-        ray.get(done)
+        try:
+            ray.get(done)
+        except RayTaskError as error:
+            raise error.cause from error
         left = len(waiting) + len(running)
         print(f"{_name(fold)}: finished, {left} of {len(folds)} left", flush=True)
 
@@ -120,8 +153,8 @@ def _name(fold: Fold) -> str:
 def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> Arm:
     """Everything that an arm's models said about images that they were not trained on."""
     rows, tables, unscored = [], [], []
-    for number, fold in enumerate(folds, 1):
-        row, images, failed = _tested(fold, number)
+    for fold in folds:
+        row, images, failed = _tested(fold)
         rows.append(row)
         tables.append(images)
         unscored.append(failed)
@@ -132,6 +165,7 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
     about = {
         "title": f"Breast cancer detection: {config.name}, {len(folds)} models",
         "data": config.data,
+        "target": config.target,
         "weights": config.weights,
         "protocol": protocol,
         "seed": config.seed,
@@ -140,6 +174,7 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
         "data_fingerprint": known.data_fingerprint,
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),
+        "command": provenance.command(),
     }
     measured = about | reporting.measure(pooled, failed, card.classes)
     measured |= {"threshold": None, "folds": rows, "spread": _spread(rows)}
@@ -150,12 +185,12 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
     return Arm(protocol, measured, pooled, failed, told)
 
 
-def _tested(fold: Fold, number: int) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:
+def _tested(fold: Fold) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:
     """A row about one fold, its image table, and what could not be scored."""
     card = bundle.read_card(storage.join(fold.uri, rundir.MODEL))
     predictions_uri = storage.join(fold.uri, evaluate.PREDICTIONS)
     frame = reporting.with_truth(predictions_uri, prepare.part_of(_split(fold), split.TEST), card)
-    images = reporting.image_table(frame, card, predictions_uri, number)
+    images = reporting.image_table(frame, card, predictions_uri, fold.draw)
     measured = reporting.measure(images, aggregate.unscored(frame), card.classes)
     row = {
         "repeat": fold.repeat,
@@ -192,21 +227,33 @@ def _spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _conclude(config: CrossvalConfig, uri: str, arms: Sequence[Arm]) -> None:
-    """The report of the study: the first honest arm, with what a leak would add and how another compares."""
+def _report(config: CrossvalConfig, uri: str, arms: Sequence[Arm]) -> None:
+    """The report of the study: the first honest arm, with what a leak would add and how another compares. Of
+    several arms each has a report of its own, too."""
     main = next((arm for arm in arms if not arm.facts["leaky"]), arms[0])
+    for arm in arms if len(arms) > 1 else ():
+        print(f"\nprotocol {arm.protocol}")
+        arm_uri = storage.join(uri, arm.protocol)
+        reporting.write(arm_uri, arm.measured, [], arm.images, arm.facts, arm.unscored)
     measured = dict(main.measured)
     for arm in arms:
-        if arm.facts["leaky"] and arm is not main and _same_images(arm, main):
-            compared = compare.paired(arm.images, main.images)
-            measured["leak"] = compared | {"leaky": arm.protocol, "honest": main.protocol}
+        if arm.facts["leaky"] and arm is not main:
+            measured["leak"] = _leak(arm, main)
             print(f"\n{report.leak_sentence(measured['leak'])}")
     if config.against:
         measured["comparison"] = reporting.compared(main.images, config.against)
     reporting.write(uri, measured, [], main.images, main.facts, main.unscored)
 
 
-def _same_images(one: Arm, other: Arm) -> bool:
-    """Whether both test each image equally often; the published folds do not."""
-    first, second = (arm.images[schema.IMAGE_ID].sort_values().tolist() for arm in (one, other))
-    return first == second
+def _leak(leaky: Arm, honest: Arm) -> dict[str, Any]:
+    """`compare.paired` of two arms on the images that both tested equally often: the published folds do not,
+    and an image may have failed in one of them."""
+    counts = [arm.images[schema.IMAGE_ID].value_counts() for arm in (leaky, honest)]
+    everywhere = pd.concat(counts, axis=1, keys=("leaky", "honest")).fillna(0)
+    same = everywhere.index[everywhere["leaky"] == everywhere["honest"]]
+    first, second = (arm.images[arm.images[schema.IMAGE_ID].isin(same)] for arm in (leaky, honest))
+    return compare.paired(first, second) | {
+        "leaky": leaky.protocol,
+        "honest": honest.protocol,
+        "n_left_out": len(everywhere) - len(same),
+    }

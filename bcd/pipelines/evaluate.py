@@ -26,6 +26,8 @@ def run(config: EvaluateConfig) -> str:
         DataError: the model may have been trained on the data.
     """
     card = bundle.read_card(config.model)
+    if config.against:
+        reporting.require_images(config.against)
     output = config.output or storage.parent(config.model)
     storage.check_writable(output)
     cluster.connect()
@@ -54,7 +56,7 @@ def _tested(
         return parts, facts, FORCED
     why = "no split.parquet beside the model tells what it has seen"
     if n_seen is not None:
-        why = f"{n_seen:,} of its images were seen in training, themselves or others of their patients"
+        why = f"{n_seen:,} of its images, or others of their patients or cases, were seen in training"
     raise DataError(
         f"{config.data} is not the data set that {config.model} was trained on, as it was then, and {why}: "
         "its numbers would not be honest. --force measures and marks them"
@@ -62,12 +64,12 @@ def _tested(
 
 
 def _n_seen(model_uri: str, table: pa.Table) -> int | None:
-    """How many images the model was trained or chosen on, by content, or on others of their patients, by id;
-    `None` if nobody knows."""
+    """How many images the model was trained or chosen on, by content, or on others of their patients, cases
+    or slides, by id; `None` if nobody knows."""
     known = rundir.read_split(storage.parent(model_uri))
     if known is None:
         return None
-    keys = (schema.SHA256, schema.PATIENT)
+    keys = (schema.SHA256, schema.PATIENT, schema.CASE, schema.SLIDE)
     rows = [row for row in known.to_pylist() if row[schema.PART] != split.TEST]
     used = {(key, row[key]) for row in rows for key in keys if row[key] is not None}
     return sum(any((key, row[key]) in used for key in keys) for row in table.to_pylist())
@@ -117,6 +119,7 @@ def _about(card: bundle.Card, frame: pd.DataFrame, facts: Facts, kind: str) -> d
         schema.MODEL_ID: str(frame[schema.MODEL_ID].iloc[0]),
         "title": f"Breast cancer detection: {card.training['name']}",
         "data": facts.data or card.training["data"],
+        "target": card.target,
         "weights": card.training["weights"],
         "best_epoch": card.validation[schema.EPOCH],
         "protocol": card.protocol,
@@ -131,6 +134,7 @@ def _about(card: bundle.Card, frame: pd.DataFrame, facts: Facts, kind: str) -> d
         "split_fingerprint": facts.split_fingerprint,
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),
+        "command": provenance.command(),
     }
 
 

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
 from bcd import balance, breakhis, index, schema, split, storage, synthetic
 from bcd.config import TrainConfig, TrainingConfig
+from bcd.errors import DataError
 from bcd.pipelines import read
 from bcd.taxonomy import Target
 
@@ -45,7 +47,7 @@ def prepare(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None
         DataError: the data cannot be used, or cannot be split as asked.
         LeakageError: the split lets a group or a picture stand on two sides.
     """
-    fold = _fold(config)  # a missing file is found before pixels are read
+    fold = published_fold(config)  # a missing file is found before pixels are read
     table, facts = inspected or inspect(config)
     if config.cross_folds and config.fold:
         parts = split.assign_fold(
@@ -67,6 +69,7 @@ def inspect(config: TrainingConfig) -> tuple[pa.Table, Facts]:
     """
     table, warnings = index.read(config.data)
     table = index.select_magnifications(table, config.magnifications)
+    _require_subtypes(config, table)
     table, broken, (height, width) = read.inspect(table)
     broken_named = read.check_bad_fraction(broken, len(table) + len(broken), config.max_bad_fraction)
     reasons: list[str] = []
@@ -85,7 +88,21 @@ def inspect(config: TrainingConfig) -> tuple[pa.Table, Facts]:
     return table, facts
 
 
-def _fold(config: TrainConfig) -> Mapping[str, str] | None:
+def _require_subtypes(config: TrainingConfig, table: pa.Table) -> None:
+    missing = table.filter(pc.is_null(table[schema.SUBTYPE]))[schema.IMAGE_ID].to_pylist()
+    if missing and config.target == "subtype":
+        raise DataError(
+            f"--target subtype needs the subtype of every image, but {len(missing):,} have none, "
+            f"{missing[0]} among them"
+        )
+
+
+def published_fold(config: TrainConfig) -> Mapping[str, str] | None:
+    """Part of every file name in the published fold of a run; None for the other protocols.
+
+    Raises:
+        BcdError: the fold file is missing or damaged.
+    """
     if config.folds is None:
         return None
     name = f"dsfold{config.fold}.txt"
@@ -99,9 +116,10 @@ def describe(config: TrainConfig, table: pa.Table, facts: Facts) -> list[str]:
     lines += [f"left out, quarantined: {text}" for text in facts.quarantined]
     for part in split.PARTS:
         rows = part_of(table, part)
-        groups = len(set(rows[schema.PATIENT].to_pylist()))
+        patients = rows[schema.PATIENT]
+        of = "unknown patients" if patients.null_count else f"{len(patients.unique()):,} patients"
         counts = ", ".join(f"{n:,} {name}" for name, n in balance.counts(rows, "tumor_class").items())
-        lines.append(f"{part}: {len(rows):,} images of {groups} patients ({counts})")
+        lines.append(f"{part}: {len(rows):,} images of {of} ({counts})")
     if config.protocol in split.LEAKY:
         lines.append("warning: --protocol image puts patients on both sides; its numbers mislead")
     return lines

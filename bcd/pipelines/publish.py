@@ -78,10 +78,10 @@ def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table) -> di
             f"ece_{when}": calibration.expected_error(malignant, probability),
         }
     chosen = decision.choose(malignant, probability, config.target_sensitivity)
-    patients = validation[schema.PATIENT].drop_null().unique()
+    patients = validation[schema.PATIENT]
     return {
         "temperature": temperature,
         "calibration": told,
         "threshold": chosen["threshold"],
-        "operating_point": chosen | {"n_patients": len(patients)},
+        "operating_point": chosen | {"n_patients": None if patients.null_count else len(patients.unique())},
     }

@@ -42,23 +42,27 @@ def with_truth(predictions_uri: str, test: pa.Table, card: bundle.Card) -> pd.Da
     return scored.merge(truth, on=schema.IMAGE_ID, validate="one_to_one")
 
 
-def image_table(frame: pd.DataFrame, card: bundle.Card, predictions_uri: str, fold: int = 0) -> pd.DataFrame:
-    """`aggregate.images` of one model, each row with its fold and the URI of its predictions table."""
+def image_table(frame: pd.DataFrame, card: bundle.Card, predictions_uri: str, draw: int = 1) -> pd.DataFrame:
+    """`aggregate.images` of one model, each row with its draw of folds and the URI of its predictions."""
     images = aggregate.images(frame, card.threshold)
-    return images.assign(**{aggregate.SOURCE: predictions_uri, aggregate.FOLD: fold})
+    return images.assign(**{aggregate.SOURCE: predictions_uri, aggregate.DRAW: draw})
 
 
 def compared(images: pd.DataFrame, against: str) -> dict[str, Any]:
     """The paired comparison with the images of another evaluation or cross-validation.
 
     Raises:
-        DataError: nothing was evaluated there, or other images.
+        DataError: nothing was evaluated there, or the images are others.
     """
-    uri = storage.join(against, IMAGES)
-    if not storage.exists(uri):
-        raise DataError(f"--against {against}: no {IMAGES} there; give the output of a finished evaluation")
-    other = pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pandas()
+    require_images(against)
+    other = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(against, IMAGES)))).to_pandas()
     return compare.paired(images, other) | {"against": against}
+
+
+def require_images(against: str) -> None:
+    """Raises DataError where nothing was evaluated: known before the work, not after it."""
+    if not storage.exists(storage.join(against, IMAGES)):
+        raise DataError(f"--against {against}: no {IMAGES} there; give the output of a finished evaluation")
 
 
 def write(

@@ -8,9 +8,9 @@ import pytest
 
 from bcd import bundle, schema, split, storage
 from bcd.config import CrossvalConfig
-from bcd.errors import ConfigError, DataError
-from bcd.pipelines import crossval, rundir
-from tests import planted
+from bcd.errors import ConfigError, DataError, StorageError
+from bcd.pipelines import crossval, prepare, rundir
+from tests import planted, studies
 from tests.cluster import PATIENCE_S, ROOT, read_json, wait_for
 from tests.pipelines.test_read import small
 
@@ -76,10 +76,12 @@ def test_a_leak_is_seen_and_said_where_the_class_stands_in_no_picture(noise):
 def test_no_leak_is_seen_where_the_class_stands_in_every_picture(signal):
     _, uri = signal
     measured = read_json(f"{uri}/metrics.json")
-    leaky = read_json(f"{uri}/image/metrics.json")["pooled"]["balanced_accuracy"]
     assert measured["pooled"]["balanced_accuracy"] > 0.85
-    low, high = measured["pooled"]["intervals"]["balanced_accuracy"]
-    assert low <= leaky <= high
+    row = measured["leak"]["metrics"]["balanced_accuracy"]
+    low, high = row["interval"]
+    assert low <= 0 <= high
+    assert abs(row["difference"]) < 0.1
+    assert measured["leak"]["n_left_out"] == 0
     assert "No leak is seen" in storage.read_bytes(f"{uri}/report.html").decode()
 
 
@@ -148,6 +150,44 @@ def test_a_killed_study_goes_on_with_the_folds_that_are_missing(cluster, tree, t
     assert measured["n_images"] == len(list(Path(tree).rglob("*.png")))
     assert [row["fold"] for row in measured["folds"]] == [1, 2]
     assert read_json(f"{uri}/run.json")["status"] == "finished"
+    # A finished study is compared without training anything: here with itself.
+    crossval.run(CrossvalConfig(**settings, parallel=1, against=uri))
+    row = read_json(f"{uri}/metrics.json")["comparison"]["metrics"]["accuracy"]
+    assert (row["first"], row["difference"], row["p_value"]) == (measured["pooled"]["accuracy"], 0, None)
+    with pytest.raises(DataError, match=r"--against .*/nothing: no test_images.parquet there"):
+        crossval.run(CrossvalConfig(**settings, against=f"{tmp_path}/nothing"))
+
+
+def test_a_study_does_not_go_on_with_other_data(cluster, tree, tmp_path):
+    """One image fewer would divide all folds anew."""
+    config = CrossvalConfig(**small(tree).model_dump(include={"data", "weights"}), output=str(tmp_path), k=2)
+    fold = next(crossval._folds(config, f"{tmp_path}/crossval", "case"))
+    parts, facts = prepare.prepare(fold.config)
+    rundir.write_split(fold.uri, parts)
+    before = facts.model_copy(update={"data_fingerprint": "of other data"})
+    rundir.write_json(fold.uri, rundir.DATA, before.model_dump())
+    with pytest.raises(DataError, match=r"is not what it was when .*repeat-1-fold-1 was split"):
+        crossval.run(config)
+
+
+def arm(protocol, images):
+    return crossval.Arm(protocol, {}, images, None, {})
+
+
+def test_a_leak_is_told_on_the_images_that_both_arms_tested():
+    images = studies.Cohort(seed=1).images(1.0)
+    leaky, honest = arm("image", images.iloc[5:]), arm("case", images)
+    found = crossval._leak(leaky, honest)
+    assert (found["n_images"], found["n_left_out"]) == (len(images) - 5, 5)
+    assert found["metrics"]["balanced_accuracy"]["difference"] == 0
+
+
+def test_what_a_user_can_put_right_stays_one_sentence_from_parallel_folds(joined, tmp_path):
+    """Ray wraps the errors of its tasks in their traceback."""
+    config = CrossvalConfig(data="d", output=str(tmp_path), weights=f"{tmp_path}/none.pth", k=2)
+    folds = list(crossval._folds(config, str(tmp_path), "case"))
+    with pytest.raises(StorageError, match=rf"^{tmp_path}/none.pth: cannot read it"):
+        crossval._train(folds, None, parallel=2)
 
 
 def is_finished(run):
@@ -158,4 +198,4 @@ def test_more_folds_than_groups_end_a_study_before_it_trains(cluster, tree, tmp_
     config = CrossvalConfig(**small(tree).model_dump(include={"data", "weights"}), output=str(tmp_path), k=40)
     with pytest.raises(DataError, match=r"24 groups by case cannot make 40 folds; lower --k"):
         crossval.run(config)
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,9 +1,10 @@
+import pyarrow as pa
 import pytest
 
-from bcd import bundle, storage
+from bcd import bundle, schema, storage
 from bcd.config import EvaluateConfig
 from bcd.errors import BundleError, DataError
-from bcd.pipelines import evaluate, train
+from bcd.pipelines import evaluate, rundir, train
 from tests import planted
 from tests.cluster import read_json
 from tests.pipelines.test_read import small
@@ -73,6 +74,17 @@ def test_a_data_set_that_was_never_seen_is_scored_whole_and_compared(run_uri, cl
     assert "Against another" in page
     with pytest.raises(DataError, match="name an --output for its evaluation"):
         evaluate.run(EvaluateConfig(model=f"{run_uri}/model", data=data))
+
+
+def test_another_slide_of_a_case_that_was_trained_on_is_seen(tmp_path):
+    """Whether two slides of a case are of one person is not published."""
+    row = {schema.IMAGE_ID: "a.png", schema.PART: "train", schema.PATIENT: "14-22549AB", schema.SHA256: "0"}
+    known = schema.fill(pa.Table.from_pylist([row | {schema.CASE: "14-22549"}]), schema.SPLIT)
+    rundir.write_split(str(tmp_path), known)
+    other = {schema.PATIENT: "14-22549CD", schema.SLIDE: "14-22549CD", schema.SHA256: "1"}
+    for case, n_seen in (("14-22549", 1), ("14-1", 0), (None, 0)):
+        table = pa.Table.from_pylist([other | {schema.CASE: case}])
+        assert evaluate._n_seen(f"{tmp_path}/model", table) == n_seen
 
 
 def test_no_bundle_no_evaluation(tree, tmp_path):

@@ -20,10 +20,10 @@ def test_the_probability_before_the_temperature_comes_back(tmp_path):
     facts = card(temperature=3.0, threshold=0.6)
     frame = reporting.with_truth(uri, test, facts)
     np.testing.assert_allclose(frame[aggregate.UNCALIBRATED], 1 / (1 + np.exp(-3 * np.array([1.0, -0.5]))))
-    images = reporting.image_table(frame, facts, uri, fold=2)
+    images = reporting.image_table(frame, facts, uri, draw=2)
     assert images[aggregate.CORRECT].all()
     assert images[aggregate.SOURCE].tolist() == [uri, uri]
-    assert images[aggregate.FOLD].tolist() == [2, 2]
+    assert images[aggregate.DRAW].tolist() == [2, 2]
     np.testing.assert_allclose(images[aggregate.MARGIN], [1 - np.log(1.5), -0.5 - np.log(1.5)], rtol=1e-5)
 
 
