@@ -258,6 +258,7 @@ def _ready(
     precision: str,
     compiled: bool,
 ) -> Bundle:
+    model.set_precision(precision)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network = model.temper(model.fold(network), card.temperature).requires_grad_(False)
     network = network.to(where).to(memory_format=torch.channels_last)

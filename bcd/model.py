@@ -206,6 +206,13 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def set_precision(precision: str) -> None:
+    """Let `float32` mean float32 in this process: on GPUs cuDNN computes convolutions in TF32 by default,
+    with 10 bits of mantissa, and the numbers would not be those of other machines."""
+    if precision == "float32":
+        torch.backends.cudnn.allow_tf32 = False
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision for `--precision auto|float32|bfloat16` on this device."""
     enabled = precision == "bfloat16" or (precision == "auto" and bfloat16_is_fast(device))

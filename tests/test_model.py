@@ -57,6 +57,14 @@ def test_forward_equals_the_network_itself():
     assert output.evidence.shape == (2, 3, 5)
 
 
+def test_float32_is_no_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model.set_precision("auto")
+    assert torch.backends.cudnn.allow_tf32
+    model.set_precision("float32")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_forward_gives_float32_under_autocast():
     network = model.build(2).eval()
     with torch.autocast("cpu", torch.bfloat16):

@@ -24,8 +24,11 @@ CONNECT_TIMEOUT_S = 20
 # The runtime environment of processes that hold a model. glibc gives the memory of every layer back and takes
 # it anew, page by page, worst in the thread in which Ray Train calls the training function: 6.1 images/s, so
 # 7.4; scoring 12.2 and 15.9 (ResNet50 in float32 on 2 cores). Up to 1 GiB is kept for the next batch.
+# Threads that wait give their core away: where other processes want the cores too, waiting busily took a
+# training step from 6 to 12 s.
 KEEP_MEMORY = {
     "env_vars": {
+        "OMP_WAIT_POLICY": "PASSIVE",
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
@@ -119,11 +122,16 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     low, high = config.worker_bounds() or ((int(have["GPU"]),) * 2 if use_gpu else (1, 1))
     if use_gpu and have["GPU"] < max(low, 1):
         raise ResourceError(f"{max(low, 1)} GPU workers asked for, but the cluster has {have['GPU']:g} GPUs")
-    if have["CPU"] < low + DATA_CPUS:
+    # A worker on a GPU holds no CPU.
+    cpus = DATA_CPUS if use_gpu else low + DATA_CPUS
+    if have["CPU"] < cpus:
         raise ResourceError(
-            f"{low} training workers and {DATA_CPUS} CPU for reading images need {low + DATA_CPUS} CPUs, "
+            f"{low} training workers and {DATA_CPUS} CPU for reading images need {cpus} CPUs, "
             f"but the cluster has {have['CPU']:g}; lower --num-workers or start Ray with more --num-cpus"
         )
+    if not use_gpu:
+        # Elastic workers would take the last CPU too, and wait for images for ever.
+        high = min(high, int(have["CPU"]) - DATA_CPUS)
     return ScalingConfig(num_workers=low if low == high else (low, high), use_gpu=use_gpu)
 
 

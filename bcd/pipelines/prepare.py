@@ -89,10 +89,12 @@ def inspect(config: TrainingConfig) -> tuple[pa.Table, Facts]:
 
 
 def _require_subtypes(config: TrainingConfig, table: pa.Table) -> None:
+    """Raises DataError where a setting goes by subtypes, and an image has none."""
+    flags = [f"--{name} subtype" for name in ("target", "balance") if getattr(config, name) == "subtype"]
     missing = table.filter(pc.is_null(table[schema.SUBTYPE]))[schema.IMAGE_ID].to_pylist()
-    if missing and config.target == "subtype":
+    if flags and missing:
         raise DataError(
-            f"--target subtype needs the subtype of every image, but {len(missing):,} have none, "
+            f"{flags[0]} needs the subtype of every image, but {len(missing):,} have none, "
             f"{missing[0]} among them"
         )
 

@@ -97,6 +97,7 @@ def train(task: Task) -> list[dict[str, Any]]:
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("bcd").setLevel(logging.INFO)
     device = ray.train.torch.get_device()
+    model.set_precision(config.precision)
     if device.type == "cpu":
         cluster.share_cores(context.get_local_world_size() * task.runs_per_node)
     # Every worker augments differently, every epoch anew, all from one seed.
@@ -134,6 +135,7 @@ def _epoch(task: Task, step: optimise.Step, state: State, epoch: int) -> dict[st
     started = time.monotonic()
     trained = _gather(_train_epoch(task, step, epoch))
     seconds = time.monotonic() - started
+    _share_statistics(state.network)
     validated = _gather(_validate(task, state.network, step.device))
     _log_exposure(task, trained, epoch)
     names = [task.classes[target] for target in trained.targets]
@@ -208,6 +210,14 @@ def _validation_metrics(task: Task, seen: Seen) -> dict[str, float]:
         SELECTION: measured["balanced_accuracy"] - TIE_BREAK * loss,
         "n_validation": len(targets),
     }
+
+
+def _share_statistics(network: ResNet) -> None:
+    """Give every worker the batch-norm statistics of the first, which are those of the checkpoint: DDP copies
+    them at the start of a forward pass only, so after the last step each worker has its own."""
+    if ray.train.get_context().get_world_size() > 1:
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def _gather(seen: Seen) -> Seen:

@@ -23,7 +23,11 @@ def fake(monkeypatch, cpus, gpus=0):
         ((8, 4), {"device": "cpu"}, (1, False)),
         ((8, 4), {"num_workers": "2"}, (2, True)),
         ((8, 0), {"num_workers": "2-6"}, ((2, 6), False)),
-        ((3, 0), {"num_workers": "2-6"}, ((2, 6), False)),
+        # However many there might be, images are read by somebody; workers on GPUs hold no CPU.
+        ((5, 0), {"num_workers": "2-6"}, ((2, 4), False)),
+        ((3, 0), {"num_workers": "2-6"}, (2, False)),
+        ((8, 8), {}, (8, True)),
+        ((1, 2), {"num_workers": "1-4"}, ((1, 4), True)),
     ],
 )
 def test_scaling_uses_what_is_there(monkeypatch, have, settings, expected):

@@ -86,10 +86,13 @@ def test_too_few_patients_are_refused_with_their_number(joined, tmp_path):
         prepare.prepare(small(data))
 
 
-def test_subtypes_cannot_be_learnt_where_some_are_unknown(joined, tmp_path):
+@pytest.mark.parametrize("flag", ["target", "balance"])
+def test_subtypes_cannot_be_used_where_some_are_unknown(joined, tmp_path, flag):
     data = folder_per_class(tmp_path)
-    with pytest.raises(DataError, match=r"--target subtype needs .* but 24 have none, benign/benign-0/0.png"):
-        prepare.prepare(small(data, target="subtype"))
+    with pytest.raises(
+        DataError, match=rf"--{flag} subtype needs .* but 24 have none, benign/benign-0/0.png"
+    ):
+        prepare.prepare(small(data, **{flag: "subtype"}))
 
 
 def test_missing_fold_files_are_found_before_pixels_are_read(tree, tmp_path, monkeypatch):

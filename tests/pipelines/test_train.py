@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from bcd import bundle, schema, storage
 from bcd.errors import BundleError, ConfigError, ResourceError, StorageError
@@ -61,6 +62,19 @@ def test_validation_counted_every_row_of_both_workers(run_uri):
     table = pq.read_table(io.BytesIO(storage.read_bytes(f"{run_uri}/split.parquet")))
     expected = len(prepare.part_of(table, "validation"))
     assert [record["n_validation"] for record in read_json(f"{run_uri}/history.json")] == [expected] * 2
+
+
+def test_both_workers_validated_the_model_that_is_kept(run_uri):
+    """Batch-norm statistics differ between workers after the last step: only the first's are kept."""
+    table = pq.read_table(io.BytesIO(storage.read_bytes(f"{run_uri}/split.parquet")))
+    rows = prepare.part_of(table, "validation").to_pylist()
+    loaded = bundle.load(f"{run_uri}/model", device="cpu")
+    direct = loaded.predict_files([storage.read_bytes(row[schema.URI]) for row in rows])
+    logit = torch.tensor(direct.logit) * loaded.card.temperature
+    target = torch.tensor([loaded.card.classes.index(row[schema.TUMOR_CLASS]) for row in rows])
+    best = read_json(f"{run_uri}/history.json")[int(loaded.card.validation["epoch"]) - 1]
+    loss = torch.nn.functional.cross_entropy(logit, target)
+    assert best["validation_loss"] == pytest.approx(float(loss), rel=1e-3)
 
 
 def test_predictions_are_the_bundles_own(run_uri):
