@@ -4,6 +4,7 @@ import copy
 import importlib.metadata
 import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import ray.autoscaler
 import yaml
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from bcd import guard
+from tests import commands
 
 ROOT = Path(__file__).parent.parent
 START_COMMANDS = ("head_start_ray_commands", "worker_start_ray_commands")
@@ -98,7 +102,46 @@ def test_nodes_get_the_versions_that_were_tested(cluster: dict[str, Any]) -> Non
 def test_what_it_mounts_exists(cluster: dict[str, Any]) -> None:
     ours = [local for local in cluster["file_mounts"].values() if not local.startswith("~")]
     assert ours
-    assert all((ROOT / local).is_file() for local in ours)
+    assert all((ROOT / local).exists() for local in ours)
+
+
+def test_the_package_is_on_every_node_and_a_jobs_own_goes_first(cluster: dict[str, Any]) -> None:
+    """As `ray up` syncs files without installing anew, it is installed from where they are synced to."""
+    assert cluster["file_mounts"]["~/bcd/bcd"] == "bcd"
+    install = next(command for command in cluster["setup_commands"] if "pip install" in command)
+    assert "-e ~/bcd " in install
+
+
+def exported(cluster: dict[str, Any]) -> dict[str, str]:
+    """The variables that every shell on every node has."""
+    line = next(command for command in cluster["initialization_commands"] if command.startswith("echo"))
+    assert line.endswith(" >> ~/.bashrc")
+    return dict(word.split("=", 1) for word in shlex.split(line)[1].split(" ")[1:] if "=" in word)
+
+
+def test_the_shells_have_what_serve_yaml_asks_for(cluster: dict[str, Any]) -> None:
+    line = next(command for command in cluster["initialization_commands"] if command.startswith("echo"))
+    assert f"{guard.TOKEN_VARIABLE}=$(cat ~/.ray/api_token)" in line
+    assert cluster["file_mounts"]["~/.ray/api_token"] == "~/.ray/api_token"
+    assert exported(cluster)[guard.PROXY_VARIABLE] == guard.PROXY_CALLBACK
+
+
+def test_jobs_know_how_many_workers_may_come(cluster: dict[str, Any]) -> None:
+    kinds = cluster["available_node_types"].values()
+    limit = {
+        kind: sum(node.get("max_workers", 0) * node["resources"].get(kind, 0) for node in kinds)
+        for kind in ("CPU", "GPU")
+    }
+    assert exported(cluster)["BCD_CLUSTER_LIMIT"] == f"CPU={limit['CPU']},GPU={limit['GPU']}"
+
+
+def test_the_commands_in_its_comments_are_valid(text: str) -> None:
+    ours = [line for line in commands.in_comments(text) if commands.is_rays(line)]
+    assert {"ray up", "ray job", "serve deploy"} <= {" ".join(line.split()[:2]) for line in ours}
+    for line in ours:
+        commands.check_rays(line)
+        if job := commands.job(line):
+            commands.check_job(*job)
 
 
 def test_python_is_pinned_to_a_version_that_we_support(cluster: dict[str, Any]) -> None:

@@ -1,51 +1,34 @@
 """The README is run, not trusted: its commands, its flags, its files, its code."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
 from bcd import bundle, model, provenance
-from bcd.config import AuditConfig, Config, CrossvalConfig, EvaluateConfig, ScoreConfig, TrainConfig
-from bcd.serving_config import ServeConfig
-from tests import pictures
+from tests import commands, pictures
 from tests.test_bundle import card
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line
-    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S)
-    for line in block.replace("\\\n", "").splitlines()
-]
-JOBS: dict[str, type[Config]] = {
-    "train": TrainConfig,
-    "crossval": CrossvalConfig,
-    "evaluate": EvaluateConfig,
-    "audit": AuditConfig,
-    "score": ScoreConfig,
-    "serve": ServeConfig,
-}
-
-
-def jobs():
-    """(config type, flags) of every job command in the README."""
-    for line in COMMANDS:
-        if match := re.search(r"python jobs/(\w+)\.py(.*)", line):
-            yield JOBS[match[1]], shlex.split(match[2].partition("#")[0])
+COMMANDS = commands.in_markdown(TEXT)
+JOBS = list(filter(None, map(commands.job, COMMANDS)))
+INLINE = re.findall(r"`((?:ray (?:up|down|start)|serve (?:deploy|run)) [^`]+)`", TEXT)
 
 
 def test_there_are_commands_to_check():
-    assert len(list(jobs())) >= 4
+    assert len(JOBS) >= 4
+    assert INLINE
 
 
-@pytest.mark.parametrize(("config_type", "arguments"), list(jobs()))
+@pytest.mark.parametrize(("config_type", "arguments"), JOBS)
 def test_every_job_command_is_valid(config_type, arguments):
-    if arguments == ["--help"]:
-        return
-    flags = [argument.removeprefix("--").replace("-", "_") for argument in arguments[::2]]
-    config_type(**dict(zip(flags, arguments[1::2], strict=True)))
+    commands.check_job(config_type, arguments)
+
+
+@pytest.mark.parametrize("line", [*filter(commands.is_rays, COMMANDS), *INLINE])
+def test_every_command_of_ray_is_valid(line):
+    commands.check_rays(line)
 
 
 def test_every_make_target_exists():

@@ -14,13 +14,16 @@ from ray.data import DataContext
 from ray.train import ScalingConfig
 
 from bcd.config import TrainConfig
-from bcd.errors import ResourceError
+from bcd.errors import ConfigError, ResourceError
 
 # Ray Data needs a CPU of its own beside the training workers; without one a run would wait for ever.
 DATA_CPUS = 1
 # More threads on one small batch gain little.
 CPUS_PER_MODEL = 4
 CONNECT_TIMEOUT_S = 20
+# What an autoscaler may add, as CPU=192,GPU=4, in the environment of the head node. Ray 2.60 has a place for
+# it in the GCS, but its own autoscalers report nothing there.
+LIMIT_VARIABLE = "BCD_CLUSTER_LIMIT"
 # The runtime environment of processes that hold a model. glibc gives the memory of every layer back and takes
 # it anew, page by page, worst in the thread in which Ray Train calls the training function: 6.1 images/s, so
 # 7.4; scoring 12.2 and 15.9 (ResNet50 in float32 on 2 cores). Up to 1 GiB is kept for the next batch.
@@ -105,10 +108,21 @@ def cores() -> int:
 
 
 def capacity() -> dict[str, float]:
-    """CPUs and GPUs that the cluster has, or that its autoscaler may add."""
+    """CPUs and GPUs that the cluster has, or that its autoscaler may add.
+
+    Raises:
+        ConfigError: BCD_CLUSTER_LIMIT is not of the form CPU=192,GPU=4.
+    """
     now = ray.cluster_resources()
-    limit = ray_state.get_max_resources_from_cluster_config() or {}
+    limit = ray_state.get_max_resources_from_cluster_config() or _stated_limit()
     return {kind: max(now.get(kind, 0.0), limit.get(kind, 0.0)) for kind in ("CPU", "GPU")}
+
+
+def _stated_limit() -> dict[str, float]:
+    text = os.environ.get(LIMIT_VARIABLE, "")
+    if not re.fullmatch(r"((CPU|GPU)=\d+(,|$))*", text):
+        raise ConfigError(f"{LIMIT_VARIABLE}: expected CPU=192,GPU=4 or the like, not {text!r}")
+    return {kind: float(limit) for kind, limit in re.findall(r"(\w+)=(\d+)", text)}
 
 
 def scaling(config: TrainConfig) -> ScalingConfig:

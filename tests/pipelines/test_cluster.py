@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from bcd.config import TrainConfig
-from bcd.errors import ResourceError
+from bcd.errors import ConfigError, ResourceError
 from bcd.pipelines import cluster
 from tests.cluster import CLUSTER_CPUS, free_port
 
@@ -108,6 +108,37 @@ def test_runs_beside_each_other_share_the_cores(monkeypatch):
     for workers in (1, 3, 5, 32):
         cluster.share_cores(workers)
     assert threads == [16, 5, 3, 1]
+
+
+@pytest.fixture
+def only_a_head(monkeypatch):
+    """A cluster whose workers an autoscaler has yet to start."""
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 8e9})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {}}])
+    monkeypatch.setattr(cluster.ray_state, "get_max_resources_from_cluster_config", lambda: None)
+
+
+@pytest.mark.usefixtures("only_a_head")
+def test_a_cluster_that_starts_from_zero_plans_with_what_may_be_added(monkeypatch):
+    with pytest.raises(ResourceError, match="but the cluster has 0"):
+        cluster.scaling(TrainConfig(data="d"))
+    monkeypatch.setenv(cluster.LIMIT_VARIABLE, "CPU=180,GPU=4")
+    assert cluster.capacity() == {"CPU": 180, "GPU": 4}
+    scaling = cluster.scaling(TrainConfig(data="d", num_workers="2"))
+    assert (scaling.num_workers, scaling.use_gpu) == (2, True)
+    pool = cluster.model_workers()
+    assert (pool.size, pool.ready, pool.num_gpus) == (4, 1, 1)
+    monkeypatch.setenv(cluster.LIMIT_VARIABLE, "CPU=32")
+    pool = cluster.model_workers()
+    assert (pool.size, pool.ready, pool.threads, pool.num_gpus) == (8, 1, 4, 0)
+
+
+@pytest.mark.usefixtures("only_a_head")
+@pytest.mark.parametrize("text", ["180", "CPU", "CPU=many", "CPU=2;GPU=1", "TPU=4", '{"CPU": 180}'])
+def test_a_limit_that_cannot_be_read_is_told(monkeypatch, text):
+    monkeypatch.setenv(cluster.LIMIT_VARIABLE, text)
+    with pytest.raises(ConfigError, match=f"{cluster.LIMIT_VARIABLE}: expected CPU=192,GPU=4"):
+        cluster.capacity()
 
 
 @pytest.mark.ray

@@ -230,6 +230,14 @@ def test_a_batch_request_has_the_same_numbers(service, archived, models, files):
     np.testing.assert_allclose([item["answer"]["log_odds"] for item in results], wanted, atol=1e-4)
 
 
+@pytest.mark.ray
+def test_the_proxys_health_is_told_without_a_token_and_its_routes_are_not(service):
+    """What Kubernetes asks of every pod; deploy/rayservice.yaml."""
+    answer = httpx.get(f"{service.url}/-/healthz", timeout=60)
+    assert (answer.status_code, answer.text) == (200, "success")
+    assert httpx.get(f"{service.url}/-/routes", timeout=60).status_code == 401
+
+
 def bodies():
     """200 bad bodies of every kind, with the statuses that may answer them."""
     good = pictures.encode(pictures.gradient(92, 140))

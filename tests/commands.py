@@ -1,0 +1,63 @@
+"""Commands that documents show, parsed by what would run them: the jobs' configs, Ray's command line."""
+
+import re
+import shlex
+
+import click
+from ray.scripts.scripts import cli as ray_cli
+from ray.serve.scripts import cli as serve_cli
+
+from bcd.config import AuditConfig, Config, CrossvalConfig, EvaluateConfig, ScoreConfig, TrainConfig
+from bcd.serving_config import ServeConfig
+
+JOBS: dict[str, type[Config]] = {
+    "train": TrainConfig,
+    "crossval": CrossvalConfig,
+    "evaluate": EvaluateConfig,
+    "audit": AuditConfig,
+    "score": ScoreConfig,
+    "serve": ServeConfig,
+}
+PROGRAMS = {"ray": ray_cli, "serve": serve_cli}
+
+
+def in_markdown(text: str) -> list[str]:
+    """The lines of every block marked `sh`, each command in one."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+
+
+def in_comments(text: str) -> list[str]:
+    """The commands that stand indented in the comments of a YAML file or a Dockerfile."""
+    joined = text.replace("\\\n#", "")
+    return [match[1] for match in re.finditer(r"^#   +(.+)$", joined, re.M)]
+
+
+def job(line: str) -> tuple[type[Config], list[str]] | None:
+    """Config type and flags of a command that runs a job, or nothing."""
+    if match := re.search(r"python \S*\bjobs/(\w+)\.py(.*)", line):
+        return JOBS[match[1]], shlex.split(match[2], comments=True)
+    return None
+
+
+def check_job(config_type: type[Config], arguments: list[str]) -> Config | None:
+    """Fails on a flag that the job does not have, or a value that it does not take."""
+    if arguments == ["--help"]:
+        return None
+    flags = [argument.removeprefix("--").replace("-", "_") for argument in arguments[::2]]
+    return config_type(**dict(zip(flags, arguments[1::2], strict=True)))
+
+
+def is_rays(line: str) -> bool:
+    """Whether the command is one of Ray's."""
+    return line.split(maxsplit=1)[0] in PROGRAMS if line.strip() else False
+
+
+def check_rays(line: str) -> click.Context:
+    """Fails on a subcommand or flag that Ray does not have; nothing is run."""
+    name, *arguments = shlex.split(line, comments=True)
+    command: click.Command | None = PROGRAMS[name]
+    while isinstance(command, click.Group):
+        name, command, arguments = command.resolve_command(click.Context(command), arguments)
+    assert command is not None
+    return command.make_context(name, arguments)
