@@ -8,6 +8,7 @@ import pytest
 
 from bcd import bundle, model, provenance
 from bcd.config import AuditConfig, Config, CrossvalConfig, EvaluateConfig, ScoreConfig, TrainConfig
+from bcd.doctor_config import DoctorConfig
 from bcd.serving_config import ServeConfig
 from tests import pictures
 from tests.test_bundle import card
@@ -20,6 +21,7 @@ COMMANDS = [
     for line in block.replace("\\\n", "").splitlines()
 ]
 JOBS: dict[str, type[Config]] = {
+    "doctor": DoctorConfig,
     "train": TrainConfig,
     "crossval": CrossvalConfig,
     "evaluate": EvaluateConfig,
