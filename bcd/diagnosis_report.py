@@ -54,5 +54,5 @@ def verdict(checks: Sequence[Check], job: str) -> str:
     counts = Counter(check.verdict for check in checks)
     parts = [counted(counts[kind], kind) for kind in ("fault", "warning") if counts[kind]]
     if counts["fault"]:
-        return f"{listed(parts)}: {job} would break here."
+        return f"{listed(parts)}: {job} should not be started here yet."
     return f"{listed(parts) or 'nothing found'}: {job} can start."

@@ -145,7 +145,7 @@ FAULTS = {
     ),
     "a full disk": (
         machine(ray_disk=Disk("/tmp/ray", 150 * GIB, GIB)),
-        Check("disk", "fault", "10.0.0.3: 1.0 GiB free at /tmp/ray, 99% full",
+        Check("disk", "fault", "10.0.0.3: 1.0 GiB free at /tmp/ray, 99 % full",
               "Make room there, or start Ray with another --temp-dir: at 95 % Ray stores no more objects."),
     ),
     "data that one node cannot read": (
@@ -221,7 +221,7 @@ WARNINGS = {
     ),
     "a disk that fills": (
         machine(ray_disk=Disk("/tmp/ray", 100 * GIB, 10 * GIB)),
-        Check("disk", "warning", "10.0.0.3: 10.0 GiB free at /tmp/ray, 90% full",
+        Check("disk", "warning", "10.0.0.3: 10.0 GiB free at /tmp/ray, 90 % full",
               "Make room there, or start Ray with another --temp-dir: at 95 % Ray stores no more objects."),
     ),
     "no room for slides": (

@@ -5,7 +5,7 @@ from bcd.diagnosis_report import COLOURS, PLAIN, lines, verdict
 
 CHECKS = [
     Check("nodes", "ok", "3 of 3 nodes answer"),
-    Check("disk", "fault", "10.0.0.3: 1.0 GiB free at /tmp/ray, 99% full", "Make room there."),
+    Check("disk", "fault", "10.0.0.3: 1.0 GiB free at /tmp/ray, 99 % full", "Make room there."),
     Check("memory", "warning", "10.0.0.2: 3.0 GiB free", "End what else runs there."),
 ]
 
@@ -13,7 +13,7 @@ CHECKS = [
 def test_a_line_for_each_check_and_a_next_step_below_where_there_is_one():
     assert lines(CHECKS, 100, coloured=False) == [
         "  ok       nodes   3 of 3 nodes answer",
-        "  FAULT    disk    10.0.0.3: 1.0 GiB free at /tmp/ray, 99% full",
+        "  FAULT    disk    10.0.0.3: 1.0 GiB free at /tmp/ray, 99 % full",
         "                   -> Make room there.",
         "  WARNING  memory  10.0.0.2: 3.0 GiB free",
         "                   -> End what else runs there.",
@@ -37,6 +37,9 @@ def test_long_sentences_are_wrapped_below_themselves_and_what_is_copied_stays_wh
 
 
 def test_the_last_sentence_counts_and_tells_whether_to_start():
-    assert verdict(CHECKS, "jobs/train.py") == "1 fault and 1 warning: jobs/train.py would break here."
+    assert (
+        verdict(CHECKS, "jobs/train.py")
+        == "1 fault and 1 warning: jobs/train.py should not be started here yet."
+    )
     assert verdict(CHECKS[:1], "jobs/score.py") == "nothing found: jobs/score.py can start."
     assert verdict(CHECKS[2:], "jobs/serve.py") == "1 warning: jobs/serve.py can start."

@@ -228,7 +228,7 @@ def test_a_node_with_another_torch_a_full_disk_and_its_own_output_and_then_a_sto
     }
     ours = provenance.versions()["torch"]
     assert found["versions"].seen == f"torch 0.0.1 on {name}, {ours} where this job was started"
-    assert re.fullmatch(rf"{re.escape(name)}: \d MiB free at {folder}, 9[5-9]% full", found["disk"].seen)
+    assert re.fullmatch(rf"{re.escape(name)}: \d MiB free at {folder}, 9[5-9] % full", found["disk"].seen)
     assert f"{output}: cannot read it: " in found["output"].seen
     assert found["output"].next_step.startswith("Nodes must see what others wrote")
     assert everything_below(str(output)) == []
@@ -272,7 +272,7 @@ def test_a_cluster_that_does_not_answer_is_a_fault():
     done = door({"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}, "--for", "serve")
     assert done.returncode == 1
     assert "FAULT    cluster  no Ray cluster answers at RAY_ADDRESS=127.0.0.1:" in done.stdout
-    assert done.stderr == "error: 1 fault: jobs/serve.py would break here.\n"
+    assert done.stderr == "error: 1 fault: jobs/serve.py should not be started here yet.\n"
 
 
 def test_a_wrong_token_is_a_fault(cluster):
@@ -297,7 +297,7 @@ def test_the_door_tells_every_fault_and_exits_1(idle, tmp_path):
         "token",
         "clocks",
     ]
-    assert done.stderr.endswith("error: 3 faults: jobs/train.py would break here.\n")
+    assert done.stderr.endswith("error: 3 faults: jobs/train.py should not be started here yet.\n")
 
 
 def test_a_check_that_fails_in_an_unforeseen_way_hides_no_other(idle):
