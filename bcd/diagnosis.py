@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from bcd import guard
 from bcd.finding import counted, listed
 from bcd.node import Action, Attempt, Capacity, Facts, Node
 
@@ -77,13 +76,14 @@ def diagnose(facts: Facts) -> list[Check]:
 def answers(nodes: Sequence[Node]) -> Iterator[Check]:
     """Nodes that did not answer."""
     awake = [node.name for node in nodes if node.machine]
+    of_all = f" of {len(nodes)}" if len(awake) < len(nodes) else ""
     for trouble, names in _grouped((node.trouble, node.name) for node in nodes if not node.machine):
         step = "See `ray status` and the raylet's log there. Nothing more is known of it."
         if "No module named" in trouble:
             step = f"{INSTALL} The code comes with the job: ray job submit --working-dir ."
         yield Check("nodes", "fault", f"{names}: {trouble}", step)
     if awake:
-        yield Check("nodes", "ok", f"{len(awake)} of {counted(len(nodes), 'node')} answer: {_names(awake)}")
+        yield Check("nodes", "ok", f"{len(awake)}{of_all} answered: {_names(awake)}")
 
 
 def versions(here: Mapping[str, str], nodes: Sequence[Node]) -> Iterator[Check]:
@@ -120,7 +120,7 @@ def token(address: str, refuses_strangers: bool | None) -> Check:
         "RAY_AUTH_MODE=token."
     )
     seen = f"{address} answers without a token: whoever reaches that port can run code here"
-    return Check("token", "warning" if guard.is_loopback(address.rpartition(":")[0]) else "fault", seen, step)
+    return Check("token", "fault", seen, step)
 
 
 def clocks(nodes: Sequence[Node]) -> Iterator[Check]:

@@ -4,7 +4,7 @@ from bcd.diagnosis import Check
 from bcd.diagnosis_report import COLOURS, PLAIN, lines, verdict
 
 CHECKS = [
-    Check("nodes", "ok", "3 of 3 nodes answer"),
+    Check("nodes", "ok", "3 answered"),
     Check("disk", "fault", "10.0.0.3: 1.0 GiB free at /tmp/ray, 99 % full", "Make room there."),
     Check("memory", "warning", "10.0.0.2: 3.0 GiB free", "End what else runs there."),
 ]
@@ -12,7 +12,7 @@ CHECKS = [
 
 def test_a_line_for_each_check_and_a_next_step_below_where_there_is_one():
     assert lines(CHECKS, 100, coloured=False) == [
-        "  ok       nodes   3 of 3 nodes answer",
+        "  ok       nodes   3 answered",
         "  FAULT    disk    10.0.0.3: 1.0 GiB free at /tmp/ray, 99 % full",
         "                   -> Make room there.",
         "  WARNING  memory  10.0.0.2: 3.0 GiB free",

@@ -5,6 +5,7 @@ too. Whatever fails or hangs there becomes a line of the table, and the other qu
 """
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -182,6 +183,8 @@ class Examiner:
 
 
 def _naming(uri: str, error: str) -> str:
+    # The request's id would make the same trouble of many nodes look like many troubles.
+    error = re.sub(r" \(Request ID: \w+\)", "", error)
     return error if uri in error else f"{uri}: {error}"
 
 

@@ -22,7 +22,7 @@ import pyarrow.fs
 import pytest
 import ray
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from bcd import bundle, model, provenance, storage
 from bcd.doctor_config import DoctorConfig
@@ -64,10 +64,10 @@ def good_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def good_weights(s3):
-    uri = f"{s3}/doctor/weights.safetensors"
-    storage.write_bytes(uri, save(dict(model.build(1000).state_dict())))
-    return uri
+def good_weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "resnet50.safetensors"
+    save_file(dict(model.build(1000).state_dict()), path)
+    return str(path)
 
 
 def test_nothing_is_found_on_a_healthy_cluster_with_s3_and_nothing_stays(
@@ -86,7 +86,7 @@ def test_nothing_is_found_on_a_healthy_cluster_with_s3_and_nothing_stays(
     assert everything_below(s3) == before
     seen = {check.name: check.seen for check in checks}
     assert seen["capacity"] == "1 training worker and 1 CPU for reading: 2 CPUs needed; 4 of 4 CPUs are free"
-    assert seen["token"] == f"{idle.gcs} refuses who shows no token"
+    assert seen["token"] == f"{gcs()} refuses who shows no token"
     said = capsys.readouterr().out
     assert said.startswith("examining 1 node for jobs/train.py\n")
     assert said.endswith("\nnothing found: jobs/train.py can start.\n")
@@ -102,77 +102,86 @@ def test_nothing_is_found_on_a_healthy_cluster_with_local_disks(idle, tree, good
     assert "not looked at, because not given: --model\n" in capsys.readouterr().out
 
 
-def test_a_bucket_that_does_not_exist(idle):
-    (found,) = diagnose("train", output="s3://nobucket/runs")
-    assert (found.name, found.verdict) == ("output", "fault")
-    assert found.seen.startswith("127.0.0.1: s3://nobucket/runs: cannot write it: ")
-    assert doctor.PROBE not in found.seen
-    assert found.next_step == "Check that the bucket or disk is there, and that every node may write to it."
+def gcs():
+    return ray.get_runtime_context().gcs_address
 
 
-def test_an_output_that_cannot_be_written_because_a_file_is_there(idle, tmp_path):
-    (tmp_path / "file").write_text("x")
-    (found,) = diagnose("train", output=str(tmp_path / "file" / "runs"))
-    assert (found.name, found.verdict) == ("output", "fault")
-    assert "Not a directory" in found.seen
-    assert (tmp_path / "file").read_text() == "x"
-
-
-def plant(tmp_path, good_model):
-    """Places with something wrong, by name."""
+@pytest.fixture
+def planted(tmp_path, good_model):
+    """A folder of places that all have something wrong."""
     storage.write_bytes(str(tmp_path / "empty" / "notes.txt"), b"no picture")
     storage.write_bytes(str(tmp_path / "manifest.csv"), b"uri,tumor_class\ngone.png,benign\n")
     storage.write_bytes(str(tmp_path / "vgg.safetensors"), save({"conv.weight": torch.zeros(1)}))
-    cut = tmp_path / "cut"
-    shutil.copytree(good_model, cut)
-    weights = cut / bundle.WEIGHTS
+    shutil.copytree(good_model, tmp_path / "cut")
+    weights = tmp_path / "cut" / bundle.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:1_000_000])
-
-
-@pytest.mark.parametrize(
-    ("purpose", "flag", "place", "said"),
-    [
-        ("train", "data", "none", "none: there is no such folder; check the path or bucket name"),
-        ("train", "data", "empty", "empty: nothing to read below it; expected .png, "),
-        ("train", "data", "manifest.csv", "gone.png: cannot read it: "),
-        ("score", "model", "none", "none: no model bundle there; expected card.json, "),
-        ("score", "model", "empty", "empty: no model bundle there; expected card.json, "),
-        ("serve", "model", "cut", "cut: model.safetensors is damaged or of another model: "),
-        ("train", "weights", "none.pth", "none.pth: cannot read it: "),
-        ("train", "weights", "vgg.safetensors", "vgg.safetensors: not the weights of a resnet50: "),
-    ],
-)
-def test_places_that_are_missing_or_hold_something_else(
-    idle, tmp_path, good_model, purpose, flag, place, said
-):
-    plant(tmp_path, good_model)
-    (found,) = diagnose(purpose, **{flag: str(tmp_path / place)})
-    assert (found.name, found.verdict) == (flag, "fault")
-    assert f"127.0.0.1: {tmp_path}/{said}" in found.seen
-    assert found.next_step
+    return tmp_path
 
 
 @pytest.mark.parametrize(
     ("purpose", "settings", "said"),
     [
-        ("train", {"device": "gpu"}, "1 GPU workers asked for, but the cluster has 0 GPUs"),
         (
             "train",
-            {"num_workers": "4"},
-            "4 training workers and 1 CPU for reading images need 5 CPUs, .* has 4",
+            {"data": "{}/none", "output": "s3://nobucket/runs", "weights": "{}/none.pth", "device": "gpu"},
+            {
+                "capacity": "1 GPU workers asked for, but the cluster has 0 GPUs",
+                "data": "{}/none: there is no such folder; check the path or bucket name",
+                "output": "s3://nobucket/runs: cannot write it: When initiating multiple part upload for key "
+                "'runs' in bucket 'nobucket': AWS Error NO_SUCH_BUCKET",
+                "weights": "{}/none.pth: cannot read it: ",
+            },
         ),
         (
-            "score",
-            {"device": "gpu"},
-            "up to 1 model worker: 3 CPUs and 1 GPU needed, but the cluster has 4 CPUs",
+            "train",
+            {
+                "data": "{}/empty",
+                "output": "{}/manifest.csv/runs",
+                "weights": "{}/vgg.safetensors",
+                "num_workers": "4",
+            },
+            {
+                "capacity": "4 training workers and 1 CPU for reading images need 5 CPUs, but the cluster has",
+                "data": "{}/empty: nothing to read below it; expected .png, ",
+                "output": "{0}/manifest.csv/runs: cannot write it: [Errno 20] Cannot create directory "
+                "'{0}/manifest.csv/runs'. Detail: [errno 20] Not a directory",
+                "weights": "{}/vgg.safetensors: not the weights of a resnet50: ",
+            },
         ),
-        ("serve", {"num_workers": "9"}, "a service of 9 replicas: 9 CPUs needed, but the cluster has 4 CPUs"),
+        ("train", {"data": "{}/manifest.csv"}, {"data": "{}/gone.png: cannot read it: "}),
+        (
+            "score",
+            {"model": "{}/none", "device": "gpu"},
+            {
+                "capacity": "up to 1 model worker: 3 CPUs and 1 GPU needed, but the cluster has 4 CPUs",
+                "model": "{}/none: no model bundle there; expected card.json, ",
+            },
+        ),
+        (
+            "serve",
+            {"model": "{}/empty", "num_workers": "9"},
+            {
+                "capacity": "a service of 9 replicas: 9 CPUs needed, but the cluster has 4 CPUs",
+                "model": "{}/empty: no model bundle there; expected card.json, ",
+            },
+        ),
+        (
+            "serve",
+            {"model": "{}/cut"},
+            {"model": "{}/cut: model.safetensors is damaged or of another model: "},
+        ),
     ],
 )
-def test_more_than_there_is(idle, purpose, settings, said):
-    (found,) = diagnose(purpose, **settings)
-    assert (found.name, found.verdict) == ("capacity", "fault")
-    assert re.match(said, found.seen)
+def test_each_planted_fault_is_found_and_hides_no_other(idle, planted, purpose, settings, said):
+    (node,) = (node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
+    found = diagnose(purpose, **{flag: value.format(planted) for flag, value in settings.items()})
+    assert [check.name for check in found] == list(said)
+    for check in found:
+        where = "" if check.name == "capacity" else f"{node}: "
+        assert check.seen.startswith(where + said[check.name].format(planted))
+        assert (check.verdict, doctor.PROBE in check.seen) == ("fault", False)
+        assert check.next_step
+    assert not list(planted.rglob(f"{doctor.PROBE}*"))
 
 
 # In a mount namespace of its own a node has a small disk for Ray, and another one at the place of the output.
@@ -217,9 +226,9 @@ def test_a_node_with_another_torch_a_full_disk_and_its_own_output_and_then_a_sto
     # Into the node's own mount namespace.
     disk = Path(f"/proc/{node.pid}/root{folder}")
     (disk / "filled").write_bytes(bytes(int(shutil.disk_usage(disk).free - 0.03 * 64 * 2**20)))
-    name = next(
-        f"127.0.0.1 ({n['NodeID'][:6]})" for n in ray.nodes() if n["Alive"] and not n["Resources"].get("CPU")
-    )
+    known = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
+    names = doctor._names(known)
+    name = next(names[node_id] for node_id, n in known.items() if not n["Resources"].get("CPU"))
     found = {check.name: check for check in diagnose("train", output=str(output))}
     assert {kind: check.verdict for kind, check in found.items()} == {
         "versions": "fault",
@@ -243,7 +252,7 @@ def test_a_node_with_another_torch_a_full_disk_and_its_own_output_and_then_a_sto
 
 
 def test_a_cluster_that_asks_for_no_token_answers_strangers(tmp_path, joined):
-    assert doctor.refuses_strangers(joined.gcs) is True
+    assert doctor.refuses_strangers(gcs()) is True
     port, folder = free_port(), tempfile.mkdtemp(prefix="bcd-ray-", dir="/tmp")
     assert doctor.refuses_strangers(f"127.0.0.1:{port}") is None
     marker = f"BCD_TEST_OPEN={uuid.uuid4().hex}"
