@@ -17,7 +17,7 @@ PLACES: dict[Purpose, tuple[str, ...]] = {
 
 
 class DoctorConfig(Config):
-    """Examine a cluster before a long job, and say what would break it. Changes nothing.
+    """Examine a cluster before a long job, and say what would break it.
 
     Give the job's own flags; what is not given is not looked at. Exit code 1 where the job would break.
     """

@@ -287,20 +287,24 @@ def _probe(party: Party, flag: str, uri: str) -> list[Attempts]:
     """Every node writes a file, every node reads that of another, and all are deleted again."""
     folder = storage.join(uri, f"{PROBE}{uuid.uuid4().hex}")
     files = {name: storage.join(folder, name) for name in party.members}
-    answers = []
+    seen: Attempts = {}
+    deleted: Attempts = {}
     try:
-        answers.append(written := party.attempt(flag, "write", files))
+        written = party.attempt(flag, "write", files)
         whole = [name for name, one in written.items() if not one.error]
         # Each reads what the next one wrote; a lonely one its own.
         others = {name: files[other] for name, other in zip(whole, whole[1:] + whole[:1], strict=True)}
-        answers.append(party.attempt(flag, "see", others))
+        seen = party.attempt(flag, "see", others)
     finally:
         # One after the other: on a shared disk two would delete the same files under each other's hands.
-        answers += [party.attempt(flag, "delete", {name: folder}) for name in party.members]
-    return [{name: _of_output(one, uri, folder, name) for name, one in some.items()} for some in answers]
+        # Everywhere, because a write that failed may leave something; told where the write did not fail.
+        for name in party.members:
+            deleted |= party.attempt(flag, "delete", {name: folder})
+    told = [written, seen, {name: deleted[name] for name in whole}]
+    return [{name: _of_output(one, uri, folder) for name, one in some.items()} for some in told]
 
 
-def _of_output(attempt: Attempt, uri: str, folder: str, name: str) -> Attempt:
+def _of_output(attempt: Attempt, uri: str, folder: str) -> Attempt:
     """The attempt as one on OUTPUT itself: the probe's own name would tell nobody anything."""
     below = folder.removeprefix(uri)
     error = attempt.error

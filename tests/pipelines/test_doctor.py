@@ -141,7 +141,7 @@ def planted(tmp_path, good_model):
                 "num_workers": "4",
             },
             {
-                "capacity": "4 training workers and 1 CPU for reading images need 5 CPUs, but the cluster has",
+                "capacity": "4 training workers and 1 CPU for reading images need 5 CPUs, but the cluster",
                 "data": "{}/empty: nothing to read below it; expected .png, ",
                 "output": "{0}/manifest.csv/runs: cannot write it: [Errno 20] Cannot create directory "
                 "'{0}/manifest.csv/runs'. Detail: [errno 20] Not a directory",
