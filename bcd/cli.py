@@ -16,7 +16,7 @@ def main(config_type: type[Config], pipeline: str, doc: str | None) -> None:
     flags are known to be right.
 
     Exit code 0 on success; 2 with one sentence on anything the user can put right; 1 where books do not
-    balance or an audited split leaks. Other faults keep their stack trace.
+    balance, an audited split leaks or a diagnosis found a fault. Other faults keep their stack trace.
     """
     config = tyro.cli(config_type, description=doc)
     try:

@@ -8,7 +8,8 @@
     ├── ResourceError     more CPUs or GPUs asked for than there are
     ├── StorageError      a place that cannot be read or written
     ├── IncompleteError   inputs that ended in neither a result nor an error; exit code 1
-    └── AuditError        a finished audit found that a given split leaks; exit code 1
+    ├── AuditError        a finished audit found that a given split leaks; exit code 1
+    └── DiagnosisError    a finished diagnosis found what would break the job; exit code 1
 
 Anything else is a fault of ours and keeps its stack trace.
 """
@@ -55,5 +56,11 @@ class IncompleteError(BcdError):
 
 class AuditError(BcdError):
     """An audit ran to its end, and a split that it was given leaks."""
+
+    exit_code = 1
+
+
+class DiagnosisError(BcdError):
+    """A diagnosis ran to its end, and found what would break the job."""
 
     exit_code = 1

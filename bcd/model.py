@@ -21,6 +21,8 @@ from bcd.errors import BundleError
 from bcd.taxonomy import malignant_mask
 
 ARCHITECTURE = "resnet50"
+# What `--weights` may name beside a URI: torchvision's download, and random ones.
+IMAGENET, RANDOM = "imagenet", "none"
 
 State = Mapping[str, Tensor]
 
@@ -67,9 +69,9 @@ def pretrained(weights: str) -> dict[str, Tensor] | None:
         BundleError: the file is no state dict, or the download of `imagenet` failed.
         StorageError: the URI cannot be read.
     """
-    if weights == "none":
+    if weights == RANDOM:
         return None
-    if weights == "imagenet":
+    if weights == IMAGENET:
         return _download()
     content = storage.read_bytes(weights)
     try:

@@ -102,8 +102,7 @@ def list_files(uri: str) -> list[File]:
     """
     filesystem, root = resolve(uri)
     with _naming(uri, "list it"):
-        if filesystem.get_file_info(root).type != fs.FileType.Directory:
-            raise StorageError(f"{uri}: there is no such folder; check the path or bucket name")
+        _require_folder(filesystem, uri, root)
         infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
     files = (
         File(join(uri, path), path, info.size)
@@ -115,12 +114,39 @@ def list_files(uri: str) -> list[File]:
     return sorted(files, key=lambda file: file.path)
 
 
+def _require_folder(filesystem: fs.FileSystem, uri: str, path: str) -> None:
+    if filesystem.get_file_info(path).type != fs.FileType.Directory:
+        raise StorageError(f"{uri}: there is no such folder; check the path or bucket name")
+
+
 def list_files_if_any(uri: str) -> list[File]:
     """The same, and nothing where there is no such folder."""
     filesystem, root = resolve(uri)
     with _naming(uri, "list it"):
         found = filesystem.get_file_info(root).type == fs.FileType.Directory
     return list_files(uri) if found else []
+
+
+def first_file(uri: str, suffixes: tuple[str, ...]) -> File | None:
+    """A file below a folder whose name ends with one of the suffixes, found without listing all of them.
+
+    Raises:
+        StorageError: the folder does not exist or cannot be read.
+    """
+    filesystem, root = resolve(uri)
+    with _naming(uri, "list it"):
+        _require_folder(filesystem, uri, root)
+        folders = [root]
+        while folders:  # depth first: in a tree few folders are opened
+            infos = filesystem.get_file_info(fs.FileSelector(folders.pop()))
+            infos.sort(key=lambda info: info.path)
+            seen = [info for info in infos if not info.base_name.startswith(".")]
+            files = [info for info in seen if info.type == fs.FileType.File]
+            if found := [info for info in files if info.base_name.lower().endswith(suffixes)]:
+                path = posixpath.relpath(found[0].path, root)
+                return File(join(uri, path), path, found[0].size)
+            folders += [info.path for info in seen if info.type == fs.FileType.Directory]
+    return None
 
 
 def sizes(uris: Sequence[str]) -> list[int | None]:
@@ -136,6 +162,13 @@ def read_bytes(uri: str) -> bytes:
     filesystem, path = resolve(uri)
     with _naming(uri, "read it"), filesystem.open_input_stream(path) as stream:
         return stream.read()
+
+
+def read_start(uri: str, n_bytes: int) -> bytes:
+    """The first bytes of one file, as many as it has."""
+    filesystem, path = resolve(uri)
+    with _naming(uri, "read it"), filesystem.open_input_stream(path) as stream:
+        return stream.read(n_bytes)
 
 
 def download(uri: str, path: Path) -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,16 @@ def read_json(uri: str) -> Any:
     return json.loads(storage.read_bytes(uri))
 
 
-def start_ray(arguments: list[str], marker: str, **variables: str) -> subprocess.Popen[bytes]:
-    """`ray start --block` in a session of its own; `processes` finds what belongs to it by the marker."""
+def start_ray(
+    arguments: list[str], marker: str, prefix: Sequence[str] = (), **variables: str
+) -> subprocess.Popen[bytes]:
+    """`ray start --block` in a session of its own, by a command that runs others where one is given;
+    `processes` finds what belongs to it by the marker."""
     name, _, value = marker.partition("=")
     environment = os.environ | variables | {name: value, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    start = [BIN / "ray", "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
     return subprocess.Popen(
-        [BIN / "ray", "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *arguments],
+        [*prefix, *start, *arguments],
         env=environment,
         start_new_session=True,
         stdout=subprocess.DEVNULL,

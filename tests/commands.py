@@ -8,9 +8,11 @@ from ray.scripts.scripts import cli as ray_cli
 from ray.serve.scripts import cli as serve_cli
 
 from bcd.config import AuditConfig, Config, CrossvalConfig, EvaluateConfig, ScoreConfig, TrainConfig
+from bcd.doctor_config import DoctorConfig
 from bcd.serving_config import ServeConfig
 
 JOBS: dict[str, type[Config]] = {
+    "doctor": DoctorConfig,
     "train": TrainConfig,
     "crossval": CrossvalConfig,
     "evaluate": EvaluateConfig,

@@ -9,7 +9,8 @@ def test_the_tree_in_the_docstring_is_the_tree_in_the_code():
     assert {c.__name__ for c in classes} == {w for w in errors.__doc__.split() if w.endswith("Error")}
 
 
-def test_books_that_do_not_balance_and_splits_that_leak_exit_1():
+def test_results_that_must_not_be_relied_on_exit_1():
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass)]
-    assert {c.__name__ for c in classes if c.exit_code == 1} == {"IncompleteError", "AuditError"}
+    failing = {"IncompleteError", "AuditError", "DiagnosisError"}
+    assert {c.__name__ for c in classes if c.exit_code == 1} == failing
     assert {c.exit_code for c in classes} == {1, 2}

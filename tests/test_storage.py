@@ -92,3 +92,19 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
 def test_absolute(uri, expected):
     assert storage.absolute(uri) == expected
     assert storage.parent(storage.join(uri, "run", "model")) == storage.join(uri, "run")
+
+
+def test_first_file_finds_one_without_listing_all(tmp_path, s3):
+    for root in (str(tmp_path), f"{s3}/{tmp_path.name}-first"):
+        for name in ("a/notes.txt", "a/.hidden/x.png", "b/c/1.PNG", "b/c/2.png"):
+            storage.write_bytes(f"{root}/{name}", b"12345")
+        assert storage.first_file(root, (".png",)) == storage.File(f"{root}/b/c/1.PNG", "b/c/1.PNG", 5)
+        assert storage.first_file(f"{root}/a", (".png",)) is None
+        with pytest.raises(StorageError, match=r"none: there is no such folder"):
+            storage.first_file(f"{root}/none", (".png",))
+
+
+def test_read_start_reads_as_much_as_there_is(tmp_path, s3):
+    for uri in (str(tmp_path / "in.bin"), f"{s3}/{tmp_path.name}-start.bin"):
+        storage.write_bytes(uri, b"0123456789")
+        assert [storage.read_start(uri, n) for n in (4, 20)] == [b"0123", b"0123456789"]
