@@ -230,6 +230,14 @@ def test_a_batch_request_has_the_same_numbers(service, archived, models, files):
     np.testing.assert_allclose([item["answer"]["log_odds"] for item in results], wanted, atol=1e-4)
 
 
+@pytest.mark.ray
+def test_a_load_balancer_sees_that_the_proxy_is_well(service):
+    """Without the token; which applications run is told to nobody who has none."""
+    answer = httpx.get(f"{service.url}/-/healthz", timeout=60)
+    assert (answer.status_code, answer.text) == (200, "success")
+    assert httpx.get(f"{service.url}/-/routes", timeout=60).status_code == 401
+
+
 def bodies():
     """200 bad bodies of every kind, with the statuses that may answer them."""
     good = pictures.encode(pictures.gradient(92, 140))
