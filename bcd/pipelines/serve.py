@@ -67,8 +67,16 @@ class Gate:
                 await place
             except asyncio.CancelledError:
                 if place.done() and not place.cancelled():
-                    self._let_in(1)
+                    self.pass_on()
                 raise
+
+    def pass_on(self) -> None:
+        """One that was let in has left.
+
+        Ray drops a batch that all have left before it begins: it never ends either, so it opens no gate.
+        """
+        if not self._busy:
+            self._let_in(1)
 
     def close(self) -> None:
         """A batch begins."""
@@ -122,7 +130,11 @@ class Replica:
         """See `api.Engine`."""
         given = await self._decode(content) if self._decodes_ahead else content
         await self._gate.enter()
-        found = await self._forward(given)
+        try:
+            found = await self._forward(given)
+        except asyncio.CancelledError:
+            self._gate.pass_on()
+            raise
         if isinstance(found, image.ImageError):
             raise found
         return found

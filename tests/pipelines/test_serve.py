@@ -16,6 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -85,6 +86,61 @@ class TestGate:
             assert first.cancelled()
 
         asyncio.run(story())
+
+
+# The class below is the one that Ray Serve's decorator has wrapped.
+class Unloaded(serve.Replica.__base__):
+    """A replica's way from a request to the batch, with Ray Serve's own queue, and no model behind it."""
+
+    def __init__(self, size):
+        self._gate, self._decodes_ahead = serve.Gate(size), False
+        self._forward.set_max_batch_size(size)
+        self.begun, self.may_end = asyncio.Event(), asyncio.Event()
+
+    async def _seen(self, given):
+        self.begun.set()
+        await self.may_end.wait()
+        return given
+
+
+@pytest.fixture
+def make_batch_queue(monkeypatch):
+    """Makes a queue of `@serve.batch` outside a replica, for one event loop."""
+    limits = SimpleNamespace(max_ongoing_requests=100)
+    context = SimpleNamespace(_deployment_config=limits)
+    monkeypatch.setattr(ray_serve, "get_replica_context", lambda: context)
+    wrapper = serve.Replica._forward.set_max_batch_size.__self__
+    monkeypatch.setattr(wrapper, "max_batch_size", wrapper.max_batch_size)
+    return lambda: monkeypatch.setattr(wrapper, "_queue", None)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_clients_that_leave_at_any_moment_hold_up_nobody(make_batch_queue, size):
+    """A batch that everyone has left before it begins is dropped by Ray, so that it never ends either."""
+
+    async def story(turns):
+        replica = Unloaded(size)
+        first = asyncio.create_task(replica.look(b"first"))
+        await replica.begun.wait()
+        leaving = [asyncio.create_task(replica.look(b"leaves")) for _ in range(size)]
+        staying = [asyncio.create_task(replica.look(b"stays")) for _ in range(2 * size)]
+        await asyncio.sleep(0)
+        replica.may_end.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for task in leaving:
+            task.cancel()
+        answers = await asyncio.wait_for(asyncio.gather(first, *staying), 5)
+        assert answers == [b"first", *[b"stays"] * len(staying)]
+        return await asyncio.gather(*leaving, return_exceptions=True)
+
+    for turns in range(100):
+        make_batch_queue()
+        left = asyncio.run(story(turns))
+        if left == [b"leaves"] * size:  # too late: with their answers
+            break
+        assert {type(one) for one in left} == {asyncio.CancelledError}
+    assert 5 < turns < 99
 
 
 def contents():
@@ -236,6 +292,31 @@ def test_a_load_balancer_sees_that_the_proxy_is_well(service):
     answer = httpx.get(f"{service.url}/-/healthz", timeout=60)
     assert (answer.status_code, answer.text) == (200, "success")
     assert httpx.get(f"{service.url}/-/routes", timeout=60).status_code == 401
+
+
+@pytest.mark.ray
+def test_batch_clients_that_hang_up_hold_up_nobody(service, files):
+    """Eight at a time, each after another share of the time that an answer takes."""
+    contents = list(files.values())[:16]
+    given = [("files", (str(i), content)) for i, content in enumerate(contents)]
+
+    def ask(patience_s):
+        timeout = httpx.Timeout(300, read=patience_s)
+        try:
+            url = f"{service.url}/v1/predict/batch"
+            return httpx.post(url, files=given, headers=AUTHORISED, timeout=timeout).status_code
+        except httpx.ReadTimeout:
+            return None
+
+    started = time.monotonic()
+    assert ask(300) == 200
+    whole_s = time.monotonic() - started
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(ask, np.random.default_rng(0).uniform(0, 4 * whole_s, 80)))
+        assert statuses.count(None) > 20
+        assert set(statuses) <= {None, 200}
+        answers = list(pool.map(service.ask, contents))
+    assert {answer.status_code for answer in answers} == {200}
 
 
 def bodies():
