@@ -629,6 +629,41 @@ def test_replicas_are_as_many_and_as_large_as_asked_for(models):
     assert (elastic.max_ongoing_requests, elastic.max_queued_requests) == (16, 16)
 
 
+@pytest.fixture
+def started(models, monkeypatch):
+    """Starts a replica in this process, as on a machine of 4 cores; gives what it uses."""
+    used = {}
+
+    def load(uri, device, precision):
+        used["device"] = device
+        return loaded(uri, "cpu", precision)
+
+    loaded = bundle.load
+    monkeypatch.setattr(bundle, "load", load)
+    monkeypatch.setattr(serve.cluster, "cores", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: used.update(threads=n))
+
+    def start(**settings):
+        replica = serve.Replica.__base__(ServiceConfig(model=models[0], max_batch_size=1, **settings), None)
+        return used | {"decoders": replica._decoders._max_workers}
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "threads"),
+    [
+        ({}, "cpu", 4),
+        ({"num_cpus": 2}, "cpu", 4),
+        ({"max_replicas": 4}, "cpu", 1),
+        ({"max_replicas": 2, "num_cpus": 2}, "cpu", 2),
+        ({"max_replicas": 8, "num_cpus": 0.5, "num_gpus": 0.25}, None, 1),
+    ],
+)
+def test_a_replica_keeps_to_what_it_reserves(settings, device, threads, started):
+    assert started(**settings) == {"device": device, "threads": threads, "decoders": threads}
+
+
 def test_a_port_in_use_and_a_missing_model_are_told(models, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
