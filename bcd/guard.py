@@ -25,7 +25,7 @@ PROXY_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 PROXY_CALLBACK = "bcd.guard:proxy_middlewares"
 # Read by the proxy; set by `jobs/serve.py` where its settings are not the defaults.
 LIMITS_VARIABLE = "BCD_SERVE_LIMITS"
-# The last is the proxy's own, which Kubernetes and load balancers ask.
+# `/-/healthz` is the proxy's own, for load balancers; its `/-/routes` tells what runs, so needs the token.
 PUBLIC = ("/", "/healthz", "/readyz", "/docs", "/redoc", "/openapi.json", "/-/healthz")
 PUBLIC_FOLDERS = ("/page/", "/static-offline-docs/")
 

@@ -4,7 +4,7 @@ The scale is stated and symmetric, never stretched to the picture's own range: a
 two pictures on the same scale can be compared.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import Image, ImageColor
@@ -18,6 +18,9 @@ LIMIT = 4.0
 # At full colour the tissue shows through: as 0.2 of itself, and as light and dark of half its contrast in the
 # colour, which stays the same over pale and over vivid stains.
 OPACITY, CONTRAST = 0.8, 0.5
+# Mixing takes some 50 bytes a pixel. A white picture of 64 megapixels is a PNG of 100 kB, so that a few of
+# them drawn whole would take all memory of a service.
+BLOCK_PX = 2**18
 
 
 def overlay(
@@ -41,8 +44,24 @@ def overlay(
         uint8 (H, W, 3).
     """
     height, width = pixels.shape[:2]
-    into = input_height_px or height, input_width_px or width
-    strength = np.clip(_enlarge(evidence, height, width, *into) / limit, -1, 1)[..., None]
+    enlarged = _enlarge(evidence, height, width, input_height_px or height, input_width_px or width)
+    drawn = np.empty_like(pixels)
+    for rows, columns in _blocks(height, width):
+        values = np.asarray(enlarged.crop((columns.start, rows.start, columns.stop, rows.stop)))
+        drawn[rows, columns] = _mix(pixels[rows, columns], np.clip(values / limit, -1, 1)[..., None])
+    return drawn
+
+
+def _blocks(height: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of blocks that cover a picture, however long and thin it is."""
+    step = max(1, BLOCK_PX // width)
+    for top in range(0, height, step):
+        for left in range(0, width, BLOCK_PX):
+            yield slice(top, min(top + step, height)), slice(left, min(left + BLOCK_PX, width))
+
+
+def _mix(pixels: np.ndarray, strength: np.ndarray) -> np.ndarray:
+    """A block (h, w, 3) under the colours of strengths (h, w, 1) in [-1, 1]."""
     blue, vermilion = (np.array(ImageColor.getrgb(name), np.float32) for name in (BLUE, VERMILION))
     light = 1 - CONTRAST * (1 - np.asarray(Image.fromarray(pixels).convert("L"), np.float32)[..., None] / 255)
     colour = light * np.where(strength < 0, blue, vermilion)
@@ -50,14 +69,14 @@ def overlay(
     return (pixels * (1 - alpha) + colour * alpha).round().astype(np.uint8)
 
 
-def _enlarge(evidence: np.ndarray, height: int, width: int, into_height: int, into_width: int) -> np.ndarray:
-    """The part of the map (h, w) that covers the picture, float32 (height, width), bilinear."""
+def _enlarge(evidence: np.ndarray, height: int, width: int, into_height: int, into_width: int) -> Image.Image:
+    """The part of the map (h, w) that covers the picture, at its size, float32, bilinear."""
     top, left, inner_height, inner_width = image.placement(height, width, into_height, into_width)
     field = Image.fromarray(np.asarray(evidence, np.float32))
     x, y = field.width / into_width, field.height / into_height
     right, bottom = min(field.width, (left + inner_width) * x), min(field.height, (top + inner_height) * y)
     box = (left * x, top * y, right, bottom)
-    return np.asarray(field.resize((width, height), Image.Resampling.BILINEAR, box=box))
+    return field.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 
 def scale(maps: Iterable[np.ndarray]) -> float:

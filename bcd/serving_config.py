@@ -28,10 +28,10 @@ class ServiceConfig(Config):
     """Replicas of the model under load."""
 
     num_cpus: float = Field(default=1, gt=0)
-    """CPUs that a replica reserves in the cluster."""
+    """CPUs that a replica reserves in the cluster; where --max-replicas is above 1, its threads too."""
 
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs of a replica; 0.25 lets four replicas share one."""
+    """GPUs of a replica; 0.25 lets four replicas share one, 0 computes on CPUs."""
 
     max_queued: int = Field(default=16, ge=1)
     """Requests that wait while every replica has two batches of them; more are answered 503 with

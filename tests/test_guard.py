@@ -69,7 +69,7 @@ def code(answer):
 )
 def test_without_the_token_nothing_is_reached(url, echo, headers):
     before = echo.calls
-    for path in ("/v1/x", "/v2", "//v1/x", "/V1/x", "/metrics"):
+    for path in ("/v1/x", "/v2", "//v1/x", "/V1/x", "/metrics", "/-/routes", "/-/healthz/"):
         answer = httpx.post(url + path, content=b"x" * 10, headers=headers)
         assert code(answer) == (401, "unauthorized")
         assert answer.headers["www-authenticate"] == "Bearer"
@@ -78,9 +78,8 @@ def test_without_the_token_nothing_is_reached(url, echo, headers):
 
 def test_with_the_token_or_on_public_paths_everything_is(url):
     assert httpx.post(url + "/v1/x", content=b"abc", headers=AUTHORISED).json() == {"size": 3}
-    for path in guard.PUBLIC:
+    for path in (*guard.PUBLIC, "/-/healthz", "/page/app.js"):
         assert httpx.get(url + path).status_code == 200
-    assert httpx.get(url + "/page/app.js").status_code == 200
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -1,5 +1,8 @@
 """Colours of the evidence over a picture: which, how strong, and in the right place."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import ImageColor
@@ -64,6 +67,45 @@ def test_an_input_that_is_no_multiple_of_the_cells() -> None:
     drawn = overlay.overlay(white(80, 80), np.array([[0.0, 0, 1]] * 3), 1, 80, 80)
     first = int(np.argmax(drawn[40, :, 2] < mixed(VERMILION, 0.5)[2]))
     assert first == pytest.approx(80 * 2 / 3, abs=1)  # half strength at the border of the cells
+
+
+@pytest.mark.parametrize(("height", "width"), [(46, 70), (1, 1), (1, 90), (90, 1), (33, 33)])
+@pytest.mark.parametrize("block_px", [1, 7, 70, 1_000])
+def test_block_by_block_gives_the_bytes_of_the_whole(
+    height: int, width: int, block_px: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    evidence = rng.normal(0, 3, (7, 11))
+    monkeypatch.setattr(overlay, "BLOCK_PX", height * width)
+    whole = overlay.overlay(pixels, evidence, 4, 224, 336)
+    monkeypatch.setattr(overlay, "BLOCK_PX", block_px)
+    np.testing.assert_array_equal(overlay.overlay(pixels, evidence, 4, 224, 336), whole)
+
+
+WITHIN = """
+import resource, sys
+import numpy as np
+import psutil
+from bcd import overlay
+height, width, bytes_per_pixel = map(int, sys.argv[1:])
+pixels = np.full((height, width, 3), 255, np.uint8)
+most = psutil.Process().memory_info().vms + bytes_per_pixel * height * width
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+overlay.overlay(pixels, np.ones((7, 11)), 4, 224, 336)
+"""
+
+
+@pytest.mark.parametrize(("height", "width"), [(2_000, 4_000), (8_000, 1_000)])
+@pytest.mark.parametrize(("bytes_per_pixel", "enough"), [(16, True), (4, False)])
+def test_a_large_picture_needs_little_more_than_itself(
+    height: int, width: int, bytes_per_pixel: int, enough: bool
+) -> None:
+    """3 bytes a pixel for the result and 4 for the enlarged map; drawn whole it would be some 50."""
+    command = [sys.executable, "-c", WITHIN, *map(str, (height, width, bytes_per_pixel))]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (done.returncode == 0) == enough, done.stderr
+    assert enough or "MemoryError" in done.stderr
 
 
 def test_the_shared_scale() -> None:

@@ -67,8 +67,16 @@ class Gate:
                 await place
             except asyncio.CancelledError:
                 if place.done() and not place.cancelled():
-                    self._let_in(1)
+                    self.pass_on()
                 raise
+
+    def pass_on(self) -> None:
+        """One that was let in has left.
+
+        Ray drops a batch that all have left before it begins: it never ends either, so it opens no gate.
+        """
+        if not self._busy:
+            self._let_in(1)
 
     def close(self) -> None:
         """A batch begins."""
@@ -97,10 +105,12 @@ class Replica:
     """
 
     def __init__(self, config: ServiceConfig, token_digest: str | None) -> None:
-        threads = min(cluster.CPUS_PER_MODEL, cluster.cores())
+        threads = _threads(config)
         cluster.use_threads(threads)
         self._config, self._token_digest = config, token_digest
-        self._bundle = bundle.load(config.model, precision=config.precision)
+        # Ray lets a process that reserves no GPU see them all: every replica would sit on the first.
+        device = None if config.num_gpus else "cpu"
+        self._bundle = bundle.load(config.model, device, config.precision)
         self.card, self.model_id = self._bundle.card, self._bundle.model_id
         self._decoders = ThreadPoolExecutor(threads, "decode")
         self._computer = ThreadPoolExecutor(1, "compute")
@@ -122,7 +132,11 @@ class Replica:
         """See `api.Engine`."""
         given = await self._decode(content) if self._decodes_ahead else content
         await self._gate.enter()
-        found = await self._forward(given)
+        try:
+            found = await self._forward(given)
+        except asyncio.CancelledError:
+            self._gate.pass_on()
+            raise
         if isinstance(found, image.ImageError):
             raise found
         return found
@@ -163,6 +177,13 @@ class Replica:
 
     async def _off_the_loop(self, pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def _threads(config: ServiceConfig) -> int:
+    """Of one replica: where there may be several, together no more than the cores that they reserve."""
+    if config.max_replicas > 1:
+        return max(1, int(config.num_cpus))
+    return min(cluster.CPUS_PER_MODEL, cluster.cores())
 
 
 def _decoded(loaded: bundle.Bundle, content: bytes) -> Decoded:

@@ -16,6 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -85,6 +86,61 @@ class TestGate:
             assert first.cancelled()
 
         asyncio.run(story())
+
+
+# The class below is the one that Ray Serve's decorator has wrapped.
+class Unloaded(serve.Replica.__base__):
+    """A replica's way from a request to the batch, with Ray Serve's own queue, and no model behind it."""
+
+    def __init__(self, size):
+        self._gate, self._decodes_ahead = serve.Gate(size), False
+        self._forward.set_max_batch_size(size)
+        self.begun, self.may_end = asyncio.Event(), asyncio.Event()
+
+    async def _seen(self, given):
+        self.begun.set()
+        await self.may_end.wait()
+        return given
+
+
+@pytest.fixture
+def make_batch_queue(monkeypatch):
+    """Makes a queue of `@serve.batch` outside a replica, for one event loop."""
+    limits = SimpleNamespace(max_ongoing_requests=100)
+    context = SimpleNamespace(_deployment_config=limits)
+    monkeypatch.setattr(ray_serve, "get_replica_context", lambda: context)
+    wrapper = serve.Replica._forward.set_max_batch_size.__self__
+    monkeypatch.setattr(wrapper, "max_batch_size", wrapper.max_batch_size)
+    return lambda: monkeypatch.setattr(wrapper, "_queue", None)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_clients_that_leave_at_any_moment_hold_up_nobody(make_batch_queue, size):
+    """A batch that everyone has left before it begins is dropped by Ray, so that it never ends either."""
+
+    async def story(turns):
+        replica = Unloaded(size)
+        first = asyncio.create_task(replica.look(b"first"))
+        await replica.begun.wait()
+        leaving = [asyncio.create_task(replica.look(b"leaves")) for _ in range(size)]
+        staying = [asyncio.create_task(replica.look(b"stays")) for _ in range(2 * size)]
+        await asyncio.sleep(0)
+        replica.may_end.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for task in leaving:
+            task.cancel()
+        answers = await asyncio.wait_for(asyncio.gather(first, *staying), 5)
+        assert answers == [b"first", *[b"stays"] * len(staying)]
+        return await asyncio.gather(*leaving, return_exceptions=True)
+
+    for turns in range(100):
+        make_batch_queue()
+        left = asyncio.run(story(turns))
+        if left == [b"leaves"] * size:  # too late: with their answers
+            break
+        assert {type(one) for one in left} == {asyncio.CancelledError}
+    assert 5 < turns < 99
 
 
 def contents():
@@ -231,11 +287,36 @@ def test_a_batch_request_has_the_same_numbers(service, archived, models, files):
 
 
 @pytest.mark.ray
-def test_the_proxys_health_is_told_without_a_token_and_its_routes_are_not(service):
-    """What Kubernetes asks of every pod; deploy/rayservice.yaml."""
+def test_a_load_balancer_sees_that_the_proxy_is_well(service):
+    """Without the token; which applications run is told to nobody who has none."""
     answer = httpx.get(f"{service.url}/-/healthz", timeout=60)
     assert (answer.status_code, answer.text) == (200, "success")
     assert httpx.get(f"{service.url}/-/routes", timeout=60).status_code == 401
+
+
+@pytest.mark.ray
+def test_batch_clients_that_hang_up_hold_up_nobody(service, files):
+    """Eight at a time, each after another share of the time that an answer takes."""
+    contents = list(files.values())[:16]
+    given = [("files", (str(i), content)) for i, content in enumerate(contents)]
+
+    def ask(patience_s):
+        timeout = httpx.Timeout(300, read=patience_s)
+        try:
+            url = f"{service.url}/v1/predict/batch"
+            return httpx.post(url, files=given, headers=AUTHORISED, timeout=timeout).status_code
+        except httpx.ReadTimeout:
+            return None
+
+    started = time.monotonic()
+    assert ask(300) == 200
+    whole_s = time.monotonic() - started
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(ask, np.random.default_rng(0).uniform(0, 4 * whole_s, 40)))
+        assert statuses.count(None) > 10
+        assert set(statuses) <= {None, 200}
+        answers = list(pool.map(service.ask, contents))
+    assert {answer.status_code for answer in answers} == {200}
 
 
 def bodies():
@@ -546,6 +627,41 @@ def test_replicas_are_as_many_and_as_large_as_asked_for(models):
     assert (bounds.min_replicas, bounds.max_replicas, bounds.target_ongoing_requests) == (1, 3, 8)
     assert elastic.ray_actor_options["num_gpus"] == 0.25
     assert (elastic.max_ongoing_requests, elastic.max_queued_requests) == (16, 16)
+
+
+@pytest.fixture
+def started(models, monkeypatch):
+    """Starts a replica in this process, as on a machine of 4 cores; gives what it uses."""
+    used = {}
+
+    def load(uri, device, precision):
+        used["device"] = device
+        return loaded(uri, "cpu", precision)
+
+    loaded = bundle.load
+    monkeypatch.setattr(bundle, "load", load)
+    monkeypatch.setattr(serve.cluster, "cores", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: used.update(threads=n))
+
+    def start(**settings):
+        replica = serve.Replica.__base__(ServiceConfig(model=models[0], max_batch_size=1, **settings), None)
+        return used | {"decoders": replica._decoders._max_workers}
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "threads"),
+    [
+        ({}, "cpu", 4),
+        ({"num_cpus": 2}, "cpu", 4),
+        ({"max_replicas": 4}, "cpu", 1),
+        ({"max_replicas": 2, "num_cpus": 2}, "cpu", 2),
+        ({"max_replicas": 8, "num_cpus": 0.5, "num_gpus": 0.25}, None, 1),
+    ],
+)
+def test_a_replica_keeps_to_what_it_reserves(settings, device, threads, started):
+    assert started(**settings) == {"device": device, "threads": threads, "decoders": threads}
 
 
 def test_a_port_in_use_and_a_missing_model_are_told(models, tmp_path):
