@@ -24,6 +24,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # what the convolutions' own zero padding looks like.
 FILL = tuple(round(255 * value) for value in IMAGENET_MEAN)
 
+# Code of a picture that storage did not give, and may give later. No finished table holds it.
+UNAVAILABLE = "unavailable"
+
 
 class ImageError(Exception):
     """One picture that cannot be used: `code` is stable and typed, the message is for people."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from bcd import image, schema, slide, storage, tile, tissue
 from bcd.errors import StorageError
-from bcd.pipelines import staging
+from bcd.pipelines import read, staging
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _expanded(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozens
             return _reading(row)
         return _tiles(row, tiling, plans_uri, done)
     except StorageError as error:
-        raise image.ImageError("unreadable", str(error)) from error
+        raise read.withheld(error) from error
 
 
 def _reading(row: dict[str, Any]) -> pa.Table:

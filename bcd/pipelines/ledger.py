@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bcd import schema, storage
+from bcd import image, schema, storage
 from bcd.config import differences
 from bcd.errors import ConfigError
 
@@ -117,12 +117,23 @@ def read_settings(uri: str) -> dict[str, Any] | None:
 
 
 def commit(batch: pa.Table, work_uri: str) -> pa.Table:
-    """Write rows as one segment, whole or not at all; returns rows per input for the progress."""
-    ids = sorted(batch[schema.IMAGE_ID].to_pylist())
-    name = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:24]
-    storage.write_bytes(storage.join(work_uri, f"{name}.parquet"), _parquet(batch))
-    counted = _with_input(batch).group_by(INPUT).aggregate([([], "count_all"), (schema.ERROR, "count")])
-    return counted.rename_columns([INPUT, "rows", "errors"])
+    """Write rows as one segment, whole or not at all. Rows that storage did not give are left to a rerun.
+
+    Returns:
+        For the progress, of each input: rows and errors written, rows withheld, and why (one of them).
+    """
+    withheld = pc.equal(batch[schema.ERROR], image.UNAVAILABLE).fill_null(False)
+    kept = batch.filter(pc.invert(withheld))
+    if len(kept):
+        ids = sorted(kept[schema.IMAGE_ID].to_pylist())
+        name = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:24]
+        storage.write_bytes(storage.join(work_uri, f"{name}.parquet"), _parquet(kept))
+    failed = pc.and_(pc.is_valid(batch[schema.ERROR]), pc.invert(withheld))
+    marks = {"rows": pc.invert(withheld), "errors": failed, "withheld": withheld}
+    facts = {INPUT: _with_input(batch)[INPUT]} | {key: mark.cast("int64") for key, mark in marks.items()}
+    facts["reason"] = pc.if_else(withheld, batch[schema.ERROR_MESSAGE], pa.scalar(None, pa.string()))
+    counted = pa.table(facts).group_by(INPUT).aggregate([*((key, "sum") for key in marks), ("reason", "min")])
+    return counted.rename_columns([INPUT, *marks, "reason"])
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -14,7 +14,7 @@ import ray
 
 from bcd import aggregate, bundle, calibration, compare, metrics, report, schema, storage
 from bcd.errors import DataError
-from bcd.pipelines import examples, predict, rundir
+from bcd.pipelines import examples, predict, read, rundir
 
 METRICS, REPORT, IMAGES = "metrics.json", "report.html", "test_images.parquet"
 TRUTH = (schema.IMAGE_ID, schema.CASE, schema.TUMOR_CLASS, schema.SUBTYPE, schema.MAGNIFICATION)
@@ -27,10 +27,15 @@ def with_truth(predictions_uri: str, test: pa.Table, card: bundle.Card) -> pd.Da
         predictions_uri: of the predictions table.
         test: index rows of the images in it.
         card: of the model, for the probability before its temperature.
+
+    Raises:
+        StorageError: storage did not give an image, and may give it later.
     """
     columns = [schema.IMAGE_ID, schema.PATIENT, schema.SLIDE, schema.LOGIT, schema.PROBABILITY]
     columns += [schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS, schema.ERROR, schema.MODEL_ID]
     scored = predict.read_back(predictions_uri, columns).to_pandas()
+    codes = [None if pd.isna(code) else code for code in scored[schema.ERROR]]
+    read.require_given(scored[schema.IMAGE_ID].tolist(), codes)
     good = scored[schema.ERROR].isna()
     scored[aggregate.UNCALIBRATED] = np.nan
     if good.any():

@@ -74,9 +74,10 @@ def run(config: ScoreConfig) -> str:
         return ours.uri
     _announce(found, todo)
     settings = _settings(config, compiled)
-    rate = _score(ours, books, todo, settings, _tiling(config, card), config.max_workers)
+    progress = Progress(todo, ours.plans_uri, books.done)
+    rate = _score(ours, books, progress, todo, settings, _tiling(config, card), config.max_workers)
     books = _books(ours, found.table)
-    _require_balance(books)
+    _require_balance(books, progress.withheld)
     _merge(ours, books.done)
     facts = _facts(config, card, model_id) | {
         "n_ignored_files": found.ignored,
@@ -157,12 +158,13 @@ def _books(ours: Ledger, inputs: pa.Table) -> Books:
     return Books(inputs, ledger.merged(ours), done, plans)
 
 
-def _require_balance(books: Books) -> None:
-    """Raises IncompleteError where an input has not all its rows."""
+def _require_balance(books: Books, withheld: str | None = None) -> None:
+    """Raises IncompleteError where an input has not all its rows; `withheld` is what storage said."""
     if missing := books.open_inputs()[schema.IMAGE_ID].to_pylist():
+        why = f" Storage did not give all of them ({withheld}): is it up, and are the credentials valid?"
         raise IncompleteError(
             f"{len(missing):,} of {len(books.inputs):,} inputs have neither a result nor an error, "
-            f"{missing[0]} among them; the same command goes on"
+            f"{missing[0]} among them; the same command goes on.{why if withheld else ''}"
         )
 
 
@@ -178,13 +180,13 @@ def _announce(found: archive.Archive, todo: pa.Table) -> None:
 def _score(
     ours: Ledger,
     books: Books,
+    progress: Progress,
     todo: pa.Table,
     settings: predict.Settings,
     tiling: expand.Tiling,
     max_workers: int | None,
 ) -> float:
     """Score and commit; returns rows per second."""
-    progress = Progress(todo, ours.plans_uri, books.done)
     if not len(todo):
         return 0.0
     pool = cluster.model_workers(max_workers)
@@ -200,6 +202,8 @@ def _score(
     )
     for batch in commits.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         progress.add(batch)
+        if not pc.any(pc.greater(batch["rows"], 0)).as_py():
+            break  # storage gave nothing of a whole segment: the rest would wait for it row by row
     return progress.end()
 
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from bcd import archive, schema, slide, storage
+from bcd.errors import StorageError
 from bcd.pipelines import expand, read, staging
 from tests import pictures
 
@@ -217,3 +218,14 @@ def test_a_real_slide_cut_short_is_unreadable(tmp_path, real_data, share):
 def test_other_real_slides(tmp_path, real_data, name, code):
     table = expanded(write(tmp_path, {name: (real_data / "slides" / name).read_bytes()}), FIELD)
     assert (len(table), table[schema.ERROR][0].as_py()) == (1, code)
+
+
+@pytest.mark.parametrize(("lasting", "code"), [(True, "unreadable"), (False, "unavailable")])
+def test_a_slide_that_cannot_be_fetched_now_is_not_called_unreadable(tmp_path, monkeypatch, lasting, code):
+    def fails(uri):
+        raise StorageError(f"{uri}: no", lasting)
+
+    write(tmp_path, {"s.tif": stained()})
+    monkeypatch.setattr(staging, "stage", fails)
+    (row,) = expanded(tmp_path).to_pylist()
+    assert (row[schema.ERROR], row[schema.ERROR_MESSAGE]) == (code, f"{tmp_path}/in/s.tif: no")

@@ -99,13 +99,30 @@ def test_a_commit_tells_rows_and_errors_per_input(tmp_path):
     ours, _ = ledger.begin(str(tmp_path), SETTINGS)
     broken = tile_of("s.svs", 7, 7) | {"error": "unreadable"}
     counted = commit(ours, [*ROWS[8:], broken])
-    assert counted.column_names == ["input", "rows", "errors"]
+    assert counted.column_names == ["input", "rows", "errors", "withheld", "reason"]
     assert sorted(tuple(r.values()) for r in counted.to_pylist()) == [
-        ("a.svs", 9, 0),
-        ("f08.png", 1, 0),
-        ("s.svs", 10, 1),
-        ("x.png", 1, 1),
+        ("a.svs", 9, 0, 0, None),
+        ("f08.png", 1, 0, 0, None),
+        ("s.svs", 10, 1, 0, None),
+        ("x.png", 1, 1, 0, None),
     ]
+
+
+def test_rows_that_storage_did_not_give_are_left_to_the_next_run(output):
+    """An error row counts as done, and would stay for ever."""
+    ours, _ = ledger.begin(output, SETTINGS)
+    lost = [r | {"error": "unavailable", "error_message": "denied"} for r in ROWS[7:12]]
+    counted = commit(ours, lost)
+    assert [r for r in counted.to_pylist() if r["input"] == "s.svs"] == [
+        {"input": "s.svs", "rows": 0, "errors": 0, "withheld": 2, "reason": "denied"}
+    ]
+    assert ledger.committed(ours) == ledger.Done()
+    assert storage.list_files_if_any(ours.work_uri) == []
+    commit(ours, ROWS[:7] + lost)
+    assert ledger.committed(ours).rows == dict.fromkeys([r["image_id"] for r in ROWS[:7]], 1)
+    commit(ours, ROWS[7:])
+    finish(ours)
+    assert rows_in(output) == expected(ROWS)
 
 
 def test_what_is_committed_counts_each_row_once(output):
