@@ -148,7 +148,7 @@ def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.Slide:
         tissue_mm2=row[schema.TISSUE_AREA_MM2],
         share_malignant=row[schema.MALIGNANT_TILE_SHARE],
         heat_map=storage.read_bytes(heat_map) if shown else None,
-        geojson=f"{slides.FOLDER}/{row[schema.SLIDE]}/{slides.GEOJSON}" if scored else None,
+        geojson=f"{slides.place(row[schema.SLIDE])}/{slides.GEOJSON}" if scored else None,
     )
 
 

@@ -1,7 +1,9 @@
 """What is told about each whole slide once its tiles are scored: a row, a heat map, tiles for QuPath."""
 
+import hashlib
 import io
 import json
+import posixpath
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,7 +101,18 @@ def _boxes(tiles: pa.Table, slide_mpp: float) -> np.ndarray:
 
 def folder(output: str, slide_id: str) -> str:
     """Where the pictures of a slide lie."""
-    return storage.join(output, FOLDER, slide_id)
+    return storage.join(output, place(slide_id))
+
+
+def place(slide_id: str) -> str:
+    """The same, below the output folder: never outside it, and another place for each id.
+
+    An id is a path below the input, or whatever a manifest gives, such as a whole URI.
+    """
+    name = posixpath.normpath("/" + slide_id.rpartition("://")[2]).lstrip("/")
+    if name != slide_id:
+        name += f"-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
+    return f"{FOLDER}/{name}"
 
 
 def _draw(
