@@ -252,9 +252,9 @@ def merge(part: Part) -> int:
     Returns:
         Its number of rows.
     """
-    tables = [_with_input(_read(uri)) for uri in part.segments]
     inside = (pc.field(INPUT) >= part.first) & (pc.field(INPUT) <= part.last)
-    table = _once(pa.concat_tables([table.filter(inside) for table in tables]))
+    # Fields and tiles mix in a segment, so that most segments may hold a row of this file: one at a time.
+    table = _once(pa.concat_tables([_with_input(_read(uri)).filter(inside) for uri in part.segments]))
     storage.write_bytes(part.uri, _parquet(table.drop_columns(INPUT)))
     return len(table)
 

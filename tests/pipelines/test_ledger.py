@@ -1,6 +1,7 @@
 import io
 import random
 import uuid
+import weakref
 from collections import Counter
 
 import pyarrow as pa
@@ -172,6 +173,25 @@ def test_a_file_has_about_the_bytes_it_should(tmp_path, monkeypatch):
     assert [file.path for file in storage.list_files(ours.predictions_uri)] == [
         f"part-0001-0000{i}.parquet" for i in range(3)
     ]
+
+
+def test_merging_holds_one_segment_at_a_time(tmp_path, monkeypatch, small_files):
+    """Every segment may hold rows of every file: together they are the whole archive."""
+    ours, _ = ledger.begin(str(tmp_path), SETTINGS)
+    for i in range(9):
+        commit(ours, [ROWS[i], row("a.png"), row("z.png")])
+    real, held, most = ledger._read, [], []
+
+    def read(uri, columns=None):
+        most.append(sum(table() is not None for table in held))
+        held.append(weakref.ref(found := real(uri, columns)))
+        return found
+
+    parts = ledger.parts(ours, ledger.committed(ours))
+    assert {len(part.segments) for part in parts[1:-1]} == {9}
+    monkeypatch.setattr(ledger, "_read", read)
+    assert ledger.merge(parts[4]) == 1
+    assert most == [0] * 9
 
 
 @pytest.mark.parametrize("seed", range(8))
