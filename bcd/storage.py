@@ -176,6 +176,18 @@ def _info(uri: str) -> fs.FileInfo:
         return filesystem.get_file_info(path)
 
 
+def version(uri: str) -> str:
+    """Size and time of the last change of one file, as text that changes with its content.
+
+    Raises:
+        StorageError: there is no such file, or it cannot be looked at.
+    """
+    info = _info(uri)
+    if info.type != fs.FileType.File:
+        raise StorageError(f"{uri}: cannot read it: there is no such file", True)
+    return f"{info.size}-{info.mtime_ns}"
+
+
 def read_bytes(uri: str) -> bytes:
     """The whole content of one file."""
     filesystem, path = resolve(uri)

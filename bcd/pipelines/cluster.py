@@ -29,6 +29,8 @@ KEEP_MEMORY = {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        # ScoreCAM and AblationCAM would draw a bar for every batch into the job's log.
+        "TQDM_DISABLE": "1",
     }
 }
 
@@ -134,6 +136,15 @@ def room(config: TrainConfig) -> int:
     if config.device != "cpu" and have["GPU"]:
         return max(1, int(have["GPU"] // low))
     return max(1, int(have["CPU"] // (low + DATA_CPUS)))
+
+
+def waiting_cpus() -> float:
+    """What a task asks for that mostly waits and runs beside models that hold all CPUs but one.
+
+    With none at all it would also land on a head that is to run nothing (CPU 0). Where one CPU is all there
+    is, a model holds it.
+    """
+    return 0.01 if capacity()["CPU"] > 1 else 0.0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ list inputs -> minus what is committed -> fields, and tiles of slides -> predict
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,8 +155,10 @@ def _books(ours: Ledger, inputs: pa.Table) -> Books:
     done = ledger.committed(ours)
     uris = dict(zip(inputs[schema.IMAGE_ID].to_pylist(), inputs[schema.URI].to_pylist(), strict=True))
     possible = [name for name in done.rows if name in uris and expand.may_be_slide(uris[name])]
-    plans = {name: plan for name in possible if (plan := expand.read_plan(ours.plans_uri, name))}
-    return Books(inputs, ledger.merged(ours), done, plans)
+    with ThreadPoolExecutor(storage.READ_THREADS) as pool:
+        plans = list(pool.map(lambda name: expand.read_plan(ours.plans_uri, name), possible))
+    known = {name: plan for name, plan in zip(possible, plans, strict=True) if plan}
+    return Books(inputs, ledger.merged(ours), done, known)
 
 
 def _require_balance(books: Books, withheld: str | None = None) -> None:
@@ -198,7 +201,7 @@ def _score(
         fn_kwargs={"work_uri": ours.work_uri},
         batch_size=ROWS_PER_SEGMENT * pool.size if settings.cam == "evidence" else ROWS_PER_BLOCK,
         batch_format="pyarrow",
-        num_cpus=0,
+        num_cpus=cluster.waiting_cpus(),
     )
     for batch in commits.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         progress.add(batch)
@@ -221,7 +224,7 @@ def _reading(todo: pa.Table, tiling: expand.Tiling, plans_uri: str, done_tiles: 
             fn_kwargs={"tiling": tiling, "plans_uri": plans_uri, "done": done_tiles},
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=0,
+            num_cpus=cluster.waiting_cpus(),
             concurrency=max(1, int(cluster.capacity()["CPU"]) // 2),
         )
         datasets.append(tiles.repartition(target_num_rows_per_block=ROWS_PER_BLOCK))
