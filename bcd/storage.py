@@ -5,6 +5,7 @@ Credentials, region and endpoint are taken as the AWS SDK takes them (`AWS_ENDPO
 turns an operating system or network error into a `StorageError` that names the URI.
 """
 
+import io
 import os
 import posixpath
 import shutil
@@ -16,8 +17,11 @@ from dataclasses import dataclass
 from errno import ENAMETOOLONG
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from bcd.errors import StorageError
@@ -213,6 +217,31 @@ def write_bytes(uri: str, data: bytes) -> None:
             stream.write(data)
         if aside != path:
             filesystem.move(aside, path)
+
+
+def write_table(uri: str, table: pa.Table, **options: Any) -> None:
+    """Write one Parquet file, whole or not at all; options are those of `pyarrow.parquet.write_table`."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", **options)
+    write_bytes(uri, buffer.getvalue())
+
+
+def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One Parquet file, or some of its columns.
+
+    Raises:
+        StorageError: it cannot be read, or is no Parquet file.
+    """
+    filesystem, path = resolve(uri)
+    with _naming(uri, "read it"), filesystem.open_input_file(path) as file:
+        return pq.read_table(file, columns=columns)
+
+
+def dataset(uri: str) -> pads.Dataset:
+    """The Parquet files below a folder as one table, of which only what is asked for is read."""
+    filesystem, path = resolve(uri)
+    with _naming(uri, "read it"):
+        return pads.dataset(path, filesystem=filesystem, format="parquet")
 
 
 def upload_folder(folder: Path, uri: str, last: str | None = None) -> None:

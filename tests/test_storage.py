@@ -3,6 +3,8 @@ import os
 import resource
 import urllib.request
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from bcd import storage
@@ -205,3 +207,16 @@ def test_keys_with_empty_parts_keep_their_names(s3):
     assert [file.uri for file in files] == [f"{s3}/empty/{file.path}" for file in files]
     assert refused(files[0].uri).lasting
     assert storage.read_bytes(files[2].uri) == b"123"
+
+
+def test_tables_are_written_whole_and_read_in_part(tmp_path, s3):
+    table = pa.table({"a": [3, 1, 2], "b": ["x", "y", None]})
+    for folder in (str(tmp_path), f"{s3}/{tmp_path.name}"):
+        for part in (0, 1):
+            storage.write_table(f"{folder}/{part}.parquet", table, row_group_size=2)
+        assert storage.read_table(f"{folder}/0.parquet").equals(table)
+        assert storage.read_table(f"{folder}/1.parquet", ["b"]).equals(table.select(["b"]))
+        assert storage.dataset(folder).to_table(filter=pc.field("a") > 1)["a"].to_pylist() == [3, 2] * 2
+        storage.write_bytes(f"{folder}/2.parquet", b"no table at all")
+        with pytest.raises(StorageError, match=r"2.parquet: cannot read it"):
+            storage.read_table(f"{folder}/2.parquet")

@@ -1,7 +1,6 @@
 """What is told about each whole slide once its tiles are scored: a row, a heat map, tiles for QuPath."""
 
 import hashlib
-import io
 import json
 import posixpath
 from collections.abc import Sequence
@@ -10,8 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 import ray
 
 from bcd import heatmap, schema, storage
@@ -50,21 +47,18 @@ def write(ours: Ledger, plans: Sequence[expand.Plan], broken: pa.Table) -> pa.Ta
     uri = storage.join(ours.uri, TABLE)
     tables = [pa.Table.from_pylist(rows, schema=schema.SLIDES), schema.fill(broken, schema.SLIDES)]
     if storage.exists(uri):
-        old = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+        old = storage.read_table(uri)
         new = pa.concat_tables(tables)[schema.SLIDE]
         tables.append(old.filter(pc.invert(pc.is_in(old[schema.SLIDE], new.combine_chunks()))))
     table = pa.concat_tables(tables).sort_by(schema.SLIDE)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    storage.write_bytes(uri, buffer.getvalue())
+    storage.write_table(uri, table)
     return table
 
 
 def describe(ours: Ledger, plan: expand.Plan) -> dict[str, Any]:
     """Draw one slide from its rows of the table; returns its row of `schema.SLIDES`."""
-    filesystem, path = storage.resolve(ours.predictions_uri)
     where = (pc.field(schema.SLIDE) == plan.slide) & pc.field(schema.X_LEVEL0_PX).is_valid()
-    tiles = pads.dataset(path, filesystem=filesystem, format="parquet").to_table(list(COLUMNS), where)
+    tiles = storage.dataset(ours.predictions_uri).to_table(list(COLUMNS), where)
     boxes = _boxes(tiles, plan.mpp)
     probability = tiles[schema.PROBABILITY_MALIGNANT].to_numpy().astype(float)
     _draw(ours, plan, tiles, boxes, probability)
