@@ -42,7 +42,8 @@ def counted(*rows):
 def plan(folder, name, tiles):
     facts = {"slide": name, "uri": name, "patient": None, "width_px": 9, "height_px": 9, "mpp": 0.5}
     facts |= {"background_tiles": 1, "tissue_area_mm2": 1.0, "thumbnail_scale": 1.0}
-    expand._keep(str(folder), expand.Plan(tiles=tiles, **facts), np.zeros((2, 2, 3), np.uint8))
+    thumbnail = np.zeros((2, 2, 3), np.uint8)
+    expand._keep(str(folder), expand.Plan(tiles=tiles, **facts), thumbnail, schema.READING.empty_table())
 
 
 def test_a_line_now_and_then(tmp_path, clock, capsys):
