@@ -73,7 +73,8 @@ def _row(manifest: str, line: int, row: dict[Any, Any], root: str) -> dict[str, 
     names = (schema.PATIENT, schema.CASE, schema.SLIDE)
     return {
         **{name: str(known[name]) for name in names if name in known},
-        **index.scale(known, where),
+        # Scoring needs no magnification, so that any is welcome.
+        **index.scale({name: value for name, value in known.items() if name != schema.MAGNIFICATION}, where),
         schema.IMAGE_ID: str(known.get(schema.IMAGE_ID, uri)),
         schema.URI: index.absolute(uri, root),
     }

@@ -45,7 +45,18 @@ class ResourceError(BcdError):
 
 
 class StorageError(BcdError):
-    """A URI cannot be read or written."""
+    """A URI cannot be read or written.
+
+    `lasting` where another try would fail too: there is no such file, or it is not for us. All else, such as
+    an expired token, a store that asks to slow down or a full disk, may be over when the job runs again.
+    """
+
+    def __init__(self, message: str, lasting: bool = False) -> None:
+        super().__init__(message, lasting)
+        self.lasting = lasting
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class IncompleteError(BcdError):

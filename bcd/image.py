@@ -24,6 +24,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # what the convolutions' own zero padding looks like.
 FILL = tuple(round(255 * value) for value in IMAGENET_MEAN)
 
+# Code of a picture that storage did not give, and may give later. No finished table holds it.
+UNAVAILABLE = "unavailable"
+
 
 class ImageError(Exception):
     """One picture that cannot be used: `code` is stable and typed, the message is for people."""
@@ -77,10 +80,9 @@ def _check_end(data: bytes) -> None:
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16 bits a channel, grey
-        return Image.fromarray(
-            (np.asarray(picture).astype(np.float64) / 257).round().astype(np.uint8)
-        ).convert("RGB")
+    if picture.mode.startswith("I"):  # 16 bits a channel, grey; in 32 bits, what lies beyond is white
+        grey = (np.asarray(picture).astype(np.float64) / 257).round().clip(0, 255)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if picture.mode == "F":
         raise ImageError("unsupported_format", "floating-point pixels have no fixed scale; save as 8 bit")
     if "A" in picture.mode or "transparency" in picture.info:

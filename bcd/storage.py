@@ -5,6 +5,7 @@ Credentials, region and endpoint are taken as the AWS SDK takes them (`AWS_ENDPO
 turns an operating system or network error into a `StorageError` that names the URI.
 """
 
+import io
 import os
 import posixpath
 import shutil
@@ -13,8 +14,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import ENAMETOOLONG
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from bcd.errors import StorageError
@@ -23,6 +30,10 @@ from bcd.errors import StorageError
 READ_THREADS = 8
 # Ends the name of a file that is being written; one that a kill left behind is nobody's.
 ASIDE = ".part"
+# Tries of a request that a store does not answer or puts off (503), with growing pauses: 7 to 10 s in all.
+ATTEMPTS = 5
+# What stores answer, besides to one who may not read a file, to one whose token has expired.
+DENIED = ("ACCESS_DENIED", "PERMISSION_DENIED")
 
 
 @dataclass(frozen=True)
@@ -62,19 +73,33 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), absolute(uri)
     scheme, _, path = absolute(uri).partition("://")
     if scheme == "s3":
-        return _s3(), path
+        return _s3(tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))), path
     if scheme == "gs":
-        return fs.GcsFileSystem(), path
-    raise StorageError(f"{uri}: cannot read '{scheme}://'; expected a local path, s3:// or gs://")
+        return _gs(), path
+    raise StorageError(f"{uri}: cannot read '{scheme}://'; expected a local path, s3:// or gs://", True)
 
 
-def _s3() -> fs.S3FileSystem:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+@lru_cache(maxsize=4)
+def _s3(variables: tuple[tuple[str, str], ...]) -> fs.S3FileSystem:
+    """The client for these AWS variables. One is shared: each asks for credentials and holds connections."""
+    known = dict(variables)
+    endpoint = known.get("AWS_ENDPOINT_URL_S3") or known.get("AWS_ENDPOINT_URL")
+    region = known.get("AWS_REGION") or known.get("AWS_DEFAULT_REGION")
+    tries = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
     if not endpoint:
-        return fs.S3FileSystem(region=region)
+        return fs.S3FileSystem(region=region, retry_strategy=tries)
     scheme, _, host = endpoint.rpartition("://")
-    return fs.S3FileSystem(region=region or "us-east-1", endpoint_override=host, scheme=scheme or "https")
+    return fs.S3FileSystem(
+        region=region or "us-east-1",
+        endpoint_override=host,
+        scheme=scheme or "https",
+        retry_strategy=tries,
+    )
+
+
+@lru_cache(maxsize=1)
+def _gs() -> fs.GcsFileSystem:
+    return fs.GcsFileSystem()
 
 
 @contextmanager
@@ -82,16 +107,34 @@ def _naming(uri: str, action: str) -> Iterator[None]:
     """Turn what pyarrow raises (OSError and its kin) into a StorageError that names the URI."""
     try:
         yield
-    except OSError as error:
+    except (OSError, pa.ArrowInvalid) as error:
         reason = str(error).split("; Details")[0].strip()
-        raise StorageError(f"{uri}: cannot {action}: {reason}") from error
+        raise StorageError(f"{uri}: cannot {action}: {reason}", _lasts(uri, error)) from error
+    except UnicodeDecodeError as error:
+        raise StorageError(f"{uri}: {error.object!r} is no UTF-8 name; rename that file", True) from error
+
+
+def _lasts(uri: str, error: Exception) -> bool:
+    """Whether an error is about this file, and not about the network, the store, the disk or our token."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | pa.ArrowInvalid):
+        return True
+    if not is_remote(uri):
+        return getattr(error, "errno", None) == ENAMETOOLONG or Path(absolute(uri)).is_dir()
+    return any(answer in str(error) for answer in DENIED) and _is_let_in(uri)
+
+
+def _is_let_in(uri: str) -> bool:
+    """Whether the store still lets us look into the bucket: then it is the file that is not for us."""
+    filesystem, path = resolve(uri)
+    try:
+        return filesystem.get_file_info(path.partition("/")[0]).type == fs.FileType.Directory
+    except OSError:
+        return False
 
 
 def exists(uri: str) -> bool:
     """Whether a file or folder stands at the URI."""
-    filesystem, path = resolve(uri)
-    with _naming(uri, "look there"):
-        return filesystem.get_file_info(path).type != fs.FileType.NotFound
+    return _info(uri).type != fs.FileType.NotFound
 
 
 def list_files(uri: str) -> list[File]:
@@ -104,19 +147,20 @@ def list_files(uri: str) -> list[File]:
     with _naming(uri, "list it"):
         _require_folder(filesystem, uri, root)
         infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+        below = root.rstrip("/") + "/"
+        # As it is: to an object store, a//b and a/b are two names.
+        paths = [(info.path.removeprefix(below), info) for info in infos]
     files = (
-        File(join(uri, path), path, info.size)
-        for info in infos
-        if info.type == fs.FileType.File
-        for path in [posixpath.relpath(info.path, root)]
-        if not any(part.startswith(".") for part in path.split("/"))
+        File(f"{absolute(uri).rstrip('/')}/{path}", path, info.size)
+        for path, info in paths
+        if info.type == fs.FileType.File and not any(part.startswith(".") for part in path.split("/"))
     )
     return sorted(files, key=lambda file: file.path)
 
 
 def _require_folder(filesystem: fs.FileSystem, uri: str, path: str) -> None:
     if filesystem.get_file_info(path).type != fs.FileType.Directory:
-        raise StorageError(f"{uri}: there is no such folder; check the path or bucket name")
+        raise StorageError(f"{uri}: there is no such folder; check the path or bucket name", True)
 
 
 def list_files_if_any(uri: str) -> list[File]:
@@ -151,10 +195,27 @@ def first_file(uri: str, suffixes: tuple[str, ...]) -> File | None:
 
 def sizes(uris: Sequence[str]) -> list[int | None]:
     """Size of each file in bytes, `None` where there is no file."""
-    filesystem_paths = [resolve(uri) for uri in uris]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        infos = pool.map(lambda pair: pair[0].get_file_info(pair[1]), filesystem_paths)
+        infos = pool.map(_info, uris)
         return [info.size if info.type == fs.FileType.File else None for info in infos]
+
+
+def _info(uri: str) -> fs.FileInfo:
+    filesystem, path = resolve(uri)
+    with _naming(uri, "look there"):
+        return filesystem.get_file_info(path)
+
+
+def version(uri: str) -> str:
+    """Size and time of the last change of one file, as text that changes with its content.
+
+    Raises:
+        StorageError: there is no such file, or it cannot be looked at.
+    """
+    info = _info(uri)
+    if info.type != fs.FileType.File:
+        raise StorageError(f"{uri}: cannot read it: there is no such file", True)
+    return f"{info.size}-{info.mtime_ns}"
 
 
 def read_bytes(uri: str) -> bytes:
@@ -189,6 +250,31 @@ def write_bytes(uri: str, data: bytes) -> None:
             stream.write(data)
         if aside != path:
             filesystem.move(aside, path)
+
+
+def write_table(uri: str, table: pa.Table, **options: Any) -> None:
+    """Write one Parquet file, whole or not at all; options are those of `pyarrow.parquet.write_table`."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", **options)
+    write_bytes(uri, buffer.getvalue())
+
+
+def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One Parquet file, or some of its columns.
+
+    Raises:
+        StorageError: it cannot be read, or is no Parquet file.
+    """
+    filesystem, path = resolve(uri)
+    with _naming(uri, "read it"), filesystem.open_input_file(path) as file:
+        return pq.read_table(file, columns=columns)
+
+
+def dataset(uri: str) -> pads.Dataset:
+    """The Parquet files below a folder as one table, of which only what is asked for is read."""
+    filesystem, path = resolve(uri)
+    with _naming(uri, "read it"):
+        return pads.dataset(path, filesystem=filesystem, format="parquet")
 
 
 def upload_folder(folder: Path, uri: str, last: str | None = None) -> None:

@@ -92,3 +92,9 @@ def test_nothing_to_score_is_refused(tmp_path):
     (tmp_path / "m.csv").write_text("uri\n")
     with pytest.raises(DataError, match="the manifest has no rows"):
         archive.read(str(tmp_path / "m.csv"))
+
+
+def test_a_manifest_may_have_any_magnification(tmp_path):
+    """Scoring never uses it."""
+    (tmp_path / "m.csv").write_text("uri,magnification,mpp\na.png,20,0.5\nb.png,20x,0.25\n")
+    assert archive.read(str(tmp_path / "m.csv")).table[schema.MPP].to_pylist() == [0.5, 0.25]

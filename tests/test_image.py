@@ -29,6 +29,13 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(kind):
     np.testing.assert_array_equal(decoded[..., 1], PIXELS[..., 0])
 
 
+def test_whiter_than_white_is_white():
+    """A TIFF of 32-bit whole numbers: 70000 / 257 is more than a byte holds."""
+    deep = np.array([[0, 257, 65535], [70000, 2**30, -5]], np.int32)
+    decoded = image.decode(pictures.encode(Image.fromarray(deep), "TIFF"))
+    assert decoded[..., 0].tolist() == [[0, 1, 255], [255, 255, 0]]
+
+
 def test_transparency_lies_over_white():
     picture = Image.fromarray(PIXELS).convert("RGBA")
     picture.putalpha(0)

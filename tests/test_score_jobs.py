@@ -4,6 +4,7 @@ However a job was disturbed, the table is that of an undisturbed run, each row o
 """
 
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -22,11 +23,11 @@ import ray
 import torch
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from bcd import bundle, model, schema, storage
+from bcd import bundle, image, model, schema, storage
 from bcd.config import ScoreConfig
 from bcd.errors import ConfigError
 from bcd.pipelines import score
-from tests import archives
+from tests import archives, faults
 from tests.cluster import PATIENCE_S, ROOT, finish, kill, processes, read_json, start_ray, submit, wait_for
 from tests.test_bundle import card
 
@@ -68,7 +69,7 @@ def model_uri(tmp_path_factory):
     return uri
 
 
-def start(model_uri, data, output):
+def start(model_uri, data, output, **variables):
     """The job as a process of its own, on the cluster of the tests."""
     command = [
         sys.executable,
@@ -80,7 +81,10 @@ def start(model_uri, data, output):
         "--output",
         str(output),
     ]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = os.environ | variables
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finished(job):
@@ -210,6 +214,33 @@ def test_a_job_killed_on_s3_goes_on_and_takes_up_new_files(
     storage.delete_file(f"{archive_on_s3}/late.png")
     names = table(output)[schema.IMAGE_ID].to_pylist()
     assert sorted(names) == sorted([*table(undisturbed[0])[schema.IMAGE_ID].to_pylist(), "late.png"])
+
+
+@pytest.mark.parametrize("fault", [faults.EXPIRED, faults.SLOW_DOWN], ids=["expired", "slow down"])
+def test_a_store_that_denies_in_the_middle_changes_nothing(
+    fault, archive_on_s3, model_uri, tmp_path, undisturbed
+):
+    """From the 100th picture on, storage gives nothing: no row calls that the fault of the picture."""
+    with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:
+        variables = {"AWS_ENDPOINT_URL": store.endpoint}
+        environment = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": variables}})}
+        pictures = set()
+
+        def answer(method, path):
+            pictures.add(path)
+            return fault if len(pictures) > 100 and "field-" in path else None
+
+        store.fault = answer
+        job = start(model_uri, archive_on_s3, tmp_path, **environment, **variables)
+        log, _ = job.communicate(timeout=PATIENCE_S)
+        assert job.returncode == 1, log
+        assert "the same command goes on. Storage did not give all of them" in log
+        assert not (tmp_path / "summary.json").exists()
+        store.fault = lambda method, path: None
+        log = finished(start(model_uri, archive_on_s3, tmp_path, **environment, **variables))
+        assert "are scored already, going on with" in log
+    assert_same(table(tmp_path), table(undisturbed[0]))
+    assert image.UNAVAILABLE not in table(tmp_path)[schema.ERROR].to_pylist()
 
 
 VICTIMS, STORES = ("driver", "actor", "node"), ("disk", "s3")

@@ -1,7 +1,18 @@
+import copy
+import os
+import resource
+import urllib.request
+
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from bcd import storage
 from bcd.errors import StorageError
+from tests import faults
+
+# Linux answers a read of its first bytes with EIO, as a disk or a network drive does that fails.
+DAMAGED = "/proc/self/mem"
 
 
 def test_a_file_is_read_back_as_written(tmp_path):
@@ -108,3 +119,120 @@ def test_read_start_reads_as_much_as_there_is(tmp_path, s3):
     for uri in (str(tmp_path / "in.bin"), f"{s3}/{tmp_path.name}-start.bin"):
         storage.write_bytes(uri, b"0123456789")
         assert [storage.read_start(uri, n) for n in (4, 20)] == [b"0123", b"0123456789"]
+
+
+@pytest.fixture
+def faulty(s3, monkeypatch):
+    """The S3 server, behind a store that can refuse."""
+    storage.write_bytes(f"{s3}/a.png", b"123")
+    with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+        yield store
+
+
+def refused(uri):
+    with pytest.raises(StorageError) as caught:
+        storage.read_bytes(uri)
+    return caught.value
+
+
+@pytest.mark.parametrize("fault", [faults.DENIED, faults.EXPIRED])
+def test_who_is_let_in_nowhere_may_be_later(s3, faulty, fault):
+    uri = f"{s3}/a.png"
+    faulty.fault = lambda method, path: fault
+    assert not refused(uri).lasting
+    faulty.fault = lambda method, path: None
+    assert storage.read_bytes(uri) == b"123"
+
+
+def test_a_file_that_is_not_for_us_stays_so(s3, faulty):
+    uri = f"{s3}/a.png"
+    faulty.fault = lambda method, path: faults.DENIED if path.endswith("a.png") else None
+    assert refused(uri).lasting
+    assert "ACCESS_DENIED" in str(refused(uri))
+
+
+def test_a_store_that_is_slow_or_silent_is_asked_again(s3, faulty, monkeypatch):
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    uri = f"{s3}/a.png"
+    answers = [faults.SLOW_DOWN]
+    faulty.fault = lambda method, path: answers.pop() if answers else None
+    assert storage.read_bytes(uri) == b"123"
+    faulty.asked.clear()
+    faulty.fault = lambda method, path: faults.SLOW_DOWN
+    assert not refused(uri).lasting
+    assert len(faulty.asked) == 2
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert not refused(uri).lasting
+
+
+def test_what_is_missing_stays_missing(s3, tmp_path):
+    (tmp_path / "file").write_bytes(b"1")
+    for uri in (f"{s3}/none.png", "s3://none/none.png"):
+        assert refused(uri).lasting, uri
+    for name in ("none", "file/x", "", "n" * 300):
+        assert refused(str(tmp_path / name)).lasting, name
+    assert not refused(DAMAGED).lasting
+    assert refused("ftp://x/y").lasting
+
+
+def test_an_error_keeps_its_kind_between_processes():
+    error = copy.copy(StorageError("a: gone", lasting=True))
+    assert (str(error), error.lasting) == ("a: gone", True)
+
+
+def test_clients_are_shared_until_a_variable_changes(s3, monkeypatch):
+    """Each asks for credentials, and 400 at a time are more connections than a process may hold."""
+    first = storage.resolve(f"{s3}/a")[0]
+    assert storage.resolve(f"{s3}/b")[0] is first
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "renewed")
+    assert storage.resolve(f"{s3}/a")[0] is not first
+
+
+def test_sizes_of_many_files_hold_few_connections(s3):
+    storage.write_bytes(f"{s3}/sized.bin", b"12345")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[0]), before[1]))
+    try:
+        assert storage.sizes([f"{s3}/sized.bin"] * 400) == [5] * 400
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_sizes_name_the_uri_of_an_error(s3, faulty):
+    faulty.fault = lambda method, path: faults.DENIED
+    with pytest.raises(StorageError, match=r"bucket/a.png: cannot look there"):
+        storage.sizes([f"{s3}/a.png"])
+
+
+def test_a_name_that_is_no_text_is_told(tmp_path):
+    with open(os.path.join(os.fsencode(tmp_path), b"a\xff.png"), "wb"):
+        pass
+    with pytest.raises(StorageError, match=r"a\\xff.png' is no UTF-8 name; rename that file"):
+        storage.list_files(str(tmp_path))
+
+
+def test_keys_with_empty_parts_keep_their_names(s3):
+    """Pyarrow can list but not open them: each is named, as itself."""
+    for key in ("empty/a//x.png", "empty/a/x.png", "empty//y.png"):
+        uri = f"{os.environ['AWS_ENDPOINT_URL']}/bucket/{key}"
+        form = {"Content-Type": "application/octet-stream"}
+        urllib.request.urlopen(urllib.request.Request(uri, b"123", form, method="PUT"))
+    files = storage.list_files(f"{s3}/empty")
+    assert [file.path for file in files] == ["/y.png", "a//x.png", "a/x.png"]
+    assert [file.uri for file in files] == [f"{s3}/empty/{file.path}" for file in files]
+    assert refused(files[0].uri).lasting
+    assert storage.read_bytes(files[2].uri) == b"123"
+
+
+def test_tables_are_written_whole_and_read_in_part(tmp_path, s3):
+    table = pa.table({"a": [3, 1, 2], "b": ["x", "y", None]})
+    for folder in (str(tmp_path), f"{s3}/{tmp_path.name}"):
+        for part in (0, 1):
+            storage.write_table(f"{folder}/{part}.parquet", table, row_group_size=2)
+        assert storage.read_table(f"{folder}/0.parquet").equals(table)
+        assert storage.read_table(f"{folder}/1.parquet", ["b"]).equals(table.select(["b"]))
+        assert storage.dataset(folder).to_table(filter=pc.field("a") > 1)["a"].to_pylist() == [3, 2] * 2
+        storage.write_bytes(f"{folder}/2.parquet", b"no table at all")
+        with pytest.raises(StorageError, match=r"2.parquet: cannot read it"):
+            storage.read_table(f"{folder}/2.parquet")

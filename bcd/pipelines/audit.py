@@ -1,13 +1,11 @@
 """The audit job: list, read every picture once on CPU workers, find, and write what was found."""
 
 import hashlib
-import io
 import re
 from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from bcd import (
@@ -94,9 +92,7 @@ def _described(row: dict[str, Any], content: bytes | StorageError) -> dict[str, 
 
 def _write(config: AuditConfig, result: audit.Audit, table: pa.Table, pairs: Any) -> None:
     for name, rows in {IMAGES: table, NEAR: duplicates.named(table, pairs)}.items():
-        buffer = io.BytesIO()
-        pq.write_table(rows, buffer, compression="zstd")
-        storage.write_bytes(storage.join(config.output, name), buffer.getvalue())
+        storage.write_table(storage.join(config.output, name), rows)
     storage.write_bytes(storage.join(config.output, RESULT), result.model_dump_json(indent=1).encode())
     uris = dict(zip(table[schema.IMAGE_ID].to_pylist(), table[schema.URI].to_pylist(), strict=True))
     shown = {name: uris[name] for name in audit_report.shown(result)}

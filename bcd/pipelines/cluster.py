@@ -29,12 +29,14 @@ LIMIT_VARIABLE = "BCD_CLUSTER_LIMIT"
 # 7.4; scoring 12.2 and 15.9 (ResNet50 in float32 on 2 cores). Up to 1 GiB is kept for the next batch.
 # Threads that wait give their core away: where other processes want the cores too, waiting busily took a
 # training step from 6 to 12 s.
-KEEP_MEMORY = {
+MODEL_ENV = {
     "env_vars": {
         "OMP_WAIT_POLICY": "PASSIVE",
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        # ScoreCAM and AblationCAM would draw a bar for every batch into the job's log.
+        "TQDM_DISABLE": "1",
     }
 }
 
@@ -156,6 +158,15 @@ def room(config: TrainConfig) -> int:
     if config.device != "cpu" and have["GPU"]:
         return max(1, int(have["GPU"] // low))
     return max(1, int(have["CPU"] // (low + DATA_CPUS)))
+
+
+def waiting_cpus() -> float:
+    """What a task asks for that mostly waits and runs beside models that hold all CPUs but one.
+
+    With none at all it would also land on a head that is to run nothing (CPU 0). Where one CPU is all there
+    is, a model holds it.
+    """
+    return 0.01 if capacity()["CPU"] > 1 else 0.0
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 
 from bcd import aggregate, image, schema, storage
 from bcd.example import Example
@@ -20,9 +19,8 @@ def of_images(images: pd.DataFrame) -> list[Example]:
     """
     found: dict[tuple[str, str], Example] = {}
     for source, rows in images.groupby(aggregate.SOURCE):
-        filesystem, path = storage.resolve(str(source))
         wanted = pc.field(schema.IMAGE_ID).isin(rows[schema.IMAGE_ID].tolist())
-        table = pads.dataset(path, filesystem=filesystem, format="parquet").to_table(filter=wanted)
+        table = storage.dataset(str(source)).to_table(filter=wanted)
         found |= {(str(source), row[schema.IMAGE_ID]): of_row(row) for row in table.to_pylist()}
     return [found[key] for key in zip(images[aggregate.SOURCE], images[schema.IMAGE_ID], strict=True)]
 

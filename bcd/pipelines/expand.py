@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from bcd import image, schema, slide, storage, tile, tissue
 from bcd.errors import StorageError
-from bcd.pipelines import staging
+from bcd.pipelines import read, staging
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,14 @@ def _expanded(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozens
     if not may_be_slide(row[schema.URI]):
         return _reading(row)
     try:
-        if not slide.is_slide(staging.stage(row[schema.URI]).path):
+        # Tiles of a planned slide may be committed: its books go on, whatever has become of the file since.
+        tiles = _read_tiles(plans_uri, row[schema.IMAGE_ID])
+        if tiles is None and not slide.is_slide(staging.stage(row[schema.URI]).path):
             return _reading(row)
-        return _tiles(row, tiling, plans_uri, done)
+        tiles = _tiles(row, tiling, plans_uri) if tiles is None else tiles
+        return tiles.filter(pc.invert(pc.is_in(tiles[schema.IMAGE_ID], pa.array(done, pa.string()))))
     except StorageError as error:
-        raise image.ImageError("unreadable", str(error)) from error
+        raise read.withheld(error) from error
 
 
 def _reading(row: dict[str, Any]) -> pa.Table:
@@ -86,7 +89,8 @@ def _reading(row: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist([own], schema=schema.READING)
 
 
-def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozenset[str]) -> pa.Table:
+def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
+    """Plan a slide, and keep the plan."""
     opened, _ = staging.open_slide(row[schema.URI], tiling.mpp)
     if tiling.tile_mpp is None:
         raise image.ImageError("missing_mpp", "the model card has no µm per pixel; --tile-mpp gives it")
@@ -117,14 +121,19 @@ def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozenset[
         tissue_area_mm2=float(mask.sum()) * (opened.mpp / scale / 1_000) ** 2,
         thumbnail_scale=scale,
     )
-    _keep(plans_uri, plan, thumbnail)
+    tiles = _tile_rows(plan, grid, chosen, tiling.tile_mpp, tiling)
+    _keep(plans_uri, plan, thumbnail, tiles)
+    return tiles
+
+
+def _tile_rows(plan: Plan, grid: tile.Grid, chosen: np.ndarray, tile_mpp: float, tiling: Tiling) -> pa.Table:
     x, y = grid.x_level0_px[chosen], grid.y_level0_px[chosen]
-    ids = [tile.tile_id(plan.slide, *place, tiling.tile_mpp) for place in zip(x, y, strict=True)]
+    ids = [tile.tile_id(plan.slide, *place, tile_mpp) for place in zip(x, y, strict=True)]
     constant = {
         schema.URI: plan.uri,
         schema.SLIDE: plan.slide,
         schema.PATIENT: plan.patient,
-        schema.MPP: tiling.tile_mpp,
+        schema.MPP: tile_mpp,
         schema.WIDTH_PX: tiling.tile_width_px,
         schema.HEIGHT_PX: tiling.tile_height_px,
         schema.ERROR: None,
@@ -132,18 +141,24 @@ def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozenset[
     }
     columns = {schema.IMAGE_ID: ids, schema.X_LEVEL0_PX: x, schema.Y_LEVEL0_PX: y}
     columns |= {name: [value] * len(ids) for name, value in constant.items()}
-    table = pa.table({name: columns[name] for name in schema.READING.names}, schema=schema.READING)
-    return table.filter(pc.invert(pc.is_in(table[schema.IMAGE_ID], pa.array(done, pa.string()))))
+    return pa.table({name: columns[name] for name in schema.READING.names}, schema=schema.READING)
 
 
 def _key(slide_id: str) -> str:
     return hashlib.sha256(slide_id.encode()).hexdigest()[:24]
 
 
-def _keep(plans_uri: str, plan: Plan, thumbnail: np.ndarray) -> None:
-    """The plan last: where it stands, the thumbnail does too."""
+def _keep(plans_uri: str, plan: Plan, thumbnail: np.ndarray, tiles: pa.Table) -> None:
+    """In this order: where a plan stands, the thumbnail does too, and where the tiles stand, both do."""
     storage.write_bytes(storage.join(plans_uri, f"{_key(plan.slide)}.png"), image.png(thumbnail))
     storage.write_bytes(storage.join(plans_uri, f"{_key(plan.slide)}.json"), plan.model_dump_json().encode())
+    storage.write_table(storage.join(plans_uri, f"{_key(plan.slide)}.parquet"), tiles)
+
+
+def _read_tiles(plans_uri: str, slide_id: str) -> pa.Table | None:
+    """All tiles of a planned slide (schema `schema.READING`); None where there is no plan."""
+    uri = storage.join(plans_uri, f"{_key(slide_id)}.parquet")
+    return storage.read_table(uri).cast(schema.READING) if storage.exists(uri) else None
 
 
 def read_plan(plans_uri: str, slide_id: str) -> Plan | None:

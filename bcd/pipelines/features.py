@@ -61,7 +61,7 @@ def _pooled(rows: pa.Table, shared: ray.ObjectRef, moments: ray.ObjectRef | None
         compute=ActorPoolStrategy(min_size=1, max_size=pool.size, initial_size=pool.ready),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
-        runtime_env=cluster.KEEP_MEMORY,
+        runtime_env=cluster.MODEL_ENV,
     )
 
 

@@ -11,19 +11,17 @@ can be repeated too: it names its files by generation, and the segments stay unt
 """
 
 import hashlib
-import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from bcd import schema, storage
+from bcd import image, schema, storage
 from bcd.config import differences
 from bcd.errors import ConfigError
 
@@ -117,18 +115,27 @@ def read_settings(uri: str) -> dict[str, Any] | None:
 
 
 def commit(batch: pa.Table, work_uri: str) -> pa.Table:
-    """Write rows as one segment, whole or not at all; returns rows per input for the progress."""
-    ids = sorted(batch[schema.IMAGE_ID].to_pylist())
-    name = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:24]
-    storage.write_bytes(storage.join(work_uri, f"{name}.parquet"), _parquet(batch))
-    counted = _with_input(batch).group_by(INPUT).aggregate([([], "count_all"), (schema.ERROR, "count")])
-    return counted.rename_columns([INPUT, "rows", "errors"])
+    """Write rows as one segment, whole or not at all. Rows that storage did not give are left to a rerun.
+
+    Returns:
+        For the progress, of each input: rows and errors written, rows withheld, and why (one of them).
+    """
+    withheld = pc.equal(batch[schema.ERROR], image.UNAVAILABLE).fill_null(False)
+    kept = batch.filter(pc.invert(withheld))
+    if len(kept):
+        ids = sorted(kept[schema.IMAGE_ID].to_pylist())
+        name = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:24]
+        _write(storage.join(work_uri, f"{name}.parquet"), kept)
+    failed = pc.and_(pc.is_valid(batch[schema.ERROR]), pc.invert(withheld))
+    marks = {"rows": pc.invert(withheld), "errors": failed, "withheld": withheld}
+    facts = {INPUT: _with_input(batch)[INPUT]} | {key: mark.cast("int64") for key, mark in marks.items()}
+    facts["reason"] = pc.if_else(withheld, batch[schema.ERROR_MESSAGE], pa.scalar(None, pa.string()))
+    counted = pa.table(facts).group_by(INPUT).aggregate([*((key, "sum") for key in marks), ("reason", "min")])
+    return counted.rename_columns([INPUT, *marks, "reason"])
 
 
-def _parquet(table: pa.Table) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", row_group_size=ROWS_PER_GROUP)
-    return buffer.getvalue()
+def _write(uri: str, table: pa.Table) -> None:
+    storage.write_table(uri, table, row_group_size=ROWS_PER_GROUP)
 
 
 def _with_input(table: pa.Table) -> pa.Table:
@@ -154,7 +161,7 @@ def _scan(files: Iterable[storage.File]) -> Done:
     done = Done()
     files = [file for file in files if file.path.endswith(".parquet")]
     with ThreadPoolExecutor(storage.READ_THREADS) as pool:
-        tables = list(pool.map(lambda file: _with_input(_read(file.uri, COUNTED)), files))
+        tables = list(pool.map(lambda file: _with_input(storage.read_table(file.uri, COUNTED)), files))
     for file, table in zip(files, tables, strict=True):
         if len(table):
             bounds = pc.min_max(table[INPUT]).as_py()
@@ -178,18 +185,12 @@ def _once(table: pa.Table) -> pa.Table:
     return table.filter(pa.concat_arrays([pa.array([True]), pc.invert(again).combine_chunks()]))
 
 
-def _read(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    filesystem, path = storage.resolve(uri)
-    with filesystem.open_input_file(path) as file:
-        return pq.read_table(file, columns=columns)
-
-
 def tile_ids(done: Done, slides: set[str]) -> frozenset[str]:
     """Ids of the committed tiles of these slides."""
     wanted = pa.array(sorted(slides), pa.string())
     ids: list[str] = []
     for segment in done.segments if slides else []:
-        table = _read(segment.uri, COUNTED)
+        table = storage.read_table(segment.uri, COUNTED)
         tiles = pc.and_(pc.is_valid(table[schema.X_LEVEL0_PX]), pc.is_in(table[schema.SLIDE], wanted))
         ids += table.filter(tiles)[schema.IMAGE_ID].to_pylist()
     return frozenset(ids)
@@ -241,10 +242,12 @@ def merge(part: Part) -> int:
     Returns:
         Its number of rows.
     """
-    tables = [_with_input(_read(uri)) for uri in part.segments]
     inside = (pc.field(INPUT) >= part.first) & (pc.field(INPUT) <= part.last)
-    table = _once(pa.concat_tables([table.filter(inside) for table in tables]))
-    storage.write_bytes(part.uri, _parquet(table.drop_columns(INPUT)))
+    # Fields and tiles mix in a segment, so that most segments may hold a row of this file: one at a time.
+    table = _once(
+        pa.concat_tables([_with_input(storage.read_table(uri)).filter(inside) for uri in part.segments])
+    )
+    _write(part.uri, table.drop_columns(INPUT))
     return len(table)
 
 

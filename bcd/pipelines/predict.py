@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
 from ray.data import ActorPoolStrategy, Dataset
 
 from bcd import bundle, cam, image, overlay, provenance, schema, storage
@@ -80,7 +79,7 @@ def predictions(dataset: Dataset, settings: Settings, max_workers: int | None = 
         compute=ActorPoolStrategy(min_size=1, max_size=pool.size, initial_size=pool.ready),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
-        runtime_env=cluster.KEEP_MEMORY,
+        runtime_env=cluster.MODEL_ENV,
     )
 
 
@@ -167,6 +166,5 @@ def write(dataset: Dataset, uri: str) -> None:
 
 def read_back(uri: str, columns: list[str]) -> pa.Table:
     """Some columns of a predictions table, sorted by image."""
-    filesystem, path = storage.resolve(uri)
-    table = pads.dataset(path, filesystem=filesystem, format="parquet").to_table(columns=columns)
+    table = storage.dataset(uri).to_table(columns=columns)
     return table.sort_by(schema.IMAGE_ID)

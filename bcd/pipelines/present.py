@@ -5,7 +5,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import ray
 
 from bcd import bundle, gallery, schema, storage
@@ -46,7 +45,7 @@ def present(
     Raises:
         IncompleteError: results and errors do not add up to the inputs.
     """
-    table = _dataset(ours).to_table(OVERVIEW)
+    table = storage.dataset(ours.predictions_uri).to_table(OVERVIEW)
     failed = table.filter(pc.is_valid(table[schema.ERROR]))
     whole_inputs = failed.filter(pc.is_null(failed[schema.X_LEVEL0_PX]))
     broken = whole_inputs.filter(pc.equal(whole_inputs[schema.SLIDE], whole_inputs[schema.IMAGE_ID]))
@@ -56,11 +55,6 @@ def present(
     drawing = ray.remote(num_cpus=1, max_retries=-1)(_write_gallery)
     ray.get(drawing.remote(ours, table, described, settings, summary))
     return summary
-
-
-def _dataset(ours: Ledger) -> pads.Dataset:
-    filesystem, path = storage.resolve(ours.predictions_uri)
-    return pads.dataset(path, filesystem=filesystem, format="parquet")
 
 
 def _counts(
@@ -118,7 +112,9 @@ def _write_gallery(
 def _rows(ours: Ledger, places: Sequence[int], results: pa.Table) -> dict[int, dict[str, Any]]:
     """Whole rows of the table at these places of the results."""
     ids = [results[schema.IMAGE_ID][i].as_py() for i in places]
-    found = _dataset(ours).to_table(filter=pc.field(schema.IMAGE_ID).isin(ids)).to_pylist()
+    found = (
+        storage.dataset(ours.predictions_uri).to_table(filter=pc.field(schema.IMAGE_ID).isin(ids)).to_pylist()
+    )
     by_id = {row[schema.IMAGE_ID]: row for row in found}
     return {i: by_id[name] for i, name in zip(places, ids, strict=True)}
 
@@ -148,7 +144,7 @@ def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.Slide:
         tissue_mm2=row[schema.TISSUE_AREA_MM2],
         share_malignant=row[schema.MALIGNANT_TILE_SHARE],
         heat_map=storage.read_bytes(heat_map) if shown else None,
-        geojson=f"{slides.FOLDER}/{row[schema.SLIDE]}/{slides.GEOJSON}" if scored else None,
+        geojson=f"{slides.place(row[schema.SLIDE])}/{slides.GEOJSON}" if scored else None,
     )
 
 

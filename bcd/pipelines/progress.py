@@ -3,6 +3,7 @@
 import time
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bcd import schema
 from bcd.pipelines import expand
@@ -32,15 +33,17 @@ class Progress:
         self._plans_uri = plans_uri
         self._started = self._printed = time.monotonic()
         self._done = self._rows = self._errors = 0
+        self.withheld: str | None = None
         self._weight = 0.0
 
     def add(self, counted: pa.Table) -> None:
-        """Take up what one segment holds: rows and errors per input."""
+        """Take up what one commit wrote, and in `withheld` why storage did not give a row (the last one)."""
         columns = (counted[name].to_pylist() for name in (INPUT, "rows", "errors"))
         for name, rows, errors in zip(*columns, strict=True):
             self._rows += rows
             self._errors += errors
             self._count(name, rows)
+        self.withheld = pc.max(counted["reason"]).as_py() or self.withheld
         running = self._done < len(self._weights)
         if running and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._print()

@@ -212,7 +212,7 @@ def _tile(row: dict[str, Any], mpp: float | None) -> np.ndarray:
             with open_slide(staged.path, mpp) as fresh:
                 return _cut(fresh, row)
     except StorageError as error:
-        raise image.ImageError("unreadable", str(error)) from error
+        raise withheld(error) from error
 
 
 def _cut(slide: Slide, row: dict[str, Any]) -> np.ndarray:
@@ -231,8 +231,13 @@ def _try_read(uri: str) -> bytes | StorageError:
 
 def _bytes(content: bytes | StorageError) -> bytes:
     if isinstance(content, StorageError):
-        raise image.ImageError("unreadable", str(content)) from content
+        raise withheld(content) from content
     return content
+
+
+def withheld(error: StorageError) -> image.ImageError:
+    """What it means for a picture that storage does not give it."""
+    return image.ImageError("unreadable" if error.lasting else image.UNAVAILABLE, str(error))
 
 
 def inspect(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int, int]]:
@@ -246,7 +251,7 @@ def inspect(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int, int]]
         height and width of the images in pixels.
 
     Raises:
-        DataError: every image is broken.
+        StorageError: see `checked`.
     """
     result = checked(table, _inspect_batch)
     whole = pc.is_null(result[schema.ERROR])
@@ -258,11 +263,16 @@ def inspect(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int, int]]
 
 
 def checked(table: pa.Table, check: Callable[[pa.Table], pa.Table]) -> pa.Table:
-    """What `check` makes of every batch of rows, on CPU workers: rows without pixels, by image id."""
+    """What `check` makes of every batch of rows, on CPU workers: rows without pixels, by image id.
+
+    Raises:
+        StorageError: storage did not give an image, and may give it later.
+    """
     dataset = rows(table).map_batches(check, batch_size=ROWS_PER_TASK, batch_format="pyarrow", num_cpus=1)
     found: list[pa.Table] = []
     done, step = 0, max(ROWS_PER_TASK, len(table) // PROGRESS_STEPS)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        require_given(batch[schema.IMAGE_ID].to_pylist(), batch[schema.ERROR].to_pylist())
         found.append(batch)
         if (done + len(batch)) // step > done // step:
             print(f"checked {done + len(batch):,} of {len(table):,} images", flush=True)
@@ -307,6 +317,29 @@ def contents(uris: list[str]) -> Iterator[bytes | StorageError]:
     """Contents in order; several requests are in flight while the caller decodes."""
     with ThreadPoolExecutor(storage.READ_THREADS) as pool:
         yield from pool.map(_try_read, uris)
+
+
+def require_given(names: Sequence[str], errors: Sequence[str | None]) -> None:
+    """Stop where storage did not give an image: left out, it would change every number without a word.
+
+    Args:
+        names: image ids.
+        errors: the typed code of each image, whatever follows it; None for a good one.
+
+    Raises:
+        StorageError: names the first such image.
+    """
+    lost = [name for name, error in zip(names, errors, strict=True) if is_unavailable(error)]
+    if lost:
+        raise StorageError(
+            f"storage did not give {lost[0]} (and {len(lost) - 1} more beside it), which is no fault of the "
+            "image: check the network and the credentials, and run the same command again"
+        )
+
+
+def is_unavailable(error: str | None) -> bool:
+    """Whether a typed error, with or without its message, tells of storage and not of the image."""
+    return error is not None and error.partition(":")[0] == image.UNAVAILABLE
 
 
 def check_bad_fraction(broken: dict[str, str], total: int, allowed: float) -> list[str]:

@@ -1,6 +1,5 @@
 """From scored test rows to what people read: metrics, the table of test images, report and pictures."""
 
-import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from bcd import aggregate, bundle, calibration, compare, metrics, report, schema, storage
 from bcd.errors import DataError
-from bcd.pipelines import examples, predict, rundir
+from bcd.pipelines import examples, predict, read, rundir
 
 METRICS, REPORT, IMAGES = "metrics.json", "report.html", "test_images.parquet"
 TRUTH = (schema.IMAGE_ID, schema.CASE, schema.TUMOR_CLASS, schema.SUBTYPE, schema.MAGNIFICATION)
@@ -27,10 +25,15 @@ def with_truth(predictions_uri: str, test: pa.Table, card: bundle.Card) -> pd.Da
         predictions_uri: of the predictions table.
         test: index rows of the images in it.
         card: of the model, for the probability before its temperature.
+
+    Raises:
+        StorageError: storage did not give an image, and may give it later.
     """
     columns = [schema.IMAGE_ID, schema.PATIENT, schema.SLIDE, schema.LOGIT, schema.PROBABILITY]
     columns += [schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS, schema.ERROR, schema.MODEL_ID]
     scored = predict.read_back(predictions_uri, columns).to_pandas()
+    codes = [None if pd.isna(code) else code for code in scored[schema.ERROR]]
+    read.require_given(scored[schema.IMAGE_ID].tolist(), codes)
     good = scored[schema.ERROR].isna()
     scored[aggregate.UNCALIBRATED] = np.nan
     if good.any():
@@ -55,7 +58,7 @@ def compared(images: pd.DataFrame, against: str) -> dict[str, Any]:
         DataError: nothing was evaluated there, or the images are others.
     """
     require_images(against)
-    other = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(against, IMAGES)))).to_pandas()
+    other = storage.read_table(storage.join(against, IMAGES)).to_pandas()
     return compare.paired(images, other) | {"against": against}
 
 
@@ -74,9 +77,7 @@ def write(
     unscored: pd.DataFrame,
 ) -> None:
     """Write the table of test images, the metrics and the report; each whole or not at all."""
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pandas(images, preserve_index=False), buffer, compression="zstd")
-    storage.write_bytes(storage.join(output, IMAGES), buffer.getvalue())
+    storage.write_table(storage.join(output, IMAGES), pa.Table.from_pandas(images, preserve_index=False))
     rundir.write_json(output, METRICS, measured)
     # Pixels stay off the driver.
     drawing = ray.remote(num_cpus=1, max_retries=-1)(_draw)

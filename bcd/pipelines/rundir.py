@@ -1,11 +1,9 @@
 """The directory of a run: whose it is, whether it is finished, and the files that a rerun goes on from."""
 
-import io
 import json
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from bcd import provenance, schema, storage
 from bcd.config import TrainingConfig, differences
@@ -60,9 +58,7 @@ def _facts(config: TrainingConfig) -> dict[str, Any]:
 
 def write_split(run_uri: str, table: pa.Table) -> None:
     """Keep the split rows of the run."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    storage.write_bytes(storage.join(run_uri, SPLIT), buffer.getvalue())
+    storage.write_table(storage.join(run_uri, SPLIT), table)
 
 
 def read_split(run_uri: str) -> pa.Table | None:
@@ -70,7 +66,7 @@ def read_split(run_uri: str) -> pa.Table | None:
     uri = storage.join(run_uri, SPLIT)
     if not storage.exists(uri):
         return None
-    return pq.read_table(io.BytesIO(storage.read_bytes(uri))).cast(schema.SPLIT)
+    return storage.read_table(uri).cast(schema.SPLIT)
 
 
 def write_json(run_uri: str, name: str, content: Any) -> None:

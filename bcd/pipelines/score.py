@@ -7,6 +7,7 @@ list inputs -> minus what is committed -> fields, and tiles of slides -> predict
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,9 +75,10 @@ def run(config: ScoreConfig) -> str:
         return ours.uri
     _announce(found, todo)
     settings = _settings(config, compiled)
-    rate = _score(ours, books, todo, settings, _tiling(config, card), config.max_workers)
+    progress = Progress(todo, ours.plans_uri, books.done)
+    rate = _score(ours, books, progress, todo, settings, _tiling(config, card), config.max_workers)
     books = _books(ours, found.table)
-    _require_balance(books)
+    _require_balance(books, progress.withheld)
     _merge(ours, books.done)
     facts = _facts(config, card, model_id) | {
         "n_ignored_files": found.ignored,
@@ -153,16 +155,19 @@ def _books(ours: Ledger, inputs: pa.Table) -> Books:
     done = ledger.committed(ours)
     uris = dict(zip(inputs[schema.IMAGE_ID].to_pylist(), inputs[schema.URI].to_pylist(), strict=True))
     possible = [name for name in done.rows if name in uris and expand.may_be_slide(uris[name])]
-    plans = {name: plan for name in possible if (plan := expand.read_plan(ours.plans_uri, name))}
-    return Books(inputs, ledger.merged(ours), done, plans)
+    with ThreadPoolExecutor(storage.READ_THREADS) as pool:
+        plans = list(pool.map(lambda name: expand.read_plan(ours.plans_uri, name), possible))
+    known = {name: plan for name, plan in zip(possible, plans, strict=True) if plan}
+    return Books(inputs, ledger.merged(ours), done, known)
 
 
-def _require_balance(books: Books) -> None:
-    """Raises IncompleteError where an input has not all its rows."""
+def _require_balance(books: Books, withheld: str | None = None) -> None:
+    """Raises IncompleteError where an input has not all its rows; `withheld` is what storage said."""
     if missing := books.open_inputs()[schema.IMAGE_ID].to_pylist():
+        why = f" Storage did not give all of them ({withheld}): is it up, and are the credentials valid?"
         raise IncompleteError(
             f"{len(missing):,} of {len(books.inputs):,} inputs have neither a result nor an error, "
-            f"{missing[0]} among them; the same command goes on"
+            f"{missing[0]} among them; the same command goes on.{why if withheld else ''}"
         )
 
 
@@ -178,13 +183,13 @@ def _announce(found: archive.Archive, todo: pa.Table) -> None:
 def _score(
     ours: Ledger,
     books: Books,
+    progress: Progress,
     todo: pa.Table,
     settings: predict.Settings,
     tiling: expand.Tiling,
     max_workers: int | None,
 ) -> float:
     """Score and commit; returns rows per second."""
-    progress = Progress(todo, ours.plans_uri, books.done)
     if not len(todo):
         return 0.0
     pool = cluster.model_workers(max_workers)
@@ -196,10 +201,12 @@ def _score(
         fn_kwargs={"work_uri": ours.work_uri},
         batch_size=ROWS_PER_SEGMENT * pool.size if settings.cam == "evidence" else ROWS_PER_BLOCK,
         batch_format="pyarrow",
-        num_cpus=0,
+        num_cpus=cluster.waiting_cpus(),
     )
     for batch in commits.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         progress.add(batch)
+        if not pc.any(pc.greater(batch["rows"], 0)).as_py():
+            break  # storage gave nothing of a whole segment: the rest would wait for it row by row
     return progress.end()
 
 
@@ -217,7 +224,7 @@ def _reading(todo: pa.Table, tiling: expand.Tiling, plans_uri: str, done_tiles: 
             fn_kwargs={"tiling": tiling, "plans_uri": plans_uri, "done": done_tiles},
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=0,
+            num_cpus=cluster.waiting_cpus(),
             concurrency=max(1, int(cluster.capacity()["CPU"]) // 2),
         )
         datasets.append(tiles.repartition(target_num_rows_per_block=ROWS_PER_BLOCK))

@@ -228,7 +228,7 @@ def build(config: ServiceConfig, host: str | None) -> Application:
         ray_actor_options={
             "num_cpus": config.num_cpus,
             "num_gpus": config.num_gpus,
-            "runtime_env": cluster.KEEP_MEMORY,
+            "runtime_env": cluster.MODEL_ENV,
         },
         # One batch is computed while the next one gathers and is decoded.
         max_ongoing_requests=2 * config.max_batch_size,

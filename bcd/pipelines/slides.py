@@ -1,15 +1,14 @@
 """What is told about each whole slide once its tiles are scored: a row, a heat map, tiles for QuPath."""
 
-import io
+import hashlib
 import json
+import posixpath
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 import ray
 
 from bcd import heatmap, schema, storage
@@ -48,21 +47,18 @@ def write(ours: Ledger, plans: Sequence[expand.Plan], broken: pa.Table) -> pa.Ta
     uri = storage.join(ours.uri, TABLE)
     tables = [pa.Table.from_pylist(rows, schema=schema.SLIDES), schema.fill(broken, schema.SLIDES)]
     if storage.exists(uri):
-        old = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+        old = storage.read_table(uri)
         new = pa.concat_tables(tables)[schema.SLIDE]
         tables.append(old.filter(pc.invert(pc.is_in(old[schema.SLIDE], new.combine_chunks()))))
     table = pa.concat_tables(tables).sort_by(schema.SLIDE)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    storage.write_bytes(uri, buffer.getvalue())
+    storage.write_table(uri, table)
     return table
 
 
 def describe(ours: Ledger, plan: expand.Plan) -> dict[str, Any]:
     """Draw one slide from its rows of the table; returns its row of `schema.SLIDES`."""
-    filesystem, path = storage.resolve(ours.predictions_uri)
     where = (pc.field(schema.SLIDE) == plan.slide) & pc.field(schema.X_LEVEL0_PX).is_valid()
-    tiles = pads.dataset(path, filesystem=filesystem, format="parquet").to_table(list(COLUMNS), where)
+    tiles = storage.dataset(ours.predictions_uri).to_table(list(COLUMNS), where)
     boxes = _boxes(tiles, plan.mpp)
     probability = tiles[schema.PROBABILITY_MALIGNANT].to_numpy().astype(float)
     _draw(ours, plan, tiles, boxes, probability)
@@ -99,7 +95,18 @@ def _boxes(tiles: pa.Table, slide_mpp: float) -> np.ndarray:
 
 def folder(output: str, slide_id: str) -> str:
     """Where the pictures of a slide lie."""
-    return storage.join(output, FOLDER, slide_id)
+    return storage.join(output, place(slide_id))
+
+
+def place(slide_id: str) -> str:
+    """The same, below the output folder: never outside it, and another place for each id.
+
+    An id is a path below the input, or whatever a manifest gives, such as a whole URI.
+    """
+    name = posixpath.normpath("/" + slide_id.rpartition("://")[2]).lstrip("/")
+    if name != slide_id:
+        name += f"-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
+    return f"{FOLDER}/{name}"
 
 
 def _draw(

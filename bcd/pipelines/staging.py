@@ -3,6 +3,7 @@ an object store."""
 
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ CACHE_BYTES = 20 * 2**30
 # Open slides of one process. Tiles come in runs of one slide.
 OPEN_SLIDES = 2
 LOCK = ".lock"
+# Each process looks through the cache once it has fetched so small a part of what the cache may hold.
+LOOKS_PER_CACHE = 64
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def stage(uri: str) -> Staged:
     """
     if not storage.is_remote(uri):
         return Staged(Path(storage.absolute(uri)), None)
-    folder = CACHE / hashlib.sha256(uri.encode()).hexdigest()[:24]
+    # A slide that was replaced under the same name is another one.
+    folder = CACHE / hashlib.sha256(f"{uri} {storage.version(uri)}".encode()).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / LOCK).open("a+b")  # held as long as the slide is used
     target = folder / "slide" / uri.rpartition("/")[2]
@@ -65,6 +69,7 @@ def stage(uri: str) -> Staged:
             if not target.exists():
                 _make_room()
                 _fetch(uri, folder)
+                _grown.n_bytes += _size(folder)
 
 
 @contextmanager
@@ -89,8 +94,24 @@ def _fetch(uri: str, folder: Path) -> None:
     aside.rename(folder / "slide")
 
 
+@dataclass
+class _Grown:
+    """Bytes that this process has fetched since it last looked through the cache; at first nobody knows."""
+
+    n_bytes: float = math.inf
+
+
+_grown = _Grown()
+
+
 def _make_room() -> None:
-    """Remove the slides not used for longest, but none that a process holds, until the rest fits."""
+    """Remove the slides not used for longest, but none that a process holds, until the rest fits.
+
+    Looking through a cache of many small files at each fetch would cost more than the fetching.
+    """
+    if _grown.n_bytes <= CACHE_BYTES / LOOKS_PER_CACHE:
+        return
+    _grown.n_bytes = 0
     folders = sorted(CACHE.iterdir(), key=lambda folder: folder.stat().st_mtime)
     sizes = [_size(folder) for folder in folders]
     total = sum(sizes)

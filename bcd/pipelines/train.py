@@ -125,7 +125,7 @@ def fit(
             storage_path=path,
             storage_filesystem=filesystem,
             logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env=cluster.KEEP_MEMORY,
+            worker_runtime_env=cluster.MODEL_ENV,
             failure_config=FailureConfig(max_failures=config.max_failures),
             # The latest is kept as well, to go on from.
             checkpoint_config=CheckpointConfig(

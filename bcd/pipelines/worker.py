@@ -4,7 +4,6 @@ Workers meet twice an epoch, to add up what they saw in training and in validati
 all rows, whatever the number of workers.
 """
 
-import io
 import logging
 import tempfile
 import time
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
@@ -241,10 +239,8 @@ def _log_exposure(task: Task, seen: Seen, epoch: int) -> None:
     if ray.train.get_context().get_world_rank() != 0:
         return
     columns = {schema.EPOCH: [epoch] * len(seen.image_ids), schema.IMAGE_ID: seen.image_ids}
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=schema.EXPOSURE), buffer, compression="zstd")
     uri = storage.join(task.run_uri, "exposure", f"epoch-{epoch:04d}.parquet")
-    storage.write_bytes(uri, buffer.getvalue())
+    storage.write_table(uri, pa.table(columns, schema=schema.EXPOSURE))
 
 
 def _publish(task: Task, board: SummaryWriter, folder: Path, record: dict[str, Any]) -> None:

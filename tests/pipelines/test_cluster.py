@@ -165,3 +165,9 @@ def test_a_named_cluster_that_does_not_answer_is_an_error_and_not_replaced():
     )
     assert done.returncode == 2
     assert "error: no Ray cluster answers at RAY_ADDRESS=127.0.0.1:" in done.stderr
+
+
+@pytest.mark.parametrize(("cpus", "asked"), [(1, 0), (2, 0.01), (64, 0.01)])
+def test_what_waits_asks_for_little_but_not_for_nothing(monkeypatch, cpus, asked):
+    fake(monkeypatch, cpus)
+    assert cluster.waiting_cpus() == asked

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from bcd import archive, schema, slide, storage
+from bcd.errors import StorageError
 from bcd.pipelines import expand, read, staging
 from tests import pictures
 
@@ -98,6 +99,23 @@ def test_tiles_that_are_done_are_left_out_of_the_rows_and_not_of_the_plan(tmp_pa
     assert len(expanded(tmp_path, done=frozenset(ids))) == 0
 
 
+def test_a_slide_that_dies_after_some_tiles_keeps_its_books(tmp_path):
+    """Its other tiles become errors, so that they balance; a rerun plans nothing again."""
+    write(tmp_path, {"s.tif": stained()})
+    before = expanded(tmp_path)
+    write(tmp_path, {"s.tif": b"dead"})
+    staging.open_slide.cache_clear()
+    ids = before[schema.IMAGE_ID].to_pylist()
+    rest = expanded(tmp_path, done=frozenset(ids[:4]))
+    assert rest.equals(before.slice(4))
+    assert read.pixels(rest, 30, 40, [])[schema.ERROR].tolist() == ["unreadable"] * 11
+    (tmp_path / "in/s.tif").unlink()
+    staging.open_slide.cache_clear()
+    inputs = pa.Table.from_pylist([{schema.IMAGE_ID: "s.tif", schema.URI: str(tmp_path / "in/s.tif")}])
+    (again,) = expand.expand(schema.fill(inputs, schema.INDEX), TILING, f"{tmp_path}/plans", NOTHING)
+    assert again.equals(before)
+
+
 def test_a_finer_slide_gives_tiles_that_cover_more_pixels(tmp_path):
     """200 x 150 px at 0.25 µm/px: tiles of 80 x 60 px of level 0; an eighth of the last has tissue."""
     table = expanded(write(tmp_path, {"s.tif": stained(mpp=0.25)}))
@@ -127,9 +145,9 @@ def test_a_slide_that_cannot_be_used_is_one_row_with_its_error(tmp_path, name, c
 
 def test_a_slide_without_scale_takes_that_of_the_flag(tmp_path):
     write(tmp_path, {"s.tif": stained(mpp=None)})
-    assert len(expanded(tmp_path, replace(TILING, mpp=0.5))) == 15
-    staging.open_slide.cache_clear()
     assert expanded(tmp_path, replace(TILING, mpp=0.9))[schema.ERROR].to_pylist() == ["too_coarse"]
+    staging.open_slide.cache_clear()
+    assert len(expanded(tmp_path, replace(TILING, mpp=0.5))) == 15
 
 
 def test_a_model_without_scale_needs_the_flag(tmp_path):
@@ -217,3 +235,14 @@ def test_a_real_slide_cut_short_is_unreadable(tmp_path, real_data, share):
 def test_other_real_slides(tmp_path, real_data, name, code):
     table = expanded(write(tmp_path, {name: (real_data / "slides" / name).read_bytes()}), FIELD)
     assert (len(table), table[schema.ERROR][0].as_py()) == (1, code)
+
+
+@pytest.mark.parametrize(("lasting", "code"), [(True, "unreadable"), (False, "unavailable")])
+def test_a_slide_that_cannot_be_fetched_now_is_not_called_unreadable(tmp_path, monkeypatch, lasting, code):
+    def fails(uri):
+        raise StorageError(f"{uri}: no", lasting)
+
+    write(tmp_path, {"s.tif": stained()})
+    monkeypatch.setattr(staging, "stage", fails)
+    (row,) = expanded(tmp_path).to_pylist()
+    assert (row[schema.ERROR], row[schema.ERROR_MESSAGE]) == (code, f"{tmp_path}/in/s.tif: no")

@@ -1,10 +1,9 @@
-import io
 import random
 import uuid
+import weakref
 from collections import Counter
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from bcd import schema, storage, tile
@@ -45,7 +44,7 @@ def finish(ours):
 def files(output):
     """The tables of the files, in order."""
     stored = storage.list_files_if_any(f"{output}/predictions")
-    return [pq.read_table(io.BytesIO(storage.read_bytes(file.uri))) for file in stored]
+    return [storage.read_table(file.uri) for file in stored]
 
 
 def rows_in(output):
@@ -99,13 +98,30 @@ def test_a_commit_tells_rows_and_errors_per_input(tmp_path):
     ours, _ = ledger.begin(str(tmp_path), SETTINGS)
     broken = tile_of("s.svs", 7, 7) | {"error": "unreadable"}
     counted = commit(ours, [*ROWS[8:], broken])
-    assert counted.column_names == ["input", "rows", "errors"]
+    assert counted.column_names == ["input", "rows", "errors", "withheld", "reason"]
     assert sorted(tuple(r.values()) for r in counted.to_pylist()) == [
-        ("a.svs", 9, 0),
-        ("f08.png", 1, 0),
-        ("s.svs", 10, 1),
-        ("x.png", 1, 1),
+        ("a.svs", 9, 0, 0, None),
+        ("f08.png", 1, 0, 0, None),
+        ("s.svs", 10, 1, 0, None),
+        ("x.png", 1, 1, 0, None),
     ]
+
+
+def test_rows_that_storage_did_not_give_are_left_to_the_next_run(output):
+    """An error row counts as done, and would stay for ever."""
+    ours, _ = ledger.begin(output, SETTINGS)
+    lost = [r | {"error": "unavailable", "error_message": "denied"} for r in ROWS[7:12]]
+    counted = commit(ours, lost)
+    assert [r for r in counted.to_pylist() if r["input"] == "s.svs"] == [
+        {"input": "s.svs", "rows": 0, "errors": 0, "withheld": 2, "reason": "denied"}
+    ]
+    assert ledger.committed(ours) == ledger.Done()
+    assert storage.list_files_if_any(ours.work_uri) == []
+    commit(ours, ROWS[:7] + lost)
+    assert ledger.committed(ours).rows == dict.fromkeys([r["image_id"] for r in ROWS[:7]], 1)
+    commit(ours, ROWS[7:])
+    finish(ours)
+    assert rows_in(output) == expected(ROWS)
 
 
 def test_what_is_committed_counts_each_row_once(output):
@@ -155,6 +171,25 @@ def test_a_file_has_about_the_bytes_it_should(tmp_path, monkeypatch):
     assert [file.path for file in storage.list_files(ours.predictions_uri)] == [
         f"part-0001-0000{i}.parquet" for i in range(3)
     ]
+
+
+def test_merging_holds_one_segment_at_a_time(tmp_path, monkeypatch, small_files):
+    """Every segment may hold rows of every file: together they are the whole archive."""
+    ours, _ = ledger.begin(str(tmp_path), SETTINGS)
+    for i in range(9):
+        commit(ours, [ROWS[i], row("a.png"), row("z.png")])
+    real, held, most = storage.read_table, [], []
+
+    def read(uri, columns=None):
+        most.append(sum(table() is not None for table in held))
+        held.append(weakref.ref(found := real(uri, columns)))
+        return found
+
+    parts = ledger.parts(ours, ledger.committed(ours))
+    assert {len(part.segments) for part in parts[1:-1]} == {9}
+    monkeypatch.setattr(storage, "read_table", read)
+    assert ledger.merge(parts[4]) == 1
+    assert most == [0] * 9
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -35,13 +35,15 @@ def inputs(**sizes):
 
 
 def counted(*rows):
-    return pa.Table.from_pylist([dict(zip(("input", "rows", "errors"), row, strict=True)) for row in rows])
+    table = pa.Table.from_pylist([dict(zip(("input", "rows", "errors"), row, strict=True)) for row in rows])
+    return table.append_column("reason", pa.nulls(len(table), pa.string()))
 
 
 def plan(folder, name, tiles):
     facts = {"slide": name, "uri": name, "patient": None, "width_px": 9, "height_px": 9, "mpp": 0.5}
     facts |= {"background_tiles": 1, "tissue_area_mm2": 1.0, "thumbnail_scale": 1.0}
-    expand._keep(str(folder), expand.Plan(tiles=tiles, **facts), np.zeros((2, 2, 3), np.uint8))
+    thumbnail = np.zeros((2, 2, 3), np.uint8)
+    expand._keep(str(folder), expand.Plan(tiles=tiles, **facts), thumbnail, schema.READING.empty_table())
 
 
 def test_a_line_now_and_then(tmp_path, clock, capsys):
@@ -101,3 +103,13 @@ def test_nothing_to_do_is_no_line(tmp_path, clock, capsys):
 )
 def test_durations_are_for_people(seconds, said):
     assert progress._duration(seconds) == said
+
+
+def test_what_storage_said_is_kept(tmp_path, clock):
+    shown = progress.Progress(inputs(a__png=10, b__png=10), str(tmp_path), ledger.Done())
+    shown.add(counted(("a.png", 1, 0)))
+    assert shown.withheld is None
+    for reason in ("denied", None):
+        withheld = counted(("b.png", 0, 0)).drop_columns("reason")
+        shown.add(withheld.append_column("reason", pa.array([reason], pa.string())))
+        assert shown.withheld == "denied"

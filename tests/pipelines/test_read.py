@@ -7,9 +7,10 @@ import pytest
 
 from bcd import balance, image, index, schema, storage
 from bcd.config import TrainConfig
-from bcd.errors import BcdError, DataError
+from bcd.errors import BcdError, DataError, StorageError
 from bcd.pipelines import prepare, read, train
 from tests import pictures
+from tests.test_storage import DAMAGED
 
 pytestmark = pytest.mark.ray
 
@@ -67,6 +68,31 @@ def test_images_are_decoded_and_fitted_as_everywhere_else(joined, mixed):
             assert (row[schema.HEIGHT_PX], row[schema.WIDTH_PX]) == decoded.shape[:2]
         else:
             assert not row[schema.IMAGE].any()
+
+
+def test_storage_that_fails_is_no_fault_of_the_picture(tmp_path):
+    uris = [DAMAGED, str(tmp_path / "none.png")]
+    rows = [{schema.IMAGE_ID: uri, schema.URI: uri} for uri in uris]
+    found = read.pixels(schema.fill(pa.Table.from_pylist(rows), schema.READING), 32, 32, [])
+    assert found[schema.ERROR].tolist() == ["unavailable", "unreadable"]
+    assert found[schema.ERROR_MESSAGE][0].startswith(f"{DAMAGED}: cannot read it")
+
+
+def test_a_tile_of_a_slide_that_cannot_be_fetched_now_is_left_to_a_rerun(monkeypatch):
+    def fails(uri, mpp):
+        raise StorageError(f"{uri}: no")
+
+    monkeypatch.setattr(read.staging, "open_slide", fails)
+    with pytest.raises(image.ImageError, match="unavailable"):
+        read.picture({schema.URI: "s.svs", schema.X_LEVEL0_PX: 0})
+
+
+def test_inspect_stops_where_storage_fails(joined, mixed):
+    """Left out as broken, the image would change split and numbers without a word."""
+    lost = mixed.slice(0, 1).to_pylist()[0] | {schema.IMAGE_ID: "lost", schema.URI: DAMAGED}
+    table = pa.concat_tables([mixed, pa.Table.from_pylist([lost], schema=mixed.schema)])
+    with pytest.raises(StorageError, match=r"storage did not give lost .* run the same command again"):
+        read.inspect(table)
 
 
 def test_rows_are_shuffled_anew_every_epoch_and_alike_for_a_seed(joined):

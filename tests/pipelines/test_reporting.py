@@ -3,8 +3,8 @@ import pyarrow as pa
 import pytest
 
 from bcd import aggregate, schema
-from bcd.errors import DataError
-from bcd.pipelines import reporting
+from bcd.errors import DataError, StorageError
+from bcd.pipelines import read, reporting
 from tests.pipelines.test_examples import write
 from tests.test_bundle import card
 
@@ -25,6 +25,13 @@ def test_the_probability_before_the_temperature_comes_back(tmp_path):
     assert images[aggregate.SOURCE].tolist() == [uri, uri]
     assert images[aggregate.DRAW].tolist() == [2, 2]
     np.testing.assert_allclose(images[aggregate.MARGIN], [1 - np.log(1.5), -0.5 - np.log(1.5)], rtol=1e-5)
+
+
+def test_an_image_that_storage_did_not_give_is_not_left_out_of_the_numbers():
+    names = ["a.png", "b.png", "c.png"]
+    read.require_given(names, [None, "unreadable", "truncated: unavailable"])
+    with pytest.raises(StorageError, match=r"storage did not give b.png \(and 1 more"):
+        read.require_given(names, [None, "unavailable", "unavailable: /c.png: no"])
 
 
 def test_nothing_to_compare_with_is_said(tmp_path):

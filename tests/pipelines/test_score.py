@@ -5,7 +5,7 @@ import pytest
 
 from bcd import schema
 from bcd.config import ScoreConfig
-from bcd.errors import ConfigError
+from bcd.errors import ConfigError, IncompleteError
 from bcd.pipelines import expand, ledger, score
 
 PLAN = expand.Plan(
@@ -77,3 +77,11 @@ def test_an_output_inside_the_input_is_refused(output, tmp_path):
     config = ScoreConfig(model="m", input=str(tmp_path / "archive"), output=str(tmp_path / output))
     with pytest.raises(ConfigError, match="lies inside --input"):
         score.run(config)
+
+
+def test_who_must_go_on_is_told_why():
+    score._require_balance(books({"a.png": 1, "s.svs": 3}, older=["b.png"]), "b.png: denied")
+    with pytest.raises(IncompleteError, match=r"2 of 3 inputs have neither .* the same command goes on\.$"):
+        score._require_balance(books({"a.png": 1}))
+    with pytest.raises(IncompleteError, match=r"goes on\. Storage did not give all .*b.png: denied"):
+        score._require_balance(books({"a.png": 1}), "b.png: denied")

@@ -1,5 +1,6 @@
 import io
 import json
+import posixpath
 from collections import Counter
 from types import SimpleNamespace
 
@@ -130,6 +131,34 @@ def test_a_real_slide_is_told_by_its_tiles(tmp_path, real_data):
     uri = str(tmp_path / "in" / NAME)
     assert [row[name] for name in known] == [2220, 2967, plans[0].tissue_area_mm2, uri]
     assert row[schema.MPP] == pytest.approx(0.499)
+
+
+@pytest.mark.parametrize("output", ["/data/out", "s3://b/out"])
+def test_whatever_a_slide_is_called_its_pictures_lie_in_the_output(output):
+    """In a manifest without ids, a slide is called by its URI."""
+    names = ["a/s.svs", "s3://b/a/s.svs", "/a/s.svs", "../../a/s.svs", "./a/s.svs", "a//s.svs", "..", "/"]
+    names += ["gs://b/a/s.svs", "b/a/s.svs"]
+    found = [slides.folder(output, name) for name in names]
+    assert found[0] == f"{output}/slides/a/s.svs"
+    assert found[1].startswith(f"{output}/slides/b/a/s.svs-")
+    assert all(posixpath.normpath(path.partition("://")[2] or path).find("out/slides/") > 0 for path in found)
+    assert len(set(found)) == len(names)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative", "remote"])
+def test_slides_of_a_manifest_are_told_whatever_their_uri(tmp_path, kind, request):
+    at = {"absolute": f"{tmp_path}/in", "relative": "../in"}
+    at["remote"] = f"{request.getfixturevalue('s3')}/{tmp_path.name}" if kind == "remote" else ""
+    storage.write_bytes(f"{at['remote'] or f'{tmp_path}/in'}/s.tif", stained())
+    storage.write_bytes(f"{tmp_path}/lists/m.csv", f"uri\n{at[kind]}/s.tif\n".encode())
+    ours = ledger.Ledger(f"{tmp_path}/out", 1)
+    inputs = archive.read(f"{tmp_path}/lists/m.csv").table
+    tiles = pa.concat_tables(expand.expand(inputs, SYNTHETIC, ours.plans_uri, frozenset()))
+    plan = expand.read_plan(ours.plans_uri, f"{at[kind]}/s.tif")
+    rows, probability, log_odds = scored(ours, tiles)
+    check(ours, plan, rows, *slides.write(ours, [plan], none()).to_pylist(), probability, log_odds)
+    written = [path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("heatmap.png")]
+    assert written == [("out", "slides")]
 
 
 def test_the_heat_map_lies_on_the_tissue(tmp_path):

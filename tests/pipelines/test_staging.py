@@ -125,6 +125,30 @@ def used(path, second):
     os.utime(path.parent.parent, (second, second))
 
 
+def test_a_slide_that_was_replaced_is_fetched_again(folder, fetched):
+    (uri,) = put(folder, "a.svs")
+    assert staging.stage(uri).path.read_bytes() == b"a.svs....."
+    storage.write_bytes(uri, b"another")
+    assert staging.stage(uri).path.read_bytes() == b"another"
+    assert fetched == [uri, uri]
+
+
+def test_the_cache_is_looked_through_now_and_then(folder, cache, monkeypatch):
+    """Among 3,000 folders a look takes half a second, and an archive may have 100,000 small TIFFs."""
+    monkeypatch.setattr(staging, "CACHE_BYTES", 640)
+    monkeypatch.setattr(staging, "LOOKS_PER_CACHE", 2)
+    staging.stage(*put(folder, "first.svs", size=1_000))
+    looks = []
+    monkeypatch.setattr(staging, "_size", lambda folder: looks.append(folder) or 100)
+    counts = []
+    for i in range(9):
+        staging.stage(*put(folder, f"{i}.svs", size=100))
+        counts.append(len(looks))
+        looks.clear()
+    # The first looks, because much came before it; then after each 400 bytes. One is of the fetched itself.
+    assert [i for i, count in enumerate(counts) if count > 1] == [0, 4, 8]
+
+
 def test_what_is_held_stays(folder, cache, monkeypatch):
     monkeypatch.setattr(staging, "CACHE_BYTES", 50)
     uris = put(folder, "a.svs", "b.svs", "c.svs", "d.svs", size=100)
