@@ -134,6 +134,11 @@ def commit(batch: pa.Table, work_uri: str) -> pa.Table:
     return counted.rename_columns([INPUT, *marks, "reason"])
 
 
+def is_withheld(counted: pa.Table) -> bool:
+    """Whether storage gave no row at all of what `commit` was to write."""
+    return len(counted) > 0 and pc.sum(counted["rows"]).as_py() == 0
+
+
 def _write(uri: str, table: pa.Table) -> None:
     storage.write_table(uri, table, row_group_size=ROWS_PER_GROUP)
 

@@ -205,8 +205,8 @@ def _score(
     )
     for batch in commits.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         progress.add(batch)
-        if not pc.any(pc.greater(batch["rows"], 0)).as_py():
-            break  # storage gave nothing of a whole segment: the rest would wait for it row by row
+        if ledger.is_withheld(batch):
+            break  # the rest would wait for storage row by row
     return progress.end()
 
 

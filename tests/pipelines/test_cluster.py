@@ -171,3 +171,13 @@ def test_a_named_cluster_that_does_not_answer_is_an_error_and_not_replaced():
 def test_what_waits_asks_for_little_but_not_for_nothing(monkeypatch, cpus, asked):
     fake(monkeypatch, cpus)
     assert cluster.waiting_cpus() == asked
+
+
+def test_processes_with_a_model_draw_no_bars():
+    """ScoreCAM of pytorch-grad-cam draws one for every batch."""
+    code = "import tqdm; list(tqdm.tqdm(range(3)))"
+    for variables, drawn in (({}, True), (cluster.KEEP_MEMORY["env_vars"], False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, check=True
+        )
+        assert bool(done.stderr) == drawn

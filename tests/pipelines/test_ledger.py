@@ -117,7 +117,9 @@ def test_rows_that_storage_did_not_give_are_left_to_the_next_run(output):
     ]
     assert ledger.committed(ours) == ledger.Done()
     assert storage.list_files_if_any(ours.work_uri) == []
-    commit(ours, ROWS[:7] + lost)
+    assert ledger.is_withheld(counted)
+    assert not ledger.is_withheld(commit(ours, []))
+    assert not ledger.is_withheld(commit(ours, ROWS[:7] + lost))
     assert ledger.committed(ours).rows == dict.fromkeys([r["image_id"] for r in ROWS[:7]], 1)
     commit(ours, ROWS[7:])
     finish(ours)

@@ -1,9 +1,10 @@
+import threading
 from collections import Counter
 
 import pyarrow as pa
 import pytest
 
-from bcd import schema
+from bcd import schema, storage
 from bcd.config import ScoreConfig
 from bcd.errors import ConfigError, IncompleteError
 from bcd.pipelines import expand, ledger, score
@@ -85,3 +86,18 @@ def test_who_must_go_on_is_told_why():
         score._require_balance(books({"a.png": 1}))
     with pytest.raises(IncompleteError, match=r"goes on\. Storage did not give all .*b.png: denied"):
         score._require_balance(books({"a.png": 1}), "b.png: denied")
+
+
+def test_plans_are_read_side_by_side(tmp_path, monkeypatch):
+    """One after the other, each is a round trip to the object store."""
+    ours, names = ledger.Ledger(str(tmp_path), 1), [f"{i}.svs" for i in range(storage.READ_THREADS)]
+    together = threading.Barrier(len(names), timeout=60)
+    monkeypatch.setattr(ledger, "committed", lambda ours: ledger.Done(rows=Counter(names)))
+
+    def read_plan(plans_uri, name):
+        together.wait()
+        return PLAN.model_copy(update={"slide": name})
+
+    monkeypatch.setattr(expand, "read_plan", read_plan)
+    found = score._books(ours, inputs(*names)).plans
+    assert {name: plan.slide for name, plan in found.items()} == dict(zip(names, names, strict=True))
