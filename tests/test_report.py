@@ -268,15 +268,17 @@ def test_a_cross_validation_shows_its_folds_and_what_a_leak_adds(tmp_path: Path)
     rows = [study(1, n, frame.iloc[part]) for n, part in enumerate((slice(0, 12), slice(12, 24)), 1)]
     spread = {name: {"mean": 0.9, "sd": 0.04, "n": 2} for name in report.MEASURES}
     row = {"first": 0.99, "second": 0.52, "difference": 0.47, "interval": [0.4, 0.54], "p_value": 1e-6}
+    unclear = row | {"interval": [-0.1, 0.9]}
     leak = {"leaky": "image", "honest": "case", "n_left_out": 3}
-    leak["metrics"] = dict.fromkeys(report.MEASURES, row)
+    leak["metrics"] = dict.fromkeys(report.MEASURES, row) | {"auc": unclear}
     page = write(tmp_path, frame, folds=rows, spread=spread, leak=leak, threshold=None)
     said = text(page)
     assert "each judged by a model that had not seen the patient, 2 models tell" in said
     assert "Its mean over the folds is 90.0 ± 4.0 %" in said
     assert "3 images that one of the two arms tested more often than the other" in said
     assert "they resample all 8 patients together" in said
-    assert "The leak adds +47.0 points: split by image, with patients on both sides" in said
+    assert "The leak adds +47.0 points of balanced accuracy: split by image, with patients on both" in said
+    assert "and 0.990 AUC instead of 0.520 (95 % interval of the difference \u22120.100 to +0.900)" in said
     assert "instead of 52.0 % (95 % interval of the difference +40.0 to +54.0 points)" in said
     assert {"folds", "histories", "leak"} <= {path.stem for path in (tmp_path / "figures").iterdir()}
     spread["auc"] |= {"n": 1}
@@ -307,7 +309,7 @@ def test_colours_speak_for_the_predicted_subtype_where_there_are_eight(tmp_path:
 @pytest.mark.parametrize(
     ("difference", "interval", "start"),
     [
-        (0.1, [0.02, 0.18], "The leak adds +10.0 points"),
+        (0.1, [0.02, 0.18], "The leak adds +10.0 points of balanced accuracy and +0.100 of AUC: split"),
         (0.1, [-0.02, 0.2], "No leak is seen"),
         (0.1, None, "No"),
     ],
@@ -316,8 +318,13 @@ def test_a_leak_is_claimed_only_where_the_interval_says_so(
     difference: float, interval: list[float] | None, start: str
 ) -> None:
     row = {"first": 0.9, "second": 0.8, "difference": difference, "interval": interval}
-    leak = {"leaky": "image", "honest": "case", "metrics": {"balanced_accuracy": row}}
+    leak = {"leaky": "image", "honest": "case", "metrics": {"balanced_accuracy": row, "auc": row}}
     assert report.leak_sentence(leak).startswith(start)
+    undefined = {"first": None, "second": 0.8, "difference": None, "interval": None}
+    leak["metrics"]["balanced_accuracy"] = undefined
+    assert "the same model seems to reach 0.900 AUC instead of 0.800" in report.leak_sentence(leak)
+    leak["metrics"]["auc"] = undefined
+    assert report.leak_sentence(leak) == "What a leak would add cannot be told: a class is missing."
 
 
 def test_summary_lines() -> None:
