@@ -98,6 +98,8 @@ def start_ray(
     name, _, value = marker.partition("=")
     environment = os.environ | variables | {name: value, "PATH": f"{BIN}:{os.environ['PATH']}"}
     start = [BIN / "ray", "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+    # By default agents of all clusters on a machine want one port, and who comes second takes no jobs.
+    start.append(f"--dashboard-agent-listen-port={free_port()}")
     return subprocess.Popen(
         [*prefix, *start, *arguments],
         env=environment,
