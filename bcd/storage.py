@@ -219,9 +219,11 @@ def version(uri: str) -> str:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole content of one file, in one request: a stream would ask for 16 KiB at a time."""
+    """The whole content of one file; of a local one up to its end, as it may be a pipe."""
     filesystem, path = resolve(uri)
-    with _naming(uri, "read it"), filesystem.open_input_file(path) as file:
+    # A stream asks a store for 16 KiB at a time, a file for all of it at once.
+    opened = filesystem.open_input_file if is_remote(uri) else filesystem.open_input_stream
+    with _naming(uri, "read it"), opened(path) as file:
         return file.read()
 
 

@@ -130,6 +130,15 @@ def faulty(s3, monkeypatch):
         yield store
 
 
+def test_a_file_is_read_in_one_request(s3, request):
+    """A stream of pyarrow asks for 16 KiB at a time: six thousand requests for a model."""
+    content = bytes(range(256)) * 10_000
+    storage.write_bytes(f"{s3}/large.bin", content)
+    store = request.getfixturevalue("faulty")
+    assert storage.read_bytes(f"{s3}/large.bin") == content
+    assert [method for method, _ in store.asked].count("GET") == 1
+
+
 def refused(uri):
     with pytest.raises(StorageError) as caught:
         storage.read_bytes(uri)
