@@ -62,10 +62,10 @@ def write(
             validation_accuracy, learning_rate, seconds, images_per_s, class_counts); may be empty.
         images: from `aggregate.images`, what was measured.
         facts: what is known about the run, all optional: title, model_id, data, protocol, fold, seed,
-            weights, synthetic, leaky, forced, external, warnings, broken, quarantined, best_epoch, command,
-            git_commit, versions, data_fingerprint, split_fingerprint, input_size_px (height and width, which
-            the evidence covers), `parts` (images per class in each part) and `balanced` (training rows per
-            class after upsampling).
+            target, weights, synthetic, leaky, forced, external, warnings, broken, quarantined, best_epoch,
+            command, git_commit, versions, data_fingerprint, split_fingerprint, input_size_px (height and
+            width, which the evidence covers), `parts` (images per class in each part) and `balanced`
+            (training rows per class after upsampling).
         examples: pictures of images by their position in the table; `choose` says of which.
         unscored: `image_id` and `error` of what could not be scored.
 

@@ -138,8 +138,7 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     low, high = config.worker_bounds() or ((int(have["GPU"]),) * 2 if use_gpu else (1, 1))
     if use_gpu and have["GPU"] < max(low, 1):
         raise ResourceError(f"{max(low, 1)} GPU workers asked for, but the cluster has {have['GPU']:g} GPUs")
-    # A worker on a GPU holds no CPU.
-    cpus = DATA_CPUS if use_gpu else low + DATA_CPUS
+    cpus = training_cpus(low, use_gpu)
     if have["CPU"] < cpus:
         raise ResourceError(
             f"{low} training workers and {DATA_CPUS} CPU for reading images need {cpus} CPUs, "
@@ -151,13 +150,18 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     return ScalingConfig(num_workers=low if low == high else (low, high), use_gpu=use_gpu)
 
 
+def training_cpus(workers: int, use_gpu: bool) -> int:
+    """CPUs that a training holds: one for each worker without a GPU, and those that read images."""
+    return DATA_CPUS + (0 if use_gpu else workers)
+
+
 def room(config: TrainConfig) -> int:
     """How many training runs of this kind the cluster holds at a time, at least 1."""
     have = capacity()
     low, _ = config.worker_bounds() or (1, 1)
     if config.device != "cpu" and have["GPU"]:
         return max(1, int(have["GPU"] // low))
-    return max(1, int(have["CPU"] // (low + DATA_CPUS)))
+    return max(1, int(have["CPU"] // training_cpus(low, use_gpu=False)))
 
 
 def waiting_cpus() -> float:

@@ -333,7 +333,8 @@ def _plan(config: DoctorConfig) -> tuple[str, dict[str, float]]:
         workers = scaling.num_workers
         low = workers if isinstance(workers, int) else workers[0]
         plan = f"{counted(low, 'training worker')} and {cluster.DATA_CPUS} CPU for reading"
-        return plan, {"CPU": low + cluster.DATA_CPUS, "GPU": float(low * scaling.use_gpu)}
+        cpus = cluster.training_cpus(low, bool(scaling.use_gpu))
+        return plan, {"CPU": float(cpus), "GPU": float(low * scaling.use_gpu)}
     if config.purpose == "score":
         pool = cluster.model_workers()
         needed = {"CPU": float(pool.num_cpus), "GPU": max(wants_gpu, pool.num_gpus)}
