@@ -201,7 +201,8 @@ def test_the_last_slides_stay_open(real_data, folder, fetched):
 
 
 def test_a_broken_slide_is_not_kept_open(folder, fetched):
+    slide = put(folder, "a.svs")
     for _ in range(2):
         with pytest.raises(image.ImageError, match="unreadable"):
-            staging.open_slide(*put(folder, "a.svs"), None)
+            staging.open_slide(*slide, None)
     assert len(fetched) == 1
