@@ -3,10 +3,10 @@
     python -m benchmarks.score_rate --model MODEL --images FOLDER [--n 600] [--rounds 3]
 
 All score the same pictures with the same weights in bfloat16 (one loop: float32, as named). The plain loop is
-what people write without Ray: a DataLoader that decodes, the network of torchvision with its batch norms,
-logits and closed-form maps. It takes a turn between any two others, because the speed of a machine drifts:
-the figure of a turn is its rate over the mean of the plain ones right before and after it, the result the
-median over the rounds. What pytorch-grad-cam takes follows from two such figures.
+what people write without Ray: a DataLoader that decodes (into pinned memory for a GPU), the network of
+torchvision with its batch norms, logits and closed-form maps. It takes a turn between any two others, because
+the speed of a machine drifts: the figure of a turn is its rate over the mean of the plain ones right before
+and after it, the result the median over the rounds. What pytorch-grad-cam takes follows from two of them.
 
 Rates are steady ones: times are those at which batches of rows are finished (in the pipeline: committed),
 the first third of them is start-up and does not count. What the maps cost is measured in this process, batch
@@ -73,14 +73,19 @@ class Loop:
         self.network = plain_network(model_uri, self.card).to(self.device, memory_format=memory_format)
         workers = max(1, cluster.cores() - 1)
         pictures = Pictures(uris, self.card)
-        self.loader = DataLoader(pictures, batch_size, num_workers=workers, persistent_workers=True)
+        self.loader = DataLoader(
+            pictures,
+            batch_size,
+            num_workers=workers,
+            persistent_workers=True,
+            pin_memory=self.device.type == "cuda",
+        )
 
     def batches(self) -> Iterator[torch.Tensor]:
         """Normalised pictures on the device."""
         for images in self.loader:
-            batch = transform.normalise(
-                images.to(self.device).permute(0, 3, 1, 2), self.card.mean, self.card.std
-            )
+            on_device = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            batch = transform.normalise(on_device, self.card.mean, self.card.std)
             yield batch.contiguous(memory_format=self.memory_format)
 
 

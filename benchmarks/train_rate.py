@@ -58,6 +58,7 @@ class PlainLoop:
             shuffle=True,
             num_workers=max(1, len(os.sched_getaffinity(0)) - 1),
             persistent_workers=True,
+            pin_memory=device.type == "cuda",
         )
 
     def epoch(self) -> float:
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="times each training row stands in an epoch")
     parser.add_argument("--height", type=int, default=224)
     parser.add_argument("--width", type=int, default=336)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--precision", default="auto")
     arguments = parser.parse_args()
     config = TrainConfig(
@@ -103,7 +105,7 @@ def main() -> None:
         input_height_px=arguments.height,
         input_width_px=arguments.width,
         precision=arguments.precision,
-        batch_size=16,
+        batch_size=arguments.batch_size,
     )
     cluster.connect()
     table = _repeated(prepare.prepare(config)[0], arguments.repeat)
