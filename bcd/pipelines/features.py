@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import Dataset
 from torchvision.models import ResNet
 
 from bcd import bundle, novelty, schema
 from bcd.novelty import FeatureStatistics
 from bcd.pipelines import cluster, predict, read
 
+KEEP = (schema.IMAGE_ID,)
 N, TOTAL, SQUARES, DISTANCE = "n", "total", "squares", "distance"
 
 
@@ -31,11 +32,11 @@ def measure(
         in the order of their rows.
     """
     shared = ray.put((network.state_dict(), card))
-    sums = _pooled(train, shared, None).to_pandas()
+    sums = _pooled(train, card, shared, None).to_pandas()
     n = int(sums[N].sum())
     mean, spread = novelty.spread(n, np.sum(sums[TOTAL].tolist(), 0), np.sum(sums[SQUARES].tolist(), 0))
     moments = ray.put((mean, spread))
-    seen = _pooled(validation, shared, moments).to_pandas()
+    seen = _pooled(validation, card, shared, moments).to_pandas()
     distances = np.concatenate(seen[DISTANCE].tolist())
     # Batches come back in any order.
     ids = np.concatenate(seen[schema.IMAGE_ID].tolist()).tolist()
@@ -50,37 +51,31 @@ def measure(
     return statistics, np.stack([logit[name] for name in validation[schema.IMAGE_ID].to_pylist()])
 
 
-def _pooled(rows: pa.Table, shared: ray.ObjectRef, moments: ray.ObjectRef | None) -> Dataset:
+def _pooled(
+    rows: pa.Table, card: bundle.Card, shared: ray.ObjectRef, moments: ray.ObjectRef | None
+) -> Dataset:
     """A row for each batch of pictures: sums, or ids, distances and logits where the moments are known."""
-    pool = cluster.model_workers()
-    return read.rows(schema.fill(rows, schema.READING), predict.Settings.batch_size).map_batches(
-        _Pooler,
-        fn_constructor_args=(shared, moments, pool.threads),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=pool.size, initial_size=pool.ready),
-        num_cpus=pool.num_cpus,
-        num_gpus=pool.num_gpus,
-        runtime_env=cluster.MODEL_ENV,
-    )
+    size = predict.Settings.batch_size
+    dataset = read.rows(schema.fill(rows, schema.READING), size)
+    return predict.on_models(dataset, _Pooler, (shared, moments), predict.Look(card, KEEP), size)
 
 
 class _Pooler:
-    """An actor that holds the network and reads what it looks at."""
+    """An actor that holds the network; as `predict.on_models` wants it."""
 
     def __init__(self, shared: ray.ObjectRef, moments: ray.ObjectRef | None, threads: int) -> None:
         state, card = ray.get(shared)
         self._bundle = bundle.from_state(state, card)
         self._moments = ray.get(moments) if moments is not None else None
         self._threads = threads
-        cluster.use_threads(threads)
+        if threads:
+            cluster.use_threads(threads)
 
-    def __call__(self, batch: pa.Table) -> dict[str, Any]:
-        card = self._bundle.card
-        size = (card.input_height_px, card.input_width_px)
-        found = read.pixels(batch, *size, [schema.IMAGE_ID], self._threads)
+    def __call__(self, batch: Any) -> dict[str, Any]:
+        found = predict.Look(self._bundle.card, KEEP).pixels(batch, self._threads) if self._threads else batch
         read.require_whole(found[schema.ERROR], found[schema.IMAGE_ID])
-        features, logit = self._bundle.pooled(found[schema.IMAGE])
+        # Copied, because what comes read is a read-only view of Ray's object store.
+        features, logit = self._bundle.pooled(np.array(found[schema.IMAGE]))
         pooled = features.astype(np.float64)
         if self._moments is not None:
             distance = novelty.distance(pooled, *self._moments)

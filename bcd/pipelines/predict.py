@@ -45,9 +45,6 @@ class Settings:
 def predictions(dataset: Dataset, settings: Settings, max_workers: int | None = None) -> Dataset:
     """Score every row.
 
-    On CPUs a worker reads what it scores: pixels stay in its memory, and both use all its cores. GPUs must
-    not wait, so that CPU workers read for them.
-
     Args:
         dataset: rows of schema `schema.READING`; order does not matter.
         settings: what decides the numbers.
@@ -56,25 +53,53 @@ def predictions(dataset: Dataset, settings: Settings, max_workers: int | None = 
     Returns:
         A dataset with schema `schema.predictions`, one row for each given: a result or an error.
     """
-    card = bundle.read_card(settings.model_uri)
+    look = Look(bundle.read_card(settings.model_uri), CARRIED, settings.mpp)
+    return on_models(dataset, Scorer, (settings,), look, settings.batch_size, max_workers)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the pictures of a dataset are read for a model: see `read.pixels`."""
+
+    card: bundle.Card
+    keep: tuple[str, ...]
+    mpp: float | None = None
+
+    def pixels(self, rows: pa.Table, threads: int = 1) -> dict[str, Any]:
+        """Pictures (n, height, width, 3) with what is kept of their rows."""
+        size = (self.card.input_height_px, self.card.input_width_px)
+        return read.pixels(rows, *size, self.keep, threads, self.mpp)
+
+
+def on_models(
+    dataset: Dataset,
+    worker: type,
+    arguments: tuple[Any, ...],
+    look: Look,
+    batch_size: int,
+    max_workers: int | None = None,
+) -> Dataset:
+    """Show every picture to an actor that holds a model.
+
+    On CPUs a worker reads what it looks at: pixels stay in its memory, and both use all its cores. GPUs must
+    not wait, so that CPU workers read for them.
+
+    Args:
+        dataset: rows of schema `schema.READING`.
+        worker: built with the arguments, and the number of threads that read pictures there, 0 where they
+            come read; called with rows, or with what `look` makes of them.
+        arguments: of the worker.
+        look: how pictures are read.
+        batch_size: pictures that a GPU is given at a time; a worker that reads is given whole blocks.
+        max_workers: at a time, at most.
+    """
     pool = cluster.model_workers(max_workers)
     if pool.num_gpus:
-        dataset = dataset.map_batches(
-            read.pixels,
-            fn_kwargs={
-                "height_px": card.input_height_px,
-                "width_px": card.input_width_px,
-                "keep": CARRIED,
-                "mpp": settings.mpp,
-            },
-            batch_format="pyarrow",
-            batch_size=None,
-            num_cpus=1,
-        )
+        dataset = dataset.map_batches(look.pixels, batch_size=None, batch_format="pyarrow", num_cpus=1)
     return dataset.map_batches(
-        Scorer,
-        fn_constructor_args=(settings, 0 if pool.num_gpus else pool.threads),
-        batch_size=None,
+        worker,
+        fn_constructor_args=(*arguments, 0 if pool.num_gpus else pool.threads),
+        batch_size=batch_size if pool.num_gpus else None,
         batch_format="numpy" if pool.num_gpus else "pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=pool.size, initial_size=pool.ready),
         num_cpus=pool.num_cpus,
@@ -103,9 +128,7 @@ class Scorer:
     def __call__(self, batch: Any) -> pa.Table:
         """Rows to read, or pictures (n, height, width, 3) with their rows, to n rows of predictions."""
         if self._threads:
-            card, mpp = self._bundle.card, self._settings.mpp
-            size = (card.input_height_px, card.input_width_px)
-            batch = read.pixels(batch, *size, CARRIED, self._threads, mpp)
+            batch = Look(self._bundle.card, CARRIED, self._settings.mpp).pixels(batch, self._threads)
         good = batch[schema.ERROR] == ""
         n = len(good)
         columns = {name: pa.array(batch[name], from_pandas=True) for name in CARRIED}

@@ -1,12 +1,17 @@
 import io
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from PIL import Image
 
-from bcd import bundle, index, model, schema, storage
+from bcd import bundle, image, index, model, schema, storage
 from bcd.pipelines import predict, read
 from tests import pictures
 from tests.test_bundle import card
@@ -54,6 +59,45 @@ def test_every_row_gives_one_row_a_result_or_an_error(joined, model_uri, tmp_pat
         row = rows[f"benign/p/{name}.png"]
         assert (row[schema.ERROR], row[schema.LOGIT], row[schema.EVIDENCE]) == (code, None, None)
         assert row[schema.ERROR_MESSAGE]
+
+
+# Ray believes in the GPU, torch has none: the plan is that of GPUs, the numbers are those of a CPU.
+ON_A_GPU = """
+import sys
+import ray
+ray.init(address="local", num_cpus=2, num_gpus=1)
+from bcd import bundle, model, storage
+from bcd.config import ScoreConfig
+from bcd.pipelines import features, score
+model_uri, archive, output = sys.argv[1:]
+score.run(ScoreConfig(model=model_uri, input=archive, output=output))
+rows, card = storage.read_table(archive + "/rows.parquet"), bundle.read_card(model_uri)
+sums = features._pooled(rows, card, ray.put((model.build(2, seed=1).state_dict(), card)), None)
+sums.to_pandas().to_json(output + "/sums.json")
+"""
+
+
+@pytest.mark.ray
+def test_gpus_are_given_pictures_that_are_read(scorer, model_uri, tmp_path):
+    archive, output = tmp_path / "in", tmp_path / "out"
+    good = {f"{i}.png": pictures.encode(pictures.gradient(50 + i, 70)) for i in range(40)}
+    rows = reading(archive, good)
+    storage.write_table(str(archive / "rows.parquet"), rows)
+    reading(archive, {f"{name}.png": content for name, (content, _) in pictures.broken().items()})
+    reading(archive, {"slide.tif": pictures.tiled_tiff(pictures.gradient(600, 1_000), 0.5)})
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", ON_A_GPU, model_uri, str(archive), str(output)]
+    subprocess.run(command, env=environment, check=True)
+    found = storage.dataset(str(output / "predictions")).to_table().combine_chunks()
+    tiles = found.filter(pc.is_valid(found[schema.X_LEVEL0_PX]))
+    assert len(tiles) == 4
+    assert len(found) == len(good) + len(pictures.broken()) + len(tiles)
+    assert found.equals(scorer(schema.fill(found.select(schema.READING.names), schema.READING)))
+    sums = pd.read_json(output / "sums.json")
+    seen = bundle.from_state(model.build(2, seed=1).state_dict(), card())
+    features, _ = seen.pooled(np.stack([seen.fit(image.decode(content)) for content in good.values()]))
+    assert sums["n"].tolist() == [32, 8]
+    np.testing.assert_allclose(np.sum(sums["total"].tolist(), 0), features.sum(0), rtol=1e-3)
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_its_place(scorer, tmp_path):
