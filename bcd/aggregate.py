@@ -22,7 +22,6 @@ UNCALIBRATED = "probability_uncalibrated"
 # most), and the URI of its predictions table.
 DRAW = "draw"
 SOURCE = "source"
-SHARE_MALIGNANT = "share_malignant"
 SHARE_CORRECT = "share_correct"
 
 # What metrics and report need of a prediction and its truth; evidence maps stay behind.
@@ -96,19 +95,16 @@ def groups(images: pd.DataFrame, level: str) -> pd.DataFrame:
 
     Returns:
         Sorted by id: the id, `patient` and `tumor_class` (null where a group's images differ in it),
-        `n_images`, `share_malignant` (of images called so), `probability_malignant` (logistic of the
-        mean log-odds), `margin` (mean of its images'), `share_correct` and `predicted_class` (malignant from
-        a margin of 0 on).
+        `n_images`, `probability_malignant` (logistic of the mean log-odds), `margin` (mean of its images'),
+        `share_correct` and `predicted_class` (malignant from a margin of 0 on).
     """
-    malignant = images[schema.PREDICTED_CLASS] == MALIGNANT
-    grouped = images.assign(**{SHARE_MALIGNANT: malignant}).groupby(level)
     owner = {} if level == schema.PATIENT else {schema.PATIENT: (schema.PATIENT, _unanimous)}
+    grouped = images.groupby(level)
     table = grouped.agg(
         **owner,
         **{
             schema.TUMOR_CLASS: (schema.TUMOR_CLASS, _unanimous),
             N_IMAGES: (schema.IMAGE_ID, "size"),
-            SHARE_MALIGNANT: (SHARE_MALIGNANT, "mean"),
             schema.PROBABILITY_MALIGNANT: (LOG_ODDS, "mean"),
             MARGIN: (MARGIN, "mean"),
             SHARE_CORRECT: (CORRECT, "mean"),

@@ -51,6 +51,7 @@ def connect() -> None:
         _init()
     # Ray Data tells of every execution; what people want to know, we print.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that there are no bars
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -62,6 +63,8 @@ def _init() -> None:
     else:
         # Ray Data in the workers of this cluster tells of every execution, too.
         os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+        # Ray warns in its own processes of what its own code calls.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::DeprecationWarning")
         # Never a cluster that merely happens to run here: two jobs on one small machine starve each other.
         ray.init(address="local", num_cpus=max(1 + DATA_CPUS, cores()), logging_level=logging.WARNING)
 

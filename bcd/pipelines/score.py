@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.data import Dataset
+from ray.data import Dataset, TaskPoolStrategy
 
 from bcd import archive, bundle, schema, slide, storage
 from bcd.config import OPERATIONAL, ScoreConfig
@@ -225,7 +225,7 @@ def _reading(todo: pa.Table, tiling: expand.Tiling, plans_uri: str, done_tiles: 
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=cluster.waiting_cpus(),
-            concurrency=max(1, int(cluster.capacity()["CPU"]) // 2),
+            compute=TaskPoolStrategy(min(len(slides), max(1, int(cluster.capacity()["CPU"]) // 2))),
         )
         datasets.append(tiles.repartition(target_num_rows_per_block=ROWS_PER_BLOCK))
     return datasets[0].union(*datasets[1:]) if len(datasets) > 1 else datasets[0]
