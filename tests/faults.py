@@ -1,6 +1,8 @@
-"""An object store with bad days: passes reads on to the S3 server of the tests, or answers with an error."""
+"""An object store with bad days: passes requests on to the S3 server of the tests, late, or answers with an
+error, or not at all."""
 
 import http.client
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +12,10 @@ from threading import Thread
 # What a store answers: HTTP status and error code. An expired token is 400 at AWS, 403 elsewhere.
 DENIED, EXPIRED, SLOW_DOWN = (403, "AccessDenied"), (400, "ExpiredToken"), (503, "SlowDown")
 Fault = tuple[int, str]
+# The connection ends without an answer.
+DROPPED: Fault = (0, "")
+# Headers of a connection and not of what goes over it; a body is passed on whole.
+HOP_BY_HOP = ("connection", "transfer-encoding", "expect")
 
 
 @dataclass
@@ -18,6 +24,7 @@ class Store:
 
     endpoint: str = ""
     fault: Callable[[str, str], Fault | None] = lambda method, path: None
+    delay_s: float = 0.0
     asked: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -31,23 +38,40 @@ def store(behind: str) -> Iterator[Store]:
 
         def answer(self) -> None:
             found.asked.append((self.command, self.path))
+            sent = self.body()
+            time.sleep(found.delay_s)
             if fault := found.fault(self.command, self.path):
                 status, code = fault
+                if fault == DROPPED:
+                    self.close_connection = True
+                    return
                 content = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
                 self.reply(status, {"Content-Type": "application/xml"}, content)
                 return
             connection = http.client.HTTPConnection(behind.removeprefix("http://"))
-            connection.request(self.command, self.path, headers=dict(self.headers))
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP}
+            connection.request(self.command, self.path, sent, headers)
             response = connection.getresponse()
             self.reply(response.status, dict(response.getheaders()), response.read())
             connection.close()
+
+        def body(self) -> bytes:
+            if self.headers.get("transfer-encoding", "").lower() != "chunked":
+                return self.rfile.read(int(self.headers.get("content-length", 0)))
+            parts = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            while self.rfile.readline().strip():
+                pass  # trailers
+            return b"".join(parts)
 
         def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
             length = {"content-length": str(len(content))}
             headers = {name.lower(): value for name, value in headers.items()}
             self.send_response_only(status)
             for name, value in (headers | (length if self.command != "HEAD" else {})).items():
-                if name not in ("connection", "transfer-encoding"):
+                if name not in HOP_BY_HOP:
                     self.send_header(name, value)
             if self.command == "HEAD" and "content-length" not in headers:
                 self.send_header("content-length", "0")
@@ -55,7 +79,7 @@ def store(behind: str) -> Iterator[Store]:
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-        do_GET = do_HEAD = answer  # noqa: N815
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
 
         def log_message(self, *arguments: object) -> None:
             pass

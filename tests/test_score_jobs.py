@@ -87,6 +87,12 @@ def start(model_uri, data, output, **variables):
     )
 
 
+def reaching(store):
+    """Environment of a job that, with all its workers, knows this store alone."""
+    variables = {"AWS_ENDPOINT_URL": store.endpoint}
+    return variables | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": variables}})}
+
+
 def finished(job):
     """Its output; it must have ended well."""
     log, _ = job.communicate(timeout=PATIENCE_S)
@@ -225,8 +231,7 @@ def test_a_store_that_denies_in_the_middle_changes_nothing(
 ):
     """From the 100th picture on, storage gives no or not every picture: no row calls that its fault."""
     with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:
-        variables = {"AWS_ENDPOINT_URL": store.endpoint}
-        environment = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": variables}})}
+        environment = reaching(store)
         pictures = set()
 
         def answer(method, path):
@@ -234,16 +239,35 @@ def test_a_store_that_denies_in_the_middle_changes_nothing(
             return fault if len(pictures) > 100 and victims in path else None
 
         store.fault = answer
-        job = start(model_uri, archive_on_s3, tmp_path, **environment, **variables)
+        job = start(model_uri, archive_on_s3, tmp_path, **environment)
         log, _ = job.communicate(timeout=PATIENCE_S)
         assert job.returncode == 1, log
         assert "the same command goes on. Storage did not give all of them" in log
         assert not (tmp_path / "summary.json").exists()
         store.fault = lambda method, path: None
-        log = finished(start(model_uri, archive_on_s3, tmp_path, **environment, **variables))
+        log = finished(start(model_uri, archive_on_s3, tmp_path, **environment))
         assert "are scored already, going on with" in log
     assert_same(table(tmp_path), table(undisturbed[0]))
     assert image.UNAVAILABLE not in table(tmp_path)[schema.ERROR].to_pylist()
+
+
+def test_a_store_on_a_bad_day_costs_time_only(archive_on_s3, model_uri, s3, undisturbed):
+    """All of it on S3, where every 20th request is put off, every 50th not answered, and all are late."""
+    output = f"{s3}/{uuid.uuid4().hex}"
+    with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:
+        numbers = itertools.count(1)
+
+        def answer(method, path):
+            number = next(numbers)
+            if number % 50 == 0:
+                return faults.DROPPED
+            return faults.SLOW_DOWN if number % 20 == 0 else None
+
+        store.fault, store.delay_s = answer, 0.02
+        finished(start(model_uri, archive_on_s3, output, **reaching(store)))
+        assert len(store.asked) > 400
+        assert {"GET", "HEAD", "PUT"} <= {method for method, _ in store.asked}
+    assert_same(table(output), table(undisturbed[0]))
 
 
 VICTIMS, STORES = ("driver", "actor", "node"), ("disk", "s3")
