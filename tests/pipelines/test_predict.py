@@ -92,11 +92,16 @@ def test_gpus_are_given_pictures_that_are_read(scorer, model_uri, tmp_path):
     tiles = found.filter(pc.is_valid(found[schema.X_LEVEL0_PX]))
     assert len(tiles) == 4
     assert len(found) == len(good) + len(pictures.broken()) + len(tiles)
-    assert found.equals(scorer(schema.fill(found.select(schema.READING.names), schema.READING)))
+    expected = scorer(schema.fill(found.select(schema.READING.names), schema.READING))
+    for name in (*predict.CARRIED, schema.WIDTH_PX, schema.ERROR, schema.ERROR_MESSAGE):
+        assert found[name].equals(expected[name]), name
+    for name in (schema.LOGIT, schema.EVIDENCE):
+        pair = [np.stack(table[name].drop_null().to_pylist()) for table in (found, expected)]
+        np.testing.assert_allclose(*pair, atol=1e-4)
     sums = pd.read_json(output / "sums.json")
     seen = bundle.from_state(model.build(2, seed=1).state_dict(), card())
     features, _ = seen.pooled(np.stack([seen.fit(image.decode(content)) for content in good.values()]))
-    assert sums["n"].tolist() == [32, 8]
+    assert sorted(sums["n"]) == [8, 32]
     np.testing.assert_allclose(np.sum(sums["total"].tolist(), 0), features.sum(0), rtol=1e-3)
 
 
