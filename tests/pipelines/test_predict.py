@@ -97,7 +97,7 @@ def test_gpus_are_given_pictures_that_are_read(scorer, model_uri, tmp_path):
         assert found[name].equals(expected[name]), name
     for name in (schema.LOGIT, schema.EVIDENCE):
         pair = [np.stack(table[name].drop_null().to_pylist()) for table in (found, expected)]
-        np.testing.assert_allclose(*pair, atol=1e-4)
+        np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-4)
     sums = pd.read_json(output / "sums.json")
     seen = bundle.from_state(model.build(2, seed=1).state_dict(), card())
     features, _ = seen.pooled(np.stack([seen.fit(image.decode(content)) for content in good.values()]))
