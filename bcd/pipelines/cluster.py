@@ -150,7 +150,10 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     if not use_gpu:
         # Elastic workers would take the last CPU too, and wait for images for ever.
         high = min(high, int(have["CPU"]) - DATA_CPUS)
-    return ScalingConfig(num_workers=low if low == high else (low, high), use_gpu=use_gpu)
+    # GPUs of one node talk to each other fastest; CPU workers would share its cores.
+    strategy = "PACK" if use_gpu else "SPREAD"
+    workers = low if low == high else (low, high)
+    return ScalingConfig(num_workers=workers, use_gpu=use_gpu, placement_strategy=strategy)
 
 
 def training_cpus(workers: int, use_gpu: bool) -> int:

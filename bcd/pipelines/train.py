@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from bcd import balance, model, schema, storage, taxonomy
 from bcd.config import TrainConfig
 from bcd.errors import BcdError
-from bcd.pipelines import cluster, evaluate, publish, read, rundir, worker
+from bcd.pipelines import cluster, evaluate, gloo, publish, read, rundir, worker
 from bcd.pipelines.prepare import Facts, describe, part_of, prepare
 
 
@@ -117,6 +117,7 @@ def fit(
     trainer = TorchTrainer(
         worker.train,
         train_loop_config=task,
+        torch_config=gloo.ProcessGroup(),
         scaling_config=scaling,
         datasets=streams,
         dataset_config=read.SplitData(),

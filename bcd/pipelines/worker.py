@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.models import ResNet
 
-from bcd import metrics, model, optimise, schema, storage, transform
+from bcd import batchnorm, metrics, model, optimise, schema, storage, transform
 from bcd.config import TrainConfig
 from bcd.pipelines import cluster, read
 
@@ -121,6 +121,8 @@ def _state(task: Task, device: torch.device) -> State:
     weights = ray.get(task.weights) if task.weights is not None else None
     network = model.build(len(task.classes), weights, config.seed)
     network = network.to(device).to(memory_format=torch.channels_last)
+    if ray.train.get_context().get_world_size() > 1:
+        batchnorm.share(network, device)
     optimizer = optimise.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
     state = State(network, optimizer)
     if checkpoint := ray.train.get_checkpoint():
@@ -133,7 +135,6 @@ def _epoch(task: Task, step: optimise.Step, state: State, epoch: int) -> dict[st
     started = time.monotonic()
     trained = _gather(_train_epoch(task, step, epoch))
     seconds = time.monotonic() - started
-    _share_statistics(state.network)
     validated = _gather(_validate(task, state.network, step.device))
     _log_exposure(task, trained, epoch)
     names = [task.classes[target] for target in trained.targets]
@@ -208,14 +209,6 @@ def _validation_metrics(task: Task, seen: Seen) -> dict[str, float]:
         SELECTION: measured["balanced_accuracy"] - TIE_BREAK * loss,
         "n_validation": len(targets),
     }
-
-
-def _share_statistics(network: ResNet) -> None:
-    """Give every worker the batch-norm statistics of the first, which are those of the checkpoint: DDP copies
-    them at the start of a forward pass only, so after the last step each worker has its own."""
-    if ray.train.get_context().get_world_size() > 1:
-        for buffer in network.buffers():
-            torch.distributed.broadcast(buffer, 0)
 
 
 def _gather(seen: Seen) -> Seen:

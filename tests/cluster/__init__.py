@@ -20,7 +20,7 @@ from bcd import storage
 # and image reading must fit side by side.
 CLUSTER_CPUS = 4
 BIN = Path(sys.executable).parent
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 # The jobs of the tests take about a minute here; two noisy cores may take much longer.
 PATIENCE_S = 600
 

@@ -1,0 +1,93 @@
+"""Training and scoring over several hosts: the same numbers as on one, and whatever becomes of a host."""
+
+import itertools
+
+import pytest
+
+from tests.cluster import read_json
+from tests.cluster.conftest import EPOCHS
+from tests.test_jobs import check_whole, wait_for_epoch
+from tests.test_score_jobs import assert_same, segments, table
+
+pytestmark = pytest.mark.ray
+SCORER, TRAINER = "ray::MapWorker(MapBatches(Scorer)", "ray::RayTrainWorker"
+
+
+def test_two_hosts_train_the_same_model_as_one(hosts, training, request):
+    """Done when 1: every epoch is one step of all rows, so that both see the same global batch."""
+    same = ("--batch-size", "64", "--no-augment", "--learning-rate", "0.001")
+    alone = training(*same, "--num-workers", "1")
+    alone.succeed()
+    request.getfixturevalue("both")
+    pair = training(*same, "--num-workers", "2")
+    pair.wait_for_work_on(hosts.one, hosts.two, of=TRAINER)
+    pair.succeed()
+    histories = [read_json(f"{job.output}/history.json") for job in (alone, pair)]
+    assert [[record["workers"] for record in history] for history in histories] == [
+        [1] * EPOCHS,
+        [2] * EPOCHS,
+    ]
+    for one, two in zip(*histories, strict=True):
+        assert one["class_counts"] == two["class_counts"]
+        assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-3)
+        assert two["validation_loss"] == pytest.approx(one["validation_loss"], abs=1e-3)
+    losses = [record["train_loss"] for record in histories[0]]
+    assert max(losses) - min(losses) > 0.05  # it learnt: equal losses say something
+
+
+def test_two_hosts_score_the_same_table_as_one(undisturbed, both, scoring):
+    job = scoring()
+    job.wait_for_work_on(both.one, both.two, of=SCORER)
+    job.succeed()
+    assert_same(table(job.output), undisturbed)
+
+
+def cut(hosts):
+    hosts.two.cut()
+
+
+def kill_raylet(hosts):
+    assert hosts.two.kill("raylet/raylet") == 1
+
+
+LOSSES = {"cut": cut, "raylet": kill_raylet}
+
+
+@pytest.fixture
+def one_more(hosts):
+    """Lets the second worker join; it is gone afterwards."""
+    yield lambda: hosts.join(hosts.two)
+    hosts.leave(hosts.two)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_lost_host_changes_nothing_in_the_table(loss, undisturbed, both, scoring):
+    """Done when 2."""
+    job = scoring()
+    job.wait_for_work_on(both.one, both.two, of=SCORER)
+    job.wait_for(lambda: segments(job.output), "the first segment")
+    LOSSES[loss](both)
+    job.succeed()
+    assert_same(table(job.output), undisturbed)
+
+
+def test_a_host_that_joins_takes_part_in_scoring(undisturbed, one_more, hosts, scoring):
+    job = scoring()
+    job.wait_for(lambda: segments(job.output), "the first segment")
+    one_more()
+    job.wait_for_work_on(hosts.two, of=SCORER)
+    job.succeed()
+    assert_same(table(job.output), undisturbed)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_training_goes_on_without_a_lost_host(loss, both, training):
+    """Done when 2: with whole metrics, and at most the running epoch lost."""
+    job = training("--num-workers", "1-2")
+    wait_for_epoch(both.client, job.id, job.output, 1)
+    LOSSES[loss](both)
+    job.succeed()
+    check_whole(job.output, EPOCHS)
+    workers = [record["workers"] for record in read_json(f"{job.output}/history.json")]
+    assert workers[0] == 2
+    assert [n for n, _ in itertools.groupby(workers)] == [2, 1]
