@@ -15,7 +15,7 @@ SCORER, TRAINER = "ray::MapWorker(MapBatches(Scorer)", "ray::RayTrainWorker"
 
 def test_two_hosts_train_the_same_model_as_one(hosts, training, request):
     """Done when 1: every epoch is one step of all rows, so that both see the same global batch."""
-    same = ("--batch-size", "64", "--no-augment", "--learning-rate", "0.001")
+    same = ("--batch-size", "64", "--no-augment", "--learning-rate", "0.001", "--precision", "float32")
     alone = training(*same, "--num-workers", "1")
     alone.succeed()
     request.getfixturevalue("both")
