@@ -55,6 +55,8 @@ def connect() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # They advise on the memory and the time that tasks ask for, every half minute, of our own code.
+    context.issue_detectors_config.detectors = []
 
 
 def _init() -> None:

@@ -83,7 +83,9 @@ def training(hosts, data, bucket):
 
     def start(*more):
         name = uuid.uuid4().hex
-        arguments = train_arguments(data, bucket, name, "--epochs", str(EPOCHS), *more)
+        arguments = train_arguments(
+            data, bucket, name, "--epochs", str(EPOCHS), "--learning-rate", "0.001", *more
+        )
         return Job(hosts, f"{bucket}/jobs/{name}", arguments)
 
     return start

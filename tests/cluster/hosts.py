@@ -24,6 +24,8 @@ WORKERS = ("one", "two")
 # What Ray believes each worker to have.
 CPUS = 2
 BUCKET = "s3://hosts"
+# Ray misses a silent host after a minute; here after half of one.
+IMPATIENT = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000"}
 # Of the block that is set aside for tests of networks, so that nobody's own network is hidden.
 NETWORK = "198.18.0"
 GCS_PORT, DASHBOARD_PORT, S3_PORT = 6379, 8265, 5000
@@ -208,6 +210,7 @@ class Hosts:
             f"--dashboard-host={self.head.address}",
             f"--dashboard-port={DASHBOARD_PORT}",
             BCD_CLUSTER_LIMIT=f"CPU={CPUS * len(WORKERS)}",
+            **IMPATIENT,
         )
         wait_for(lambda: self.head.listens(DASHBOARD_PORT), PATIENCE_S, "the head")
 

@@ -15,7 +15,7 @@ SCORER, TRAINER = "ray::MapWorker(MapBatches(Scorer)", "ray::RayTrainWorker"
 
 def test_two_hosts_train_the_same_model_as_one(hosts, training, request):
     """Done when 1: every epoch is one step of all rows, so that both see the same global batch."""
-    same = ("--batch-size", "64", "--no-augment", "--learning-rate", "0.001", "--precision", "float32")
+    same = ("--batch-size", "64", "--no-augment", "--precision", "float32")
     alone = training(*same, "--num-workers", "1")
     alone.succeed()
     request.getfixturevalue("both")
@@ -73,7 +73,7 @@ def test_a_lost_host_changes_nothing_in_the_table(loss, undisturbed, both, scori
 
 def test_a_host_that_joins_takes_part_in_scoring(undisturbed, one_more, hosts, scoring):
     job = scoring()
-    job.wait_for(lambda: segments(job.output), "the first segment")
+    job.wait_for_work_on(hosts.one, of=SCORER)
     one_more()
     job.wait_for_work_on(hosts.two, of=SCORER)
     job.succeed()
