@@ -8,7 +8,7 @@ from tests.cluster.conftest import EPOCHS
 from tests.test_jobs import check_whole, wait_for_epoch
 from tests.test_score_jobs import assert_same, segments, table
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.trial]
 
 
 def new_head(hosts):
