@@ -8,7 +8,6 @@ machine with two the second host loses to them what on real hosts it would not. 
 """
 
 import argparse
-import csv
 import os
 import secrets
 import statistics
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bcd import archive, schema, storage
+from benchmarks.score_memory import write_manifest
 from tests.cluster import read_json
 
 EPOCHS = 3
@@ -40,16 +40,6 @@ def training_rate(hosts: object, data: str, workers: int) -> float:
     history = read_json(f"{BUCKET}/{name}/history.json")
     assert {record["workers"] for record in history} == {workers}
     return statistics.median(record["images_per_s"] for record in history[1:])
-
-
-def manifest(folder: str, n: int, path: Path) -> str:
-    """A manifest of n rows, the same pictures over and over."""
-    uris = archive.read(folder).table[schema.URI].to_pylist()
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["image_id", "uri"])
-        rows.writerows((f"{i:06d}", uris[i % len(uris)]) for i in range(n))
-    return str(path)
 
 
 def compare(name: str, hosts: object, rounds: int, rate: Callable[[int], float]) -> None:
@@ -83,8 +73,10 @@ def main() -> None:
         hosts.join(hosts.one, cores="0")
         model = storage.join(BUCKET, "model")
         storage.upload_folder(Path(arguments.model), model)
-        images = manifest(arguments.images, arguments.n, Path(folder) / "manifest.csv")
-        compare("scoring", hosts, arguments.rounds, lambda _: scoring_rate(hosts, model, images))
+        images = Path(folder) / "manifest.csv"
+        uris = archive.read(arguments.images).table[schema.URI].to_pylist()
+        write_manifest(images, uris, arguments.n)
+        compare("scoring", hosts, arguments.rounds, lambda _: scoring_rate(hosts, model, str(images)))
         compare("training", hosts, arguments.rounds, lambda n: training_rate(hosts, arguments.data, n))
 
 
