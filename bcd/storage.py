@@ -8,16 +8,18 @@ turns an operating system or network error into a `StorageError` that names the 
 import io
 import os
 import posixpath
+import random
 import shutil
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import ENAMETOOLONG
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -32,8 +34,13 @@ READ_THREADS = 8
 ASIDE = ".part"
 # Tries of a request that a store does not answer or puts off (503), with growing pauses: 7 to 10 s in all.
 ATTEMPTS = 5
+# The AWS SDK asks no second time where the text of an error did not fit into the buffer of a small file.
+OVERFULL = "Failed to flush response stream"
 # What stores answer, besides to one who may not read a file, to one whose token has expired.
 DENIED = ("ACCESS_DENIED", "PERMISSION_DENIED")
+
+Asked = ParamSpec("Asked")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -218,6 +225,24 @@ def version(uri: str) -> str:
     return f"{info.size}-{info.mtime_ns}"
 
 
+def _persistent(read: Callable[Asked, Found]) -> Callable[Asked, Found]:
+    """Read again, as often and with the pauses as the AWS SDK does, where that gives up at once."""
+
+    @wraps(read)
+    def again(*arguments: Asked.args, **options: Asked.kwargs) -> Found:
+        for attempt in range(1, ATTEMPTS):
+            try:
+                return read(*arguments, **options)
+            except StorageError as error:
+                if OVERFULL not in str(error):
+                    raise
+            time.sleep(0.5 * 2**attempt * random.random())
+        return read(*arguments, **options)
+
+    return again
+
+
+@_persistent
 def read_bytes(uri: str) -> bytes:
     """The whole content of one file; of a local one up to its end, as it may be a pipe."""
     filesystem, path = resolve(uri)
@@ -227,6 +252,7 @@ def read_bytes(uri: str) -> bytes:
         return file.read()
 
 
+@_persistent
 def read_start(uri: str, n_bytes: int) -> bytes:
     """The first bytes of one file, as many as it has."""
     filesystem, path = resolve(uri)
@@ -234,6 +260,7 @@ def read_start(uri: str, n_bytes: int) -> bytes:
         return stream.read(n_bytes)
 
 
+@_persistent
 def download(uri: str, path: Path) -> None:
     """Copy one file to the local disk, in pieces: a slide may be larger than memory."""
     filesystem, source = resolve(uri)
@@ -261,6 +288,7 @@ def write_table(uri: str, table: pa.Table, **options: Any) -> None:
     write_bytes(uri, buffer.getvalue())
 
 
+@_persistent
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """One Parquet file, or some of its columns.
 

@@ -1,7 +1,9 @@
 import copy
 import os
 import resource
+import tempfile
 import urllib.request
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -139,6 +141,12 @@ def test_a_file_is_read_in_one_request(s3, request):
     assert [method for method, _ in store.asked].count("GET") == 1
 
 
+def downloaded(uri):
+    with tempfile.TemporaryDirectory() as folder:
+        storage.download(uri, Path(folder) / "copy")
+        return (Path(folder) / "copy").read_bytes()
+
+
 def refused(uri):
     with pytest.raises(StorageError) as caught:
         storage.read_bytes(uri)
@@ -173,6 +181,23 @@ def test_a_store_that_is_slow_or_silent_is_asked_again(s3, faulty, monkeypatch):
     assert len(faulty.asked) == 2
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     assert not refused(uri).lasting
+
+
+@pytest.mark.parametrize("read", [storage.read_bytes, lambda uri: storage.read_start(uri, 3), downloaded])
+def test_an_answer_longer_than_the_file_is_no_end(s3, faulty, read):
+    """The AWS SDK does not ask again itself when the text of "slow down" does not fit the file's buffer."""
+    answers = [faults.SLOW_DOWN]
+    faulty.fault = lambda method, path: answers.pop() if answers and method == "GET" else None
+    assert read(f"{s3}/a.png") == b"123"
+    assert not answers
+
+
+def test_a_small_table_survives_it_too(s3, faulty):
+    table = pa.table({"a": [1]})
+    storage.write_table(f"{s3}/small.parquet", table)
+    answers = [faults.SLOW_DOWN]
+    faulty.fault = lambda method, path: answers.pop() if answers and method == "GET" else None
+    assert storage.read_table(f"{s3}/small.parquet") == table
 
 
 def test_what_is_missing_stays_missing(s3, tmp_path):
