@@ -132,6 +132,21 @@ def _stated_limit() -> dict[str, float]:
     return {kind: float(limit) for kind, limit in re.findall(r"(\w+)=(\d+)", text)}
 
 
+@dataclass
+class CpuScaling(ScalingConfig):
+    """Elastic workers without GPUs, as many as the live nodes hold beside the reading of images.
+
+    Ray's own would take the last CPU, too, and wait for images for ever: at the start where as many are
+    allowed, and on the nodes that are left when one is lost.
+    """
+
+    @property
+    def max_workers(self) -> int:
+        """Of `num_workers`, a pair; Ray asks for it anew whenever it starts or resizes the workers."""
+        live = int(ray.cluster_resources().get("CPU", 0))
+        return max(self.min_workers, min(self.num_workers[1], live - DATA_CPUS))
+
+
 def scaling(config: TrainConfig) -> ScalingConfig:
     """How many workers of which kind a training run uses.
 
@@ -149,13 +164,11 @@ def scaling(config: TrainConfig) -> ScalingConfig:
             f"{low} training workers and {DATA_CPUS} CPU for reading images need {cpus} CPUs, "
             f"but the cluster has {have['CPU']:g}; lower --num-workers or start Ray with more --num-cpus"
         )
-    if not use_gpu:
-        # Elastic workers would take the last CPU too, and wait for images for ever.
-        high = min(high, int(have["CPU"]) - DATA_CPUS)
+    workers = low if low == high else (low, high)
     # GPUs of one node talk to each other fastest; CPU workers would share its cores.
     strategy = "PACK" if use_gpu else "SPREAD"
-    workers = low if low == high else (low, high)
-    return ScalingConfig(num_workers=workers, use_gpu=use_gpu, placement_strategy=strategy)
+    kind = ScalingConfig if use_gpu or low == high else CpuScaling
+    return kind(num_workers=workers, use_gpu=use_gpu, placement_strategy=strategy)
 
 
 def training_cpus(workers: int, use_gpu: bool) -> int:
@@ -164,12 +177,12 @@ def training_cpus(workers: int, use_gpu: bool) -> int:
 
 
 def room(config: TrainConfig) -> int:
-    """How many training runs of this kind the cluster holds at a time, at least 1."""
+    """How many training runs of this kind the cluster holds at a time, each as large as it may become."""
     have = capacity()
-    low, _ = config.worker_bounds() or (1, 1)
+    _, high = config.worker_bounds() or (1, 1)
     if config.device != "cpu" and have["GPU"]:
-        return max(1, int(have["GPU"] // low))
-    return max(1, int(have["CPU"] // training_cpus(low, use_gpu=False)))
+        return max(1, int(have["GPU"] // high))
+    return max(1, int(have["CPU"] // training_cpus(high, use_gpu=False)))
 
 
 def waiting_cpus() -> float:

@@ -23,17 +23,46 @@ def fake(monkeypatch, cpus, gpus=0):
         ((8, 4), {"device": "cpu"}, (1, False)),
         ((8, 4), {"num_workers": "2"}, (2, True)),
         ((8, 0), {"num_workers": "2-6"}, ((2, 6), False)),
-        # However many there might be, images are read by somebody; workers on GPUs hold no CPU.
-        ((5, 0), {"num_workers": "2-6"}, ((2, 4), False)),
-        ((3, 0), {"num_workers": "2-6"}, (2, False)),
+        ((3, 0), {"num_workers": "2-6"}, ((2, 6), False)),
         ((8, 8), {}, (8, True)),
         ((1, 2), {"num_workers": "1-4"}, ((1, 4), True)),
     ],
 )
 def test_scaling_uses_what_is_there(monkeypatch, have, settings, expected):
     fake(monkeypatch, *have)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(have[0])})
     scaling = cluster.scaling(TrainConfig(data="d", **settings))
     assert (scaling.num_workers, scaling.use_gpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "live", "expected"),
+    [
+        # However many there might be, images are read by somebody ...
+        ({"num_workers": "2-6"}, 9, 6),
+        ({"num_workers": "2-6"}, 5, 4),
+        ({"num_workers": "2-6"}, 3, 2),
+        # ... also on the nodes that are left; an autoscaler is asked for the fewest.
+        ({"num_workers": "1-2"}, 2, 1),
+        ({"num_workers": "2-6"}, 0, 2),
+        ({"num_workers": "2"}, 9, 2),
+        # Workers on GPUs hold no CPU.
+        ({"num_workers": "1-4", "device": "gpu"}, 1, 4),
+    ],
+)
+def test_elastic_workers_leave_a_cpu_to_read_images(monkeypatch, settings, live, expected):
+    fake(monkeypatch, 64, 8 if "device" in settings else 0)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(live)})
+    assert cluster.scaling(TrainConfig(data="d", **settings)).max_workers == expected
+
+
+@pytest.mark.parametrize(
+    ("have", "workers", "runs"),
+    [((9, 0), "1", 4), ((9, 0), "1-2", 3), ((2, 0), "1-4", 1), ((9, 8), "2", 4), ((9, 8), "1-4", 2)],
+)
+def test_runs_beside_each_other_have_room_to_grow(monkeypatch, have, workers, runs):
+    fake(monkeypatch, *have)
+    assert cluster.room(TrainConfig(data="d", num_workers=workers)) == runs
 
 
 @pytest.mark.parametrize(
