@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bcd import archive, schema, storage
-from benchmarks.score_memory import write_manifest
+from tests.archives import write_manifest
 from tests.cluster import read_json
 
 EPOCHS = 3

@@ -1,11 +1,13 @@
 """A small archive with what people's archives have: good pictures, odd ones, broken ones, slides."""
 
+import csv
 import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from bcd import schema
 from tests import pictures
 
 CUTS = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98, 0.999)
@@ -64,3 +66,11 @@ def half_a_slide(real_data: Path) -> bytes:
     """A slide cut in the middle."""
     content = (real_data / "slides/CMU-1-Small-Region.svs").read_bytes()
     return content[: len(content) // 2]
+
+
+def write_manifest(path: Path, uris: list[str], n: int) -> None:
+    """A manifest of n rows: the pictures over and over, each row with its own id."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([schema.IMAGE_ID, schema.URI])
+        writer.writerows((f"{i:08d}", uris[i % len(uris)]) for i in range(n))

@@ -67,11 +67,11 @@ def model_uri(bucket):
 
 @pytest.fixture
 def scoring(hosts, archive, model_uri, bucket):
-    """Starts the scoring of the archive."""
+    """Starts the scoring of the archive, or of another input."""
 
-    def start():
+    def start(*more, source=archive):
         output = f"{bucket}/{uuid.uuid4().hex}"
-        arguments = ("jobs/score.py", "--model", model_uri, "--input", archive, "--output", output)
+        arguments = ("jobs/score.py", "--model", model_uri, "--input", source, "--output", output, *more)
         return Job(hosts, output, arguments)
 
     return start

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,12 @@ CPUS = 2
 BUCKET = "s3://hosts"
 # Ray misses a silent host after a minute; here after half of one.
 IMPATIENT = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000"}
+# How a host is lost: the cable is pulled, or Ray's own process there is killed.
+LOSSES = ("cut", "raylet")
 # Of the block that is set aside for tests of networks, so that nobody's own network is hidden.
 NETWORK = "198.18.0"
+# Processes of the jobs, by their titles.
+SCORER, TRAINER = "ray::MapWorker(MapBatches(Scorer)", "ray::RayTrainWorker"
 GCS_PORT, DASHBOARD_PORT, S3_PORT = 6379, 8265, 5000
 
 
@@ -72,6 +76,11 @@ class Host:
         """What a process that was started here has written."""
         return self._log(self.started.index(process)).read_text()
 
+    @property
+    def tmp(self) -> Path:
+        """Where Ray's processes on the host put temporary files, TMPDIR."""
+        return self.folder / "tmp"
+
     def _log(self, number: int) -> Path:
         return self.folder / f"{number}.log"
 
@@ -80,7 +89,8 @@ class Host:
         pinned = ["taskset", "-c", cores] if cores else []
         ray = [BIN / "ray", "start", "--block", f"--node-ip-address={self.address}", "--disable-usage-stats"]
         ray += [f"--temp-dir={self.folder}/ray", f"--object-store-memory={4 * 10**8}"]
-        self.start([*pinned, *ray, *arguments], **variables)
+        self.tmp.mkdir(exist_ok=True)
+        self.start([*pinned, *ray, *arguments], TMPDIR=str(self.tmp), **variables)
 
     def listens(self, port: int) -> bool:
         """Whether a server on the host accepts connections from here."""
@@ -106,6 +116,16 @@ class Host:
                 continue  # it ended meanwhile
         return found
 
+    def zombies(self) -> list[int]:
+        """Ids of processes that have ended and that no process of the host has asked about."""
+        own, found = self.processes(), []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it may be gone meanwhile
+                state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state == "Z" and int(parent) in own:
+                    found.append(int(process.name))
+        return found
+
     def runs(self, pattern: str) -> bool:
         """Whether a process on the host has this in its command line."""
         return any(pattern in command for command in self.processes().values())
@@ -126,7 +146,8 @@ class Host:
         for process in self.started:
             process.wait()
         self.started.clear()
-        shutil.rmtree(self.folder / "ray", ignore_errors=True)
+        for folder in (self.folder / "ray", self.tmp):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -225,6 +246,13 @@ class Hosts:
         host.mend()
         wait_for(lambda: host.address not in self.alive(), PATIENCE_S, f"the cluster to miss {host.name}")
 
+    def lose(self, loss: str) -> None:
+        """Lose worker `two` in one of the ways of `LOSSES`."""
+        if loss == "cut":
+            self.two.cut()
+        else:
+            assert self.two.kill("raylet/raylet") == 1
+
     def alive(self) -> set[str]:
         """Addresses of the nodes that the cluster believes in."""
         # While a node goes, Ray counts one more than it lists, and would call that an error.
@@ -244,14 +272,23 @@ class Job:
         """The same command once more."""
         return Job(self.hosts, self.output, self.arguments)
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has, well or not."""
+        return self.client.get_job_status(self.id).is_terminal()
+
     def wait_for(self, condition: Callable[[], object], what: str) -> None:
         """Until something is seen, while the job runs."""
 
         def come() -> object:
-            assert not self.client.get_job_status(self.id).is_terminal(), self.client.get_job_logs(self.id)
+            assert not self.ended, self.client.get_job_logs(self.id)
             return condition()
 
         wait_for(come, PATIENCE_S, what)
+
+    def wait_until(self, condition: Callable[[], object], what: str) -> None:
+        """Until something is seen, or the job has ended."""
+        wait_for(lambda: self.ended or condition(), PATIENCE_S, what)
 
     def wait_for_work_on(self, *hosts: Host, of: str) -> None:
         """Until each host runs such a process."""

@@ -12,9 +12,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.trial]
 
 
 def new_head(hosts):
-    """The head is lost, its workers give up by themselves, and all start anew at the same addresses."""
+    """The head is lost, Ray on the worker gives up by itself, and all start anew at the same addresses."""
     hosts.head.lose()
-    wait_for(lambda: not hosts.one.processes(), PATIENCE_S, "the end of the worker")
+    wait_for(lambda: not hosts.one.runs("raylet/raylet"), PATIENCE_S, "the end of Ray on the worker")
     hosts.one.lose()
     hosts.start_head()
     hosts.join(hosts.one)

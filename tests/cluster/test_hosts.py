@@ -7,11 +7,12 @@ import pytest
 from bcd import storage
 from tests.cluster import read_json
 from tests.cluster.conftest import EPOCHS
+from tests.cluster.hosts import LOSSES, SCORER, TRAINER
+from tests.cluster.test_soak import check_rows, repeated
 from tests.test_jobs import check_whole, wait_for_epoch
 from tests.test_score_jobs import assert_same, segments, table
 
 pytestmark = pytest.mark.ray
-SCORER, TRAINER = "ray::MapWorker(MapBatches(Scorer)", "ray::RayTrainWorker"
 
 
 @pytest.mark.trial
@@ -49,15 +50,8 @@ def test_two_hosts_score_the_same_table_as_one(undisturbed, both, scoring):
     assert_same(table(job.output), undisturbed)
 
 
-def cut(hosts):
-    hosts.two.cut()
-
-
-def kill_raylet(hosts):
-    assert hosts.two.kill("raylet/raylet") == 1
-
-
-LOSSES = {"cut": cut, "raylet": kill_raylet}
+# Minutes of work for one host: a second one needs one until its model is up.
+N_JOINED = 2_400
 # A cut link is noticed late: `pytest -m trial tests/cluster`.
 SOME = [pytest.param("cut", marks=pytest.mark.trial), "raylet"]
 
@@ -75,19 +69,19 @@ def test_a_lost_host_changes_nothing_in_the_table(loss, undisturbed, both, scori
     job = scoring()
     job.wait_for_work_on(both.one, both.two, of=SCORER)
     job.wait_for(lambda: segments(job.output), "the first segment")
-    LOSSES[loss](both)
+    both.lose(loss)
     job.succeed()
     assert_same(table(job.output), undisturbed)
 
 
 @pytest.mark.trial
-def test_a_host_that_joins_takes_part_in_scoring(undisturbed, one_more, hosts, scoring):
-    job = scoring()
+def test_a_host_that_joins_takes_part_in_scoring(undisturbed, one_more, hosts, scoring, bucket):
+    job = scoring(source=repeated(undisturbed, N_JOINED, f"{bucket}/joined.csv"))
     job.wait_for_work_on(hosts.one, of=SCORER)
     one_more()
     job.wait_for_work_on(hosts.two, of=SCORER)
     job.succeed()
-    assert_same(table(job.output), undisturbed)
+    check_rows(table(job.output), undisturbed, N_JOINED)
 
 
 @pytest.mark.trial
@@ -96,7 +90,7 @@ def test_training_goes_on_without_a_lost_host(loss, both, training):
     """Done when 2: with whole metrics, and at most the running epoch lost."""
     job = training("--num-workers", "1-2")
     wait_for_epoch(both.client, job.id, job.output, 1)
-    LOSSES[loss](both)
+    both.lose(loss)
     job.succeed()
     check_whole(job.output, EPOCHS)
     workers = [record["workers"] for record in read_json(f"{job.output}/history.json")]

@@ -1,0 +1,109 @@
+"""Done when 2 and 8: a long archive and a long training, while a host is lost and comes back again and again.
+
+BCD_SOAK_MINUTES=30 BCD_SOAK_EPOCHS=100 pytest -s -m trial tests/cluster/test_soak.py
+"""
+
+import itertools
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from bcd import schema, storage
+from tests.archives import write_manifest
+from tests.cluster import PATIENCE_S, read_json, wait_for
+from tests.cluster.hosts import LOSSES, SCORER, TRAINER
+from tests.cluster.memory import memory
+from tests.test_jobs import check_whole
+from tests.test_score_jobs import assert_same, table
+
+pytestmark = [pytest.mark.ray, pytest.mark.trial]
+# What the archive would take on one undisturbed host, and the length of the training.
+MINUTES = float(os.environ.get("BCD_SOAK_MINUTES", "30"))
+EPOCHS = int(os.environ.get("BCD_SOAK_EPOCHS", "100"))
+# From one loss to the next; Ray needs a third of it to miss a host whose cable was pulled.
+SECONDS_BETWEEN_LOSSES = 90
+# Private memory and object store, the largest of the last third of the job against that of the first.
+FLAT = 1.15
+
+
+def come_and_go(job, hosts, process):
+    """Lose worker `two` and let it come back until the job ends; each time that it works again, how it was
+    lost."""
+    started = time.monotonic()
+    for number, loss in enumerate(itertools.cycle(LOSSES), start=1):
+        next_loss = time.monotonic() + SECONDS_BETWEEN_LOSSES
+        hosts.lose(loss)
+        hosts.leave(hosts.two)
+        hosts.join(hosts.two)
+        job.wait_until(lambda: hosts.two.runs(process), "work on the host that came back")
+        if job.ended:
+            return
+        used = memory(itertools.chain(hosts.head.processes().items(), hosts.one.processes().items())).own
+        minutes = (time.monotonic() - started) / 60
+        print(f"{minutes:.1f} min: host lost for the {number}. time ({loss}), and back;", end=" ")
+        print(f"head and the other host hold {used / 2**20:,.0f} MiB", flush=True)
+        yield loss, used
+        job.wait_until(lambda then=next_loss: time.monotonic() > then, "the next loss")
+
+
+def repeated(undisturbed, n, uri):
+    """Write a manifest of n rows, the pictures of the archive over and over."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_manifest(Path(folder, "manifest.csv"), undisturbed[schema.URI].to_pylist(), n)
+        storage.write_bytes(uri, Path(folder, "manifest.csv").read_bytes())
+    return uri
+
+
+def test_a_long_archive_while_a_host_comes_and_goes(undisturbed, both, scoring, bucket):
+    n = int(read_json(f"{bucket}/undisturbed/summary.json")["rows_per_s"] * 60 * MINUTES)
+    job = scoring("--compile", "off", source=repeated(undisturbed, n, f"{bucket}/long.csv"))
+    job.wait_for_work_on(both.one, both.two, of=SCORER)
+    used = [size for _, size in come_and_go(job, both, SCORER)]
+    print(job.succeed().splitlines()[-1])
+    check_rows(table(job.output), undisturbed, n)
+    third = max(1, len(used) // 3)
+    assert max(used[-third:]) < FLAT * max(used[:third])
+    check_left_behind(both, job.output)
+
+
+def check_rows(found, undisturbed, n):
+    """Every row is there once, and is that of its picture in the undisturbed table."""
+    assert found[schema.IMAGE_ID].to_pylist() == [f"{i:08d}" for i in range(n)]
+    place = {uri: i for i, uri in enumerate(undisturbed[schema.URI].to_pylist())}
+    expected = undisturbed.take(pa.array([place[uri] for uri in found[schema.URI].to_pylist()]))
+    at = expected.schema.get_field_index(schema.IMAGE_ID)
+    assert_same(found, expected.set_column(at, schema.IMAGE_ID, found[schema.IMAGE_ID]))
+
+
+def check_left_behind(hosts, output):
+    """No process of the job, no zombie, no temporary file; in the output nothing but results."""
+    for host in (hosts.head, hosts.one):
+        wait_for(lambda host=host: not host.runs("MapBatches"), PATIENCE_S, "the end of the workers")
+        assert not host.runs("jobs/score.py")
+        assert not host.zombies()
+        assert not [path for path in host.tmp.rglob("*") if path.is_file()]
+    assert {file.path.partition("/")[0] for file in storage.list_files(output)} == {
+        "config.json",
+        "summary.json",
+        "gallery.html",
+        "predictions",
+    }
+
+
+def test_a_long_training_while_a_host_comes_and_goes(both, training):
+    """A loss costs the running epoch at most, and a host that comes back is taken."""
+    job = training("--num-workers", "1-2", "--epochs", str(EPOCHS), "--max-failures", str(EPOCHS))
+    job.wait_for_work_on(both.one, both.two, of=TRAINER)
+    losses = list(come_and_go(job, both, TRAINER))
+    log = job.succeed()
+    check_whole(job.output, EPOCHS)
+    workers = [record["workers"] for record in read_json(f"{job.output}/history.json")]
+    print(f"{len(losses)} losses; workers of each epoch: {''.join(map(str, workers))}")
+    assert set(workers) == {1, 2}
+    told = re.findall(rf"epoch (\d+)/{EPOCHS}: ", log)
+    assert len(told) <= EPOCHS + len(losses) + 1
