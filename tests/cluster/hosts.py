@@ -21,8 +21,8 @@ from ray.util.state import list_nodes
 from tests.cluster import BIN, PATIENCE_S, Cluster, finish, submit, wait_for
 
 WORKERS = ("one", "two")
-# What Ray believes each worker to have.
-CPUS = 2
+# What Ray believes each worker to have: room for one model, and for training and the reading of images.
+CPUS = 3
 BUCKET = "s3://hosts"
 # Ray misses a silent host after a minute; here after half of one.
 IMPATIENT = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000"}
