@@ -177,7 +177,7 @@ def training_cpus(workers: int, use_gpu: bool) -> int:
 
 
 def room(config: TrainConfig) -> int:
-    """How many training runs of this kind the cluster holds at a time, each as large as it may become."""
+    """How many training runs, each as large as it may become, the cluster holds at a time; at least 1."""
     have = capacity()
     _, high = config.worker_bounds() or (1, 1)
     if config.device != "cpu" and have["GPU"]:
