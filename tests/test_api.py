@@ -7,7 +7,6 @@ import subprocess
 import httpx
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from bcd import api, bundle, guard, image, model, novelty, overlay
@@ -15,7 +14,7 @@ from bcd.answer import NOTICE
 from tests import archives, pictures
 from tests.cluster import BIN
 from tests.service import TOKEN, LocalEngine, guarded, serving
-from tests.test_bundle import card
+from tests.test_bundle import card, untrained
 
 # Those that say: no fault of ours, and every answer as the document promises.
 CHECKS = (
@@ -39,10 +38,8 @@ def statistics(**changes):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    network = model.build(2, seed=1)
-    torch.nn.init.normal_(network.fc.weight, std=1e-3)
     uri = str(tmp_path_factory.mktemp("model"))
-    bundle.save(network, card(feature_statistics=statistics()), uri)
+    bundle.save(untrained(), card(feature_statistics=statistics()), uri)
     return bundle.load(uri, device="cpu")
 
 

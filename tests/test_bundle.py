@@ -12,6 +12,17 @@ from bcd.errors import BundleError
 from tests import pictures
 
 
+def untrained(std=1e-3, seed=1):
+    """A network whose last layer is small and always the same.
+
+    The features of an untrained network are large: without this all probabilities are 0 or 1.
+    """
+    network = model.build(2, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    torch.nn.init.normal_(network.fc.weight, std=std, generator=generator)
+    return network
+
+
 def card(**changes):
     config = TrainConfig(data="d", weights="none", input_height_px=64, input_width_px=96)
     facts = {

@@ -20,14 +20,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from bcd import bundle, image, model, overlay
+from bcd import bundle, image, overlay
 from tests import page_mock, pictures, service
 from tests.cluster import wait_for
 from tests.test_api import statistics
-from tests.test_bundle import card
+from tests.test_bundle import card, untrained
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser tests")
 CHROMIUM = shutil.which("chromium")
@@ -62,9 +61,8 @@ def page_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         with page_mock.running() as found:
             yield found.url
         return
-    network = model.build(2, seed=1)
     # Maps that are seen, and a cut-off that some pictures pass.
-    torch.nn.init.normal_(network.fc.weight, std=1)
+    network = untrained(std=1)
     facts = card(
         feature_statistics=statistics(cutoff=0.6),
         input_height_px=224,

@@ -20,7 +20,6 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pytest
 import ray
-import torch
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bcd import bundle, image, model, schema, storage
@@ -29,7 +28,7 @@ from bcd.errors import ConfigError
 from bcd.pipelines import score
 from tests import archives, faults
 from tests.cluster import PATIENCE_S, ROOT, finish, kill, processes, read_json, start_ray, submit, wait_for
-from tests.test_bundle import card
+from tests.test_bundle import card, untrained
 
 pytestmark = pytest.mark.ray
 N_FIELDS = 400
@@ -62,10 +61,7 @@ def archive_on_s3(archive, s3):
 @pytest.fixture(scope="module")
 def model_uri(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("model"))
-    network = model.build(2, seed=1)
-    # The features of an untrained network are large: without this all probabilities are 0 or 1.
-    torch.nn.init.normal_(network.fc.weight, std=1e-3)
-    bundle.save(network, card(input_height_px=128, input_width_px=192), uri)
+    bundle.save(untrained(), card(input_height_px=128, input_width_px=192), uri)
     return uri
 
 

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from torch import nn
 
-from bcd import bundle, model, storage
+from bcd import bundle, storage
 from tests import archives
 from tests.cluster.hosts import BUCKET, Hosts, Job, why_not
-from tests.test_bundle import card
+from tests.test_bundle import card, untrained
 from tests.test_jobs import train_arguments
 from tests.test_score_jobs import table
 
@@ -59,9 +58,7 @@ def archive(bucket):
 
 @pytest.fixture(scope="package")
 def model_uri(bucket):
-    network = model.build(2, seed=1)
-    nn.init.normal_(network.fc.weight, std=1e-3)
-    bundle.save(network, card(input_height_px=128, input_width_px=192), f"{bucket}/model")
+    bundle.save(untrained(), card(input_height_px=128, input_width_px=192), f"{bucket}/model")
     return f"{bucket}/model"
 
 
