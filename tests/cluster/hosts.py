@@ -84,13 +84,13 @@ class Host:
     def _log(self, number: int) -> Path:
         return self.folder / f"{number}.log"
 
-    def start_ray(self, *arguments: str, cores: str = "", **variables: str) -> None:
+    def start_ray(self, *arguments: str, cores: str = "", **variables: str) -> subprocess.Popen[bytes]:
         """`ray start --block` on the host, on some cores of the machine only where they are named."""
         pinned = ["taskset", "-c", cores] if cores else []
         ray = [BIN / "ray", "start", "--block", f"--node-ip-address={self.address}", "--disable-usage-stats"]
         ray += [f"--temp-dir={self.folder}/ray", f"--object-store-memory={4 * 10**8}"]
         self.tmp.mkdir(exist_ok=True)
-        self.start([*pinned, *ray, *arguments], TMPDIR=str(self.tmp), **variables)
+        return self.start([*pinned, *ray, *arguments], TMPDIR=str(self.tmp), **variables)
 
     def listens(self, port: int) -> bool:
         """Whether a server on the host accepts connections from here."""
@@ -237,8 +237,13 @@ class Hosts:
 
     def join(self, host: Host, cores: str = "") -> None:
         """Start Ray on a worker, and wait until the cluster has it."""
-        host.start_ray(f"--address={self.head.address}:{GCS_PORT}", f"--num-cpus={CPUS}", cores=cores)
-        wait_for(lambda: host.address in self.alive(), PATIENCE_S, f"{host.name} in the cluster")
+        ray = host.start_ray(f"--address={self.head.address}:{GCS_PORT}", f"--num-cpus={CPUS}", cores=cores)
+
+        def come() -> bool:
+            assert ray.poll() is None, host.log_of(ray)
+            return host.address in self.alive()
+
+        wait_for(come, PATIENCE_S, f"{host.name} in the cluster")
 
     def leave(self, host: Host) -> None:
         """End a worker, and wait until the cluster knows."""
