@@ -71,16 +71,12 @@ def archive_rate(model_uri: str, images: str, precision: str, n: int) -> float:
 
 
 @contextlib.contextmanager
-def service(
-    model_uri: str, precision: str, num_gpus: float, replicas: int
-) -> Iterator[tuple[str, psutil.Process]]:
-    """`jobs/serve.py` as a process; its URL."""
+def service(model_uri: str, *flags: str) -> Iterator[tuple[str, psutil.Process]]:
+    """`jobs/serve.py` as a process, with these flags; its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "jobs/serve.py", "--model", model_uri, "--precision", precision]
-    command += ["--port", str(port), "--num-gpus", str(num_gpus)]
-    command += ["--min-replicas", str(replicas), "--max-replicas", str(replicas)]
+    command = [sys.executable, "jobs/serve.py", "--model", model_uri, "--port", str(port), *flags]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_S
     try:
@@ -166,8 +162,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="URI of a bundle")
     parser.add_argument("--images", required=True, help="folder of pictures")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--num-gpus", type=float, default=0, help="of a replica")
-    parser.add_argument("--replicas", type=int, default=1, help="of the model")
+    parser.add_argument("--flags", default="", help="more flags of jobs/serve.py, in quotes")
     parser.add_argument("--seconds", type=float, default=40, help="for each number of clients")
     parser.add_argument("--n", type=int, default=320, help="pictures of the archive job's turns")
     parser.add_argument("--requests", type=int, default=5_000, help="after which memory is looked at again")
@@ -180,7 +175,7 @@ def main() -> None:
     heads = ("rate/s", "p50 ms", "p95 ms", "p99 ms", "accepted", "refused", "failed")
     print(f"{'clients':>8}" + "".join(f"{head:>10}" for head in heads))
     found = {}
-    with service(uri, precision, arguments.num_gpus, arguments.replicas) as (url, job):
+    with service(uri, "--precision", precision, *arguments.flags.split()) as (url, job):
         load(url, images, SATURATION, 10)
         memory = [memory_mib(job)]
         for clients in CLIENTS:

@@ -94,7 +94,7 @@ def evaluate(
     print(f"scoring the test part: {len(test):,} images", flush=True)
     predictions_uri = storage.join(output, PREDICTIONS)
     settings = predict.Settings(model_uri, precision, batch_size)
-    rows = predict.predictions(read.rows(schema.fill(test, schema.READING)), settings)
+    rows = predict.predictions(read.rows(schema.fill(test, schema.READING), batch_size), settings)
     predict.write(rows, predictions_uri)
     frame = reporting.with_truth(predictions_uri, test, card)
     images = reporting.image_table(frame, card, predictions_uri)

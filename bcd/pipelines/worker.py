@@ -8,7 +8,8 @@ import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ SCORE = "validation_balanced_accuracy"
 # epochs are equal, and the first of them is seldom the best.
 SELECTION = "selection"
 TIE_BREAK = 1e-6
+# Columns of some rows.
+Batch = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Seen:
     targets: list[int] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, batch: Mapping[str, np.ndarray], loss_sum: float) -> None:
+    def add(self, batch: Batch, loss_sum: float) -> None:
         """Count one batch."""
         self.loss_sum += loss_sum
         self.image_ids += batch[schema.IMAGE_ID].tolist()
@@ -105,10 +108,11 @@ def train(task: Task) -> list[dict[str, Any]]:
     height, width = config.input_height_px, config.input_width_px
     augmentation = transform.augmentation(height, width) if config.augment else None
     step = optimise.Step(network, state.optimizer, device, config.precision, augmentation)
+    stream = Stream(read.TRAIN, max(1, config.batch_size // context.get_world_size()))
     with tempfile.TemporaryDirectory() as folder:
         board = SummaryWriter(folder) if context.get_world_rank() == 0 else None
         for epoch in range(len(state.history) + 1, config.epochs + 1):
-            record = _epoch(task, step, state, epoch)
+            record = _epoch(task, step, state, epoch, stream)
             state.history.append(record)
             if board is not None:
                 _publish(task, board, Path(folder), record)
@@ -131,10 +135,12 @@ def _state(task: Task, device: torch.device) -> State:
     return state
 
 
-def _epoch(task: Task, step: optimise.Step, state: State, epoch: int) -> dict[str, Any]:
+def _epoch(task: Task, step: optimise.Step, state: State, epoch: int, stream: "Stream") -> dict[str, Any]:
     started = time.monotonic()
-    trained = _gather(_train_epoch(task, step, epoch))
+    trained = _gather(_train_epoch(task, step, epoch, stream))
     seconds = time.monotonic() - started
+    if epoch < task.config.epochs:
+        stream.begin()
     validated = _gather(_validate(task, state.network, step.device))
     _log_exposure(task, trained, epoch)
     names = [task.classes[target] for target in trained.targets]
@@ -152,13 +158,12 @@ def _epoch(task: Task, step: optimise.Step, state: State, epoch: int) -> dict[st
     }
 
 
-def _train_epoch(task: Task, step: optimise.Step, epoch: int) -> Seen:
+def _train_epoch(task: Task, step: optimise.Step, epoch: int, stream: "Stream") -> Seen:
     config, world = task.config, ray.train.get_context().get_world_size()
-    batch_size = max(1, config.batch_size // world)
-    n_steps = -(-(task.n_train // world) // batch_size)
+    n_steps = -(-(task.n_train // world) // stream.batch_size)
     seen, losses = Seen(), []
     step.network.train()
-    for i, batch in enumerate(optimise.even_tail(_batches(read.TRAIN, batch_size), batch_size)):
+    for i, batch in enumerate(optimise.even_tail(stream.batches(), stream.batch_size)):
         progress = (epoch - 1 + i / n_steps) / config.epochs
         rate = optimise.learning_rate(config.learning_rate, progress, config.warmup_fraction)
         images, target = _tensors(batch)
@@ -170,14 +175,45 @@ def _train_epoch(task: Task, step: optimise.Step, epoch: int) -> Seen:
     return seen
 
 
-def _batches(name: str, batch_size: int) -> Any:
-    shard = ray.train.get_dataset_shard(name)
-    for batch in shard.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2):
-        read.require_whole(batch[schema.ERROR], batch[schema.IMAGE_ID])
-        yield batch
+class Stream:
+    """Passes over this worker's share of some rows, each of which can begin before it is needed.
+
+    Its first batch takes one to three seconds, in which a GPU trains on a thousand images.
+    """
+
+    def __init__(self, name: str, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._shard = ray.train.get_dataset_shard(name)
+        self._begun: tuple[Future[Batch | None], Iterator[Batch]] | None = None
+
+    def begin(self) -> None:
+        """Start to read the next pass."""
+        self._begun = self._start()
+
+    def batches(self) -> Iterator[Batch]:
+        """The pass that was begun, else one that begins now."""
+        first, rest = self._begun or self._start()
+        self._begun = None
+        if (batch := first.result()) is not None:
+            yield batch
+            yield from rest
+
+    def _start(self) -> tuple[Future[Batch | None], Iterator[Batch]]:
+        """The first batch, which another thread asks for, and those that follow."""
+        rows = self._shard.iter_batches(batch_size=self.batch_size, batch_format="numpy", prefetch_batches=2)
+        rest = map(_whole, rows)
+        pool = ThreadPoolExecutor(1, "stream")
+        first = pool.submit(next, rest, None)
+        pool.shutdown(wait=False)
+        return first, rest
 
 
-def _tensors(batch: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+def _whole(batch: Batch) -> Batch:
+    read.require_whole(batch[schema.ERROR], batch[schema.IMAGE_ID])
+    return batch
+
+
+def _tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and targets; copied, because Ray hands out read-only views of its object store."""
     return torch.tensor(batch[schema.IMAGE]), torch.tensor(batch[schema.TARGET])
 
@@ -186,7 +222,7 @@ def _tensors(batch: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tenso
 def _validate(task: Task, network: ResNet, device: torch.device) -> Seen:
     seen = Seen()
     network.eval()
-    for batch in _batches(read.VALIDATION, task.config.batch_size):
+    for batch in Stream(read.VALIDATION, task.config.batch_size).batches():
         images, target = _tensors(batch)
         inputs = transform.normalise(images.to(device).permute(0, 3, 1, 2))
         with model.autocast(device, task.config.precision):

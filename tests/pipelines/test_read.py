@@ -107,13 +107,13 @@ def test_rows_are_shuffled_anew_every_epoch_and_alike_for_a_seed(joined):
     epochs = [blocks(first), blocks(first)]
     for epoch in epochs:
         assert sorted(name for block in epoch for name in block) == sorted(table[schema.URI].to_pylist())
-        assert {len(block) for block in epoch} == {read.ROWS_PER_TASK, 500 % read.ROWS_PER_TASK}
+        assert {len(block) for block in epoch} == {read.rows_per_task(500), 500 % read.rows_per_task(500)}
     assert epochs[0] != epochs[1]
     assert epochs == [blocks(again), blocks(again)]
     assert blocks(other) != epochs[0]
 
 
-def test_an_epoch_of_many_rows_is_planned_as_few_tasks(monkeypatch):
+def test_an_epoch_of_many_rows_is_planned_as_few_tasks(joined, monkeypatch):
     monkeypatch.setattr(read, "MOST_TASKS", 3)
     table = pa.table({schema.URI: [str(i) for i in range(500)]})
     tasks = read.Shuffled(table, 0).get_read_tasks(1)
