@@ -201,6 +201,8 @@ class Hosts:
                 "AWS_REGION": "us-east-1",
             }
             stack.enter_context(mock.patch.dict(os.environ, variables))
+            # It names a cluster that other tests started, and would count for more than what we ask for.
+            os.environ.pop("RAY_ADDRESS", None)
             wait_for(lambda: store.listens(S3_PORT), PATIENCE_S, "the store")
             S3FileSystem(
                 endpoint_override=f"{store.address}:{S3_PORT}", scheme="http", allow_bucket_creation=True

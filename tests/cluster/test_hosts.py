@@ -52,7 +52,7 @@ def test_two_hosts_score_the_same_table_as_one(undisturbed, both, scoring):
 
 
 # Minutes of work for one host: a second one needs one until its model is up.
-N_JOINED = 2_400
+N_JOINED = 6_000
 # A cut link is noticed late: `pytest -m trial tests/cluster`.
 SOME = [pytest.param("cut", marks=pytest.mark.trial), "raylet"]
 
