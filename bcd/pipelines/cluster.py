@@ -68,7 +68,13 @@ def _init() -> None:
         # Ray warns in its own processes of what its own code calls.
         os.environ.setdefault("PYTHONWARNINGS", "ignore::DeprecationWarning")
         # Never a cluster that merely happens to run here: two jobs on one small machine starve each other.
-        ray.init(address="local", num_cpus=max(1 + DATA_CPUS, cores()), logging_level=logging.WARNING)
+        ray.init(
+            address="local",
+            num_cpus=max(1 + DATA_CPUS, cores()),
+            logging_level=logging.WARNING,
+            # Eleven processes and 170 MiB, a quarter of the start, for a page that ends with the job.
+            include_dashboard=False,
+        )
 
 
 def _join(address: str) -> None:
