@@ -4,6 +4,7 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 
 from bcd import balance, image, index, schema, storage
 from bcd.config import TrainConfig
@@ -68,6 +69,26 @@ def test_images_are_decoded_and_fitted_as_everywhere_else(joined, mixed):
             assert (row[schema.HEIGHT_PX], row[schema.WIDTH_PX]) == decoded.shape[:2]
         else:
             assert not row[schema.IMAGE].any()
+
+
+@pytest.mark.parametrize(
+    ("n", "cpus", "expected"),
+    [(100, 4, 16), (600, 4, 32), (10_000, 4, 64), (10_000, 64, 32), (10_000_000, 4, 1_008), (20, 0, 16)],
+)
+def test_a_task_takes_whole_blocks_and_every_cpu_has_some(monkeypatch, n, cpus, expected):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus} if cpus else {})
+    assert read.rows_per_task(n) == expected
+
+
+def test_a_task_hands_on_each_block_when_it_is_there(joined, mixed):
+    uri = mixed[schema.URI].to_pylist()[0]
+    table = pa.table({schema.URI: [uri] * 100, schema.IMAGE_ID: [f"{i}" for i in range(100)]})
+    dataset = read.images(read.rows(table, 64), 64, 96, [schema.IMAGE_ID])
+    blocks = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+    assert sorted(len(block[schema.IMAGE_ID]) for block in blocks) == [4] + [16] * 6
+    assert {name for block in blocks for name in block[schema.IMAGE_ID]} == set(
+        table[schema.IMAGE_ID].to_pylist()
+    )
 
 
 def test_storage_that_fails_is_no_fault_of_the_picture(tmp_path):
