@@ -6,7 +6,8 @@ Both train the same network in the same precision on the same rows with the same
 same files. They take turns, plain, Ray, plain, Ray, ..., because the speed of a machine drifts: the ratio of
 a round is the Ray path's rate to the mean of the plain ones right before and after it, the result is the
 median over the rounds. The first epoch of each turn (start-up) does not count; the second one of the Ray path
-counts whole, its validation included, of which the plain loop has none.
+counts whole, its validation included, of which the plain loop has none; that its stream began during the
+validation before is not counted.
 """
 
 import argparse

@@ -26,10 +26,10 @@ from bcd.slide import Slide, open_slide
 TRAIN, VALIDATION = "train", "validation"
 # So many images are decoded together and handed on as one block: a quarter of a second of work, so that a
 # training epoch has its first batch soon; 4 MB of pixels at 224x336.
-ROWS_PER_BLOCK = 16
+IMAGES_PER_BLOCK = 16
 # One task makes so many blocks where all CPUs get several tasks: Ray Data looks after its tasks ten times a
-# second, and until then the CPU of one that has ended waits. 16 CPUs read 424 images/s in tasks of one block,
-# 587 in tasks of four.
+# second, and until then the CPU of one that has ended waits. 16 CPUs read 424 images/s in tasks of 16 images,
+# 587 in tasks of 64.
 BLOCKS_PER_TASK = 4
 TASKS_PER_CPU = 4
 # An epoch is planned as at most so many tasks: each costs its planner a fraction of a millisecond.
@@ -48,8 +48,8 @@ def rows(table: pa.Table, rows_per_block: int | None = None) -> Dataset:
 def rows_per_task(n: int) -> int:
     """How many of n rows one reading task takes: whole blocks, few enough that no CPU idles."""
     cpus = max(1, int(ray.cluster_resources().get("CPU", 0)))
-    blocks = min(BLOCKS_PER_TASK, n // (ROWS_PER_BLOCK * TASKS_PER_CPU * cpus))
-    return ROWS_PER_BLOCK * max(1, blocks, -(-n // (ROWS_PER_BLOCK * MOST_TASKS)))
+    blocks = min(BLOCKS_PER_TASK, n // (IMAGES_PER_BLOCK * TASKS_PER_CPU * cpus))
+    return IMAGES_PER_BLOCK * max(1, blocks, -(-n // (IMAGES_PER_BLOCK * MOST_TASKS)))
 
 
 class Shuffled(Datasource):
@@ -113,12 +113,12 @@ def images(dataset: Dataset, height_px: int, width_px: int, keep: Sequence[str])
     dataset = dataset.map_batches(
         pixels,
         fn_kwargs={"height_px": height_px, "width_px": width_px, "keep": list(keep)},
-        batch_size=ROWS_PER_BLOCK,
+        batch_size=IMAGES_PER_BLOCK,
         batch_format="pyarrow",
         num_cpus=1,
     )
     # A task hands on each block when it is there, and not all of them at its end.
-    dataset.context.target_max_block_size = ROWS_PER_BLOCK * height_px * width_px * 3
+    dataset.context.target_max_block_size = IMAGES_PER_BLOCK * height_px * width_px * 3
     return dataset
 
 
