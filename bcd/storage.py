@@ -115,10 +115,15 @@ def _naming(uri: str, action: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowInvalid) as error:
-        reason = str(error).split("; Details")[0].strip()
-        raise StorageError(f"{uri}: cannot {action}: {reason}", _lasts(uri, error)) from error
+        raise failure(uri, action, error) from error
     except UnicodeDecodeError as error:
         raise StorageError(f"{uri}: {error.object!r} is no UTF-8 name; rename that file", True) from error
+
+
+def failure(uri: str, action: str, error: OSError | pa.ArrowInvalid) -> StorageError:
+    """What pyarrow raised, as a sentence that names the URI and what could not be done there."""
+    reason = str(error).split("; Details")[0].strip()
+    return StorageError(f"{uri}: cannot {action}: {reason}", _lasts(uri, error))
 
 
 def _lasts(uri: str, error: Exception) -> bool:

@@ -34,7 +34,7 @@ def scoring_rate(hosts: object, model: str, images: str) -> float:
 def training_rate(hosts: object, data: str, workers: int) -> float:
     """Images per second of the epochs after the first, the median."""
     name = uuid.uuid4().hex
-    flags = ("--weights", "none", "--batch-size", "16", "--epochs", str(EPOCHS), "--optimizer", "sgd")
+    flags = ("--weights", "none", "--epochs", str(EPOCHS), "--optimizer", "sgd")
     flags += ("--learning-rate", "0.001", "--num-workers", str(workers), "--output", BUCKET, "--name", name)
     Job(hosts, f"{BUCKET}/{name}", ("jobs/train.py", "--data", data, *flags)).succeed()
     history = read_json(f"{BUCKET}/{name}/history.json")

@@ -2,11 +2,13 @@
 error, or not at all."""
 
 import http.client
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from threading import Thread
 
 # What a store answers: HTTP status and error code. An expired token is 400 at AWS, 403 elsewhere.
@@ -26,6 +28,25 @@ class Store:
     fault: Callable[[str, str], Fault | None] = lambda method, path: None
     delay_s: float = 0.0
     asked: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment of a job that, with all its workers, knows this store alone."""
+        own = {"AWS_ENDPOINT_URL": self.endpoint}
+        return own | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": own}})}
+
+
+def bad_day() -> Callable[[str, str], Fault | None]:
+    """Every 20th request is put off, every 50th not answered."""
+    numbers = count(1)
+
+    def answer(method: str, path: str) -> Fault | None:
+        number = next(numbers)
+        if number % 50 == 0:
+            return DROPPED
+        return SLOW_DOWN if number % 20 == 0 else None
+
+    return answer
 
 
 @contextmanager

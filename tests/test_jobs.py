@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bcd import bundle, schema, storage
-from tests.cluster import PATIENCE_S, finish, kill, read_json, submit, wait_for
+from tests import faults
+from tests.cluster import PATIENCE_S, finish, finished, kill, read_json, start_job, submit, wait_for
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent
@@ -110,6 +112,57 @@ def test_a_killed_worker_costs_at_most_its_epoch(cluster, data, s3):
     assert status == JobStatus.SUCCEEDED, log
     assert log.count("epoch 1/3") == 1
     check_whole(run_uri, 3)
+
+
+# What is asked of a store in the second epoch: by the readers of pictures, and by Ray Train.
+ASKED = {"reading": ".png", "keeping": "/checkpoints/checkpoint_"}
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("moment", ASKED)
+def test_credentials_that_expire_cost_the_running_epoch(moment, cluster, data, s3):
+    """Done when 6: a sentence, and the same command goes on."""
+    run_uri = f"{s3}/jobs/expired-{moment}"
+    arguments = train_arguments(data, s3, f"expired-{moment}", "--num-workers", "1", "--max-failures", "1")
+    with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:
+        expired = False
+
+        def answer(method, path):
+            nonlocal expired
+            kept = f"{run_uri}/checkpoints/checkpoint_manager_snapshot.json"
+            expired = expired or (ASKED[moment] in path and storage.exists(kept))
+            return faults.EXPIRED if expired else None
+
+        store.fault = answer
+        job = start_job(*arguments, **store.variables)
+        log, _ = job.communicate(timeout=PATIENCE_S)
+        assert job.returncode == 2, log
+        assert log.splitlines()[-1].startswith(f"error: {run_uri}/checkpoints: cannot keep or read it: ")
+        assert "check the network and the credentials, and run the same command again" in log.splitlines()[-1]
+        store.fault = lambda method, path: None
+        log = finished(start_job(*arguments, **store.variables))
+    assert "epoch 1/3" not in log
+    check_whole(run_uri, 3)
+
+
+@pytest.mark.trial
+def test_a_store_on_a_bad_day_costs_a_training_time_only(cluster, data, s3):
+    """Done when 6: every epoch is one step of all rows, so that both see the same batches."""
+    same = ("--num-workers", "1", "--batch-size", "256", "--no-augment", "--precision", "float32")
+    started = time.monotonic()
+    finished(start_job(*train_arguments(data, s3, "good-day", *same)))
+    between = time.monotonic()
+    with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:
+        store.fault, store.delay_s = faults.bad_day(), 0.02
+        finished(start_job(*train_arguments(data, s3, "bad-day", *same), **store.variables))
+        assert len(store.asked) > 400
+    print(f"{between - started:.0f} s on a good day, {time.monotonic() - between:.0f} s on a bad one")
+    check_whole(f"{s3}/jobs/bad-day", 3)
+    good, bad = (read_json(f"{s3}/jobs/{name}/history.json") for name in ("good-day", "bad-day"))
+    for one, other in zip(good, bad, strict=True):
+        assert other["class_counts"] == one["class_counts"]
+        assert other["train_loss"] == pytest.approx(one["train_loss"], abs=1e-3)
+        assert other["validation_loss"] == pytest.approx(one["validation_loss"], abs=1e-3)
 
 
 def test_a_wrong_command_fails_with_one_sentence(cluster, s3):

@@ -4,11 +4,8 @@ However a job was disturbed, the table is that of an undisturbed run, each row o
 """
 
 import itertools
-import json
 import os
 import re
-import subprocess
-import sys
 import uuid
 from pathlib import Path
 
@@ -27,7 +24,18 @@ from bcd.config import ScoreConfig
 from bcd.errors import ConfigError
 from bcd.pipelines import score
 from tests import archives, faults
-from tests.cluster import PATIENCE_S, ROOT, finish, kill, processes, read_json, start_ray, submit, wait_for
+from tests.cluster import (
+    PATIENCE_S,
+    finish,
+    finished,
+    kill,
+    processes,
+    read_json,
+    start_job,
+    start_ray,
+    submit,
+    wait_for,
+)
 from tests.test_bundle import card, untrained
 
 pytestmark = pytest.mark.ray
@@ -67,33 +75,8 @@ def model_uri(tmp_path_factory):
 
 def start(model_uri, data, output, **variables):
     """The job as a process of its own, on the cluster of the tests."""
-    command = [
-        sys.executable,
-        "jobs/score.py",
-        "--model",
-        model_uri,
-        "--input",
-        data,
-        "--output",
-        str(output),
-    ]
-    environment = os.environ | variables
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def reaching(store):
-    """Environment of a job that, with all its workers, knows this store alone."""
-    variables = {"AWS_ENDPOINT_URL": store.endpoint}
-    return variables | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": variables}})}
-
-
-def finished(job):
-    """Its output; it must have ended well."""
-    log, _ = job.communicate(timeout=PATIENCE_S)
-    assert job.returncode == 0, log
-    return log
+    arguments = ("jobs/score.py", "--model", model_uri, "--input", data, "--output", str(output))
+    return start_job(*arguments, **variables)
 
 
 def table(output):
@@ -227,7 +210,7 @@ def test_a_store_that_denies_in_the_middle_changes_nothing(
 ):
     """From the 100th picture on, storage gives no or not every picture: no row calls that its fault."""
     with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:
-        environment = reaching(store)
+        environment = store.variables
         pictures = set()
 
         def answer(method, path):
@@ -248,19 +231,11 @@ def test_a_store_that_denies_in_the_middle_changes_nothing(
 
 
 def test_a_store_on_a_bad_day_costs_time_only(archive_on_s3, model_uri, s3, undisturbed):
-    """All of it on S3, where every 20th request is put off, every 50th not answered, and all are late."""
+    """All of it is on S3."""
     output = f"{s3}/{uuid.uuid4().hex}"
     with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:
-        numbers = itertools.count(1)
-
-        def answer(method, path):
-            number = next(numbers)
-            if number % 50 == 0:
-                return faults.DROPPED
-            return faults.SLOW_DOWN if number % 20 == 0 else None
-
-        store.fault, store.delay_s = answer, 0.02
-        finished(start(model_uri, archive_on_s3, output, **reaching(store)))
+        store.fault, store.delay_s = faults.bad_day(), 0.02
+        finished(start(model_uri, archive_on_s3, output, **store.variables))
         assert len(store.asked) > 400
         assert {"GET", "HEAD", "PUT"} <= {method for method, _ in store.asked}
     assert_same(table(output), table(undisturbed[0]))

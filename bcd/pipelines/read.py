@@ -34,6 +34,8 @@ BLOCKS_PER_TASK = 4
 TASKS_PER_CPU = 4
 # An epoch is planned as at most so many tasks: each costs its planner a fraction of a millisecond.
 MOST_TASKS = 10_000
+# What to do where storage fails for a while.
+ASK_AGAIN = "check the network and the credentials, and run the same command again"
 # The largest share of the work between two progress lines.
 PROGRESS_STEPS = 10
 
@@ -349,7 +351,7 @@ def require_given(names: Sequence[str], errors: Sequence[str | None]) -> None:
     if lost:
         raise StorageError(
             f"storage did not give {lost[0]} (and {len(lost) - 1} more beside it), which is no fault of the "
-            "image: check the network and the credentials, and run the same command again"
+            f"image: {ASK_AGAIN}"
         )
 
 
@@ -375,11 +377,12 @@ def check_bad_fraction(broken: dict[str, str], total: int, allowed: float) -> li
 
 
 def require_whole(errors: np.ndarray, names: np.ndarray) -> None:
-    """Stop where an image that was whole when the run began is so no longer.
+    """Stop where an image that was whole when the run began is so no longer, or is not given any more.
 
     Raises:
         BcdError: names the first such image.
     """
+    require_given(names.tolist(), errors.tolist())
     for name, error in zip(names, errors, strict=True):
         if error:
             raise BcdError(f"{name} became unusable after the run began: {error}")

@@ -7,18 +7,20 @@ import ray
 from ray.data import Dataset
 from ray.train import (
     CheckpointConfig,
+    ControllerError,
     FailureConfig,
     LoggingConfig,
     Result,
     RunConfig,
     ScalingConfig,
+    TrainingFailedError,
     WorkerGroupError,
 )
 from ray.train.torch import TorchTrainer
 
 from bcd import balance, model, schema, storage, taxonomy
 from bcd.config import TrainConfig
-from bcd.errors import BcdError
+from bcd.errors import BcdError, StorageError
 from bcd.pipelines import cluster, evaluate, gloo, publish, read, rundir, worker
 from bcd.pipelines.prepare import Facts, describe, part_of, prepare
 
@@ -136,8 +138,20 @@ def fit(
     )
     try:
         return trainer.fit()
-    except WorkerGroupError as error:
-        for fault in error.worker_failures.values():
-            if isinstance(fault, BcdError):
-                raise fault from error
-        raise
+    except TrainingFailedError as error:
+        raise for_people(error, run_uri) from error
+
+
+def for_people(error: TrainingFailedError, run_uri: str) -> Exception:
+    """What ended a training, as a sentence where the user can put it right: one of ours, or that storage
+    failed Ray Train, which keeps the checkpoints."""
+    faults: list[Exception] = []
+    if isinstance(error, WorkerGroupError):
+        faults = list(error.worker_failures.values())
+    if isinstance(error, ControllerError):
+        faults = [error.controller_failure]
+    told = [fault for fault in faults if isinstance(fault, BcdError)]
+    kept = storage.join(run_uri, "checkpoints")
+    lost = [storage.failure(kept, "keep or read it", fault) for fault in faults if isinstance(fault, OSError)]
+    told += [StorageError(f"{fault.removesuffix('.')}; {read.ASK_AGAIN}") for fault in map(str, lost)]
+    return told[0] if told else error

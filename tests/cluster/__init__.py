@@ -125,6 +125,25 @@ def submit(cluster: Cluster, *arguments: str) -> str:
     return found[0]
 
 
+def start_job(*arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """A job script as a process of its own, on the cluster that RAY_ADDRESS names."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(job: subprocess.Popen[str]) -> str:
+    """Its output; it must end well."""
+    log, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 0, log
+    return log
+
+
 def finish(client: Any, job: str) -> tuple[Any, str]:
     """Wait for the end of a job; its status and log."""
     wait_for(lambda: client.get_job_status(job).is_terminal(), PATIENCE_S, f"the end of {job}")

@@ -149,6 +149,8 @@ def test_an_image_that_breaks_after_the_run_began_stops_it():
     read.require_whole(fine, names)
     with pytest.raises(BcdError, match="b became unusable after the run began: truncated"):
         read.require_whole(np.array(["", "truncated"]), names)
+    with pytest.raises(StorageError, match=r"did not give b .*run the same command again"):
+        read.require_whole(np.array(["", "unavailable"]), names)
 
 
 def test_two_workers_share_every_epoch_evenly_and_see_no_held_out_image(joined, tree):

@@ -2,11 +2,13 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ray.train import ControllerError, WorkerGroupError
 
 from bcd import bundle, schema, storage
 from bcd.errors import BundleError, ConfigError, ResourceError, StorageError
@@ -155,3 +157,19 @@ def test_a_damaged_run_directory_says_so(tree, tmp_path):
     storage.write_bytes(f"{tmp_path}/x/config.json", json.dumps(config.model_dump(mode="json")).encode()[:-9])
     with pytest.raises(train.BcdError, match=r"config.json is damaged"):
         train.run(config)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (BundleError("no such layer"), "no such layer"),
+        (
+            OSError("When reading: AWS Error UNKNOWN; Details: 7"),
+            "s3://b/run/checkpoints: .* UNKNOWN; check the",
+        ),
+        (ValueError("ours"), "Training failed"),
+    ],
+)
+def test_the_end_of_a_training_is_told_as_a_sentence_where_it_is_not_our_fault(fault, told):
+    for error in (WorkerGroupError("trace", {0: ValueError("peer"), 1: fault}), ControllerError(fault)):
+        assert re.search(told, str(train.for_people(error, "s3://b/run")))
