@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="bundle, as a local folder")
     parser.add_argument("--images", required=True, help="local folder of pictures to score")
     parser.add_argument("--data", required=True, help="local training data")
-    parser.add_argument("--n", type=int, default=320, help="pictures scored in a run")
+    parser.add_argument("--n", type=int, default=640, help="pictures scored in a run")
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     with Hosts.up() as hosts, tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Done when 2 and 8: a long archive and a long training, while a host is lost and comes back again and again.
 
-BCD_SOAK_MINUTES=60 BCD_SOAK_EPOCHS=200 pytest -s -m trial tests/cluster/test_soak.py
+BCD_SOAK_MINUTES=60 BCD_SOAK_EPOCHS=60 pytest -s -m trial tests/cluster/test_soak.py
 """
 
 import itertools
@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,19 +26,21 @@ from tests.test_score_jobs import assert_same, table
 pytestmark = [pytest.mark.ray, pytest.mark.trial]
 # What the archive would take on one undisturbed host, twice as long as here, and the length of the training.
 MINUTES = float(os.environ.get("BCD_SOAK_MINUTES", "60"))
-EPOCHS = int(os.environ.get("BCD_SOAK_EPOCHS", "200"))
-# From one loss to the next; Ray needs a third of it to miss a host whose cable was pulled.
+EPOCHS = int(os.environ.get("BCD_SOAK_EPOCHS", "60"))
 SECONDS_BETWEEN_LOSSES = 90
 # Private memory and object store, the largest of the last third of the job against that of the first.
 FLAT = 1.15
 
 
-def come_and_go(job, hosts, process):
+def come_and_go(job, hosts, process, until_next):
     """Lose worker `two` and let it come back until the job ends; each time that it works again, what the head
-    and the other host hold in memory, in bytes."""
+    and the other host hold in memory, in bytes.
+
+    `until_next`, asked when a host is lost, gives what must hold before the next loss.
+    """
     started = time.monotonic()
     for number, loss in enumerate(itertools.cycle(LOSSES), start=1):
-        next_loss = time.monotonic() + SECONDS_BETWEEN_LOSSES
+        next_may_come = until_next()
         hosts.lose(loss)
         hosts.leave(hosts.two)
         hosts.join(hosts.two)
@@ -49,7 +52,23 @@ def come_and_go(job, hosts, process):
         print(f"{minutes:.1f} min: host lost for the {number}. time ({loss}), and back;", end=" ")
         print(f"head and the other host hold {used / 2**20:,.0f} MiB", flush=True)
         yield used
-        job.wait_until(lambda then=next_loss: time.monotonic() > then, "the next loss")
+        job.wait_until(next_may_come, "the next loss")
+
+
+def some_time():
+    """From one loss to the next; Ray needs a third of it to miss a host whose cable was pulled."""
+    then = time.monotonic() + SECONDS_BETWEEN_LOSSES
+    return lambda: time.monotonic() > then
+
+
+def an_epoch_kept(job):
+    """The checkpoint of one more epoch stands: the exposure of the next is written after it."""
+
+    def n_epochs():
+        return len(storage.list_files_if_any(f"{job.output}/exposure"))
+
+    before = n_epochs()
+    return lambda: n_epochs() > before + 1
 
 
 def repeated(undisturbed, n, uri):
@@ -64,7 +83,7 @@ def test_a_long_archive_while_a_host_comes_and_goes(undisturbed, both, scoring, 
     n = int(read_json(f"{bucket}/undisturbed/summary.json")["rows_per_s"] * 60 * MINUTES)
     job = scoring("--compile", "off", source=repeated(undisturbed, n, f"{bucket}/long.csv"))
     job.wait_for_work_on(both.one, both.two, of=SCORER)
-    used = list(come_and_go(job, both, SCORER))
+    used = list(come_and_go(job, both, SCORER, some_time))
     job.succeed()
     print(f"{n:,} rows, {read_json(f'{job.output}/summary.json')['rows_per_s']:.1f} a second")
     check_rows(table(job.output), undisturbed, n)
@@ -105,11 +124,11 @@ def test_a_long_training_while_a_host_comes_and_goes(both, training):
     """
     job = training("--num-workers", "1-4", "--epochs", str(EPOCHS), "--max-failures", str(EPOCHS))
     job.wait_for_work_on(both.one, both.two, of=TRAINER)
-    losses = len(list(come_and_go(job, both, TRAINER)))
+    losses = len(list(come_and_go(job, both, TRAINER, partial(an_epoch_kept, job))))
     log = job.succeed()
     check_whole(job.output, EPOCHS)
     workers = [record["workers"] for record in read_json(f"{job.output}/history.json")]
     print(f"{losses} losses; workers of each epoch: {''.join(map(str, workers))}")
-    assert set(workers) == {2, 4}
+    assert max(workers) == 4
     told = re.findall(rf"epoch (\d+)/{EPOCHS}: ", log)
     assert len(told) <= EPOCHS + losses + 1
