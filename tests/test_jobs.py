@@ -13,6 +13,7 @@ import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bcd import bundle, schema, storage
+from bcd.pipelines import read
 from tests import faults
 from tests.cluster import PATIENCE_S, finish, finished, kill, read_json, start_job, submit, wait_for
 
@@ -138,7 +139,7 @@ def test_credentials_that_expire_cost_the_running_epoch(moment, cluster, data, s
         log, _ = job.communicate(timeout=PATIENCE_S)
         assert job.returncode == 2, log
         assert log.splitlines()[-1].startswith(f"error: {run_uri}/checkpoints: cannot keep or read it: ")
-        assert "check the network and the credentials, and run the same command again" in log.splitlines()[-1]
+        assert log.splitlines()[-1].endswith(read.ASK_AGAIN)
         store.fault = lambda method, path: None
         log = finished(start_job(*arguments, **store.variables))
     assert "epoch 1/3" not in log

@@ -5,6 +5,7 @@ import time
 import pyarrow as pa
 import ray
 from ray.data import Dataset
+from ray.exceptions import RayError
 from ray.train import (
     CheckpointConfig,
     ControllerError,
@@ -152,6 +153,9 @@ def for_people(error: TrainingFailedError, run_uri: str) -> Exception:
         faults = [error.controller_failure]
     told = [fault for fault in faults if isinstance(fault, BcdError)]
     kept = storage.join(run_uri, "checkpoints")
-    lost = [storage.failure(kept, "keep or read it", fault) for fault in faults if isinstance(fault, OSError)]
-    told += [StorageError(f"{fault.removesuffix('.')}; {read.ASK_AGAIN}") for fault in map(str, lost)]
+    # Ray's own timeouts are OSErrors, too.
+    lost = [fault for fault in faults if isinstance(fault, OSError) and not isinstance(fault, RayError)]
+    for fault in lost:
+        sentence = str(storage.failure(kept, "keep or read it", fault)).removesuffix(".")
+        told.append(StorageError(f"{sentence}; {read.ASK_AGAIN}"))
     return told[0] if told else error

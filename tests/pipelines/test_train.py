@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ray.exceptions import GetTimeoutError
 from ray.train import ControllerError, WorkerGroupError
 
 from bcd import bundle, schema, storage
@@ -168,6 +169,7 @@ def test_a_damaged_run_directory_says_so(tree, tmp_path):
             "s3://b/run/checkpoints: .* UNKNOWN; check the",
         ),
         (ValueError("ours"), "Training failed"),
+        (GetTimeoutError("Ray's own, and an OSError"), "Training failed"),
     ],
 )
 def test_the_end_of_a_training_is_told_as_a_sentence_where_it_is_not_our_fault(fault, told):
