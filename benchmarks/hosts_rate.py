@@ -1,19 +1,22 @@
 """Rates of scoring and training on two hosts with one core each, beside one such host.
 
-    python -m benchmarks.hosts_rate --model MODEL --images FOLDER --data DATA
+    python -m benchmarks.hosts_rate --model MODEL --images FOLDER
+    python -m benchmarks.hosts_rate --data DATA
 
 Hosts are network namespaces of this machine (needs root): a head without work, one or two workers that are
-pinned to a core each, and an S3 server for what is written. Head and server run on the same cores, so on a
-machine with two the second host loses to them what on real hosts it would not. One and two hosts take turns.
+pinned to a core each, and an S3 server for what is written. Head and server run on any core, so on a machine
+with two the second host loses to them what on real hosts it would not. One and two hosts take turns. Rates
+are steady ones: the first third of what is scored, and the first epoch, are start-up and do not count.
 """
 
 import argparse
 import os
+import re
 import secrets
 import statistics
-import tempfile
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bcd import archive, schema, storage
@@ -21,14 +24,30 @@ from tests.archives import write_manifest
 from tests.cluster import read_json
 
 EPOCHS = 3
+# What a scoring job says now and then.
+PROGRESS = re.compile(r"inputs, ([\d,]+) rows, ")
 GOAL = 1.8
 
 
 def scoring_rate(hosts: object, model: str, images: str) -> float:
-    """Rows per second, from the first batch of a model to the last."""
+    """Rows per second, as they are committed."""
     output = f"{BUCKET}/{uuid.uuid4().hex}"
-    Job(hosts, output, ("jobs/score.py", "--model", model, "--input", images, "--output", output)).succeed()
-    return read_json(f"{output}/summary.json")["rows_per_s"]
+    job = Job(hosts, output, ("jobs/score.py", "--model", model, "--input", images, "--output", output))
+    rate = steady(committed(job))
+    job.succeed()
+    return rate
+
+
+def committed(job: object) -> Iterator[int]:
+    """Numbers of rows, each when the job says so."""
+    before = 0
+    while not job.ended:
+        lines = PROGRESS.findall(job.client.get_job_logs(job.id))
+        rows = int(lines[-1].replace(",", "")) if lines else 0
+        if rows > before:
+            yield rows - before
+            before = rows
+        time.sleep(1)
 
 
 def training_rate(hosts: object, data: str, workers: int) -> float:
@@ -42,12 +61,12 @@ def training_rate(hosts: object, data: str, workers: int) -> float:
     return statistics.median(record["images_per_s"] for record in history[1:])
 
 
-def compare(name: str, hosts: object, rounds: int, rate: Callable[[int], float]) -> None:
-    """Measure in turns, and print a line for each round and the median."""
+def compare(name: str, hosts: object, core: str, rounds: int, rate: Callable[[int], float]) -> None:
+    """Measure in turns, the second host on that core, and print a line for each round and the median."""
     ratios = []
     for number in range(1, rounds + 1):
         one = rate(1)
-        hosts.join(hosts.two, cores="1")
+        hosts.join(hosts.two, cores=core)
         two = rate(2)
         hosts.leave(hosts.two)
         ratios.append(two / one)
@@ -58,31 +77,45 @@ def compare(name: str, hosts: object, rounds: int, rate: Callable[[int], float])
     print(f"{name}: {statistics.median(ratios):.2f} times the rate of one host (goal {GOAL})", flush=True)
 
 
+def scoring(hosts: object, model_folder: str, images: str, n: int) -> Callable[[int], float]:
+    """Rate of scoring n of the pictures, over and over, as a function of the hosts."""
+    model = storage.join(BUCKET, "model")
+    storage.upload_folder(Path(model_folder), model)
+    manifest = hosts.head.folder / "manifest.csv"
+    write_manifest(manifest, archive.read(images).table[schema.URI].to_pylist(), n)
+    return lambda _: scoring_rate(hosts, model, str(manifest))
+
+
 def main() -> None:
-    """Measure and print both ratios."""
+    """Measure and print what was asked for."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", required=True, help="bundle, as a local folder")
-    parser.add_argument("--images", required=True, help="local folder of pictures to score")
-    parser.add_argument("--data", required=True, help="local training data")
-    parser.add_argument("--n", type=int, default=640, help="pictures scored in a run")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--model", help="bundle, as a local folder")
+    parser.add_argument("--images", help="local folder of pictures to score")
+    parser.add_argument("--data", help="local training data")
+    parser.add_argument("--n", type=int, default=3840, help="pictures scored in a run")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--cores", nargs=2, default=("0", "1"), help="core of each host")
     arguments = parser.parse_args()
-    with Hosts.up() as hosts, tempfile.TemporaryDirectory() as folder:
+    if bool(arguments.model) != bool(arguments.images) or not (arguments.model or arguments.data):
+        parser.error("give --model and --images, --data, or all three")
+    first, second = arguments.cores
+    with Hosts.up() as hosts:
         hosts.start_head()
-        hosts.join(hosts.one, cores="0")
-        model = storage.join(BUCKET, "model")
-        storage.upload_folder(Path(arguments.model), model)
-        images = Path(folder) / "manifest.csv"
-        uris = archive.read(arguments.images).table[schema.URI].to_pylist()
-        write_manifest(images, uris, arguments.n)
-        compare("scoring", hosts, arguments.rounds, lambda _: scoring_rate(hosts, model, str(images)))
-        compare("training", hosts, arguments.rounds, lambda n: training_rate(hosts, arguments.data, n))
+        hosts.join(hosts.one, cores=first)
+        if arguments.model:
+            rate = scoring(hosts, arguments.model, arguments.images, arguments.n)
+            compare("scoring", hosts, second, arguments.rounds, rate)
+        if arguments.data:
+            compare(
+                "training", hosts, second, arguments.rounds, lambda n: training_rate(hosts, arguments.data, n)
+            )
 
 
 if __name__ == "__main__":
     # Ray reads these when it is imported.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    from benchmarks.score_rate import steady
     from tests.cluster.hosts import BUCKET, Hosts, Job
 
     main()

@@ -32,30 +32,68 @@ def step(model, images, target):
     return loss.detach()
 
 
+def layer():
+    """One in mixed precision, an input as the network has it there, and a gradient."""
+    generator = torch.Generator().manual_seed(3)
+    found = nn.BatchNorm2d(8)
+    for parameter in found.parameters():
+        nn.init.uniform_(parameter, 0.5, 2, generator)
+    numbers = torch.randn(2, 6, 8, 12, 12, generator=generator)
+    numbers[0] += torch.arange(6).view(6, 1, 1, 1)
+    x, gradient = (half.to(torch.bfloat16, memory_format=torch.channels_last) for half in numbers)
+    return found, x, gradient
+
+
+def through(batch_norm, x, gradient):
+    x.requires_grad_()
+    output = batch_norm(x)
+    output.backward(gradient)
+    return output.detach(), x.grad, batch_norm.weight.grad, batch_norm.bias.grad
+
+
 def work(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    mine = slice(3 * rank, 3 * rank + 3)
+    batch_norm, x, gradient = layer()
+    mixed = through(batchnorm.share(batch_norm, CPU), x[mine].detach(), gradient[mine])
     shared = batchnorm.share(network(), CPU)
     images, target = data()
-    mine = slice(3 * rank, 3 * rank + 3)
     loss = step(DistributedDataParallel(shared), images[mine], target[mine])
     dist.all_reduce(loss)
     gradients = [parameter.grad for parameter in shared.parameters()]
-    torch.save((loss / 2, gradients, shared.state_dict()), f"{folder}/{rank}")
+    torch.save((loss / 2, gradients, shared.state_dict(), mixed), f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
-def test_two_workers_equal_one(tmp_path):
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    mp.spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / str(rank)) for rank in range(2)]
+
+
+def test_two_workers_equal_one(found):
     whole = network()
     expected = step(whole, *data())
-    for rank in range(2):
-        loss, gradients, state = torch.load(tmp_path / str(rank))
+    for loss, gradients, state, _ in found:
         assert loss == pytest.approx(expected.item(), abs=1e-12)
         for found, parameter in zip(gradients, whole.parameters(), strict=True):
             torch.testing.assert_close(found, parameter.grad, rtol=0, atol=1e-12)
         assert state.keys() == whole.state_dict().keys()
         for name, value in whole.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=0, atol=1e-12)
+
+
+def test_two_workers_equal_one_in_mixed_precision(found):
+    batch_norm, x, gradient = layer()
+    output, of_x, *of_parameters = through(batch_norm, x.float(), gradient.float())
+    halves = [mixed for *_, mixed in found]
+    for number, expected in enumerate((output, of_x)):
+        both = torch.cat([half[number] for half in halves])
+        assert both.dtype == torch.bfloat16
+        torch.testing.assert_close(both.float(), expected, rtol=2**-7, atol=2**-7)
+    for number, expected in enumerate(of_parameters, start=2):
+        torch.testing.assert_close(halves[0][number] + halves[1][number], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_in_evaluation_it_is_plain_batch_norm():
