@@ -41,14 +41,17 @@ MODEL_ENV = {
 }
 
 
-def connect() -> None:
+def connect(trains: bool = False) -> None:
     """Join the cluster named by RAY_ADDRESS (as `ray job submit` does), else start one on this machine.
+
+    Args:
+        trains: whether Ray Train is to run there.
 
     Raises:
         ResourceError: RAY_ADDRESS names a cluster that does not answer; starting another would hide that.
     """
     if not ray.is_initialized():
-        _init()
+        _init(trains)
     # Ray Data tells of every execution; what people want to know, we print.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that there are no bars
@@ -59,7 +62,7 @@ def connect() -> None:
     context.issue_detectors_config.detectors = []
 
 
-def _init() -> None:
+def _init(trains: bool) -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         _join(address)
     else:
@@ -72,8 +75,9 @@ def _init() -> None:
             address="local",
             num_cpus=max(1 + DATA_CPUS, cores()),
             logging_level=logging.WARNING,
-            # Eleven processes and 170 MiB, a quarter of the start, for a page that ends with the job.
-            include_dashboard=False,
+            # Eleven processes and 170 MiB, a quarter of the start, for a page that ends with the job. But Ray
+            # Train asks it about itself, and warns every other second where it is missing.
+            include_dashboard=trains,
         )
 
 

@@ -63,7 +63,7 @@ def run(config: CrossvalConfig) -> str:
         print(f"{uri} is finished: see report.html there, or choose another --name to run it anew")
         return uri
     started = time.time()
-    cluster.connect()
+    cluster.connect(trains=True)
     folds = {protocol: list(_folds(config, uri, protocol)) for protocol in config.protocols()}
     if not finished:
         _train_missing(config, uri, [fold for arm in folds.values() for fold in arm])

@@ -50,7 +50,7 @@ def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None, ru
     classes = taxonomy.classes(config.target)
     weights = model.pretrained(config.weights)
     model.build(len(classes), weights)  # wrong weights end the run here, not in a worker
-    cluster.connect()
+    cluster.connect(trains=True)
     scaling = cluster.scaling(config)
     table, facts = _prepared(config, run_uri, inspected)
     result = fit(config, run_uri, table, weights, scaling, runs_per_node)
