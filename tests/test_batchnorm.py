@@ -77,8 +77,8 @@ def test_two_workers_equal_one(found):
     expected = step(whole, *data())
     for loss, gradients, state, _ in found:
         assert loss == pytest.approx(expected.item(), abs=1e-12)
-        for found, parameter in zip(gradients, whole.parameters(), strict=True):
-            torch.testing.assert_close(found, parameter.grad, rtol=0, atol=1e-12)
+        for gradient, parameter in zip(gradients, whole.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=0, atol=1e-12)
         assert state.keys() == whole.state_dict().keys()
         for name, value in whole.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=0, atol=1e-12)

@@ -76,7 +76,7 @@ def _init(trains: bool) -> None:
             num_cpus=max(1 + DATA_CPUS, cores()),
             logging_level=logging.WARNING,
             # Eleven processes and 170 MiB, a quarter of the start, for a page that ends with the job. But Ray
-            # Train asks it about itself, and warns every other second where it is missing.
+            # Train asks it about itself, and warns about once a second where it is missing.
             include_dashboard=trains,
         )
 
