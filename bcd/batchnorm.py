@@ -91,3 +91,11 @@ def share(network: nn.Module, device: torch.device) -> nn.Module:
             # All that differs is `forward`; parameters and buffers stay those that the optimiser knows.
             module.__class__ = SharedBatchNorm
     return network
+
+
+def average(network: nn.Module) -> None:
+    """Give every worker the mean of all workers' running statistics, in place: after steps in which each
+    counted its own images alone, they would validate different models. Collective."""
+    for buffer in filter(torch.is_floating_point, network.buffers()):
+        dist.all_reduce(buffer)
+        buffer.div_(dist.get_world_size())

@@ -120,6 +120,10 @@ class TrainingConfig(Config):
     precision: Precision = "auto"
     """auto: bfloat16 where the hardware computes in it, else float32."""
 
+    sync_batchnorm: bool = True
+    """Batch norm counts the images of all workers, so that their number does not change the result. Without
+    it each counts its own: that waits less for the others, but is no good with few images a worker."""
+
     seed: int = Field(default=0, ge=0)
     """Seeds the split, the upsampling, the shuffling and the augmentation."""
 

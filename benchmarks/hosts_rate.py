@@ -4,9 +4,10 @@
     python -m benchmarks.hosts_rate --data DATA
 
 Hosts are network namespaces of this machine (needs root): a head without work, one or two workers that are
-pinned to a core each, and an S3 server for what is written. Head and server run on any core, so on a machine
-with two the second host loses to them what on real hosts it would not. One and two hosts take turns. Rates
-are steady ones: the first third of what is scored, and the first epoch, are start-up and do not count.
+pinned to a core each, and an S3 server for what is written. Head and server run on any core: on a machine
+with two, hosts that are held to a share of their core leave room for them, as real hosts would (--share).
+One and two hosts take turns. Rates are steady ones: the first third of what is scored, and the first epoch,
+are start-up and do not count.
 """
 
 import argparse
@@ -17,9 +18,12 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from bcd import archive, schema, storage
+from benchmarks.quota import quota
 from tests.archives import write_manifest
 from tests.cluster import read_json
 
@@ -50,23 +54,24 @@ def committed(job: object) -> Iterator[int]:
         time.sleep(1)
 
 
-def training_rate(hosts: object, data: str, workers: int) -> float:
+def training_rate(hosts: object, data: str, sync_batchnorm: bool, workers: int) -> float:
     """Images per second of the epochs after the first, the median."""
     name = uuid.uuid4().hex
     flags = ("--weights", "none", "--epochs", str(EPOCHS), "--optimizer", "sgd")
     flags += ("--learning-rate", "0.001", "--num-workers", str(workers), "--output", BUCKET, "--name", name)
+    flags += () if sync_batchnorm else ("--no-sync-batchnorm",)
     Job(hosts, f"{BUCKET}/{name}", ("jobs/train.py", "--data", data, *flags)).succeed()
     history = read_json(f"{BUCKET}/{name}/history.json")
     assert {record["workers"] for record in history} == {workers}
     return statistics.median(record["images_per_s"] for record in history[1:])
 
 
-def compare(name: str, hosts: object, core: str, rounds: int, rate: Callable[[int], float]) -> None:
-    """Measure in turns, the second host on that core, and print a line for each round and the median."""
+def compare(name: str, hosts: object, second: list[str], rounds: int, rate: Callable[[int], float]) -> None:
+    """Measure in turns, the second host started as said, and print a line for each round and the median."""
     ratios = []
     for number in range(1, rounds + 1):
         one = rate(1)
-        hosts.join(hosts.two, cores=core)
+        hosts.join(hosts.two, second)
         two = rate(2)
         hosts.leave(hosts.two)
         ratios.append(two / one)
@@ -86,6 +91,17 @@ def scoring(hosts: object, model_folder: str, images: str, n: int) -> Callable[[
     return lambda _: scoring_rate(hosts, model, str(manifest))
 
 
+@contextmanager
+def core(name: str, share: float) -> Iterator[list[str]]:
+    """What to put before a command, so that it runs on that core and has that share of it."""
+    pinned = ["taskset", "-c", name]
+    if share == 1:
+        yield pinned
+        return
+    with quota(f"bcd-{os.getpid()}-core-{name}", share) as limited:
+        yield [*limited, *pinned]
+
+
 def main() -> None:
     """Measure and print what was asked for."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -96,20 +112,24 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=3840, help="pictures scored in a run")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cores", nargs=2, default=("0", "1"), help="core of each host")
+    parser.add_argument("--sync-batchnorm", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--share", type=float, default=1.0, help="of its core that a host may use")
     arguments = parser.parse_args()
     if bool(arguments.model) != bool(arguments.images) or not (arguments.model or arguments.data):
         parser.error("give --model and --images, --data, or all three")
-    first, second = arguments.cores
-    with Hosts.up() as hosts:
+    if not 0 < arguments.share <= 1:
+        parser.error("--share is a number above 0, and 1 at most")
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(core(name, arguments.share)) for name in arguments.cores)
+        hosts = stack.enter_context(Hosts.up())
         hosts.start_head()
-        hosts.join(hosts.one, cores=first)
+        hosts.join(hosts.one, first)
         if arguments.model:
             rate = scoring(hosts, arguments.model, arguments.images, arguments.n)
             compare("scoring", hosts, second, arguments.rounds, rate)
         if arguments.data:
-            compare(
-                "training", hosts, second, arguments.rounds, lambda n: training_rate(hosts, arguments.data, n)
-            )
+            rate = partial(training_rate, hosts, arguments.data, arguments.sync_batchnorm)
+            compare("training", hosts, second, arguments.rounds, rate)
 
 
 if __name__ == "__main__":

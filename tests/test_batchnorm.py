@@ -61,7 +61,10 @@ def work(rank, folder):
     loss = step(DistributedDataParallel(shared), images[mine], target[mine])
     dist.all_reduce(loss)
     gradients = [parameter.grad for parameter in shared.parameters()]
-    torch.save((loss / 2, gradients, shared.state_dict(), mixed), f"{folder}/{rank}")
+    apart = network()
+    apart(images[mine])
+    batchnorm.average(apart)
+    torch.save((loss / 2, gradients, shared.state_dict(), mixed, apart.state_dict()), f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
@@ -75,7 +78,7 @@ def found(tmp_path_factory):
 def test_two_workers_equal_one(found):
     whole = network()
     expected = step(whole, *data())
-    for loss, gradients, state, _ in found:
+    for loss, gradients, state, *_ in found:
         assert loss == pytest.approx(expected.item(), abs=1e-12)
         for gradient, parameter in zip(gradients, whole.parameters(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad, rtol=0, atol=1e-12)
@@ -87,7 +90,7 @@ def test_two_workers_equal_one(found):
 def test_two_workers_equal_one_in_mixed_precision(found):
     batch_norm, x, gradient = layer()
     output, of_x, *of_parameters = through(batch_norm, x.float(), gradient.float())
-    halves = [mixed for *_, mixed in found]
+    halves = [mixed for *_, mixed, _ in found]
     for number, expected in enumerate((output, of_x)):
         both = torch.cat([half[number] for half in halves])
         assert both.dtype == torch.bfloat16
@@ -99,3 +102,15 @@ def test_two_workers_equal_one_in_mixed_precision(found):
 def test_in_evaluation_it_is_plain_batch_norm():
     images, _ = data()
     torch.testing.assert_close(batchnorm.share(network().eval(), CPU)(images), network().eval()(images))
+
+
+def test_running_statistics_of_workers_that_counted_apart_are_averaged(found):
+    halves = [network() for _ in found]
+    images, _ = data()
+    for half, mine in zip(halves, images.split(3), strict=True):
+        half(mine)
+    first, second = (half.state_dict() for half in halves)
+    for *_, state in found:
+        for name, value in state.items():
+            expected = torch.stack([first[name], second[name]]).double().mean(0).to(value.dtype)
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)

@@ -104,7 +104,9 @@ def train(task: Task) -> list[dict[str, Any]]:
     # Every worker augments differently, every epoch anew, all from one seed.
     torch.manual_seed(config.seed * 1_000 + context.get_world_rank())
     state = _state(task, device)
-    network = ray.train.torch.prepare_model(state.network, move_to_device=False)
+    # Running statistics are the same on all workers, or `batchnorm.average` makes them so.
+    kwargs = {"broadcast_buffers": False}
+    network = ray.train.torch.prepare_model(state.network, False, parallel_strategy_kwargs=kwargs)
     height, width = config.input_height_px, config.input_width_px
     augmentation = transform.augmentation(height, width) if config.augment else None
     step = optimise.Step(network, state.optimizer, device, config.precision, augmentation)
@@ -125,7 +127,7 @@ def _state(task: Task, device: torch.device) -> State:
     weights = ray.get(task.weights) if task.weights is not None else None
     network = model.build(len(task.classes), weights, config.seed)
     network = network.to(device).to(memory_format=torch.channels_last)
-    if ray.train.get_context().get_world_size() > 1:
+    if config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
         batchnorm.share(network, device)
     optimizer = optimise.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
     state = State(network, optimizer)
@@ -141,6 +143,8 @@ def _epoch(task: Task, step: optimise.Step, state: State, epoch: int, stream: "S
     seconds = time.monotonic() - started
     if epoch < task.config.epochs:
         stream.begin()
+    if not task.config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
+        batchnorm.average(state.network)
     validated = _gather(_validate(task, state.network, step.device))
     _log_exposure(task, trained, epoch)
     names = [task.classes[target] for target in trained.targets]

@@ -59,11 +59,14 @@ class Host:
     folder: Path
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, command: Sequence[str | Path], **variables: str) -> subprocess.Popen[bytes]:
-        """Start a process on the host; its output goes to a file in the host's folder."""
+    def start(
+        self, command: Sequence[str | Path], under: Sequence[str] = (), **variables: str
+    ) -> subprocess.Popen[bytes]:
+        """Start a process on the host, under a command such as taskset where one is given; its output goes to
+        a file in the host's folder."""
         with self._log(len(self.started)).open("wb") as log:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.name, *command],
+                [*under, "ip", "netns", "exec", self.name, *command],
                 env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"} | variables,
                 start_new_session=True,
                 stdout=log,
@@ -84,13 +87,14 @@ class Host:
     def _log(self, number: int) -> Path:
         return self.folder / f"{number}.log"
 
-    def start_ray(self, *arguments: str, cores: str = "", **variables: str) -> subprocess.Popen[bytes]:
-        """`ray start --block` on the host, on some cores of the machine only where they are named."""
-        pinned = ["taskset", "-c", cores] if cores else []
+    def start_ray(
+        self, *arguments: str, under: Sequence[str] = (), **variables: str
+    ) -> subprocess.Popen[bytes]:
+        """`ray start --block` on the host."""
         ray = [BIN / "ray", "start", "--block", f"--node-ip-address={self.address}", "--disable-usage-stats"]
         ray += [f"--temp-dir={self.folder}/ray", f"--object-store-memory={4 * 10**8}"]
         self.tmp.mkdir(exist_ok=True)
-        return self.start([*pinned, *ray, *arguments], TMPDIR=str(self.tmp), **variables)
+        return self.start([*ray, *arguments], under, TMPDIR=str(self.tmp), **variables)
 
     def listens(self, port: int) -> bool:
         """Whether a server on the host accepts connections from here."""
@@ -237,9 +241,9 @@ class Hosts:
         )
         wait_for(lambda: self.head.listens(DASHBOARD_PORT), PATIENCE_S, "the head")
 
-    def join(self, host: Host, cores: str = "") -> None:
+    def join(self, host: Host, under: Sequence[str] = ()) -> None:
         """Start Ray on a worker, and wait until the cluster has it."""
-        ray = host.start_ray(f"--address={self.head.address}:{GCS_PORT}", f"--num-cpus={CPUS}", cores=cores)
+        ray = host.start_ray(f"--address={self.head.address}:{GCS_PORT}", f"--num-cpus={CPUS}", under=under)
 
         def come() -> bool:
             assert ray.poll() is None, host.log_of(ray)

@@ -76,7 +76,16 @@ def test_validation_counted_every_row_of_both_workers(run_uri):
 
 
 def test_both_workers_validated_the_model_that_is_kept(run_uri):
-    """Batch-norm statistics differ between workers after the last step: only the first's are kept."""
+    check_validated(run_uri)
+
+
+def test_they_do_so_too_where_each_counts_its_own_batches(cluster, config):
+    apart = {"name": "apart", "epochs": 1, "sync_batchnorm": False}
+    check_validated(train.run(config.model_copy(update=apart)))
+
+
+def check_validated(run_uri):
+    """Running statistics could differ between workers after the last step: only the first's are kept."""
     table = pq.read_table(io.BytesIO(storage.read_bytes(f"{run_uri}/split.parquet")))
     rows = prepare.part_of(table, "validation").to_pylist()
     loaded = bundle.load(f"{run_uri}/model", device="cpu")
