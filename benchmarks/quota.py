@@ -1,4 +1,5 @@
-"""Hold processes to a share of a CPU, by Linux's control groups (version 2, or 1). Needs root.
+"""Hold processes to a share of a CPU, by Linux's control groups: version 1, or 2, which has not been run.
+Needs root.
 
 Hosts that are pinned to a core each share those cores with whatever else the machine runs. Held to less than
 a core they leave room for it, and are as fast, or slow, alone as together.
