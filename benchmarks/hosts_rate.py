@@ -28,6 +28,8 @@ from tests.archives import write_manifest
 from tests.cluster import read_json
 
 EPOCHS = 3
+# A training on one slow core may last.
+PATIENCE_S = 7200
 # What a scoring job says now and then.
 PROGRESS = re.compile(r"inputs, ([\d,]+) rows, ")
 GOAL = 1.8
@@ -54,13 +56,12 @@ def committed(job: object) -> Iterator[int]:
         time.sleep(1)
 
 
-def training_rate(hosts: object, data: str, sync_batchnorm: bool, workers: int) -> float:
-    """Images per second of the epochs after the first, the median."""
+def training_rate(hosts: object, data: str, chosen: tuple[str, ...], workers: int) -> float:
+    """Images per second of the epochs after the first, the median; with flags of the training as chosen."""
     name = uuid.uuid4().hex
-    flags = ("--weights", "none", "--epochs", str(EPOCHS), "--optimizer", "sgd")
-    flags += ("--learning-rate", "0.001", "--num-workers", str(workers), "--output", BUCKET, "--name", name)
-    flags += () if sync_batchnorm else ("--no-sync-batchnorm",)
-    Job(hosts, f"{BUCKET}/{name}", ("jobs/train.py", "--data", data, *flags)).succeed()
+    flags = ("--weights", "none", "--epochs", str(EPOCHS), "--optimizer", "sgd", "--learning-rate", "0.001")
+    flags += ("--num-workers", str(workers), "--output", BUCKET, "--name", name, *chosen)
+    Job(hosts, f"{BUCKET}/{name}", ("jobs/train.py", "--data", data, *flags)).succeed(PATIENCE_S)
     history = read_json(f"{BUCKET}/{name}/history.json")
     assert {record["workers"] for record in history} == {workers}
     return statistics.median(record["images_per_s"] for record in history[1:])
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=3840, help="pictures scored in a run")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cores", nargs=2, default=("0", "1"), help="core of each host")
+    parser.add_argument("--batch-size", type=int, default=32, help="images of a step, over all hosts")
     parser.add_argument("--sync-batchnorm", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--share", type=float, default=1.0, help="of its core that a host may use")
     arguments = parser.parse_args()
@@ -128,7 +130,9 @@ def main() -> None:
             rate = scoring(hosts, arguments.model, arguments.images, arguments.n)
             compare("scoring", hosts, second, arguments.rounds, rate)
         if arguments.data:
-            rate = partial(training_rate, hosts, arguments.data, arguments.sync_batchnorm)
+            batchnorm = "--sync-batchnorm" if arguments.sync_batchnorm else "--no-sync-batchnorm"
+            chosen = ("--batch-size", str(arguments.batch_size), batchnorm)
+            rate = partial(training_rate, hosts, arguments.data, chosen)
             compare("training", hosts, second, arguments.rounds, rate)
 
 

@@ -21,6 +21,7 @@ import ray.train.torch
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.models import ResNet
 
@@ -104,9 +105,11 @@ def train(task: Task) -> list[dict[str, Any]]:
     # Every worker augments differently, every epoch anew, all from one seed.
     torch.manual_seed(config.seed * 1_000 + context.get_world_rank())
     state = _state(task, device)
-    # Running statistics are the same on all workers, or `batchnorm.average` makes them so.
-    kwargs = {"broadcast_buffers": False}
-    network = ray.train.torch.prepare_model(state.network, False, parallel_strategy_kwargs=kwargs)
+    network = ray.train.torch.prepare_model(state.network, False)
+    if isinstance(network, DistributedDataParallel):
+        # Running statistics are the same on all workers, or `batchnorm.average` makes them so. As an argument
+        # torch 2.11 only takes it by this name, and torch 2.13 warns about it.
+        network.broadcast_buffers = False
     height, width = config.input_height_px, config.input_width_px
     augmentation = transform.augmentation(height, width) if config.augment else None
     step = optimise.Step(network, state.optimizer, device, config.precision, augmentation)

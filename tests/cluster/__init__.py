@@ -144,7 +144,7 @@ def finished(job: subprocess.Popen[str]) -> str:
     return log
 
 
-def finish(client: Any, job: str) -> tuple[Any, str]:
+def finish(client: Any, job: str, patience_s: float = PATIENCE_S) -> tuple[Any, str]:
     """Wait for the end of a job; its status and log."""
-    wait_for(lambda: client.get_job_status(job).is_terminal(), PATIENCE_S, f"the end of {job}")
+    wait_for(lambda: client.get_job_status(job).is_terminal(), patience_s, f"the end of {job}")
     return client.get_job_status(job), client.get_job_logs(job)

@@ -306,8 +306,8 @@ class Job:
         for host in hosts:
             self.wait_for(partial(host.runs, of), f"{of} on {host.name}")
 
-    def succeed(self) -> str:
+    def succeed(self, patience_s: float = PATIENCE_S) -> str:
         """Its log; it must end well."""
-        status, log = finish(self.client, self.id)
+        status, log = finish(self.client, self.id, patience_s)
         assert status == JobStatus.SUCCEEDED, log
         return log
