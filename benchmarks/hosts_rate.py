@@ -29,7 +29,7 @@ from tests.cluster import read_json
 
 EPOCHS = 3
 # A training on one slow core may last.
-PATIENCE_S = 7200
+LONGEST_TRAINING_S = 7200
 # What a scoring job says now and then.
 PROGRESS = re.compile(r"inputs, ([\d,]+) rows, ")
 GOAL = 1.8
@@ -61,7 +61,7 @@ def training_rate(hosts: object, data: str, chosen: tuple[str, ...], workers: in
     name = uuid.uuid4().hex
     flags = ("--weights", "none", "--epochs", str(EPOCHS), "--optimizer", "sgd", "--learning-rate", "0.001")
     flags += ("--num-workers", str(workers), "--output", BUCKET, "--name", name, *chosen)
-    Job(hosts, f"{BUCKET}/{name}", ("jobs/train.py", "--data", data, *flags)).succeed(PATIENCE_S)
+    Job(hosts, f"{BUCKET}/{name}", ("jobs/train.py", "--data", data, *flags)).succeed(LONGEST_TRAINING_S)
     history = read_json(f"{BUCKET}/{name}/history.json")
     assert {record["workers"] for record in history} == {workers}
     return statistics.median(record["images_per_s"] for record in history[1:])
