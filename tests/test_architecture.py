@@ -50,7 +50,7 @@ def depth(node: ast.AST) -> int:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_modules_and_functions_are_small(path):
-    assert len(path.read_text().splitlines()) <= 400
+    assert len(path.read_text().splitlines()) <= 500
     for function in functions(path):
         assert function.end_lineno - function.lineno < 50, function.name
         assert depth(function) <= 3, function.name
