@@ -199,6 +199,5 @@ def _covers(card: Card, height_px: int, width_px: int) -> Covers:
 
 
 def _warnings(distance: float, cutoff: float | None) -> list[Warn]:
-    if cutoff is None or distance <= cutoff:
-        return []
-    return [Warn(code=novelty.CODE, message=novelty.sentence(distance, cutoff))]
+    sentence = novelty.sentence(distance, cutoff) if cutoff is not None else ""
+    return [Warn(code=code, message=sentence) for code in novelty.codes(distance, cutoff)]

@@ -215,7 +215,14 @@ def set_precision(precision: str) -> None:
         torch.backends.cudnn.allow_tf32 = False
 
 
+def effective_precision(device: torch.device, precision: str) -> str:
+    """What `--precision auto|float32|bfloat16` computes in on this device: float32 or bfloat16."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if bfloat16_is_fast(device) else "float32"
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision for `--precision auto|float32|bfloat16` on this device."""
-    enabled = precision == "bfloat16" or (precision == "auto" and bfloat16_is_fast(device))
+    enabled = effective_precision(device, precision) == "bfloat16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -66,6 +66,14 @@ def cutoff(distances: np.ndarray) -> float:
     return float(np.percentile(distances, CUTOFF_PERCENTILE))
 
 
+def codes(found: float, limit: float | None) -> list[str]:
+    """Codes of the warnings about a picture at this distance, none without a cut-off.
+
+    Compared as float32, as both stand in the predictions table: who filters by its columns finds the same.
+    """
+    return [CODE] if limit is not None and np.float32(found) > np.float32(limit) else []
+
+
 def sentence(found: float, limit: float) -> str:
     """The warning for people."""
     return (

@@ -32,9 +32,13 @@ EVIDENCE_HEIGHT = "evidence_height"
 EVIDENCE_WIDTH = "evidence_width"
 EVIDENCE_BIAS = "evidence_bias"
 NOVELTY = "novelty"
+NOVELTY_CUTOFF = "novelty_cutoff"
+WARNINGS = "warnings"
 ERROR = "error"
 ERROR_MESSAGE = "error_message"
 MODEL_ID = "model_id"
+ENGINE = "engine"
+PRECISION = "precision"
 BCD_VERSION = "bcd_version"
 OVERLAY = "overlay"
 EPOCH = "epoch"
@@ -142,7 +146,10 @@ SLIDES = pa.schema(
 def predictions(evidence_height: int, evidence_width: int, overlays: bool = False) -> pa.Schema:
     """Schema of the predictions table for evidence maps of the given size (cells, not pixels).
 
-    With overlays, a last column holds a PNG of each picture with its map laid over it.
+    `novelty_cutoff` and `warnings` (codes, often none) are of results; null in a row with an error. `sha256`
+    is of the file's bytes wherever they were read; null for a tile, whose slide is never read whole.
+    `engine` and `precision` say what computed a row. With overlays, a last column holds a PNG of each picture
+    with its map laid over it.
     """
     evidence = pa.list_(pa.float32(), evidence_height * evidence_width)
     return pa.schema(
@@ -165,9 +172,14 @@ def predictions(evidence_height: int, evidence_width: int, overlays: bool = Fals
             (EVIDENCE_WIDTH, pa.int16()),
             (EVIDENCE_BIAS, pa.float32()),
             (NOVELTY, pa.float32()),
+            (NOVELTY_CUTOFF, pa.float32()),
+            (WARNINGS, pa.list_(pa.string())),
+            (SHA256, pa.string()),
             (ERROR, pa.string()),
             (ERROR_MESSAGE, pa.string()),
             pa.field(MODEL_ID, pa.string(), nullable=False),
+            (ENGINE, pa.string()),
+            (PRECISION, pa.string()),
             pa.field(BCD_VERSION, pa.string(), nullable=False),
             *([(OVERLAY, pa.binary())] if overlays else []),
         ]

@@ -5,7 +5,7 @@ from bcd import schema
 DESIGN_PREDICTIONS = set(
     """image_id uri slide patient x_level0_px y_level0_px mpp width_px height_px logit probability
     probability_malignant predicted_class evidence evidence_height evidence_width evidence_bias novelty
-    error error_message model_id bcd_version""".split()  # noqa: SIM905
+    novelty_cutoff warnings sha256 error error_message model_id engine precision bcd_version""".split()  # noqa: SIM905
 )
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
 
-from bcd import bundle, cam, image, overlay, provenance, schema, storage
+from bcd import bundle, cam, image, model, novelty, overlay, provenance, schema, storage
 from bcd.pipelines import cluster, read
 
+# What computes a row, by the name of its column `engine`.
+EAGER, COMPILED = "torch", "torch_compiled"
 CARRIED = (
     schema.IMAGE_ID,
     schema.URI,
@@ -123,7 +125,12 @@ class Scorer:
         self._bundle = bundle.load(
             settings.model_uri, precision=settings.precision, compiled=settings.compile
         )
-        self._version = provenance.own_version()
+        self._constant = {
+            schema.MODEL_ID: self._bundle.model_id,
+            schema.ENGINE: COMPILED if settings.compile else EAGER,
+            schema.PRECISION: model.effective_precision(self._bundle.device, settings.precision),
+            schema.BCD_VERSION: provenance.own_version(),
+        }
 
     def __call__(self, batch: Any) -> pa.Table:
         """Rows to read, or pictures (n, height, width, 3) with their rows, to n rows of predictions."""
@@ -136,8 +143,8 @@ class Scorer:
             columns[name] = pa.array(batch[name], mask=~good)
         for name in (schema.ERROR, schema.ERROR_MESSAGE):
             columns[name] = pa.array(batch[name], pa.string(), mask=good)
-        columns[schema.MODEL_ID] = pa.array([self._bundle.model_id] * n)
-        columns[schema.BCD_VERSION] = pa.array([self._version] * n)
+        columns[schema.SHA256] = pa.array(batch[schema.SHA256], pa.string(), mask=batch[schema.SHA256] == "")
+        columns |= {name: pa.array([value] * n) for name, value in self._constant.items()}
         return self._table(columns, batch[schema.IMAGE][good], good)
 
     def _table(self, columns: dict[str, pa.Array], images: np.ndarray, good: np.ndarray) -> pa.Table:
@@ -158,6 +165,8 @@ class Scorer:
         prediction = self._bundle.predict(padded, self._settings.cam, self._settings.cam_layer)
         maps = prediction.evidence[:n]
         height, width = maps.shape[1:]
+        statistics = self._bundle.card.feature_statistics
+        cutoff = statistics.cutoff if statistics else None
         columns: dict[str, Any] = {
             schema.LOGIT: list(prediction.logit[:n]),
             schema.PROBABILITY: list(prediction.probability[:n]),
@@ -168,6 +177,8 @@ class Scorer:
             schema.EVIDENCE_WIDTH: [width] * n,
             schema.EVIDENCE_BIAS: pa.array(prediction.evidence_bias[:n], from_pandas=True),
             schema.NOVELTY: pa.array(prediction.novelty[:n], from_pandas=True),
+            schema.NOVELTY_CUTOFF: [cutoff] * n,
+            schema.WARNINGS: [novelty.codes(distance, cutoff) for distance in prediction.novelty[:n]],
         }
         if self._settings.overlays:
             columns[schema.OVERLAY] = [self._drawn(*pair) for pair in zip(images, maps, strict=True)]

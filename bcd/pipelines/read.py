@@ -144,14 +144,16 @@ def pixels(
 
     Returns:
         The kept columns, `image` uint8 (n, height, width, 3), `height_px` and `width_px` of the original,
-        and `error` and `error_message`, empty for a good picture. A broken one is black.
+        `sha256` of the file's bytes, empty where it was not read whole (a tile), and `error` and
+        `error_message`, empty for a good picture. A broken one is black.
     """
     n = len(batch)
     images = np.zeros((n, height_px, width_px, 3), np.uint8)
     heights, widths = np.zeros(n, np.int32), np.zeros(n, np.int32)
     # Empty and not null for a good image: NumPy batches have no null for text.
-    errors, messages = [""] * n, [""] * n
-    for i, picture in enumerate(_pictures(batch.to_pylist(), threads, (height_px, width_px), mpp)):
+    hashes, errors, messages = [""] * n, [""] * n, [""] * n
+    found = _pictures(batch.to_pylist(), threads, (height_px, width_px), mpp)
+    for i, (hashes[i], picture) in enumerate(found):
         if isinstance(picture, image.ImageError):
             errors[i], messages[i] = picture.code, picture.message
         else:
@@ -161,6 +163,7 @@ def pixels(
         schema.IMAGE: images,
         schema.HEIGHT_PX: heights,
         schema.WIDTH_PX: widths,
+        schema.SHA256: np.array(hashes, object),
         schema.ERROR: np.array(errors, object),
         schema.ERROR_MESSAGE: np.array(messages, object),
     }
@@ -171,8 +174,8 @@ Picture = tuple[np.ndarray, int, int]
 
 def _pictures(
     rows: list[dict[str, Any]], threads: int, size: tuple[int, int], mpp: float | None
-) -> Iterator[Picture | image.ImageError]:
-    """Fitted pictures in order; several requests are in flight while others are decoded."""
+) -> Iterator[tuple[str, Picture | image.ImageError]]:
+    """Hashes and fitted pictures in order; several requests are in flight while others are decoded."""
     with ThreadPoolExecutor(storage.READ_THREADS) as fetching, ThreadPoolExecutor(threads) as decoding:
         contents = [fetching.submit(_try_read, row[schema.URI]) if _is_file(row) else None for row in rows]
         yield from decoding.map(lambda row, content: _picture(row, content, size, mpp), rows, contents)
@@ -188,14 +191,15 @@ def _picture(
     content: "Future[bytes | StorageError] | None",
     size: tuple[int, int],
     mpp: float | None,
-) -> Picture | image.ImageError:
+) -> tuple[str, Picture | image.ImageError]:
+    read = content.result() if content else None
+    digest = hashlib.sha256(read).hexdigest() if isinstance(read, bytes) else ""
     try:
-        found = picture(row, mpp, content.result() if content else None)
+        found = picture(row, mpp, read)
     except image.ImageError as error:
-        return error
-    if _is_file(row):
-        return image.fit(found, *size), *found.shape[:2]
-    return image.fit(found, *size), row[schema.HEIGHT_PX], row[schema.WIDTH_PX]
+        return digest, error
+    original = found.shape[:2] if _is_file(row) else (row[schema.HEIGHT_PX], row[schema.WIDTH_PX])
+    return digest, (image.fit(found, *size), *original)
 
 
 def picture(

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 import pytest
 from PIL import Image
 
-from bcd import bundle, image, index, model, schema, storage
+from bcd import bundle, image, index, model, novelty, schema, storage
 from bcd.pipelines import predict, read
 from tests import pictures
 from tests.test_bundle import card
@@ -159,6 +160,40 @@ def test_tiles_are_scored_from_their_slide(scorer, tmp_path):
     assert (broken[schema.ERROR], broken[schema.ERROR_MESSAGE]) == ("unreadable", "no slide")
 
 
+def test_a_row_says_which_bytes_it_is_of_and_what_computed_it(scorer, model_uri, tmp_path):
+    """A file that was read, whole or broken; one that is not there; a tile; and another precision."""
+    contents = {"a.png": pictures.encode(pictures.gradient()), "b.png": b"broken"}
+    contents["s.tif"] = pictures.tiled_tiff(pictures.gradient(150, 200), 0.5)
+    rows = reading(tmp_path, contents).to_pylist()
+    rows[2] |= {schema.X_LEVEL0_PX: 0, schema.Y_LEVEL0_PX: 0, schema.MPP: 0.5}
+    rows[2] |= {schema.WIDTH_PX: 70, schema.HEIGHT_PX: 46}
+    rows.append({schema.IMAGE_ID: "gone.png", schema.URI: str(tmp_path / "gone.png")})
+    table = pa.Table.from_pylist(rows, schema=schema.READING)
+    found = scorer(table)
+    read_whole = [hashlib.sha256(contents[name]).hexdigest() for name in ("a.png", "b.png")]
+    assert found[schema.SHA256].to_pylist() == [*read_whole, None, None]
+    assert found[schema.ENGINE].to_pylist() == ["torch"] * 4
+    assert found[schema.PRECISION].to_pylist() == ["float32"] * 4
+    half = predict.Scorer(predict.Settings(model_uri, "bfloat16", batch_size=4), 1)(table.slice(1, 1))
+    assert half[schema.PRECISION].to_pylist() == ["bfloat16"]
+
+
+def test_warnings_stand_in_the_row(tmp_path):
+    """With a cut-off that the picture exceeds, with one that it does not, and without statistics."""
+    facts = {"mean": (0.0,) * 2048, "spread": (1.0,) * 2048, "n_training": 1, "n_validation": 1}
+    rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b""})
+    told = []
+    for cutoff in (1e-6, 1e6, None):
+        known = novelty.FeatureStatistics(**facts, cutoff=cutoff) if cutoff else None
+        uri = str(tmp_path / f"model-{cutoff}")
+        bundle.save(model.build(2, seed=1), card(feature_statistics=known), uri)
+        good, bad = predict.Scorer(predict.Settings(uri, batch_size=2), 1)(rows).to_pylist()
+        assert (bad[schema.NOVELTY], bad[schema.NOVELTY_CUTOFF], bad[schema.WARNINGS]) == (None, None, None)
+        told.append((good[schema.NOVELTY_CUTOFF], good[schema.WARNINGS]))
+    first = np.float32(1e-6).item()
+    assert told == [(first, ["unlike_training_data"]), (1e6, []), (None, [])]
+
+
 def test_overlays_and_other_methods_on_request(model_uri, tmp_path):
     rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b""})
     settings = predict.Settings(model_uri, batch_size=2, cam="layercam", cam_layer="layer3", overlays=True)
@@ -177,6 +212,7 @@ def test_a_batch_without_one_good_picture_is_all_errors(model_uri):
         schema.IMAGE: np.zeros((2, 64, 96, 3), np.uint8),
         schema.HEIGHT_PX: np.zeros(2, np.int32),
         schema.WIDTH_PX: np.zeros(2, np.int32),
+        schema.SHA256: np.array(["", "ab"], object),
         schema.ERROR: np.array(["empty", "truncated"]),
         schema.ERROR_MESSAGE: np.array(["a", "b"]),
         **{name: np.array(["x", "y"], object) for name in predict.CARRIED},
@@ -189,6 +225,7 @@ def test_a_batch_without_one_good_picture_is_all_errors(model_uri):
     assert result[schema.ERROR].to_pylist() == ["empty", "truncated"]
     assert result[schema.LOGIT].null_count == result[schema.HEIGHT_PX].null_count == 2
     assert result[schema.MPP].to_pylist() == [None, 0.5]
+    assert result[schema.SHA256].to_pylist() == [None, "ab"]
     assert result[schema.X_LEVEL0_PX].to_pylist() == [None, 9]
 
 
