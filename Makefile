@@ -2,14 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PROCESSES := 2
 
-.PHONY: demo test lint env clean
+.PHONY: demo check test test-all lint env clean
 
 demo: $(VENV)/installed  ## generate synthetic images, train on them, evaluate, show where the report is
 	$(BIN)/python jobs/demo.py
 
-test: $(VENV)/installed-dev lint  ## lint, types, and all tests
-	$(BIN)/python -m pytest
+check: $(VENV)/installed-dev lint  ## lint, types, and the tests that need no cluster
+	$(BIN)/python -m pytest -m 'not ray and not trial'
+
+# Much of what the tests on a cluster do is waiting: several processes, each with a cluster of its own.
+test: $(VENV)/installed-dev lint  ## lint, types, and the tests that people run
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup --no-loadscope-reorder --durations=25
+
+test-all: $(VENV)/installed-dev lint  ## everything, the long trials too: hours
+	$(BIN)/python -m pytest -m '' --durations=25
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

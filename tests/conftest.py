@@ -35,9 +35,38 @@ from tests.service import LIMITS, TOKEN
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
+# Test files that take longest, longest first: begun late, one of them would leave the other processes idle.
+LONGEST = (
+    "tests/test_score_jobs.py",
+    "tests/test_jobs.py",
+    "tests/cluster",
+    "tests/pipelines/test_serve.py",
+    "tests/pipelines/test_train.py",
+    "tests/pipelines/test_doctor.py",
+    "tests/pipelines/test_crossval.py",
+    "tests/pipelines/test_evaluate.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: a slip shows in seconds, before a cluster is started."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+    """One process runs all tests of a file, so that what they share is made once.
+
+    In several processes (`-n`) the longest files begin first; in one, the fast tests do: a slip shows in
+    seconds, before a cluster is started.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items.sort(key=lambda item: LONGEST.index(_group(item)) if _group(item) in LONGEST else len(LONGEST))
+    else:
+        items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+
+
+def _group(item: pytest.Item) -> str:
+    """The file of a test; all tests of several hosts share one network."""
+    path = item.nodeid.partition("::")[0]
+    return "tests/cluster" if path.startswith("tests/cluster/") else path
 
 
 @pytest.fixture(scope="session")

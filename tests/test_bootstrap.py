@@ -210,6 +210,7 @@ def test_intervals_cover_the_planted_truth() -> None:
     assert all(0.93 <= share <= 0.97 for share in covered.values()), covered
 
 
+@pytest.mark.trial
 def test_a_bootstrap_over_images_does_not_cover_it() -> None:
     """What resampling patients is for: with each image its own patient the truth is held far too seldom."""
 

@@ -38,6 +38,7 @@ def share_significant(found: list[dict[str, dict[str, Any]]]) -> dict[str, float
     return {name: np.mean([row[name]["p_value"] < 0.05 for row in found]) for name in compare.METRICS}
 
 
+@pytest.mark.trial
 def test_models_that_are_equally_good_differ_in_one_study_of_twenty() -> None:
     """3 to 7 % of 500: as near as 500 can tell. The AUC is known from 24 benign patients and errs less often
     (3.4 % of 2,000 studies), which the least of 500 may hide."""

@@ -203,7 +203,11 @@ def test_a_job_killed_on_s3_goes_on_and_takes_up_new_files(
 
 
 @pytest.mark.parametrize(
-    ("fault", "victims"), [(faults.EXPIRED, "field-"), (faults.SLOW_DOWN, "field-039")], ids=["token", "some"]
+    ("fault", "victims"),
+    [
+        pytest.param(faults.EXPIRED, "field-", id="token"),
+        pytest.param(faults.SLOW_DOWN, "field-039", id="some", marks=pytest.mark.trial),
+    ],
 )
 def test_a_store_that_denies_in_the_middle_changes_nothing(
     fault, victims, archive_on_s3, model_uri, tmp_path, undisturbed
@@ -230,6 +234,7 @@ def test_a_store_that_denies_in_the_middle_changes_nothing(
     assert image.UNAVAILABLE not in table(tmp_path)[schema.ERROR].to_pylist()
 
 
+@pytest.mark.trial
 def test_a_store_on_a_bad_day_costs_time_only(archive_on_s3, model_uri, s3, undisturbed):
     """All of it is on S3."""
     output = f"{s3}/{uuid.uuid4().hex}"

@@ -53,8 +53,6 @@ def test_two_hosts_score_the_same_table_as_one(undisturbed, both, scoring):
 
 # Minutes of work for one host: a second one needs one until its model is up.
 N_JOINED = 6_000
-# A cut link is noticed late: `pytest -m trial tests/cluster`.
-SOME = [pytest.param("cut", marks=pytest.mark.trial), "raylet"]
 
 
 @pytest.fixture
@@ -64,7 +62,8 @@ def one_more(hosts):
     hosts.leave(hosts.two)
 
 
-@pytest.mark.parametrize("loss", SOME)
+@pytest.mark.trial
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_lost_host_changes_nothing_in_the_table(loss, undisturbed, both, scoring):
     """Done when 2."""
     job = scoring()

@@ -79,6 +79,7 @@ def test_both_workers_validated_the_model_that_is_kept(run_uri):
     check_validated(run_uri)
 
 
+@pytest.mark.trial
 def test_they_do_so_too_where_each_counts_its_own_batches(cluster, config):
     apart = {"name": "apart", "epochs": 1, "sync_batchnorm": False}
     check_validated(train.run(config.model_copy(update=apart)))
