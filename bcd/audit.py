@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from bcd import breakhis, finding, schema, split
 from bcd.errors import DataError
 from bcd.finding import Finding, Frozen, counted, listed, plain
+from bcd.manifest import Manifest
 
 # What must stand in one part only: groups of images by name, pictures by content. These fail an audit.
 GROUPS, PICTURES = (schema.PATIENT, schema.SLIDE), (schema.SHA256,)
@@ -154,21 +154,28 @@ def _file_names(table: pa.Table) -> list[str]:
     return [name.rpartition("/")[2] for name in table[schema.IMAGE_ID].to_pylist()]
 
 
-def read_roles(frame: pd.DataFrame, name: str) -> dict[str, str]:
+def read_roles(given: Manifest) -> dict[str, str]:
     """Part of every image of a split file, by image id (or URI, or file name).
 
     Raises:
         DataError: a column is missing, a part unknown, or an image stands in two parts.
     """
-    key = next((column for column in (schema.IMAGE_ID, schema.URI) if column in frame), None)
-    if key is None or schema.PART not in frame:
-        raise DataError(f"{name}: needs the columns {schema.IMAGE_ID} (or {schema.URI}) and {schema.PART}")
+    key = next((column for column in (schema.IMAGE_ID, schema.URI) if column in given.columns), None)
+    if key is None or schema.PART not in given.columns:
+        raise DataError(
+            f"{given.uri}: needs the columns {schema.IMAGE_ID} (or {schema.URI}) and {schema.PART}"
+        )
     roles: dict[str, str] = {}
-    for image, part in zip(frame[key].astype(str), frame[schema.PART], strict=True):
-        if part not in split.PARTS:
-            raise DataError(f"{name}: {image} has part {part!r}; expected one of {', '.join(split.PARTS)}")
+    for row in given.rows:
+        image, part = row.cells.get(key), row.cells.get(schema.PART)
+        if image is None:
+            raise DataError(f"{row.where}: the {key} is empty")
+        if part is None or part not in split.PARTS:
+            raise DataError(
+                f"{row.where}: {image} has part {part!r}; expected one of {', '.join(split.PARTS)}"
+            )
         if roles.setdefault(image, part) != part:
-            raise DataError(f"{name}: {image} stands in {roles[image]} and in {part}")
+            raise DataError(f"{row.where}: {image} stands in {roles[image]} and in {part}")
     return roles
 
 

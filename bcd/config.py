@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bcd.breakhis import N_FOLDS
 from bcd.errors import ConfigError
+from bcd.manifest import SUFFIXES as MANIFEST_SUFFIXES
 from bcd.taxonomy import MAGNIFICATIONS, Target
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -52,7 +53,7 @@ class TrainingConfig(Config):
     """What decides a training, whatever it is tested on."""
 
     data: str
-    """A BreaKHis tree, a folder with one sub-folder per class, or a CSV or Parquet manifest
+    """A BreaKHis tree, a folder with one sub-folder per class, or a CSV, TSV or Parquet manifest
     (columns uri, tumor_class or subtype, patient): a local path, s3:// or gs://."""
 
     output: str = "runs"
@@ -259,15 +260,15 @@ class AuditConfig(Config):
     """
 
     data: str
-    """A BreaKHis tree, a folder with one sub-folder per class, or a CSV or Parquet manifest
+    """A BreaKHis tree, a folder with one sub-folder per class, or a CSV, TSV or Parquet manifest
     (columns uri, tumor_class or subtype, patient): a local path, s3:// or gs://."""
 
     folds: str | None = None
     """Folder with the published dsfold1.txt to dsfold5.txt, or some of them, to be checked for leaks."""
 
     split: str | None = None
-    """A split to be checked for leaks: CSV or Parquet with image_id (or uri, or file names in one of them)
-    and part (train, validation or test), such as the split.parquet of a run."""
+    """A split to be checked for leaks: CSV, TSV or Parquet with image_id (or uri, or file names in one of
+    them) and part (train, validation or test), such as the split.parquet of a run."""
 
     output: str = "audit"
     """Folder for audit.html, audit.json, images.parquet and near_duplicates.parquet: local, s3:// or gs://."""
@@ -285,8 +286,10 @@ class AuditConfig(Config):
 
     @model_validator(mode="after")
     def _split_is_a_table(self) -> "AuditConfig":
-        if self.split is not None and not self.split.lower().endswith((".csv", ".parquet")):
-            raise ValueError(f"--split {self.split}: expected a .csv or .parquet file")
+        if self.split is not None and not self.split.lower().endswith(MANIFEST_SUFFIXES):
+            raise ValueError(
+                f"--split {self.split}: expected a file ending in {', '.join(MANIFEST_SUFFIXES)}"
+            )
         return self
 
 
@@ -336,7 +339,7 @@ class ScoreConfig(Config):
 
     input: str
     """A folder of images (PNG, JPEG, TIFF) and whole slides (SVS, NDPI, MRXS, SCN, BIF, DICOM, pyramidal
-    TIFF), mixed as they come, or a CSV or Parquet manifest with a column uri: local, s3:// or gs://."""
+    TIFF), mixed as they come, or a CSV, TSV or Parquet manifest with a column uri: local, s3:// or gs://."""
 
     output: str
     """Folder for the table, the slides' pictures and the gallery: local, s3:// or gs://."""

@@ -1,23 +1,20 @@
 """A data URI becomes a table of image rows, without opening a single picture.
 
 Three forms are understood: a BreaKHis tree as published, a folder per class (`benign/`, `malignant/`, or
-subtype codes or names; a further folder below it names the patient), and a CSV or Parquet manifest with
+subtype codes or names; a further folder below it names the patient), and a CSV, TSV or Parquet manifest with
 `uri`, `tumor_class` or `subtype`, and `patient`.
 """
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 
-from bcd import breakhis, schema, storage
+from bcd import breakhis, manifest, schema, storage
 from bcd.errors import DataError
-from bcd.taxonomy import MPP_BY_MAGNIFICATION, SUBTYPES, TUMOR_CLASSES
+from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES
 
-MANIFEST_SUFFIXES = (".csv", ".parquet")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 # A folder of this name holds images of this class: tumour classes, subtype codes, subtype names.
 CLASS_FOLDERS: dict[str, tuple[str, str | None]] = {
@@ -37,8 +34,10 @@ def read(data: str) -> tuple[pa.Table, list[str]]:
         DataError: nothing usable is there; the sentence names the offender.
         StorageError: the URI cannot be read.
     """
-    if data.lower().endswith(MANIFEST_SUFFIXES):
+    if manifest.is_one(data):
         return _from_manifest(data), []
+    if storage.is_file(data):
+        raise DataError(f"{data} is a file; expected a folder or a manifest ({', '.join(manifest.SUFFIXES)})")
     files = [f for f in storage.list_files(data) if f.path.lower().endswith(IMAGE_SUFFIXES)]
     if not files:
         raise DataError(f"{data}: no image below it; expected {', '.join(IMAGE_SUFFIXES)} files")
@@ -88,74 +87,37 @@ def _row_from_folders(data: str, file: storage.File) -> dict[str, Any]:
 
 
 def _from_manifest(data: str) -> pa.Table:
-    frame = read_frame(data)
-    if schema.URI not in frame:
-        raise DataError(f"{data}: no column {schema.URI!r}; it has {', '.join(frame.columns)}")
-    if schema.TUMOR_CLASS not in frame and schema.SUBTYPE not in frame:
+    found = manifest.read(data)
+    if schema.TUMOR_CLASS not in found.columns and schema.SUBTYPE not in found.columns:
         raise DataError(f"{data}: needs a column {schema.TUMOR_CLASS!r} or {schema.SUBTYPE!r} to train on")
-    if frame.empty:
-        raise DataError(f"{data}: the manifest has no rows")
-    root = storage.parent(data)
-    rows = [_row_from_manifest(data, line, row, root) for line, row in enumerate(frame.to_dict("records"), 2)]
-    for row, size in zip(rows, storage.sizes([row[schema.URI] for row in rows]), strict=True):
+    rows = manifest.inputs(found, copies=False)
+    for row, written in zip(rows, found.rows, strict=True):
+        row |= _labels(written) | {schema.MAGNIFICATION: manifest.magnification(written)}
+    sizes = storage.sizes([row[schema.URI] for row in rows])
+    for row, size, written in zip(rows, sizes, found.rows, strict=True):
         if size is None:
-            raise DataError(f"{data}: {row[schema.URI]} does not exist; uris are relative to the manifest")
+            raise DataError(f"{written.where}: {_why_missing(row[schema.URI])}")
         row[schema.SIZE_BYTES] = size
     return _table(rows)
 
 
-def read_frame(data: str) -> pd.DataFrame:
-    """A CSV or Parquet manifest; an empty cell is missing, everything else in a CSV is text."""
-    content = io.BytesIO(storage.read_bytes(data))
-    try:
-        if data.lower().endswith(".parquet"):
-            return pd.read_parquet(content)
-        # Ids such as 007 are text; nothing but an empty cell means "unknown".
-        return pd.read_csv(content, dtype=str, keep_default_na=False, na_values=[""])
-    except (ValueError, pa.ArrowInvalid) as error:
-        raise DataError(f"{data}: not a readable manifest: {error}") from error
+def _why_missing(uri: str) -> str:
+    if storage.is_folder(uri):
+        return f"{uri} is a folder; expected an image"
+    hint = "write / between folders, not \\" if "\\" in uri else "uris are relative to the manifest"
+    return f"{uri} does not exist; {hint}"
 
 
-def _row_from_manifest(data: str, line: int, row: dict[Any, Any], root: str) -> dict[str, Any]:
-    known = {str(k): v for k, v in row.items() if k in schema.INDEX.names and not pd.isna(v)}
-    where = f"{data}, row {line}"
-    if not (uri := known.get(schema.URI)):
-        raise DataError(f"{where}: the {schema.URI} is empty")
-    subtype, tumor_class = known.get(schema.SUBTYPE), known.get(schema.TUMOR_CLASS)
+def _labels(row: manifest.Row) -> dict[str, str | None]:
+    """Class and subtype of a manifest row."""
+    subtype, tumor_class = row.cells.get(schema.SUBTYPE), row.cells.get(schema.TUMOR_CLASS)
     if subtype is not None and subtype not in SUBTYPES:
-        raise DataError(f"{where}: unknown subtype {subtype!r}; expected one of {', '.join(SUBTYPES)}")
+        raise DataError(f"{row.where}: unknown subtype {subtype!r}; expected one of {', '.join(SUBTYPES)}")
     tumor_class = tumor_class or (SUBTYPES[subtype].tumor_class if subtype else None)
     if tumor_class not in TUMOR_CLASSES:
-        raise DataError(f"{where}: unknown tumor_class {tumor_class!r}; expected benign or malignant")
+        raise DataError(f"{row.where}: unknown tumor_class {tumor_class!r}; expected benign or malignant")
     if subtype and SUBTYPES[subtype].tumor_class != tumor_class:
-        raise DataError(f"{where}: subtype {subtype} is {SUBTYPES[subtype].tumor_class}, not {tumor_class}")
-    return {
-        **{name: str(known[name]) for name in (schema.PATIENT, schema.CASE, schema.SLIDE) if name in known},
-        **scale(known, where),
-        schema.IMAGE_ID: str(known.get(schema.IMAGE_ID, uri)),
-        schema.URI: absolute(uri, root),
-        schema.TUMOR_CLASS: tumor_class,
-        schema.SUBTYPE: subtype,
-    }
-
-
-def absolute(uri: str, root: str) -> str:
-    """The URI of a manifest row: relative ones are below the manifest's own folder."""
-    return uri if storage.is_remote(uri) or uri.startswith("/") else storage.join(root, uri)
-
-
-def scale(known: dict[str, Any], where: str) -> dict[str, Any]:
-    """Magnification and µm/px of a manifest row.
-
-    Raises:
-        DataError: one of them is no number, or a magnification that BreaKHis does not have.
-    """
-    try:
-        magnification = int(known[schema.MAGNIFICATION]) if schema.MAGNIFICATION in known else None
-        mpp = float(known[schema.MPP]) if schema.MPP in known else None
-    except ValueError as error:
-        raise DataError(f"{where}: magnification and mpp must be numbers: {error}") from error
-    # The scale of a magnification is known for BreaKHis cameras only, so a manifest gives its own.
-    if magnification is not None and magnification not in MPP_BY_MAGNIFICATION:
-        raise DataError(f"{where}: magnification {magnification}; expected {list(MPP_BY_MAGNIFICATION)}")
-    return {schema.MAGNIFICATION: magnification, schema.MPP: mpp}
+        raise DataError(
+            f"{row.where}: subtype {subtype} is {SUBTYPES[subtype].tumor_class}, not {tumor_class}"
+        )
+    return {schema.TUMOR_CLASS: tumor_class, schema.SUBTYPE: subtype}

@@ -9,6 +9,7 @@ import io
 import os
 import posixpath
 import random
+import re
 import shutil
 import time
 import uuid
@@ -20,6 +21,7 @@ from errno import ENAMETOOLONG
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -28,6 +30,9 @@ from pyarrow import fs
 
 from bcd.errors import StorageError
 
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# With one slash, too, as the standard allows.
+FILE_SCHEME = re.compile(r"file:/", re.IGNORECASE)
 # Requests in flight per process: hides the latency of an object store, and is harmless on a disk.
 READ_THREADS = 8
 # Ends the name of a file that is being written; one that a kill left behind is nobody's.
@@ -54,14 +59,31 @@ class File:
 
 def is_remote(uri: str) -> bool:
     """Whether the URI names an object store instead of this machine's disk."""
-    return "://" in uri and not uri.startswith("file://")
+    return SCHEME.match(uri) is not None and not FILE_SCHEME.match(uri)
 
 
 def absolute(uri: str) -> str:
     """The URI without a trailing slash; a local path made absolute, so that a worker can use it too."""
-    if is_remote(uri):
-        return uri.rstrip("/")
-    return str(Path(uri.removeprefix("file://")).expanduser().resolve())
+    return uri.rstrip("/") if is_remote(uri) else os.path.realpath(_local(uri))
+
+
+def _local(uri: str) -> str:
+    """A local path without `file://` (percent-encoded, as RFC 8089 says) and `~`."""
+    if FILE_SCHEME.match(uri):
+        host, _, path = uri[len("file:") :].removeprefix("//").partition("/")
+        if host not in ("", "localhost"):
+            raise StorageError(f"{uri}: cannot read files of {host!r}; expected file:///PATH", True)
+        return unquote(f"/{path}")
+    return str(Path.home() / uri[1:].lstrip("/")) if uri == "~" or uri.startswith("~/") else uri
+
+
+def place(uri: str, root: str) -> str:
+    """The URI of what a table in the folder `root` names: a relative one is below that folder.
+
+    Raises:
+        StorageError: it lies on another machine.
+    """
+    return uri if is_remote(uri) else join(root, _local(uri))
 
 
 def join(uri: str, *parts: str) -> str:
@@ -79,6 +101,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     if not is_remote(uri):
         return fs.LocalFileSystem(), absolute(uri)
     scheme, _, path = absolute(uri).partition("://")
+    scheme = scheme.lower()
     if scheme == "s3":
         return _s3(tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))), path
     if scheme == "gs":
@@ -147,6 +170,16 @@ def _is_let_in(uri: str) -> bool:
 def exists(uri: str) -> bool:
     """Whether a file or folder stands at the URI."""
     return _info(uri).type != fs.FileType.NotFound
+
+
+def is_file(uri: str) -> bool:
+    """Whether a file stands at the URI."""
+    return _info(uri).type == fs.FileType.File
+
+
+def is_folder(uri: str) -> bool:
+    """Whether a folder stands at the URI."""
+    return _info(uri).type == fs.FileType.Directory
 
 
 def list_files(uri: str) -> list[File]:
@@ -251,17 +284,23 @@ def _persistent(read: Callable[Asked, Found]) -> Callable[Asked, Found]:
 def read_bytes(uri: str) -> bytes:
     """The whole content of one file; of a local one up to its end, as it may be a pipe."""
     filesystem, path = resolve(uri)
-    # A stream asks a store for 16 KiB at a time, a file for all of it at once.
-    opened = filesystem.open_input_file if is_remote(uri) else filesystem.open_input_stream
-    with _naming(uri, "read it"), opened(path) as file:
-        return file.read()
+    with _naming(uri, "read it"):
+        # A stream asks a store for 16 KiB at a time, a file for all of it at once.
+        file = filesystem.open_input_file(path) if is_remote(uri) else _stream(filesystem, path)
+        with file:
+            return file.read()
+
+
+def _stream(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
+    """The bytes of a file as they are: by itself, pyarrow would unpack what is called `.gz`."""
+    return filesystem.open_input_stream(path, compression=None)
 
 
 @_persistent
 def read_start(uri: str, n_bytes: int) -> bytes:
     """The first bytes of one file, as many as it has."""
     filesystem, path = resolve(uri)
-    with _naming(uri, "read it"), filesystem.open_input_stream(path) as stream:
+    with _naming(uri, "read it"), _stream(filesystem, path) as stream:
         return stream.read(n_bytes)
 
 
@@ -269,7 +308,7 @@ def read_start(uri: str, n_bytes: int) -> bytes:
 def download(uri: str, path: Path) -> None:
     """Copy one file to the local disk, in pieces: a slide may be larger than memory."""
     filesystem, source = resolve(uri)
-    with _naming(uri, "read it"), filesystem.open_input_stream(source) as stream, path.open("wb") as target:
+    with _naming(uri, "read it"), _stream(filesystem, source) as stream, path.open("wb") as target:
         shutil.copyfileobj(stream, target, 2**22)
 
 
@@ -280,7 +319,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     with _naming(uri, "write it"):
         if not is_remote(uri):
             filesystem.create_dir(posixpath.dirname(path), recursive=True)
-        with filesystem.open_output_stream(aside) as stream:
+        with filesystem.open_output_stream(aside, compression=None) as stream:
             stream.write(data)
         if aside != path:
             filesystem.move(aside, path)

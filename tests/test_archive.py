@@ -70,10 +70,17 @@ def test_a_manifest_says_what_is_known(tmp_path):
     ("rows", "said"),
     [
         ([{"path": "a.png"}], "no column 'uri'; it has path"),
-        ([{"uri": "a.png"}, {"uri": None}], "row 3: the uri is empty"),
-        ([{"uri": "a.png"}, {"uri": "a.png"}], "'a.png' stands 2 times; each input is scored once"),
-        ([{"uri": "a", "image_id": "1"}, {"uri": "b", "image_id": "1"}], "'1' stands 2 times"),
-        ([{"uri": "a.png", "mpp": "wide"}], "row 2: magnification and mpp must be numbers"),
+        ([{"uri": "a.png", "patient": 1}, {"uri": None, "patient": 1}], "line 3: the uri is empty"),
+        (
+            [{"uri": "a.png"}, {"uri": "a.png"}],
+            "line 3: image id 'a.png' is in line 2 already; each may occur once",
+        ),
+        (
+            [{"uri": "a", "image_id": "1"}, {"uri": "b", "image_id": "1"}],
+            "line 3: image id '1' is in line 2 already",
+        ),
+        ([{"uri": "a.png"}, {"uri": "in/../a.png"}], r"line 3: file '.*/a.png' is in line 2 already"),
+        ([{"uri": "a.png", "mpp": "wide"}], "line 2: the mpp is 'wide'; expected µm per pixel"),
     ],
 )
 def test_a_wrong_manifest_is_refused(tmp_path, rows, said):

@@ -1,15 +1,13 @@
 """Given splits, facts and the verdict; all published names with the official folds."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 
 from bcd import audit, breakhis, schema
 from bcd.errors import DataError
+from bcd.manifest import Manifest, Row
 from bcd.storage import File
 from tests.test_finding import CLEAN, NO_PAIRS, row, table
 
@@ -161,26 +159,32 @@ def test_images_are_found_in_a_split_by_id_uri_or_unique_file_name() -> None:
         audit.place(rows, {"other.png": "train"}, "s")
 
 
+def given(*rows: dict[str, str]) -> Manifest:
+    """A split file called s.csv."""
+    written = tuple(Row(f"s.csv, line {line}", row) for line, row in enumerate(rows, 2))
+    return Manifest("s.csv", tuple({name: None for row in rows for name in row}), written)
+
+
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("rows", "said"),
     [
-        ({"name": ["a"], "part": ["train"]}, r"s: needs the columns image_id \(or uri\) and part"),
-        ({"image_id": ["a"]}, r"needs the columns image_id \(or uri\) and part"),
-        ({"uri": ["a"], "part": ["val"]}, r"s: a has part 'val'; expected one of train, validation, test"),
-        ({"uri": ["a"], "part": [np.nan]}, r"s: a has part nan; expected one of"),
-        ({"uri": ["a", "a"], "part": ["train", "test"]}, r"s: a stands in train and in test"),
+        ([{"name": "a", "part": "train"}], r"s.csv: needs the columns image_id \(or uri\) and part"),
+        ([{"image_id": "a"}], r"needs the columns image_id \(or uri\) and part"),
+        ([{"uri": "a", "part": "val"}], r"line 2: a has part 'val'; expected one of train, validation, test"),
+        ([{"uri": "a", "part": "test"}, {"uri": "b"}], r"line 3: b has part None; expected one of"),
+        ([{"uri": "a", "part": "test"}, {"part": "test"}], r"line 3: the uri is empty"),
+        ([{"uri": "a", "part": "train"}, {"uri": "a", "part": "test"}], r"a stands in train and in test"),
     ],
 )
-def test_a_split_that_cannot_be_used_is_one_sentence(columns: dict[str, list[Any]], said: str) -> None:
+def test_a_split_that_cannot_be_used_is_one_sentence(rows: list[dict[str, str]], said: str) -> None:
     with pytest.raises(DataError, match=said):
-        audit.read_roles(pd.DataFrame(columns), "s")
+        audit.read_roles(given(*rows))
 
 
 def test_a_split_file_is_read_by_image_id_before_uri() -> None:
-    frame = pd.DataFrame(
-        {"image_id": ["a", "b", "b"], "uri": ["u", "v", "v"], "part": ["train", "test", "test"]}
-    )
-    assert audit.read_roles(frame, "s") == {"a": "train", "b": "test"}
+    rows = [("a", "u", "train"), ("b", "v", "test"), ("b", "v", "test")]
+    written = given(*(dict(zip(("image_id", "uri", "part"), row, strict=True)) for row in rows))
+    assert audit.read_roles(written) == {"a": "train", "b": "test"}
 
 
 def test_the_result_survives_json() -> None:

@@ -115,7 +115,7 @@ def test_forced_numbers_do_not_replace_honest_ones():
 
 
 def test_an_audit_knows_what_a_split_looks_like():
-    with pytest.raises(ConfigError, match=r"--split s.txt: expected a .csv or .parquet file"):
+    with pytest.raises(ConfigError, match=r"--split s.txt: expected a file ending in .csv, .tsv, .csv.gz"):
         AuditConfig(data="d", split="s.txt")
     with pytest.raises(ConfigError, match=r"--near-bits input should be less than or equal to 90, not 98"):
         AuditConfig(data="d", near_bits=98)

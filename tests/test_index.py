@@ -73,19 +73,29 @@ GOOD = {"uri": "a.png", "tumor_class": "benign", "patient": "1"}
         ([{"uri": "a.png", "patient": "1"}], "needs a column 'tumor_class' or 'subtype'"),
         (
             [GOOD | {"tumor_class": "Bengin"}],
-            "row 2: unknown tumor_class 'Bengin'; expected benign or malignant",
+            "line 2: unknown tumor_class 'Bengin'; expected benign or malignant",
         ),
-        ([GOOD, GOOD | {"uri": None}], "row 3: the uri is empty"),
-        ([GOOD | {"subtype": "XX"}], "row 2: unknown subtype 'XX'; expected one of A, F"),
-        ([GOOD | {"subtype": "DC"}], "row 2: subtype DC is malignant, not benign"),
-        ([GOOD, GOOD], "image id 'a.png' stands 2 times"),
-        ([GOOD | {"uri": "no.png"}], "no.png does not exist"),
-        ([GOOD | {"magnification": "20"}], "row 2: magnification 20; expected"),
-        ([GOOD | {"mpp": "wide"}], "row 2: magnification and mpp must be numbers"),
+        ([GOOD, GOOD | {"uri": None}], "line 3: the uri is empty"),
+        ([GOOD | {"subtype": "XX"}], "line 2: unknown subtype 'XX'; expected one of A, F"),
+        ([GOOD | {"subtype": "DC"}], "line 2: subtype DC is malignant, not benign"),
+        ([GOOD, GOOD], "line 3: image id 'a.png' is in line 2 already"),
+        (
+            [GOOD | {"image_id": "1"}, GOOD | {"image_id": "2"}],
+            r"line 3: file '.*/a.png' is in line 2 already",
+        ),
+        ([GOOD, GOOD | {"uri": "./a.png"}], r"line 3: file '.*/a.png' is in line 2 already"),
+        ([GOOD | {"uri": "no.png"}], "line 2: .*/no.png does not exist; uris are relative to the manifest"),
+        ([GOOD | {"uri": r"in\a.png"}], r"does not exist; write / between folders, not \\"),
+        ([GOOD | {"uri": "in"}], "line 2: .*/in is a folder; expected an image"),
+        (
+            [GOOD | {"magnification": "20"}],
+            "line 2: magnification '20'; expected one of 40, 100, 200, 400, or none",
+        ),
+        ([GOOD | {"mpp": "wide"}], "line 2: the mpp is 'wide'; expected µm per pixel"),
     ],
 )
 def test_a_wrong_manifest_is_refused_by_row(tmp_path, rows, said):
-    touch(tmp_path, "a.png")
+    touch(tmp_path, "a.png", "in/b.png")
     with pytest.raises(DataError, match=said):
         index.read(manifest(tmp_path, rows))
 

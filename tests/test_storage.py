@@ -1,4 +1,5 @@
 import copy
+import gzip
 import os
 import resource
 import tempfile
@@ -32,6 +33,17 @@ def test_list_files_gives_paths_and_sizes_and_passes_over_hidden_ones(tmp_path):
     files = storage.list_files(str(tmp_path))
     assert [(f.path, f.size_bytes) for f in files] == [("a.png", 5), ("b/2.png", 7)]
     assert files[1].uri == str(tmp_path / "b/2.png")
+
+
+def test_packed_files_stay_packed(tmp_path, s3):
+    content = gzip.compress(b"packed")
+    for folder in (str(tmp_path), f"{s3}/{tmp_path.name}-packed"):
+        storage.write_bytes(f"{folder}/a.gz", content)
+        storage.download(f"{folder}/a.gz", tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == content
+        assert storage.read_bytes(f"{folder}/a.gz") == content
+        assert storage.read_start(f"{folder}/a.gz", 5) == content[:5]
+        assert storage.sizes([f"{folder}/a.gz"]) == [len(content)]
 
 
 def test_sizes_are_none_where_there_is_no_file(tmp_path):
@@ -100,11 +112,26 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
 
 @pytest.mark.parametrize(
     ("uri", "expected"),
-    [("s3://bucket/a/", "s3://bucket/a"), ("gs://b", "gs://b"), ("file:///x/y", "/x/y"), ("/x/../y", "/y")],
+    [
+        ("s3://bucket/a/", "s3://bucket/a"),
+        ("gs://b", "gs://b"),
+        ("file:///x/y", "/x/y"),
+        ("File://localhost/x/y%20z#1%.png", "/x/y z#1%.png"),
+        ("~/x", f"{Path.home()}/x"),
+        ("~nobody/x", f"{Path.cwd()}/~nobody/x"),
+        ("/x/../y", "/y"),
+    ],
 )
 def test_absolute(uri, expected):
     assert storage.absolute(uri) == expected
     assert storage.parent(storage.join(uri, "run", "model")) == storage.join(uri, "run")
+
+
+def test_files_of_another_machine_are_refused():
+    with pytest.raises(
+        StorageError, match=r"file://host/x: cannot read files of 'host'; expected file:///PATH"
+    ):
+        storage.read_bytes("file://host/x")
 
 
 def test_first_file_finds_one_without_listing_all(tmp_path, s3):

@@ -17,6 +17,7 @@ from bcd import (
     finding,
     image,
     index,
+    manifest,
     provenance,
     schema,
     storage,
@@ -69,7 +70,7 @@ def _given(config: AuditConfig) -> dict[str, dict[str, str]]:
             text = storage.read_bytes(file.uri).decode(errors="replace")
             given[f"fold {file.path[6]}"] = breakhis.read_fold(text, file.path)
     if config.split is not None:
-        roles = audit.read_roles(index.read_frame(config.split), config.split)
+        roles = audit.read_roles(manifest.read(config.split))
         given[config.split.rpartition("/")[2]] = roles
     return given
 

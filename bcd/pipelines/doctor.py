@@ -29,6 +29,7 @@ from bcd import (
     diagnosis,
     diagnosis_report,
     index,
+    manifest,
     model,
     provenance,
     schema,
@@ -196,11 +197,8 @@ def _disk(path: Path) -> Disk:
 
 def _find(flag: str, uri: str) -> tuple[str, int]:
     """One of the pictures that a flag names."""
-    if uri.lower().endswith(index.MANIFEST_SUFFIXES):
-        frame = index.read_frame(uri)
-        if schema.URI not in frame or frame.empty:
-            raise DataError(f"{uri}: a manifest needs a column {schema.URI!r} and rows")
-        return index.absolute(str(frame[schema.URI].iloc[0]), storage.parent(uri)), 0
+    if manifest.is_one(uri):
+        return manifest.inputs(manifest.read(uri), copies=True)[0][schema.URI], 0
     suffixes = archive.SUFFIXES if flag == "--input" else index.IMAGE_SUFFIXES
     found = storage.first_file(uri, suffixes)
     if found is None:
