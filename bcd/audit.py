@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from bcd import breakhis, finding, schema, split
 from bcd.errors import DataError
-from bcd.finding import Finding, Frozen, counted, listed, plain
+from bcd.finding import Finding, Frozen, plain
 from bcd.manifest import Manifest
+from bcd.text import counted, listed
 
 # What must stand in one part only: groups of images by name, pictures by content. These fail an audit.
 GROUPS, PICTURES = (schema.PATIENT, schema.SLIDE), (schema.SHA256,)

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from bcd import example, image
 from bcd.audit import Audit
-from bcd.finding import Finding, counted
+from bcd.finding import Finding
+from bcd.text import counted
 
 # Instances of a finding that are told at once, names in a cell of a table, instances that are drawn.
 LINES, NAMES, DRAWN = 3, 10, 12
@@ -58,15 +58,16 @@ def page(audit: Audit, thumbnails: Mapping[str, str], facts: Mapping[str, Any]) 
         thumbnails: data URIs of the `shown` pictures by id; one that is missing is passed over.
         facts: settings and versions, and whether the data are `synthetic`.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bcd"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template("audit.html").render(
-        audit=audit,
-        kinds=kinds(audit),
-        thumbnails=thumbnails,
-        facts=facts,
-        lines=LINES,
-        listed=NAMES,
-        drawn=DRAWN,
+    return (
+        example.templates()
+        .get_template("audit.html")
+        .render(
+            audit=audit,
+            kinds=kinds(audit),
+            thumbnails=thumbnails,
+            facts=facts,
+            lines=LINES,
+            listed=NAMES,
+            drawn=DRAWN,
+        )
     )

@@ -11,9 +11,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
 from bcd import aggregate, schema
-from bcd.figures import CLASS_COLOR, GREY, INK, ORANGE, PALE, PERCENT, canvas, legend_above, percent_axis
-from bcd.overlay import BLUE, VERMILION
+from bcd.figures import CLASS_COLOR, PERCENT, canvas, legend_above, percent_axis
+from bcd.palette import BLUE, GREY, INK, ORANGE, PALE, VERMILION
 from bcd.taxonomy import MALIGNANT
+from bcd.text import counted
 
 DASHED = (0, (4, 3))
 # With more patients than this their names are left out.
@@ -28,7 +29,7 @@ def roc(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Figure:
     axes.plot([0, 1], [0, 1], color=GREY, ls=DASHED, lw=1.2, label="chance")
     axes.plot(false_positive, true_positive, color=BLUE, label=f"AUC {pooled['auc']:.3f}")
     _point(axes, 1 - pooled["specificity"], pooled["sensitivity"])
-    axes.set(title=f"ROC, n = {pooled['n']:,} images", xlim=(0, 1), xlabel="1 − specificity")
+    axes.set(title=f"ROC, n = {counted(pooled['n'], 'image')}", xlim=(0, 1), xlabel="1 − specificity")
     _square(axes, "sensitivity")
     return figure
 
@@ -48,18 +49,20 @@ def precision_recall(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Figure:
     if called := false_positive + true_positive:
         _point(axes, pooled["sensitivity"], true_positive / called)
     axes.set(
-        title=f"Precision and recall, n = {pooled['n']:,} images", xlim=(0, 1), xlabel="sensitivity (recall)"
+        title=f"Precision and recall, n = {counted(pooled['n'], 'image')}",
+        xlim=(0, 1),
+        xlabel="sensitivity (recall)",
     )
     _square(axes, "precision")
     return figure
 
 
 def _square(axes: Axes, label: str) -> None:
-    """0 to 100 % both ways, and the legend where such curves leave room."""
+    """0 to 100 % both ways, below title and legend."""
     percent_axis(axes, label)
     axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
     axes.set_aspect("equal")
-    axes.legend(loc="lower right")
+    legend_above(axes)
 
 
 def _point(axes: Axes, x: float, y: float) -> None:
@@ -82,7 +85,8 @@ def reliability(calibration: Mapping[str, Any], n: int) -> Figure:
         areas = [12 + 160 * row["n"] / max(1, n) for row in rows]
         said = f"{label}, error {100 * calibration[name]['ece']:.1f}{PERCENT}"
         axes.scatter(x, y, areas, color=color, marker=marker, label=said, clip_on=False, zorder=3)
-    axes.set(title=f"Reliability, n = {n:,} images", xlim=(0, 1), xlabel="stated probability of malignancy")
+    axes.set(title=f"Reliability, n = {counted(n, 'image')}", xlim=(0, 1))
+    axes.set_xlabel("stated probability of malignancy")
     _square(axes, "malignant images")
     return figure
 
@@ -136,7 +140,7 @@ def strip(images: pd.DataFrame, column: str, title: str, threshold: float | None
     names = [f"{name:.0f}{unit}" if unit else str(name)[:16] for name in place]
     axes.set_xticks(range(len(names)), names, rotation=0 if unit else 90, size=8 if unit else 7)
     axes.tick_params(axis="x", length=0, labelbottom=len(names) <= MAX_NAMES)
-    axes.set(title=f"{title}, n = {len(known):,} images", xlim=(-0.7, max(len(names), 3) - 0.3))
+    axes.set(title=f"{title}, n = {counted(len(known), 'image')}", xlim=(-0.7, max(len(names), 3) - 0.3))
     percent_axis(axes, "probability of malignancy")
     legend_above(axes)
     return figure
@@ -179,7 +183,7 @@ def histories(records: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
             axes.plot(epochs, values, color=color, lw=1, alpha=0.7, label=None if number else label)
     for axes in (loss, rate):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    loss.set(title=f"Loss, {len(records)} folds", ylabel="cross-entropy per image", ylim=(0, None))
+    loss.set(title=f"Loss, {counted(len(records), 'fold')}", ylabel="cross-entropy per image", ylim=(0, None))
     loss.grid(axis="y")
     legend_above(loss)
     rate.set(title="Balanced accuracy", xlabel="epoch")

@@ -1,17 +1,29 @@
-"""A picture and its evidence, as the pages show them."""
+"""What the pages about models and archives share: their templates, and a picture with its evidence."""
 
 import base64
 import io
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
-from bcd import image, overlay
+from bcd import image, overlay, palette, text
 
 MAX_WIDTH_PX = 420
 JPEG_QUALITY = 82
+
+
+def templates() -> jinja2.Environment:
+    """The templates of the pages; they know the `palette`, and `3 | counted("patient")`."""
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("bcd"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    found.globals["palette"] = Markup(palette.css())
+    found.filters["counted"] = text.counted
+    return found
 
 
 @dataclass(frozen=True)
@@ -33,14 +45,14 @@ def draw(
 
     Args:
         example: to draw.
-        limit: log-odds per cell at full colour.
+        limit: log-odds per cell at full colour; stated beside the picture.
         input_size_px: height and width of the network's input, which the evidence covers; by default it
             covers the picture alone.
         max_width_px: of each picture.
     """
     pixels = image.shrink(example.pixels, 2 * max_width_px, max_width_px)
     drawn = overlay.overlay(pixels, example.evidence, limit, *(input_size_px or (None, None)))
-    return {"example": example, "picture": data_uri(pixels), "overlay": data_uri(drawn)}
+    return {"example": example, "picture": data_uri(pixels), "overlay": data_uri(drawn), "limit": limit}
 
 
 def data_uri(pixels: np.ndarray, kind: str = "JPEG") -> str:

@@ -8,30 +8,28 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from bcd.overlay import BLUE, VERMILION
+from bcd.palette import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, SOFT, VERMILION, WARN, ink_on
 from bcd.taxonomy import BENIGN, MALIGNANT, SUBTYPES, TUMOR_CLASSES
+from bcd.text import counted
 
-# The rest of Okabe and Ito's palette, whose BLUE and VERMILION stand in `overlay`.
-SKY, GREEN, ORANGE, PURPLE = "#56b4e9", "#009e73", "#e69f00", "#cc79a7"
 BLUES = LinearSegmentedColormap.from_list("blues", ["#f4f8fb", SKY, BLUE])
-INK = "#1f2328"  # inside the page this becomes the colour of the text, light or dark
-GREY, PALE = "#8c959f", "#8c959f66"
+# Inside a page the colours of text become the page's own, light or dark.
+ON_PAGE = {INK: "currentColor", SOFT: "var(--soft)", WARN: "var(--warn)"}
 MIXED = "mixed"
 CLASS_COLOR = {BENIGN: BLUE, MALIGNANT: VERMILION, MIXED: PURPLE}
 PART_COLOR = {"train": BLUE, "validation": SKY, "test": ORANGE}
 UPSAMPLED = "upsampled"
-# Bars of each magnification: offset, metric, label, colour, and the colour of the number inside.
-BARS = (
-    (-0.2, "accuracy", "of images", BLUE, "white"),
-    (0.2, "patient_recognition_rate", "of patients", SKY, "black"),
-)
+# Bars of each magnification: offset, metric, label, colour.
+BARS = ((-0.2, "accuracy", "of images", BLUE), (0.2, "patient_recognition_rate", "of patients", SKY))
 PERCENT = "\N{NO-BREAK SPACE}%"
 WIDTH_IN = 5.4
+# Of the figure's width, what the labels of the vertical axis leave.
+LEGEND_WIDTH = 0.82
 PNG_DPI = 200
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -66,7 +64,7 @@ STYLE: dict[Any, Any] = {
 def mark(figure: Figure, marks: Sequence[str]) -> None:
     """Write over a figure what a reader must know before believing it."""
     if marks:
-        figure.suptitle(" · ".join(marks).upper(), x=0.99, ha="right", size=8, weight="bold", color=VERMILION)
+        figure.suptitle(" · ".join(marks).upper(), x=0.99, ha="right", size=8, weight="bold", color=WARN)
 
 
 def svg(figure: Figure) -> str:
@@ -82,7 +80,9 @@ def inline(svg: str, name: str) -> Markup:
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{name.replace("_", " ")}"', 1)
     svg = svg.replace("fill: #ffffff", "fill: none", 1)  # the first white is the paper
-    return Markup(svg.replace(INK, "currentColor"))
+    for color, own in ON_PAGE.items():
+        svg = svg.replace(color, own)
+    return Markup(svg)
 
 
 def canvas(height_in: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
@@ -99,8 +99,15 @@ def percent_axis(axes: Axes, label: str) -> None:
 
 
 def legend_above(axes: Axes) -> None:
-    """A legend in one line, beside the title."""
-    axes.legend(loc="lower right", bbox_to_anchor=(1.01, 1), ncols=4, borderaxespad=0.3)
+    """A legend between data and title, which must be there already: over neither, however long they are."""
+    n = len(axes.get_legend_handles_labels()[0])
+    for columns in range(n, 0, -1):
+        legend = axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=columns, borderaxespad=0.3)
+        size = legend.get_window_extent()
+        if size.width < LEGEND_WIDTH * axes.figure.bbox.width or columns == 1:
+            pad_pt = 72 / axes.figure.dpi * size.height + 5
+            axes.set_title(axes.get_title(loc="left"), pad=pad_pt)
+            break
 
 
 def history(records: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> Figure:
@@ -136,11 +143,13 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> F
     figure, (axes,) = canvas(height_in)
     axes.pcolormesh(shares, cmap=BLUES, vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
     for (row, column), share in np.ndenumerate(shares):
-        ink = "white" if share > 0.6 else "black"
+        ink = ink_on(to_hex(BLUES(float(share))))
         count = f"{counts[row, column]:,}"
         text = f"{count}\n{100 * share:.0f}{PERCENT}" if rows[row] else count
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, size=size)
-    axes.set(title=f"Confusion matrix, n = {counts.sum():,} images", xlabel="predicted", ylabel="truth")
+    axes.set(
+        title=f"Confusion matrix, n = {counted(counts.sum(), 'image')}", xlabel="predicted", ylabel="truth"
+    )
     axes.set_xticks(np.arange(k) + 0.5, names)
     axes.set_yticks(np.arange(k) + 0.5, [f"{name}\nn = {n:,}" for name, n in zip(names, rows, strict=True)])
     axes.invert_yaxis()
@@ -160,6 +169,8 @@ def class_distribution(parts: Mapping[str, Mapping[str, int]], balanced: Mapping
     extra = {name: max(0, balanced.get(name, 0) - train.get(name, 0)) for name in names}
     total = _stack(panels[1], names, {"train": train, UPSAMPLED: extra})
     panels[1].set(title=f"After balancing, n = {total:,}", xlabel="training rows per epoch")
+    for axes in panels:
+        legend_above(axes)
     return figure
 
 
@@ -181,7 +192,6 @@ def _stack(axes: Axes, names: Sequence[str], layers: Mapping[str, Mapping[str, i
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    legend_above(axes)
     return int(left.sum())
 
 
@@ -190,9 +200,9 @@ def by_magnification(metrics: Mapping[str, Any]) -> Figure:
     groups = {f"{name}X": values for name, values in metrics["by_magnification"].items()}
     groups["pooled"] = metrics["pooled"]
     figure, (axes,) = canvas(3.9)
-    for offset, name, label, color, ink in BARS:
+    for offset, name, label, color in BARS:
         for x, values in enumerate(groups.values()):
-            _bar(axes, x + offset, values[name], values["intervals"][name], color, ink)
+            _bar(axes, x + offset, values[name], values["intervals"][name], color)
         axes.bar(0, 0, color=color, label=label)
     axes.set_xticks(range(len(groups)), [_sizes(label, values) for label, values in groups.items()])
     axes.tick_params(axis="x", length=0, labelsize=8)
@@ -203,17 +213,15 @@ def by_magnification(metrics: Mapping[str, Any]) -> Figure:
 
 
 def _sizes(label: str, values: Mapping[str, Any]) -> str:
-    patients = "" if values["n_patients"] is None else f"\n{values['n_patients']:,} patients"
-    return f"{label}\n{values['n']:,} images{patients}"
+    patients = "" if values["n_patients"] is None else f"\n{counted(values['n_patients'], 'patient')}"
+    return f"{label}\n{counted(values['n'], 'image')}{patients}"
 
 
-def _bar(
-    axes: Axes, x: float, value: float | None, interval: Sequence[float] | None, color: str, ink: str
-) -> None:
+def _bar(axes: Axes, x: float, value: float | None, interval: Sequence[float] | None, color: str) -> None:
     if value is None:
         return
     axes.bar(x, value, width=0.38, color=color)
-    axes.text(x, 0.02, f"{100 * value:.0f}", ha="center", size=7.5, color=ink)
+    axes.text(x, 0.02, f"{100 * value:.0f}", ha="center", size=7.5, color=ink_on(color))
     if interval:
         axes.vlines(x, interval[0], interval[1], color=INK, lw=1.4)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from bcd import appearance, breakhis, duplicates, schema, split
+from bcd.text import counted, listed
 
 # A leak ends the job with exit code 1, a warning asks for a decision before training, a note is good to know.
 Severity = Literal["leak", "warning", "note"]
@@ -112,16 +113,6 @@ class Finding(Frozen):
 def plain(sentences: Iterable[str]) -> list[Detail]:
     """Details without pictures."""
     return [Detail(sentence=sentence) for sentence in sentences]
-
-
-def counted(n: int, noun: str, many: str | None = None) -> str:
-    """`1 entry`, `2 entries`."""
-    return f"{n:,} {noun if n == 1 else many or noun + 's'}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def label_conflicts(table: pa.Table) -> Finding:

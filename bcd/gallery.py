@@ -1,7 +1,8 @@
 """A scored archive as one page that a person opens in a browser: pictures, maps, slides, and what failed.
 
 The page is self-contained, needs no server, and stays small: it shows a few pictures, however long the
-archive is. What it shows is collected by the pipeline; all pictures share one stated colour scale.
+archive is. What it shows is collected by the pipeline; all pictures share one stated colour scale, which is
+that of the report and of the service.
 """
 
 from collections import defaultdict
@@ -9,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 from markupsafe import Markup
@@ -93,26 +93,34 @@ def page(
             covers each picture alone.
     """
     shown = {group: list(found[:PER_GROUP]) for group, found in examples.items() if found}
-    limit = overlay.scale(one.evidence for found in shown.values() for one in found)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bcd"), autoescape=True, undefined=jinja2.StrictUndefined
+    limit = _limit(shown, facts.get("cam"))
+    return (
+        example.templates()
+        .get_template("gallery.html")
+        .render(
+            facts=defaultdict(lambda: None, facts),
+            marks=[mark for mark in ("synthetic", "leaky") if facts.get(mark)],
+            called=_called(probabilities, facts["threshold"]),
+            histogram=_histogram(probabilities, facts) if len(probabilities) else None,
+            uncertain=UNCERTAIN,
+            descriptions=GROUPS,
+            examples={
+                group: [example.draw(one, limit, input_size_px) for one in found]
+                for group, found in shown.items()
+            },
+            limit=limit,
+            legend=example.data_uri(overlay.legend(), "PNG"),
+            errors=dict(sorted(errors.items(), key=lambda item: -item[1].count)),
+            slides=[(slide, picture) for slide, picture in zip(slides, _heat_maps(slides), strict=True)],
+        )
     )
-    return environment.get_template("gallery.html").render(
-        facts=defaultdict(lambda: None, facts),
-        marks=[mark for mark in ("synthetic", "leaky") if facts.get(mark)],
-        called=_called(probabilities, facts["threshold"]),
-        histogram=_histogram(probabilities, facts) if len(probabilities) else None,
-        uncertain=UNCERTAIN,
-        descriptions=GROUPS,
-        examples={
-            group: [example.draw(one, limit, input_size_px) for one in found]
-            for group, found in shown.items()
-        },
-        limit=limit,
-        legend=example.data_uri(overlay.legend(), "PNG"),
-        errors=dict(sorted(errors.items(), key=lambda item: -item[1].count)),
-        slides=[(slide, picture) for slide, picture in zip(slides, _heat_maps(slides), strict=True)],
-    )
+
+
+def _limit(shown: Mapping[str, Sequence[Example]], method: str | None) -> float:
+    """Log-odds per cell at full colour; maps of other methods have no unit, and so a scale of this page."""
+    if method in (None, "evidence"):
+        return overlay.LIMIT
+    return overlay.scale(one.evidence for found in shown.values() for one in found)
 
 
 def _called(probabilities: np.ndarray, threshold: float) -> dict[str, int]:

@@ -17,11 +17,12 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bcd.figures import BLUE, CLASS_COLOR, GREY, INK, STYLE, VERMILION, WIDTH_IN
+from bcd.figures import CLASS_COLOR, STYLE, WIDTH_IN
+from bcd.palette import BLUE, GREY, INK, SOFT, VERMILION
 from bcd.taxonomy import SUBTYPES
 
-# White in the middle, where the model does not know; told apart under every common colour blindness.
-COLORS = LinearSegmentedColormap.from_list("probability", [BLUE, "#ffffff", VERMILION])
+# White, the middle one of an odd number, stands at the threshold, where the class changes.
+COLORS = LinearSegmentedColormap.from_list("probability", [BLUE, "#ffffff", VERMILION], N=257)
 # Share of full colour, and of the tissue's own contrast below it: structure and probability stay legible.
 STRENGTH, CONTRAST = 0.85, 0.6
 # Tiles from this size on have an edge, which tells a white tile from glass that was not scored.
@@ -30,14 +31,19 @@ FOOTER_IN = 0.62
 MIN_WIDTH_PX = 720
 
 
-def draw(thumbnail: np.ndarray, scale: float, boxes: np.ndarray, probability: np.ndarray) -> np.ndarray:
+def draw(
+    thumbnail: np.ndarray, scale: float, boxes: np.ndarray, probability: np.ndarray, threshold: float
+) -> np.ndarray:
     """Colour the tiles of a slide by their probability of malignancy, over the slide in grey.
+
+    Blue is called benign, vermilion malignant: the colours part where the classes do.
 
     Args:
         thumbnail: uint8 (h, w, 3) RGB.
         scale: thumbnail pixels per level-0 pixel.
         boxes: float (n, 4), level-0 pixels.
         probability: float (n,), 0 to 1; a tile with NaN keeps no colour.
+        threshold: from which a tile is called malignant.
 
     Returns:
         uint8 (h, w, 3) RGB, pixel on pixel with the thumbnail.
@@ -45,7 +51,7 @@ def draw(thumbnail: np.ndarray, scale: float, boxes: np.ndarray, probability: np
     grey = np.asarray(Image.fromarray(thumbnail).convert("L"), np.float32) / 255
     tint = np.ones(thumbnail.shape, np.float32)
     known = np.isfinite(np.asarray(probability, float))
-    colors = _tint(np.asarray(probability, float)[known])
+    colors = _tint(np.asarray(probability, float)[known], threshold)
     for (left, top, right, bottom), color in zip(
         _edges(scale, np.asarray(boxes, float)[known]), colors, strict=True
     ):
@@ -57,9 +63,16 @@ def draw(thumbnail: np.ndarray, scale: float, boxes: np.ndarray, probability: np
     return (255 * paper * tint).round().astype(np.uint8)
 
 
-def _tint(probability: np.ndarray) -> np.ndarray:
+def _tint(probability: np.ndarray, threshold: float) -> np.ndarray:
     """Float (n, 3), 0 to 1: what white paper becomes."""
-    return 1 - STRENGTH * (1 - COLORS(probability)[..., :3])
+    return 1 - STRENGTH * (1 - COLORS(_place(probability, threshold))[..., :3])
+
+
+def _place(probability: np.ndarray, threshold: float) -> np.ndarray:
+    """Where probabilities lie on the colours: 0 to 1, and the threshold at one half."""
+    below = probability / (threshold or 1)
+    above = 1 + (probability - threshold) / ((1 - threshold) or 1)
+    return np.where(probability < threshold, below, above) / 2
 
 
 def _edges(scale: float, boxes: np.ndarray) -> list[list[int]]:
@@ -71,17 +84,18 @@ def _edges(scale: float, boxes: np.ndarray) -> list[list[int]]:
     return np.column_stack([first, np.maximum((end * scale).round(), first + 1)]).astype(int).tolist()
 
 
-def png(picture: np.ndarray, scale: float, mpp: float) -> bytes:
+def png(picture: np.ndarray, scale: float, mpp: float, threshold: float) -> bytes:
     """The drawn picture with a legend and a scale bar below it, as a PNG file.
 
     Args:
         picture: uint8 (h, w, 3) from `draw`; kept pixel for pixel, in the middle of a wider page.
         scale: picture pixels per level-0 pixel.
         mpp: µm per pixel of level 0.
+        threshold: as in `draw`.
     """
     height, width = picture.shape[:2]
     with matplotlib.rc_context(STYLE):
-        footer = _footer(max(width, MIN_WIDTH_PX), mpp / scale / 1000)
+        footer = _footer(max(width, MIN_WIDTH_PX), mpp / scale / 1000, threshold)
     page = Image.new("RGB", (footer.width, height + footer.height), "white")
     page.paste(Image.fromarray(picture), ((footer.width - width) // 2, 0))
     page.paste(footer, (0, height))
@@ -90,20 +104,27 @@ def png(picture: np.ndarray, scale: float, mpp: float) -> bytes:
     return file.getvalue()
 
 
-def _footer(width_px: int, mm_per_px: float) -> Image.Image:
+def _footer(width_px: int, mm_per_px: float, threshold: float) -> Image.Image:
     figure = Figure(figsize=(WIDTH_IN, FOOTER_IN), dpi=width_px / WIDTH_IN)
-    legend = figure.add_axes((0.03, 0.52, 0.30, 0.16))
-    legend.imshow(_tint(np.linspace(0, 1, 256)[None]), aspect="auto", extent=(0, 1, 0, 1))
-    legend.set(yticks=[], xticks=[0, 0.5, 1], xticklabels=["0", "0.5", "1"])
-    legend.set_title("probability of malignancy", size=7.5, pad=3, weight="normal")
-    legend.tick_params(length=2, pad=2, labelsize=7)
-    legend.spines[:].set(visible=True, linewidth=0.5)
+    _legend(figure.add_axes((0.03, 0.46, 0.30, 0.16)), threshold)
     _scale_bar(figure.add_axes((0, 0, 1, 1), frameon=False), width_px, mm_per_px)
     figure.text(0.97, 0.60, "research use only", size=7.5, ha="right", va="center")
-    figure.text(0.97, 0.36, "uncoloured: not scored", size=7, ha="right", va="center", color=GREY)
+    figure.text(0.97, 0.36, "uncoloured: not scored", size=7, ha="right", va="center", color=SOFT)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _legend(axes: Axes, threshold: float) -> None:
+    axes.imshow(_tint(np.linspace(0, 1, 512)[None], threshold), aspect="auto", extent=(0, 1, 0, 1))
+    axes.axvline(threshold, color=INK, lw=1)
+    axes.set(yticks=[], xticks=[0, 1], xticklabels=["0", "1"], xlim=(0, 1))
+    axes.set_title("probability of malignancy", size=7.5, pad=3, weight="normal")
+    axes.tick_params(length=2, pad=2, labelsize=7)
+    axes.spines[:].set(visible=True, linewidth=0.5)
+    # The words are wider than the tick and stay between the ends.
+    middle = min(0.7, max(0.3, threshold))
+    axes.text(middle, -0.3, f"threshold {threshold:.3g}", size=7, ha="center", va="top")
 
 
 def _scale_bar(axes: Axes, width_px: int, mm_per_px: float) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from bcd import image
+from bcd.palette import BLUE, VERMILION
 
-# Okabe and Ito 2008, "Color Universal Design": told apart under every common colour blindness.
-BLUE, VERMILION = "#0072b2", "#d55e00"
-# Log-odds per cell at full colour: a picture of such cells alone would be called with about 98 % certainty.
+# Log-odds per cell at full colour, the same on every page, in the API and in every table: a picture of such
+# cells alone would be called with about 98 % certainty.
 LIMIT = 4.0
 # At full colour the tissue shows through: as 0.2 of itself, and as light and dark of half its contrast in the
 # colour, which stays the same over pale and over vivid stains.
@@ -80,7 +80,11 @@ def _enlarge(evidence: np.ndarray, height: int, width: int, into_height: int, in
 
 
 def scale(maps: Iterable[np.ndarray]) -> float:
-    """One limit for several maps: the 99th percentile of the absolute log-odds per cell; 1 without any."""
+    """One limit for several maps whose method has no unit, unlike the closed form, which has `LIMIT`.
+
+    Returns:
+        The 99th percentile of the absolute values per cell; 1 without any.
+    """
     values = np.abs(np.concatenate([np.zeros(0), *(np.ravel(one) for one in maps)]))
     return float(np.percentile(values, 99)) or 1.0 if values.size else 1.0
 

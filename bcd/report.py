@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -126,11 +125,10 @@ def choose(images: pd.DataFrame) -> Choice:
 def _pictures(
     images: pd.DataFrame, choice: Choice, examples: Mapping[int, Example], facts: Facts
 ) -> dict[str, Any]:
-    """What the page shows of each chosen image that there is an example of, all on one scale."""
+    """What the page shows of each chosen image that there is an example of, all on the scale of all pages."""
     found = {place: examples[place] for place in choice.all() if place in examples}
-    limit = overlay.scale(one.evidence for one in found.values())
     drawn = {
-        place: example.draw(one, limit, facts.get("input_size_px"), PICTURE_WIDTH_PX)
+        place: example.draw(one, overlay.LIMIT, facts.get("input_size_px"), PICTURE_WIDTH_PX)
         | {"row": images.iloc[place].to_dict()}
         for place, one in found.items()
     }
@@ -144,7 +142,7 @@ def _pictures(
         "wrong": wrong,
         "clearest": [drawn[place] for place in choice.clearest if place in drawn],
         "correct": [drawn[place] for place in choice.correct if place in drawn],
-        "limit": limit,
+        "limit": overlay.LIMIT,
         "legend": example.data_uri(overlay.legend(), "PNG"),
     }
 
@@ -255,11 +253,7 @@ def _page(
     plates: Mapping[str, Markup],
     pictures: Mapping[str, Any],
 ) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bcd"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = example.templates()
     environment.filters |= {"value": _value, "interval": _interval, "points": _points}
     pooled = measured["pooled"]
     return environment.get_template("report.html").render(

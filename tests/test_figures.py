@@ -1,10 +1,12 @@
 """What the figures show, as numbers; their look is checked with the pages that hold them."""
 
 import re
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -93,3 +95,36 @@ def test_a_figure_in_a_page_has_ids_of_its_own_and_the_colours_of_the_page() -> 
     assert all(name.startswith("two_bars-") for name in re.findall(r'\bid="([^"]*)"', inside))
     assert "currentColor" in inside
     assert to_hex(figures.INK) not in inside
+
+
+def legends(figure: Figure) -> list[tuple[Any, list[Any]]]:
+    """The place of each legend, and those of what it must not lie on: all data, titles and marks."""
+    FigureCanvasAgg(figure).draw()
+    others = [axes.bbox for axes in figure.axes]
+    words = [axes.title for axes in figure.axes] + [axes._left_title for axes in figure.axes]
+    others += [word.get_window_extent() for word in words + figure.texts if word.get_text()]
+    return [(found.get_window_extent(), others) for axes in figure.axes if (found := axes.get_legend())]
+
+
+@pytest.mark.parametrize(
+    "labels", [["a"], ["benign", "malignant", "mixed", "threshold 0.5"], ["long" * 12] * 3]
+)
+@pytest.mark.parametrize("title", ["Loss", "Balanced accuracy, best 81.2 % at epoch 2 of a long run"])
+@pytest.mark.parametrize("square", [False, True])
+def test_a_legend_lies_on_nothing(labels: list[str], title: str, square: bool) -> None:
+    with matplotlib.rc_context(figures.STYLE):
+        figure, panels = figures.canvas(4.2 if square else 4.8, rows=1 if square else 2)
+        for axes in panels:
+            for label in labels:
+                axes.plot([0, 1], [0, 1], label=label)
+            axes.set_title(title)
+            figures.percent_axis(axes, "share")
+            axes.set_aspect("equal" if square else "auto")
+            figures.legend_above(axes)
+        figures.mark(figure, ["synthetic data"])
+        found = legends(figure)
+    assert len(found) == len(panels)
+    for place, others in found:
+        assert not [other for other in others if place.overlaps(other)]
+        assert place.x0 >= 0
+        assert place.x1 <= figure.bbox.x1

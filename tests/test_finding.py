@@ -161,10 +161,3 @@ def test_other_sizes_are_counted_beside_the_usual() -> None:
 def test_pictures_of_nobody_are_counted() -> None:
     found = finding.without_patient(table(row("a"), row("b", **{schema.PATIENT: None})))
     assert (found.sentence, sentences(found)) == ("1 picture of unknown patients", ["b"])
-
-
-def test_words() -> None:
-    assert finding.listed([]) == ""
-    assert [finding.listed(list("abc")[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
-    assert finding.counted(1, "entry", "entries") == "1 entry"
-    assert finding.counted(1_200, "entry", "entries") == "1,200 entries"

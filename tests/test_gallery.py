@@ -97,10 +97,11 @@ def test_a_picture_stands_beside_its_map_on_the_scale_that_is_stated() -> None:
     marked = Example("a", 0.9, "malignant", 2.2, np.full((460, 700, 3), 255, np.uint8), evidence)
     html = page(examples={"least certain": [marked]}, slides=[], input_size_px=(224, 336))
     legend, left, right = shown(html)
-    assert "−6 0 +6" in text(html)
+    assert "−4 0 +4" in text(html)
+    assert "full colour ±4" in text(html)
     np.testing.assert_array_equal(legend, overlay.legend())
     assert left.shape == right.shape == (276, 420, 3)
-    expected = overlay.overlay(left, evidence, 6, 224, 336)
+    expected = overlay.overlay(left, evidence, overlay.LIMIT, 224, 336)
     assert np.abs(right.astype(int) - expected).mean() < 2  # JPEG
     assert (right[:, :120] > 250).all()
 
@@ -161,6 +162,12 @@ def test_other_targets_and_methods_are_said() -> None:
     said = text(page(facts=FACTS | {"target": "subtype", "cam": "layercam"}))
     assert "layercam map laid over it: vermilion speaks for the predicted class, blue against it" in said
     assert "in the method&#39;s own units" in said or "in the method's own units" in said
+
+
+def test_maps_without_a_unit_have_a_scale_of_their_own() -> None:
+    shown = {"least certain": [example(value=0.002), example(value=-0.001)]}
+    assert "full colour ±0.002" in text(page(facts=FACTS | {"cam": "layercam"}, examples=shown))
+    assert "full colour ±4" in text(page(facts=FACTS | {"cam": "evidence"}, examples=shown))
 
 
 def test_the_clearest_cases_are_chosen_and_none_twice() -> None:

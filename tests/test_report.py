@@ -4,15 +4,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from bcd import aggregate, metrics, report, schema
+from bcd import aggregate, figures, metrics, report, schema
 from bcd.example import Example
 from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES
 from tests import studies
+from tests.test_figures import legends
 
 FACTS: dict[str, Any] = {
     "title": "A first run",
@@ -162,6 +164,19 @@ def test_every_figure_is_there_and_shows_something(folder: Path, page: str) -> N
         pixels = np.asarray(Image.open(folder / "figures" / f"{name}.png").convert("L"), float)
         assert pixels.std() > 10
         assert pixels[[0, -1]].min() == 255  # nothing is cut off above or below
+
+
+def test_no_legend_lies_on_data_or_titles() -> None:
+    images = aggregate.images(predictions())
+    measured = studies.measured(predictions()) | {"folds": [study(1, 1, predictions())] * 3}
+    row = {"first": 0.99, "second": 0.52, "difference": 0.47}
+    measured["leak"] = {"leaky": "image", "honest": "case", "metrics": dict.fromkeys(report.MEASURES, row)}
+    with matplotlib.rc_context(figures.STYLE):
+        patients = aggregate.groups(images, schema.PATIENT)
+        for name, figure in report._draw(measured, history(), images, patients, FACTS).items():
+            figures.mark(figure, ["synthetic data", "leaky: patients stand on both sides"])
+            for place, others in legends(figure):
+                assert not [other for other in others if place.overlaps(other)], name
 
 
 def test_the_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def present(
         plans: of the slides scored in this generation.
         inputs: ids of all inputs.
         settings: that the rows were scored with.
-        facts: what else is known about the run.
+        facts: what else is known about the run, the model's `threshold` among it.
 
     Raises:
         IncompleteError: results and errors do not add up to the inputs.
@@ -49,7 +49,7 @@ def present(
     failed = table.filter(pc.is_valid(table[schema.ERROR]))
     whole_inputs = failed.filter(pc.is_null(failed[schema.X_LEVEL0_PX]))
     broken = whole_inputs.filter(pc.equal(whole_inputs[schema.SLIDE], whole_inputs[schema.IMAGE_ID]))
-    described = slides.write(ours, plans, broken)
+    described = slides.write(ours, plans, broken, facts["threshold"])
     summary = dict(facts) | _counts(table, whole_inputs, described, inputs)
     summary["errors"] = _by_code(failed)
     drawing = ray.remote(num_cpus=1, max_retries=-1)(_write_gallery)

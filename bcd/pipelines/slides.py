@@ -31,19 +31,20 @@ COLUMNS = (
 )
 
 
-def write(ours: Ledger, plans: Sequence[expand.Plan], broken: pa.Table) -> pa.Table:
+def write(ours: Ledger, plans: Sequence[expand.Plan], broken: pa.Table, threshold: float) -> pa.Table:
     """Write heat maps, GeoJSON and `slides.parquet`; slides of earlier generations stay in the table.
 
     Args:
         ours: the books, merged.
         plans: of the slides scored in this generation.
         broken: rows of the predictions table of slides that could not be used.
+        threshold: of the model's card, where the colours of the heat maps part.
 
     Returns:
         The whole table (schema `schema.SLIDES`), sorted by slide.
     """
     task = ray.remote(num_cpus=1, max_retries=-1)(describe)
-    rows = ray.get([task.remote(ours, plan) for plan in plans])
+    rows = ray.get([task.remote(ours, plan, threshold) for plan in plans])
     uri = storage.join(ours.uri, TABLE)
     tables = [pa.Table.from_pylist(rows, schema=schema.SLIDES), schema.fill(broken, schema.SLIDES)]
     if storage.exists(uri):
@@ -55,13 +56,13 @@ def write(ours: Ledger, plans: Sequence[expand.Plan], broken: pa.Table) -> pa.Ta
     return table
 
 
-def describe(ours: Ledger, plan: expand.Plan) -> dict[str, Any]:
+def describe(ours: Ledger, plan: expand.Plan, threshold: float) -> dict[str, Any]:
     """Draw one slide from its rows of the table; returns its row of `schema.SLIDES`."""
     where = (pc.field(schema.SLIDE) == plan.slide) & pc.field(schema.X_LEVEL0_PX).is_valid()
     tiles = storage.dataset(ours.predictions_uri).to_table(list(COLUMNS), where)
     boxes = _boxes(tiles, plan.mpp)
     probability = tiles[schema.PROBABILITY_MALIGNANT].to_numpy().astype(float)
-    _draw(ours, plan, tiles, boxes, probability)
+    _draw(ours, plan, tiles, boxes, probability, threshold)
     known = probability[np.isfinite(probability)]
     predicted = [name for name in tiles[schema.PREDICTED_CLASS].to_pylist() if name is not None]
     quantiles = np.quantile(known, list(schema.QUANTILES.values())) if len(known) else [None] * 5
@@ -110,10 +111,16 @@ def place(slide_id: str) -> str:
 
 
 def _draw(
-    ours: Ledger, plan: expand.Plan, tiles: pa.Table, boxes: np.ndarray, probability: np.ndarray
+    ours: Ledger,
+    plan: expand.Plan,
+    tiles: pa.Table,
+    boxes: np.ndarray,
+    probability: np.ndarray,
+    threshold: float,
 ) -> None:
     thumbnail, scale = expand.read_thumbnail(ours.plans_uri, plan.slide), plan.thumbnail_scale
-    picture = heatmap.png(heatmap.draw(thumbnail, scale, boxes, probability), scale, plan.mpp)
+    coloured = heatmap.draw(thumbnail, scale, boxes, probability, threshold)
+    picture = heatmap.png(coloured, scale, plan.mpp, threshold)
     storage.write_bytes(storage.join(folder(ours.uri, plan.slide), HEATMAP), picture)
     names = tiles[schema.PREDICTED_CLASS].to_pylist()
     measured = {schema.PROBABILITY_MALIGNANT: probability}

@@ -114,7 +114,7 @@ def check(ours, plan, tiles, row, probability, log_odds):
 def test_a_slide_is_told_by_its_tiles(tmp_path):
     ours, tiles, plans = planned(tmp_path, {"a/s.tif": stained()}, SYNTHETIC)
     rows, probability, log_odds = scored(ours, tiles)
-    table = slides.write(ours, plans, none())
+    table = slides.write(ours, plans, none(), 0.5)
     assert table.schema == schema.SLIDES
     check(ours, plans[0], rows, *table.to_pylist(), probability, log_odds)
     assert pq.read_table(f"{ours.uri}/slides.parquet").equals(table)
@@ -125,7 +125,7 @@ def test_a_real_slide_is_told_by_its_tiles(tmp_path, real_data):
     content = (real_data / "slides" / NAME).read_bytes()
     ours, tiles, plans = planned(tmp_path, {NAME: content}, FIELD)
     rows, probability, log_odds = scored(ours, tiles)
-    (row,) = slides.write(ours, plans, none()).to_pylist()
+    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
     check(ours, plans[0], rows, row, probability, log_odds)
     known = (schema.WIDTH_PX, schema.HEIGHT_PX, schema.TISSUE_AREA_MM2, schema.URI)
     uri = str(tmp_path / "in" / NAME)
@@ -156,7 +156,7 @@ def test_slides_of_a_manifest_are_told_whatever_their_uri(tmp_path, kind, reques
     tiles = pa.concat_tables(expand.expand(inputs, SYNTHETIC, ours.plans_uri, frozenset()))
     plan = expand.read_plan(ours.plans_uri, f"{at[kind]}/s.tif")
     rows, probability, log_odds = scored(ours, tiles)
-    check(ours, plan, rows, *slides.write(ours, [plan], none()).to_pylist(), probability, log_odds)
+    check(ours, plan, rows, *slides.write(ours, [plan], none(), 0.5).to_pylist(), probability, log_odds)
     written = [path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("heatmap.png")]
     assert written == [("out", "slides")]
 
@@ -166,7 +166,7 @@ def test_the_heat_map_lies_on_the_tissue(tmp_path):
     ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
     rows, *_ = scored(ours, tiles)
     write(ours, [row | {schema.PROBABILITY_MALIGNANT: float(i > 0)} for i, row in enumerate(rows)])
-    slides.write(ours, plans, none())
+    slides.write(ours, plans, none(), 0.5)
     page = image.decode(storage.read_bytes(f"{slides.folder(ours.uri, 's.tif')}/heatmap.png"))
     left = (page.shape[1] - 200) // 2
     first, second, glass = (page[15, left + x].astype(int) for x in (20, 60, 180))
@@ -182,7 +182,7 @@ def test_tiles_in_error_are_counted_and_keep_their_place(tmp_path):
     lost += [schema.WIDTH_PX, schema.HEIGHT_PX]
     broken = [row | dict.fromkeys(lost) | {schema.ERROR: "unreadable"} for row in rows[:4]]
     write(ours, broken + rows[4:])
-    (row,) = slides.write(ours, plans, none()).to_pylist()
+    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
     assert (row[schema.TILES], row[schema.ERROR_TILES]) == (15, 4)
     assert row[schema.MALIGNANT_TILE_SHARE] == pytest.approx(np.mean(probability[4:] >= 0.5))
     assert row[ORDER[2]] == pytest.approx(np.median(probability[4:]))
@@ -190,14 +190,14 @@ def test_tiles_in_error_are_counted_and_keep_their_place(tmp_path):
     assert [set(feature["properties"]) for feature in found[:4]] == [{"objectType", "measurements"}] * 4
     assert found[1]["geometry"]["coordinates"][0][:3] == [[40, 0], [80, 0], [80, 30]]
     write(ours, [row | dict.fromkeys(lost) | {schema.ERROR: "unreadable"} for row in rows])
-    (row,) = slides.write(ours, plans, none()).to_pylist()
+    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
     assert (row[schema.ERROR_TILES], row[schema.MALIGNANT_TILE_SHARE], row[ORDER[0]]) == (15, None, None)
 
 
 def test_subtypes_have_no_log_odds(tmp_path):
     ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
     scored(ours, tiles, ("A", "DC", "F"))
-    (row,) = slides.write(ours, plans, none()).to_pylist()
+    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
     found = Counter(feature["properties"]["classification"]["name"] for feature in features(ours, "s.tif"))
     assert found.keys() == {"A", "DC"}
     assert row[schema.MALIGNANT_TILE_SHARE] == pytest.approx(found["DC"] / 15)
@@ -215,14 +215,14 @@ def test_a_second_generation_keeps_the_rows_of_the_first(tmp_path):
     }
     broken |= {schema.ERROR_MESSAGE: "m", schema.MODEL_ID: "m", schema.BCD_VERSION: "1"}
     failed = pa.Table.from_pylist([broken], schema=schema.predictions(2, 3))
-    first = slides.write(ours, plans, failed)
+    first = slides.write(ours, plans, failed, 0.5)
     assert first[schema.SLIDE].to_pylist() == ["s.tif", "t.svs"]
     assert first[schema.ERROR].to_pylist() == [None, "too_coarse"]
     assert first[schema.TILES].to_pylist() == [15, None]
     later, tiles, plans = planned(tmp_path, {"a.tif": stained()}, SYNTHETIC, generation=2)
     scored(later, tiles)
-    both = slides.write(later, plans, failed)
+    both = slides.write(later, plans, failed, 0.5)
     assert both[schema.SLIDE].to_pylist() == ["a.tif", "s.tif", "t.svs"]
     assert both.slice(1).to_pylist() == first.to_pylist()
-    assert slides.write(later, plans, failed).equals(both)
+    assert slides.write(later, plans, failed, 0.5).equals(both)
     assert Image.open(io.BytesIO(storage.read_bytes(f"{slides.folder(ours.uri, 's.tif')}/heatmap.png")))

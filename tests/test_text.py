@@ -1,0 +1,13 @@
+from bcd import text
+
+
+def test_numbers_have_the_noun_that_fits() -> None:
+    assert text.counted(1, "patient") == "1 patient"
+    assert text.counted(0, "patient") == "0 patients"
+    assert text.counted(1, "entry", "entries") == "1 entry"
+    assert text.counted(1_200, "entry", "entries") == "1,200 entries"
+
+
+def test_lists_end_in_and() -> None:
+    assert text.listed([]) == ""
+    assert [text.listed(list("abc")[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
