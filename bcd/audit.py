@@ -70,6 +70,7 @@ def audit(
     splits: Sequence[Split],
     near_pairs: NDArray[np.int64],
     outlier_z: float,
+    doubts: Sequence[str] = (),
 ) -> Audit:
     """Everything that is found about a data set, the most serious first.
 
@@ -79,6 +80,7 @@ def audit(
         splits: that were given; see `place`.
         near_pairs: (n, 3) from `duplicates.near`.
         outlier_z: robust z-score beyond which a stain is unusual.
+        doubts: of `index.read`, about names of folders, columns and patients.
     """
     examined = [_examine(table, given) for given in splits]
     facts = [one for one, _ in examined]
@@ -92,6 +94,7 @@ def audit(
         finding.stain_outliers(table, outlier_z),
         finding.without_patient(table),
         Finding.of("published_counts", "the files are not those published", plain(warnings)),
+        Finding.of("reading", "names that can be read in another way", plain(doubts)),
         finding.sizes(table),
         _coverage(facts),
     ]

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from bcd import schema
 from bcd.errors import DataError
+from bcd.names import folded
 from bcd.taxonomy import BENIGN, MAGNIFICATIONS, MALIGNANT, MPP_BY_MAGNIFICATION, SUBTYPES, TUMOR_CLASSES
 
 # Begins every published file name.
@@ -26,12 +27,13 @@ _NAME = re.compile(
     r"-(?P<year>[0-9]{2})-(?P<number>[0-9]+)(?P<suffix>[A-Z]*)"
     rf"-(?P<magnification>{'|'.join(map(str, MAGNIFICATIONS))})-(?P<sequence>[0-9]{{3}})\.png"
 )
-# The published folders that repeat what the file name says, in the order of `ImageName.folders`.
+# The published folders that repeat what the file name says, in the order of `ImageName.folders`; folded, as
+# case and blanks of a folder do not change what it says.
 _FOLDERS = (
     re.compile("|".join(TUMOR_CLASSES)),
     re.compile("|".join(subtype.name for subtype in SUBTYPES.values())),
-    re.compile(r"SOB_[BM]_.+"),
-    re.compile(r"[0-9]+X"),
+    re.compile(r"sob_[bm]_.+"),
+    re.compile(r"[0-9]+x"),
 )
 N_FOLDS = 5
 _FOLD_LINE = re.compile(r"(?P<name>[^|]+)\|(?P<magnification>[0-9]+)\|(?P<fold>[1-5])\|(?P<role>train|test)")
@@ -138,7 +140,7 @@ def parse(path: str) -> ImageName:
 
 def _check_folder(path: str, folder: str, name: ImageName) -> None:
     for pattern, expected in zip(_FOLDERS, name.folders, strict=True):
-        if pattern.fullmatch(folder) and folder != expected:
+        if pattern.fullmatch(folded(folder)) and folded(folder) != folded(expected):
             raise DataError(f"{path}: folder {folder} contradicts the file name; expected {expected}")
 
 

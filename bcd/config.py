@@ -5,14 +5,14 @@ threshold) is frozen into the model bundle; evaluation reads it from there and h
 """
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bcd.breakhis import N_FOLDS
 from bcd.errors import ConfigError
 from bcd.manifest import SUFFIXES as MANIFEST_SUFFIXES
-from bcd.taxonomy import MAGNIFICATIONS, Target
+from bcd.taxonomy import MAGNIFICATIONS, Target, given_names
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Protocol = Literal["case", "patient", "official", "image"]
@@ -49,12 +49,25 @@ def _sentence(error: Any) -> str:
     return f"{flag}{message[0].lower()}{message[1:]}" + (f", not {error['input']!r}" if flag else "")
 
 
-class TrainingConfig(Config):
-    """What decides a training, whatever it is tested on."""
+class LabelledConfig(Config):
+    """What names a data set whose classes are known."""
 
     data: str
-    """A BreaKHis tree, a folder with one sub-folder per class, or a CSV, TSV or Parquet manifest
-    (columns uri, tumor_class or subtype, patient): a local path, s3:// or gs://."""
+    """A BreaKHis tree, a folder per class with a folder per patient in it, or a CSV, TSV or Parquet manifest
+    (columns uri, tumor_class or subtype, patient, and part where it is divided already): a local path, s3://
+    or gs://."""
+
+    classes: tuple[str, ...] = ()
+    """Other names of the classes in folders or in the column tumor_class, such as benign=0 malignant=1."""
+
+    @model_validator(mode="after")
+    def _classes_are_pairs(self) -> Self:
+        given_names(self.classes)
+        return self
+
+
+class TrainingConfig(LabelledConfig):
+    """What decides a training, whatever it is tested on."""
 
     output: str = "runs"
     """Where runs are kept: a local folder, s3:// or gs://. The run lands in OUTPUT/NAME."""
@@ -253,15 +266,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-class AuditConfig(Config):
+class AuditConfig(LabelledConfig):
     """Say what is wrong with a data set before anyone trains on it: copies, leaks, labels, broken pictures.
 
     Exit code 1 where a given split leaks: a patient, slide or picture stands in several of its parts.
     """
-
-    data: str
-    """A BreaKHis tree, a folder with one sub-folder per class, or a CSV, TSV or Parquet manifest
-    (columns uri, tumor_class or subtype, patient): a local path, s3:// or gs://."""
 
     folds: str | None = None
     """Folder with the published dsfold1.txt to dsfold5.txt, or some of them, to be checked for leaks."""
@@ -293,7 +302,7 @@ class AuditConfig(Config):
         return self
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(LabelledConfig):
     """Score a model's held-out test part, or data that it has never seen, and say how good it is."""
 
     model: str

@@ -56,6 +56,11 @@ KINDS: Mapping[str, tuple[Severity, str]] = {
         "warning",
         "Name the patients: without them no split can be trusted, and no leak is seen.",
     ),
+    "reading": (
+        "warning",
+        "Rename the folders or columns, or write a manifest with uri, tumor_class and patient, unless that "
+        "is right.",
+    ),
     "published_counts": ("warning", "Fetch what is missing, or say beside every result what it is based on."),
     "duplicate_within": ("note", "jobs/train.py keeps the first copy, unless --no-quarantine."),
     "near_duplicate_within": (

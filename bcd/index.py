@@ -1,50 +1,78 @@
 """A data URI becomes a table of image rows, without opening a single picture.
 
-Three forms are understood: a BreaKHis tree as published, a folder per class (`benign/`, `malignant/`, or
-subtype codes or names; a further folder below it names the patient), and a CSV, TSV or Parquet manifest with
-`uri`, `tumor_class` or `subtype`, and `patient`.
+Three forms are understood: a BreaKHis tree as published, a folder per class (see `bcd.folders`), and a CSV,
+TSV or Parquet manifest with `uri`, `tumor_class` or `subtype`, and `patient`. A division into parts that the
+data come with, as folders (train, val, test) or as the column `part`, is kept.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from bcd import breakhis, manifest, schema, storage
+from bcd import breakhis, folders, manifest, names, schema, split, storage
 from bcd.errors import DataError
-from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES
+from bcd.names import folded
+from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES, given_names
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-# A folder of this name holds images of this class: tumour classes, subtype codes, subtype names.
-CLASS_FOLDERS: dict[str, tuple[str, str | None]] = {
-    **{name: (name, None) for name in TUMOR_CLASSES},
-    **{s.code: (s.tumor_class, s.code) for s in SUBTYPES.values()},
-    **{s.name: (s.tumor_class, s.code) for s in SUBTYPES.values()},
-}
 
 
-def read(data: str) -> tuple[pa.Table, list[str]]:
+def read(data: str, classes: Sequence[str] = ()) -> tuple[pa.Table, list[str]]:
     """Index of a training data set.
 
+    Args:
+        data: URI of a tree or of a manifest.
+        classes: other names of the classes, such as `benign=0` and `malignant=1`.
+
     Returns:
-        A table with schema `schema.INDEX`, sorted by `image_id`, and warnings for people.
+        A table with schema `schema.INDEX`, sorted by `image_id`, and warnings for people. Where the data come
+        divided the schema is `schema.SPLIT`.
 
     Raises:
         DataError: nothing usable is there; the sentence names the offender.
         StorageError: the URI cannot be read.
     """
+    given = given_names(classes)
+    rows, warnings = _rows(data, given)
+    warnings += _check_parts(data, rows)
+    table = _table(rows)
+    for column in (schema.PATIENT, schema.CASE, schema.SLIDE):
+        warnings += names.doubtful_ids(table[column].to_pylist(), column)
+    return table, warnings
+
+
+def _rows(data: str, given: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
     if manifest.is_one(data):
-        return _from_manifest(data), []
+        return _from_manifest(data, given)
     if storage.is_file(data):
         raise DataError(f"{data} is a file; expected a folder or a manifest ({', '.join(manifest.SUFFIXES)})")
     files = [f for f in storage.list_files(data) if f.path.lower().endswith(IMAGE_SUFFIXES)]
     if not files:
         raise DataError(f"{data}: no image below it; expected {', '.join(IMAGE_SUFFIXES)} files")
-    if any(f.path.rpartition("/")[2].startswith(breakhis.PREFIX) for f in files):
-        table = breakhis.index(files)
-        return _table(table.to_pylist()), breakhis.count_warnings(table)
-    return _table([_row_from_folders(data, file) for file in files]), []
+    if not any(f.path.rpartition("/")[2].startswith(breakhis.PREFIX) for f in files):
+        return folders.rows(data, files, given)
+    table = breakhis.index(files)
+    parts = folders.parts(data, [(file.path, file.path.split("/")[:-1]) for file in files])
+    rows = [row | {schema.PART: part} for row, part in zip(table.to_pylist(), parts, strict=True)]
+    return rows, breakhis.count_warnings(table)
+
+
+def _check_parts(data: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Leave the part in the rows only where all have one and there are several; a warning where it goes."""
+    named = {row.get(schema.PART) for row in rows}
+    if None in named and len(named) > 1:
+        row = next(row for row in rows if row.get(schema.PART) is None)
+        raise DataError(
+            f"{data}: {row[schema.IMAGE_ID]} stands in no {schema.PART}, others do; expected "
+            f"{', '.join(split.PARTS)} for every image, or for none"
+        )
+    if len(named) > 1:
+        return []
+    for row in rows:
+        row.pop(schema.PART, None)
+    return [f"all images stand in the {schema.PART} {part}: this is no split" for part in named - {None}]
 
 
 def select_magnifications(table: pa.Table, magnifications: Sequence[int]) -> pa.Table:
@@ -60,45 +88,23 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
     ids = Counter(row[schema.IMAGE_ID] for row in rows)
     if doubled := [name for name, n in ids.items() if n > 1]:
         raise DataError(f"image id {doubled[0]!r} stands {ids[doubled[0]]} times; ids must be unique")
-    return pa.Table.from_pylist(rows, schema=schema.INDEX)
+    return pa.Table.from_pylist(rows, schema=schema.SPLIT if schema.PART in rows[0] else schema.INDEX)
 
 
-def _row_from_folders(data: str, file: storage.File) -> dict[str, Any]:
-    folders = file.path.split("/")[:-1]
-    level = next((i for i, name in enumerate(folders) if name in CLASS_FOLDERS), None)
-    if level is None:
-        raise DataError(
-            f"{data}: {file.path} lies in no class folder; expected benign/ and malignant/ (or subtypes), "
-            "BreaKHis names, or a CSV manifest with uri, tumor_class and patient"
-        )
-    tumor_class, subtype = CLASS_FOLDERS[folders[level]]
-    below = folders[level + 1 :]
-    if below and subtype is None and below[0] in CLASS_FOLDERS:
-        subtype = CLASS_FOLDERS[below[0]][1]
-        below = below[1:]
-    return {
-        schema.IMAGE_ID: file.path,
-        schema.URI: file.uri,
-        schema.PATIENT: below[0] if below else None,
-        schema.TUMOR_CLASS: tumor_class,
-        schema.SUBTYPE: subtype,
-        schema.SIZE_BYTES: file.size_bytes,
-    }
-
-
-def _from_manifest(data: str) -> pa.Table:
+def _from_manifest(data: str, given: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
     found = manifest.read(data)
     if schema.TUMOR_CLASS not in found.columns and schema.SUBTYPE not in found.columns:
         raise DataError(f"{data}: needs a column {schema.TUMOR_CLASS!r} or {schema.SUBTYPE!r} to train on")
     rows = manifest.inputs(found, copies=False)
     for row, written in zip(rows, found.rows, strict=True):
-        row |= _labels(written) | {schema.MAGNIFICATION: manifest.magnification(written)}
+        row |= _labels(written, given) | {schema.MAGNIFICATION: manifest.magnification(written)}
+        row[schema.PART] = _part(written)
     sizes = storage.sizes([row[schema.URI] for row in rows])
     for row, size, written in zip(rows, sizes, found.rows, strict=True):
         if size is None:
             raise DataError(f"{written.where}: {_why_missing(row[schema.URI])}")
         row[schema.SIZE_BYTES] = size
-    return _table(rows)
+    return rows, names.unused_columns(found.columns)
 
 
 def _why_missing(uri: str) -> str:
@@ -108,16 +114,34 @@ def _why_missing(uri: str) -> str:
     return f"{uri} does not exist; {hint}"
 
 
-def _labels(row: manifest.Row) -> dict[str, str | None]:
+def _labels(row: manifest.Row, given: Mapping[str, str]) -> dict[str, str | None]:
     """Class and subtype of a manifest row."""
-    subtype, tumor_class = row.cells.get(schema.SUBTYPE), row.cells.get(schema.TUMOR_CLASS)
-    if subtype is not None and subtype not in SUBTYPES:
-        raise DataError(f"{row.where}: unknown subtype {subtype!r}; expected one of {', '.join(SUBTYPES)}")
-    tumor_class = tumor_class or (SUBTYPES[subtype].tumor_class if subtype else None)
+    # A class of 0.0 is what a spreadsheet or Parquet makes of 0.
+    written = names.identity(row.cells.get(schema.TUMOR_CLASS))
+    named = names.identity(row.cells.get(schema.SUBTYPE))
+    codes = {folded(name): s.code for s in SUBTYPES.values() for name in (s.code, s.name)}
+    subtype = codes.get(folded(named)) if named else None
+    if named and not subtype:
+        raise DataError(f"{row.where}: unknown subtype {named!r}; expected one of {', '.join(SUBTYPES)}")
+    expected = "expected benign or malignant, or --classes benign=NAME malignant=NAME"
+    if written is None and subtype is None:
+        raise DataError(f"{row.where}: the {schema.TUMOR_CLASS} is empty; {expected}")
+    tumor_class = SUBTYPES[subtype].tumor_class if subtype else ""
+    if written is not None:
+        tumor_class = given.get(folded(written), folded(written))
     if tumor_class not in TUMOR_CLASSES:
-        raise DataError(f"{row.where}: unknown tumor_class {tumor_class!r}; expected benign or malignant")
+        raise DataError(f"{row.where}: unknown tumor_class {written!r}; {expected}")
     if subtype and SUBTYPES[subtype].tumor_class != tumor_class:
         raise DataError(
             f"{row.where}: subtype {subtype} is {SUBTYPES[subtype].tumor_class}, not {tumor_class}"
         )
     return {schema.TUMOR_CLASS: tumor_class, schema.SUBTYPE: subtype}
+
+
+def _part(row: manifest.Row) -> str | None:
+    """Part of a manifest row; None where the cell is empty."""
+    written = names.identity(row.cells.get(schema.PART))
+    part = split.part_named(written) if written else None
+    if written and not part:
+        raise DataError(f"{row.where}: unknown {schema.PART} {written!r}; expected {', '.join(split.PARTS)}")
+    return part

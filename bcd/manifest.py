@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bcd import schema, storage
+from bcd import names, schema, storage
 from bcd.errors import DataError, StorageError
 from bcd.taxonomy import MPP_BY_MAGNIFICATION
 
@@ -129,7 +129,8 @@ def _separator(uri: str, text: str) -> tuple[str, int]:
             columns = next(_records(uri, text, separator), (1, []))[1]
         except DataError:
             return False, 0, False
-        return not KNOWN.isdisjoint(columns), len(columns), separator == first
+        ours = {names.column(name, KNOWN) for name in columns} & KNOWN
+        return bool(ours), len(columns), separator == first
 
     return max(SEPARATORS, key=fitness), 0
 
@@ -151,9 +152,9 @@ def _records(uri: str, text: str, separator: str) -> Iterator[tuple[int, list[st
         raise DataError(f"{uri}, line {line}: {error}; is every quote closed?") from error
 
 
-def _header(uri: str, names: Sequence[str]) -> list[str]:
-    """Names of the columns; a separator at the end of the line makes none."""
-    header = [name.strip() for name in names]
+def _header(uri: str, written: Sequence[str]) -> list[str]:
+    """Names of the columns, ours as we write them; a separator at the end of the line makes none."""
+    header = [names.column(name.strip(), KNOWN) for name in written]
     while header and not header[-1]:
         header.pop()
     if not header:
@@ -239,13 +240,13 @@ def _require_once(values: Sequence[str | None], wheres: Sequence[str], kind: str
 def _input(row: Row, root: str) -> dict[str, Any]:
     if not (uri := row.cells.get(schema.URI)):
         raise DataError(f"{row.where}: the {schema.URI} is empty")
-    names = (schema.PATIENT, schema.CASE, schema.SLIDE)
+    ids = (schema.PATIENT, schema.CASE, schema.SLIDE)
     try:
         placed = storage.place(uri, root)
     except StorageError as error:
         raise DataError(f"{row.where}: {error}") from error
     return {
-        **{name: row.cells[name] for name in names if name in row.cells},
+        **{name: names.identity(row.cells[name]) for name in ids if name in row.cells},
         schema.MPP: _mpp(row),
         schema.IMAGE_ID: row.cells.get(schema.IMAGE_ID, uri),
         schema.URI: placed,

@@ -19,9 +19,22 @@ from bcd import division, schema
 from bcd.config import Protocol
 from bcd.division import Integers
 from bcd.errors import ConfigError, DataError, LeakageError
+from bcd.names import folded
 from bcd.taxonomy import TUMOR_CLASSES
 
 TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
+# What people call them, in the folders of a data set or in a column.
+_SYNONYMS = {
+    TRAIN: ("train", "training", "trn"),
+    VALIDATION: ("validation", "valid", "val", "dev"),
+    TEST: ("test", "testing", "tst"),
+}
+_PART_NAMES = {
+    f"{word}{ending}": part
+    for part, words in _SYNONYMS.items()
+    for word in words
+    for ending in ("", "set", "_set", "_data", "_images")
+}
 # Protocols that put images of one patient on both sides: their numbers are marked wherever they appear.
 LEAKY = frozenset({"image"})
 
@@ -33,6 +46,11 @@ _KEYS: Mapping[Protocol, tuple[str, ...]] = {
     "official": (schema.PATIENT, schema.SLIDE, schema.SHA256),
     "image": (schema.SHA256,),
 }
+
+
+def part_named(name: str) -> str | None:
+    """The part that people mean by a name, such as `val`, `Training` or `test_set`; None where it is none."""
+    return _PART_NAMES.get(folded(name))
 
 
 class Quarantine(NamedTuple):
@@ -155,6 +173,41 @@ def assign_fold(
     return _with_parts(table, order, parts)
 
 
+def keep(table: pa.Table, protocol: Protocol, seed: int, validation_fraction: float = 0.15) -> pa.Table:
+    """Leave every row in the part that it came with.
+
+    Where none came as validation, that part is taken out of the training part, by groups.
+
+    Args:
+        table: rows with the columns of `schema.SPLIT`.
+        protocol: what makes a group of the training rows.
+        seed: chooses the validation part, where there is none.
+        validation_fraction: share of the training images, where there is no validation part.
+
+    Returns:
+        The table with schema `schema.SPLIT`, rows in their old order.
+
+    Raises:
+        DataError: a row has no part or no patient, or a part lacks a class.
+        LeakageError: a group or a picture stands in several of the given parts.
+    """
+    is_known = pc.is_in(table[schema.PART], pa.array(PARTS))
+    _require(table, is_known, f"no {schema.PART}; expected {', '.join(PARTS)} for every image, or for none")
+    rows, order = _ordered(table)
+    _require_patients(rows, protocol)  # without them nobody knows whether the parts leak
+    check(rows, protocol)
+    parts = np.array(rows[schema.PART].to_pylist(), dtype=object)
+    if VALIDATION not in parts:
+        training = parts == TRAIN
+        chosen = rows.filter(pa.array(training))
+        parts[training] = _partition(chosen, protocol, seed, {VALIDATION: validation_fraction})
+    classes = rows[schema.TUMOR_CLASS].to_numpy(zero_copy_only=False)
+    for part in PARTS:
+        if absent := set(TUMOR_CLASSES) - set(classes[parts == part]):
+            raise DataError(f"the given part {part} has no {min(absent)} image; expected both classes in it")
+    return _with_parts(table.drop_columns(schema.PART), order, parts)
+
+
 def audit(table: pa.Table, protocol: Protocol = "patient") -> list[str]:
     """Every case, patient, slide or picture that crosses although the protocol forbids it, as sentences."""
     return [sentence for _, sentence in crossings(table, _KEYS[protocol])]
@@ -275,11 +328,15 @@ def _partition(
 
 def _groups(rows: pa.Table, protocol: Protocol) -> tuple[Integers, Integers]:
     """Group of every row, and the groups' sizes as in `division.sizes`."""
+    _require_patients(rows, protocol)
+    groups = _connected(rows, _KEYS[protocol])
+    return groups, division.sizes(rows, groups)
+
+
+def _require_patients(rows: pa.Table, protocol: Protocol) -> None:
     if protocol != "image":
         needs = f"protocol {protocol} needs the column {schema.PATIENT} (protocol image does not, but leaks)"
         _require(rows, pc.is_valid(rows[schema.PATIENT]), f"no {schema.PATIENT}; {needs}")
-    groups = _connected(rows, _KEYS[protocol])
-    return groups, division.sizes(rows, groups)
 
 
 def _connected(rows: pa.Table, columns: Iterable[str]) -> Integers:

@@ -4,9 +4,12 @@ Source: Spanhol et al. 2016, "A Dataset for Breast Cancer Histopathological Imag
 The order of classes here is the order of logits in every model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from bcd.errors import ConfigError
+from bcd.names import folded
 
 Target = Literal["tumor_class", "subtype"]
 
@@ -54,3 +57,22 @@ def malignant_mask(class_names: tuple[str, ...]) -> tuple[bool, ...]:
         name == MALIGNANT or (name in SUBTYPES and SUBTYPES[name].tumor_class == MALIGNANT)
         for name in class_names
     )
+
+
+def given_names(pairs: Sequence[str]) -> dict[str, str]:
+    """Tumour class by the (folded) name that a data set has for it, from `benign=0`, `malignant=1`.
+
+    Raises:
+        ConfigError: a pair breaks the form, or names say two things.
+    """
+    named: dict[str, str] = {}
+    subtypes = {folded(s.name): s.tumor_class for s in SUBTYPES.values()}
+    fixed = {name: name for name in TUMOR_CLASSES} | subtypes
+    for pair in pairs:
+        tumor_class, _, name = (folded(word) for word in pair.partition("="))
+        if tumor_class not in TUMOR_CLASSES or not name:
+            raise ConfigError(f"--classes {pair}: expected benign=NAME malignant=NAME")
+        if named.setdefault(name, tumor_class) != tumor_class or fixed.get(name, tumor_class) != tumor_class:
+            other = next(c for c in TUMOR_CLASSES if c != tumor_class)
+            raise ConfigError(f"--classes {pair}: {name} is {other}; a name is of one class")
+    return named

@@ -66,6 +66,12 @@ def test_a_manifest_says_what_is_known(tmp_path):
     ]
 
 
+def test_a_patient_is_written_as_in_training(tmp_path):
+    rows = [{"URI ": f"{i}.png", " Patient": name} for i, name in enumerate(("12", "12.0", " 12", "nan"))]
+    found = archive.read(manifest(tmp_path, rows))
+    assert found.table[schema.PATIENT].to_pylist() == ["12", "12", "12", None]
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

@@ -73,6 +73,9 @@ def test_the_class_letter_must_agree_with_the_subtype() -> None:
         ("/adenosis/", "/fibroadenoma/"),
         ("/SOB_B_A_14-22549AB/", "/SOB_B_A_14-22549CD/"),
         ("/40X/", "/400X/"),
+        ("/benign/", "/Malignant/"),
+        ("/adenosis/", "/Ductal Carcinoma/"),
+        ("/40X/", "/100x/"),
     ],
 )
 def test_a_folder_that_contradicts_the_name_is_an_error(old: str, new: str) -> None:

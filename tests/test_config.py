@@ -37,6 +37,7 @@ from bcd.errors import ConfigError
         ({"magnifications": (50,)}, r"--magnifications \[50\]: BreaKHis has \[40, 100, 200, 400\]"),
         ({"name": "a/b"}, "--name 'a/b': use letters"),
         ({"learning_rate": -1}, "--learning-rate input should be greater than 0, not -1"),
+        ({"classes": ("benign=0", "malignant=0")}, "--classes malignant=0: 0 is benign"),
         ({"learning_rat": 1}, "--learning-rat extra inputs are not permitted"),
     ],
 )

@@ -22,16 +22,16 @@ def test_a_folder_per_class_with_patients(tmp_path):
         tmp_path,
         "benign/p1/a.png",
         "malignant/p2/deep/b.jpg",
-        "malignant/DC/p3/c.tif",
-        "LC/p4/d.png",
+        "malignant/Ductal Carcinoma/p3/c.tif",
+        "lobular_carcinoma/p4/d.png",
         "notes.txt",
     )
     table, warnings = index.read(str(tmp_path))
     columns = (schema.IMAGE_ID, schema.PATIENT, schema.TUMOR_CLASS, schema.SUBTYPE, schema.SIZE_BYTES)
     assert [tuple(row[c] for c in columns) for row in table.to_pylist()] == [
-        ("LC/p4/d.png", "p4", "malignant", "LC", 11),
         ("benign/p1/a.png", "p1", "benign", None, 15),
-        ("malignant/DC/p3/c.tif", "p3", "malignant", "DC", 21),
+        ("lobular_carcinoma/p4/d.png", "p4", "malignant", "LC", 26),
+        ("malignant/Ductal Carcinoma/p3/c.tif", "p3", "malignant", "DC", 35),
         ("malignant/p2/deep/b.jpg", "p2", "malignant", None, 23),
     ]
     assert table.schema == schema.INDEX
@@ -78,6 +78,8 @@ GOOD = {"uri": "a.png", "tumor_class": "benign", "patient": "1"}
         ([GOOD, GOOD | {"uri": None}], "line 3: the uri is empty"),
         ([GOOD | {"subtype": "XX"}], "line 2: unknown subtype 'XX'; expected one of A, F"),
         ([GOOD | {"subtype": "DC"}], "line 2: subtype DC is malignant, not benign"),
+        ([GOOD | {"tumor_class": " "}], "line 2: the tumor_class is empty; expected benign or malignant"),
+        ([GOOD | {"tumor_class": "1"}], "unknown tumor_class '1'; .* --classes benign=NAME malignant=NAME"),
         ([GOOD, GOOD], "line 3: image id 'a.png' is in line 2 already"),
         (
             [GOOD | {"image_id": "1"}, GOOD | {"image_id": "2"}],
@@ -98,6 +100,107 @@ def test_a_wrong_manifest_is_refused_by_row(tmp_path, rows, said):
     touch(tmp_path, "a.png", "in/b.png")
     with pytest.raises(DataError, match=said):
         index.read(manifest(tmp_path, rows))
+
+
+def column(table, name):
+    return table[name].to_pylist()
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", "manifest.parquet"])
+@pytest.mark.parametrize("twin", [12.0, "12.0", " 12", "12 ", "12\u00a0", "\ufeff12", "１２"])
+def test_one_patient_has_one_id(tmp_path, name, twin):
+    touch(tmp_path, "a.png", "b.png")
+    frame = pd.DataFrame([GOOD | {"patient": "12"}, GOOD | {"uri": "b.png", "patient": str(twin)}])
+    table, warnings = index.read(manifest(tmp_path, frame, name))
+    assert column(table, schema.PATIENT) == ["12", "12"]
+    assert warnings == []
+
+
+def test_numbers_of_parquet_are_ids_and_classes(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    rows = {"uri": ["a.png", "b.png"], "tumor_class": [0, 1], "patient": [7.0, None], "case": [3, 4]}
+    table, _ = index.read(manifest(tmp_path, rows, "m.parquet"), ["benign=0", "malignant=1"])
+    assert column(table, schema.PATIENT) == ["7", None]
+    assert column(table, schema.CASE) == ["3", "4"]
+    assert column(table, schema.TUMOR_CLASS) == ["benign", "malignant"]
+
+
+@pytest.mark.parametrize(
+    ("written", "classes", "expected"),
+    [
+        (" Benign", (), "benign"),
+        ("MALIGNANT", (), "malignant"),
+        ("1", ("benign=0", "malignant=1"), "malignant"),
+        ("b", ("benign=B", "malignant=M"), "benign"),
+        ("Tumor ", ("benign=normal", "malignant=tumor"), "malignant"),
+        ("malignant", ("benign=0", "malignant=1"), "malignant"),
+    ],
+)
+def test_class_names_are_forgiven_or_given(tmp_path, written, classes, expected):
+    touch(tmp_path, "a.png")
+    table, _ = index.read(manifest(tmp_path, [GOOD | {"tumor_class": written}]), classes)
+    assert column(table, schema.TUMOR_CLASS) == [expected]
+
+
+@pytest.mark.parametrize("subtype", ["dc", " DC ", "Ductal Carcinoma", "ductal_carcinoma"])
+def test_subtypes_are_codes_or_names(tmp_path, subtype):
+    touch(tmp_path, "a.png")
+    table, _ = index.read(manifest(tmp_path, [{"uri": "a.png", "subtype": subtype, "patient": "1"}]))
+    assert (column(table, schema.SUBTYPE), column(table, schema.TUMOR_CLASS)) == (["DC"], ["malignant"])
+
+
+def test_a_spreadsheet_is_read_as_it_was_meant(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    text = "\ufeffURI, Patient ,Tumor Class,Patient_ID,Fold\na.png,12,Benign,x,1\nb.png,012, malignant,y,2\n"
+    (tmp_path / "m.csv").write_text(text, encoding="utf-8")
+    table, warnings = index.read(str(tmp_path / "m.csv"))
+    assert column(table, schema.PATIENT) == ["12", "012"]
+    assert warnings == [
+        "column 'Patient_ID' is not used; 'patient' is the name of the column that would be",
+        "column 'Fold' is not used; 'part' is the name of the column that would be",
+        "patient ids differ only in case, zeros or punctuation: '012' and '12'. They count as different "
+        "patients: write the id of one patient in one way",
+    ]
+
+
+def test_a_given_part_is_kept(tmp_path):
+    touch(tmp_path, "a.png", "b.png", "c.png")
+    parts = {"a.png": "Train", "b.png": "val", "c.png": "testing "}
+    rows = [GOOD | {"uri": uri, "part": part} for uri, part in parts.items()]
+    table, warnings = index.read(manifest(tmp_path, rows))
+    assert (column(table, schema.PART), warnings) == (["train", "validation", "test"], [])
+    assert table.schema == schema.SPLIT
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (["train", "hold"], "line 3: unknown part 'hold'; expected train, validation, test"),
+        (["train", None], "b.png stands in no part, others do; expected train, validation, test for every"),
+        (["train", "nan"], "b.png stands in no part, others do"),
+    ],
+)
+def test_a_part_that_is_none_is_refused(tmp_path, parts, said):
+    touch(tmp_path, "a.png", "b.png")
+    rows = [GOOD | {"uri": uri, "part": part} for uri, part in zip(("a.png", "b.png"), parts, strict=True)]
+    with pytest.raises(DataError, match=said):
+        index.read(manifest(tmp_path, rows))
+
+
+def test_one_part_alone_is_no_split(tmp_path):
+    touch(tmp_path, "a.png")
+    table, warnings = index.read(manifest(tmp_path, [GOOD | {"part": "train"}]))
+    assert (table.schema, warnings) == (
+        schema.INDEX,
+        ["all images stand in the part train: this is no split"],
+    )
+
+
+def test_breakhis_names_keep_the_division_of_their_tree(tmp_path):
+    touch(tmp_path, "Train/SOB_B_A-14-22549AB-40-001.png", "val/SOB_M_DC-14-2523-40-010.png")
+    table, _ = index.read(str(tmp_path))
+    assert column(table, schema.PART) == ["train", "validation"]
+    assert column(table, schema.PATIENT) == ["14-22549AB", "14-2523"]
 
 
 def test_an_unreadable_or_empty_manifest_is_refused(tmp_path):
@@ -140,6 +243,7 @@ def test_select_magnifications_keeps_rows_without_one(tmp_path):
 @pytest.mark.real
 def test_the_published_tree(real_data):
     table, warnings = index.read(str(real_data / "breakhis/BreaKHis_v1"))
+    assert len(warnings) == 1
     assert len(table) == 78
     assert len(set(table[schema.CASE].to_pylist())) == 21
     assert len(set(table[schema.PATIENT].to_pylist())) == 24
@@ -148,7 +252,8 @@ def test_the_published_tree(real_data):
 
 @pytest.mark.real
 def test_own_data_by_manifest(real_data):
-    table, _ = index.read(str(real_data / "glas/manifest.csv"))
+    table, warnings = index.read(str(real_data / "glas/manifest.csv"))
+    assert warnings == []
     classes = table[schema.TUMOR_CLASS].to_pylist()
     assert (classes.count("benign"), classes.count("malignant")) == (35, 77)
     assert len(set(table[schema.PATIENT].to_pylist())) == 11

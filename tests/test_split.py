@@ -446,3 +446,74 @@ def test_fingerprints_tell_splits_and_data_apart() -> None:
         rows.column_names.index(schema.SIZE_BYTES), schema.SIZE_BYTES, [[9] * rows.num_rows]
     )
     assert split.data_fingerprint(rows) != split.data_fingerprint(sizes)
+
+
+# --- a division that the data come with
+
+
+def given(*of_patients: str, **patients: str | None) -> pa.Table:
+    """Two images of each patient p0, p1, ... in the given parts, benign and malignant in turn."""
+    rows = [
+        row(f"{p}-{i}.png", patients.get(f"p{p}", f"p{p}"), ("A", "DC")[p % 2])
+        for p in range(len(of_patients))
+        for i in range(2)
+    ]
+    return with_parts(table(*rows), *(part for part in of_patients for _ in range(2)))
+
+
+TRAINING = ("train",) * 8
+
+
+def test_given_parts_are_kept() -> None:
+    rows = given(*TRAINING, "validation", "validation", "test", "test")
+    kept = split.keep(rows, "case", seed=0)
+    assert parts(kept) == parts(rows)
+    assert kept.schema == schema.SPLIT
+    assert split.fingerprint(split.keep(rows, "patient", seed=1)) == split.fingerprint(kept)
+
+
+def test_a_missing_validation_part_comes_out_of_training() -> None:
+    rows = given(*TRAINING, "test", "test")
+    kept = split.keep(rows, "case", seed=0, validation_fraction=0.25)
+    assert part_of(kept, "test").num_rows == 4
+    assert part_of(kept, "validation").num_rows == 4
+    assert set(part_of(kept, "validation")[schema.TUMOR_CLASS].to_pylist()) == set(TUMOR_CLASSES)
+    assert all(len(found) == 1 for found in groups_of(kept, schema.PATIENT).values())
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "said"),
+    [
+        (
+            given("train", "train", "test", "test", p2="p0"),
+            LeakageError,
+            r"p0 stands in train .* and in test",
+        ),
+        (given("train", "train", "validation", "test"), DataError, "part validation has no malignant image"),
+        (given(*TRAINING), DataError, "part test has no benign image"),
+        (given("train", "train", "test", "test", p3=None), DataError, "3-0.png, 3-1.png: no patient"),
+        (given("train", "train", "test", "held out"), DataError, "3-0.png, 3-1.png: no part; expected train"),
+        (
+            given("train", "train", "test", "test"),
+            DataError,
+            "class benign has 1 patient; train and validation",
+        ),
+    ],
+)
+def test_given_parts_that_cannot_be_used_are_refused(rows: pa.Table, error: type, said: str) -> None:
+    with pytest.raises(error, match=said):
+        split.keep(rows, "case", seed=0)
+
+
+def test_given_parts_without_patients_are_for_the_leaky_protocol() -> None:
+    rows = given("train", "train", "validation", "validation", "test", "test", p0=None)
+    assert parts(split.keep(rows, "image", seed=0)) == parts(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("Train", "train"), ("training set", "train"), ("val", "validation"), ("VALID", "validation"),
+     ("dev", "validation"), ("test-images", "test"), ("testing", "test"), ("tests", None), ("trainer", None)],
+)  # fmt: skip
+def test_parts_have_the_usual_names(name: str, part: str | None) -> None:
+    assert split.part_named(name) == part

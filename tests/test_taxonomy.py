@@ -1,4 +1,7 @@
+import pytest
+
 from bcd import taxonomy
+from bcd.errors import ConfigError
 
 
 def test_eight_subtypes_four_of_each_class():
@@ -21,3 +24,28 @@ def test_class_order_puts_malignant_last_of_two():
 def test_malignant_mask():
     assert taxonomy.malignant_mask(("benign", "malignant")) == (False, True)
     assert taxonomy.malignant_mask(taxonomy.classes("subtype")) == (False,) * 4 + (True,) * 4
+
+
+def test_given_names_of_classes():
+    assert taxonomy.given_names(["benign=0", "Malignant = Tumor Tissue", "malignant=2"]) == {
+        "0": "benign",
+        "tumor_tissue": "malignant",
+        "2": "malignant",
+    }
+    assert taxonomy.given_names(["benign=benign"]) == {"benign": "benign"}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (["benign"], "--classes benign: expected benign=NAME malignant=NAME"),
+        (["cancer=1"], "--classes cancer=1: expected benign=NAME malignant=NAME"),
+        (["benign= "], "--classes benign= : expected"),
+        (["benign=0", "malignant=0"], "--classes malignant=0: 0 is benign; a name is of one class"),
+        (["benign=Malignant"], "--classes benign=Malignant: malignant is malignant"),
+        (["malignant=adenosis"], "--classes malignant=adenosis: adenosis is benign"),
+    ],
+)
+def test_given_names_that_say_two_things(pairs, said):
+    with pytest.raises(ConfigError, match=said):
+        taxonomy.given_names(pairs)

@@ -37,15 +37,20 @@ def run(config: AuditConfig) -> audit.Audit:
         AuditError: the audit is written, and a given split leaks.
         BcdError: the data or a split cannot be read.
     """
-    table, warnings = index.read(config.data)
+    table, warnings = index.read(config.data, config.classes)
     splits = [audit.place(table, roles, name) for name, roles in _given(config).items()]
+    if schema.PART in table.column_names:
+        splits.append(audit.Split("the data's own split", table[schema.PART].to_pylist(), 0))
     storage.check_writable(config.output)
     if config.pixels:
         cluster.connect()
         table = read.checked(table, _describe)
     table = schema.fill(table, schema.AUDIT)
     pairs = duplicates.near(table, config.near_bits, finding.BLANK)
-    result = audit.audit(table, warnings, splits, pairs, config.outlier_z)
+    counts = breakhis.count_warnings(table)
+    doubts = [text for text in warnings if text not in counts]
+    missing = [text for text in warnings if text in counts]
+    result = audit.audit(table, missing, splits, pairs, config.outlier_z, doubts)
     _write(config, result, table, pairs)
     print("\n".join(audit_report.lines(result)))
     for name in (PAGE, RESULT, IMAGES, NEAR):

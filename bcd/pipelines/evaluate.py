@@ -31,7 +31,8 @@ def run(config: EvaluateConfig) -> str:
     output = config.output or storage.parent(config.model)
     storage.check_writable(output)
     cluster.connect()
-    training = TrainConfig(**card.training | {"data": config.data})
+    data = {"data": config.data} | ({"classes": config.classes} if config.classes else {})
+    training = TrainConfig(**card.training | data)
     table, facts, kind = _tested(config, card, training, *inspect(training))
     if kind != HELD_OUT and config.output is None:
         raise DataError(f"{config.data} is not the model's own data: name an --output for its evaluation")
@@ -48,6 +49,7 @@ def _tested(
         if facts.split_fingerprint == card.split_fingerprint:
             return parts, facts, HELD_OUT
     whole = pa.array([split.TEST] * len(table))
+    table = schema.fill(table, schema.INDEX)  # without the parts that it may come with
     parts = table.append_column(schema.SPLIT.field(schema.PART), whole)
     n_seen = _n_seen(config.model, table)
     if n_seen == 0:

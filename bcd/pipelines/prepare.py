@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from bcd import balance, breakhis, index, schema, split, storage, synthetic
 from bcd.config import TrainConfig, TrainingConfig
-from bcd.errors import DataError
+from bcd.errors import BcdError, DataError
 from bcd.pipelines import read
 from bcd.taxonomy import Target
 
@@ -49,25 +49,44 @@ def prepare(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None
     """
     fold = published_fold(config)  # a missing file is found before pixels are read
     table, facts = inspected or inspect(config)
-    if config.cross_folds and config.fold:
+    warnings = list(facts.warnings)
+    if schema.PART in table.column_names and config.fold:
+        table = table.drop_columns(schema.PART)
+        warnings.append("the parts that the data come with are not used: --fold divides the images anew")
+    elif schema.PART in table.column_names:
+        warnings.append("the parts are those that the data come with; --test-fraction is not used")
+    try:
+        parts = _divided(config, table, fold)
+    except BcdError:
+        # What the data may lack, such as a column of another name, is often the reason.
+        print("".join(f"warning: {text}\n" for text in facts.warnings), end="", flush=True)
+        raise
+    changed = {"split_fingerprint": split.fingerprint(parts), "warnings": warnings}
+    return parts, facts.model_copy(update=changed)
+
+
+def _divided(config: TrainConfig, table: pa.Table, fold: Mapping[str, str] | None) -> pa.Table:
+    """The table with the part of every row: its own where it came with one. None leaks."""
+    settings = config.protocol, config.seed
+    if schema.PART in table.column_names:
+        parts = split.keep(table, *settings, config.validation_fraction)
+    elif config.cross_folds and config.fold:
         parts = split.assign_fold(
-            table, config.protocol, config.seed, config.cross_folds, config.fold, config.validation_fraction
+            table, *settings, config.cross_folds, config.fold, config.validation_fraction
         )
     else:
-        parts = split.assign(
-            table, config.protocol, config.seed, config.validation_fraction, config.test_fraction, fold
-        )
+        parts = split.assign(table, *settings, config.validation_fraction, config.test_fraction, fold)
     split.check(parts, config.protocol)
-    return parts, facts.model_copy(update={"split_fingerprint": split.fingerprint(parts)})
+    return parts
 
 
 def inspect(config: TrainingConfig) -> tuple[pa.Table, Facts]:
-    """The usable rows (schema `schema.INDEX`) of a data set, every image read once, and the facts about it.
+    """The usable rows of a data set (as from `index.read`), every image read once, and the facts about it.
 
     Raises:
         DataError: the data cannot be used.
     """
-    table, warnings = index.read(config.data)
+    table, warnings = index.read(config.data, config.classes)
     table = index.select_magnifications(table, config.magnifications)
     _require_subtypes(config, table)
     table, broken, (height, width) = read.inspect(table)

@@ -281,7 +281,8 @@ def inspect(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int, int]]
     broken = dict(_pairs(bad, schema.IMAGE_ID, schema.ERROR))
     sizes = Counter(_pairs(good, schema.HEIGHT_PX, schema.WIDTH_PX))
     usual = max(sizes, key=lambda size: (sizes[size], size), default=(0, 0))
-    return good.select(schema.INDEX.names).cast(schema.INDEX), broken, usual
+    form = schema.SPLIT if schema.PART in table.column_names else schema.INDEX
+    return good.select(form.names).cast(form), broken, usual
 
 
 def checked(table: pa.Table, check: Callable[[pa.Table], pa.Table]) -> pa.Table:

@@ -1,3 +1,4 @@
+import pyarrow as pa
 import pytest
 
 from bcd import schema, split, storage
@@ -84,6 +85,49 @@ def test_too_few_patients_are_refused_with_their_number(joined, tmp_path):
     data = folder_per_class(tmp_path, n_patients=2)
     with pytest.raises(DataError, match=r"class benign has 2 .*need at least 3"):
         prepare.prepare(small(data))
+
+
+def divided(tmp_path, test_patient="Q"):
+    """A tree that comes divided, read without its pixels."""
+    for part, patients in {"train": range(8), "test": range(8, 10)}.items():
+        for i in patients:
+            path = f"{part}/{('benign', 'malignant')[i % 2]}/P{i}/0.png"
+            storage.write_bytes(f"{tmp_path}/{path}", path.encode())
+    storage.write_bytes(f"{tmp_path}/test/benign/{test_patient}/0.png", b"")
+    table, warnings = prepare.index.read(str(tmp_path))
+    told = {"synthetic": False, "warnings": warnings, "broken": [], "quarantined": []}
+    return table, prepare.Facts(data_fingerprint="", field_height_px=0, field_width_px=0, **told)
+
+
+def test_a_tree_that_comes_divided_stays_so(tmp_path):
+    inspected = divided(tmp_path)
+    table, facts = prepare.prepare(TrainConfig(data="d", validation_fraction=0.25), inspected)
+    assert prepare.part_of(table, "test")[schema.PATIENT].to_pylist() == ["P8", "Q", "P9"]
+    assert len(prepare.part_of(table, "validation")) == 2
+    assert facts.warnings == ["the parts are those that the data come with; --test-fraction is not used"]
+    again = prepare.prepare(TrainConfig(data="d", validation_fraction=0.25), inspected)[1]
+    assert again.split_fingerprint == facts.split_fingerprint == split.fingerprint(table)
+
+
+def test_folds_are_made_anew_and_it_is_said(tmp_path):
+    config = TrainConfig(data="d", cross_folds=2, fold=1, validation_fraction=0.3)
+    table, facts = prepare.prepare(config, divided(tmp_path))
+    assert table.schema == schema.SPLIT
+    assert "the parts that the data come with are not used: --fold divides" in facts.warnings[0]
+
+
+def test_a_tree_that_comes_with_a_leak_is_refused(tmp_path):
+    with pytest.raises(LeakageError, match=r"patient P0 stands in train .* and in test"):
+        prepare.prepare(TrainConfig(data="d"), divided(tmp_path, test_patient="P0"))
+
+
+def test_what_an_index_warns_of_is_told_with_the_error(tmp_path, capsys):
+    table, facts = divided(tmp_path)
+    lacking = table.set_column(2, schema.INDEX.field(schema.PATIENT), pa.nulls(len(table), pa.string()))
+    facts = facts.model_copy(update={"warnings": ["column 'patient_id' is not used"]})
+    with pytest.raises(DataError, match="no patient; protocol case needs the column patient"):
+        prepare.prepare(TrainConfig(data="d"), (lacking, facts))
+    assert capsys.readouterr().out == "warning: column 'patient_id' is not used\n"
 
 
 @pytest.mark.parametrize("flag", ["target", "balance"])

@@ -1,0 +1,113 @@
+"""Names as people write them, in one form: of classes, folders, columns and patients.
+
+A blank, a capital or another Unicode form must not make two patients of one, nor hide a column.
+"""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from bcd import schema
+
+# What spreadsheets and pandas write where they know nothing.
+_UNKNOWN = frozenset({"", "nan", "<na>", "none", "null", "nat", "n/a", "#n/a"})
+_INTEGRAL = re.compile(r"([+-]?[0-9]+)\.0+")
+# 123456789012, as a narrow cell of a spreadsheet shows and saves it.
+_ROUNDED = re.compile(r"[0-9]([.,][0-9]+)?[Ee][+][0-9]+")
+# A column of one of these names is often meant for ours; it is told, never guessed.
+_MEANT: Mapping[str, frozenset[str]] = {
+    schema.URI: frozenset({"path", "file", "filename", "file_name", "filepath", "file_path", "image_path"}),
+    schema.PATIENT: frozenset({"patient_id", "patientid", "pid", "subject", "subject_id", "person", "donor"}),
+    schema.CASE: frozenset({"case_id", "caseid", "accession", "accession_number"}),
+    schema.SLIDE: frozenset({"slide_id", "slideid", "slide_name", "wsi"}),
+    schema.TUMOR_CLASS: frozenset(
+        {"label", "labels", "class", "target", "diagnosis", "category", "tumour_class", "malignant", "y"}
+    ),
+    schema.SUBTYPE: frozenset({"sub_type", "histology", "tumor_type", "tumour_type"}),
+    schema.PART: frozenset({"split", "fold", "set", "subset", "partition", "phase"}),
+    schema.MAGNIFICATION: frozenset({"mag", "zoom", "objective"}),
+    schema.MPP: frozenset({"um_per_px", "pixel_size", "pixel_size_um", "microns_per_pixel", "resolution"}),
+}
+# Names that stand in one sentence.
+_MOST = 3
+
+
+def folded(name: str) -> str:
+    """A name as classes, folders and columns are compared: ` Ductal Carcinoma` is `ductal_carcinoma`."""
+    return re.sub(r"[\s_-]+", "_", _plain(name).casefold())
+
+
+def identity(value: Any) -> str | None:
+    """The one way to write an id of a patient, case or slide; None where it says nothing.
+
+    Blanks around it, invisible characters and Unicode forms (NFKC: a full-width digit is the digit) make no
+    other patient, nor does the `.0` that a spreadsheet adds: 12.0, "12.0" and " 12" are 12. Zeros in front
+    stay: 007 is not 7.
+    """
+    name = _plain(str(value))
+    if name.casefold() in _UNKNOWN:
+        return None
+    whole = _INTEGRAL.fullmatch(name)
+    return whole[1] if whole else name
+
+
+def _plain(name: str) -> str:
+    """NFKC, without what cannot be seen, with one blank where there are several."""
+    # A byte-order mark, a zero-width space or a soft hyphen is of Unicode's category Cf.
+    seen = (c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+    return " ".join("".join(seen).split())
+
+
+def doubtful_ids(ids: Iterable[str | None], what: str) -> list[str]:
+    """Warnings of ids that may be wrong, with their names; `what` they are of.
+
+    Those that differ only in case, in zeros in front or in punctuation, and those that a spreadsheet rounded.
+    """
+    known = {name for name in ids if name is not None}
+    groups: dict[str, set[str]] = defaultdict(set)
+    for name in known:
+        groups[_key(name)].add(name)
+    alike = sorted(" and ".join(map(repr, sorted(group))) for group in groups.values() if len(group) > 1)
+    rounded = sorted(repr(name) for name in known if _ROUNDED.fullmatch(name))
+    warnings = []
+    if alike:
+        warnings.append(
+            f"{what} ids differ only in case, zeros or punctuation: {some(alike, '; ')}. They count as "
+            f"different {what}s: write the id of one {what} in one way"
+        )
+    if rounded:
+        warnings.append(
+            f"{what} ids were rounded by a spreadsheet: {some(rounded)}. Several {what}s may have become "
+            "one: save that column as text"
+        )
+    return warnings
+
+
+def _key(name: str) -> str:
+    # A slash parts the hospital from the patient, so it stays.
+    parts = (re.sub(r"(?<!\d)0+(?=\d)", "", part.casefold()) for part in name.split("/"))
+    return "/".join(re.sub(r"[\W_]+", "", part) or part for part in parts)
+
+
+def some(items: Iterable[str], separator: str = ", ") -> str:
+    """The first few of them, and how many more there are."""
+    names = list(items)
+    more = f"{separator}and {len(names) - _MOST:,} more" if len(names) > _MOST else ""
+    return separator.join(names[:_MOST]) + more
+
+
+def column(name: str, known: Collection[str]) -> str:
+    """A column by our own name for it, whatever its case, blanks or byte-order mark; others as they are."""
+    return folded(name) if folded(name) in known else name
+
+
+def unused_columns(columns: Iterable[str]) -> list[str]:
+    """A warning for each column that looks like one of ours and is not used."""
+    return [
+        f"column {written!r} is not used; {name!r} is the name of the column that would be"
+        for written in columns
+        for name, others in _MEANT.items()
+        if folded(written) in others
+    ]
