@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import ENAMETOOLONG
 from functools import lru_cache, wraps
@@ -364,6 +364,18 @@ def delete_folder(uri: str) -> None:
     with _naming(uri, "delete it"):
         if filesystem.get_file_info(path).type == fs.FileType.Directory:
             filesystem.delete_dir(path)
+
+
+def delete_files(uri: str, pattern: str) -> None:
+    """Remove the files below a folder whose path below it matches a regular expression as a whole, and the
+    folders that are then empty; all else stays, and nothing happens where there is no such folder."""
+    found = [file.uri for file in list_files_if_any(uri) if re.fullmatch(pattern, file.path)]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        list(pool.map(delete_file, found))
+    if not is_remote(uri):
+        for folder, _, _ in os.walk(absolute(uri), topdown=False):
+            with suppress(OSError):  # something is still in it
+                os.rmdir(folder)
 
 
 def delete_file(uri: str) -> None:

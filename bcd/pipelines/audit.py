@@ -18,6 +18,7 @@ from bcd import (
     image,
     index,
     manifest,
+    output,
     provenance,
     schema,
     storage,
@@ -41,6 +42,7 @@ def run(config: AuditConfig) -> audit.Audit:
     splits = [audit.place(table, roles, name) for name, roles in _given(config).items()]
     if schema.PART in table.column_names:
         splits.append(audit.Split("the data's own split", table[schema.PART].to_pylist(), 0))
+    output.check(config.output, output.AUDIT)
     storage.check_writable(config.output)
     if config.pixels:
         cluster.connect()
@@ -97,6 +99,7 @@ def _described(row: dict[str, Any], content: bytes | StorageError) -> dict[str, 
 
 
 def _write(config: AuditConfig, result: audit.Audit, table: pa.Table, pairs: Any) -> None:
+    output.claim(config.output, output.AUDIT)
     for name, rows in {IMAGES: table, NEAR: duplicates.named(table, pairs)}.items():
         storage.write_table(storage.join(config.output, name), rows)
     storage.write_bytes(storage.join(config.output, RESULT), result.model_dump_json(indent=1).encode())

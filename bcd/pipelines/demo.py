@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from bcd import storage, synthetic
+from bcd import output, storage, synthetic
 from bcd.config import DemoConfig, ScoreConfig, TrainConfig
 from bcd.pipelines import rundir, score, train
 
@@ -11,6 +11,7 @@ from bcd.pipelines import rundir, score, train
 def run(config: DemoConfig) -> str:
     """Generate pictures, train on them, evaluate, score an archive; returns the URI of the run."""
     folder = Path(config.output)
+    output.claim(str(folder), output.DEMO)
     plan = synthetic.Plan(patients_per_subtype=config.patients_per_subtype, seed=config.seed)
     paths = synthetic.write_tree(folder, plan)
     print(

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from bcd import aggregate, bundle, provenance, report, schema, split, storage
+from bcd import aggregate, bundle, output, provenance, report, schema, split, storage
 from bcd.config import EvaluateConfig, TrainConfig
 from bcd.errors import DataError
 from bcd.pipelines import cluster, predict, read, reporting, rundir
@@ -28,16 +28,22 @@ def run(config: EvaluateConfig) -> str:
     card = bundle.read_card(config.model)
     if config.against:
         reporting.require_images(config.against)
-    output = config.output or storage.parent(config.model)
-    storage.check_writable(output)
+    run_uri = storage.parent(config.model)
+    folder = config.output or run_uri
+    beside = storage.absolute(folder) == run_uri
+    if beside and output.owner(run_uri) != output.TRAIN:
+        raise DataError(f"{run_uri} is not the directory of a training: name an --output for the evaluation")
+    owner = output.claim(folder, output.TRAIN if beside else output.EVALUATE)
+    storage.check_writable(folder)
     cluster.connect()
     data = {"data": config.data} | ({"classes": config.classes} if config.classes else {})
     training = TrainConfig(**card.training | data)
     table, facts, kind = _tested(config, card, training, *inspect(training))
-    if kind != HELD_OUT and config.output is None:
+    if kind != HELD_OUT and beside:
         raise DataError(f"{config.data} is not the model's own data: name an --output for its evaluation")
-    evaluate(config.model, table, facts, output, config.batch_size, config.precision, kind, config.against)
-    return output
+    settings = predict.Settings(config.model, config.precision, config.batch_size)
+    evaluate(config.model, table, facts, folder, owner, settings, kind, config.against)
+    return folder
 
 
 def _tested(
@@ -81,23 +87,24 @@ def evaluate(
     model_uri: str,
     table: pa.Table,
     facts: Facts,
-    output: str,
-    batch_size: int = 32,
-    precision: str = "float32",
+    folder: str,
+    owner: str,
+    settings: predict.Settings | None = None,
     kind: str = HELD_OUT,
     against: str | None = None,
 ) -> dict[str, Any]:
     """Score the test part through the same pipeline as archives, and write all that is told about it.
 
-    Predictions first, then metrics, card and report; each of them whole or not at all.
+    Predictions first, then metrics, card and report; each of them whole or not at all. They go into `folder`,
+    of which `owner` is the id (see `output.claim`).
     """
     card = bundle.read_card(model_uri)
     test = part_of(table, split.TEST)
     print(f"scoring the test part: {len(test):,} images", flush=True)
-    predictions_uri = storage.join(output, PREDICTIONS)
-    settings = predict.Settings(model_uri, precision, batch_size)
-    rows = predict.predictions(read.rows(schema.fill(test, schema.READING), batch_size), settings)
-    predict.write(rows, predictions_uri)
+    predictions_uri = storage.join(folder, PREDICTIONS)
+    settings = settings or predict.Settings(model_uri)
+    rows = predict.predictions(read.rows(schema.fill(test, schema.READING), settings.batch_size), settings)
+    predict.write(rows, predictions_uri, owner)
     frame = reporting.with_truth(predictions_uri, test, card)
     images = reporting.image_table(frame, card, predictions_uri)
     unscored = aggregate.unscored(frame)
@@ -112,7 +119,7 @@ def evaluate(
     told = about | facts.model_dump() | {"input_size_px": (card.input_height_px, card.input_width_px)}
     if kind == HELD_OUT:
         told |= class_counts(TrainConfig(**card.training), table)
-    reporting.write(output, measured, _history(model_uri), images, told, unscored)
+    reporting.write(folder, measured, _history(model_uri), images, told, unscored)
     return measured
 
 

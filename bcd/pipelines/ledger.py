@@ -2,8 +2,10 @@
 
     config.json                    the settings that decide a row; another model or input is refused
     work/GENERATION/*.parquet      segments: rows as they were committed, each file whole or not there
-    predictions/part-GENERATION-NUMBER.parquet   the table: segments merged, sorted, each row once
+    predictions/part-ID-GENERATION-NUMBER.parquet   the table: segments merged, sorted, each row once
     summary.json                   written last: which generation is merged
+
+ID is that of the output folder: no file of another archive's table is taken for one of this.
 
 A segment is named after the rows that it holds: a task that is repeated, after a lost node, writes the same
 name again. Rows that stand in two segments all the same (two drivers overlapped) are merged into one. Merging
@@ -12,6 +14,7 @@ can be repeated too: it names its files by generation, and the segments stay unt
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bcd import image, schema, storage
+from bcd import image, output, schema, storage
 from bcd.config import differences
 from bcd.errors import ConfigError
 
@@ -58,6 +61,7 @@ class Ledger:
 
     uri: str
     generation: int
+    owner: str
 
     @property
     def work_uri(self) -> str:
@@ -74,6 +78,10 @@ class Ledger:
         """Folder of the table."""
         return storage.join(self.uri, PREDICTIONS)
 
+    def part(self, number: int) -> str:
+        """Name of a file of the table; those of earlier generations come before it."""
+        return f"part-{self.owner}-{self.generation:04d}-{number:05d}.parquet"
+
 
 def begin(uri: str, settings: dict[str, Any]) -> tuple[Ledger, dict[str, Any] | None]:
     """Open the books, and the summary of the last finished run into the same folder.
@@ -83,9 +91,10 @@ def begin(uri: str, settings: dict[str, Any]) -> tuple[Ledger, dict[str, Any] | 
         settings: all that decides a row, by flag.
 
     Raises:
-        ConfigError: other settings have been used there; names what differs.
+        ConfigError: other settings have been used there, which are named, or it contains anything else.
         StorageError: nothing can be written there.
     """
+    owner = output.claim(uri, output.SCORE)
     storage.check_writable(uri)
     if (old := read_settings(uri)) is not None:
         if differing := differences(old, settings):
@@ -100,12 +109,19 @@ def begin(uri: str, settings: dict[str, Any]) -> tuple[Ledger, dict[str, Any] | 
     merged = summary["generation"] if summary else 0
     # What a kill between the summary and the cleaning left behind would be counted twice.
     for generation in range(1, merged + 1):
-        storage.delete_folder(storage.join(uri, WORK, f"{generation:04d}"))
+        _delete_work(uri, f"{generation:04d}")
+    ours = Ledger(storage.absolute(uri), merged + 1, owner)
     # Of a generation that was not finished, the files may have been cut at other places than now.
-    for file in storage.list_files_if_any(storage.join(uri, PREDICTIONS)):
-        if file.path.endswith(storage.ASIDE) or file.path >= _part(merged + 1, 0):
-            storage.delete_file(file.uri)
-    return Ledger(storage.absolute(uri), merged + 1), summary
+    unfinished = rf"part-{owner}-{ours.generation:04d}-\d+\.parquet"
+    half_written = rf"part-{owner}-.*{re.escape(storage.ASIDE)}"
+    storage.delete_files(ours.predictions_uri, f"{unfinished}|{half_written}")
+    return ours, summary
+
+
+def _delete_work(uri: str, generation: str = r"\d{4}") -> None:
+    """Remove segments and plans; what else may lie among them stays."""
+    pattern = rf"{generation}/(plans/)?[0-9a-f]{{24}}\.(parquet|json|png)(\..*{re.escape(storage.ASIDE)})?"
+    storage.delete_files(storage.join(uri, WORK), pattern)
 
 
 def read_settings(uri: str) -> dict[str, Any] | None:
@@ -152,7 +168,7 @@ def _with_input(table: pa.Table) -> pa.Table:
 def merged(ledger: Ledger) -> Done:
     """What the table holds from earlier generations. Files of this one, half merged, do not count."""
     files = storage.list_files_if_any(ledger.predictions_uri)
-    older = [file for file in files if file.path < _part(ledger.generation, 0)]
+    older = [file for file in files if file.path < ledger.part(0)]
     return _scan(older)
 
 
@@ -228,17 +244,13 @@ def parts(ledger: Ledger, done: Done) -> list[Part]:
         filled += done.rows[name]
     return [
         Part(
-            storage.join(ledger.predictions_uri, _part(ledger.generation, i)),
+            storage.join(ledger.predictions_uri, ledger.part(i)),
             names[0],
             names[-1],
             tuple(s.uri for s in done.segments if s.first <= names[-1] and s.last >= names[0]),
         )
         for i, names in enumerate(bounds)
     ]
-
-
-def _part(generation: int, number: int) -> str:
-    return f"part-{generation:04d}-{number:05d}.parquet"
 
 
 def merge(part: Part) -> int:
@@ -260,4 +272,4 @@ def finish(ledger: Ledger, summary: dict[str, Any]) -> None:
     """Close the books: from here on the table is whole, and the segments are no longer needed."""
     content = json.dumps(summary | {"generation": ledger.generation}, indent=2, allow_nan=False)
     storage.write_bytes(storage.join(ledger.uri, SUMMARY), content.encode())
-    storage.delete_folder(storage.join(ledger.uri, WORK))
+    _delete_work(ledger.uri)

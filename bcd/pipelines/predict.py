@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
+from ray.data.datasource import FilenameProvider
 
 from bcd import bundle, cam, image, model, novelty, overlay, provenance, schema, storage
 from bcd.pipelines import cluster, read
@@ -191,11 +192,29 @@ class Scorer:
         return image.png(overlay.overlay(picture, evidence, limit))
 
 
-def write(dataset: Dataset, uri: str) -> None:
-    """Write a predictions table as Parquet, in place of what stood there."""
-    storage.delete_folder(uri)
+class _PartNames(FilenameProvider):
+    """Files of a table that carry the id of the output folder that they belong to."""
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+
+    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
+        """`part-OWNER-WRITE-TASK.parquet`."""
+        return f"part-{self._owner}-{write_uuid}-{task_index:06}.parquet"
+
+
+def write(dataset: Dataset, uri: str, owner: str) -> None:
+    """Write a predictions table as Parquet, in place of the one that the same output folder held.
+
+    Args:
+        dataset: the rows.
+        uri: of the table's folder; files that are not of the table stay.
+        owner: id of the output folder, from `output.claim`.
+    """
+    storage.delete_files(uri, rf"part-{owner}-.*\.parquet")
     filesystem, path = storage.resolve(uri)
-    dataset.write_parquet(path, filesystem=filesystem, compression="zstd")
+    names = _PartNames(owner)
+    dataset.write_parquet(path, filesystem=filesystem, compression="zstd", filename_provider=names)
 
 
 def read_back(uri: str, columns: list[str]) -> pa.Table:

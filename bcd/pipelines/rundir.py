@@ -5,8 +5,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from bcd import provenance, schema, storage
-from bcd.config import TrainingConfig, differences
+from bcd import output, provenance, schema, storage
+from bcd.config import TrainConfig, TrainingConfig, differences
 from bcd.errors import BcdError, ConfigError
 
 CONFIG, RUN, DATA, SPLIT, MODEL = "config.json", "run.json", "data.json", "split.parquet", "model"
@@ -18,10 +18,11 @@ def begin(config: TrainingConfig, run_uri: str) -> bool:
     """Check that the run directory is ours and can be written; whether the run is already finished.
 
     Raises:
-        ConfigError: it belongs to a run with other settings, which are named.
+        ConfigError: it belongs to a run with other settings, which are named, or contains anything else.
         StorageError: nothing can be written there.
     """
     settings = config.model_dump(mode="json")
+    output.check(run_uri, _job(config))
     if not storage.exists(storage.join(run_uri, CONFIG)):
         storage.check_writable(run_uri)
         return False
@@ -38,8 +39,13 @@ def begin(config: TrainingConfig, run_uri: str) -> bool:
 
 def claim(config: TrainingConfig, run_uri: str) -> None:
     """Make the directory that of this run."""
+    output.claim(run_uri, _job(config))
     write_json(run_uri, RUN, _facts(config) | {"status": "started"})
     write_json(run_uri, CONFIG, config.model_dump(mode="json"))
+
+
+def _job(config: TrainingConfig) -> str:
+    return output.TRAIN if isinstance(config, TrainConfig) else output.CROSSVAL
 
 
 def finish(config: TrainingConfig, run_uri: str, timings: dict[str, float]) -> None:

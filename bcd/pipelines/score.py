@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import ray
 from ray.data import Dataset, TaskPoolStrategy
 
-from bcd import archive, bundle, schema, slide, storage
+from bcd import archive, bundle, output, schema, slide, storage
 from bcd.config import OPERATIONAL, ScoreConfig
 from bcd.errors import ConfigError, IncompleteError
 from bcd.pipelines import cluster, expand, ledger, predict, present, read
@@ -63,6 +63,7 @@ def run(config: ScoreConfig) -> str:
     started = time.monotonic()
     if storage.join(config.output, "").startswith(storage.join(config.input, "")):
         raise ConfigError(f"--output {config.output} lies inside --input: its pictures would be scored too")
+    output.check(config.output, output.SCORE)  # before any work
     card, model_id = bundle.read_card(config.model), bundle.identify(config.model)
     found = archive.read(config.input)
     cluster.connect()

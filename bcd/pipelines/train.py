@@ -19,7 +19,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer
 
-from bcd import balance, model, schema, storage, taxonomy
+from bcd import balance, model, output, schema, storage, taxonomy
 from bcd.config import TrainConfig
 from bcd.errors import BcdError, StorageError
 from bcd.pipelines import cluster, evaluate, gloo, publish, read, rundir, worker
@@ -57,7 +57,8 @@ def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None, ru
     rundir.write_json(run_uri, rundir.HISTORY, result.return_value)
     publish.bundle_of(config, storage.join(run_uri, rundir.MODEL), table, facts, result)
     trained = time.time()
-    evaluate.evaluate(storage.join(run_uri, rundir.MODEL), table, facts, run_uri)
+    owner = output.claim(run_uri, output.TRAIN)
+    evaluate.evaluate(storage.join(run_uri, rundir.MODEL), table, facts, run_uri, owner)
     timings = {"train_s": round(trained - started, 1), "evaluate_s": round(time.time() - trained, 1)}
     rundir.finish(config, run_uri, timings)
     return run_uri
@@ -73,8 +74,8 @@ def _prepared(
     if (table := rundir.read_split(run_uri)) is not None:
         return table, Facts(**rundir.read_json(run_uri, rundir.DATA))
     table, facts = prepare(config, inspected)
-    rundir.write_json(run_uri, rundir.DATA, facts.model_dump())
     rundir.claim(config, run_uri)
+    rundir.write_json(run_uri, rundir.DATA, facts.model_dump())
     rundir.write_split(run_uri, table)
     print("\n".join(describe(config, table, facts)), flush=True)
     return table, facts

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bcd import bundle, schema, split, storage
+from bcd import bundle, output, schema, split, storage
 from bcd.config import CrossvalConfig
 from bcd.errors import ConfigError, DataError, StorageError
 from bcd.pipelines import crossval, prepare, rundir
@@ -144,6 +144,8 @@ def test_a_killed_study_goes_on_with_the_folds_that_are_missing(cluster, tree, t
     assert not is_finished(second)
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     uri = crossval.run(CrossvalConfig(**settings, parallel=1))
+    assert output.check(uri, output.CROSSVAL)
+    assert output.check(str(second), output.TRAIN)
     assert f"{first} is finished" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
     measured = read_json(f"{uri}/metrics.json")
@@ -163,6 +165,7 @@ def test_a_study_does_not_go_on_with_other_data(cluster, tree, tmp_path):
     config = CrossvalConfig(**small(tree).model_dump(include={"data", "weights"}), output=str(tmp_path), k=2)
     fold = next(crossval._folds(config, f"{tmp_path}/crossval", "case"))
     parts, facts = prepare.prepare(fold.config)
+    output.claim(f"{tmp_path}/crossval", output.CROSSVAL)
     rundir.write_split(fold.uri, parts)
     before = facts.model_copy(update={"data_fingerprint": "of other data"})
     rundir.write_json(fold.uri, rundir.DATA, before.model_dump())

@@ -74,8 +74,9 @@ ROWS += [tile_of(name, x, y) for name in ("s.svs", "a.svs") for y in (0, 100, 20
 
 
 def test_begin_refuses_other_settings_and_names_them(output):
-    assert ledger.begin(output, SETTINGS) == (ledger.Ledger(output, 1), None)
-    assert ledger.begin(output, SETTINGS) == (ledger.Ledger(output, 1), None)
+    ours, summary = ledger.begin(output, SETTINGS)
+    assert (ours.uri, ours.generation, summary) == (output, 1, None)
+    assert ledger.begin(output, SETTINGS) == (ours, None)
     other = {"model": "xyz", "input": "in", "overlays": "png"}
     with pytest.raises(
         ConfigError,
@@ -171,7 +172,7 @@ def test_a_file_has_about_the_bytes_it_should(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "FILE_BYTES", storage.list_files(ours.work_uri)[0].size_bytes // 2)
     assert finish(ours) == [4, 4, 1]
     assert [file.path for file in storage.list_files(ours.predictions_uri)] == [
-        f"part-0001-0000{i}.parquet" for i in range(3)
+        f"part-{ours.owner}-0001-0000{i}.parquet" for i in range(3)
     ]
 
 
@@ -277,7 +278,7 @@ def test_killed_between_summary_and_cleaning(output, monkeypatch):
     ours, _ = ledger.begin(output, SETTINGS)
     commit(ours, ROWS[:8])
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "delete_folder", killed)
+        patch.setattr(storage, "delete_files", killed)
         with pytest.raises(KeyboardInterrupt):
             finish(ours)
     assert len(ledger.committed(ours).segments) == 1
@@ -289,15 +290,16 @@ def test_killed_between_summary_and_cleaning(output, monkeypatch):
     assert rows_in(output) == expected(ROWS)
 
 
-def killed(uri):
+def killed(uri, pattern):
     raise KeyboardInterrupt
 
 
 def test_half_written_files_of_the_table_are_removed(tmp_path):
     list(attempt(str(tmp_path), ROWS[:3]))
-    (tmp_path / f"predictions/part-0001-00000.parquet.0{storage.ASIDE}").write_bytes(b"half")
+    (part,) = (tmp_path / "predictions").iterdir()
+    part.with_name(f"{part.name}.0{storage.ASIDE}").write_bytes(b"half")
     ledger.begin(str(tmp_path), SETTINGS)
-    assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["part-0001-00000.parquet"]
+    assert list((tmp_path / "predictions").iterdir()) == [part]
 
 
 def test_a_slide_that_could_be_read_after_all_has_no_error_beside_its_tiles(tmp_path):
@@ -314,7 +316,7 @@ def test_a_slide_that_could_be_read_after_all_has_no_error_beside_its_tiles(tmp_
 
 def test_a_finished_output_has_no_segments_and_an_older_table(output):
     list(attempt(output, ROWS))
-    assert not storage.exists(f"{output}/work/0001")
+    assert storage.list_files_if_any(f"{output}/work") == []
     ours, summary = ledger.begin(output, SETTINGS)
     assert (ours.generation, summary) == (2, {"generation": 1})
     older = ledger.merged(ours)

@@ -49,7 +49,7 @@ def test_every_row_gives_one_row_a_result_or_an_error(joined, model_uri, tmp_pat
     table, _ = index.read(str(tmp_path / "in"))
     uri = str(tmp_path / "out")
     settings = predict.Settings(model_uri, batch_size=4)
-    predict.write(predict.predictions(read.rows(schema.fill(table, schema.READING)), settings), uri)
+    predict.write(predict.predictions(read.rows(schema.fill(table, schema.READING)), settings), uri, "0")
     result = predict.read_back(uri, schema.predictions(2, 3).names)
     assert result.schema.equals(schema.predictions(2, 3))
     assert result[schema.IMAGE_ID].to_pylist() == sorted(good | bad)
@@ -230,10 +230,14 @@ def test_a_batch_without_one_good_picture_is_all_errors(model_uri):
 
 
 @pytest.mark.ray
-def test_writing_replaces_what_stood_there(joined, model_uri, tmp_path):
+def test_writing_replaces_the_same_table_and_nothing_else(joined, model_uri, tmp_path):
+    other = tmp_path / "out/part-0001-00000.parquet"
+    storage.write_bytes(str(other), b"of another archive")
     storage.write_bytes(str(tmp_path / "in/benign/p/a.png"), pictures.encode(pictures.gradient()))
     table, _ = index.read(str(tmp_path / "in"))
     rows, settings = schema.fill(table, schema.READING), predict.Settings(model_uri, batch_size=4)
     for _ in range(2):
-        predict.write(predict.predictions(read.rows(rows), settings), str(tmp_path / "out"))
+        predict.write(predict.predictions(read.rows(rows), settings), str(tmp_path / "out"), "0")
+    assert other.read_bytes() == b"of another archive"
+    other.unlink()
     assert len(predict.read_back(str(tmp_path / "out"), [schema.IMAGE_ID])) == 1

@@ -90,7 +90,7 @@ def test_who_must_go_on_is_told_why():
 
 def test_plans_are_read_side_by_side(tmp_path, monkeypatch):
     """One after the other, each is a round trip to the object store."""
-    ours, names = ledger.Ledger(str(tmp_path), 1), [f"{i}.svs" for i in range(storage.READ_THREADS)]
+    ours, names = ledger.Ledger(str(tmp_path), 1, "0"), [f"{i}.svs" for i in range(storage.READ_THREADS)]
     together = threading.Barrier(len(names), timeout=60)
     monkeypatch.setattr(ledger, "committed", lambda ours: ledger.Done(rows=Counter(names)))
 

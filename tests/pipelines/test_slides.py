@@ -36,7 +36,7 @@ def planned(folder, contents, tiling, generation=1):
     """Tiles and plans of an archive of slides, as the pipeline makes them."""
     for name, content in contents.items():
         storage.write_bytes(f"{folder}/in/{name}", content)
-    ours = ledger.Ledger(f"{folder}/out", generation)
+    ours = ledger.Ledger(f"{folder}/out", generation, "0")
     inputs = archive.read(f"{folder}/in").table
     inputs = inputs.filter(pa.array([name in contents for name in inputs[schema.IMAGE_ID].to_pylist()]))
     tiles = pa.concat_tables(expand.expand(inputs, tiling, ours.plans_uri, frozenset()))
@@ -151,7 +151,7 @@ def test_slides_of_a_manifest_are_told_whatever_their_uri(tmp_path, kind, reques
     at["remote"] = f"{request.getfixturevalue('s3')}/{tmp_path.name}" if kind == "remote" else ""
     storage.write_bytes(f"{at['remote'] or f'{tmp_path}/in'}/s.tif", stained())
     storage.write_bytes(f"{tmp_path}/lists/m.csv", f"uri\n{at[kind]}/s.tif\n".encode())
-    ours = ledger.Ledger(f"{tmp_path}/out", 1)
+    ours = ledger.Ledger(f"{tmp_path}/out", 1, "0")
     inputs = archive.read(f"{tmp_path}/lists/m.csv").table
     tiles = pa.concat_tables(expand.expand(inputs, SYNTHETIC, ours.plans_uri, frozenset()))
     plan = expand.read_plan(ours.plans_uri, f"{at[kind]}/s.tif")

@@ -11,7 +11,7 @@ import torch
 from ray.exceptions import GetTimeoutError
 from ray.train import ControllerError, WorkerGroupError
 
-from bcd import bundle, schema, storage
+from bcd import bundle, output, schema, storage
 from bcd.errors import BundleError, ConfigError, ResourceError, StorageError
 from bcd.pipelines import prepare, train
 from tests.cluster import read_json
@@ -49,6 +49,7 @@ def test_the_run_directory_is_as_promised(run_uri, config):
     assert run["status"] == "finished"
     assert run["versions"]["ray"]
     assert run["timings"]["train_s"] > 0
+    assert output.check(run_uri, output.TRAIN)  # every file in it is one that it may contain
 
 
 def test_every_epoch_is_balanced_and_saw_no_held_out_image(run_uri):
@@ -165,6 +166,7 @@ def test_too_many_workers_fail_at_once(cluster, tree, tmp_path):
 
 def test_a_damaged_run_directory_says_so(tree, tmp_path):
     config = small(tree, output=str(tmp_path), name="x")
+    output.claim(f"{tmp_path}/x", output.TRAIN)
     storage.write_bytes(f"{tmp_path}/x/config.json", json.dumps(config.model_dump(mode="json")).encode()[:-9])
     with pytest.raises(train.BcdError, match=r"config.json is damaged"):
         train.run(config)
