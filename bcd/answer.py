@@ -39,12 +39,16 @@ class Covers(BaseModel):
 
 
 class Evidence(BaseModel):
-    """The evidence map: log-odds per cell; the mean of all values plus the bias is the log-odds."""
+    """The evidence map: log-odds per cell; the mean of all values plus the bias is the log-odds.
+
+    Wherever it is drawn, the colour is full at `limit`.
+    """
 
     height: int
     width: int
     values: list[list[float]]
     bias: float
+    limit: float = overlay.LIMIT
     explains: str
     covers: Covers
 

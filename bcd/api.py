@@ -11,11 +11,9 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
 
-from bcd import image, provenance
+from bcd import image, provenance, upload
 from bcd.answer import (
     NOTICE,
     Answer,
@@ -30,8 +28,15 @@ from bcd.answer import (
 )
 from bcd.bundle import Card, Prediction
 from bcd.guard import Limits, RefusedError
+from bcd.overlay import LIMIT
 
-STATUS = {"unsupported_format": 415, "empty": 422, "truncated": 422, "too_many_pixels": 422}
+STATUS = {
+    "unsupported_format": 415,
+    "whole_slide": 415,
+    "empty": 422,
+    "truncated": 422,
+    "too_many_pixels": 422,
+}
 # The page loads nothing but itself, and sends nothing but to where it came from.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -72,13 +77,13 @@ def _multipart(name: str, schema: dict[str, Any]) -> dict[str, Any]:
 ONE_BODY = {
     "requestBody": {
         "required": True,
-        "content": dict.fromkeys(PICTURE_TYPES, BINARY) | _multipart("file", BINARY["schema"]),
+        "content": dict.fromkeys(PICTURE_TYPES, BINARY) | _multipart(upload.ONE, BINARY["schema"]),
     }
 }
 MANY_BODY = {
     "requestBody": {
         "required": True,
-        "content": _multipart("files", {"type": "array", "items": BINARY["schema"], "minItems": 1}),
+        "content": _multipart(upload.MANY, {"type": "array", "items": BINARY["schema"], "minItems": 1}),
     }
 }
 WORK_ERRORS = _errors(400, 401, 408, 413, 415, 422, 503, 504)
@@ -113,9 +118,10 @@ def _handle_errors(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return JSONResponse(
-            {"error": {"code": "invalid_request", "message": f"{where}: {first['msg']}"}}, 422
-        )
+        message = f"{where}: {first['msg']}"
+        if first["type"] == "bool_parsing":
+            message = f"the option `{first['loc'][-1]}` is {first['input']!r:.60}; expected true or false"
+        return JSONResponse({"error": {"code": "invalid_request", "message": message}}, 422)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
@@ -136,7 +142,7 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         response_model=Answer,
         responses=WORK_ERRORS | {200: {"content": {"image/png": BINARY}, "model": Answer}},
         openapi_extra=ONE_BODY,
-        dependencies=[bearer],
+        dependencies=[bearer, Depends(upload.options("overlay", "preview"))],
     )
     async def predict(
         request: Request,
@@ -145,14 +151,16 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
     ) -> Any:
         """One picture (PNG, JPEG or TIFF) as raw body, or as multipart field `file`.
 
-        With `Accept: image/png` the answer is the picture with its evidence laid over it.
+        With `Accept: image/png` the answer is the picture with its evidence laid over it; the header
+        `X-Evidence-Limit` says at how many log-odds per cell a colour is full.
         """
-        content = (await _pictures(request, "file", 1))[0][1]
-        as_picture = request.headers.get("accept", "").startswith("image/png")
-        pixels, prediction = await engine.look(content)
+        sent = await upload.one(request)
+        as_picture = request.headers.get("accept", "").lower().startswith("image/png")
+        pixels, prediction = await _look(engine, sent)
         if as_picture:
             png = await asyncio.to_thread(drawn, engine.card, pixels, prediction)
-            return Response(png, media_type="image/png", headers={"X-Model-Id": engine.model_id})
+            headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{LIMIT:g}"}
+            return Response(png, media_type="image/png", headers=headers)
         return await asyncio.to_thread(
             answer, engine.card, engine.model_id, pixels, prediction, overlay, preview
         )
@@ -162,12 +170,12 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         response_model=BatchAnswer,
         responses=WORK_ERRORS,
         openapi_extra=MANY_BODY,
-        dependencies=[bearer],
+        dependencies=[bearer, Depends(upload.options())],
     )
     async def predict_batch(request: Request) -> Any:
         """Several pictures as multipart field `files`: an answer or an error for each."""
-        found = await _pictures(request, "files", max_images)
-        results = await asyncio.gather(*(_item(engine, name, content) for name, content in found))
+        found = await upload.many(request, max_images)
+        results = await asyncio.gather(*(_item(engine, sent) for sent in found))
         return BatchAnswer(results=list(results))
 
 
@@ -179,8 +187,8 @@ def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) ->
         response_model=ModelDocument,
         # Thousands of numbers that nobody looks at.
         response_model_exclude={"card": {"feature_statistics"}},
-        responses=_errors(401, 503, 504),
-        dependencies=[bearer],
+        responses=_errors(401, 422, 503, 504),
+        dependencies=[bearer, Depends(upload.options())],
     )
     async def about_model() -> Any:
         """The model card, its identity, the limits, and the scale of the overlays."""
@@ -216,33 +224,15 @@ def _add_page(app: FastAPI) -> None:
     app.mount("/page", StaticFiles(directory=str(folder)), name="page")
 
 
-async def _pictures(request: Request, field: str, most: int) -> list[tuple[str, bytes]]:
-    """(name, bytes) of the pictures in a request.
+async def _look(engine: Engine, sent: upload.Sent) -> tuple[np.ndarray, Prediction]:
+    # A slide may have to be written to disk to be known.
+    return await engine.look(await asyncio.to_thread(upload.field_of, sent))
 
-    Raises:
-        RefusedError: there are none, or too many, or the form is broken.
-    """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        if field != "file":
-            raise RefusedError(415, "unsupported_format", f"expected multipart/form-data with `{field}`")
-        return [("", await request.body())]
+
+async def _item(engine: Engine, sent: upload.Sent) -> BatchItem:
     try:
-        async with request.form(max_files=most, max_fields=most) as form:
-            given = [part for part in form.getlist(field) if isinstance(part, UploadFile)]
-            found = [(part.filename or "", await part.read()) for part in given]
-    # Starlette hides its own errors behind HTTPException where an app is around it.
-    except (MultiPartException, HTTPException) as error:
-        message = error.message if isinstance(error, MultiPartException) else error.detail
-        raise RefusedError(400, "invalid_form", f"{message}; at most {most} files in one form") from None
-    if not found:
-        raise RefusedError(422, "no_picture", f"the form has no file in its field `{field}`")
-    return found
-
-
-async def _item(engine: Engine, name: str, content: bytes) -> BatchItem:
-    try:
-        pixels, prediction = await engine.look(content)
+        pixels, prediction = await _look(engine, sent)
     except image.ImageError as error:
-        return BatchItem(name=name, error=ErrorBody(code=error.code, message=error.message))
+        return BatchItem(name=sent.name, error=ErrorBody(code=error.code, message=error.message))
     document = await asyncio.to_thread(answer, engine.card, engine.model_id, pixels, prediction)
-    return BatchItem(name=name, answer=document)
+    return BatchItem(name=sent.name, answer=document)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from bcd.finding import counted, listed
 from bcd.node import Action, Attempt, Capacity, Facts, Node
+from bcd.text import counted, listed
 
 Verdict = Literal["ok", "warning", "fault"]
 Key = TypeVar("Key")

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bcd.diagnosis import Check, Verdict
-from bcd.finding import counted, listed
+from bcd.text import counted, listed
 
 # Words, so that the table reads the same without colours.
 WORDS: dict[Verdict, str] = {"ok": "ok", "warning": "WARNING", "fault": "FAULT"}

@@ -202,7 +202,11 @@ class Guard:
         """The whole body, counted while it is read: no more than allowed is ever held."""
         most = self.limits.max_body_bytes
         # The connection stays open: the server drops the rest, and the client sees the answer, not a reset.
-        refused = RefusedError(413, "body_too_large", f"the body is larger than {most:,} bytes")
+        refused = RefusedError(
+            413,
+            "body_too_large",
+            f"the body is larger than {most:,} bytes; whole slides are scored by jobs/score.py",
+        )
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > most:
             raise refused

@@ -71,6 +71,7 @@ def test_the_answer_is_what_the_bundle_says(client, loaded):
     assert (evidence["height"], evidence["width"]) == expected.evidence.shape[1:]
     assert np.mean(evidence["values"]) + evidence["bias"] == pytest.approx(answer["log_odds"], abs=1e-4)
     assert evidence["explains"] == "malignant against benign"
+    assert evidence["limit"] == overlay.LIMIT == client.get("/v1/model").json()["overlay"]["limit"]
     assert (answer["width_px"], answer["height_px"]) == (200, 92)
     assert answer["novelty"] == pytest.approx(float(expected.novelty[0]), rel=1e-5)
     assert (answer["warnings"], answer["overlay_png"], answer["preview_png"]) == ([], None, None)

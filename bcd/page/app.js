@@ -79,7 +79,12 @@ function fail(item, error) {
 async function predict(item, signal) {
   const most = state.about.limits.max_body_bytes;
   if (item.file.size > most) {
-    throw new ServiceError("body_too_large", `${mebibytes(item.file.size)}; the service takes ${mebibytes(most)}`);
+    const both = `${mebibytes(item.file.size)}; the service takes ${mebibytes(most)}`;
+    throw new ServiceError("body_too_large", `${both}. Whole slides are scored by jobs/score.py`);
+  }
+  if (/\.mrxs$/i.test(item.name)) {
+    // What it holds is a small picture of the slide, whose pixels are in a folder beside it.
+    throw new ServiceError("whole_slide", "single fields of view are answered here; score slides with jobs/score.py");
   }
   // Read first: a folder, or a file that has gone, would look like a lost network.
   const body = await item.file.arrayBuffer().catch(() => {

@@ -7,6 +7,7 @@ const TOKEN = "bcd-token";
 const BY_STATUS = { 401: "unauthorized", 408: "slow_upload", 413: "body_too_large", 503: "overloaded", 504: "timeout" };
 const TITLES = {
   unsupported_format: "Not a picture that can be read",
+  whole_slide: "A whole slide",
   truncated: "Damaged or cut short",
   too_many_pixels: "Too many pixels",
   empty: "An empty file",
@@ -19,7 +20,7 @@ const TITLES = {
   stopped: "Stopped",
 };
 // Of the file itself: sending it again would not help.
-const LASTING = new Set(["unsupported_format", "truncated", "too_many_pixels", "empty", "body_too_large", "unreadable"]);
+const LASTING = new Set(["unsupported_format", "whole_slide", "truncated", "too_many_pixels", "empty", "body_too_large", "unreadable"]);
 
 export class ServiceError extends Error {
   constructor(code, message) {

@@ -39,9 +39,9 @@ from bcd import (
 from bcd.diagnosis import Check
 from bcd.doctor_config import DoctorConfig
 from bcd.errors import BcdError, DataError, DiagnosisError, ResourceError
-from bcd.finding import counted
 from bcd.node import Action, Attempt, Capacity, Clock, Disk, Facts, Machine, Node
 from bcd.pipelines import cluster, staging
+from bcd.text import counted
 
 # Begins the name of the folder that is written and deleted again; hidden, so that no job sees it.
 PROBE = ".bcd-doctor-"
