@@ -75,3 +75,18 @@ class DiagnosisError(BcdError):
     """A diagnosis ran to its end, and found what would break the job."""
 
     exit_code = 1
+
+
+class TooLargeError(StorageError):
+    """A file has more bytes than are read into memory."""
+
+
+class ImageError(Exception):
+    """One image that cannot be used: a row or an answer, and no end of anything, so no `BcdError`.
+
+    `code` is stable and typed, the message is for people.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code, self.message = code, message

@@ -5,7 +5,9 @@ be used raises `image.ImageError`, here with code `unreadable`, `missing_mpp` or
 """
 
 import math
+import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -15,7 +17,8 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from bcd.image import ImageError
+from bcd import container, tiff
+from bcd.image import ImageError, boundary, to_srgb
 
 # Formats of OpenSlide 4 whose suffix stands for nothing else. https://openslide.org/formats/
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm")
@@ -31,6 +34,10 @@ LEVEL_TOLERANCE = 1.02
 MAX_ENLARGING = 1.25
 # Side of what is decoded at once for the thumbnail: 16 MiB of RGBA, however large the slide.
 BLOCK_PX = 2048
+# Of one region, and of one tile as the file stores it: 256 MB of RGBA, whatever the metadata ask for. Of a
+# whole slide: the largest scans have a tenth of it.
+MAX_READ_PIXELS, MAX_SLIDE_PIXELS = container.MAX_PIXELS, 10**12
+UNREADABLE = "unreadable", "the slide cannot be read"
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Slide:
         height_px: of level 0.
         mpp: µm per pixel of level 0.
         downsamples: level-0 pixels per pixel of each level.
+        profile: ICC profile of its pixels, None for sRGB.
     """
 
     handle: openslide.OpenSlide
@@ -50,6 +58,7 @@ class Slide:
     height_px: int
     mpp: float
     downsamples: tuple[float, ...]
+    profile: bytes | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -75,7 +84,7 @@ class Slide:
     def read(
         self, x_level0_px: int, y_level0_px: int, level: int, width_px: int, height_px: int
     ) -> np.ndarray:
-        """Pixels of a rectangle, white where the slide has none.
+        """Pixels of a rectangle, in sRGB, white where the slide has none.
 
         Args:
             x_level0_px: left edge, in pixels of level 0 at every level.
@@ -88,16 +97,20 @@ class Slide:
             uint8 (height_px, width_px, 3) RGB.
 
         Raises:
-            ImageError: `unreadable`.
+            ImageError: `unreadable`, or `too_many_pixels` for one read.
         """
         place, size = (int(x_level0_px), int(y_level0_px)), (int(width_px), int(height_px))
-        try:
+        if size[0] * size[1] > MAX_READ_PIXELS:
+            raise ImageError(
+                "too_many_pixels",
+                f"a tile needs {size[0]:,} x {size[1]:,} px of the slide; at most {MAX_READ_PIXELS:,} fit",
+            )
+        with boundary(*UNREADABLE):
             region = self.handle.read_region(place, level, size)
-        except openslide.OpenSlideError as error:
-            raise _unreadable(error) from error
-        paper = Image.new("RGB", size, "white")
-        paper.paste(region, mask=region)
-        return np.asarray(paper)
+            paper = Image.new("RGB", size, "white")
+            colors = to_srgb(region.convert("RGB"), self.profile) if self.profile else region
+            paper.paste(colors, mask=region)
+            return np.asarray(paper)
 
     def thumbnail(self, max_side_px: int = 2048) -> tuple[np.ndarray, float]:
         """The whole slide, small. Memory does not grow with the slide, even one without a pyramid.
@@ -144,22 +157,26 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
     Raises:
         ImageError: `unreadable`, or `missing_mpp` where neither says.
     """
-    try:
+    with boundary(*UNREADABLE):
+        _require_tiles(Path(path))
         handle = openslide.OpenSlide(path)
         (width, height), properties = handle.dimensions, dict(handle.properties)
         downsamples = tuple(handle.level_downsamples)
-    except openslide.OpenSlideError as error:
-        raise _unreadable(error) from error
+        profile = handle.color_profile
+    if width * height > MAX_SLIDE_PIXELS:
+        handle.close()
+        raise ImageError("too_many_pixels", f"a slide of {width:,} x {height:,} px cannot be")
+    icc = profile.tobytes() if profile else None
     sides = [
         _mpp(properties.get(name)) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
     ]
     known = [side for side in sides if side is not None]
     if known:
-        return Slide(handle, width, height, sum(known) / len(known), downsamples)
+        return Slide(handle, width, height, sum(known) / len(known), downsamples, icc)
     if mpp is None:
         handle.close()
         raise ImageError("missing_mpp", "the slide does not say how many µm a pixel has; --mpp gives it")
-    return Slide(handle, width, height, mpp, downsamples)
+    return Slide(handle, width, height, mpp, downsamples, icc)
 
 
 def _mpp(text: str | None) -> float | None:
@@ -171,8 +188,21 @@ def _mpp(text: str | None) -> float | None:
     return value if 0 < value <= MAX_MPP else None
 
 
-def _unreadable(error: openslide.OpenSlideError) -> ImageError:
-    return ImageError("unreadable", f"the slide cannot be read: {error}")
+def _require_tiles(path: Path) -> None:
+    """OpenSlide takes memory for a tile as large as the metadata say, or ends the process."""
+    for page in _pages(path):
+        width, height = page.one(tiff.TILE_WIDTH), page.one(tiff.TILE_HEIGHT)
+        if width * height > MAX_READ_PIXELS:
+            raise ImageError("too_many_pixels", f"a slide stored in tiles of {width:,} x {height:,} px")
+
+
+def _pages(path: Path) -> list[tiff.Page]:
+    """Those of a slide in TIFF, as far as we can read them; NDPI is TIFF with longer addresses."""
+    found = list[tiff.Page]()
+    with path.open("rb") as file, suppress(ImageError, struct.error):
+        for page in tiff.walk(file, path.stat().st_size):
+            found.append(page)
+    return found
 
 
 def is_slide(path: str | Path) -> bool:
@@ -182,7 +212,8 @@ def is_slide(path: str | Path) -> bool:
     """
     suffix = Path(path).suffix.lower()
     if suffix in MAYBE_SLIDE_SUFFIXES:
-        return openslide.OpenSlide.detect_format(path) is not None
+        with boundary(*UNREADABLE):
+            return openslide.OpenSlide.detect_format(path) is not None
     return suffix in SLIDE_SUFFIXES
 
 

@@ -28,13 +28,15 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from bcd.errors import StorageError
+from bcd.errors import StorageError, TooLargeError
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # With one slash, too, as the standard allows.
 FILE_SCHEME = re.compile(r"file:/", re.IGNORECASE)
 # Requests in flight per process: hides the latency of an object store, and is harmless on a disk.
 READ_THREADS = 8
+# Of what tells no size, so much is read at a time.
+PIECE_BYTES = 2**16
 # Ends the name of a file that is being written; one that a kill left behind is nobody's.
 ASIDE = ".part"
 # Tries of a request that a store does not answer or puts off (503), with growing pauses: 7 to 10 s in all.
@@ -281,14 +283,32 @@ def _persistent(read: Callable[Asked, Found]) -> Callable[Asked, Found]:
 
 
 @_persistent
-def read_bytes(uri: str) -> bytes:
-    """The whole content of one file; of a local one up to its end, as it may be a pipe."""
+def read_bytes(uri: str, most_bytes: int | None = None) -> bytes:
+    """The whole content of one file; of a local one up to its end, as it may be a pipe.
+
+    Raises:
+        TooLargeError: it has more than `most_bytes`; of a regular file nothing has been read.
+    """
     filesystem, path = resolve(uri)
     with _naming(uri, "read it"):
         # A stream asks a store for 16 KiB at a time, a file for all of it at once.
         file = filesystem.open_input_file(path) if is_remote(uri) else _stream(filesystem, path)
         with file:
-            return file.read()
+            return file.read() if most_bytes is None else _limited(file, uri, path, most_bytes)
+
+
+def _limited(file: pa.NativeFile, uri: str, path: str, most_bytes: int) -> bytes:
+    """The same, in pieces where the size is not known: a device gives bytes without end."""
+    size_bytes = file.size() if is_remote(uri) else os.stat(path).st_size
+    pieces, left = list[bytes](), most_bytes - size_bytes
+    if left >= 0:
+        left = most_bytes
+        while left >= 0 and (piece := file.read(max(size_bytes + 1, PIECE_BYTES))):
+            pieces.append(piece)
+            left -= len(piece)
+    if left < 0:
+        raise TooLargeError(f"{uri}: has more than {most_bytes:,} bytes, the most that are read", True)
+    return b"".join(pieces)
 
 
 def _stream(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:

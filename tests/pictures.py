@@ -47,23 +47,62 @@ def broken() -> dict[str, tuple[bytes, str]]:
     }
 
 
+Tags = dict[int, tuple[int, list[int] | bytes]]
+# TIFF's types -> size in bytes, and letter for `struct`; 2 is text, 5 a fraction of two numbers.
+TIFF_TYPES = {1: (1, "B"), 2: (1, "s"), 3: (2, "H"), 4: (4, "I"), 5: (8, "I")}
+
+
+def tiff(*pages: tuple[Tags, list[bytes]], order: str = "<") -> bytes:
+    """A TIFF byte by byte, since Pillow writes few kinds: of each page its tags and its strips or tiles."""
+    content = struct.pack(order + "2sHI", b"II" if order == "<" else b"MM", 42, 0)
+    pointer = 4
+    for tags, parts in pages:
+        places = [len(content) + sum(map(len, parts[:i])) for i in range(len(parts))]
+        offsets, counts = (324, 325) if 322 in tags else (273, 279)
+        full = tags | {offsets: (4, places), counts: (4, [len(part) for part in parts])}
+        content += b"".join(parts)
+        content += b"\0" * (len(content) % 2)
+        start = struct.pack(order + "I", len(content))
+        content = content[:pointer] + start + content[pointer + 4 :]
+        pointer = len(content) + 2 + 12 * len(full)
+        content += _directory(full, len(content), order)
+    return content
+
+
+def _directory(tags: Tags, start: int, order: str) -> bytes:
+    table, extra = struct.pack(order + "H", len(tags)), b""
+    for tag, (kind, values) in sorted(tags.items()):
+        size, letter = TIFF_TYPES[kind]
+        packed = (
+            values if isinstance(values, bytes) else struct.pack(f"{order}{len(values)}{letter}", *values)
+        )
+        table += struct.pack(order + "HHI", tag, kind, len(packed) // size)
+        after = start + 2 + 12 * len(tags) + 4 + len(extra)
+        table += packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack(order + "I", after)
+        extra += packed if len(packed) > 4 else b""
+    return table + bytes(4) + extra
+
+
+def tiff_page(samples: np.ndarray, meaning: int = 2, **changes: object) -> tuple[Tags, list[bytes]]:
+    """A page of samples (h, w[, channels]) in one strip; `t270=b"text"` or `t262=[0]` sets a tag."""
+    channels = samples.shape[2] if samples.ndim == 3 else 1
+    tags: Tags = {256: (4, [samples.shape[1]]), 257: (4, [samples.shape[0]]), 259: (3, [1])}
+    tags |= {258: (3, [8 * samples.itemsize] * channels), 262: (3, [meaning]), 277: (3, [channels])}
+    tags |= {278: (4, [samples.shape[0]])}
+    for name, value in changes.items():
+        tags[int(name[1:])] = (2 if isinstance(value, bytes) else 3, value)  # type: ignore[assignment]
+    return tags, [samples.tobytes()]
+
+
 def tiled_tiff(pixels: np.ndarray, mpp: float | None, side: int = 64) -> bytes:
-    """A slide as OpenSlide reads it, in tiles and of one level; byte by byte, since Pillow writes strips."""
+    """A slide as OpenSlide reads it, in tiles and of one level."""
     rows, columns = (-(-size // side) for size in pixels.shape[:2])
     padded = np.full((rows * side, columns * side, 3), 255, np.uint8)
     padded[: pixels.shape[0], : pixels.shape[1]] = pixels
-    tiles = padded.reshape(rows, side, columns, side, 3).swapaxes(1, 2).tobytes()
-    n, size = rows * columns, side * side * 3
-    # Tag -> type (3: 16 bits, 4: 32 bits, 5: fraction) and values; 296 says pixels per cm.
-    tags = {256: (4, [pixels.shape[1]]), 257: (4, [pixels.shape[0]]), 258: (3, [8]), 259: (3, [1])}
-    tags |= {262: (3, [2]), 277: (3, [3]), 282: (5, [round(1e7 / (mpp or 1)), 1_000])}
-    tags |= {283: tags[282], 296: (3, [3 if mpp else 1]), 322: (4, [side]), 323: (4, [side])}
-    tags |= {324: (4, [8 + i * size for i in range(n)]), 325: (4, [size] * n)}
-    start = 8 + len(tiles)
-    directory, extra, after = struct.pack("<H", len(tags)), b"", start + 2 + 12 * len(tags) + 4
-    for tag, (kind, values) in tags.items():
-        packed = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
-        where = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", after + len(extra))
-        extra += packed if len(packed) > 4 else b""
-        directory += struct.pack("<HHI", tag, kind, len(values) // (2 if kind == 5 else 1)) + where
-    return struct.pack("<2sHI", b"II", 42, start) + tiles + directory + bytes(4) + extra
+    tiles = padded.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(rows * columns, -1)
+    tags, _ = tiff_page(pixels)
+    del tags[278]
+    # 296 says pixels per cm.
+    tags |= {282: (5, [round(1e7 / (mpp or 1)), 1_000]), 296: (3, [3 if mpp else 1])}
+    tags |= {283: tags[282], 322: (4, [side]), 323: (4, [side])}
+    return tiff((tags, [tile.tobytes() for tile in tiles]))

@@ -102,12 +102,21 @@ def test_every_module_and_public_name_has_a_docstring(path):
             assert ast.get_docstring(node), node.name
 
 
-@pytest.mark.parametrize("path", MODULES + JOBS, ids=name_of)
-def test_no_broad_except(path):
-    for node in ast.walk(TREES[path]):
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None
-            assert "Exception" not in {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+def is_broad(handler: ast.ExceptHandler) -> bool:
+    named = {n.id for n in ast.walk(handler.type) if isinstance(n, ast.Name)} if handler.type else set()
+    return not named or bool(named & {"Exception", "BaseException"})
+
+
+def test_no_broad_except_but_around_foreign_decoders():
+    """They may raise anything for a file from anywhere, and one image must not end a job or a service."""
+    broad = [
+        (name_of(path), function.name)
+        for path in MODULES + JOBS
+        for function in functions(path)
+        for node in ast.walk(function)
+        if isinstance(node, ast.ExceptHandler) and is_broad(node)
+    ]
+    assert broad == [("bcd.image", "boundary")]
 
 
 # `breakhis` subscripts the groups of its file-name pattern, which are not columns.

@@ -1,8 +1,12 @@
+import struct
+import zlib
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from bcd import image
+from bcd import container, image
+from bcd.errors import StorageError
 from tests import pictures
 
 PIXELS = pictures.gradient()
@@ -29,11 +33,133 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(kind):
     np.testing.assert_array_equal(decoded[..., 1], PIXELS[..., 0])
 
 
-def test_whiter_than_white_is_white():
-    """A TIFF of 32-bit whole numbers: 70000 / 257 is more than a byte holds."""
-    deep = np.array([[0, 257, 65535], [70000, 2**30, -5]], np.int32)
-    decoded = image.decode(pictures.encode(Image.fromarray(deep), "TIFF"))
-    assert decoded[..., 0].tolist() == [[0, 1, 255], [255, 255, 0]]
+def deep_png(samples, *chunks):
+    """A PNG of 16-bit samples, uint16 (h, w) or (h, w, 3), with more chunks before the pixels."""
+    height, width = samples.shape[:2]
+    rows = samples.astype(">u2").reshape(height, -1).tobytes()
+    stride = len(rows) // height
+    lines = b"".join(b"\0" + rows[i : i + stride] for i in range(0, len(rows), stride))
+    head = struct.pack(">IIBBBBB", width, height, 16, 2 if samples.ndim == 3 else 0, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return container.PNG + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in parts
+    )
+
+
+def test_sixteen_bit_colors_are_rounded_and_not_cut_off():
+    samples = np.array([[[128, 129, 65_535], [385, 386, 0]]], np.uint16)
+    assert image.decode(deep_png(samples)).tolist() == [[[0, 1, 255], [1, 2, 0]]]
+
+
+@pytest.mark.parametrize("samples", [PIXELS.astype(np.uint16) << 4, PIXELS[..., 0].astype(np.uint16) << 2])
+def test_few_bits_in_sixteen_are_no_black_image(samples):
+    """Significant bits (sBIT) say how deep the original was; the samples of a PNG are scaled all the same."""
+    with pytest.raises(
+        image.ImageError, match=r"brightest sample is .* fewer than 16 bits are in use"
+    ) as caught:
+        image.decode(deep_png(samples, (b"sBIT", bytes([12] * (3 if samples.ndim == 3 else 1)))))
+    assert caught.value.code == "unsupported_format"
+
+
+def test_the_deep_color_that_is_transparent_lies_over_white():
+    grey = np.array([[0, 1, 65_535]], np.uint16)
+    assert image.decode(deep_png(grey, (b"tRNS", b"\0\1")))[0, :, 0].tolist() == [0, 255, 255]
+    colors = np.array([[[0, 0, 0], [1, 2, 3], [9, 9, 65_535]]], np.uint16)
+    found = image.decode(deep_png(colors, (b"tRNS", struct.pack(">HHH", 1, 2, 3))))
+    assert found.tolist() == [[[0, 0, 0], [255, 255, 255], [0, 0, 255]]]
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# The same with red and blue exchanged: what it calls red is blue.
+SWAPPED = SRGB.replace(b"rXYZ", b"????").replace(b"bXYZ", b"rXYZ").replace(b"????", b"bXYZ")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_colors_are_converted_from_the_profile_of_the_file(kind):
+    plain = image.decode(pictures.encode(PIXELS, kind))
+    converted = image.decode(pictures.encode(PIXELS, kind, icc_profile=SWAPPED))
+    assert np.abs(converted[..., ::-1].astype(int) - plain).max() <= 1
+    np.testing.assert_array_equal(image.decode(pictures.encode(PIXELS, kind, icc_profile=SRGB)), plain)
+
+
+def test_profiles_of_transparent_grey_and_palette_images():
+    see_through = Image.fromarray(PIXELS).convert("RGBA")
+    see_through.putalpha(255)
+    for picture, expected in [
+        (see_through, PIXELS[..., ::-1]),
+        (Image.fromarray(PIXELS[..., 0]), np.repeat(PIXELS[..., :1], 3, -1)),
+        (Image.new("P", (4, 3), 1), None),
+    ]:
+        if expected is None:
+            picture.putpalette([0, 0, 0, 250, 100, 10])
+            expected = np.full((3, 4, 3), (10, 100, 250))
+        found = image.decode(pictures.encode(picture, icc_profile=SWAPPED))
+        assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile", "message"),
+    [
+        ("RGB", b"no profile", "cannot be used"),
+        ("RGB", SRGB[:200], "cannot be used"),
+        ("CMYK", SRGB, "its colour profile is of RGB, its pixels are CMYK"),
+        ("RGB", SRGB.replace(b"RGB XYZ", b"5CLRXYZ"), "5CLR"),
+    ],
+)
+def test_a_profile_that_says_nothing_is_named(mode, profile, message):
+    content = pictures.encode(Image.new(mode, (4, 4)), "TIFF", icc_profile=profile)
+    with pytest.raises(image.ImageError, match=message) as caught:
+        image.decode(content)
+    assert caught.value.code == "unsupported_format"
+
+
+# What decoders were seen to raise, and what nobody has seen yet.
+RAISED = [OverflowError, MemoryError, RecursionError, SyntaxError, KeyError, AssertionError, struct.error]
+RAISED += [zlib.error, UserWarning, NotImplementedError, UnicodeDecodeError]
+
+
+@pytest.mark.parametrize("kind", RAISED)
+def test_whatever_a_decoder_raises_is_an_error_of_that_image(monkeypatch, kind):
+    def fails(*_, **__):
+        raise kind("utf-8", b"x", 0, 1, "why") if kind is UnicodeDecodeError else kind("why")
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(image.ImageError, match=r"the image cannot be decoded: .*why") as caught:
+        image.decode(pictures.encode(PIXELS))
+    lacks = kind in (MemoryError, RecursionError)
+    assert caught.value.code == ("unreadable" if lacks else "truncated")
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_who_ends_the_process_ends_it(monkeypatch, kind):
+    def fails(*_, **__):
+        raise kind
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(kind):
+        image.decode(pictures.encode(PIXELS))
+
+
+def test_storage_is_no_decoder():
+    with pytest.raises(StorageError, match="gone"), image.boundary("truncated", "x"):
+        raise StorageError("gone")
+
+
+def test_a_palette_that_overflows_is_damage():
+    """One byte of the tag table changed: its numbers have 32 bits."""
+    tags, strips = pictures.tiff_page(PIXELS[..., 0], 3)
+    content = pictures.tiff((tags | {320: (4, [2**31] * 768)}, strips))
+    with pytest.raises(image.ImageError, match="the image cannot be decoded") as caught:
+        image.decode(content)
+    assert caught.value.code == "truncated"
+
+
+def test_bytes_are_counted_before_they_are_decoded(monkeypatch):
+    monkeypatch.setattr(image, "MAX_FILE_BYTES", 100)
+    with pytest.raises(image.ImageError, match="at most 100 are read") as caught:
+        image.decode(pictures.encode(PIXELS))
+    assert caught.value.code == "too_large"
 
 
 def test_transparency_lies_over_white():

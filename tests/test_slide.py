@@ -8,6 +8,7 @@ from PIL import Image
 
 from bcd import image, slide
 from tests import pictures
+from tests.test_image import SWAPPED
 
 NAME = "CMU-1-Small-Region.svs"
 
@@ -221,3 +222,49 @@ def test_companions_are_what_a_slide_cannot_do_without():
 def test_the_dicom_files_of_a_folder_are_one_slide():
     paths = ["z.svs", "d/2.dcm", "d/1.dcm", "d/e/3.dcm", "4.dcm", "5.dcm", "a.svs"]
     assert slide.primary(paths) == ["z.svs", "d/1.dcm", "d/e/3.dcm", "4.dcm", "a.svs"]
+
+
+def test_a_read_is_bounded_whatever_the_metadata_say():
+    """At 0.003 µm/px a tile of the model would be 57,000 px wide."""
+    opened, sizes = fake(100_000, 100_000, mpp=0.003)
+    with pytest.raises(
+        image.ImageError, match=r"57,000 x 38,000 px of the slide; at most 64,000,000"
+    ) as caught:
+        opened.read(0, 0, 0, 57_000, 38_000)
+    assert caught.value.code == "too_many_pixels"
+    assert sizes == []
+
+
+def test_tiles_and_slides_that_cannot_be_are_refused(monkeypatch, tmp_path):
+    path = tmp_path / "s.tif"
+    path.write_bytes(pictures.tiled_tiff(pictures.gradient(), 0.5).replace(b"\x40\0\0\0", b"\0\0\x10\0"))
+    assert code_of(lambda: slide.open_slide(path)) == "too_many_pixels"
+    path.write_bytes(pictures.tiled_tiff(pictures.gradient(), 0.5))
+    monkeypatch.setattr(slide, "MAX_SLIDE_PIXELS", 3_000)
+    with pytest.raises(image.ImageError, match="a slide of 70 x 46 px cannot be"):
+        slide.open_slide(path)
+
+
+@pytest.mark.parametrize("error", [MemoryError, OverflowError, UnicodeDecodeError, ValueError])
+def test_whatever_openslide_raises_is_an_error_of_that_slide(monkeypatch, tmp_path, error):
+    def fails(*_):
+        raise error("utf-8", b"x", 0, 1, "why") if error is UnicodeDecodeError else error("why")
+
+    path = tmp_path / "s.tif"
+    path.write_bytes(pictures.tiled_tiff(pictures.gradient(), 0.5))
+    opened, _ = fake(100, 100)
+    opened.handle.read_region = fails
+    monkeypatch.setattr(openslide, "OpenSlide", fails)
+    assert code_of(lambda: slide.open_slide(path)) == "unreadable"
+    assert code_of(lambda: opened.read(0, 0, 0, 10, 10)) == "unreadable"
+
+
+def test_a_slide_is_converted_from_its_profile(tmp_path):
+    """Red and blue exchanged, as in the tests of `image`."""
+    tags, tiles = pictures.tiff_page(pixels := pictures.gradient(64, 64), t322=[64], t323=[64])
+    tags |= {282: (5, [20_000, 1]), 283: (5, [20_000, 1]), 296: (3, [3]), 34675: (1, SWAPPED)}
+    path = tmp_path / "s.tif"
+    path.write_bytes(pictures.tiff((tags, tiles)))
+    with slide.open_slide(path) as opened:
+        found = opened.read(0, 0, 0, 64, 64)
+    assert np.abs(found[..., ::-1].astype(int) - pixels).max() <= 1

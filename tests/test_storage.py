@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pytest
 
 from bcd import storage
-from bcd.errors import StorageError
+from bcd.errors import StorageError, TooLargeError
 from tests import faults
 
 # Linux answers a read of its first bytes with EIO, as a disk or a network drive does that fails.
@@ -297,3 +297,13 @@ def test_tables_are_written_whole_and_read_in_part(tmp_path, s3):
         storage.write_bytes(f"{folder}/2.parquet", b"no table at all")
         with pytest.raises(StorageError, match=r"2.parquet: cannot read it"):
             storage.read_table(f"{folder}/2.parquet")
+
+
+def test_no_more_is_read_than_allowed(tmp_path, s3):
+    for uri in (str(tmp_path / "x"), f"{s3}/{tmp_path.name}-x"):
+        storage.write_bytes(uri, b"12345")
+        assert storage.read_bytes(uri, 5) == b"12345"
+        with pytest.raises(TooLargeError, match="has more than 4 bytes, the most that are read"):
+            storage.read_bytes(uri, 4)
+    with pytest.raises(TooLargeError):
+        storage.read_bytes("/dev/zero", 1_000_000)  # which tells no size and has no end

@@ -25,7 +25,7 @@ from bcd import (
     synthetic,
 )
 from bcd.config import AuditConfig
-from bcd.errors import AuditError, DataError, StorageError
+from bcd.errors import AuditError, DataError
 from bcd.pipelines import cluster, read
 
 PAGE, RESULT, IMAGES, NEAR = "audit.html", "audit.json", "images.parquet", "near_duplicates.parquet"
@@ -90,7 +90,7 @@ def _describe(batch: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(described, schema=schema.AUDIT)
 
 
-def _described(row: dict[str, Any], content: bytes | StorageError) -> dict[str, Any]:
+def _described(row: dict[str, Any], content: bytes | image.ImageError) -> dict[str, Any]:
     known = {schema.SHA256: hashlib.sha256(content).hexdigest()} if isinstance(content, bytes) else {}
     try:
         return known | appearance.describe(read.picture(row, content=content))

@@ -19,7 +19,7 @@ from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
 from bcd import image, schema, storage
-from bcd.errors import BcdError, DataError, StorageError
+from bcd.errors import BcdError, DataError, StorageError, TooLargeError
 from bcd.pipelines import staging
 from bcd.slide import Slide, open_slide
 
@@ -188,7 +188,7 @@ def _is_file(row: dict[str, Any]) -> bool:
 
 def _picture(
     row: dict[str, Any],
-    content: "Future[bytes | StorageError] | None",
+    content: "Future[bytes | image.ImageError] | None",
     size: tuple[int, int],
     mpp: float | None,
 ) -> tuple[str, Picture | image.ImageError]:
@@ -203,7 +203,7 @@ def _picture(
 
 
 def picture(
-    row: dict[str, Any], mpp: float | None = None, content: bytes | StorageError | None = None
+    row: dict[str, Any], mpp: float | None = None, content: bytes | image.ImageError | None = None
 ) -> np.ndarray:
     """The picture of a row as it was stored: uint8 (h, w, 3) RGB.
 
@@ -244,21 +244,26 @@ def _cut(slide: Slide, row: dict[str, Any]) -> np.ndarray:
     return slide.read(row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX], level, width, height)
 
 
-def _try_read(uri: str) -> bytes | StorageError:
+def _try_read(uri: str) -> bytes | image.ImageError:
     try:
-        return storage.read_bytes(uri)
+        with image.boundary("unreadable", f"{uri}: cannot read it"):
+            return storage.read_bytes(uri, image.MAX_FILE_BYTES)
     except StorageError as error:
+        return withheld(error)
+    except image.ImageError as error:
         return error
 
 
-def _bytes(content: bytes | StorageError) -> bytes:
-    if isinstance(content, StorageError):
-        raise withheld(content) from content
+def _bytes(content: bytes | image.ImageError) -> bytes:
+    if isinstance(content, image.ImageError):
+        raise content
     return content
 
 
 def withheld(error: StorageError) -> image.ImageError:
     """What it means for a picture that storage does not give it."""
+    if isinstance(error, TooLargeError):
+        return image.ImageError("too_large", str(error))
     return image.ImageError("unreadable" if error.lasting else image.UNAVAILABLE, str(error))
 
 
@@ -328,7 +333,7 @@ _INSPECTED = pa.schema(
 )
 
 
-def _inspected(content: bytes | StorageError) -> dict[str, Any]:
+def _inspected(content: bytes | image.ImageError) -> dict[str, Any]:
     try:
         height, width, _ = image.decode(data := _bytes(content)).shape
     except image.ImageError as error:
@@ -336,7 +341,7 @@ def _inspected(content: bytes | StorageError) -> dict[str, Any]:
     return {schema.SHA256: hashlib.sha256(data).hexdigest(), schema.HEIGHT_PX: height, schema.WIDTH_PX: width}
 
 
-def contents(uris: list[str]) -> Iterator[bytes | StorageError]:
+def contents(uris: list[str]) -> Iterator[bytes | image.ImageError]:
     """Contents in order; several requests are in flight while the caller decodes."""
     with ThreadPoolExecutor(storage.READ_THREADS) as pool:
         yield from pool.map(_try_read, uris)

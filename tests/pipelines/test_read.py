@@ -99,6 +99,30 @@ def test_storage_that_fails_is_no_fault_of_the_picture(tmp_path):
     assert found[schema.ERROR_MESSAGE][0].startswith(f"{DAMAGED}: cannot read it")
 
 
+def test_whatever_is_raised_for_one_image_is_the_row_of_that_image(monkeypatch, tmp_path):
+    """While it is read, counted and decoded; the images beside it have their pixels."""
+    uris = [str(tmp_path / f"{name}.png") for name in ("good", "memory", "large", "overflow")]
+    for uri in uris:
+        storage.write_bytes(uri, pictures.encode(pictures.gradient()))
+    tags, strips = pictures.tiff_page(pictures.gradient()[..., 0], 3)
+    storage.write_bytes(uris[3], pictures.tiff((tags | {320: (4, [2**31] * 768)}, strips)))
+    storage.write_bytes(uris[2], bytes(20_000))
+    monkeypatch.setattr(image, "MAX_FILE_BYTES", 19_999)
+    read_bytes = storage.read_bytes
+
+    def fails(uri, *limit):
+        if "memory" in uri:
+            raise MemoryError
+        return read_bytes(uri, *limit)
+
+    monkeypatch.setattr(storage, "read_bytes", fails)
+    rows = [{schema.IMAGE_ID: uri, schema.URI: uri} for uri in uris]
+    found = read.pixels(schema.fill(pa.Table.from_pylist(rows), schema.READING), 46, 70, [])
+    assert found[schema.ERROR].tolist() == ["", "unreadable", "too_large", "truncated"]
+    assert found[schema.ERROR_MESSAGE][1] == f"{uris[1]}: cannot read it: MemoryError"
+    np.testing.assert_array_equal(found[schema.IMAGE][0], pictures.gradient())
+
+
 def test_a_tile_of_a_slide_that_cannot_be_fetched_now_is_left_to_a_rerun(monkeypatch):
     def fails(uri, mpp):
         raise StorageError(f"{uri}: no")
