@@ -23,7 +23,8 @@ Severity = Literal["leak", "warning", "note"]
 KINDS: Mapping[str, tuple[Severity, str]] = {
     "leak": (
         "leak",
-        "Believe no result on this split. jobs/train.py makes one that does not leak, with --protocol case.",
+        "Believe no result on this split. For data that come without one jobs/train.py makes one that does "
+        "not leak, with --protocol case.",
     ),
     "label_conflict": (
         "warning",

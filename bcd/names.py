@@ -103,10 +103,12 @@ def column(name: str, known: Collection[str]) -> str:
     return folded(name) if folded(name) in known else name
 
 
-def unused_columns(columns: Iterable[str]) -> list[str]:
+def unused_columns(columns: Collection[str]) -> list[str]:
     """A warning for each column that looks like one of ours and is not used."""
+    there = set(columns)
     return [
-        f"column {written!r} is not used; {name!r} is the name of the column that would be"
+        f"column {written!r} is not used; "
+        + (f"the column {name!r} is" if name in there else f"call it {name!r} to use it")
         for written in columns
         for name, others in _MEANT.items()
         if folded(written) in others

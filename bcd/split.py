@@ -195,7 +195,11 @@ def keep(table: pa.Table, protocol: Protocol, seed: int, validation_fraction: fl
     _require(table, is_known, f"no {schema.PART}; expected {', '.join(PARTS)} for every image, or for none")
     rows, order = _ordered(table)
     _require_patients(rows, protocol)  # without them nobody knows whether the parts leak
-    check(rows, protocol)
+    if leaks := audit(rows, protocol):
+        raise LeakageError(
+            f"the parts that the data come with leak: {_some(leaks, 3, '; ')}. Put every patient into one "
+            "part, or give the data undivided"
+        )
     parts = np.array(rows[schema.PART].to_pylist(), dtype=object)
     if VALIDATION not in parts:
         training = parts == TRAIN

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bcd import audit, audit_report, breakhis, schema
+from bcd import audit, audit_report, breakhis, finding, schema
 from bcd.storage import File
 from tests import pictures
 from tests.test_audit import audited, named
@@ -131,3 +131,10 @@ def test_every_kind_of_finding_has_a_title() -> None:
 def test_a_thumbnail_is_small() -> None:
     uri = audit_report.thumbnail(np.zeros((4_600, 7_000, 3), np.uint8))
     assert shown(f'<img src="{uri}">')[0].shape == (210, 320, 3)
+
+
+@pytest.mark.parametrize("kind", finding.KINDS)
+def test_every_kind_of_finding_has_a_heading(leaking: audit.Audit, kind: str) -> None:
+    one = finding.Finding.of(kind, "something", [finding.Detail(sentence="it")])
+    html = page(leaking.model_copy(update={"findings": (one,)}))
+    assert re.search(r"<h2>[A-Z][^<]{4,} <span class=\"kind", html)

@@ -156,8 +156,8 @@ def test_a_spreadsheet_is_read_as_it_was_meant(tmp_path):
     table, warnings = index.read(str(tmp_path / "m.csv"))
     assert column(table, schema.PATIENT) == ["12", "012"]
     assert warnings == [
-        "column 'Patient_ID' is not used; 'patient' is the name of the column that would be",
-        "column 'Fold' is not used; 'part' is the name of the column that would be",
+        "column 'Patient_ID' is not used; the column 'patient' is",
+        "column 'Fold' is not used; call it 'part' to use it",
         "patient ids differ only in case, zeros or punctuation: '012' and '12'. They count as different "
         "patients: write the id of one patient in one way",
     ]

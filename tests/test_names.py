@@ -71,9 +71,10 @@ def test_headers_are_forgiven(written):
     ],
 )
 def test_a_column_that_looks_like_ours_is_named(column, ours):
-    assert names.unused_columns([*schema.INDEX.names, "notes", column]) == [
-        f"column {column!r} is not used; {ours!r} is the name of the column that would be"
+    assert names.unused_columns(["uri", "notes", column]) == [
+        f"column {column!r} is not used; call it {ours!r} to use it"
     ]
+    assert names.unused_columns([ours, column]) == [f"column {column!r} is not used; the column {ours!r} is"]
 
 
 def test_some_of_many():
