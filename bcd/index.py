@@ -11,12 +11,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from bcd import breakhis, folders, manifest, names, schema, split, storage
+from bcd import breakhis, folders, manifest, names, schema, split, storage, walk
 from bcd.errors import DataError
 from bcd.names import folded
 from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES, given_names
+from bcd.text import counted
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+# Images of other formats, which people may take for part of the training.
+UNREAD_SUFFIXES = (
+    *(".bmp", ".gif", ".webp", ".jp2", ".j2k", ".jxl", ".jfif", ".heic", ".avif", ".czi", ".vsi", ".qptiff"),
+    *(".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm"),
+)
 
 
 def read(data: str, classes: Sequence[str] = ()) -> tuple[pa.Table, list[str]]:
@@ -48,9 +54,29 @@ def _rows(data: str, given: Mapping[str, str]) -> tuple[list[dict[str, Any]], li
         return _from_manifest(data, given)
     if storage.is_file(data):
         raise DataError(f"{data} is a file; expected a folder or a manifest ({', '.join(manifest.SUFFIXES)})")
-    files = [f for f in storage.list_files(data) if f.path.lower().endswith(IMAGE_SUFFIXES)]
+    listing = storage.list_folder(data)
+    files = [f for f in listing.files if f.path.lower().endswith(IMAGE_SUFFIXES)]
     if not files:
         raise DataError(f"{data}: no image below it; expected {', '.join(IMAGE_SUFFIXES)} files")
+    rows, warnings = _rows_of_files(data, files, given)
+    return rows, warnings + _left_out(listing)
+
+
+def _left_out(listing: storage.Listing) -> list[str]:
+    """Warnings of entries that may have held images."""
+    found = [f"{path} is left out: {fault}" for path, fault in listing.faults.items()]
+    suffixes = Counter(file.path.lower().rpartition(".")[2] for file in listing.files)
+    for suffix in UNREAD_SUFFIXES:
+        if n := suffixes[suffix[1:]]:
+            found.append(f"{counted(n, f'{suffix} file')} left out; expected {', '.join(IMAGE_SUFFIXES)}")
+    if n := listing.passed[walk.AGAIN]:
+        found.append(f"{counted(n, 'link')} to folders that are listed already left out")
+    return found
+
+
+def _rows_of_files(
+    data: str, files: Sequence[storage.File], given: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], list[str]]:
     if not any(f.path.rpartition("/")[2].startswith(breakhis.PREFIX) for f in files):
         return folders.rows(data, files, given)
     table = breakhis.index(files)

@@ -76,6 +76,9 @@ INDEX = pa.schema(
     ]
 )
 
+# What an archive is to score; an entry that cannot be read has an error already.
+INPUTS = pa.schema([*INDEX, (ERROR, pa.string()), (ERROR_MESSAGE, pa.string())])
+
 # Which part of a split each row went to; `part` is one of split.PARTS.
 SPLIT = pa.schema([*INDEX, pa.field(PART, pa.string(), nullable=False)])
 

@@ -22,8 +22,8 @@ from bcd.image import ImageError, boundary, to_srgb
 
 # Formats of OpenSlide 4 whose suffix stands for nothing else. https://openslide.org/formats/
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm")
-# A slide where OpenSlide knows the layout, else an ordinary picture.
-MAYBE_SLIDE_SUFFIXES = (".tif", ".tiff")
+# Never a slide. All others, such as TIFF or files without a suffix, are one where OpenSlide knows the layout.
+FIELD_SUFFIXES = (".png", ".jpg", ".jpeg")
 MRXS, DICOM = ".mrxs", ".dcm"
 # Nothing that a microscope gives: TIFF's 72 to 1200 dpi, written by software that knew no scale, are 353 to
 # 21 µm/px. Overview scans end near 10.
@@ -208,38 +208,22 @@ def _pages(path: Path) -> list[tiff.Page]:
 def is_slide(path: str | Path) -> bool:
     """Whether a file on the local disk is a whole slide, to be opened here and not by `image.decode`.
 
-    Its name decides, so that a broken `.svs` is a broken slide; for TIFF its content does.
+    Its name decides, so that a broken `.svs` is a broken slide; where that does not say, its content does.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix in MAYBE_SLIDE_SUFFIXES:
-        with boundary(*UNREADABLE):
-            return openslide.OpenSlide.detect_format(path) is not None
-    return suffix in SLIDE_SUFFIXES
+    name = str(path).lower()
+    if name.endswith(SLIDE_SUFFIXES + FIELD_SUFFIXES):
+        return name.endswith(SLIDE_SUFFIXES)
+    with boundary(*UNREADABLE):
+        return openslide.OpenSlide.detect_format(path) is not None
+
+
+def is_unnamed(path: str) -> bool:
+    """Whether a name says nothing of the content: no suffix, or a number, as in the UID of a DICOM object."""
+    suffix = PurePosixPath(path).suffix
+    return not suffix or suffix[1:].isdigit()
 
 
 def companions(paths: Sequence[str], path: str) -> list[str]:
-    """The listed paths without which a slide cannot be opened.
-
-    `.mrxs`: everything below the folder of the same name. `.dcm`: the other files of its folder, which
-    hold the other levels. Any other slide is one file.
-    """
-    here = PurePosixPath(path)
-    suffix = here.suffix.lower()
-    if suffix == MRXS:
-        return [other for other in paths if here.with_suffix("") in PurePosixPath(other).parents]
-    if suffix == DICOM:
-        return [other for other in paths if other != path and _dicom_folder(other) == here.parent]
-    return []
-
-
-def primary(paths: Sequence[str]) -> list[str]:
-    """The listed paths, in their order, with one `.dcm` per folder: the first by name stands for all."""
-    first: dict[PurePosixPath | None, str] = {}
-    for path in sorted(paths):
-        first.setdefault(_dicom_folder(path), path)
-    return [path for path in paths if _dicom_folder(path) is None or first[_dicom_folder(path)] == path]
-
-
-def _dicom_folder(path: str) -> PurePosixPath | None:
-    here = PurePosixPath(path)
-    return here.parent if here.suffix.lower() == DICOM else None
+    """The listed paths without which a MIRAX slide cannot be opened: all below the folder of its name."""
+    folder = PurePosixPath(path).with_suffix("")
+    return [other for other in paths if folder in PurePosixPath(other).parents]

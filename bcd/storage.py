@@ -13,10 +13,11 @@ import re
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from errno import ENAMETOOLONG
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -28,6 +29,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from bcd import walk
 from bcd.errors import StorageError, TooLargeError
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -141,8 +143,8 @@ def _naming(uri: str, action: str) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowInvalid) as error:
         raise failure(uri, action, error) from error
-    except UnicodeDecodeError as error:
-        raise StorageError(f"{uri}: {error.object!r} is no UTF-8 name; rename that file", True) from error
+    except UnicodeError as error:
+        raise StorageError(f"{uri}: a name there is not in UTF-8; rename it", True) from error
 
 
 def failure(uri: str, action: str, error: OSError | pa.ArrowInvalid) -> StorageError:
@@ -184,8 +186,17 @@ def is_folder(uri: str) -> bool:
     return _info(uri).type == fs.FileType.Directory
 
 
-def list_files(uri: str) -> list[File]:
-    """Every file below a folder, sorted by path; hidden files and folders are passed over.
+@dataclass(frozen=True)
+class Listing:
+    """What is below a folder: files sorted by path, why others cannot be read, and kinds passed over."""
+
+    files: list[File]
+    faults: dict[str, str] = field(default_factory=dict)
+    passed: Counter[str] = field(default_factory=Counter)
+
+
+def list_folder(uri: str) -> Listing:
+    """Every entry below a folder; hidden files and folders are counted alone.
 
     Raises:
         StorageError: the folder does not exist or cannot be read.
@@ -193,20 +204,43 @@ def list_files(uri: str) -> list[File]:
     filesystem, root = resolve(uri)
     with _naming(uri, "list it"):
         _require_folder(filesystem, uri, root)
-        infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-        below = root.rstrip("/") + "/"
+        found = _walk_store(filesystem, root) if is_remote(uri) else walk.walk(root)
+    below = absolute(uri).rstrip("/")
+    files = [File(f"{below}/{path}", path, size) for path, size in sorted(found.sizes.items())]
+    return Listing(files, dict(sorted(found.faults.items())), found.passed)
+
+
+def _walk_store(filesystem: fs.FileSystem, root: str) -> walk.Entries:
+    found = walk.Entries()
+    for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True)):
         # As it is: to an object store, a//b and a/b are two names.
-        paths = [(info.path.removeprefix(below), info) for info in infos]
-    files = (
-        File(f"{absolute(uri).rstrip('/')}/{path}", path, info.size)
-        for path, info in paths
-        if info.type == fs.FileType.File and not any(part.startswith(".") for part in path.split("/"))
-    )
-    return sorted(files, key=lambda file: file.path)
+        path = info.path.removeprefix(root.rstrip("/") + "/")
+        if info.type != fs.FileType.File:
+            continue
+        if any(part.startswith(".") for part in path.split("/")):
+            found.passed[walk.HIDDEN] += 1
+        else:
+            found.sizes[path] = info.size
+    return found
+
+
+def list_files(uri: str) -> list[File]:
+    """The files of `list_folder`.
+
+    Raises:
+        StorageError: as there, and where an entry cannot be read.
+    """
+    found = list_folder(uri)
+    for path, fault in found.faults.items():
+        raise StorageError(f"{join(uri, path)}: {fault}", True)
+    return found.files
 
 
 def _require_folder(filesystem: fs.FileSystem, uri: str, path: str) -> None:
-    if filesystem.get_file_info(path).type != fs.FileType.Directory:
+    found = filesystem.get_file_info(path).type
+    if found == fs.FileType.File:
+        raise StorageError(f"{uri} is a file; expected a folder", True)
+    if found != fs.FileType.Directory:
         raise StorageError(f"{uri}: there is no such folder; check the path or bucket name", True)
 
 
@@ -227,9 +261,14 @@ def first_file(uri: str, suffixes: tuple[str, ...]) -> File | None:
     filesystem, root = resolve(uri)
     with _naming(uri, "list it"):
         _require_folder(filesystem, uri, root)
-        folders = [root]
+        folders, listed = [root], set[str]()
         while folders:  # depth first: in a tree few folders are opened
-            infos = filesystem.get_file_info(fs.FileSelector(folders.pop()))
+            folder = folders.pop()
+            real = folder if is_remote(uri) else os.path.realpath(folder)
+            if real in listed:
+                continue  # a link that leads back
+            listed.add(real)
+            infos = filesystem.get_file_info(fs.FileSelector(folder))
             infos.sort(key=lambda info: info.path)
             seen = [info for info in infos if not info.base_name.startswith(".")]
             files = [info for info in seen if info.type == fs.FileType.File]

@@ -223,6 +223,28 @@ def test_a_missing_or_empty_folder_is_refused(tmp_path):
         index.read(str(tmp_path))
 
 
+def test_what_is_left_out_of_a_tree_is_told(tmp_path):
+    touch(
+        tmp_path,
+        "benign/p1/a.png",
+        "malignant/p2/b.png",
+        "benign/p1/c.bmp",
+        "benign/p1/d.BMP",
+        "malignant/e.svs",
+    )
+    (tmp_path / "benign/p1/gone.png").symlink_to("/nowhere")
+    (tmp_path / "more").symlink_to("benign")
+    table, warnings = index.read(str(tmp_path))
+    assert table[schema.IMAGE_ID].to_pylist() == ["benign/p1/a.png", "malignant/p2/b.png"]
+    expected = "expected .png, .jpg, .jpeg, .tif, .tiff"
+    assert warnings == [
+        "benign/p1/gone.png is left out: a link to /nowhere: No such file or directory",
+        f"2 .bmp files left out; {expected}",
+        f"1 .svs file left out; {expected}",
+        "1 link to folders that are listed already left out",
+    ]
+
+
 def test_images_without_any_class_are_refused_by_name(tmp_path):
     touch(tmp_path, "benign/a.png", "somewhere/b.png")
     with pytest.raises(DataError, match=r"somewhere/b.png lies in no class folder"):

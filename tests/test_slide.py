@@ -210,18 +210,15 @@ def test_a_name_tells_a_slide_and_a_tiff_its_content(slides, tmp_path):
     assert slide.is_slide(tmp_path / "broken.NDPI")
 
 
-def test_companions_are_what_a_slide_cannot_do_without():
+def test_a_mirax_slide_needs_its_folder():
     paths = ["a/b.mrxs", "a/b/Index.dat", "a/b/c/Data0.dat", "a/bb/Index.dat", "a/b.svs"]
-    paths += ["d/1.dcm", "d/2.DCM", "d/e/3.dcm", "d/notes.txt"]
     assert slide.companions(paths, "a/b.mrxs") == ["a/b/Index.dat", "a/b/c/Data0.dat"]
-    assert slide.companions(paths, "d/1.dcm") == ["d/2.DCM"]
-    assert slide.companions(paths, "d/e/3.dcm") == []
-    assert slide.companions(paths, "a/b.svs") == []
+    assert slide.companions(paths, "a/bb.mrxs") == ["a/bb/Index.dat"]
 
 
-def test_the_dicom_files_of_a_folder_are_one_slide():
-    paths = ["z.svs", "d/2.dcm", "d/1.dcm", "d/e/3.dcm", "4.dcm", "5.dcm", "a.svs"]
-    assert slide.primary(paths) == ["z.svs", "d/1.dcm", "d/e/3.dcm", "4.dcm", "a.svs"]
+def test_which_names_say_nothing():
+    names = ["a", "d.x/IM0001", "1.2.840.113619", "a.", "a.7", "b.svs", "c.txt", "e.TIF", ".x.png"]
+    assert [slide.is_unnamed(name) for name in names] == [True] * 5 + [False] * 4
 
 
 def test_a_read_is_bounded_whatever_the_metadata_say():

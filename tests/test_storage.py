@@ -96,6 +96,9 @@ def test_delete_file_removes_one(tmp_path, s3):
 def test_errors_name_the_uri(tmp_path):
     with pytest.raises(StorageError, match="nowhere: there is no such folder"):
         storage.list_files(str(tmp_path / "nowhere"))
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(StorageError, match=r"a.txt is a file; expected a folder"):
+        storage.list_files(str(tmp_path / "a.txt"))
     with pytest.raises(StorageError, match=r"missing.png: cannot read it"):
         storage.read_bytes(str(tmp_path / "missing.png"))
     with pytest.raises(StorageError, match="ftp://x/y: cannot read 'ftp://'"):
@@ -266,11 +269,24 @@ def test_sizes_name_the_uri_of_an_error(s3, faulty):
         storage.sizes([f"{s3}/a.png"])
 
 
-def test_a_name_that_is_no_text_is_told(tmp_path):
+def test_an_entry_that_cannot_be_read_is_told(tmp_path):
+    (tmp_path / "b.png").write_bytes(b"123")
+    (tmp_path / "c.png").symlink_to("/nowhere")
     with open(os.path.join(os.fsencode(tmp_path), b"a\xff.png"), "wb"):
         pass
-    with pytest.raises(StorageError, match=r"a\\xff.png' is no UTF-8 name; rename that file"):
+    with pytest.raises(StorageError, match=r"a\\xff.png: the name is not in UTF-8; rename it"):
         storage.list_files(str(tmp_path))
+    found = storage.list_folder(str(tmp_path))
+    assert found.files == [storage.File(f"{tmp_path}/b.png", "b.png", 3)]
+    assert list(found.faults) == [r"a\xff.png", "c.png"]
+
+
+def test_what_is_hidden_is_counted(tmp_path, s3):
+    for folder in (str(tmp_path / "some"), f"{s3}/{tmp_path.name}-hidden"):
+        for name in (".a.png", "b/.c.png", "b/d.png"):
+            storage.write_bytes(f"{folder}/{name}", b"x")
+        found = storage.list_folder(folder)
+        assert ([file.path for file in found.files], found.passed) == (["b/d.png"], {"hidden": 2})
 
 
 def test_keys_with_empty_parts_keep_their_names(s3):

@@ -199,6 +199,8 @@ def _find(flag: str, uri: str) -> tuple[str, int]:
     """One of the pictures that a flag names."""
     if manifest.is_one(uri):
         return manifest.inputs(manifest.read(uri), copies=True)[0][schema.URI], 0
+    if storage.is_file(uri):
+        return uri, 0
     suffixes = archive.SUFFIXES if flag == "--input" else index.IMAGE_SUFFIXES
     found = storage.first_file(uri, suffixes)
     if found is None:

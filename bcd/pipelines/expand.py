@@ -46,7 +46,7 @@ class Plan(BaseModel):
 
 
 def expand(batch: pa.Table, tiling: Tiling, plans_uri: str, done: frozenset[str]) -> Iterator[pa.Table]:
-    """Rows of schema `schema.READING` for rows of `schema.INDEX`.
+    """Rows of schema `schema.READING` for rows of `schema.INPUTS`.
 
     A slide that cannot be used gives one row with its error. Of every other slide a `Plan` and a thumbnail
     are kept below `plans_uri`.
@@ -66,12 +66,12 @@ def expand(batch: pa.Table, tiling: Tiling, plans_uri: str, done: frozenset[str]
 
 
 def may_be_slide(uri: str) -> bool:
-    """Whether a file has to be opened to know how many rows it gives."""
-    return uri.lower().endswith(slide.SLIDE_SUFFIXES + slide.MAYBE_SLIDE_SUFFIXES)
+    """Whether a file has to be opened to know how many rows it gives: its name does not say."""
+    return not uri.lower().endswith(slide.FIELD_SUFFIXES)
 
 
 def _expanded(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozenset[str]) -> pa.Table:
-    if not may_be_slide(row[schema.URI]):
+    if row.get(schema.ERROR) or not may_be_slide(row[schema.URI]):
         return _reading(row)
     try:
         # Tiles of a planned slide may be committed: its books go on, whatever has become of the file since.

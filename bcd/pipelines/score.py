@@ -83,6 +83,7 @@ def run(config: ScoreConfig) -> str:
     _merge(ours, books.done)
     facts = _facts(config, card, model_id) | {
         "n_ignored_files": found.ignored,
+        "ignored": dict(found.passed.most_common()),
         "rows_per_s": rate or None,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -175,7 +176,7 @@ def _require_balance(books: Books, withheld: str | None = None) -> None:
 def _announce(found: archive.Archive, todo: pa.Table) -> None:
     line = f"{len(found.table):,} inputs"
     if found.ignored:
-        line += f" ({found.ignored:,} other files are neither image nor slide)"
+        line += f" ({found.ignored:,} other entries are not read: {archive.described(found.passed)})"
     if len(todo) < len(found.table):
         line += f"; {len(found.table) - len(todo):,} are scored already, going on with {len(todo):,}"
     print(line, flush=True)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from io import BufferedRandom
 from pathlib import Path
 
-from bcd import slide, storage
+from bcd import dicom, slide, storage
 
 # Slides of one machine, shared by all its processes. A large slide has 5 GB.
 CACHE = Path(tempfile.gettempdir()) / f"bcd-slides-{os.getuid()}"
@@ -84,14 +84,35 @@ def _locked(lock: BufferedRandom) -> Iterator[None]:
 def _fetch(uri: str, folder: Path) -> None:
     aside = folder / "aside"
     shutil.rmtree(aside, ignore_errors=True)
-    root = storage.parent(uri)
-    names = [uri.rpartition("/")[2]]
-    if names[0].lower().endswith((slide.MRXS, slide.DICOM)):
-        names += slide.companions([file.path for file in storage.list_files(root)], names[0])
-    for name in names:
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        storage.download(storage.join(root, name), aside / name)
+    root, name = storage.parent(uri), uri.rpartition("/")[2]
+    _download(root, name, aside)
+    for other in _companions(root, name, aside / name):
+        _download(root, other, aside)
     aside.rename(folder / "slide")
+
+
+def _download(root: str, name: str, folder: Path) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    storage.download(storage.join(root, name), folder / name)
+
+
+def _companions(root: str, name: str, fetched: Path) -> list[str]:
+    """Files beside a fetched one without which it cannot be opened: its MIRAX folder, its DICOM series."""
+    if name.lower().endswith(slide.MRXS):
+        return slide.companions([file.path for file in storage.list_files(root)], name)
+    with fetched.open("rb") as file:
+        if not dicom.is_dicom(file.read(dicom.HEAD_BYTES)):
+            return []
+    beside = [file for file in storage.list_files(root) if "/" not in file.path]
+    may_belong = (file.path.lower().endswith(slide.DICOM) or slide.is_unnamed(file.path) for file in beside)
+    series = _series(tuple(file for file, may in zip(beside, may_belong, strict=True) if may))
+    return [other for paths in series if name in paths for other in paths if other != name]
+
+
+@lru_cache(maxsize=2)
+def _series(files: tuple[storage.File, ...]) -> list[list[str]]:
+    """The slides of one folder. Read once per process: each of its slides asks."""
+    return list(dicom.slides(dicom.headers(files)).values())
 
 
 @dataclass

@@ -172,8 +172,25 @@ def test_fields_stay_one_row_and_keep_what_is_known(tmp_path):
 
 
 def test_which_files_have_to_be_opened():
-    names = ["a.PNG", "b.jpeg", "c.svs", "d.TIFF", "e.dcm"]
-    assert [expand.may_be_slide(f"s3://b/{name}") for name in names] == [False, False, True, True, True]
+    names = ["a.PNG", "b.jpeg", "c.svs", "d.TIFF", "e.dcm", "f", "1.2.840"]
+    assert [expand.may_be_slide(f"s3://b/{name}") for name in names] == [False] * 2 + [True] * 5
+
+
+def test_a_slide_is_known_by_its_content_whatever_its_name(tmp_path):
+    field = pictures.encode(pictures.gradient())
+    write(tmp_path, {"s": stained(), "1.2.840": stained(), "f": field, "g.7": field})
+    found = expanded(tmp_path)[schema.SLIDE].to_pylist()
+    assert [found.count(name) for name in ("s", "1.2.840", None)] == [15, 15, 2]
+
+
+def test_an_entry_that_cannot_be_read_is_a_row_with_its_reason(tmp_path):
+    write(tmp_path, {"a.png": b"any", "b.svs": b"text"})
+    for name in ("c.png", "d.svs"):
+        (tmp_path / "in" / name).symlink_to("/nowhere")
+    rows = expanded(tmp_path).to_pylist()
+    found = {row[schema.IMAGE_ID]: (row[schema.ERROR], row[schema.ERROR_MESSAGE]) for row in rows}
+    gone = ("unreadable", "a link to /nowhere: No such file or directory")
+    assert (found["a.png"], found["c.png"], found["d.svs"]) == ((None, None), gone, gone)
 
 
 def test_a_slide_on_s3_gives_the_same_rows(tmp_path, s3):

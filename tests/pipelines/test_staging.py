@@ -7,6 +7,7 @@ import pytest
 from bcd import image, storage
 from bcd.errors import StorageError
 from bcd.pipelines import staging
+from tests.test_dicom import OTHERS, dicom_file
 
 
 @pytest.fixture(autouse=True)
@@ -97,8 +98,13 @@ def test_what_belongs_to_a_slide_comes_along(folder):
     names = ["a.mrxs", "a/Slidedat.ini", "a/deep/Data0.dat", "b.mrxs", "b/Data0.dat", "a.txt"]
     path = staging.stage(put(folder, *names)[0]).path
     assert below(path) == ["a.mrxs", "a/Slidedat.ini", "a/deep/Data0.dat"]
-    path = staging.stage(put(folder, "d/1.dcm", "d/2.dcm", "d/x.txt", "e/1.dcm")[0]).path
-    assert below(path) == ["1.dcm", "2.dcm"]
+    one, two, other = dicom_file("1.1"), dicom_file("1.2"), dicom_file("1.1", OTHERS["annotation.dcm"])
+    series = {"1.dcm": one, "IM2": one, "3.dcm": two, "4.dcm": other, "e/1.dcm": one, "x.txt": one, "5": b""}
+    for name, content in series.items():
+        storage.write_bytes(f"{folder}/d/{name}", content)
+    assert below(staging.stage(f"{folder}/d/IM2").path) == ["1.dcm", "IM2"]
+    assert below(staging.stage(f"{folder}/d/3.dcm").path) == ["3.dcm"]
+    assert below(staging.stage(f"{folder}/d/5").path) == ["5"]
     path = staging.stage(put(folder, "f/a.svs", "f/a/b.svs")[0]).path
     assert below(path) == ["a.svs"]
 

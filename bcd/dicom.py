@@ -1,0 +1,149 @@
+"""What the header of a DICOM file says: which kind of object it is, and of which series. No pixel is read.
+
+The parts of the standard that this takes: PS3.10 section 7 (file), PS3.5 section 7 (elements, sequences).
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from bcd import storage
+from bcd.errors import StorageError
+
+# VL Whole Slide Microscopy Image: the only kind of object that OpenSlide opens.
+WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
+IMPLICIT = "1.2.840.10008.1.2"
+# Not read: big endian and deflated, both retired or unknown for slides.
+OTHER_SYNTAXES = ("1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99")
+SOP_CLASS, SYNTAX, SERIES = (0x0002, 0x0002), (0x0002, 0x0010), (0x0020, 0x000E)
+ITEM_END, SEQUENCE_END = (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
+UNDEFINED = 0xFFFFFFFF
+# Value representations with a length of 32 bits.
+LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
+# The series stands within some hundred bytes; large private elements may precede it.
+HEAD_BYTES, LONG_HEAD_BYTES = 2**14, 2**22
+
+Tag = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The kind of object (a UID of the standard) and its series; "" where the file does not say."""
+
+    sop_class: str
+    series: str
+
+    @property
+    def is_slide(self) -> bool:
+        """Whether the file holds pixels of a whole slide, or is cut before it says what it holds."""
+        return self.sop_class in (WHOLE_SLIDE, "")
+
+
+def is_dicom(start: bytes) -> bool:
+    """Whether the first bytes are those of a DICOM file."""
+    return start[128:132] == b"DICM"
+
+
+def parse(start: bytes) -> Header:
+    """The header of a file, from its first bytes. What does not stand in them is ""."""
+    meta = _values(start, 132, True, (SOP_CLASS, SYNTAX))
+    syntax = meta.get(SYNTAX, "")
+    begin = _data_set(start)
+    known = {} if syntax in OTHER_SYNTAXES else _values(start, begin, syntax != IMPLICIT, (SERIES,))
+    return Header(meta.get(SOP_CLASS, ""), known.get(SERIES, ""))
+
+
+def headers(files: Sequence[storage.File]) -> dict[str, Header | None]:
+    """The headers of files by path; None for those that are no DICOM or cannot be read for good.
+
+    Raises:
+        StorageError: storage does not give one, and may give it later.
+    """
+    with ThreadPoolExecutor(storage.READ_THREADS) as pool:
+        return dict(zip((file.path for file in files), pool.map(_header, files), strict=True))
+
+
+def _header(file: storage.File) -> Header | None:
+    try:
+        start = storage.read_start(file.uri, HEAD_BYTES)
+        if not is_dicom(start):
+            return None
+        found = parse(start)
+        if found.is_slide and not found.series and file.size_bytes > HEAD_BYTES:
+            found = parse(storage.read_start(file.uri, LONG_HEAD_BYTES))
+        return found
+    except StorageError as error:
+        if not error.lasting:
+            raise
+        return None
+
+
+def slides(found: dict[str, Header | None]) -> dict[str, list[str]]:
+    """The paths of each whole slide, by the first of them: those of one series in one folder.
+
+    A file whose series is not known is a slide of its own.
+    """
+    first: dict[tuple[PurePosixPath, str], str] = {}
+    result: dict[str, list[str]] = {}
+    for path, header in sorted(found.items()):
+        if header is not None and header.is_slide:
+            key = PurePosixPath(path).parent, header.series or f"of {path}"
+            result.setdefault(first.setdefault(key, path), []).append(path)
+    return result
+
+
+def _data_set(start: bytes) -> int:
+    """Where the elements after those of the file itself begin."""
+    at = 132
+    try:
+        while True:
+            tag, begin, length = _element(start, at, True)
+            if tag[0] != 0x0002:
+                return at
+            at = begin + length
+    except struct.error:
+        return len(start)
+
+
+def _values(data: bytes, at: int, explicit: bool, wanted: Sequence[Tag]) -> dict[Tag, str]:
+    """Texts of the wanted elements at the top of a data set."""
+    found = {}
+    for tag, begin, end in _elements(data, at, explicit):
+        if tag in wanted and end <= len(data):
+            found[tag] = data[begin:end].decode("ascii", "replace").strip("\0 ")
+        if tag >= max(wanted):  # they stand in order
+            break
+    return found
+
+
+def _elements(data: bytes, at: int, explicit: bool) -> Iterator[tuple[Tag, int, int]]:
+    """Tag, begin and end of the value of each element, as far as there are bytes."""
+    try:
+        while True:
+            tag, begin, length = _element(data, at, explicit)
+            at = _end(data, begin, explicit) if length == UNDEFINED else begin + length
+            yield tag, begin, at
+    except struct.error:
+        return
+
+
+def _element(data: bytes, at: int, explicit: bool) -> tuple[Tag, int, int]:
+    """Tag, begin of the value, and its length in bytes."""
+    tag = struct.unpack_from("<HH", data, at)
+    if not explicit or tag[0] == 0xFFFE:
+        return tag, at + 8, struct.unpack_from("<I", data, at + 4)[0]
+    if data[at + 4 : at + 6] in LONG:
+        return tag, at + 12, struct.unpack_from("<I", data, at + 8)[0]
+    return tag, at + 8, struct.unpack_from("<H", data, at + 6)[0]
+
+
+def _end(data: bytes, at: int, explicit: bool) -> int:
+    """End of a value of undefined length: sequences and items close what they opened."""
+    depth = 1
+    while depth:
+        tag, begin, length = _element(data, at, explicit)
+        depth += (length == UNDEFINED) - (tag in (ITEM_END, SEQUENCE_END))
+        at = begin if length == UNDEFINED else begin + length
+    return at

@@ -1,0 +1,111 @@
+"""Every entry below a folder of this machine: files, what cannot be read, and what is passed over, counted.
+
+A link to a folder is followed once and never into a loop: folders come before links to them, so that a file
+has its own path wherever it has one.
+"""
+
+import errno
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+# What is passed over, and not by its suffix.
+HIDDEN, SPECIAL = "hidden", "no regular file"
+LOOP, AGAIN = "link to a folder above it", "link to a folder that is listed already"
+
+
+@dataclass
+class Entries:
+    """What is below a folder, by path: sizes of files in bytes, reasons of faults, kinds passed over."""
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+    passed: Counter[str] = field(default_factory=Counter)
+
+
+def walk(root: str) -> Entries:
+    """List a folder.
+
+    Raises:
+        OSError: the folder itself cannot be listed, or the disk fails.
+    """
+    found = Entries()
+    seen = {_identity(root)}
+    folders, links = [""], list[str]()
+    while folders or links:
+        # The shortest way to a folder first, and among equals the first by name.
+        links.sort(key=lambda path: (path.count("/"), path), reverse=True)
+        path = folders.pop() if folders else links.pop()
+        if path and not _is_new(os.path.join(root, path), seen, found):
+            continue
+        below = _list(root, path, found)
+        folders += sorted(below[0], reverse=True)
+        links += below[1]
+    return found
+
+
+def _is_new(path: str, seen: set[tuple[int, int]], found: Entries) -> bool:
+    """Whether a folder was not listed before; links back are counted."""
+    real, holder = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
+    if os.path.islink(path) and PurePosixPath(holder).is_relative_to(real):
+        found.passed[LOOP] += 1
+        return False
+    identity = _identity(path)
+    if identity in seen:
+        found.passed[AGAIN] += 1
+        return False
+    seen.add(identity)
+    return True
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _list(root: str, folder: str, found: Entries) -> tuple[list[str], list[str]]:
+    """Folders of one folder, and links to folders; all else goes into `found`."""
+    folders: list[str] = []
+    links: list[str] = []
+    try:
+        entries = list(os.scandir(os.path.join(root, folder)))
+    except PermissionError as error:
+        if not folder:
+            raise
+        found.faults[folder] = f"the folder cannot be listed: {error.strerror}"
+        return folders, links
+    for entry in entries:
+        path = f"{folder}/{entry.name}" if folder else entry.name
+        if entry.name.startswith("."):
+            found.passed[HIDDEN] += 1
+        elif (text := _text(path)) != path:
+            found.faults[text] = "the name is not in UTF-8; rename it"
+        elif _is_folder(entry, path, found):
+            (links if entry.is_symlink() else folders).append(path)
+    return folders, links
+
+
+def _is_folder(entry: "os.DirEntry[str]", path: str, found: Entries) -> bool:
+    """Whether an entry is a folder, or a link to one. A file goes into `found`."""
+    try:
+        status = entry.stat()
+        if entry.is_file():
+            found.sizes[path] = status.st_size
+        elif not entry.is_dir():
+            found.passed[SPECIAL] += 1
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise
+        if entry.is_symlink():
+            target = _text(os.readlink(entry.path))
+            found.faults[path] = f"a link to {target}: {error.strerror}"
+        elif error.errno == errno.EACCES:
+            found.faults[path] = f"it cannot be read: {error.strerror}"
+        return False  # else it has gone meanwhile
+
+
+def _text(name: str) -> str:
+    """A name as text, with escapes for bytes that are none."""
+    return os.fsencode(name).decode(errors="backslashreplace")

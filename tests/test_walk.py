@@ -1,0 +1,117 @@
+"""Entries of folders as people leave them."""
+
+import os
+
+import pytest
+
+from bcd import walk
+
+
+def plant(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+
+
+def link(root, name, target):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    os.symlink(target, root / name)
+
+
+def test_files_have_sizes_and_all_else_is_counted(tmp_path):
+    plant(tmp_path, "b/2.png", "a.png", ".hidden/x.png", ".DS_Store", "b/._2.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "empty.png").mkdir()
+    found = walk.walk(str(tmp_path))
+    assert found.sizes == {"a.png": 5, "b/2.png": 7}
+    assert found.faults == {}
+    assert found.passed == {walk.HIDDEN: 3, walk.SPECIAL: 1}
+
+
+def test_a_link_to_a_file_is_a_file(tmp_path):
+    plant(tmp_path, "out/1.png", "in/2.png")
+    link(tmp_path, "in/1.png", "../out/1.png")
+    assert walk.walk(str(tmp_path / "in")).sizes == {"1.png": 9, "2.png": 8}
+
+
+def test_a_linked_folder_is_followed_once(tmp_path):
+    """Under its own path where it has one, else under the first link by name."""
+    plant(tmp_path, "out/deep/1.png", "in/z/2.png")
+    for name, target in (("a", "z"), ("b", "../out"), ("c", "../out"), ("d", "../out/deep")):
+        link(tmp_path, f"in/{name}", target)
+    found = walk.walk(str(tmp_path / "in"))
+    assert found.sizes == {"z/2.png": 10, "b/deep/1.png": 14}
+    assert found.passed == {walk.AGAIN: 3}
+
+
+def test_loops_end(tmp_path):
+    """Crosswise links, each into the folder of all, and one to a folder above the listed one."""
+    names = [f"in/{name}" for name in "abcdefgh"]
+    for name in names:
+        plant(tmp_path, f"{name}/1.png")
+        link(tmp_path, f"{name}/all", "..")
+        for other in names:
+            link(tmp_path, f"{name}/to {other[3:]}", f"../{other[3:]}")
+    link(tmp_path, "in/above", "../..")
+    found = walk.walk(str(tmp_path / "in"))
+    assert sorted(found.sizes) == [f"{name[3:]}/1.png" for name in names]
+    assert found.passed == {walk.LOOP: 8 + 8 + 1, walk.AGAIN: 8 * 7}
+    assert found.faults == {}
+
+
+def test_what_cannot_be_read_is_named_with_the_reason(tmp_path):
+    plant(tmp_path, "a.png")
+    link(tmp_path, "gone.png", "/nowhere/x.png")
+    link(tmp_path, "self.png", "self.png")
+    link(tmp_path, "through.png", "a.png/x.png")
+    with open(os.path.join(os.fsencode(tmp_path), b"b\xff.png"), "wb"):
+        pass
+    os.mkdir(os.path.join(os.fsencode(tmp_path), b"c\xfe"))
+    found = walk.walk(str(tmp_path))
+    assert found.sizes == {"a.png": 5}
+    assert found.faults == {
+        "gone.png": "a link to /nowhere/x.png: No such file or directory",
+        "self.png": "a link to self.png: Too many levels of symbolic links",
+        "through.png": "a link to a.png/x.png: Not a directory",
+        r"b\xff.png": "the name is not in UTF-8; rename it",
+        r"c\xfe": "the name is not in UTF-8; rename it",
+    }
+
+
+def test_a_folder_that_is_not_for_us_is_a_fault_and_the_rest_is_listed(tmp_path, monkeypatch):
+    plant(tmp_path, "a/1.png", "b/2.png")
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("/a") or str(path).endswith("/b/"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = walk.walk(str(tmp_path))
+    assert (found.sizes, found.faults) == (
+        {"b/2.png": 7},
+        {"a": "the folder cannot be listed: Permission denied"},
+    )
+    with pytest.raises(PermissionError):
+        walk.walk(str(tmp_path / "b"))
+
+
+def test_a_disk_that_fails_is_no_fault_of_an_entry(tmp_path, monkeypatch):
+    plant(tmp_path, "a/1.png")
+
+    def failing(path):
+        raise OSError(5, "Input/output error", path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        walk.walk(str(tmp_path))
+
+
+def test_a_long_chain_of_folders_is_no_recursion(tmp_path):
+    deep = tmp_path
+    for _ in range(200):
+        deep = deep / "d"
+    deep.mkdir(parents=True)
+    (deep / "x.png").write_bytes(b"1")
+    assert walk.walk(str(tmp_path)).sizes == {"d/" * 200 + "x.png": 1}
