@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bcd.breakhis import N_FOLDS
 from bcd.errors import ConfigError
 from bcd.manifest import SUFFIXES as MANIFEST_SUFFIXES
-from bcd.taxonomy import MAGNIFICATIONS, Target, given_names
+from bcd.taxonomy import MAGNIFICATIONS, MAX_MPP, MIN_MPP, Target, given_names
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Protocol = Literal["case", "patient", "official", "image"]
@@ -256,14 +256,15 @@ OPERATIONAL = frozenset(
 )
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The settings that decide a result and differ, as `--flag old -> new`."""
+def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The names of the settings that decide a result and differ."""
     keys = sorted((old.keys() | new.keys()) - OPERATIONAL)
-    return [
-        f"--{key.replace('_', '-')} {old.get(key)} -> {new.get(key)}"
-        for key in keys
-        if old.get(key) != new.get(key)
-    ]
+    return [key for key in keys if old.get(key) != new.get(key)]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The same as `--flag old -> new`."""
+    return [f"--{key.replace('_', '-')} {old.get(key)} -> {new.get(key)}" for key in changed(old, new)]
 
 
 class AuditConfig(LabelledConfig):
@@ -365,7 +366,12 @@ class ScoreConfig(Config):
     is 4 log-odds a cell, with another --cam the largest value of the picture."""
 
     mpp: float | None = Field(default=None, gt=0)
-    """µm per pixel of the slides that do not say it themselves."""
+    """µm per pixel of the slides that do not say it themselves, or say what cannot be (below 0.05 or above
+    20), and have none in the manifest's column mpp."""
+
+    mpp_override: float | None = Field(default=None, gt=0)
+    """µm per pixel of all slides, in place of what they or the manifest state. Like --mpp it may be added
+    to the command of an output that exists: slides in error for want of it are scored again, results stay."""
 
     tile_mpp: float | None = Field(default=None, gt=0)
     """µm per pixel at which slides are tiled; by default that of the model's training fields, the
@@ -386,6 +392,15 @@ class ScoreConfig(Config):
 
     max_workers: int | None = Field(default=None, ge=1)
     """Most model workers at a time; by default one per GPU, else one per four CPUs."""
+
+    @model_validator(mode="after")
+    def _scale_is_possible(self) -> "ScoreConfig":
+        for name in ("mpp", "mpp_override", "tile_mpp"):
+            value = getattr(self, name)
+            if value is not None and not MIN_MPP <= value <= MAX_MPP:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {value:g}: between {MIN_MPP:g} and {MAX_MPP:g} µm/px are possible")
+        return self
 
     @model_validator(mode="after")
     def _closed_form_knows_the_last_layer(self) -> "ScoreConfig":

@@ -90,7 +90,7 @@ def png(picture: np.ndarray, scale: float, mpp: float, threshold: float) -> byte
     Args:
         picture: uint8 (h, w, 3) from `draw`; kept pixel for pixel, in the middle of a wider page.
         scale: picture pixels per level-0 pixel.
-        mpp: µm per pixel of level 0.
+        mpp: µm per pixel of level 0 across.
         threshold: as in `draw`.
     """
     height, width = picture.shape[:2]
@@ -153,7 +153,7 @@ def geojson(
 
     Args:
         tile_ids: n `image_id`s; the same one gives the same UUID.
-        boxes: float (n, 4), level-0 pixels.
+        boxes: float (n, 4), level-0 pixels from the slide's bounds on, which is where QuPath begins.
         predicted: n class names; None gives a tile without a class.
         measurements: name -> float (n,); NaN is left out, since JSON has none.
     """

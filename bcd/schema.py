@@ -19,6 +19,11 @@ SIZE_BYTES = "size_bytes"
 PART = "part"
 IMAGE = "image"
 TARGET = "target"
+MPP_Y = "mpp_y"
+SLIDE_MPP_X = "slide_mpp_x"
+SLIDE_MPP_Y = "slide_mpp_y"
+BOUNDS_X_LEVEL0_PX = "bounds_x_level0_px"
+BOUNDS_Y_LEVEL0_PX = "bounds_y_level0_px"
 X_LEVEL0_PX = "x_level0_px"
 Y_LEVEL0_PX = "y_level0_px"
 WIDTH_PX = "width_px"
@@ -57,6 +62,14 @@ IMAGE_ID_A = "image_id_a"
 IMAGE_ID_B = "image_id_b"
 HAMMING_DISTANCE = "hamming_distance"
 QUANTILES = {f"probability_q{round(100 * q):02}": q for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+
+# The frame of a tile's place, in the table itself: Parquet keeps what is said of a column.
+_FRAME = {
+    "description": "pixels of level 0 as OpenSlide counts them, from the upper left of the whole slide; "
+    "QuPath shows a slide from its bounds on: subtract those in slides.parquet, as tiles.geojson does"
+}
+# Upper left of a tile; null for a field.
+PLACE = tuple(pa.field(name, pa.int64(), metadata=_FRAME) for name in (X_LEVEL0_PX, Y_LEVEL0_PX))
 
 # Rows, not pixels. `size_bytes` comes free with a listing: only files of equal size can be equal,
 # so exact duplicates are found by hashing a handful of files instead of the whole archive.
@@ -108,15 +121,17 @@ NEAR_DUPLICATES = pa.schema(
 EXPOSURE = pa.schema([(EPOCH, pa.int32()), (IMAGE_ID, pa.string())])
 
 # One row per picture that the network is to see: a whole field, or a tile of a slide (x and y are set).
-# A row that already has an error is not read; it goes through to the predictions.
+# A row that already has an error is not read; it goes through to the predictions. `slide_mpp_x` and `_y` are
+# µm per pixel of a tile's slide at level 0, as it was planned.
 READING = pa.schema(
     [
         pa.field(IMAGE_ID, pa.string(), nullable=False),
         pa.field(URI, pa.string(), nullable=False),
         (SLIDE, pa.string()),
         (PATIENT, pa.string()),
-        (X_LEVEL0_PX, pa.int64()),
-        (Y_LEVEL0_PX, pa.int64()),
+        *PLACE,
+        (SLIDE_MPP_X, pa.float64()),
+        (SLIDE_MPP_Y, pa.float64()),
         (MPP, pa.float32()),
         (WIDTH_PX, pa.int32()),
         (HEIGHT_PX, pa.int32()),
@@ -125,7 +140,8 @@ READING = pa.schema(
     ]
 )
 
-# One row per whole slide of an archive. `tiles` are those with tissue, scored or in error.
+# One row per whole slide of an archive. `tiles` are those with tissue, scored or in error. The bounds are
+# where QuPath begins to show the slide; `mpp` is µm per pixel of level 0 across, `mpp_y` down.
 SLIDES = pa.schema(
     [
         pa.field(SLIDE, pa.string(), nullable=False),
@@ -133,7 +149,10 @@ SLIDES = pa.schema(
         (PATIENT, pa.string()),
         (WIDTH_PX, pa.int64()),
         (HEIGHT_PX, pa.int64()),
-        (MPP, pa.float32()),
+        (MPP, pa.float64()),
+        (MPP_Y, pa.float64()),
+        (BOUNDS_X_LEVEL0_PX, pa.int64()),
+        (BOUNDS_Y_LEVEL0_PX, pa.int64()),
         (TILES, pa.int64()),
         (BACKGROUND_TILES, pa.int64()),
         (ERROR_TILES, pa.int64()),
@@ -161,8 +180,7 @@ def predictions(evidence_height: int, evidence_width: int, overlays: bool = Fals
             pa.field(URI, pa.string(), nullable=False),
             (SLIDE, pa.string()),
             (PATIENT, pa.string()),
-            (X_LEVEL0_PX, pa.int64()),
-            (Y_LEVEL0_PX, pa.int64()),
+            *PLACE,
             (MPP, pa.float32()),
             (WIDTH_PX, pa.int32()),
             (HEIGHT_PX, pa.int32()),

@@ -1,12 +1,12 @@
 """Whole slides: which files they are, and their pixels at any place and level.
 
 Coordinates are pixels of level 0, the largest picture of the pyramid, as in OpenSlide. A slide that cannot
-be used raises `image.ImageError`, here with code `unreadable`, `missing_mpp` or `too_coarse`.
+be used raises `image.ImageError`, here with code `unreadable`, `missing_mpp`, `bad_mpp` or `too_coarse`.
 """
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,7 +17,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from bcd import container, tiff
+from bcd import container, pixel_size, tiff
 from bcd.image import ImageError, boundary, to_srgb
 
 # Formats of OpenSlide 4 whose suffix stands for nothing else. https://openslide.org/formats/
@@ -25,9 +25,6 @@ SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm")
 # Never a slide. All others, such as TIFF or files without a suffix, are one where OpenSlide knows the layout.
 FIELD_SUFFIXES = (".png", ".jpg", ".jpeg")
 MRXS, DICOM = ".mrxs", ".dcm"
-# Nothing that a microscope gives: TIFF's 72 to 1200 dpi, written by software that knew no scale, are 353 to
-# 21 µm/px. Overview scans end near 10.
-MAX_MPP = 20.0
 # A level up to 2 % too coarse counts as fitting, since scanners round: 0.499 serves for 0.49.
 LEVEL_TOLERANCE = 1.02
 # Beyond this, enlarging level 0 would invent detail that the network was taught to look for.
@@ -48,17 +45,23 @@ class Slide:
         handle: OpenSlide's own.
         width_px: of level 0.
         height_px: of level 0.
-        mpp: µm per pixel of level 0.
+        mpp_x: µm per pixel of level 0 across.
+        mpp_y: the same down; rarely another.
         downsamples: level-0 pixels per pixel of each level.
         profile: ICC profile of its pixels, None for sRGB.
+        bounds_x_px: left edge at level 0 of what QuPath shows: it crops a slide to what was scanned.
+        bounds_y_px: its upper edge.
     """
 
     handle: openslide.OpenSlide
     width_px: int
     height_px: int
-    mpp: float
+    mpp_x: float
+    mpp_y: float
     downsamples: tuple[float, ...]
     profile: bytes | None = None
+    bounds_x_px: int = 0
+    bounds_y_px: int = 0
 
     def __enter__(self) -> Self:
         return self
@@ -69,16 +72,19 @@ class Slide:
         self.handle.close()
 
     def level_for(self, target_mpp: float) -> int:
-        """The smallest level that still holds the detail of `target_mpp` µm/px.
+        """The smallest level that still holds the detail of `target_mpp` µm/px, across and down.
 
         Raises:
             ImageError: `too_coarse` where even level 0 is far from it.
         """
-        if self.mpp > MAX_ENLARGING * target_mpp:
+        coarser = max(self.mpp_x, self.mpp_y)
+        if coarser > MAX_ENLARGING * target_mpp:
             raise ImageError(
-                "too_coarse", f"the slide has {self.mpp:.3g} µm/px; the model needs {target_mpp:.3g} or finer"
+                "too_coarse",
+                f"the slide has {coarser:.3g} µm/px; the model needs {target_mpp:.3g} or finer; where the "
+                "first is wrong, --mpp-override says what is right",
             )
-        fitting = (d for d in self.downsamples if self.mpp * d <= LEVEL_TOLERANCE * target_mpp)
+        fitting = (d for d in self.downsamples if coarser * d <= LEVEL_TOLERANCE * target_mpp)
         return self.downsamples.index(max(fitting, default=self.downsamples[0]))
 
     def read(
@@ -147,15 +153,15 @@ class Slide:
         return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX, box))
 
 
-def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
+def open_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -> Slide:
     """Open a slide on the local disk.
 
     Args:
         path: of the file; for `.mrxs` and `.dcm` its `companions` lie where they lay in the archive.
-        mpp: µm per pixel of level 0, used only where the slide itself does not say.
+        given: what people say of its µm per pixel.
 
     Raises:
-        ImageError: `unreadable`, or `missing_mpp` where neither says.
+        ImageError: `unreadable`, or `missing_mpp` and `bad_mpp` as `pixel_size.choose` has it.
     """
     with boundary(*UNREADABLE):
         _require_tiles(Path(path))
@@ -167,25 +173,24 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
         handle.close()
         raise ImageError("too_many_pixels", f"a slide of {width:,} x {height:,} px cannot be")
     icc = profile.tobytes() if profile else None
-    sides = [
-        _mpp(properties.get(name)) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
-    ]
-    known = [side for side in sides if side is not None]
-    if known:
-        return Slide(handle, width, height, sum(known) / len(known), downsamples, icc)
-    if mpp is None:
-        handle.close()
-        raise ImageError("missing_mpp", "the slide does not say how many µm a pixel has; --mpp gives it")
-    return Slide(handle, width, height, mpp, downsamples, icc)
-
-
-def _mpp(text: str | None) -> float | None:
-    """A property as µm/px, or None where it cannot be one."""
     try:
-        value = float(text or "nan")
-    except ValueError:
-        return None
-    return value if 0 < value <= MAX_MPP else None
+        mpp = pixel_size.choose(properties, (width, height), given)
+    except ImageError:
+        handle.close()
+        raise
+    return Slide(handle, width, height, *mpp, downsamples, icc, *_bounds(properties))
+
+
+def _bounds(properties: Mapping[str, str]) -> tuple[int, int]:
+    """Where at level 0 the picture begins that QuPath shows: as there, four whole numbers count or none.
+
+    https://github.com/qupath/qupath, OpenslideImageServer.java
+    """
+    try:
+        x, y, _, _ = (int(properties[f"openslide.bounds-{side}"]) for side in ("x", "y", "width", "height"))
+    except (KeyError, ValueError):
+        return 0, 0
+    return x, y
 
 
 def _require_tiles(path: Path) -> None:

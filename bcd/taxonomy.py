@@ -44,6 +44,9 @@ SUBTYPES: Mapping[str, Subtype] = {
 # (the labels 40X..400X are total magnifications of the 4x..40x objectives).
 MPP_BY_MAGNIFICATION: Mapping[int, float] = {40: 0.49, 100: 0.20, 200: 0.10, 400: 0.05}
 MAGNIFICATIONS = tuple(MPP_BY_MAGNIFICATION)
+# What a microscope gives, in µm per pixel: the finest BreaKHis fields have 0.05, overview scans end near 10.
+# TIFF's 72 to 1200 dpi, written by software that knew no scale, are 353 to 21.
+MIN_MPP, MAX_MPP = 0.05, 20.0
 
 
 def classes(target: Target) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ class Grid:
 def grid(
     width_px: int,
     height_px: int,
-    slide_mpp: float,
+    slide_mpp: tuple[float, float],
     tile_mpp: float,
     tile_width_px: int,
     tile_height_px: int,
@@ -48,12 +48,13 @@ def grid(
     Args:
         width_px: of the slide at level 0.
         height_px: of the slide at level 0.
-        slide_mpp: µm per pixel of level 0.
+        slide_mpp: µm per pixel of level 0, across and down.
         tile_mpp: µm per pixel of a tile as the model sees it.
         tile_width_px: of a tile at `tile_mpp`.
         tile_height_px: of a tile at `tile_mpp`.
     """
-    step_x, step_y = tile_width_px * tile_mpp / slide_mpp, tile_height_px * tile_mpp / slide_mpp
+    mpp_x, mpp_y = slide_mpp
+    step_x, step_y = tile_width_px * tile_mpp / mpp_x, tile_height_px * tile_mpp / mpp_y
     x, y = _starts(width_px, step_x), _starts(height_px, step_y)
     return Grid(
         np.tile(x, len(y)),

@@ -94,15 +94,18 @@ def tiff_page(samples: np.ndarray, meaning: int = 2, **changes: object) -> tuple
     return tags, [samples.tobytes()]
 
 
-def tiled_tiff(pixels: np.ndarray, mpp: float | None, side: int = 64) -> bytes:
+def tiled_tiff(
+    pixels: np.ndarray, mpp: float | tuple[float, float] | None, side: int = 64, **changes: object
+) -> bytes:
     """A slide as OpenSlide reads it, in tiles and of one level."""
+    across, down = mpp if isinstance(mpp, tuple) else (mpp or 1, mpp or 1)
     rows, columns = (-(-size // side) for size in pixels.shape[:2])
     padded = np.full((rows * side, columns * side, 3), 255, np.uint8)
     padded[: pixels.shape[0], : pixels.shape[1]] = pixels
     tiles = padded.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(rows * columns, -1)
-    tags, _ = tiff_page(pixels)
+    tags, _ = tiff_page(pixels, **changes)
     del tags[278]
     # 296 says pixels per cm.
-    tags |= {282: (5, [round(1e7 / (mpp or 1)), 1_000]), 296: (3, [3 if mpp else 1])}
-    tags |= {283: tags[282], 322: (4, [side]), 323: (4, [side])}
+    tags |= {282: (5, [round(1e7 / across), 1_000]), 296: (3, [3 if mpp else 1])}
+    tags |= {283: (5, [round(1e7 / down), 1_000]), 322: (4, [side]), 323: (4, [side])}
     return tiff((tags, [tile.tobytes() for tile in tiles]))

@@ -146,11 +146,11 @@ def test_tiles_at_the_edge_and_tiny_ones_are_no_error(box):
 def test_tiles_lie_on_the_thumbnail_of_the_real_slide(real_data):
     with slide.open_slide(real_data / "slides/CMU-1-Small-Region.svs") as opened:
         thumbnail, scale = opened.thumbnail(1000)
-        grid = tile.grid(opened.width_px, opened.height_px, opened.mpp, 0.49, 700, 460)
+        grid = tile.grid(opened.width_px, opened.height_px, (opened.mpp_x, opened.mpp_y), 0.49, 700, 460)
         boxes = grid.boxes()[9:10]
         x, y, width, height = (int(value) for value in boxes[0])
         read = opened.read(x, y, 0, width, height)
-        page = Image.open(io.BytesIO(heatmap.png(thumbnail, scale, opened.mpp, 0.5)))
+        page = Image.open(io.BytesIO(heatmap.png(thumbnail, scale, opened.mpp_x, 0.5)))
     assert (x, y) == (687, 903)
     grey = heatmap.draw(thumbnail, scale, np.empty((0, 4)), np.empty(0), 0.5)
     drawn = heatmap.draw(thumbnail, scale, boxes, np.array([0.9]), 0.5)
@@ -196,7 +196,7 @@ def test_the_scale_bar_is_as_long_as_it_says(mpp):
 
 
 def collection():
-    grid = tile.grid(2220, 2967, 0.499, 0.49, 700, 460)
+    grid = tile.grid(2220, 2967, (0.499, 0.499), 0.49, 700, 460)
     ids = [tile.tile_id("a.svs", x, y, 0.49) for x, y in zip(grid.x_level0_px, grid.y_level0_px, strict=True)]
     probability = np.linspace(0, 1, len(grid), dtype=np.float32)
     probability[0] = np.nan

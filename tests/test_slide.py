@@ -6,11 +6,12 @@ import openslide
 import pytest
 from PIL import Image
 
-from bcd import image, slide
+from bcd import image, pixel_size, slide
 from tests import pictures
 from tests.test_image import SWAPPED
 
 NAME = "CMU-1-Small-Region.svs"
+QUARTER = pixel_size.Given(fallback=0.25)
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def code_of(open_or_read):
     return caught.value.code
 
 
-def fake(width_px, height_px, mpp=0.25, downsamples=(1.0,)):
+def fake(width_px, height_px, mpp=(0.25, 0.25), downsamples=(1.0,)):
     """A slide without a file: white, with a record of the sizes that were read."""
     sizes = []
 
@@ -45,7 +46,7 @@ def fake(width_px, height_px, mpp=0.25, downsamples=(1.0,)):
     handle = SimpleNamespace(
         level_downsamples=downsamples, read_region=read_region, get_best_level_for_downsample=best
     )
-    return slide.Slide(handle, width_px, height_px, mpp, tuple(handle.level_downsamples)), sizes
+    return slide.Slide(handle, width_px, height_px, *mpp, tuple(handle.level_downsamples)), sizes
 
 
 def one_tile(resolution_unit, x_resolution, y_resolution, side=16):
@@ -63,10 +64,12 @@ def one_tile(resolution_unit, x_resolution, y_resolution, side=16):
 
 def test_a_slide_tells_its_size_and_scale(slides):
     with slide.open_slide(slides / NAME) as opened:
-        assert (opened.width_px, opened.height_px, opened.mpp) == (2220, 2967, 0.499)
+        assert (opened.width_px, opened.height_px) == (2220, 2967)
+        assert (opened.mpp_x, opened.mpp_y) == (0.499, 0.499)
+        assert (opened.bounds_x_px, opened.bounds_y_px) == (0, 0)
         assert opened.downsamples == (1.0,)
     with slide.open_slide(slides / "tiny.svs") as opened:
-        assert (opened.width_px, opened.height_px, opened.mpp) == (16, 16, 0.499)
+        assert (opened.width_px, opened.height_px, opened.mpp_x) == (16, 16, 0.499)
         assert opened.thumbnail()[0].shape == (16, 16, 3)
 
 
@@ -87,31 +90,71 @@ def test_beyond_the_slide_it_is_white(slides):
 
 
 def test_places_are_of_level_0_at_every_level(slides):
-    with slide.open_slide(slides / "boxes.tiff", mpp=0.25) as opened:
+    with slide.open_slide(slides / "boxes.tiff", QUARTER) as opened:
         pixels = opened.read(40, 60, 1, 30, 20)
     np.testing.assert_array_equal(pixels, flattened(slides / "boxes.tiff", (40, 60), 1, (30, 20)))
 
 
 def test_the_given_scale_is_used_only_where_the_slide_has_none(slides):
-    with slide.open_slide(slides / NAME, mpp=0.25) as opened:
-        assert opened.mpp == 0.499
+    with slide.open_slide(slides / NAME, QUARTER) as opened:
+        assert opened.mpp_x == opened.mpp_y == 0.499
     # 72 dpi, which a program wrote that knew no scale: 353 µm a pixel would make the slide 10 cm wide
     assert code_of(lambda: slide.open_slide(slides / "boxes.tiff")) == "missing_mpp"
-    with slide.open_slide(slides / "boxes.tiff", mpp=0.25) as opened:
-        assert opened.mpp == 0.25
+    with slide.open_slide(slides / "boxes.tiff", QUARTER) as opened:
+        assert opened.mpp_x == opened.mpp_y == 0.25
         assert [round(d) for d in opened.downsamples] == [1, 2, 4, 8]
 
 
-def test_a_tiled_tiff_brings_its_scale_in_its_resolution(tmp_path):
+def test_a_tiled_tiff_brings_its_scale_on_each_axis(tmp_path):
     path = tmp_path / "a.tif"
     path.write_bytes(one_tile(3, 20_000, 25_000))  # pixels per cm
     with slide.open_slide(path) as opened:
-        assert opened.mpp == pytest.approx((0.5 + 0.4) / 2)
+        assert (opened.mpp_x, opened.mpp_y) == (0.5, 0.4)
+        assert opened.level_for(0.41) == 0
+        assert code_of(lambda: opened.level_for(0.39)) == "too_coarse"  # across it is coarser than down
 
 
-@pytest.mark.parametrize("text", ["", None, "0", "-1", "nan", "inf", "unknown", "352.8"])
-def test_what_cannot_be_a_scale_is_none(text):
-    assert slide._mpp(text) is None
+@pytest.mark.parametrize(
+    ("unit", "x_resolution", "mpp"), [(2, 50_800, 0.5), (3, 20_000, 0.5), (3, 200_000, 0.05)]
+)
+def test_a_resolution_is_of_inches_or_centimetres(tmp_path, unit, x_resolution, mpp):
+    path = tmp_path / "a.tif"
+    path.write_bytes(one_tile(unit, x_resolution, x_resolution))
+    with slide.open_slide(path) as opened:
+        assert (opened.mpp_x, opened.mpp_y) == (pytest.approx(mpp), pytest.approx(mpp))
+
+
+def test_a_resolution_without_a_unit_is_no_scale(tmp_path):
+    path = tmp_path / "a.tif"
+    path.write_bytes(one_tile(1, 20_000, 20_000))
+    assert code_of(lambda: slide.open_slide(path)) == "missing_mpp"
+
+
+def test_an_ome_tiff_states_its_scale_in_its_description(tmp_path):
+    path = tmp_path / "a.ome.tif"
+    size = 'SizeX="70" SizeY="46" PhysicalSizeX="500" PhysicalSizeXUnit="nm" PhysicalSizeY="0.25"'
+    space = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+    ome = f'<OME xmlns="{space}"><Image><Pixels {size}/></Image></OME>'
+    path.write_bytes(pictures.tiled_tiff(pictures.gradient(46, 70), None, t270=ome.encode() + b"\0"))
+    with slide.open_slide(path) as opened:
+        assert (opened.mpp_x, opened.mpp_y) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "corner"),
+    [
+        (("1000", "600", "1400", "920"), (1000, 600)),
+        (("0", "0", "10", "10"), (0, 0)),
+        (("1000", "600", None, None), (0, 0)),
+        (("1000", "600", "wide", "920"), (0, 0)),
+        ((None, None, None, None), (0, 0)),
+    ],
+)
+def test_bounds_count_where_qupath_takes_them(bounds, corner):
+    """QuPath asks for all four, as whole numbers."""
+    names = (f"openslide.bounds-{side}" for side in ("x", "y", "width", "height"))
+    properties = {name: value for name, value in zip(names, bounds, strict=True) if value is not None}
+    assert slide._bounds(properties) == corner
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
@@ -120,8 +163,8 @@ def test_a_cut_slide_is_unreadable_and_never_without_a_scale(slides, tmp_path, s
     path = tmp_path / "half.svs"
     path.write_bytes(content[: int(share * len(content))])
     assert slide.is_slide(path)
-    for mpp in (None, 0.25):
-        assert code_of(lambda mpp=mpp: slide.open_slide(path, mpp)) == "unreadable"
+    for given in (pixel_size.UNKNOWN, QUARTER):
+        assert code_of(lambda given=given: slide.open_slide(path, given)) == "unreadable"
 
 
 def test_what_is_no_slide_is_unreadable(tmp_path):
@@ -152,7 +195,7 @@ def test_damage_inside_is_found_when_it_is_read(slides, tmp_path):
     ],
 )
 def test_the_level_is_the_smallest_that_holds_the_detail(mpp, target_mpp, level):
-    assert fake(1000, 1000, mpp, (1.0, 2.0, 4.0))[0].level_for(target_mpp) == level
+    assert fake(1000, 1000, (mpp, mpp), (1.0, 2.0, 4.0))[0].level_for(target_mpp) == level
 
 
 def test_a_slide_that_would_have_to_be_enlarged_is_too_coarse(slides):
@@ -195,7 +238,7 @@ def test_a_thumbnail_never_reads_a_large_slide_at_once():
 
 
 def test_a_small_slide_is_its_own_thumbnail(slides):
-    with slide.open_slide(slides / "boxes.tiff", mpp=0.25) as opened:
+    with slide.open_slide(slides / "boxes.tiff", QUARTER) as opened:
         small, scale = opened.thumbnail()
     assert scale == 1
     np.testing.assert_array_equal(small, flattened(slides / "boxes.tiff", (0, 0), 0, (300, 250)))
@@ -223,7 +266,7 @@ def test_which_names_say_nothing():
 
 def test_a_read_is_bounded_whatever_the_metadata_say():
     """At 0.003 µm/px a tile of the model would be 57,000 px wide."""
-    opened, sizes = fake(100_000, 100_000, mpp=0.003)
+    opened, sizes = fake(100_000, 100_000, mpp=(0.003, 0.003))
     with pytest.raises(
         image.ImageError, match=r"57,000 x 38,000 px of the slide; at most 64,000,000"
     ) as caught:

@@ -25,12 +25,12 @@ def of_images(images: pd.DataFrame) -> list[Example]:
     return [found[key] for key in zip(images[aggregate.SOURCE], images[schema.IMAGE_ID], strict=True)]
 
 
-def of_row(row: dict[str, Any], mpp: float | None = None) -> Example:
+def of_row(row: dict[str, Any], slide_mpp: tuple[float, float] | None = None) -> Example:
     """The example of a whole row of the predictions table that has no error.
 
     Args:
         row: of schema `schema.predictions`.
-        mpp: of a slide that does not say it itself.
+        slide_mpp: µm per pixel of level 0 that its slide was planned with, across and down.
     """
     logit = row[schema.LOGIT]
     maps = np.reshape(row[schema.EVIDENCE], (row[schema.EVIDENCE_HEIGHT], row[schema.EVIDENCE_WIDTH]))
@@ -42,14 +42,15 @@ def of_row(row: dict[str, Any], mpp: float | None = None) -> Example:
         probability_malignant=probability,
         predicted_class=row[schema.PREDICTED_CLASS],
         log_odds=log_odds,
-        pixels=_pixels(row, mpp),
+        pixels=_pixels(row, slide_mpp),
         evidence=maps,
     )
 
 
-def _pixels(row: dict[str, Any], mpp: float | None) -> np.ndarray:
+def _pixels(row: dict[str, Any], slide_mpp: tuple[float, float] | None) -> np.ndarray:
     """The picture of a row; grey where it is no longer there."""
     try:
-        return read.picture(row, mpp)
+        scale = dict(zip((schema.SLIDE_MPP_X, schema.SLIDE_MPP_Y), slide_mpp or (), strict=False))
+        return read.picture(row | scale)
     except image.ImageError:
         return np.full((row[schema.HEIGHT_PX], row[schema.WIDTH_PX], 3), 128, np.uint8)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel
 
-from bcd import image, schema, slide, storage, tile, tissue
+from bcd import image, pixel_size, schema, slide, storage, tile, tissue
 from bcd.errors import StorageError
 from bcd.pipelines import read, staging
 
@@ -20,7 +20,8 @@ from bcd.pipelines import read, staging
 class Tiling:
     """How slides are cut. A tile has the size of a training field, in pixels and in µm.
 
-    tile_mpp is in µm per pixel; mpp that of slides that do not say it; min_tissue a share of a tile's area.
+    tile_mpp is in µm per pixel; mpp that of slides that do not say it; mpp_override that of all slides;
+    min_tissue a share of a tile's area.
     """
 
     tile_mpp: float | None
@@ -28,6 +29,12 @@ class Tiling:
     tile_height_px: int
     mpp: float | None
     min_tissue: float
+    mpp_override: float | None = None
+
+    def given(self, row: dict[str, Any]) -> pixel_size.Given:
+        """What is said of the µm per pixel of a slide, a row of `schema.INDEX`."""
+        both = (self.mpp_override, self.mpp_override) if self.mpp_override else None
+        return pixel_size.Given(row[schema.MPP], self.mpp, both)
 
 
 class Plan(BaseModel):
@@ -38,11 +45,14 @@ class Plan(BaseModel):
     patient: str | None
     width_px: int
     height_px: int
-    mpp: float
+    mpp_x: float
+    mpp_y: float
     tiles: int
     background_tiles: int
     tissue_area_mm2: float
     thumbnail_scale: float
+    bounds_x_px: int = 0
+    bounds_y_px: int = 0
 
 
 def expand(batch: pa.Table, tiling: Tiling, plans_uri: str, done: frozenset[str]) -> Iterator[pa.Table]:
@@ -91,14 +101,14 @@ def _reading(row: dict[str, Any]) -> pa.Table:
 
 def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
     """Plan a slide, and keep the plan."""
-    opened, _ = staging.open_slide(row[schema.URI], tiling.mpp)
+    opened, _ = staging.open_slide(row[schema.URI], tiling.given(row))
     if tiling.tile_mpp is None:
         raise image.ImageError("missing_mpp", "the model card has no µm per pixel; --tile-mpp gives it")
     opened.level_for(tiling.tile_mpp)  # a scan too coarse for the model ends here
     grid = tile.grid(
         opened.width_px,
         opened.height_px,
-        opened.mpp,
+        (opened.mpp_x, opened.mpp_y),
         tiling.tile_mpp,
         tiling.tile_width_px,
         tiling.tile_height_px,
@@ -108,17 +118,22 @@ def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
     share = tissue.fraction(mask, grid.boxes(scale))
     chosen = np.flatnonzero((share >= tiling.min_tissue) & (share > 0))
     if not len(chosen):
-        raise image.ImageError("no_tissue", f"none of {len(grid):,} tiles has tissue; see --min-tissue")
+        raise image.ImageError(
+            "no_tissue", f"none of {len(grid):,} tiles has --min-tissue {tiling.min_tissue:g}"
+        )
     plan = Plan(
         slide=row[schema.IMAGE_ID],
         uri=row[schema.URI],
         patient=row[schema.PATIENT],
         width_px=opened.width_px,
         height_px=opened.height_px,
-        mpp=opened.mpp,
+        mpp_x=opened.mpp_x,
+        mpp_y=opened.mpp_y,
+        bounds_x_px=opened.bounds_x_px,
+        bounds_y_px=opened.bounds_y_px,
         tiles=len(chosen),
         background_tiles=len(grid) - len(chosen),
-        tissue_area_mm2=float(mask.sum()) * (opened.mpp / scale / 1_000) ** 2,
+        tissue_area_mm2=float(mask.sum()) * opened.mpp_x * opened.mpp_y / (scale * 1_000) ** 2,
         thumbnail_scale=scale,
     )
     tiles = _tile_rows(plan, grid, chosen, tiling.tile_mpp, tiling)
@@ -133,6 +148,8 @@ def _tile_rows(plan: Plan, grid: tile.Grid, chosen: np.ndarray, tile_mpp: float,
         schema.URI: plan.uri,
         schema.SLIDE: plan.slide,
         schema.PATIENT: plan.patient,
+        schema.SLIDE_MPP_X: plan.mpp_x,
+        schema.SLIDE_MPP_Y: plan.mpp_y,
         schema.MPP: tile_mpp,
         schema.WIDTH_PX: tiling.tile_width_px,
         schema.HEIGHT_PX: tiling.tile_height_px,

@@ -1,6 +1,7 @@
 """What has been scored, kept so that every input is scored exactly once, however often the job is killed.
 
-    config.json                    the settings that decide a row; another model or input is refused
+    config.json                    the settings that decide a row; another model or input is refused. A flag
+                                   that an error asked for may be added: such rows are scored again
     work/GENERATION/*.parquet      segments: rows as they were committed, each file whole or not there
     predictions/part-ID-GENERATION-NUMBER.parquet   the table: segments merged, sorted, each row once
     summary.json                   written last: which generation is merged
@@ -16,7 +17,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bcd import image, output, schema, storage
-from bcd.config import differences
+from bcd.config import changed, differences
 from bcd.errors import ConfigError
 
 CONFIG, SUMMARY, WORK, PREDICTIONS = "config.json", "summary.json", "work", "predictions"
@@ -34,6 +35,11 @@ FILE_BYTES = 128 * 2**20
 ROWS_PER_GROUP = 16_384
 INPUT = "input"
 COUNTED = [schema.IMAGE_ID, schema.SLIDE, schema.Y_LEVEL0_PX, schema.X_LEVEL0_PX]
+
+
+# Name of a setting -> codes of the errors that it puts right.
+Remedies = Mapping[str, frozenset[str]]
+NO_REMEDIES: Remedies = {}
 
 
 @dataclass(frozen=True)
@@ -83,12 +89,15 @@ class Ledger:
         return f"part-{self.owner}-{self.generation:04d}-{number:05d}.parquet"
 
 
-def begin(uri: str, settings: dict[str, Any]) -> tuple[Ledger, dict[str, Any] | None]:
+def begin(
+    uri: str, settings: dict[str, Any], remedies: Remedies = NO_REMEDIES
+) -> tuple[Ledger, dict[str, Any] | None]:
     """Open the books, and the summary of the last finished run into the same folder.
 
     Args:
         uri: of the output folder.
         settings: all that decides a row, by flag.
+        remedies: settings that may be given later, and the errors that are scored again then.
 
     Raises:
         ConfigError: other settings have been used there, which are named, or it contains anything else.
@@ -96,14 +105,15 @@ def begin(uri: str, settings: dict[str, Any]) -> tuple[Ledger, dict[str, Any] | 
     """
     owner = output.claim(uri, output.SCORE)
     storage.check_writable(uri)
-    if (old := read_settings(uri)) is not None:
-        if differing := differences(old, settings):
-            raise ConfigError(
-                f"{uri} holds rows that were scored otherwise: {'; '.join(differing)}. Repeat the command of "
-                "then to go on, or choose another --output"
-            )
-    else:
-        storage.write_bytes(storage.join(uri, CONFIG), json.dumps(settings, indent=2).encode())
+    old = read_settings(uri)
+    given_later = [] if old is None else changed(old, settings)
+    if old is None:
+        _write_settings(uri, settings)
+    elif not all(name in remedies and old.get(name) is None for name in given_later):
+        raise ConfigError(
+            f"{uri} holds rows that were scored otherwise: {'; '.join(differences(old, settings))}. Repeat "
+            "the command of then to go on, or choose another --output"
+        )
     summary_uri = storage.join(uri, SUMMARY)
     summary = json.loads(storage.read_bytes(summary_uri)) if storage.exists(summary_uri) else None
     merged = summary["generation"] if summary else 0
@@ -115,7 +125,29 @@ def begin(uri: str, settings: dict[str, Any]) -> tuple[Ledger, dict[str, Any] | 
     unfinished = rf"part-{owner}-{ours.generation:04d}-\d+\.parquet"
     half_written = rf"part-{owner}-.*{re.escape(storage.ASIDE)}"
     storage.delete_files(ours.predictions_uri, f"{unfinished}|{half_written}")
+    if given_later:
+        # In this order: a kill between the two leaves a command that forgets the rest.
+        _forget(ours, frozenset().union(*(remedies[name] for name in given_later)))
+        _write_settings(uri, settings)
     return ours, summary
+
+
+def _write_settings(uri: str, settings: dict[str, Any]) -> None:
+    storage.write_bytes(storage.join(uri, CONFIG), json.dumps(settings, indent=2).encode())
+
+
+def _forget(ledger: Ledger, codes: frozenset[str]) -> None:
+    """Take out the inputs with these errors, as if they had never been read; file by file, each at once."""
+    wanted = pa.array(sorted(codes), pa.string())
+    for segment in merged(ledger).segments + committed(ledger).segments:
+        facts = storage.read_table(segment.uri, [schema.ERROR, schema.X_LEVEL0_PX])
+        # A tile's error is no want of a flag: its slide was read with what it had.
+        whole_input = pc.is_null(facts[schema.X_LEVEL0_PX])
+        kept = pc.invert(pc.and_(pc.is_in(facts[schema.ERROR], wanted), whole_input))
+        if not pc.any(kept).as_py():
+            storage.delete_file(segment.uri)
+        elif not pc.all(kept).as_py():
+            _write(segment.uri, storage.read_table(segment.uri).filter(kept))
 
 
 def _delete_work(uri: str, generation: str = r"\d{4}") -> None:

@@ -42,7 +42,6 @@ class Settings:
     cam_layer: str = "layer4"
     overlays: bool = False
     compile: bool = False
-    mpp: float | None = None
 
 
 def predictions(dataset: Dataset, settings: Settings, max_workers: int | None = None) -> Dataset:
@@ -56,7 +55,7 @@ def predictions(dataset: Dataset, settings: Settings, max_workers: int | None = 
     Returns:
         A dataset with schema `schema.predictions`, one row for each given: a result or an error.
     """
-    look = Look(bundle.read_card(settings.model_uri), CARRIED, settings.mpp)
+    look = Look(bundle.read_card(settings.model_uri), CARRIED)
     return on_models(dataset, Scorer, (settings,), look, settings.batch_size, max_workers)
 
 
@@ -66,12 +65,11 @@ class Look:
 
     card: bundle.Card
     keep: tuple[str, ...]
-    mpp: float | None = None
 
     def pixels(self, rows: pa.Table, threads: int = 1) -> dict[str, Any]:
         """Pictures (n, height, width, 3) with what is kept of their rows."""
         size = (self.card.input_height_px, self.card.input_width_px)
-        return read.pixels(rows, *size, self.keep, threads, self.mpp)
+        return read.pixels(rows, *size, self.keep, threads)
 
 
 def on_models(
@@ -136,7 +134,7 @@ class Scorer:
     def __call__(self, batch: Any) -> pa.Table:
         """Rows to read, or pictures (n, height, width, 3) with their rows, to n rows of predictions."""
         if self._threads:
-            batch = Look(self._bundle.card, CARRIED, self._settings.mpp).pixels(batch, self._threads)
+            batch = Look(self._bundle.card, CARRIED).pixels(batch, self._threads)
         good = batch[schema.ERROR] == ""
         n = len(good)
         columns = {name: pa.array(batch[name], from_pandas=True) for name in CARRIED}

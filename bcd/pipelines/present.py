@@ -94,8 +94,9 @@ def _write_gallery(
     probabilities = results[schema.PROBABILITY_MALIGNANT].to_numpy()
     chosen = gallery.choose(probabilities, card.threshold)
     rows = _rows(ours, [i for places in chosen.values() for i in places], results)
+    scales = {row[schema.SLIDE]: (row[schema.MPP], row[schema.MPP_Y]) for row in described.to_pylist()}
     shown = {
-        group: [examples.of_row(rows[i], settings.mpp) for i in places if i in rows]
+        group: [examples.of_row(rows[i], scales.get(rows[i][schema.SLIDE])) for i in places if i in rows]
         for group, places in chosen.items()
     }
     page = gallery.page(

@@ -14,11 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from PIL import Image
 from ray.data import DataContext, Dataset, Datasource, RandomSeedConfig, ReadTask
 from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
-from bcd import image, schema, storage
+from bcd import image, pixel_size, schema, storage
 from bcd.errors import BcdError, DataError, StorageError, TooLargeError
 from bcd.pipelines import staging
 from bcd.slide import Slide, open_slide
@@ -130,7 +131,6 @@ def pixels(
     width_px: int,
     keep: Sequence[str],
     threads: int = 1,
-    mpp: float | None = None,
 ) -> dict[str, Any]:
     """Read, decode and fit the picture of every row.
 
@@ -140,7 +140,6 @@ def pixels(
         width_px: of the network's input.
         keep: columns to carry along.
         threads: that decode.
-        mpp: µm per pixel of slides that do not say it.
 
     Returns:
         The kept columns, `image` uint8 (n, height, width, 3), `height_px` and `width_px` of the original,
@@ -152,7 +151,7 @@ def pixels(
     heights, widths = np.zeros(n, np.int32), np.zeros(n, np.int32)
     # Empty and not null for a good image: NumPy batches have no null for text.
     hashes, errors, messages = [""] * n, [""] * n, [""] * n
-    found = _pictures(batch.to_pylist(), threads, (height_px, width_px), mpp)
+    found = _pictures(batch.to_pylist(), threads, (height_px, width_px))
     for i, (hashes[i], picture) in enumerate(found):
         if isinstance(picture, image.ImageError):
             errors[i], messages[i] = picture.code, picture.message
@@ -173,12 +172,12 @@ Picture = tuple[np.ndarray, int, int]
 
 
 def _pictures(
-    rows: list[dict[str, Any]], threads: int, size: tuple[int, int], mpp: float | None
+    rows: list[dict[str, Any]], threads: int, size: tuple[int, int]
 ) -> Iterator[tuple[str, Picture | image.ImageError]]:
     """Hashes and fitted pictures in order; several requests are in flight while others are decoded."""
     with ThreadPoolExecutor(storage.READ_THREADS) as fetching, ThreadPoolExecutor(threads) as decoding:
         contents = [fetching.submit(_try_read, row[schema.URI]) if _is_file(row) else None for row in rows]
-        yield from decoding.map(lambda row, content: _picture(row, content, size, mpp), rows, contents)
+        yield from decoding.map(lambda row, content: _picture(row, content, size), rows, contents)
 
 
 def _is_file(row: dict[str, Any]) -> bool:
@@ -190,26 +189,22 @@ def _picture(
     row: dict[str, Any],
     content: "Future[bytes | image.ImageError] | None",
     size: tuple[int, int],
-    mpp: float | None,
 ) -> tuple[str, Picture | image.ImageError]:
     read = content.result() if content else None
     digest = hashlib.sha256(read).hexdigest() if isinstance(read, bytes) else ""
     try:
-        found = picture(row, mpp, read)
+        found = picture(row, read)
     except image.ImageError as error:
         return digest, error
     original = found.shape[:2] if _is_file(row) else (row[schema.HEIGHT_PX], row[schema.WIDTH_PX])
     return digest, (image.fit(found, *size), *original)
 
 
-def picture(
-    row: dict[str, Any], mpp: float | None = None, content: bytes | image.ImageError | None = None
-) -> np.ndarray:
+def picture(row: dict[str, Any], content: bytes | image.ImageError | None = None) -> np.ndarray:
     """The picture of a row as it was stored: uint8 (h, w, 3) RGB.
 
     Args:
         row: of `schema.READING`, or of the predictions table.
-        mpp: µm per pixel of slides that do not say it.
         content: of the file, where it has been read.
 
     Raises:
@@ -218,20 +213,23 @@ def picture(
     if error := row.get(schema.ERROR):
         raise image.ImageError(error, row[schema.ERROR_MESSAGE])
     if row.get(schema.X_LEVEL0_PX) is not None:
-        return _tile(row, mpp)
+        return _tile(row)
     return image.decode(_bytes(_try_read(row[schema.URI]) if content is None else content))
 
 
-def _tile(row: dict[str, Any], mpp: float | None) -> np.ndarray:
+def _tile(row: dict[str, Any]) -> np.ndarray:
     """The pixels of a tile, from the nearest better level of its slide."""
+    across, down = row.get(schema.SLIDE_MPP_X), row.get(schema.SLIDE_MPP_Y)
+    # As its slide was planned, whatever the file says by now.
+    given = pixel_size.Given(override=(across, down) if across and down else None)
     try:
-        slide, staged = staging.open_slide(row[schema.URI], mpp)
+        slide, staged = staging.open_slide(row[schema.URI], given)
         try:
             return _cut(slide, row)
         except image.ImageError:
             # OpenSlide's handle is of no use after an error, its own or that of a tile read beside this one.
             staging.open_slide.cache_clear()
-            with open_slide(staged.path, mpp) as fresh:
+            with open_slide(staged.path, given) as fresh:
                 return _cut(fresh, row)
     except StorageError as error:
         raise withheld(error) from error
@@ -239,9 +237,16 @@ def _tile(row: dict[str, Any], mpp: float | None) -> np.ndarray:
 
 def _cut(slide: Slide, row: dict[str, Any]) -> np.ndarray:
     level = slide.level_for(row[schema.MPP])
-    factor = row[schema.MPP] / slide.mpp / slide.downsamples[level]
-    width, height = (max(1, round(row[name] * factor)) for name in (schema.WIDTH_PX, schema.HEIGHT_PX))
-    return slide.read(row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX], level, width, height)
+    tile_mpp, downsample = row[schema.MPP], slide.downsamples[level]
+    factors = [tile_mpp / mpp / downsample for mpp in (slide.mpp_x, slide.mpp_y)]
+    sizes = row[schema.WIDTH_PX], row[schema.HEIGHT_PX]
+    width, height = (max(1, round(size * factor)) for size, factor in zip(sizes, factors, strict=True))
+    pixels = slide.read(row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX], level, width, height)
+    # Where the axes differ, the finer one is reduced to the other: the network sees square pixels only.
+    square = [max(1, round(size * min(factors))) for size in sizes]
+    if square == [width, height]:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(square, Image.Resampling.BILINEAR))
 
 
 def _try_read(uri: str) -> bytes | image.ImageError:

@@ -30,6 +30,8 @@ ROWS_PER_SEGMENT = 256
 # From here on half a minute of compiling pays: it gains 6 % (2 cores, float32 and bfloat16 alike).
 COMPILE_FROM_FILES, COMPILE_FROM_SLIDE_BYTES = 20_000, 2**32
 
+MPP_ERRORS = frozenset({"missing_mpp", "bad_mpp"})
+
 
 @dataclass(frozen=True)
 class Books:
@@ -68,7 +70,7 @@ def run(config: ScoreConfig) -> str:
     found = archive.read(config.input)
     cluster.connect()
     compiled = _compiles(config, found.table)
-    ours, summary = ledger.begin(config.output, _deciding(config, model_id, compiled))
+    ours, summary = ledger.begin(config.output, _deciding(config, model_id, compiled), _remedies(card))
     books = _books(ours, found.table)
     todo = books.open_inputs()
     if not len(todo) and summary and not books.done.rows:
@@ -104,7 +106,6 @@ def _settings(config: ScoreConfig, compiled: bool) -> predict.Settings:
         cam_layer=config.cam_layer,
         overlays=config.overlays == "png",
         compile=compiled,
-        mpp=config.mpp,
     )
 
 
@@ -115,6 +116,7 @@ def _tiling(config: ScoreConfig, card: bundle.Card) -> expand.Tiling:
         tile_height_px=card.field_height_px,
         mpp=config.mpp,
         min_tissue=config.min_tissue,
+        mpp_override=config.mpp_override,
     )
 
 
@@ -151,6 +153,12 @@ def _deciding(config: ScoreConfig, model_id: str, compiled: bool) -> dict[str, A
     """The settings that decide a row; the model by its content, wherever it lies."""
     settings = config.model_dump(mode="json", exclude=set(OPERATIONAL))
     return settings | {"model": model_id, "compile": compiled}
+
+
+def _remedies(card: bundle.Card) -> ledger.Remedies:
+    """Flags that an error of a slide asks for; no slide with a result has used them."""
+    found = {"mpp": MPP_ERRORS, "mpp_override": MPP_ERRORS | {"too_coarse"}}
+    return found if card.mpp else found | {"tile_mpp": MPP_ERRORS}
 
 
 def _books(ours: Ledger, inputs: pa.Table) -> Books:

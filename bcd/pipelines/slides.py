@@ -48,7 +48,7 @@ def write(ours: Ledger, plans: Sequence[expand.Plan], broken: pa.Table, threshol
     uri = storage.join(ours.uri, TABLE)
     tables = [pa.Table.from_pylist(rows, schema=schema.SLIDES), schema.fill(broken, schema.SLIDES)]
     if storage.exists(uri):
-        old = storage.read_table(uri)
+        old = schema.fill(storage.read_table(uri), schema.SLIDES)
         new = pa.concat_tables(tables)[schema.SLIDE]
         tables.append(old.filter(pc.invert(pc.is_in(old[schema.SLIDE], new.combine_chunks()))))
     table = pa.concat_tables(tables).sort_by(schema.SLIDE)
@@ -60,7 +60,7 @@ def describe(ours: Ledger, plan: expand.Plan, threshold: float) -> dict[str, Any
     """Draw one slide from its rows of the table; returns its row of `schema.SLIDES`."""
     where = (pc.field(schema.SLIDE) == plan.slide) & pc.field(schema.X_LEVEL0_PX).is_valid()
     tiles = storage.dataset(ours.predictions_uri).to_table(list(COLUMNS), where)
-    boxes = _boxes(tiles, plan.mpp)
+    boxes = _boxes(tiles, (plan.mpp_x, plan.mpp_y))
     probability = tiles[schema.PROBABILITY_MALIGNANT].to_numpy().astype(float)
     _draw(ours, plan, tiles, boxes, probability, threshold)
     known = probability[np.isfinite(probability)]
@@ -72,7 +72,10 @@ def describe(ours: Ledger, plan: expand.Plan, threshold: float) -> dict[str, Any
         schema.PATIENT: plan.patient,
         schema.WIDTH_PX: plan.width_px,
         schema.HEIGHT_PX: plan.height_px,
-        schema.MPP: plan.mpp,
+        schema.MPP: plan.mpp_x,
+        schema.MPP_Y: plan.mpp_y,
+        schema.BOUNDS_X_LEVEL0_PX: plan.bounds_x_px,
+        schema.BOUNDS_Y_LEVEL0_PX: plan.bounds_y_px,
         schema.TILES: plan.tiles,
         schema.BACKGROUND_TILES: plan.background_tiles,
         schema.ERROR_TILES: plan.tiles - len(known),
@@ -84,13 +87,13 @@ def describe(ours: Ledger, plan: expand.Plan, threshold: float) -> dict[str, Any
     }
 
 
-def _boxes(tiles: pa.Table, slide_mpp: float) -> np.ndarray:
+def _boxes(tiles: pa.Table, slide_mpp: tuple[float, float]) -> np.ndarray:
     """float (n, 4): x, y, width and height of the tiles in level-0 pixels."""
-    scale = tiles[schema.MPP].to_numpy().astype(float) / slide_mpp
+    tile_mpp = tiles[schema.MPP].to_numpy().astype(float)
     place = [tiles[name].to_numpy().astype(float) for name in (schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX)]
     # All tiles of a slide have one size; the table has none for a tile in error.
     sizes = [pc.max(tiles[name]).as_py() or 0 for name in (schema.WIDTH_PX, schema.HEIGHT_PX)]
-    size = [(size_px * scale).round() for size_px in sizes]
+    size = [(size_px * (tile_mpp / mpp)).round() for size_px, mpp in zip(sizes, slide_mpp, strict=True)]
     return np.column_stack([*place, *size])
 
 
@@ -120,12 +123,13 @@ def _draw(
 ) -> None:
     thumbnail, scale = expand.read_thumbnail(ours.plans_uri, plan.slide), plan.thumbnail_scale
     coloured = heatmap.draw(thumbnail, scale, boxes, probability, threshold)
-    picture = heatmap.png(coloured, scale, plan.mpp, threshold)
+    picture = heatmap.png(coloured, scale, plan.mpp_x, threshold)
     storage.write_bytes(storage.join(folder(ours.uri, plan.slide), HEATMAP), picture)
     names = tiles[schema.PREDICTED_CLASS].to_pylist()
     measured = {schema.PROBABILITY_MALIGNANT: probability}
     logits = [values or [np.nan, np.nan] for values in tiles[schema.LOGIT].to_pylist()]
     if {len(values) for values in logits} == {2}:
         measured["log_odds"] = np.diff(np.array(logits, float))[:, 0]
-    content = heatmap.geojson(tiles[schema.IMAGE_ID].to_pylist(), boxes, names, measured)
+    shown = boxes - [plan.bounds_x_px, plan.bounds_y_px, 0, 0]
+    content = heatmap.geojson(tiles[schema.IMAGE_ID].to_pylist(), shown, names, measured)
     storage.write_bytes(storage.join(folder(ours.uri, plan.slide), GEOJSON), json.dumps(content).encode())

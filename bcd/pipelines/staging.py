@@ -14,7 +14,7 @@ from functools import lru_cache
 from io import BufferedRandom
 from pathlib import Path
 
-from bcd import dicom, slide, storage
+from bcd import dicom, pixel_size, slide, storage
 
 # Slides of one machine, shared by all its processes. A large slide has 5 GB.
 CACHE = Path(tempfile.gettempdir()) / f"bcd-slides-{os.getuid()}"
@@ -35,7 +35,7 @@ class Staged:
 
 
 @lru_cache(maxsize=OPEN_SLIDES)
-def open_slide(uri: str, mpp: float | None) -> tuple[slide.Slide, Staged]:
+def open_slide(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged]:
     """A slide at any URI, opened; the last ones stay open.
 
     Raises:
@@ -43,7 +43,7 @@ def open_slide(uri: str, mpp: float | None) -> tuple[slide.Slide, Staged]:
         StorageError: it cannot be fetched.
     """
     staged = stage(uri)
-    return slide.open_slide(staged.path, mpp), staged
+    return slide.open_slide(staged.path, given), staged
 
 
 def stage(uri: str) -> Staged:

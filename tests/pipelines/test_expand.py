@@ -58,6 +58,8 @@ def test_a_slide_becomes_its_tiles_with_tissue(tmp_path):
             schema.PATIENT: None,
             schema.X_LEVEL0_PX: x,
             schema.Y_LEVEL0_PX: y,
+            schema.SLIDE_MPP_X: 0.5,
+            schema.SLIDE_MPP_Y: 0.5,
             schema.MPP: 0.5,
             schema.WIDTH_PX: 40,
             schema.HEIGHT_PX: 30,
@@ -72,7 +74,8 @@ def test_a_slide_becomes_its_tiles_with_tissue(tmp_path):
         patient=None,
         width_px=200,
         height_px=150,
-        mpp=0.5,
+        mpp_x=0.5,
+        mpp_y=0.5,
         tiles=15,
         background_tiles=10,
         tissue_area_mm2=100 * 150 * 0.0005**2,
@@ -129,6 +132,8 @@ def test_a_finer_slide_gives_tiles_that_cover_more_pixels(tmp_path):
     [
         ("s.tif", stained(mpp=None), "missing_mpp"),
         ("s.tif", stained(mpp=2.0), "too_coarse"),
+        ("s.tif", stained(mpp=0.003), "bad_mpp"),
+        ("s.tif", stained(mpp=30.0), "missing_mpp"),
         ("s.tif", stained(width=0), "no_tissue"),
         ("s.svs", b"no slide at all", "unreadable"),
         ("s.ndpi", b"", "unreadable"),
@@ -148,6 +153,39 @@ def test_a_slide_without_scale_takes_that_of_the_flag(tmp_path):
     assert expanded(tmp_path, replace(TILING, mpp=0.9))[schema.ERROR].to_pylist() == ["too_coarse"]
     staging.open_slide.cache_clear()
     assert len(expanded(tmp_path, replace(TILING, mpp=0.5))) == 15
+
+
+def test_the_mpp_of_a_manifest_row_is_that_of_its_slide(tmp_path):
+    """A flag fills in where a row says nothing; a row that contradicts its file is an error."""
+    sources = {"a.tif": stained(mpp=None), "b.tif": stained(mpp=None), "c.tif": stained(mpp=0.25)}
+    write(tmp_path, sources | {"d.tif": stained(mpp=0.003)})
+    (tmp_path / "m.csv").write_text("uri,mpp\nin/a.tif,0.5\nin/b.tif,\nin/c.tif,0.5\nin/d.tif,0.5")
+    inputs = archive.read(str(tmp_path / "m.csv")).table
+
+    def found(tiling):
+        staging.open_slide.cache_clear()
+        plans = f"{tmp_path}/{uuid.uuid4().hex}"
+        tables = expand.expand(inputs, tiling, plans, NOTHING)
+        return [table[schema.ERROR][0].as_py() or len(table) for table in tables]
+
+    assert found(TILING) == [15, "missing_mpp", "bad_mpp", 15]
+    assert found(replace(TILING, mpp=0.25)) == [15, 5, "bad_mpp", 15]
+    assert found(replace(TILING, mpp_override=0.25)) == [5, 5, 5, 5]
+
+
+def test_axes_that_differ_give_tiles_of_the_same_size_in_um(tmp_path):
+    """0.5 µm/px across, 0.25 down: a tile covers 40 x 60 px, and the network sees 40 x 30."""
+    pixels = pictures.gradient(150, 200)
+    write(tmp_path, {"s.tif": pictures.tiled_tiff(pixels, (0.5, 0.25))})
+    table = expanded(tmp_path)
+    places = {(row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX]) for row in table.to_pylist()}
+    assert places == {(x, y) for x in range(0, 200, 40) for y in (0, 60, 120)}
+    plan = expand.read_plan(str(tmp_path / "plans"), "s.tif")
+    assert (plan.mpp_x, plan.mpp_y) == (0.5, 0.25)
+    assert plan.tissue_area_mm2 == pytest.approx(200 * 150 * 0.0005 * 0.00025, rel=0.01)
+    seen = read.pixels(table, 30, 40, [])[schema.IMAGE].astype(int)
+    halved = pixels[:60, :40].reshape(30, 2, 40, 3).mean(1)
+    assert np.abs(seen[0] - halved).max() <= 2
 
 
 def test_a_model_without_scale_needs_the_flag(tmp_path):

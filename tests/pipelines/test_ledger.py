@@ -322,3 +322,67 @@ def test_a_finished_output_has_no_segments_and_an_older_table(output):
     older = ledger.merged(ours)
     assert older.rows == Counter(map(input_of, ROWS))
     assert ledger.committed(ours) == ledger.Done()
+
+
+MPP_ERROR = frozenset({"missing_mpp", "bad_mpp"})
+REMEDIES = {"mpp": MPP_ERROR, "mpp_override": MPP_ERROR | {"too_coarse"}}
+
+
+def failed(name, code):
+    return row(name, slide=name, error=code, error_message="no", probability_malignant=None)
+
+
+def begun(output, **flags):
+    return ledger.begin(output, SETTINGS | {"mpp": None} | flags, REMEDIES)[0]
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_flag_that_an_error_asked_for_scores_its_rows_again_and_no_other(output, small_files, merged):
+    """Of the table or of the segments: each input has one row in the end, good ones are untouched."""
+    errors = [failed("m.svs", "missing_mpp"), failed("n.svs", "bad_mpp"), failed("o.svs", "too_coarse")]
+    ours = begun(output)
+    for part in (ROWS[:4], [*ROWS[4:], errors[0]], errors[1:]):
+        commit(ours, part)
+    if merged:
+        finish(ours)
+    ours = begun(output, mpp=0.5)
+    names = ledger.merged(ours).rows + ledger.committed(ours).rows
+    assert {"m.svs", "n.svs"}.isdisjoint(names)
+    assert names["o.svs"] == 1
+    assert sum(names.values()) == len(ROWS) + 1
+    again = [tile_of("m.svs", 0, 0), tile_of("m.svs", 9, 0), failed("n.svs", "unreadable")]
+    commit(ours, again)
+    finish(ours)
+    assert rows_in(output) == expected([*ROWS, errors[2], *again])
+    assert ledger.read_settings(output)["mpp"] == 0.5
+    # The same flag again is no change; another value, or none, is one that results have used.
+    begun(output, mpp=0.5)
+    for other in (0.25, None):
+        with pytest.raises(ConfigError, match=rf"--mpp 0\.5 -> {other}"):
+            begun(output, mpp=other)
+    begun(output, mpp=0.5, mpp_override=0.3)
+    assert "o.svs" not in ledger.merged(begun(output, mpp=0.5, mpp_override=0.3)).rows
+
+
+def test_a_kill_while_rows_are_forgotten_loses_none(output, small_files, monkeypatch):
+    """The rest is forgotten by the same command; the command of before scores them as before."""
+    errors = [failed("m.svs", "missing_mpp"), failed("n.svs", "missing_mpp")]
+    ours = begun(output)
+    commit(ours, [*ROWS, *errors])
+    finish(ours)
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger, "_write_settings", lambda *settings: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            begun(output, mpp=0.5)
+    assert set(ledger.merged(begun(output)).rows) == {r.get("slide") or r["image_id"] for r in ROWS}
+    ours = begun(output, mpp=0.5)
+    commit(ours, errors)
+    finish(ours)
+    assert rows_in(output) == expected([*ROWS, *errors])
+
+
+def test_a_flag_beside_another_setting_is_refused(output):
+    begun(output)
+    with pytest.raises(ConfigError, match=r"--cam evidence -> layercam; --mpp None -> 0\.5"):
+        begun(output, mpp=0.5, cam="layercam")
+    assert ledger.read_settings(output)["mpp"] is None

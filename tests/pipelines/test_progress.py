@@ -40,8 +40,14 @@ def counted(*rows):
 
 
 def plan(folder, name, tiles):
-    facts = {"slide": name, "uri": name, "patient": None, "width_px": 9, "height_px": 9, "mpp": 0.5}
-    facts |= {"background_tiles": 1, "tissue_area_mm2": 1.0, "thumbnail_scale": 1.0}
+    facts = {"slide": name, "uri": name, "patient": None, "width_px": 9, "height_px": 9}
+    facts |= {
+        "mpp_x": 0.5,
+        "mpp_y": 0.5,
+        "background_tiles": 1,
+        "tissue_area_mm2": 1.0,
+        "thumbnail_scale": 1.0,
+    }
     thumbnail = np.zeros((2, 2, 3), np.uint8)
     expand._keep(str(folder), expand.Plan(tiles=tiles, **facts), thumbnail, schema.READING.empty_table())
 

@@ -124,7 +124,7 @@ def test_whatever_is_raised_for_one_image_is_the_row_of_that_image(monkeypatch, 
 
 
 def test_a_tile_of_a_slide_that_cannot_be_fetched_now_is_left_to_a_rerun(monkeypatch):
-    def fails(uri, mpp):
+    def fails(uri, given):
         raise StorageError(f"{uri}: no")
 
     monkeypatch.setattr(read.staging, "open_slide", fails)

@@ -102,7 +102,7 @@ def check(ours, plan, tiles, row, probability, log_odds):
     assert len(found) == len(tiles)
     for feature, tile, p, odds in zip(found, tiles, probability, log_odds, strict=True):
         x, y = tile[schema.X_LEVEL0_PX], tile[schema.Y_LEVEL0_PX]
-        scale = tile[schema.MPP] / plan.mpp
+        scale = tile[schema.MPP] / plan.mpp_x
         width, height = round(tile[schema.WIDTH_PX] * scale), round(tile[schema.HEIGHT_PX] * scale)
         (ring,) = feature["geometry"]["coordinates"]
         assert ring == [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
@@ -118,6 +118,31 @@ def test_a_slide_is_told_by_its_tiles(tmp_path):
     assert table.schema == schema.SLIDES
     check(ours, plans[0], rows, *table.to_pylist(), probability, log_odds)
     assert pq.read_table(f"{ours.uri}/slides.parquet").equals(table)
+
+
+def test_tiles_lie_for_qupath_where_it_shows_them(tmp_path):
+    """It crops a slide to its bounds: the table keeps level 0, and says so."""
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    rows, _, _ = scored(ours, tiles)
+    plans = [plans[0].model_copy(update={"bounds_x_px": 30, "bounds_y_px": 20})]
+    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    assert (row[schema.BOUNDS_X_LEVEL0_PX], row[schema.BOUNDS_Y_LEVEL0_PX]) == (30, 20)
+    corners = [feature["geometry"]["coordinates"][0][0] for feature in features(ours, "s.tif")]
+    assert corners == [[tile[schema.X_LEVEL0_PX] - 30, tile[schema.Y_LEVEL0_PX] - 20] for tile in rows]
+    (part,) = storage.list_files(ours.predictions_uri)
+    stored = pq.read_schema(part.uri).field(schema.X_LEVEL0_PX).metadata[b"description"].decode()
+    assert "pixels of level 0 as OpenSlide counts them" in stored
+
+
+def test_tiles_have_the_size_of_each_axis(tmp_path):
+    """0.5 µm/px across, 0.25 down: 40 x 30 px of a tile are 40 x 60 of the slide."""
+    pixels = np.full((150, 200, 3), (230, 150, 180), np.uint8)
+    ours, tiles, plans = planned(tmp_path, {"s.tif": pictures.tiled_tiff(pixels, (0.5, 0.25))}, SYNTHETIC)
+    scored(ours, tiles)
+    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    assert (row[schema.MPP], row[schema.MPP_Y]) == (0.5, 0.25)
+    (ring,) = features(ours, "s.tif")[-1]["geometry"]["coordinates"]
+    assert ring == [[160, 120], [200, 120], [200, 180], [160, 180], [160, 120]]
 
 
 @pytest.mark.real

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bcd import image, storage
+from bcd import image, pixel_size, storage
 from bcd.errors import StorageError
 from bcd.pipelines import staging
 from tests.test_dicom import OTHERS, dicom_file
@@ -197,11 +197,11 @@ def test_the_last_slides_stay_open(real_data, folder, fetched):
     uris = [f"{folder}/{i}.svs" for i in range(3)]
     for uri in uris:
         storage.write_bytes(uri, content)
-    opened, staged = staging.open_slide(uris[0], None)
-    assert staging.open_slide(uris[0], None)[0] is opened
+    opened, staged = staging.open_slide(uris[0], pixel_size.UNKNOWN)
+    assert staging.open_slide(uris[0], pixel_size.UNKNOWN)[0] is opened
     assert (opened.width_px, opened.height_px, staged.path.name) == (16, 16, "0.svs")
     for uri in uris:
-        staging.open_slide(uri, None)
+        staging.open_slide(uri, pixel_size.UNKNOWN)
     assert staging.open_slide.cache_info().currsize == staging.OPEN_SLIDES == 2
     assert fetched == uris
 
@@ -210,5 +210,5 @@ def test_a_broken_slide_is_not_kept_open(folder, fetched):
     slide = put(folder, "a.svs")
     for _ in range(2):
         with pytest.raises(image.ImageError, match="unreadable"):
-            staging.open_slide(*slide, None)
+            staging.open_slide(*slide, pixel_size.UNKNOWN)
     assert len(fetched) == 1
