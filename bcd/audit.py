@@ -192,8 +192,9 @@ def place(table: pa.Table, roles: Mapping[str, str], name: str) -> Split:
     file_names = _file_names(table)
     times = Counter(file_names)
     columns = table[schema.IMAGE_ID].to_pylist(), table[schema.URI].to_pylist(), file_names
+    columns += (list(map(breakhis.published, file_names)),)
     keys = [
-        next((key for key in names[: 3 if times[names[2]] == 1 else 2] if key in roles), None)
+        next((key for key in names[: 4 if times[names[2]] == 1 else 2] if key in roles), None)
         for names in zip(*columns, strict=True)
     ]
     if not any(keys):

@@ -19,13 +19,14 @@ from bcd.taxonomy import BENIGN, MAGNIFICATIONS, MALIGNANT, MPP_BY_MAGNIFICATION
 
 # Begins every published file name.
 PREFIX = "SOB_"
-GRAMMAR = "SOB_<B|M>_<subtype>-<year>-<slide id>-<40|100|200|400>-<sequence>.png"
+GRAMMAR = "SOB_<B|M>_<subtype>-<year>-<slide id>-<40|100|200|400>-<sequence>.png (or .jpg, .tif)"
 
 _LETTERS: Mapping[str, str] = {BENIGN: "B", MALIGNANT: "M"}
 _NAME = re.compile(
     rf"SOB_(?P<letter>[BM])_(?P<subtype>{'|'.join(SUBTYPES)})"
     r"-(?P<year>[0-9]{2})-(?P<number>[0-9]+)(?P<suffix>[A-Z]*)"
-    rf"-(?P<magnification>{'|'.join(map(str, MAGNIFICATIONS))})-(?P<sequence>[0-9]{{3}})\.png"
+    rf"-(?P<magnification>{'|'.join(map(str, MAGNIFICATIONS))})-(?P<sequence>[0-9]{{3}})"
+    r"(?i:\.(?:png|jpe?g|tiff?))"
 )
 # The published folders that repeat what the file name says, in the order of `ImageName.folders`; folded, as
 # case and blanks of a folder do not change what it says.
@@ -136,6 +137,12 @@ def parse(path: str) -> ImageName:
     for folder in folders:
         _check_folder(path, folder, name)
     return name
+
+
+def published(path: str) -> str:
+    """The file name of an image as the fold files have it, in whatever format it was saved."""
+    name = path.rpartition("/")[2]
+    return f"{name.rpartition('.')[0]}.png" if _NAME.fullmatch(name) else name
 
 
 def _check_folder(path: str, folder: str, name: ImageName) -> None:

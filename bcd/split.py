@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from bcd import division, schema
+from bcd import breakhis, division, schema
 from bcd.config import Protocol
 from bcd.division import Integers
 from bcd.errors import ConfigError, DataError, LeakageError
@@ -299,7 +299,7 @@ def _official(
     """Parts by the published roles; the training images are divided once more, by case."""
     if fold is None:
         raise ConfigError("protocol official needs one of the published folds")
-    names = [name.rpartition("/")[2] for name in rows[schema.IMAGE_ID].to_pylist()]
+    names = [breakhis.published(name) for name in rows[schema.IMAGE_ID].to_pylist()]
     if strangers := [name for name in names if name not in fold]:
         raise DataError(f"{len(strangers):,} images are not in the official fold: {_some(strangers)}")
     is_test = np.array([fold[name] == TEST for name in names])

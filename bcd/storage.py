@@ -1,7 +1,8 @@
 """URIs: local paths, `s3://` and `gs://`, through pyarrow's filesystems.
 
 Credentials, region and endpoint are taken as the AWS SDK takes them (`AWS_ENDPOINT_URL`,
-`AWS_ACCESS_KEY_ID`, ...), so MinIO and other S3-compatible stores need no setting of ours. Every function
+`AWS_ACCESS_KEY_ID`, ...), so MinIO and other S3-compatible stores need no setting of ours; one that wants
+BUCKET.HOST needs `AWS_S3_ADDRESSING_STYLE=virtual` or the same in AWS's config file. Every function
 turns an operating system or network error into a `StorageError` that names the URI.
 """
 
@@ -14,8 +15,10 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
+from configparser import Error as ConfigError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from errno import ENAMETOOLONG
@@ -35,6 +38,7 @@ from bcd.errors import StorageError, TooLargeError
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # With one slash, too, as the standard allows.
 FILE_SCHEME = re.compile(r"file:/", re.IGNORECASE)
+ADDRESSING_STYLES = ("auto", "path", "virtual")
 # Requests in flight per process: hides the latency of an object store, and is harmless on a disk.
 READ_THREADS = 8
 # Of what tells no size, so much is read at a time.
@@ -128,7 +132,23 @@ def _s3(variables: tuple[tuple[str, str], ...]) -> fs.S3FileSystem:
         endpoint_override=host,
         scheme=scheme or "https",
         retry_strategy=tries,
+        force_virtual_addressing=_addressing(known) == "virtual",
     )
+
+
+def _addressing(known: Mapping[str, str]) -> str:
+    """How a bucket is addressed: `virtual` (BUCKET.HOST) where the variable `AWS_S3_ADDRESSING_STYLE` or, as
+    AWS's own tools have it, `s3 = addressing_style` of the profile says so, else HOST/BUCKET."""
+    profile = known.get("AWS_PROFILE") or known.get("AWS_DEFAULT_PROFILE") or "default"
+    config = ConfigParser(strict=False, interpolation=None)
+    with suppress(OSError, ConfigError, UnicodeDecodeError):
+        config.read(Path(known.get("AWS_CONFIG_FILE") or "~/.aws/config").expanduser())
+    section = "default" if profile == "default" else f"profile {profile}"
+    said = re.search(r"addressing_style\s*=\s*(\w+)", config.get(section, "s3", fallback=""))
+    style = known.get("AWS_S3_ADDRESSING_STYLE") or (said[1] if said else "auto")
+    if style not in ADDRESSING_STYLES:
+        raise StorageError(f"S3 addressing style {style!r}: expected one of {', '.join(ADDRESSING_STYLES)}")
+    return style
 
 
 @lru_cache(maxsize=1)

@@ -155,6 +155,8 @@ def test_images_are_found_in_a_split_by_id_uri_or_unique_file_name() -> None:
     roles = {"x/1.png": "train", "/data/y/1.png": "test", "2.png": "validation", "1.png": "train"}
     assert audit.place(rows, roles, "s") == audit.Split("s", ["train", "test", "validation"], 1)
     assert audit.place(rows, {"1.png": "train", "2.png": "test"}, "s").parts == [None, None, "test"]
+    saved, name = "a/SOB_B_A-14-1-40-001.TIF", "SOB_B_A-14-1-40-001.png"  # as the folds have it
+    assert audit.place(table(row(saved)), {name: "test"}, "s").parts == ["test"]
     with pytest.raises(DataError, match=r"s: none of the images stands there, by id, URI or file name"):
         audit.place(rows, {"other.png": "train"}, "s")
 

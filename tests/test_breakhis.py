@@ -28,6 +28,14 @@ def complete() -> pa.Table:
     return breakhis.index(files(*names))
 
 
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".JPEG", ".tif", ".Tiff"])
+def test_a_name_may_have_another_suffix(suffix):
+    path = TREE.replace(".png", suffix)
+    assert breakhis.parse(path) == breakhis.parse(TREE)
+    assert breakhis.published(path) == "SOB_B_A-14-22549AB-40-001.png"
+    assert breakhis.published(f"a/my{suffix}") == f"my{suffix}"
+
+
 @pytest.mark.parametrize("path", [TREE, Path(TREE).name, f"40X/{Path(TREE).name}"])
 def test_a_name_says_everything(path: str) -> None:
     name = breakhis.parse(path)
@@ -42,8 +50,8 @@ def test_a_name_says_everything(path: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "SOB_B_A-14-22549AB-40-001.jpg",
         "SOB_B_A-14-22549AB-40-001.png.png",
+        "SOB_B_A-14-22549AB-40-001.bmp",
         "SOB_B_A-14-22549ab-40-001.png",
         "SOB_B_A-14-22549AB-50-001.png",
         "SOB_B_A-14-22549AB-40-1.png",
