@@ -191,8 +191,8 @@ def place(table: pa.Table, roles: Mapping[str, str], name: str) -> Split:
     """
     file_names = _file_names(table)
     times = Counter(file_names)
-    columns = table[schema.IMAGE_ID].to_pylist(), table[schema.URI].to_pylist(), file_names
-    columns += (list(map(breakhis.published, file_names)),)
+    published = list(map(breakhis.published, file_names))
+    columns = table[schema.IMAGE_ID].to_pylist(), table[schema.URI].to_pylist(), file_names, published
     keys = [
         next((key for key in names[: 4 if times[names[2]] == 1 else 2] if key in roles), None)
         for names in zip(*columns, strict=True)
