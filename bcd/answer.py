@@ -140,12 +140,16 @@ def answer(
         prediction: of one row.
         with_overlay: the picture with its evidence laid over it as well.
         with_preview: the picture as well, for those who cannot decode the file.
+
+    Raises:
+        ImageError: the model gives no finite numbers for it.
     """
+    prediction.require_finite()
     malignant = float(prediction.probability_malignant[0])
     distance = float(prediction.novelty[0])
     cutoff = card.feature_statistics.cutoff if card.feature_statistics else None
     return Answer(
-        predicted_class=prediction.predicted_class[0],
+        predicted_class=str(prediction.predicted_class[0]),
         probability_malignant=malignant,
         probabilities=dict(zip(card.classes, prediction.probability[0].tolist(), strict=True)),
         log_odds=model.log_odds(prediction.logit, card.classes)[0],
@@ -172,7 +176,12 @@ def _preview(pixels: np.ndarray) -> bytes:
 
 
 def drawn(card: Card, pixels: np.ndarray, prediction: Prediction) -> bytes:
-    """A PNG of the picture with its evidence laid over it."""
+    """A PNG of the picture with its evidence laid over it.
+
+    Raises:
+        ImageError: the model gives no finite numbers for it.
+    """
+    prediction.require_finite()
     size = {"input_height_px": card.input_height_px, "input_width_px": card.input_width_px}
     return image.png(overlay.overlay(pixels, prediction.evidence[0], **size))
 

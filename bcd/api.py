@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from bcd import image, provenance, upload
+from bcd import bundle, image, provenance, upload
 from bcd.answer import (
     NOTICE,
     Answer,
@@ -36,6 +36,7 @@ STATUS = {
     "empty": 422,
     "truncated": 422,
     "too_many_pixels": 422,
+    bundle.NOT_FINITE: 500,
 }
 # The page loads nothing but itself, and sends nothing but to where it came from.
 PAGE_POLICY = (
@@ -86,7 +87,7 @@ MANY_BODY = {
         "content": _multipart(upload.MANY, {"type": "array", "items": BINARY["schema"], "minItems": 1}),
     }
 }
-WORK_ERRORS = _errors(400, 401, 408, 413, 415, 422, 503, 504)
+WORK_ERRORS = _errors(400, 401, 408, 413, 415, 422, 500, 503, 504)
 
 
 def build(engine: Engine, limits: Limits, max_images: int) -> FastAPI:
@@ -232,7 +233,7 @@ async def _look(engine: Engine, sent: upload.Sent) -> tuple[np.ndarray, Predicti
 async def _item(engine: Engine, sent: upload.Sent) -> BatchItem:
     try:
         pixels, prediction = await _look(engine, sent)
+        document = await asyncio.to_thread(answer, engine.card, engine.model_id, pixels, prediction)
     except image.ImageError as error:
         return BatchItem(name=sent.name, error=ErrorBody(code=error.code, message=error.message))
-    document = await asyncio.to_thread(answer, engine.card, engine.model_id, pixels, prediction)
     return BatchItem(name=sent.name, answer=document)

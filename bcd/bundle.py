@@ -9,82 +9,30 @@ archives and the service cannot drift apart. Nothing in a bundle is ever unpickl
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.resources import files
-from typing import Any
 
 import jinja2
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torchvision.models import ResNet
 
-from bcd import cam, image, model, novelty, storage, transform
+from bcd import cam, image, model, novelty, storage, transform, weights
+from bcd.card import Card, dump, model_id, parse
 from bcd.errors import BundleError
-from bcd.novelty import FeatureStatistics
-from bcd.taxonomy import Target
 
 WEIGHTS, CARD, README = "model.safetensors", "card.json", "README.md"
-FORMAT_VERSION = 1
-
-
-class Card(BaseModel):
-    """What is known about a model; everything that decides a prediction, and where it comes from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    format_version: int = FORMAT_VERSION
-    architecture: str = model.ARCHITECTURE
-    target: Target
-    classes: tuple[str, ...]
-    """Class names in the order of the logits."""
-    input_height_px: int
-    input_width_px: int
-    mean: tuple[float, float, float] = image.IMAGENET_MEAN
-    std: tuple[float, float, float] = image.IMAGENET_STD
-    field_height_px: int
-    """Height of the usual training field in its own pixels: slides are tiled alike."""
-    field_width_px: int
-    """Width of the usual training field in its own pixels."""
-    mpp: tuple[float, ...]
-    """µm per pixel of the fields seen in training, where known."""
-    magnifications: tuple[int, ...]
-    """BreaKHis magnifications seen in training, where known."""
-    temperature: float = 1.0
-    """Divides the logits of the weights, so that probabilities mean what they say; fitted on validation."""
-    threshold: float = 0.5
-    """Probability of malignancy from which a picture is called malignant; chosen on validation."""
-    operating_point: dict[str, Any] = {}
-    """How the threshold was chosen, and what it reaches on validation: see `bcd.decision.choose`."""
-    calibration: dict[str, float] = {}
-    """On validation, before and after the temperature: cross-entropy, Brier score, calibration error."""
-    protocol: str
-    fold: int | None = None
-    seed: int
-    data_fingerprint: str
-    """Hash over the ids, sizes and classes of the images that the split was made from."""
-    split_fingerprint: str
-    """Hash over which image stands in which part."""
-    leaky: bool
-    """Whether patients may stand on two sides of the split: such numbers mislead."""
-    synthetic: bool
-    """Whether the training images are made up: such numbers say nothing about tissue."""
-    feature_statistics: FeatureStatistics | None = None
-    """Of the pooled features over the training pictures: they tell how unlike those a new picture is."""
-    training: dict[str, Any]
-    """All settings of the training run; an evaluation makes the split from them again."""
-    validation: dict[str, float]
-    """The best epoch, and what it reached on the validation part."""
-    metrics: dict[str, Any] = {}
-    """Measured on the test part, with intervals."""
-    versions: dict[str, str]
-    git_commit: str | None
+NOT_FINITE = "not_finite"
+NOT_FINITE_MESSAGE = (
+    "the model's logits are not finite numbers, so there is no answer; use --precision float32, or another "
+    "model"
+)
+# The canary's logits may differ from those in the card by this share of their summands' size: a thousand
+# times what kernels, threads, folding and compiling differ by on CPUs, and a third of what bfloat16 does.
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -93,16 +41,26 @@ class Prediction:
 
     logit (n, classes) and probability (n, classes) in card order, probability_malignant (n,),
     predicted_class (n,) names, evidence (n, h, w) and evidence_bias (n,) as in `bcd.cam`, novelty (n,) as in
-    `bcd.novelty`, NaN where the card has no statistics for it.
+    `bcd.novelty`, NaN where the card has no statistics for it. Where a logit is not finite there is no class.
     """
 
     logit: np.ndarray
     probability: np.ndarray
     probability_malignant: np.ndarray
-    predicted_class: list[str]
+    predicted_class: list[str | None]
     evidence: np.ndarray
     evidence_bias: np.ndarray
     novelty: np.ndarray
+
+    @property
+    def finite(self) -> np.ndarray:
+        """Bool (n,): whether all logits of a picture are numbers; without that there is no answer."""
+        return np.isfinite(self.logit).all(1)
+
+    def require_finite(self) -> None:
+        """Raises ImageError `not_finite` unless every picture has an answer."""
+        if not self.finite.all():
+            raise image.ImageError(NOT_FINITE, NOT_FINITE_MESSAGE)
 
     def rows(self) -> list["Prediction"]:
         """One prediction for each picture, still as arrays of one row."""
@@ -156,7 +114,7 @@ class Bundle:
             logit.numpy(),
             probability.numpy(),
             malignant.numpy(),
-            self._decide(probability, malignant),
+            self._decide(logit, probability, malignant),
             evidence.numpy(),
             bias.numpy(),
             self._novelty(output.pooled),
@@ -191,28 +149,56 @@ class Bundle:
             return np.full(len(pooled), np.nan, np.float32)
         return novelty.distance(pooled.cpu().numpy(), statistics.mean, statistics.spread)
 
-    def _decide(self, probability: torch.Tensor, malignant: torch.Tensor) -> list[str]:
+    def _decide(
+        self, logit: torch.Tensor, probability: torch.Tensor, malignant: torch.Tensor
+    ) -> list[str | None]:
         # The operating threshold belongs to the two-class decision; among subtypes the likeliest wins.
         if self.card.target == "tumor_class":
             chosen = (malignant >= self.card.threshold).long()
         else:
             chosen = probability.argmax(1)
-        return [self.card.classes[i] for i in chosen.tolist()]
+        known = logit.isfinite().all(1).tolist()
+        return [self.card.classes[i] if ok else None for i, ok in zip(chosen.tolist(), known, strict=True)]
+
+    @torch.inference_mode()
+    def _canary(self) -> tuple[np.ndarray, float]:
+        """Logits (classes,) of `canary` in float32, and the largest sum of their summands' sizes."""
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            output = model.forward(self.network, self._normalised(canary()[None]))
+        summand = (output.pooled.abs() @ self.network.fc.weight.abs().T).max()
+        return output.logit[0].cpu().numpy(), float(summand)
+
+
+def canary() -> np.ndarray:
+    """An image, uint8 (64, 96, 3) RGB, of whole numbers by a formula: the same everywhere and always."""
+    y, x, channel = np.ogrid[:64, :96, :3]
+    return ((3 * y + 2 * x + (7 * channel + 5) * (x * y // 16)) % 256).astype(np.uint8)
 
 
 def save(network: ResNet, card: Card, uri: str) -> str:
-    """Write a bundle and return its `model_id`."""
+    """Write a bundle and return its `model_id`.
+
+    Raises:
+        BundleError: it could not be loaded again: weights or logits are not finite, or the card says what
+            cannot be.
+    """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    weights = save_safetensors(state)
-    storage.write_bytes(storage.join(uri, WEIGHTS), weights)
-    write_card(card, uri, identity := model_id(weights, card))
-    return identity
+    content = save_safetensors(state)
+    logit, _ = from_state(state, card)._canary()
+    if not np.isfinite(logit).all():
+        raise BundleError(f"{uri}: no bundle is written, because the model gives the logits {logit.tolist()}")
+    facts = {"weights_sha256": hashlib.sha256(content).hexdigest(), "canary_logit": tuple(logit.tolist())}
+    card = card.model_copy(update=facts)
+    dump(card)  # before anything is written
+    storage.write_bytes(storage.join(uri, WEIGHTS), content)
+    write_card(card, uri)
+    return model_id(card)
 
 
-def write_card(card: Card, uri: str, identity: str) -> None:
+def write_card(card: Card, uri: str) -> None:
     """Write the card for people, then the one for machines, which makes the bundle complete."""
-    storage.write_bytes(storage.join(uri, README), _readme(card, identity).encode())
-    storage.write_bytes(storage.join(uri, CARD), card.model_dump_json(indent=2).encode())
+    storage.write_bytes(storage.join(uri, README), _readme(card).encode())
+    storage.write_bytes(storage.join(uri, CARD), dump(card))
 
 
 def is_complete(uri: str) -> bool:
@@ -232,22 +218,36 @@ def load(
         compiled: spend a minute on compiling, at the first batch, for batches of one size.
 
     Raises:
-        BundleError: no bundle is there, or it is damaged.
+        BundleError: no bundle is there, it is not as it was written, or this machine does not compute with
+            it what the machine did that wrote it.
         StorageError: the URI cannot be read.
     """
     card = read_card(uri)
-    weights = storage.read_bytes(storage.join(uri, WEIGHTS))
     try:
-        network = model.build(len(card.classes))
-        network.load_state_dict(load_safetensors(weights))
-    except (SafetensorError, RuntimeError) as error:
-        raise BundleError(f"{uri}: {WEIGHTS} is damaged or of another model: {error}") from error
-    return _ready(network, card, model_id(weights, card), device, precision, compiled)
+        state = weights.read(_read_weights(uri, card), WEIGHTS)
+        network = model.assembled(len(card.classes), state)
+    except BundleError as error:
+        raise BundleError(f"{uri}: {error}") from error
+    loaded = _ready(network, card, model_id(card), device, precision, compiled)
+    _require_canary(loaded, uri)
+    return loaded
 
 
-def from_state(state: model.State, card: Card) -> Bundle:
+def _require_canary(loaded: Bundle, uri: str) -> None:
+    logit, summand = loaded._canary()
+    expected = np.array(loaded.card.canary_logit)
+    difference = float(np.abs(logit - expected).max())
+    if not difference <= TOLERANCE * summand:  # NaN is no agreement
+        raise BundleError(
+            f"{uri}: for the bundle's canary image this machine computes the logits {logit.tolist()}, "
+            f"expected {expected.tolist()} to within {TOLERANCE * summand:.2g}; try another device or "
+            "another version of torch"
+        )
+
+
+def from_state(state: weights.State, card: Card) -> Bundle:
     """A bundle from weights in memory, in float32; it has no identity."""
-    return _ready(model.build(len(card.classes), state), card, "", None, "float32", False)
+    return _ready(model.assembled(len(card.classes), state), card, "", None, "float32", False)
 
 
 def _ready(
@@ -270,37 +270,59 @@ def read_card(uri: str) -> Card:
     """Read and validate `card.json`.
 
     Raises:
-        BundleError: no bundle is there, it has no valid card, or one of a newer format.
+        BundleError: no bundle is there, or it has no valid card of this format.
     """
     if not is_complete(uri):
         raise BundleError(f"{uri}: no model bundle there; expected {CARD}, {WEIGHTS} and {README}")
-    try:
-        content = json.loads(storage.read_bytes(storage.join(uri, CARD)))
-        version = content.get("format_version")
-        if version != FORMAT_VERSION:
-            raise BundleError(f"{uri}: card format {version}; this version reads {FORMAT_VERSION}")
-        return Card.model_validate(content)
-    except (json.JSONDecodeError, ValidationError, AttributeError) as error:
-        raise BundleError(f"{uri}: {CARD} is not a valid model card: {error}") from error
+    card = parse(storage.read_bytes(storage.join(uri, CARD)), uri)
+    if not (card.weights_sha256 and card.canary_logit):
+        raise BundleError(f"{uri}: the model card lacks the hash of the weights or the canary's logits")
+    return card
 
 
 def identify(uri: str) -> str:
-    """The `model_id` of the bundle at a URI.
+    """The `model_id` of the bundle at a URI, whose card and weights are as they were written.
 
     Raises:
         BundleError: no bundle is there, or it is damaged.
     """
     card = read_card(uri)
-    return model_id(storage.read_bytes(storage.join(uri, WEIGHTS)), card)
+    _read_weights(uri, card)
+    return model_id(card)
 
 
-def model_id(weights: bytes, card: Card) -> str:
-    """Hash over the weights and the card, without the metrics, which are measured later."""
-    facts = card.model_dump_json(exclude={"metrics"})
-    return hashlib.sha256(hashlib.sha256(weights).digest() + facts.encode()).hexdigest()[:16]
+def read_same(uri: str, identity: str) -> Card:
+    """The card of the bundle that a job began with.
+
+    Raises:
+        BundleError: another stands there now.
+    """
+    card = read_card(uri)
+    require_same(uri, identity, model_id(card))
+    return card
 
 
-def _readme(card: Card, identity: str) -> str:
+def require_same(uri: str, began: str, now: str) -> None:
+    """Raises BundleError where the model that a job began with is no longer the one at the URI."""
+    if now != began:
+        raise BundleError(
+            f"{uri} changed while the job ran: it began with the model {began}, and now {now} stands there. "
+            "Put the first one back and run the same command again, or start anew with another --output"
+        )
+
+
+def _read_weights(uri: str, card: Card) -> bytes:
+    content = storage.read_bytes(storage.join(uri, WEIGHTS))
+    if hashlib.sha256(content).hexdigest() != card.weights_sha256:
+        raise BundleError(
+            f"{uri}: {WEIGHTS} ({len(content):,} bytes) is not the file that {CARD} was written for: "
+            "its SHA-256 differs. Copy the bundle again, or run the command of its training again, which "
+            "writes it anew"
+        )
+    return content
+
+
+def _readme(card: Card) -> str:
     template = files("bcd").joinpath("templates", "model_card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(card=card, model_id=identity)
+    return environment.from_string(template).render(card=card, model_id=model_id(card))

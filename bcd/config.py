@@ -28,13 +28,15 @@ Cam = Literal[
     "scorecam",
     "ablationcam",
 ]
+# Of the network's input: below, the last convolution has no cell; above, no training fits a GPU.
+MIN_INPUT_PX, MAX_INPUT_PX = 32, 4096
 WORKERS = re.compile(r"auto|[1-9]\d*|([1-9]\d*)-([1-9]\d*)")
 
 
 class Config(BaseModel):
     """What all jobs share: frozen, no unknown settings, errors that name the flag."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -100,10 +102,10 @@ class TrainingConfig(LabelledConfig):
     max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of images that may be broken; they are left out and named. More than this ends the run."""
 
-    input_height_px: int = Field(default=224, ge=32)
+    input_height_px: int = Field(default=224, ge=MIN_INPUT_PX, le=MAX_INPUT_PX)
     """Height of the network's input in pixels; a field is fitted into it whole, aspect ratio kept."""
 
-    input_width_px: int = Field(default=336, ge=32)
+    input_width_px: int = Field(default=336, ge=MIN_INPUT_PX, le=MAX_INPUT_PX)
     """Width of the network's input in pixels (a BreaKHis field is 700x460, about 3:2)."""
 
     epochs: int = Field(default=20, ge=1)

@@ -1,100 +1,47 @@
-"""ResNet50: where its weights come from, its forward pass, and logit to probability."""
+"""ResNet50: its forward pass, and logit to probability."""
 
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pickle import UnpicklingError as _Unpickling
 from typing import cast
 
 import numpy as np
 import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import ResNet
 
-from bcd import cam, storage
-from bcd.errors import BundleError
+from bcd import cam, weights
 from bcd.taxonomy import malignant_mask
-
-ARCHITECTURE = "resnet50"
-# What `--weights` may name beside a URI: torchvision's download, and random ones.
-IMAGENET, RANDOM = "imagenet", "none"
-
-State = Mapping[str, Tensor]
+from bcd.weights import State
 
 
-def build(n_classes: int, weights: State | None = None, seed: int = 0) -> ResNet:
+def build(n_classes: int, given: State | None = None, seed: int = 0) -> ResNet:
     """A ResNet50 with a new head, from the given weights or from random ones.
 
     Weights of a head for as many classes are kept; any other head is replaced.
 
     Raises:
-        BundleError: the weights are not those of a ResNet50; names the first missing or misshapen tensors.
+        BundleError: the weights are not exactly those of a ResNet50; names the first tensors that are not.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = torchvision.models.resnet50(num_classes=n_classes)
-    if weights is not None:
-        network.load_state_dict(_fitting(network.state_dict(), weights))
+    if given is not None:
+        network.load_state_dict(weights.fitting(network.state_dict(), given))
     return network
 
 
-def _fitting(own: State, given: State) -> dict[str, Tensor]:
-    """The given tensors in our dtypes, the head from `own` where the number of classes differs."""
-    fitted = dict(own)
-    wrong = []
-    for name, tensor in own.items():
-        head = name.startswith("fc.")
-        if name in given and given[name].shape == tensor.shape:
-            fitted[name] = given[name].to(tensor.dtype)
-        elif not head and not name.endswith("num_batches_tracked"):
-            found = f"has shape {tuple(given[name].shape)}" if name in given else "is missing"
-            wrong.append(f"{name} {found}, expected {tuple(tensor.shape)}")
-    if wrong:
-        raise BundleError(
-            f"not the weights of a {ARCHITECTURE}: {'; '.join(wrong[:3])}"
-            + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        )
-    return fitted
-
-
-def pretrained(weights: str) -> dict[str, Tensor] | None:
-    """The state dict that `--weights` names: `imagenet`, `none` (None), or the URI of a file.
+def assembled(n_classes: int, state: State) -> ResNet:
+    """The ResNet50 of exactly these tensors, which it then holds; for a bundle, in evaluation mode.
 
     Raises:
-        BundleError: the file is no state dict, or the download of `imagenet` failed.
-        StorageError: the URI cannot be read.
+        BundleError: they are not exactly those of one.
     """
-    if weights == RANDOM:
-        return None
-    if weights == IMAGENET:
-        return _download()
-    content = storage.read_bytes(weights)
-    try:
-        if weights.endswith(".safetensors"):
-            return load_safetensors(content)
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    # A pickle that is damaged or carries code fails in many ways, all of them before any code runs.
-    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, _Unpickling) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BundleError(
-            f"{weights}: not a state dict in .safetensors or plain .pth form: {reason}"
-        ) from error
-
-
-def _download() -> dict[str, Tensor]:
-    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except OSError as error:
-        raise BundleError(
-            f"--weights imagenet: the download from {weights.url} failed ({error}); give the URI of a "
-            "state dict, or --weights none to start from random weights"
-        ) from error
+    network = weights.skeleton(n_classes)
+    network.load_state_dict(weights.fitting(network.state_dict(), state, whole=True), assign=True)
+    return network.eval()
 
 
 def fold(network: ResNet) -> ResNet:
@@ -173,11 +120,11 @@ def features(network: ResNet, images: Tensor) -> Tensor:
 
 
 def temper(network: ResNet, temperature: float) -> ResNet:
-    """Divide the last layer by the temperature, in place: logits, log-odds, evidence and probabilities are
+    """Divide the last layer by the temperature: logits, log-odds, evidence and probabilities are
     then calibrated alike, and the evidence still adds up to the log-odds. For evaluation only."""
     with torch.no_grad():
-        network.fc.weight /= temperature
-        network.fc.bias /= temperature
+        network.fc.weight = nn.Parameter(network.fc.weight / temperature)
+        network.fc.bias = nn.Parameter(network.fc.bias / temperature)
     return network
 
 

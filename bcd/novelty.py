@@ -7,9 +7,10 @@ a picture beyond the 99th percentile of the validation part is warned of.
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 CUTOFF_PERCENTILE = 99
 # Features that never move in training would make any change infinite: no spread counts as smaller than this
@@ -21,16 +22,16 @@ CODE = "unlike_training_data"
 class FeatureStatistics(BaseModel):
     """Of the pooled features over the training pictures, each counted once."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     mean: tuple[float, ...]
     """One for each feature."""
-    spread: tuple[float, ...]
+    spread: tuple[Annotated[float, Field(gt=0)], ...]
     """Standard deviation of each feature, never zero."""
-    cutoff: float
+    cutoff: float = Field(ge=0)
     """Distance that 99 % of the validation pictures stay within."""
-    n_training: int
-    n_validation: int
+    n_training: int = Field(ge=1)
+    n_validation: int = Field(ge=1)
 
 
 def spread(n: int, total: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -145,7 +145,9 @@ class GradCam(Loop):
 
 def pipeline_rate(model_uri: str, rows: pa.Table, compiled: bool, precision: str = PRECISION) -> float:
     """Rows per second of the archive job: read, score, commit, as `bcd.pipelines.score` chains them."""
-    settings = predict.Settings(model_uri, precision=precision, batch_size=BATCH_SIZE, compile=compiled)
+    settings = predict.Settings(
+        model_uri, bundle.identify(model_uri), precision=precision, batch_size=BATCH_SIZE, compile=compiled
+    )
     with tempfile.TemporaryDirectory() as work_uri:
         commits = predict.predictions(read.rows(rows, ROWS_PER_BLOCK), settings).map_batches(
             ledger.commit,

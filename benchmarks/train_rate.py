@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bcd import balance, image, model, optimise, schema, storage, transform
+from bcd import balance, image, model, optimise, schema, storage, transform, weights
 from bcd.config import TrainConfig
 from bcd.pipelines import cluster, prepare, read, train
 
@@ -47,7 +47,7 @@ class PlainLoop:
 
     def __init__(self, table: pa.Table, config: TrainConfig) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network = model.build(2, model.pretrained(config.weights)).to(
+        network = model.build(2, weights.pretrained(config.weights)).to(
             device, memory_format=torch.channels_last
         )
         optimizer = optimise.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
@@ -74,9 +74,9 @@ class PlainLoop:
 
 def ray_rate(table: pa.Table, config: TrainConfig) -> float:
     """Training images per second of the second epoch of a training run, validation included."""
-    weights = model.pretrained(config.weights)
+    given = weights.pretrained(config.weights)
     with tempfile.TemporaryDirectory() as output:
-        result = train.fit(config, output, table, weights, cluster.scaling(config))
+        result = train.fit(config, output, table, given, cluster.scaling(config))
     record = result.return_value[1]
     return sum(record["class_counts"].values()) / record["seconds"]
 

@@ -3,10 +3,12 @@
 import base64
 import io
 import subprocess
+from dataclasses import replace
 
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bcd import api, bundle, guard, image, model, novelty, overlay
@@ -202,6 +204,23 @@ def test_health(client, engine):
     answer = client.get("/readyz")
     engine.works = True
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+
+
+def test_no_numbers_no_answer(loaded):
+    """A model that gives no numbers: an error for a picture alone, as a picture, and in a batch."""
+
+    def features(batch):
+        return torch.full((len(batch), 2048, 2, 3), torch.nan)
+
+    broken = LocalEngine(replace(loaded, features=features))
+    with serving(guarded(broken, token=None)) as url:
+        alone = httpx.post(f"{url}/v1/predict", content=FIELD, timeout=60)
+        drawn = httpx.post(f"{url}/v1/predict", content=FIELD, headers={"Accept": "image/png"}, timeout=60)
+        batch = httpx.post(f"{url}/v1/predict/batch", files={"files": ("a.png", FIELD)}, timeout=60)
+    for answer in (alone, drawn):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "not_finite")
+    item = batch.json()["results"][0]
+    assert (item["answer"], item["error"]["code"]) == (None, "not_finite")
 
 
 def test_page_and_documentation_load_nothing_from_elsewhere(client):

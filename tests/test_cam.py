@@ -5,7 +5,7 @@ import pytest
 import torch
 from pytorch_grad_cam import GradCAM
 
-from bcd import cam, image, model, schema, storage, transform
+from bcd import cam, image, model, schema, storage, transform, weights
 from bcd import overlay as drawing
 from bcd.errors import DataError
 from tests import pictures
@@ -179,8 +179,8 @@ def test_explaining_leaves_the_network_as_it_was(method):
 @pytest.mark.real
 def test_the_closed_form_on_real_fields_and_weights(real_data):
     paths = sorted(map(str, (real_data / "breakhis").rglob("*.png")))[::10][:8]
-    weights = model.pretrained(str(real_data / "weights" / "resnet50_imagenet.safetensors"))
-    network = model.build(2, weights).eval()
+    given = weights.pretrained(str(real_data / "weights" / "resnet50_imagenet.safetensors"))
+    network = model.build(2, given).eval()
     fields = np.stack([image.fit(image.decode(storage.read_bytes(path)), 224, 336) for path in paths])
     images = transform.normalise(torch.from_numpy(fields).permute(0, 3, 1, 2))
     with torch.inference_mode():

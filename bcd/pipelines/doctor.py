@@ -35,6 +35,7 @@ from bcd import (
     schema,
     storage,
     taxonomy,
+    weights,
 )
 from bcd.diagnosis import Check
 from bcd.doctor_config import DoctorConfig
@@ -224,7 +225,7 @@ def _delete(flag: str, uri: str) -> tuple[str, int]:
 
 def _load(flag: str, uri: str) -> tuple[str, int]:
     if flag == "--weights":
-        model.build(len(taxonomy.TUMOR_CLASSES), model.pretrained(uri))
+        model.build(len(taxonomy.TUMOR_CLASSES), weights.pretrained(uri))
     else:
         bundle.load(uri, "cpu")
     return uri, 0
@@ -264,9 +265,9 @@ def _clock(examiner: Any, timeout_s: float) -> Clock:
 
 def _attempts(party: Party, flag: str, uri: str) -> list[Attempts]:
     """What the nodes met at the place that a flag names."""
-    if not party.members or (flag == "--weights" and uri == model.RANDOM):
+    if not party.members or (flag == "--weights" and uri == weights.RANDOM):
         return []
-    place = uri if flag == "--weights" and uri == model.IMAGENET else storage.absolute(uri)
+    place = uri if flag == "--weights" and uri == weights.IMAGENET else storage.absolute(uri)
     everywhere = dict.fromkeys(party.members, place)
     # What one node does for all is done where the job is started.
     here = ray.get_runtime_context().get_node_id()

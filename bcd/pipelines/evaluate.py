@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 
 from bcd import aggregate, bundle, output, provenance, report, schema, split, storage
@@ -41,7 +40,7 @@ def run(config: EvaluateConfig) -> str:
     table, facts, kind = _tested(config, card, training, *inspect(training))
     if kind != HELD_OUT and beside:
         raise DataError(f"{config.data} is not the model's own data: name an --output for its evaluation")
-    settings = predict.Settings(config.model, config.precision, config.batch_size)
+    settings = predict.Settings(config.model, bundle.model_id(card), config.precision, config.batch_size)
     evaluate(config.model, table, facts, folder, owner, settings, kind, config.against)
     return folder
 
@@ -102,18 +101,19 @@ def evaluate(
     test = part_of(table, split.TEST)
     print(f"scoring the test part: {len(test):,} images", flush=True)
     predictions_uri = storage.join(folder, PREDICTIONS)
-    settings = settings or predict.Settings(model_uri)
+    settings = settings or predict.Settings(model_uri, bundle.model_id(card))
     rows = predict.predictions(read.rows(schema.fill(test, schema.READING), settings.batch_size), settings)
-    predict.write(rows, predictions_uri, owner)
+    with predict.one_model(settings):
+        predict.write(rows, predictions_uri, owner)
     frame = reporting.with_truth(predictions_uri, test, card)
     images = reporting.image_table(frame, card, predictions_uri)
     unscored = aggregate.unscored(frame)
-    about = _about(card, frame, facts, kind)
+    about = _about(card, facts, kind)
     measured = about | reporting.measure(images, unscored, card.classes)
     measured |= {name: getattr(card, name) for name in ("threshold", "temperature", "operating_point")}
     measured["summary"] = report.summary(measured)
     if kind == HELD_OUT:
-        bundle.write_card(card.model_copy(update={"metrics": measured}), model_uri, about[schema.MODEL_ID])
+        bundle.write_card(card.model_copy(update={"metrics": measured}), model_uri)
     if against:
         measured["comparison"] = reporting.compared(images, against)
     told = about | facts.model_dump() | {"input_size_px": (card.input_height_px, card.input_width_px)}
@@ -123,9 +123,9 @@ def evaluate(
     return measured
 
 
-def _about(card: bundle.Card, frame: pd.DataFrame, facts: Facts, kind: str) -> dict[str, Any]:
+def _about(card: bundle.Card, facts: Facts, kind: str) -> dict[str, Any]:
     return {
-        schema.MODEL_ID: str(frame[schema.MODEL_ID].iloc[0]),
+        schema.MODEL_ID: bundle.model_id(card),
         "title": f"Breast cancer detection: {card.training['name']}",
         "data": facts.data or card.training["data"],
         "target": card.target,

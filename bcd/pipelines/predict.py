@@ -4,13 +4,17 @@ The test part of a training run, archives and their tiles all come through here,
 the same numbers.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from ray.data import ActorPoolStrategy, Dataset
 from ray.data.datasource import FilenameProvider
+from ray.exceptions import RayError
 
 from bcd import bundle, cam, image, model, novelty, overlay, provenance, schema, storage
 from bcd.pipelines import cluster, read
@@ -32,10 +36,12 @@ CARRIED = (
 class Settings:
     """All that decides the numbers of a row, given its picture.
 
-    Names and meanings are those of `config.ScoreConfig`.
+    Names and meanings are those of `config.ScoreConfig`. The `model_id` is that of the bundle when the job
+    began: workers load it later, some of them much later, after a node was lost.
     """
 
     model_uri: str
+    model_id: str
     precision: str = "float32"
     batch_size: int = 32
     cam: str = cam.CLOSED_FORM
@@ -55,8 +61,24 @@ def predictions(dataset: Dataset, settings: Settings, max_workers: int | None = 
     Returns:
         A dataset with schema `schema.predictions`, one row for each given: a result or an error.
     """
-    look = Look(bundle.read_card(settings.model_uri), CARRIED)
+    look = Look(bundle.read_same(settings.model_uri, settings.model_id), CARRIED)
     return on_models(dataset, Scorer, (settings,), look, settings.batch_size, max_workers)
+
+
+@contextmanager
+def one_model(settings: Settings) -> Iterator[None]:
+    """Around all that executes `predictions`: what fails there because the bundle changed is told as that.
+
+    Raises:
+        BundleError: the bundle is not the one that the job began with, or no longer intact.
+    """
+    try:
+        yield
+    except RayError:
+        now = bundle.identify(settings.model_uri)
+        bundle.require_same(settings.model_uri, settings.model_id, now)
+        raise
+    bundle.read_same(settings.model_uri, settings.model_id)
 
 
 @dataclass(frozen=True)
@@ -132,7 +154,13 @@ class Scorer:
         }
 
     def __call__(self, batch: Any) -> pa.Table:
-        """Rows to read, or pictures (n, height, width, 3) with their rows, to n rows of predictions."""
+        """Rows to read, or pictures (n, height, width, 3) with their rows, to n rows of predictions.
+
+        Raises:
+            BundleError: the bundle is not the one that the job began with.
+        """
+        # Not where it is loaded: Ray would start another actor in the place of one that fails there.
+        bundle.require_same(self._settings.model_uri, self._settings.model_id, self._bundle.model_id)
         if self._threads:
             batch = Look(self._bundle.card, CARRIED).pixels(batch, self._threads)
         good = batch[schema.ERROR] == ""
@@ -153,8 +181,15 @@ class Scorer:
         size = self._settings.batch_size
         parts = [self._results(images[at : at + size], form) for at in range(0, len(images), size)]
         if parts:
-            place = pa.array(np.cumsum(good) - 1, mask=~good)
             results = pa.concat_tables(parts).combine_chunks()
+            answered = good.copy()
+            answered[good] = results[schema.PREDICTED_CLASS].is_valid()
+            unanswered = pa.array(good & ~answered)
+            columns[schema.ERROR] = pc.if_else(unanswered, bundle.NOT_FINITE, columns[schema.ERROR])
+            columns[schema.ERROR_MESSAGE] = pc.if_else(
+                unanswered, bundle.NOT_FINITE_MESSAGE, columns[schema.ERROR_MESSAGE]
+            )
+            place = pa.array(np.cumsum(good) - 1, mask=~answered)
             columns |= {name: results[name].combine_chunks().take(place) for name in results.column_names}
         return schema.fill(pa.table(columns), form)
 
@@ -180,7 +215,8 @@ class Scorer:
             schema.WARNINGS: [novelty.codes(distance, cutoff) for distance in prediction.novelty[:n]],
         }
         if self._settings.overlays:
-            columns[schema.OVERLAY] = [self._drawn(*pair) for pair in zip(images, maps, strict=True)]
+            known = zip(images, maps, prediction.finite[:n], strict=True)
+            columns[schema.OVERLAY] = [self._drawn(*pair) if ok else None for *pair, ok in known]
         return pa.table({name: pa.array(values, form.field(name).type) for name, values in columns.items()})
 
     def _drawn(self, picture: np.ndarray, evidence: np.ndarray) -> bytes:

@@ -89,7 +89,7 @@ def _by_code(failed: pa.Table) -> dict[str, int]:
 def _write_gallery(
     ours: Ledger, table: pa.Table, described: pa.Table, settings: predict.Settings, facts: Mapping[str, Any]
 ) -> None:
-    card = bundle.read_card(settings.model_uri)
+    card = bundle.read_same(settings.model_uri, settings.model_id)
     results = table.filter(pc.is_valid(table[schema.PROBABILITY_MALIGNANT]))
     probabilities = results[schema.PROBABILITY_MALIGNANT].to_numpy()
     chosen = gallery.choose(probabilities, card.threshold)

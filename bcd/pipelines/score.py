@@ -66,7 +66,8 @@ def run(config: ScoreConfig) -> str:
     if storage.join(config.output, "").startswith(storage.join(config.input, "")):
         raise ConfigError(f"--output {config.output} lies inside --input: its pictures would be scored too")
     output.check(config.output, output.SCORE)  # before any work
-    card, model_id = bundle.read_card(config.model), bundle.identify(config.model)
+    model_id = bundle.identify(config.model)
+    card = bundle.read_same(config.model, model_id)
     found = archive.read(config.input)
     cluster.connect()
     compiled = _compiles(config, found.table)
@@ -77,9 +78,10 @@ def run(config: ScoreConfig) -> str:
         print(f"{ours.uri} is finished: all {len(found.table):,} inputs are scored; see gallery.html there")
         return ours.uri
     _announce(found, todo)
-    settings = _settings(config, compiled)
+    settings = _settings(config, model_id, compiled)
     progress = Progress(todo, ours.plans_uri, books.done)
-    rate = _score(ours, books, progress, todo, settings, _tiling(config, card), config.max_workers)
+    with predict.one_model(settings):
+        rate = _score(ours, books, progress, todo, settings, _tiling(config, card), config.max_workers)
     books = _books(ours, found.table)
     _require_balance(books, progress.withheld)
     _merge(ours, books.done)
@@ -97,9 +99,10 @@ def run(config: ScoreConfig) -> str:
     return ours.uri
 
 
-def _settings(config: ScoreConfig, compiled: bool) -> predict.Settings:
+def _settings(config: ScoreConfig, model_id: str, compiled: bool) -> predict.Settings:
     return predict.Settings(
         model_uri=config.model,
+        model_id=model_id,
         precision=config.precision,
         batch_size=config.batch_size,
         cam=config.cam,

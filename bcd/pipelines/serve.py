@@ -31,7 +31,7 @@ from ray.serve.context import _get_global_client
 
 from bcd import api, bundle, guard, image, storage
 from bcd.bundle import Prediction
-from bcd.errors import ConfigError, ResourceError
+from bcd.errors import BundleError, ConfigError, ResourceError
 from bcd.pipelines import cluster
 from bcd.serving_config import ServeConfig, ServiceConfig
 
@@ -102,15 +102,17 @@ class Replica:
     Args:
         config: of the service.
         token_digest: `guard.digest` of the token; None answers this machine only.
+        model_id: of the model that was deployed; a replica that starts later answers with no other.
     """
 
-    def __init__(self, config: ServiceConfig, token_digest: str | None) -> None:
+    def __init__(self, config: ServiceConfig, token_digest: str | None, model_id: str) -> None:
         threads = _threads(config)
         cluster.use_threads(threads)
         self._config, self._token_digest = config, token_digest
         # Ray lets a process that reserves no GPU see them all: every replica would sit on the first.
         device = None if config.num_gpus else "cpu"
         self._bundle = bundle.load(config.model, device, config.precision)
+        bundle.require_same(config.model, model_id, self._bundle.model_id)
         self.card, self.model_id = self._bundle.card, self._bundle.model_id
         self._decoders = ThreadPoolExecutor(threads, "decode")
         self._computer = ThreadPoolExecutor(1, "compute")
@@ -120,7 +122,9 @@ class Replica:
         canary = np.zeros((self.card.input_height_px, self.card.input_width_px, 3), np.uint8)
         self._canary = image.png(canary)
         for n in {1, config.max_batch_size}:  # a replica that cannot compute never becomes healthy
-            self._computer.submit(self._bundle.predict, np.stack([canary] * n)).result()
+            prediction = self._computer.submit(self._bundle.predict, np.stack([canary] * n)).result()
+            if not prediction.finite.all():
+                raise BundleError(f"{config.model}: {bundle.NOT_FINITE_MESSAGE}")
 
     def __serve_build_asgi_app__(self) -> guard.Guard:
         self._forward.set_max_batch_size(self._config.max_batch_size)
@@ -169,7 +173,8 @@ class Replica:
             return []
         predict = partial(self._bundle.predict, np.stack(fitted))
         prediction = await self._off_the_loop(self._computer, predict)
-        self._succeeded = time.monotonic()
+        # The weights were finite when they were loaded: a replica that gives no numbers now is broken.
+        self._succeeded = time.monotonic() if prediction.finite.all() else -READY_FOR_S
         return prediction.rows()
 
     async def _decode(self, content: bytes) -> Decoded:
@@ -210,7 +215,7 @@ def build(config: ServiceConfig, host: str | None) -> Application:
         ConfigError: the address is reached from elsewhere, and there is no token.
         BundleError: there is no model.
     """
-    bundle.read_card(config.model)
+    identity = bundle.model_id(bundle.read_card(config.model))
     token_digest = _token_digest(config)
     if token_digest is None and host is not None and not guard.is_loopback(host):
         raise ConfigError(
@@ -234,7 +239,7 @@ def build(config: ServiceConfig, host: str | None) -> Application:
         max_ongoing_requests=2 * config.max_batch_size,
         max_queued_requests=config.max_queued,
     )
-    return options.bind(service, token_digest)
+    return options.bind(service, token_digest, identity)
 
 
 def _limits(config: ServiceConfig) -> guard.Limits:

@@ -19,7 +19,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer
 
-from bcd import balance, model, output, schema, storage, taxonomy
+from bcd import balance, output, schema, storage, taxonomy, weights
 from bcd.config import TrainConfig
 from bcd.errors import BcdError, StorageError
 from bcd.pipelines import cluster, evaluate, gloo, publish, read, rundir, worker
@@ -47,13 +47,11 @@ def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None, ru
         print(f"{run_uri} is finished: see report.html there, or choose another --name to train anew")
         return run_uri
     started = time.time()
-    classes = taxonomy.classes(config.target)
-    weights = model.pretrained(config.weights)
-    model.build(len(classes), weights)  # wrong weights end the run here, not in a worker
+    given = weights.pretrained(config.weights)
     cluster.connect(trains=True)
     scaling = cluster.scaling(config)
     table, facts = _prepared(config, run_uri, inspected)
-    result = fit(config, run_uri, table, weights, scaling, runs_per_node)
+    result = fit(config, run_uri, table, given, scaling, runs_per_node)
     rundir.write_json(run_uri, rundir.HISTORY, result.return_value)
     publish.bundle_of(config, storage.join(run_uri, rundir.MODEL), table, facts, result)
     trained = time.time()
@@ -106,7 +104,7 @@ def fit(
     config: TrainConfig,
     run_uri: str,
     table: pa.Table,
-    weights: model.State | None,
+    given: weights.State | None,
     scaling: ScalingConfig,
     runs_per_node: int = 1,
 ) -> Result:
@@ -116,7 +114,7 @@ def fit(
     """
     streams, n_train = datasets(config, table)
     filesystem, path = storage.resolve(run_uri)
-    classes, shared = taxonomy.classes(config.target), weights and ray.put(weights)
+    classes, shared = taxonomy.classes(config.target), given and ray.put(given)
     task = worker.Task(config, classes, shared, run_uri, n_train, runs_per_node)
     trainer = TorchTrainer(
         worker.train,

@@ -10,9 +10,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import torch
 from PIL import Image
+from ray.exceptions import RayError
 
 from bcd import bundle, image, index, model, novelty, schema, storage
+from bcd.errors import BundleError
 from bcd.pipelines import predict, read
 from tests import pictures
 from tests.test_bundle import card
@@ -28,7 +31,12 @@ def model_uri(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scorer(model_uri):
     """As on a CPU: it reads what it scores, with two threads."""
-    return predict.Scorer(predict.Settings(model_uri, batch_size=4), 2)
+    return predict.Scorer(settings(model_uri, batch_size=4), 2)
+
+
+def settings(uri, **chosen):
+    """Settings of a job that begins now."""
+    return predict.Settings(uri, bundle.identify(uri), **chosen)
 
 
 def reading(folder, contents):
@@ -48,8 +56,8 @@ def test_every_row_gives_one_row_a_result_or_an_error(joined, model_uri, tmp_pat
         storage.write_bytes(storage.join(str(tmp_path / "in"), name), content)
     table, _ = index.read(str(tmp_path / "in"))
     uri = str(tmp_path / "out")
-    settings = predict.Settings(model_uri, batch_size=4)
-    predict.write(predict.predictions(read.rows(schema.fill(table, schema.READING)), settings), uri, "0")
+    job = settings(model_uri, batch_size=4)
+    predict.write(predict.predictions(read.rows(schema.fill(table, schema.READING)), job), uri, "0")
     result = predict.read_back(uri, schema.predictions(2, 3).names)
     assert result.schema.equals(schema.predictions(2, 3))
     assert result[schema.IMAGE_ID].to_pylist() == sorted(good | bad)
@@ -121,7 +129,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_its_place(scorer, tmp_path):
 def test_rows_that_come_read_give_the_same(scorer, model_uri, tmp_path):
     """As on a GPU, where CPU workers read."""
     rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b""})
-    ready = predict.Scorer(predict.Settings(model_uri, batch_size=4), 0)
+    ready = predict.Scorer(settings(model_uri, batch_size=4), 0)
     assert ready(read.pixels(rows, 64, 96, predict.CARRIED)).equals(scorer(rows))
 
 
@@ -174,7 +182,7 @@ def test_a_row_says_which_bytes_it_is_of_and_what_computed_it(scorer, model_uri,
     assert found[schema.SHA256].to_pylist() == [*read_whole, None, None]
     assert found[schema.ENGINE].to_pylist() == ["torch"] * 4
     assert found[schema.PRECISION].to_pylist() == ["float32"] * 4
-    half = predict.Scorer(predict.Settings(model_uri, "bfloat16", batch_size=4), 1)(table.slice(1, 1))
+    half = predict.Scorer(settings(model_uri, precision="bfloat16", batch_size=4), 1)(table.slice(1, 1))
     assert half[schema.PRECISION].to_pylist() == ["bfloat16"]
 
 
@@ -187,7 +195,7 @@ def test_warnings_stand_in_the_row(tmp_path):
         known = novelty.FeatureStatistics(**facts, cutoff=cutoff) if cutoff else None
         uri = str(tmp_path / f"model-{cutoff}")
         bundle.save(model.build(2, seed=1), card(feature_statistics=known), uri)
-        good, bad = predict.Scorer(predict.Settings(uri, batch_size=2), 1)(rows).to_pylist()
+        good, bad = predict.Scorer(settings(uri, batch_size=2), 1)(rows).to_pylist()
         assert (bad[schema.NOVELTY], bad[schema.NOVELTY_CUTOFF], bad[schema.WARNINGS]) == (None, None, None)
         told.append((good[schema.NOVELTY_CUTOFF], good[schema.WARNINGS]))
     first = np.float32(1e-6).item()
@@ -196,15 +204,79 @@ def test_warnings_stand_in_the_row(tmp_path):
 
 def test_overlays_and_other_methods_on_request(model_uri, tmp_path):
     rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b""})
-    settings = predict.Settings(model_uri, batch_size=2, cam="layercam", cam_layer="layer3", overlays=True)
-    found = predict.Scorer(settings, 1)(rows)
+    job = settings(model_uri, batch_size=2, cam="layercam", cam_layer="layer3", overlays=True)
+    found = predict.Scorer(job, 1)(rows)
     assert found.schema.equals(schema.predictions(4, 6, overlays=True))
     good, bad = found.to_pylist()
     assert np.asarray(Image.open(io.BytesIO(good[schema.OVERLAY]))).shape == (64, 96, 3)
     assert (good[schema.EVIDENCE_HEIGHT], good[schema.EVIDENCE_WIDTH]) == (4, 6)
     assert (good[schema.EVIDENCE_BIAS], bad[schema.OVERLAY], bad[schema.EVIDENCE]) == (None, None, None)
-    plain = predict.Scorer(replace(settings, cam="evidence", cam_layer="layer4"), 1)(rows).to_pylist()
+    plain = predict.Scorer(replace(job, cam="evidence", cam_layer="layer4"), 1)(rows).to_pylist()
     assert plain[0][schema.LOGIT] == good[schema.LOGIT]
+
+
+class Overflowing:
+    """A network that gives no numbers for a white picture."""
+
+    def __init__(self, features):
+        self._features = features
+
+    def __call__(self, batch):
+        maps = self._features(batch)
+        maps[batch.mean((1, 2, 3)) > 2] = torch.inf
+        return maps
+
+
+def test_no_numbers_no_class(model_uri, tmp_path):
+    """Of four pictures the white one and the broken one have an error, and the others as ever."""
+    white = np.full((64, 96, 3), 255, np.uint8)
+    files = {"a.png": pictures.encode(pictures.gradient()), "w.png": pictures.encode(white), "x.png": b""}
+    rows = reading(tmp_path, files | {"z.png": pictures.encode(pictures.gradient(50, 70))})
+    scorer = predict.Scorer(settings(model_uri, batch_size=2, overlays=True), 1)
+    expected = scorer(rows).to_pylist()
+    scorer._bundle = replace(scorer._bundle, features=Overflowing(scorer._bundle.features))
+    found = scorer(rows).to_pylist()
+    assert [row[schema.ERROR] for row in found] == [None, "not_finite", "empty", None]
+    assert [found[i] for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
+    assert "logits are not finite numbers" in found[1][schema.ERROR_MESSAGE]
+    told = (schema.IMAGE_ID, schema.URI, schema.WIDTH_PX, schema.SHA256, schema.MODEL_ID, schema.ENGINE)
+    assert {name: found[1][name] for name in told} == {name: expected[1][name] for name in told}
+    numbers = (schema.LOGIT, schema.PROBABILITY, schema.PREDICTED_CLASS, schema.EVIDENCE, schema.OVERLAY)
+    assert {found[1][name] for name in (*numbers, schema.PROBABILITY_MALIGNANT, schema.NOVELTY)} == {None}
+
+
+def test_a_worker_with_another_model_scores_nothing(model_uri, tmp_path):
+    """As one that starts after the bundle was replaced."""
+    rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient())})
+    late = predict.Scorer(predict.Settings(model_uri, "0123456789abcdef", batch_size=2), 1)
+    with pytest.raises(
+        BundleError, match=f"it began with the model 0123456789abcdef, and now {late._bundle.model_id}"
+    ):
+        late(rows)
+    with pytest.raises(BundleError, match="changed while the job ran"):
+        predict.predictions(None, late._settings)
+
+
+def test_a_job_whose_model_changed_says_so(tmp_path):
+    """Whether something failed because of that or not; what failed for another reason stays what it is."""
+    uri = str(tmp_path)
+    bundle.save(model.build(2, seed=1), card(), uri)
+    job = settings(uri)
+    with predict.one_model(job):
+        pass
+    with pytest.raises(RayError, match="ours"), predict.one_model(job):
+        raise RayError("ours")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with (
+        pytest.raises(BundleError, match=r"not the file that card.json was written for"),
+        predict.one_model(job),
+    ):
+        raise RayError
+    bundle.save(model.build(2, seed=2), card(), uri)
+    with pytest.raises(BundleError, match="changed while the job ran"), predict.one_model(job):
+        raise RayError
+    with pytest.raises(BundleError, match="changed while the job ran"), predict.one_model(job):
+        pass
 
 
 def test_a_batch_without_one_good_picture_is_all_errors(model_uri):
@@ -220,7 +292,7 @@ def test_a_batch_without_one_good_picture_is_all_errors(model_uri):
         schema.Y_LEVEL0_PX: np.array([np.nan, 0.0]),
         schema.MPP: np.array([np.nan, 0.5], np.float32),
     }
-    result = predict.Scorer(predict.Settings(model_uri), 0)(batch)
+    result = predict.Scorer(settings(model_uri), 0)(batch)
     assert result.schema.equals(schema.predictions(2, 3))
     assert result[schema.ERROR].to_pylist() == ["empty", "truncated"]
     assert result[schema.LOGIT].null_count == result[schema.HEIGHT_PX].null_count == 2
@@ -235,9 +307,9 @@ def test_writing_replaces_the_same_table_and_nothing_else(joined, model_uri, tmp
     storage.write_bytes(str(other), b"of another archive")
     storage.write_bytes(str(tmp_path / "in/benign/p/a.png"), pictures.encode(pictures.gradient()))
     table, _ = index.read(str(tmp_path / "in"))
-    rows, settings = schema.fill(table, schema.READING), predict.Settings(model_uri, batch_size=4)
+    rows, job = schema.fill(table, schema.READING), settings(model_uri, batch_size=4)
     for _ in range(2):
-        predict.write(predict.predictions(read.rows(rows), settings), str(tmp_path / "out"), "0")
+        predict.write(predict.predictions(read.rows(rows), job), str(tmp_path / "out"), "0")
     assert other.read_bytes() == b"of another archive"
     other.unlink()
     assert len(predict.read_back(str(tmp_path / "out"), [schema.IMAGE_ID])) == 1

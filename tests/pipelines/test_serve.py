@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ import yaml
 from ray import serve as ray_serve
 from ray.serve.schema import ServeDeploySchema
 
-from bcd import bundle, guard, model, schema
+from bcd import bundle, guard, model, schema, weights
 from bcd.config import ScoreConfig
 from bcd.errors import BundleError, ConfigError, ResourceError
 from bcd.pipelines import score, serve
@@ -161,15 +162,15 @@ def files():
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """URIs of two bundles."""
-    weights, folder = None, os.environ.get("BCD_REAL_DATA")
+    given, folder = None, os.environ.get("BCD_REAL_DATA")
     if folder:
-        weights = model.pretrained(f"{folder}/weights/resnet50_imagenet.safetensors")
+        given = weights.pretrained(f"{folder}/weights/resnet50_imagenet.safetensors")
     uris = []
     for seed in (1, 2):
-        network = model.build(2, weights, seed=seed)
+        network = model.build(2, given, seed=seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            torch.nn.init.normal_(network.fc.weight, std=0.03 if weights else 1e-3)
+            torch.nn.init.normal_(network.fc.weight, std=0.03 if given else 1e-3)
         uris.append(str(tmp_path_factory.mktemp("model")))
         facts = card(input_height_px=128, input_width_px=192, feature_statistics=statistics(), seed=seed)
         bundle.save(network, facts, uris[-1])
@@ -644,7 +645,9 @@ def started(models, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: used.update(threads=n))
 
     def start(**settings):
-        replica = serve.Replica.__base__(ServiceConfig(model=models[0], max_batch_size=1, **settings), None)
+        replica = serve.Replica.__base__(
+            ServiceConfig(model=models[0], max_batch_size=1, **settings), None, bundle.identify(models[0])
+        )
         return used | {"decoders": replica._decoders._max_workers}
 
     return start
@@ -662,6 +665,36 @@ def started(models, monkeypatch):
 )
 def test_a_replica_keeps_to_what_it_reserves(settings, device, threads, started):
     assert started(**settings) == {"device": device, "threads": threads, "decoders": threads}
+
+
+def test_a_replica_answers_with_no_other_model(models):
+    """As one that starts after the bundle was replaced."""
+    config = ServiceConfig(model=models[0], max_batch_size=1)
+    with pytest.raises(
+        BundleError, match="changed while the job ran: it began with the model 0123456789abcdef"
+    ):
+        serve.Replica.__base__(config, None, "0123456789abcdef")
+
+
+def test_a_replica_without_numbers_is_not_ready(models, monkeypatch):
+    loaded = bundle.load(models[0], "cpu")
+    replica = Unloaded(1)
+    replica._bundle, replica._computer, replica._succeeded = loaded, ThreadPoolExecutor(1), 0.0
+    pictures = [np.zeros((128, 192, 3), np.uint8)]
+    asyncio.run(replica._predict(pictures))
+    assert replica._succeeded > 0
+    broken = replace(loaded, features=lambda batch: torch.full((len(batch), 2048, 4, 6), torch.nan))
+    replica._bundle = broken
+    (prediction,) = asyncio.run(replica._predict(pictures))
+    assert prediction.predicted_class == [None]
+    assert replica._succeeded == -serve.READY_FOR_S
+    replica.look = lambda content: replica._predict(pictures)
+    replica._canary = b""
+    assert not asyncio.run(replica.ready())
+    # Nor does one start.
+    monkeypatch.setattr(bundle, "load", lambda *_: broken)
+    with pytest.raises(BundleError, match="the model's logits are not finite numbers"):
+        serve.Replica.__base__(ServiceConfig(model=models[0], max_batch_size=1), None, broken.model_id)
 
 
 def test_a_port_in_use_and_a_missing_model_are_told(models, tmp_path):

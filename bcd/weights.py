@@ -1,0 +1,265 @@
+"""Weights that people bring: taken out of what wraps them, named as torchvision does, and let in only whole.
+
+A tensor too many or too few is another network, and a number that is none makes every answer meaningless. So
+trunk tensors have to be exactly those of a ResNet50; only the head, which is new anyway, may differ.
+"""
+
+import io
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pickle import UnpicklingError as _Unpickling
+from typing import Any
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+from torchvision.models import ResNet
+
+from bcd import storage
+from bcd.errors import BundleError
+
+# What `--weights` may name beside a URI: torchvision's download, and random ones.
+IMAGENET, RANDOM = "imagenet", "none"
+State = Mapping[str, Tensor]
+
+# A pickle that is damaged or carries code fails in many ways, all of them before any code runs.
+DAMAGED = (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, _Unpickling)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# What stands beside a trunk and is replaced by our last layer.
+HEADS = ("fc", "head", "classifier", "last_linear", "projection_head", "projector", "prototypes", "predictor")
+# A tensor that every ResNet has, as torchvision and timm name it, and as HuggingFace does.
+TORCHVISION = "layer1.0.conv1.weight"
+HUGGINGFACE = "encoder.stages.0.layers.0.layer.0.convolution.weight"
+# MoCo keeps two networks, of which the second only follows: https://github.com/facebookresearch/moco-v3
+LEADS, FOLLOWS = {"encoder_q", "base_encoder"}, {"encoder_k", "momentum_encoder"}
+SHOWN = 3
+EXPECTED = "expected a state dict of tensors in .safetensors or plain .pth form"
+STARTS = {
+    b"version https://git-lfs": "a Git LFS pointer in place of the file: run `git lfs pull`",
+    b"\x89HDF": "an HDF5 file, as Keras writes it",
+    b"GGUF": "a GGUF file",
+    b"\x1f\x8b": "a gzip archive: unpack it",
+    b"\x93NUMPY": "a NumPy array",
+    b"{": "JSON text",
+}
+_KINDS = {"convolution": "conv", "normalization": "bn"}
+_IN_BLOCK = re.compile(
+    r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(layer\.(\d+)|shortcut)\.(convolution|normalization)\.(\w+)"
+)
+
+
+def pretrained(weights: str) -> dict[str, Tensor] | None:
+    """The state dict that `--weights` names: `imagenet`, `none` (None), or the URI of a file.
+
+    One level of wrapping (`state_dict`, `model`, ...) and one prefix (`module.`, `_orig_mod.`, ...) are taken
+    off and told in a line; names of HuggingFace's ResNet become torchvision's.
+
+    Raises:
+        BundleError: the file is no state dict of a ResNet50, or the download of `imagenet` failed.
+        StorageError: the URI cannot be read.
+    """
+    if weights == RANDOM:
+        return None
+    if weights == IMAGENET:
+        return _download()
+    level, state = _unwrapped(read(storage.read_bytes(weights), weights), weights)
+    prefix, anchor = _prefix(state, weights)
+    inside = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+    left_out = [name for name in state if not name.startswith(prefix)]
+    if anchor == HUGGINGFACE:
+        inside = {_as_torchvision(name): tensor for name, tensor in inside.items()}
+    steps = [f"took {level!r} out of the file"] * bool(level) + [f"removed the prefix {prefix!r}"] * bool(
+        prefix
+    )
+    steps += ["renamed from HuggingFace's names"] * (anchor == HUGGINGFACE)
+    steps += [f"left out {_some(left_out)}"] * bool(left_out)
+    if steps:
+        print(f"--weights {weights}: {', '.join(steps)}", flush=True)
+    try:
+        fitting(skeleton(2).state_dict(), inside)
+    except BundleError as error:
+        raise BundleError(f"{weights}: {error}") from None
+    return inside
+
+
+def _download() -> dict[str, Tensor]:
+    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise BundleError(
+            f"--weights imagenet: the download from {weights.url} failed ({error}); give the URI of a "
+            "state dict, or --weights none to start from random weights"
+        ) from error
+
+
+def read(content: bytes, name: str) -> Any:
+    """What a file of weights contains, by its bytes whatever its suffix; no code in it ever runs.
+
+    Raises:
+        BundleError: it cannot be read as tensors; says what it contains instead.
+    """
+    try:
+        if content[8:9] == b"{":  # after the length of the header
+            return load_safetensors(content)
+        if content[:2] in (b"PK", b"\x80\x02"):
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except DAMAGED as error:
+        raise BundleError(f"{name}: not a state dict, but {_guess(content, error)}; {EXPECTED}") from error
+    raise BundleError(f"{name}: not a state dict, but {_guess(content)}; {EXPECTED}")
+
+
+def _guess(content: bytes, error: Exception | None = None) -> str:
+    """What a file that is not plain tensors contains, in words; torch's own advice is to trust it."""
+    if not content:
+        return "an empty file"
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"pickled Python objects ({found[1]}); save `network.state_dict()` alone"
+    for start, kind in STARTS.items():
+        if content.startswith(start):
+            return kind
+    if b"<html" in content[:1000].lower():
+        return "a web page, such as a login or an error page; download the file again"
+    if content.startswith(b"PK"):
+        return _guess_zip(content)
+    if error is not None:
+        kind = "safetensors" if content[8:9] == b"{" else "PyTorch"
+        return f"a damaged {kind} file of {len(content):,} bytes; copy it again"
+    return f"{len(content):,} bytes of another format, which begin with {content[:8]!r}"
+
+
+def _guess_zip(content: bytes) -> str:
+    try:
+        names = zipfile.ZipFile(io.BytesIO(content)).namelist()
+    except zipfile.BadZipFile:
+        return f"a damaged PyTorch file of {len(content):,} bytes; copy it again"
+    if any("/code/" in name or name.endswith("constants.pkl") for name in names):
+        return "a TorchScript program; save `network.state_dict()` alone"
+    if any(name.endswith("data.pkl") for name in names):
+        return "a damaged PyTorch file, or one with pickled Python objects; save `network.state_dict()` alone"
+    return f"a ZIP archive of {_some(names)}"
+
+
+def _unwrapped(found: Any, name: str) -> tuple[str, State]:
+    """The tensors by name, and the key of the level that they were taken from, '' for the first."""
+    if _is_state(found):
+        return "", found
+    if not isinstance(found, Mapping):
+        raise BundleError(
+            f"{name}: not a state dict, but an object of type {type(found).__name__}; {EXPECTED}"
+        )
+    below = {str(key): value for key, value in found.items() if _is_state(value)}
+    networks = {key: state for key, state in below.items() if any(map(_anchor_of, state))} or below
+    if len(networks) == 1:
+        return next(iter(networks.items()))
+    if networks:
+        raise BundleError(f"{name}: contains several networks: {', '.join(networks)}; save one of them alone")
+    kinds = [f"{key} ({type(value).__name__})" for key, value in found.items()]
+    raise BundleError(f"{name}: not a state dict, but a mapping of {_some(kinds) or 'nothing'}; {EXPECTED}")
+
+
+def _is_state(found: Any) -> bool:
+    return (
+        isinstance(found, Mapping)
+        and bool(found)
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items())
+    )
+
+
+def _anchor_of(name: str) -> str | None:
+    """Which of the two anchors a name ends with, as whole components."""
+    return next((anchor for anchor in (TORCHVISION, HUGGINGFACE) if f".{name}".endswith(f".{anchor}")), None)
+
+
+def _prefix(state: State, name: str) -> tuple[str, str]:
+    """What stands before the names of the one network among these tensors, and the anchor that shows it."""
+    found = {key.removesuffix(anchor): anchor for key in state if (anchor := _anchor_of(key))}
+    last = {prefix: prefix.rstrip(".").rpartition(".")[2] for prefix in found}
+    if len(found) == 2 and set(last.values()) & LEADS and set(last.values()) & FOLLOWS:
+        found = {prefix: anchor for prefix, anchor in found.items() if last[prefix] in LEADS}
+    if len(found) > 1:
+        raise BundleError(f"{name}: contains several networks: {', '.join(found)}; save one of them alone")
+    return next(iter(found.items()), ("", TORCHVISION))
+
+
+def _as_torchvision(name: str) -> str:
+    """The name in torchvision's ResNet of a tensor of HuggingFace's, such as microsoft/resnet-50."""
+    if found := _IN_BLOCK.fullmatch(name):
+        stage, block, part, number, kind, rest = found.groups()
+        is_norm = kind == "normalization"
+        module = f"downsample.{is_norm:d}" if part == "shortcut" else f"{_KINDS[kind]}{int(number) + 1}"
+        return f"layer{int(stage) + 1}.{block}.{module}.{rest}"
+    for kind, ours in _KINDS.items():
+        name = name.replace(f"embedder.embedder.{kind}.", f"{ours}1.")
+    return name
+
+
+def skeleton(n_classes: int) -> ResNet:
+    """A ResNet50 whose tensors have names, shapes and dtypes, but no numbers yet."""
+    with torch.device("meta"):
+        return torchvision.models.resnet50(num_classes=n_classes)
+
+
+def fitting(own: State, given: State, whole: bool = False) -> dict[str, Tensor]:
+    """The given tensors in the dtypes of `own`, with its head where the given one is of other classes.
+
+    Args:
+        own: what the network has.
+        given: what was read.
+        whole: head, counters and dtypes have to fit as well, as in a bundle.
+
+    Raises:
+        BundleError: they are not exactly those of the network; names the first that are not.
+    """
+    kept = set() if whole else _replaceable(own, given)
+    judged = [name for name in own if name not in kept]
+    faults = [fault for name in judged if (fault := _fault(name, own[name], given.get(name), whole))]
+    foreign = [name for name in given if name not in own and (whole or not _is_head(name))]
+    faults += [f"{name} is no part of it" for name in foreign]
+    if faults:
+        raise BundleError(f"not the weights of a ResNet50: {_some(faults, '; ')}")
+    return {name: own[name] if name in kept else given[name].to(own[name].dtype) for name in own}
+
+
+def _is_head(name: str) -> bool:
+    return name.partition(".")[0] in HEADS
+
+
+def _replaceable(own: State, given: State) -> set[str]:
+    """What is our own where the given network lacks it: the whole head, and counters that nothing reads."""
+    lacking = {name for name in own if name not in given or given[name].shape != own[name].shape}
+    head = {name for name in own if _is_head(name)}
+    return (head if head & lacking else set()) | {n for n in lacking if n.endswith("num_batches_tracked")}
+
+
+def _fault(name: str, own: Tensor, given: Tensor | None, whole: bool) -> str | None:
+    """What is wrong with a tensor, as a sentence, where something is."""
+    if given is None:
+        return f"{name} is missing, expected {tuple(own.shape)}"
+    if given.shape != own.shape:
+        return f"{name} has shape {tuple(given.shape)}, expected {tuple(own.shape)}"
+    dtypes = (own.dtype,) if whole else FLOATS if own.is_floating_point() else (torch.int64, torch.int32)
+    if given.layout != torch.strided or given.is_meta or given.is_quantized or given.dtype not in dtypes:
+        kind = "a name without data" if given.is_meta else f"{given.dtype}, {given.layout}"
+        return f"{name} is {kind}, expected {' or '.join(map(str, dtypes[:2]))}, dense"
+    if not is_finite(given):
+        return f"{name} has NaN or infinite values"
+    if name.endswith("running_var") and bool((given < 0).any()):
+        return f"{name} has negative variances"
+    return None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite as float32."""
+    # NaN and infinity survive a sum, which takes half the time of a look at each number.
+    tensor = tensor.float()
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _some(names: Sequence[str], between: str = ", ") -> str:
+    """The first of some names, and how many more there are."""
+    more = [f"and {len(names) - SHOWN:,} more"] if len(names) > SHOWN else []
+    return between.join([*names[:SHOWN], *more])
