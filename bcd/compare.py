@@ -15,6 +15,7 @@ from scipy.stats import t as student
 
 from bcd import bootstrap, metrics, schema
 from bcd.errors import DataError
+from bcd.text import counted
 
 METHOD = "paired bootstrap over patients, Student's t"
 # The calibration error has no test: it is never 0, and the more so the fewer the images.
@@ -87,9 +88,10 @@ def _check(first: pd.DataFrame, second: pd.DataFrame) -> None:
         one, other = first[column], second[column]
         differ = (one != other) & ~(one.isna() & other.isna())
         if differ.any():
+            n, names = counted(differ.sum(), "image"), _some(first.loc[differ, schema.IMAGE_ID])
             raise DataError(
-                f"two models are compared on the same patients: the {column} of {differ.sum():,} images "
-                f"differs ({_some(first.loc[differ, schema.IMAGE_ID])}); evaluate both with the same index"
+                f"two models are compared on the same patients: the {column} of {n} differs ({names}); "
+                "evaluate both with the same index"
             )
 
 

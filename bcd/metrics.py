@@ -30,7 +30,8 @@ def measure(
 
     Returns:
         `n_images` (different ones), `n_judgements` (more, where several models judged an image),
-        `n_patients`, `interval`, `pooled`, `by_magnification` ("40", ...; empty without
+        `n_patients`, `patients_by_class` (a patient with images of both counts in both; `None` where an image
+        has no patient), `interval`, `pooled`, `by_magnification` ("40", ...; empty without
         magnifications) and `by_level` ("slide", "case", "patient", where ids are known), all as `describe`
         gives them, `calibration` (`after` and `before` the temperature), `recall_by_subtype`,
         `classification_report`, and `multiclass` for a model of subtypes.
@@ -39,6 +40,7 @@ def measure(
         "n_images": int(images[schema.IMAGE_ID].nunique()),
         "n_judgements": len(images),
         "n_patients": _n_patients(images),
+        "patients_by_class": _patients_by_class(images),
         "interval": {
             "level": bootstrap.LEVEL,
             "method": bootstrap.METHOD,
@@ -267,6 +269,13 @@ def _columns(images: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _malignant(images: pd.DataFrame, column: str) -> np.ndarray:
     return (images[column] == MALIGNANT).to_numpy(bool)
+
+
+def _patients_by_class(images: pd.DataFrame) -> dict[str, int] | None:
+    if _n_patients(images) is None:
+        return None
+    found = images.groupby(schema.TUMOR_CLASS)[schema.PATIENT].nunique()
+    return {name: int(found.get(name, 0)) for name in TUMOR_CLASSES}
 
 
 def _n_patients(images: pd.DataFrame) -> int | None:

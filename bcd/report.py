@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from bcd import aggregate, curves, decision, example, figures, overlay, schema
 from bcd.example import Example
 from bcd.figures import PERCENT
-from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES
+from bcd.taxonomy import BENIGN, MALIGNANT, SUBTYPES, TUMOR_CLASSES
+from bcd.text import counted
 
 # What was measured, a record per epoch, and what is known about the run: see `write`.
 Metrics = Mapping[str, Any]
@@ -38,6 +39,8 @@ MEASURES = {
 # More wrong predictions than this would make a page that no browser likes; the table has them all.
 MAX_WRONG = 200
 N_CLEAREST, N_CORRECT = 3, 12
+# Of a class: with fewer there is no interval, or one that says nothing, and so no headline.
+MIN_PATIENTS = 3
 PICTURE_WIDTH_PX = 300
 
 
@@ -156,19 +159,34 @@ def summary(measured: Metrics) -> list[tuple[str, str, str]]:
     ]
 
 
+def too_few_patients(measured: Metrics) -> str | None:
+    """Why no single number can stand for what was measured, in words; `None` where one can, and where nobody
+    knows the patients."""
+    found = measured["patients_by_class"]
+    if found is None or min(found.values()) >= MIN_PATIENTS:
+        return None
+    last = counted(found[MALIGNANT], f"{MALIGNANT} patient")
+    return (
+        f"{found[BENIGN]:,} {BENIGN} and {last} are too few to tell how often the model is right on others: "
+        f"at least {MIN_PATIENTS} of each class are needed"
+    )
+
+
 def summary_lines(measured: Metrics) -> list[str]:
     """`summary` as a table for a terminal, with the spread over folds where there are any."""
     patients = (
-        "patients unknown" if measured["n_patients"] is None else f"{measured['n_patients']:,} patients"
+        "patients unknown" if measured["n_patients"] is None else counted(measured["n_patients"], "patient")
     )
-    title = f"test part: {measured['n_images']:,} images, {patients}, {measured['n_errors']:,} not scored"
+    images = counted(measured["n_images"], "image")
+    title = f"test part: {images}, {patients}, {measured['n_errors']:,} not scored"
     title += "".join(f" [{mark}]" for mark in _marks(measured))
     rows = [("", "value", "95 % interval over patients"), *summary(measured)]
     last = [""] * len(rows)
     if measured.get("spread"):
         last = ["mean ± SD of folds", *(_spread(measured, name) for name in MEASURES)]
     lines = [f"  {a:26} {b:>8}   {c:28} {d}".rstrip() for (a, b, c), d in zip(rows, last, strict=True)]
-    return [title, *lines]
+    few = too_few_patients(measured)
+    return [title, *([f"  too few patients: {few}"] if few else []), *lines]
 
 
 def leak_sentence(leak: Mapping[str, Any]) -> str:
@@ -260,6 +278,7 @@ def _page(
         metrics=defaultdict(lambda: None, measured),
         pooled=pooled,
         measures=MEASURES,
+        too_few=too_few_patients(measured),
         main="accuracy" if pooled["balanced_accuracy"] is None else "balanced_accuracy",
         spread={name: _spread(measured, name) for name in MEASURES} if measured.get("spread") else {},
         history=history,

@@ -133,6 +133,7 @@ def document(content: bytes, with_overlay: bool, with_preview: bool) -> dict[str
             "width": 11,
             "values": values.tolist(),
             "bias": BIAS,
+            "limit": overlay.LIMIT,
             "explains": "malignant against benign",
             "covers": {
                 "top": top / into[0],

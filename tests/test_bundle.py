@@ -113,6 +113,14 @@ def test_the_card_for_people_says_what_must_be_said(tmp_path, network):
         assert words in text
 
 
+@pytest.mark.parametrize("few", [None, "2 benign and 9 malignant patients are too few"])
+def test_the_card_for_people_says_where_patients_are_too_few(few):
+    metrics = {"summary": [["AUC", "1.000", "–"]], "n_images": 1, "n_patients": 1, "too_few_patients": few}
+    text = bundle._readme(card(metrics=metrics), "m")
+    assert ("**Too few patients.** 2 benign and 9" in text) == bool(few)
+    assert "On 1 image of 1 patient that it was not trained on" in text
+
+
 def test_no_card_no_bundle(tmp_path, network):
     with pytest.raises(BundleError, match=r"no model bundle there; expected card.json"):
         bundle.load(str(tmp_path))

@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from bcd import bundle, image, overlay
-from tests import page_mock, pictures, service
+from tests import page_mock, pictures, service, test_gallery, test_report
 from tests.cluster import wait_for
 from tests.test_api import statistics
 from tests.test_bundle import card, untrained
@@ -537,8 +537,27 @@ def test_a_narrow_window(page: Page, page_url: str, shot: Any) -> None:
     page.get_by_role("button", name="cut.png").click()
     expect(page.locator("#verdict .failure")).to_be_visible()
     assert page.evaluate(width) <= 360
-    # The table has more than 360 px and scrolls in its own box.
-    assert page.locator("#table-box").evaluate("box => box.scrollWidth > box.clientWidth")
+    assert page.locator("#table-box").evaluate("box => box.scrollWidth <= box.clientWidth")
+    # Class and probability of each picture, and what to know of it, are seen without scrolling sideways.
+    for number in (2, 3, 6):
+        for cell in page.locator(f"#rows tr td:nth-child({number}):not(:empty)").all():
+            box = cell.bounding_box()
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 360
+
+
+@pytest.mark.parametrize("page", [{"viewport": {"width": 690, "height": 1000}}], indirect=True, ids=["A4"])
+def test_nothing_is_cut_in_print(page: Page, page_url: str) -> None:
+    """A4 has 718 px between usual margins."""
+    visit(page, page_url)
+    upload(page, file("a_very_long_name_without_any_space_" * 4 + ".png", 92, 140), *SEVERAL, BROKEN, TEXT)
+    page.emulate_media(media="print")
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 690
+    cut = "box => box.scrollWidth > box.clientWidth + 1 || box.scrollHeight > box.clientHeight + 1"
+    for box in page.locator("#table-box, #rows td, #verdict .warning, .banner").all():
+        assert not box.evaluate(cut), box.inner_text()
+    assert page.locator("#drop, #csv, #opacity, #steps").filter(visible=True).count() == 0
+    assert page.locator("#scale").is_visible()
 
 
 CONTRAST = """() => {
@@ -725,6 +744,42 @@ def test_leaky_and_unmeasured_models_say_so(page: Page, mock: page_mock.Mock, sh
     expect(page.locator("#facts")).to_contain_text("not measured")
     expect(page.locator("#facts")).to_contain_text("unknown magnification")
     shot()
+
+
+def test_too_few_patients_stand_in_place_of_the_accuracy(page: Page, mock: page_mock.Mock) -> None:
+    why = "2 benign and 9 malignant patients are too few to tell how often the model is right on others"
+    mock.about["card"]["metrics"]["too_few_patients"] = why
+    visit(page, mock.url)
+    expect(page.locator("#facts")).to_contain_text("too few patients")
+    expect(page.locator("#facts")).to_contain_text(why)
+    expect(page.locator("#facts")).not_to_contain_text("91.7")
+
+
+def test_a_whole_slide_is_told_where_it_belongs(page: Page, mock: page_mock.Mock) -> None:
+    visit(page, mock.url)
+    upload(page, SEVERAL[0], SEVERAL[1] | {"name": "slide.MRXS"})
+    expect(row(page, "slide.MRXS")).to_contain_text("A whole slide")
+    expect(row(page, "slide.MRXS")).to_contain_text("jobs/score.py")
+    assert sum("POST" in line for line in mock.asked) == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_reports_and_galleries_are_readable(browser: Any, scheme: str) -> None:
+    context = browser.new_context(color_scheme=scheme, viewport={"width": 400, "height": 800})
+    page = context.new_page()
+    marks = {"synthetic": True, "leaky": True}
+    for html in (
+        test_gallery.page(facts=test_gallery.FACTS | marks),
+        test_report.without_figures(test_report.of(1, 3)),
+    ):
+        page.set_content(html)
+        assert not [(round(ratio, 2), what) for ratio, what in page.evaluate(CONTRAST) if ratio < 4.5]
+        # On a phone, what is most important is seen without scrolling sideways.
+        for said in page.locator(".verdict b, .verdict .chip, .hero .says, .banner, .card .number").all():
+            box = said.bounding_box()
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 400
+    context.close()
 
 
 def test_the_mock_keeps_the_contract() -> None:

@@ -208,8 +208,8 @@ def test_a_mark_stands_wherever_numbers_do(fact: str, mark: str, page: str, tmp_
 
 def test_one_patient_one_class_and_no_run(tmp_path: Path) -> None:
     page = write(tmp_path, predictions(1))
-    assert "an accuracy of 66.7 %" in text(page)
-    assert "(no interval:" in text(page)
+    assert "0 malignant patients are too few" in text(page).replace("1 benign and ", "")
+    assert "image recognition rate 66.7 %" in text(page)
     assert "One class is absent here" in text(page)
     assert not re.search(r"\b(nan|None)\b", text(page))
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
@@ -221,6 +221,73 @@ def test_one_patient_one_class_and_no_run(tmp_path: Path) -> None:
         "patients",
         "patient_strip",
     }
+
+
+def of(n_benign: int, n_malignant: int) -> pd.DataFrame:
+    """Predictions of so many patients of each class, one image right and one wrong."""
+    kinds = ["A"] * n_benign + ["DC"] * n_malignant
+    return pd.DataFrame(
+        {
+            schema.IMAGE_ID: f"p{number}/{image}",
+            schema.PATIENT: f"p{number}",
+            schema.TUMOR_CLASS: SUBTYPES[code].tumor_class,
+            schema.SUBTYPE: code,
+            schema.MAGNIFICATION: 40,
+            schema.PROBABILITY: [0.5, 0.5],
+            schema.PROBABILITY_MALIGNANT: (0.1, 0.9)[image],
+            schema.ERROR: None,
+        }
+        for number, code in enumerate(kinds)
+        for image in range(2)
+    )
+
+
+def without_figures(frame: pd.DataFrame) -> str:
+    """The page alone, which takes milliseconds."""
+    images = aggregate.images(frame)
+    patients = aggregate.groups(images, schema.PATIENT)
+    shown = report._pictures(images, report.choose(images), {}, {})
+    return report._page(studies.measured(frame), [], patients, [], {}, {}, shown)
+
+
+@pytest.mark.parametrize(
+    ("n_benign", "n_malignant", "said"),
+    [
+        (2, 9, "2 benign and 9 malignant patients are too few"),
+        (9, 1, "9 benign and 1 malignant patient are too few"),
+        (0, 5, "0 benign and 5 malignant patients are too few"),
+    ],
+)
+def test_too_few_patients_stand_in_place_of_a_headline(n_benign: int, n_malignant: int, said: str) -> None:
+    page = without_figures(frame := of(n_benign, n_malignant))
+    assert f"{said} to tell how often the model is right on others: at least 3 of each class" in text(page)
+    hero = re.search(r'<section class="hero".*?</section>', page, flags=re.S)
+    assert hero
+    assert "too few patients" in text(hero[0].replace("<br>", " "))
+    assert 'class="number"' not in hero[0]
+    assert "%" not in text(hero[0])
+    assert "<title>Breast cancer detection: too few patients</title>" in page
+    assert page.count('<div class="card">') == len(report.MEASURES)
+    assert report.summary_lines(studies.measured(frame))[1].startswith(f"  too few patients: {said}")
+
+
+def test_three_patients_of_each_class_have_a_headline() -> None:
+    page = without_figures(of(3, 3))
+    assert 'class="instead"' not in page
+    assert re.search(r'<div class="number">50.0\s%</div>\s*<div class="label">balanced accuracy', page)
+    assert "balanced accuracy" not in "".join(re.findall(r'class="name">(.*?)<', page))
+    unknown = studies.measured(of(1, 1).drop(columns=[schema.PATIENT]))
+    assert (unknown["patients_by_class"], report.too_few_patients(unknown)) == (None, None)
+
+
+def test_one_is_no_plural() -> None:
+    frame = of(1, 1).iloc[[0, 3]]
+    said = text(without_figures(frame))
+    assert "On 2 images of 2 patients" in said
+    assert "1 benign and 1 malignant image;" in said
+    assert not re.findall(r"(?<![\d,.])1 (?:\w+ )?(?:images|patients|judgements|folds|models)\b", said)
+    lines = report.summary_lines(studies.measured(frame.iloc[:1]))
+    assert lines[0] == "test part: 1 image, 1 patient, 0 not scored"
 
 
 def test_images_without_patients_and_with_errors(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ function accuracy({ metrics, leaky }) {
   );
   if (!row) return ["test part", "not measured", "this model has not been evaluated"];
   const [name, value, interval] = row;
+  if (metrics.too_few_patients) return [`${name}, test part`, "too few patients", metrics.too_few_patients];
   const seen = leaky ? "of patients that it may have seen" : "of patients never seen";
   const on = metrics.n_images ? `on ${plural(metrics.n_images, "picture")} ${seen}` : "on its test part";
   return [`${name}, test part`, value, interval === "–" ? on : `95 % interval ${interval}, ${on}`];

@@ -16,6 +16,7 @@ from bcd.config import CrossvalConfig, Protocol, TrainConfig, TrainingConfig
 from bcd.errors import DataError
 from bcd.pipelines import cluster, evaluate, prepare, reporting, rundir, train
 from bcd.pipelines.prepare import Facts
+from bcd.text import counted
 
 
 class Fold(NamedTuple):
@@ -127,7 +128,7 @@ def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, Facts], parallel: i
             print(f"\n{_name(fold)}: {number} of {len(folds)}", flush=True)
             train.run(fold.config, inspected)
         return
-    print(f"{len(folds)} folds, {at_once} at a time", flush=True)
+    print(f"{counted(len(folds), 'fold')}, {at_once} at a time", flush=True)
     # A fold drives its own workers and needs no CPU of its own. Lost with its node, it goes on elsewhere.
     remote = ray.remote(num_cpus=0, max_retries=folds[0].config.max_failures)(train.run)
     shared, waiting = ray.put(inspected), list(folds)
@@ -163,7 +164,7 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
     card = bundle.read_card(storage.join(folds[0].uri, rundir.MODEL))
     known = Facts(**rundir.read_json(folds[0].uri, rundir.DATA))
     about = {
-        "title": f"Breast cancer detection: {config.name}, {len(folds)} models",
+        "title": f"Breast cancer detection: {config.name}, {counted(len(folds), 'model')}",
         "data": config.data,
         "target": config.target,
         "weights": config.weights,

@@ -9,6 +9,7 @@ from bcd.config import EvaluateConfig, TrainConfig
 from bcd.errors import DataError
 from bcd.pipelines import cluster, predict, read, reporting, rundir
 from bcd.pipelines.prepare import Facts, class_counts, inspect, part_of, prepare
+from bcd.text import counted
 
 PREDICTIONS = "predictions"
 # Whose images are tested: the held-out part of the model's own data; another data set that it was not trained
@@ -99,7 +100,7 @@ def evaluate(
     """
     card = bundle.read_card(model_uri)
     test = part_of(table, split.TEST)
-    print(f"scoring the test part: {len(test):,} images", flush=True)
+    print(f"scoring the test part: {counted(len(test), 'image')}", flush=True)
     predictions_uri = storage.join(folder, PREDICTIONS)
     settings = settings or predict.Settings(model_uri, bundle.model_id(card))
     rows = predict.predictions(read.rows(schema.fill(test, schema.READING), settings.batch_size), settings)
@@ -112,6 +113,7 @@ def evaluate(
     measured = about | reporting.measure(images, unscored, card.classes)
     measured |= {name: getattr(card, name) for name in ("threshold", "temperature", "operating_point")}
     measured["summary"] = report.summary(measured)
+    measured["too_few_patients"] = report.too_few_patients(measured)
     if kind == HELD_OUT:
         bundle.write_card(card.model_copy(update={"metrics": measured}), model_uri)
     if against:

@@ -16,6 +16,7 @@ from bcd.config import TrainConfig, TrainingConfig
 from bcd.errors import BcdError, DataError
 from bcd.pipelines import read
 from bcd.taxonomy import Target
+from bcd.text import counted
 
 
 class Facts(BaseModel):
@@ -138,9 +139,9 @@ def describe(config: TrainConfig, table: pa.Table, facts: Facts) -> list[str]:
     for part in split.PARTS:
         rows = part_of(table, part)
         patients = rows[schema.PATIENT]
-        of = "unknown patients" if patients.null_count else f"{len(patients.unique()):,} patients"
+        of = "unknown patients" if patients.null_count else counted(len(patients.unique()), "patient")
         counts = ", ".join(f"{n:,} {name}" for name, n in balance.counts(rows, "tumor_class").items())
-        lines.append(f"{part}: {len(rows):,} images of {of} ({counts})")
+        lines.append(f"{part}: {counted(len(rows), 'image')} of {of} ({counts})")
     if config.protocol in split.LEAKY:
         lines.append("warning: --protocol image puts patients on both sides; its numbers mislead")
     return lines

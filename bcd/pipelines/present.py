@@ -11,6 +11,7 @@ from bcd import bundle, gallery, schema, storage
 from bcd.errors import IncompleteError
 from bcd.pipelines import examples, expand, predict, slides
 from bcd.pipelines.ledger import SUMMARY, Ledger
+from bcd.text import counted
 
 GALLERY = "gallery.html"
 SHOWN_PER_ERROR = 5
@@ -152,8 +153,9 @@ def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.Slide:
 def summary_lines(uri: str, summary: Mapping[str, Any]) -> list[str]:
     """The end of the job in lines for people."""
     lines = [
-        f"{summary['n_inputs']:,} inputs = {summary['n_results']:,} results + "
-        f"{summary['n_errors']:,} errors; {summary['n_rows']:,} rows, {summary['n_tiles']:,} of them tiles"
+        f"{counted(summary['n_inputs'], 'input')} = {counted(summary['n_results'], 'result')} + "
+        f"{counted(summary['n_errors'], 'error')}; {counted(summary['n_rows'], 'row')}, "
+        f"{summary['n_tiles']:,} of them tiles"
     ]
     lines += [f"  {code}: {count:,}" for code, count in sorted(summary["errors"].items())]
     lines.append(f"table:   {storage.join(uri, 'predictions')}")

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from bcd import schema
 from bcd.pipelines import expand
 from bcd.pipelines.ledger import INPUT, Done
+from bcd.text import counted
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -63,7 +64,8 @@ class Progress:
         unfinished = self._done < len(self._weights) and 0 < share < 1
         left = f"; about {_duration(seconds * (1 - share) / share)} left" if unfinished else ""
         print(
-            f"{self._done:,} of {len(self._weights):,} inputs, {self._rows:,} rows, {self._errors:,} errors; "
+            f"{self._done:,} of {counted(len(self._weights), 'input')}, {counted(self._rows, 'row')}, "
+            f"{counted(self._errors, 'error')}; "
             f"{self._rows / seconds:.1f} rows/s{left}",
             flush=True,
         )

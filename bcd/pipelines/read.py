@@ -23,6 +23,7 @@ from bcd import image, pixel_size, schema, storage
 from bcd.errors import BcdError, DataError, StorageError, TooLargeError
 from bcd.pipelines import staging
 from bcd.slide import Slide, open_slide
+from bcd.text import counted
 
 TRAIN, VALIDATION = "train", "validation"
 # So many images are decoded together and handed on as one block: a quarter of a second of work, so that a
@@ -308,7 +309,7 @@ def checked(table: pa.Table, check: Callable[[pa.Table], pa.Table]) -> pa.Table:
         require_given(batch[schema.IMAGE_ID].to_pylist(), batch[schema.ERROR].to_pylist())
         found.append(batch)
         if (done + len(batch)) // step > done // step:
-            print(f"checked {done + len(batch):,} of {len(table):,} images", flush=True)
+            print(f"checked {done + len(batch):,} of {counted(len(table), 'image')}", flush=True)
         done += len(batch)
     return pa.concat_tables(found).sort_by(schema.IMAGE_ID)
 

@@ -22,6 +22,7 @@ from bcd.errors import ConfigError, IncompleteError
 from bcd.pipelines import cluster, expand, ledger, predict, present, read
 from bcd.pipelines.ledger import Done, Ledger
 from bcd.pipelines.progress import Progress
+from bcd.text import counted
 
 # Rows that a worker reads and scores at a time; pixels of 15 MB at 224x336.
 ROWS_PER_BLOCK = 64
@@ -75,7 +76,8 @@ def run(config: ScoreConfig) -> str:
     books = _books(ours, found.table)
     todo = books.open_inputs()
     if not len(todo) and summary and not books.done.rows:
-        print(f"{ours.uri} is finished: all {len(found.table):,} inputs are scored; see gallery.html there")
+        n = counted(len(found.table), "input")
+        print(f"{ours.uri} is finished: {n}, all scored; see gallery.html there")
         return ours.uri
     _announce(found, todo)
     settings = _settings(config, model_id, compiled)
@@ -179,13 +181,13 @@ def _require_balance(books: Books, withheld: str | None = None) -> None:
     if missing := books.open_inputs()[schema.IMAGE_ID].to_pylist():
         why = f" Storage did not give all of them ({withheld}): is it up, and are the credentials valid?"
         raise IncompleteError(
-            f"{len(missing):,} of {len(books.inputs):,} inputs have neither a result nor an error, "
+            f"{len(missing):,} of {counted(len(books.inputs), 'input')} have neither a result nor an error, "
             f"{missing[0]} among them; the same command goes on.{why if withheld else ''}"
         )
 
 
 def _announce(found: archive.Archive, todo: pa.Table) -> None:
-    line = f"{len(found.table):,} inputs"
+    line = counted(len(found.table), "input")
     if found.ignored:
         line += f" ({found.ignored:,} other entries are not read: {archive.described(found.passed)})"
     if len(todo) < len(found.table):
