@@ -82,6 +82,15 @@ def choose(properties: Mapping[str, str], size: tuple[int, int], given: Given) -
     return list(known.values())[-1]
 
 
+def is_stated(properties: Mapping[str, str], size: tuple[int, int], given: Given) -> bool:
+    """Whether anybody states a scale, if only a wrong one: arguments as of `choose`.
+
+    What is coarser than any slide is the resolution for print that software writes by itself.
+    """
+    stated = (*_of_openslide(properties), *_of_ome(properties.get(DESCRIPTION, ""), size))
+    return given != UNKNOWN or any(0 < mpp <= MAX_MPP for mpp in stated)
+
+
 def is_possible(mpp: float) -> bool:
     """Whether a microscope gives so many µm per pixel; what is computed from a resolution may be rounded."""
     return math.isfinite(mpp) and MIN_MPP <= round(mpp, 6) <= MAX_MPP

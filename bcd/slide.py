@@ -25,6 +25,8 @@ SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm")
 # Never a slide. All others, such as TIFF or files without a suffix, are one where OpenSlide knows the layout.
 FIELD_SUFFIXES = (".png", ".jpg", ".jpeg")
 MRXS, DICOM = ".mrxs", ".dcm"
+# OpenSlide's word for what any software writes.
+TILED_TIFF = "generic-tiff"
 # A level up to 2 % too coarse counts as fitting, since scanners round: 0.499 serves for 0.49.
 LEVEL_TOLERANCE = 1.02
 # Beyond this, enlarging level 0 would invent detail that the network was taught to look for.
@@ -210,16 +212,31 @@ def _pages(path: Path) -> list[tiff.Page]:
     return found
 
 
-def is_slide(path: str | Path) -> bool:
+def is_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -> bool:
     """Whether a file on the local disk is a whole slide, to be opened here and not by `image.decode`.
 
     Its name decides, so that a broken `.svs` is a broken slide; where that does not say, its content does.
+
+    Args:
+        path: of the file.
+        given: what people say of its µm per pixel.
+
+    Raises:
+        ImageError: `unreadable`.
     """
     name = str(path).lower()
     if name.endswith(SLIDE_SUFFIXES + FIELD_SUFFIXES):
         return name.endswith(SLIDE_SUFFIXES)
     with boundary(*UNREADABLE):
-        return openslide.OpenSlide.detect_format(path) is not None
+        layout = openslide.OpenSlide.detect_format(path)
+        return layout is not None and (layout != TILED_TIFF or _is_more_than_tiled(Path(path), given))
+
+
+def _is_more_than_tiled(path: Path, given: pixel_size.Given) -> bool:
+    """Whether a TIFF in tiles, of no known scanner, has a pyramid or a scale: else it is a field."""
+    _require_tiles(path)
+    with openslide.OpenSlide(path) as handle:
+        return handle.level_count > 1 or pixel_size.is_stated(handle.properties, handle.dimensions, given)
 
 
 def is_unnamed(path: str) -> bool:

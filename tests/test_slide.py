@@ -253,6 +253,25 @@ def test_a_name_tells_a_slide_and_a_tiff_its_content(slides, tmp_path):
     assert slide.is_slide(tmp_path / "broken.NDPI")
 
 
+@pytest.mark.parametrize(
+    ("mpp", "given", "expected"),
+    [
+        (None, pixel_size.UNKNOWN, False),
+        (352.8, pixel_size.UNKNOWN, False),
+        (0.5, pixel_size.UNKNOWN, True),
+        (0.003, pixel_size.UNKNOWN, True),  # a slide with a wrong scale
+        ((0.5, 352.8), pixel_size.UNKNOWN, True),
+        (None, pixel_size.Given(manifest=0.5), True),
+        (None, pixel_size.Given(fallback=0.5), True),
+        (None, pixel_size.Given(override=(0.5, 0.5)), True),
+    ],
+)
+def test_a_tiled_tiff_is_a_slide_where_its_scale_is_stated(tmp_path, mpp, given, expected):
+    path = tmp_path / "a.tif"
+    path.write_bytes(pictures.tiled_tiff(pictures.gradient(), mpp))
+    assert slide.is_slide(path, given) is expected
+
+
 def test_a_mirax_slide_needs_its_folder():
     paths = ["a/b.mrxs", "a/b/Index.dat", "a/b/c/Data0.dat", "a/bb/Index.dat", "a/b.svs"]
     assert slide.companions(paths, "a/b.mrxs") == ["a/b/Index.dat", "a/b/c/Data0.dat"]

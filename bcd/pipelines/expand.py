@@ -86,7 +86,7 @@ def _expanded(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozens
     try:
         # Tiles of a planned slide may be committed: its books go on, whatever has become of the file since.
         tiles = _read_tiles(plans_uri, row[schema.IMAGE_ID])
-        if tiles is None and not slide.is_slide(staging.stage(row[schema.URI]).path):
+        if tiles is None and not slide.is_slide(staging.stage(row[schema.URI]).path, tiling.given(row)):
             return _reading(row)
         tiles = _tiles(row, tiling, plans_uri) if tiles is None else tiles
         return tiles.filter(pc.invert(pc.is_in(tiles[schema.IMAGE_ID], pa.array(done, pa.string()))))

@@ -130,10 +130,9 @@ def test_a_finer_slide_gives_tiles_that_cover_more_pixels(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "code"),
     [
-        ("s.tif", stained(mpp=None), "missing_mpp"),
+        ("s.tif", stained(mpp=(0.5, 30.0)), "missing_mpp"),
         ("s.tif", stained(mpp=2.0), "too_coarse"),
         ("s.tif", stained(mpp=0.003), "bad_mpp"),
-        ("s.tif", stained(mpp=30.0), "missing_mpp"),
         ("s.tif", stained(width=0), "no_tissue"),
         ("s.svs", b"no slide at all", "unreadable"),
         ("s.ndpi", b"", "unreadable"),
@@ -155,6 +154,22 @@ def test_a_slide_without_scale_takes_that_of_the_flag(tmp_path):
     assert len(expanded(tmp_path, replace(TILING, mpp=0.5))) == 15
 
 
+@pytest.mark.parametrize("mpp", [None, 30.0, 352.8])
+def test_a_tiled_tiff_without_scale_is_a_field(tmp_path, mpp):
+    """72 dpi are no scale. It is read whole, and its books know no slide."""
+    (row,) = expanded(
+        write(
+            tmp_path,
+            {
+                "s.tif": stained(mpp=mpp),
+            },
+        )
+    ).to_pylist()
+    assert [row[name] for name in (schema.SLIDE, schema.ERROR, schema.X_LEVEL0_PX)] == [None] * 3
+    assert read.picture(row).shape == (150, 200, 3)
+    assert not (tmp_path / "plans").exists()
+
+
 def test_the_mpp_of_a_manifest_row_is_that_of_its_slide(tmp_path):
     """A flag fills in where a row says nothing; a row that contradicts its file is an error."""
     sources = {"a.tif": stained(mpp=None), "b.tif": stained(mpp=None), "c.tif": stained(mpp=0.25)}
@@ -168,7 +183,7 @@ def test_the_mpp_of_a_manifest_row_is_that_of_its_slide(tmp_path):
         tables = expand.expand(inputs, tiling, plans, NOTHING)
         return [table[schema.ERROR][0].as_py() or len(table) for table in tables]
 
-    assert found(TILING) == [15, "missing_mpp", "bad_mpp", 15]
+    assert found(TILING) == [15, 1, "bad_mpp", 15]
     assert found(replace(TILING, mpp=0.25)) == [15, 5, "bad_mpp", 15]
     assert found(replace(TILING, mpp_override=0.25)) == [5, 5, 5, 5]
 
