@@ -81,9 +81,9 @@ def rows(
         DataError: an image lies in no class folder or in several, or no folder can be its patient.
     """
     places = [_place(data, *found) for found in zip(files, _labels(data, files, given), strict=True)]
-    parted = parts(data, [(place.file.path, place.structure) for place in places])
     _strip_sites(places)
     warnings = _find_subtypes(data, places) + _find_patients(data, places) + _site_warnings(places)
+    parted = parts(data, [(place.file.path, place.structure) for place in places])
     return [_row(place, part) for place, part in zip(places, parted, strict=True)], warnings
 
 
@@ -114,21 +114,26 @@ def _labels(data: str, files: Sequence[storage.File], given: Mapping[str, str]) 
     trees = [[folded(name) for name in _folders(file)] for file in files]
     own: dict[str, Label] = {name: (tumor_class, None) for name, tumor_class in given.items()}
     sure = {name: label for name, label in own.items() if len(name) > _SHORT} | dict(_NAMES)
-    short = {name: label for name, label in own.items() if len(name) <= _SHORT} or _CODES
     found = [{i: sure[name] for i, name in enumerate(tree) if name in sure} for tree in trees]
-    if not any(found):
-        levels = [i for i in range(min(map(len, trees))) if all(tree[i] in short for tree in trees)]
-        found = [{i: short[tree[i]] for i in levels} for tree in trees]
+    short = {name: label for name, label in own.items() if len(name) <= _SHORT}
+    short = short or ({} if any(found) else dict(_CODES))
+    if not all(found):
+        known = short | sure
+        levels = [i for i in range(min(map(len, trees))) if all(tree[i] in known for tree in trees)]
+        levels = [i for i in levels if any(tree[i] in short for tree in trees)]
+        found = [
+            labels | {i: known[tree[i]] for i in levels} for labels, tree in zip(found, trees, strict=True)
+        ]
     if all(found):
         return found
     lost = [number for number, labels in enumerate(found) if not labels]
-    # Where the codes are no whole level all images are lost: name one without any.
+    # Where short names are no whole level all images are lost: name one without any.
     worst = next((number for number in lost if not short.keys() & trees[number]), lost[0])
     raise DataError(
         f"{data}: {files[worst].path} lies in no class folder; expected benign/ and malignant/ (or names of "
         "subtypes, or --classes benign=NAME malignant=NAME), BreaKHis names, or a manifest with uri, "
-        f"tumor_class and patient. Names of one or two letters, such as {min(short).upper()}, count only "
-        "where every image has one at the same level, and no folder has a longer one"
+        f"tumor_class and patient. Names of one or two letters, such as {min(short or _CODES).upper()}, "
+        "count only where every image has a class at that level"
     )
 
 

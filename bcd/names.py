@@ -30,6 +30,8 @@ _MEANT: Mapping[str, frozenset[str]] = {
     schema.MAGNIFICATION: frozenset({"mag", "zoom", "objective"}),
     schema.MPP: frozenset({"um_per_px", "pixel_size", "pixel_size_um", "microns_per_pixel", "resolution"}),
 }
+# Hospitals may number their patients alike.
+_SITES = frozenset({"site", "hospital", "center", "centre", "clinic", "institution"})
 # Names that stand in one sentence.
 _MOST = 3
 
@@ -106,7 +108,13 @@ def column(name: str, known: Collection[str]) -> str:
 def unused_columns(columns: Collection[str]) -> list[str]:
     """A warning for each column that looks like one of ours and is not used."""
     there = set(columns)
-    return [
+    sites = [
+        f"column {written!r} is not used; where hospitals number their patients alike, put it into "
+        f"{schema.PATIENT!r}, as in A/12"
+        for written in columns
+        if folded(written) in _SITES
+    ]
+    return sites + [
         f"column {written!r} is not used; "
         + (f"the column {name!r} is" if name in there else f"call it {name!r} to use it")
         for written in columns

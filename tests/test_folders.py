@@ -103,6 +103,7 @@ def test_patients_named_by_letters_are_patients():
         (("benign=0", "malignant=1"), "0", "1"),
         (("benign=B", "malignant=M"), "b", "M"),
         (("benign=normal", "malignant=Tumor"), "Normal", "tumor "),
+        (("benign=N", "malignant=tumor"), "N", "tumor"),
     ],
 )
 def test_given_names_are_classes(classes, benign, malignant):
@@ -110,6 +111,16 @@ def test_given_names_are_classes(classes, benign, malignant):
     assert told(*paths, classes=classes) == [("benign", None, "P1"), ("malignant", None, "P2")]
     with pytest.raises(DataError, match=r"P1/0.png lies in no class folder; .* --classes benign=NAME"):
         read(*paths)
+
+
+def test_given_names_stand_beside_ours():
+    paths = ("0/P1/0.png", "benign/P2/0.png", "malignant/P3/0.png")
+    assert [found[0] for found in told(*paths, classes=["benign=0"])] == ["benign", "benign", "malignant"]
+    # Where every image lies in a longer name, 0 is a patient.
+    assert told("benign/0/0.png", "malignant/1/0.png", classes=["benign=0", "malignant=1"]) == [
+        ("benign", None, "0"),
+        ("malignant", None, "1"),
+    ]
 
 
 def test_a_folder_above_flat_classes_may_be_a_patient_or_a_hospital():
@@ -178,6 +189,16 @@ def test_a_divided_tree_is_read_with_its_parts(form, words):
     assert [row[schema.PART] for row in rows] == ["train"] * 2 + ["validation"] * 2 + ["test"] * 2
     assert [row[schema.PATIENT] for row in rows] == ["b0", "m0", "b1", "m1", "b2", "m2"]
     assert warnings == []
+
+
+@pytest.mark.parametrize("form", ["{c}/{s}/{part}/{i}/0.png", "{part}/{s}/{i}/0.png", "{s}/{part}/{i}/0.png"])
+def test_parts_beside_codes_of_subtypes(form):
+    places = [("benign", "A", "train"), ("malignant", "DC", "test")]
+    rows, _ = read(*(form.format(c=c, s=s, part=part, i=f"P{s}") for c, s, part in places))
+    columns = (schema.TUMOR_CLASS, schema.SUBTYPE, schema.PART, schema.PATIENT)
+    assert [tuple(row[name] for name in columns) for row in rows] == [
+        (*place, f"P{place[1]}") for place in places
+    ]
 
 
 def test_parts_of_hospitals():

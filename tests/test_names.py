@@ -77,5 +77,11 @@ def test_a_column_that_looks_like_ours_is_named(column, ours):
     assert names.unused_columns([ours, column]) == [f"column {column!r} is not used; the column {ours!r} is"]
 
 
+@pytest.mark.parametrize("written", ["site", "Hospital", "centre "])
+def test_a_column_of_hospitals_is_named(written):
+    (warning,) = names.unused_columns(["uri", "patient", written])
+    assert warning.startswith(f"column {written!r} is not used; where hospitals number their patients alike")
+
+
 def test_some_of_many():
     assert names.some("abcde", "; ") == "a; b; c; and 2 more"
