@@ -1,9 +1,10 @@
 """What an archive holds: a row per field of view and per whole slide, and a count of everything else."""
 
-from collections import Counter
+import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -25,10 +26,14 @@ IMAGE_STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+
 
 @dataclass(frozen=True)
 class Archive:
-    """The inputs, one row each (schema `schema.INPUTS`, sorted by id), and other entries by kind."""
+    """The inputs, one row each (schema `schema.INPUTS`, sorted by id), and other entries by kind.
+
+    `versions` has a text for each id that changes with its files, None where none can be looked at.
+    """
 
     table: pa.Table
     passed: Counter[str] = field(default_factory=Counter)
+    versions: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def ignored(self) -> int:
@@ -49,7 +54,10 @@ def read(uri: str) -> Archive:
         StorageError: the URI cannot be read.
     """
     if manifest.is_one(uri):
-        return Archive(_from_manifest(uri))
+        table = _from_manifest(uri)
+        ids, uris = (table[name].to_pylist() for name in (schema.IMAGE_ID, schema.URI))
+        seen = storage.versions(uris)
+        return Archive(table, versions={name: seen[place] for name, place in zip(ids, uris, strict=True)})
     single = storage.is_file(uri)
     listing = _alone(uri) if single else storage.list_folder(uri)
     kept, passed = _sort_out(listing)
@@ -61,7 +69,8 @@ def read(uri: str) -> Archive:
     rows = [{schema.IMAGE_ID: f.path, schema.URI: f.uri, schema.SIZE_BYTES: f.size_bytes} for f in kept]
     rows += [_fault(uri, path, why) for path, why in listing.faults.items()]
     rows.sort(key=lambda row: str(row[schema.IMAGE_ID]))
-    return Archive(pa.Table.from_pylist(rows, schema=schema.INPUTS), passed)
+    versions: dict[str, str | None] = {file.path: file.version for file in kept}
+    return Archive(pa.Table.from_pylist(rows, schema=schema.INPUTS), passed, versions)
 
 
 def described(passed: Mapping[str, int]) -> str:
@@ -74,7 +83,8 @@ def described(passed: Mapping[str, int]) -> str:
 
 def _alone(uri: str) -> Listing:
     place = storage.absolute(uri)
-    return Listing([File(place, place.rpartition("/")[2], storage.sizes([place])[0] or 0)])
+    size, version = storage.sizes([place])[0] or 0, storage.version(place)
+    return Listing([File(place, place.rpartition("/")[2], size, version)])
 
 
 def _fault(root: str, path: str, why: str) -> dict[str, Any]:
@@ -97,7 +107,26 @@ def _sort_out(listing: Listing) -> tuple[list[File], Counter[str]]:
         elif not mirax or mirax.isdisjoint(paths[file.path].parents):
             passed[paths[file.path].suffix.lower()] += 1
     found, others = _look_into([file for file in unsure if mirax.isdisjoint(paths[file.path].parents)])
-    return kept + found, passed + others
+    return _with_folders(kept, listing.files if mirax else []) + found, passed + others
+
+
+def _with_folders(kept: Sequence[File], files: Sequence[File]) -> list[File]:
+    """The same files, those of MIRAX slides with the version of their folder."""
+    below: dict[PurePosixPath, list[File]] = defaultdict(list)
+    for file in files:
+        for folder in PurePosixPath(file.path).parents:
+            below[folder].append(file)
+    folders = {path: PurePosixPath(path).with_suffix("") for path in (file.path for file in kept)}
+    return [
+        _together([file, *below[folders[file.path]]]) if file.path.lower().endswith(slide.MRXS) else file
+        for file in kept
+    ]
+
+
+def _together(parts: Sequence[File]) -> File:
+    """The first of the files of a slide, with a version that changes with each of them."""
+    told = sorted(f"{file.path} {file.version}" for file in parts)
+    return replace(parts[0], version=hashlib.sha256("\n".join(told).encode()).hexdigest())
 
 
 def _look_into(files: Sequence[File]) -> tuple[list[File], Counter[str]]:
@@ -107,7 +136,8 @@ def _look_into(files: Sequence[File]) -> tuple[list[File], Counter[str]]:
     unknown = [file for file in files if headers[file.path] is None]
     with ThreadPoolExecutor(storage.READ_THREADS) as pool:
         images = [file for file, good in zip(unknown, pool.map(_may_be_image, unknown), strict=True) if good]
-    firsts = [file for file in files if file.path in slides]
+    by_path = {file.path: file for file in files}
+    firsts = [_together([by_path[path] for path in slides[f.path]]) for f in files if f.path in slides]
     passed = Counter({NO_SUFFIX: len(unknown) - len(images)})
     passed[OTHER_DICOM] = sum(header is not None and not header.is_slide for header in headers.values())
     return firsts + images, +passed

@@ -343,7 +343,8 @@ class EvaluateConfig(LabelledConfig):
 class ScoreConfig(Config):
     """Score every image and slide of an archive once, with an evidence map on each row, to Parquet.
 
-    The same command again goes on where it was stopped, and takes up files that were added.
+    The same command again goes on where it was stopped, takes up files that were added, and scores again
+    those that were replaced under their name.
     """
 
     model: str

@@ -28,7 +28,10 @@ def templates() -> jinja2.Environment:
 
 @dataclass(frozen=True)
 class Example:
-    """One picture: pixels uint8 (H, W, 3), evidence float (h, w) over the network's input."""
+    """One picture: pixels uint8 (H, W, 3), evidence float (h, w) over the network's input.
+
+    Where the picture itself cannot be shown, `missing` says why: the pixels are grey, and no map is drawn.
+    """
 
     image_id: str
     probability_malignant: float
@@ -36,6 +39,7 @@ class Example:
     log_odds: float
     pixels: np.ndarray
     evidence: np.ndarray
+    missing: str | None = None
 
 
 def draw(

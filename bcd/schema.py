@@ -52,6 +52,7 @@ BACKGROUND_TILES = "background_tiles"
 ERROR_TILES = "error_tiles"
 TISSUE_AREA_MM2 = "tissue_area_mm2"
 MALIGNANT_TILE_SHARE = "malignant_tile_share"
+VERSION = "version"
 PHASH = "phash"
 HEMATOXYLIN_OD_MEAN = "hematoxylin_od_mean"
 HEMATOXYLIN_OD_STD = "hematoxylin_od_std"
@@ -137,6 +138,18 @@ READING = pa.schema(
         (HEIGHT_PX, pa.int32()),
         (ERROR, pa.string()),
         (ERROR_MESSAGE, pa.string()),
+    ]
+)
+
+# What the inputs of an archive were when they were last looked at: a row depends on these, and on the pixels.
+SEEN_INPUTS = pa.schema(
+    [
+        pa.field(IMAGE_ID, pa.string(), nullable=False),
+        pa.field(URI, pa.string(), nullable=False),
+        (PATIENT, pa.string()),
+        (SLIDE, pa.string()),
+        (MPP, pa.float32()),
+        (VERSION, pa.string()),
     ]
 )
 

@@ -15,7 +15,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from configparser import Error as ConfigError
@@ -41,6 +41,8 @@ FILE_SCHEME = re.compile(r"file:/", re.IGNORECASE)
 ADDRESSING_STYLES = ("auto", "path", "virtual")
 # Requests in flight per process: hides the latency of an object store, and is harmless on a disk.
 READ_THREADS = 8
+# The same where nothing is read: an object store takes its time for each look.
+LOOK_THREADS = 32
 # Of what tells no size, so much is read at a time.
 PIECE_BYTES = 2**16
 # Ends the name of a file that is being written; one that a kill left behind is nobody's.
@@ -58,11 +60,12 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class File:
-    """One stored file: its URI, its path below the listed root, and its size in bytes."""
+    """One stored file: its URI, its path below the listed root, its size in bytes, and its `version`."""
 
     uri: str
     path: str
     size_bytes: int
+    version: str = field(default="", compare=False)
 
 
 def is_remote(uri: str) -> bool:
@@ -226,7 +229,8 @@ def list_folder(uri: str) -> Listing:
         _require_folder(filesystem, uri, root)
         found = _walk_store(filesystem, root) if is_remote(uri) else walk.walk(root)
     below = absolute(uri).rstrip("/")
-    files = [File(f"{below}/{path}", path, size) for path, size in sorted(found.sizes.items())]
+    sizes = sorted(found.sizes.items())
+    files = [File(f"{below}/{path}", path, size, found.versions[path]) for path, size in sizes]
     return Listing(files, dict(sorted(found.faults.items())), found.passed)
 
 
@@ -240,7 +244,7 @@ def _walk_store(filesystem: fs.FileSystem, root: str) -> walk.Entries:
         if any(part.startswith(".") for part in path.split("/")):
             found.passed[walk.HIDDEN] += 1
         else:
-            found.sizes[path] = info.size
+            found.sizes[path], found.versions[path] = info.size, _version(info)
     return found
 
 
@@ -321,7 +325,25 @@ def version(uri: str) -> str:
     info = _info(uri)
     if info.type != fs.FileType.File:
         raise StorageError(f"{uri}: cannot read it: there is no such file", True)
+    return _version(info)
+
+
+def _version(info: fs.FileInfo) -> str:
     return f"{info.size}-{info.mtime_ns}"
+
+
+def versions(uris: Iterable[str]) -> dict[str, str | None]:
+    """`version` of each file, `None` where there is none or it cannot be looked at."""
+    distinct = list(dict.fromkeys(uris))
+    with ThreadPoolExecutor(LOOK_THREADS) as pool:
+        return dict(zip(distinct, pool.map(_version_if_any, distinct), strict=True))
+
+
+def _version_if_any(uri: str) -> str | None:
+    try:
+        return version(uri)
+    except StorageError:
+        return None
 
 
 def _persistent(read: Callable[Asked, Found]) -> Callable[Asked, Found]:

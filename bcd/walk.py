@@ -17,9 +17,11 @@ LOOP, AGAIN = "link to a folder above it", "link to a folder that is listed alre
 
 @dataclass
 class Entries:
-    """What is below a folder, by path: sizes of files in bytes, reasons of faults, kinds passed over."""
+    """What is below a folder, by path: sizes of files in bytes, and their versions (see `storage.version`);
+    reasons of faults; kinds passed over."""
 
     sizes: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
     passed: Counter[str] = field(default_factory=Counter)
 
@@ -92,6 +94,7 @@ def _is_folder(entry: "os.DirEntry[str]", path: str, found: Entries) -> bool:
         status = entry.stat()
         if entry.is_file():
             found.sizes[path] = status.st_size
+            found.versions[path] = f"{status.st_size}-{status.st_mtime_ns}"
         elif not entry.is_dir():
             found.passed[SPECIAL] += 1
         return entry.is_dir()

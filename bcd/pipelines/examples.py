@@ -1,5 +1,6 @@
 """Pictures for the pages: the pixels of a few rows of a predictions table, beside their maps."""
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,10 @@ import pyarrow.compute as pc
 from bcd import aggregate, image, schema, storage
 from bcd.example import Example
 from bcd.pipelines import read
+
+# Why a picture is not shown.
+GONE = "The picture can no longer be read."
+CHANGED = "The file has changed since it was scored: its new picture is not that of this result."
 
 
 def of_images(images: pd.DataFrame) -> list[Example]:
@@ -33,6 +38,7 @@ def of_row(row: dict[str, Any], slide_mpp: tuple[float, float] | None = None) ->
         slide_mpp: µm per pixel of level 0 that its slide was planned with, across and down.
     """
     logit = row[schema.LOGIT]
+    pixels, missing = _pixels(row, slide_mpp)
     maps = np.reshape(row[schema.EVIDENCE], (row[schema.EVIDENCE_HEIGHT], row[schema.EVIDENCE_WIDTH]))
     probability = row[schema.PROBABILITY_MALIGNANT]
     # Of two classes their difference, which knows no limit of certainty.
@@ -42,15 +48,20 @@ def of_row(row: dict[str, Any], slide_mpp: tuple[float, float] | None = None) ->
         probability_malignant=probability,
         predicted_class=row[schema.PREDICTED_CLASS],
         log_odds=log_odds,
-        pixels=_pixels(row, slide_mpp),
-        evidence=maps,
+        pixels=pixels,
+        evidence=np.zeros_like(maps) if missing else maps,
+        missing=missing,
     )
 
 
-def _pixels(row: dict[str, Any], slide_mpp: tuple[float, float] | None) -> np.ndarray:
-    """The picture of a row; grey where it is no longer there."""
+def _pixels(row: dict[str, Any], slide_mpp: tuple[float, float] | None) -> tuple[np.ndarray, str | None]:
+    """The picture of a row; grey, and why, where it is no longer there or no longer the same."""
+    scale = dict(zip((schema.SLIDE_MPP_X, schema.SLIDE_MPP_Y), slide_mpp or (), strict=False))
     try:
-        scale = dict(zip((schema.SLIDE_MPP_X, schema.SLIDE_MPP_Y), slide_mpp or (), strict=False))
-        return read.picture(row | scale)
+        content = next(read.contents([row[schema.URI]])) if row[schema.X_LEVEL0_PX] is None else None
+        if not isinstance(content, bytes) or hashlib.sha256(content).hexdigest() == row[schema.SHA256]:
+            return read.picture(row | scale, content=content), None
+        missing = CHANGED
     except image.ImageError:
-        return np.full((row[schema.HEIGHT_PX], row[schema.WIDTH_PX], 3), 128, np.uint8)
+        missing = GONE
+    return np.full((row[schema.HEIGHT_PX], row[schema.WIDTH_PX], 3), 128, np.uint8), missing

@@ -84,7 +84,7 @@ def _expanded(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozens
     if row.get(schema.ERROR) or not may_be_slide(row[schema.URI]):
         return _reading(row)
     try:
-        # Tiles of a planned slide may be committed: its books go on, whatever has become of the file since.
+        # Tiles of a planned slide may be committed: its books go on. That of a changed file was forgotten.
         tiles = _read_tiles(plans_uri, row[schema.IMAGE_ID])
         if tiles is None and not slide.is_slide(staging.stage(row[schema.URI]).path, tiling.given(row)):
             return _reading(row)
@@ -176,6 +176,14 @@ def _read_tiles(plans_uri: str, slide_id: str) -> pa.Table | None:
     """All tiles of a planned slide (schema `schema.READING`); None where there is no plan."""
     uri = storage.join(plans_uri, f"{_key(slide_id)}.parquet")
     return storage.read_table(uri).cast(schema.READING) if storage.exists(uri) else None
+
+
+def forget(plans_uri: str, slide_id: str) -> None:
+    """Remove the plan of a slide that has changed; the tiles first, without which there is no plan."""
+    for suffix in ("parquet", "json", "png"):
+        uri = storage.join(plans_uri, f"{_key(slide_id)}.{suffix}")
+        if storage.exists(uri):
+            storage.delete_file(uri)
 
 
 def read_plan(plans_uri: str, slide_id: str) -> Plan | None:

@@ -2,6 +2,7 @@
 
     config.json                    the settings that decide a row; another model or input is refused. A flag
                                    that an error asked for may be added: such rows are scored again
+    inputs.parquet                 what the inputs were: a file that is replaced is scored again (`inputs`)
     work/GENERATION/*.parquet      segments: rows as they were committed, each file whole or not there
     predictions/part-ID-GENERATION-NUMBER.parquet   the table: segments merged, sorted, each row once
     summary.json                   written last: which generation is merged
@@ -17,7 +18,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,17 +138,49 @@ def _write_settings(uri: str, settings: dict[str, Any]) -> None:
 
 
 def _forget(ledger: Ledger, codes: frozenset[str]) -> None:
-    """Take out the inputs with these errors, as if they had never been read; file by file, each at once."""
+    """Take out the inputs with these errors, as if they had never been read."""
     wanted = pa.array(sorted(codes), pa.string())
-    for segment in merged(ledger).segments + committed(ledger).segments:
-        facts = storage.read_table(segment.uri, [schema.ERROR, schema.X_LEVEL0_PX])
+
+    def gone(rows: pa.Table) -> pa.ChunkedArray:
         # A tile's error is no want of a flag: its slide was read with what it had.
-        whole_input = pc.is_null(facts[schema.X_LEVEL0_PX])
-        kept = pc.invert(pc.and_(pc.is_in(facts[schema.ERROR], wanted), whole_input))
-        if not pc.any(kept).as_py():
+        whole_input = pc.is_null(rows[schema.X_LEVEL0_PX])
+        return pc.and_(pc.is_in(rows[schema.ERROR], wanted).fill_null(False), whole_input)
+
+    _take_out(merged(ledger).segments + committed(ledger).segments, gone)
+
+
+def remove(done: Done, names: set[str]) -> None:
+    """Take out the rows of these inputs, as if they had never been read."""
+    wanted = pa.array(sorted(names), pa.string())
+    _take_out(_holding(done, names), lambda rows: pc.is_in(_with_input(rows)[INPUT], wanted))
+
+
+def _take_out(segments: Iterable[Segment], gone: Callable[[pa.Table], pa.ChunkedArray]) -> None:
+    """File by file, each at once: a kill leaves no row lost or doubled that was to stay."""
+    for segment in segments:
+        lost = gone(storage.read_table(segment.uri, [*COUNTED, schema.ERROR]))
+        if pc.all(lost).as_py():
             storage.delete_file(segment.uri)
-        elif not pc.all(kept).as_py():
-            _write(segment.uri, storage.read_table(segment.uri).filter(kept))
+        elif pc.any(lost).as_py():
+            _write(segment.uri, storage.read_table(segment.uri).filter(pc.invert(lost)))
+
+
+def _holding(done: Done, names: set[str]) -> list[Segment]:
+    """The files that may hold rows of these inputs."""
+    if not names:
+        return []
+    return [s for s in done.segments if s.first <= max(names) and s.last >= min(names)]
+
+
+def hashes(done: Done, names: set[str]) -> dict[str, str]:
+    """`sha256` by input, of the rows of these inputs that have one."""
+    found: dict[str, str] = {}
+    for segment in _holding(done, names):
+        table = storage.read_table(segment.uri, [*COUNTED, schema.SHA256])
+        table = table.filter(pc.is_valid(table[schema.SHA256]))
+        pairs = zip(_with_input(table)[INPUT].to_pylist(), table[schema.SHA256].to_pylist(), strict=True)
+        found |= {name: digest for name, digest in pairs if name in names}
+    return found
 
 
 def _delete_work(uri: str, generation: str = r"\d{4}") -> None:
@@ -298,6 +331,14 @@ def merge(part: Part) -> int:
     )
     _write(part.uri, table.drop_columns(INPUT))
     return len(table)
+
+
+def reopen(ours: Ledger, why: str) -> None:
+    """Say in the summary of the last finished run that the table is incomplete until the next one ends."""
+    uri = storage.join(ours.uri, SUMMARY)
+    if storage.exists(uri):
+        summary = json.loads(storage.read_bytes(uri)) | {"incomplete": why}
+        storage.write_bytes(uri, json.dumps(summary, indent=2).encode())
 
 
 def finish(ledger: Ledger, summary: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ray.data import Dataset, TaskPoolStrategy
 from bcd import archive, bundle, output, schema, slide, storage
 from bcd.config import OPERATIONAL, ScoreConfig
 from bcd.errors import ConfigError, IncompleteError
-from bcd.pipelines import cluster, expand, ledger, predict, present, read
+from bcd.pipelines import cluster, expand, inputs, ledger, predict, present, read
 from bcd.pipelines.ledger import Done, Ledger
 from bcd.pipelines.progress import Progress
 from bcd.text import counted
@@ -73,9 +73,9 @@ def run(config: ScoreConfig) -> str:
     cluster.connect()
     compiled = _compiles(config, found.table)
     ours, summary = ledger.begin(config.output, _deciding(config, model_id, compiled), _remedies(card))
-    books = _books(ours, found.table)
+    books, changed = _settled(ours, found)
     todo = books.open_inputs()
-    if not len(todo) and summary and not books.done.rows:
+    if not len(todo) and summary and "incomplete" not in summary and not books.done.rows:
         n = counted(len(found.table), "input")
         print(f"{ours.uri} is finished: {n}, all scored; see gallery.html there")
         return ours.uri
@@ -86,10 +86,13 @@ def run(config: ScoreConfig) -> str:
         rate = _score(ours, books, progress, todo, settings, _tiling(config, card), config.max_workers)
     books = _books(ours, found.table)
     _require_balance(books, progress.withheld)
+    if books.plans:
+        inputs.require_same_slides(found, archive.read(config.input), books.plans)
     _merge(ours, books.done)
     facts = _facts(config, card, model_id) | {
         "n_ignored_files": found.ignored,
         "ignored": dict(found.passed.most_common()),
+        "n_changed_inputs": len(changed),
         "rows_per_s": rate or None,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -166,14 +169,24 @@ def _remedies(card: bundle.Card) -> ledger.Remedies:
     return found if card.mpp else found | {"tile_mpp": MPP_ERRORS}
 
 
-def _books(ours: Ledger, inputs: pa.Table) -> Books:
+def _settled(ours: Ledger, found: archive.Archive) -> tuple[Books, list[str]]:
+    """The books without the rows of inputs that have changed since, and the ids of these."""
+    books = _books(ours, found.table)
+    changed = inputs.settle(ours, books.older, books.done, found)
+    if changed:
+        print(f"{inputs.sentence(changed, 'since they were scored')}: scoring them again", flush=True)
+        books = _books(ours, found.table)
+    return books, changed
+
+
+def _books(ours: Ledger, listed: pa.Table) -> Books:
     done = ledger.committed(ours)
-    uris = dict(zip(inputs[schema.IMAGE_ID].to_pylist(), inputs[schema.URI].to_pylist(), strict=True))
+    uris = dict(zip(listed[schema.IMAGE_ID].to_pylist(), listed[schema.URI].to_pylist(), strict=True))
     possible = [name for name in done.rows if name in uris and expand.may_be_slide(uris[name])]
     with ThreadPoolExecutor(storage.READ_THREADS) as pool:
         plans = list(pool.map(lambda name: expand.read_plan(ours.plans_uri, name), possible))
     known = {name: plan for name, plan in zip(possible, plans, strict=True) if plan}
-    return Books(inputs, ledger.merged(ours), done, known)
+    return Books(listed, ledger.merged(ours), done, known)
 
 
 def _require_balance(books: Books, withheld: str | None = None) -> None:

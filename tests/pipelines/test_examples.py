@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -18,6 +20,7 @@ def write(folder, names, log_odds):
         p = 1 / (1 + np.exp(-odds))
         rows.append(
             {schema.IMAGE_ID: name, schema.URI: str(path), schema.HEIGHT_PX: 46, schema.WIDTH_PX: 70}
+            | {schema.SHA256: hashlib.sha256(path.read_bytes()).hexdigest()}
             | {schema.LOGIT: [0.0, odds], schema.PROBABILITY: [1 - p, p], schema.PROBABILITY_MALIGNANT: p}
             | {schema.PREDICTED_CLASS: "malignant" if p > 0.5 else "benign"}
             | {schema.EVIDENCE: [odds] * 6, schema.EVIDENCE_HEIGHT: 2, schema.EVIDENCE_WIDTH: 3}
@@ -52,3 +55,17 @@ def test_a_picture_that_has_gone_is_grey(tmp_path):
     (tmp_path / "a.png").unlink()
     (one,) = examples.of_images(pd.DataFrame({schema.IMAGE_ID: ["a.png"], aggregate.SOURCE: [source]}))
     assert (one.pixels == 128).all()
+    assert (one.missing, one.evidence.any()) == (examples.GONE, False)
+
+
+@pytest.mark.parametrize(
+    "content", [pictures.encode(pictures.gradient(46, 70)[::-1]), b"damaged", b""], ids=["other", "bad", "no"]
+)
+def test_an_old_map_is_never_drawn_over_new_pixels(tmp_path, content):
+    source = write(tmp_path, ["a.png", "b.png"], [1.0, 1.0])
+    (tmp_path / "a.png").write_bytes(content)
+    names = ["a.png", "b.png"]
+    new, same = examples.of_images(pd.DataFrame({schema.IMAGE_ID: names, aggregate.SOURCE: [source] * 2}))
+    assert (new.missing, new.pixels.shape) == (examples.CHANGED, (46, 70, 3))
+    assert ((new.pixels == 128).all(), new.evidence.any()) == (True, False)
+    assert (same.missing, same.evidence.any(), (same.pixels == 128).all()) == (None, True, False)
