@@ -49,10 +49,10 @@ def read(path, content):
         ("m.csv", "uri,patient,mpp,\na.png,007,0.5\n"),  # in the header,
         ("m.csv", "uri,patient,mpp,,\na.png,007,0.5,,\n"),  # in both
         ("m.tsv", GOOD.replace(",", "\t")),
-        ("m.csv.gz", gzip.compress(GOOD.encode())),
-        ("m.tsv.gz", gzip.compress(GOOD.replace(",", "\t").encode())),
+        ("m.csv.gz", gzip.compress(GOOD.encode(), mtime=0)),
+        ("m.tsv.gz", gzip.compress(GOOD.replace(",", "\t").encode(), mtime=0)),
         ("m.csv.gz", GOOD),  # unpacked by what fetched it
-        ("m.csv", gzip.compress(GOOD.encode())),
+        ("m.csv", gzip.compress(GOOD.encode(), mtime=0)),
         ("m.csv", GOOD.encode("utf-8-sig")),
         ("m.csv", GOOD.encode("utf-16")),
         ("m.csv", b"\xfe\xff" + GOOD.encode("utf-16-be")),
@@ -101,7 +101,7 @@ def test_lines_are_counted_as_an_editor_does(tmp_path):
         ("uri\na\nMüller.png\n".encode("latin-1"), ", line 3: not a text in UTF-8; save it as UTF-8"),
         (b"\xff\xfeu", ", line 1: not a text in UTF-16; save it as UTF-8"),
         (b"\x1f\x8bno gzip at all", ": not a readable gzip file: Unknown compression method"),
-        (gzip.compress(GOOD.encode())[:20], ": not a readable gzip file: "),
+        (gzip.compress(GOOD.encode(), mtime=0)[:20], ": not a readable gzip file: "),
         (b"PAR1 and no more", ": not a readable manifest: "),
         ("uri,mpp\na,0.5\nb,-1\n", ", line 3: the mpp is '-1'; expected µm per pixel, a number above 0"),
         ("uri;mpp\na;0,49\n", ", line 2: the mpp is '0,49'; expected µm per pixel"),
@@ -124,7 +124,7 @@ def test_what_cannot_be_read_is_refused_by_line(tmp_path, content, said):
 def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "MAX_BYTES", 20)
     assert (
-        refused(tmp_path / "m.csv.gz", gzip.compress(GOOD.encode()))
+        refused(tmp_path / "m.csv.gz", gzip.compress(GOOD.encode(), mtime=0))
         == ": unpacks to more than 20 bytes; divide it"
     )
 
