@@ -14,7 +14,7 @@ import pyarrow as pa
 from bcd import breakhis, folders, manifest, names, schema, split, storage, walk
 from bcd.errors import DataError
 from bcd.names import folded
-from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES, given_names
+from bcd.taxonomy import MAX_MPP, MIN_MPP, SUBTYPES, TUMOR_CLASSES, given_names
 from bcd.text import counted
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -125,12 +125,20 @@ def _from_manifest(data: str, given: Mapping[str, str]) -> tuple[list[dict[str, 
     for row, written in zip(rows, found.rows, strict=True):
         row |= _labels(written, given) | {schema.MAGNIFICATION: manifest.magnification(written)}
         row[schema.PART] = _part(written)
+        _check_mpp(row[schema.MPP], written.where)
     sizes = storage.sizes([row[schema.URI] for row in rows])
     for row, size, written in zip(rows, sizes, found.rows, strict=True):
         if size is None:
             raise DataError(f"{written.where}: {_why_missing(row[schema.URI])}")
         row[schema.SIZE_BYTES] = size
     return rows, names.unused_columns(found.columns)
+
+
+def _check_mpp(mpp: float | None, where: str) -> None:
+    if mpp is not None and not MIN_MPP <= mpp <= MAX_MPP:
+        raise DataError(
+            f"{where}: the {schema.MPP} is {mpp:g}; between {MIN_MPP:g} and {MAX_MPP:g} µm/px are possible"
+        )
 
 
 def _why_missing(uri: str) -> str:

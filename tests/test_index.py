@@ -94,6 +94,8 @@ GOOD = {"uri": "a.png", "tumor_class": "benign", "patient": "1"}
             "line 2: magnification '20'; expected one of 40, 100, 200, 400, or none",
         ),
         ([GOOD | {"mpp": "wide"}], "line 2: the mpp is 'wide'; expected µm per pixel"),
+        ([GOOD | {"mpp": "0.003"}], "line 2: the mpp is 0.003; between 0.05 and 20 µm/px are possible"),
+        ([GOOD | {"mpp": "490"}], "line 2: the mpp is 490; between 0.05 and 20 µm/px are possible"),
     ],
 )
 def test_a_wrong_manifest_is_refused_by_row(tmp_path, rows, said):
