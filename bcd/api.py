@@ -37,6 +37,7 @@ STATUS = {
     "truncated": 422,
     "too_many_pixels": 422,
     bundle.NOT_FINITE: 500,
+    "too_large": 413,
 }
 # The page loads nothing but itself, and sends nothing but to where it came from.
 PAGE_POLICY = (

@@ -9,7 +9,7 @@ archives and the service cannot drift apart. Nothing in a bundle is ever unpickl
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.resources import files
@@ -124,9 +124,9 @@ class Bundle:
         """Predict encoded pictures (PNG, JPEG, TIFF), as one batch.
 
         Raises:
-            ImageError: one of them cannot be decoded.
+            ImageError: one of them cannot be decoded; the message says which.
         """
-        return self.predict(np.stack([self.fit(image.decode(content)) for content in contents]))
+        return self.predict(np.stack([self.fit(one) for one in _decoded(contents)]))
 
     @torch.inference_mode()
     def pooled(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -173,6 +173,15 @@ def canary() -> np.ndarray:
     """An image, uint8 (64, 96, 3) RGB, of whole numbers by a formula: the same everywhere and always."""
     y, x, channel = np.ogrid[:64, :96, :3]
     return ((3 * y + 2 * x + (7 * channel + 5) * (x * y // 16)) % 256).astype(np.uint8)
+
+
+def _decoded(contents: Sequence[bytes]) -> Iterator[np.ndarray]:
+    for i, content in enumerate(contents):
+        try:
+            yield image.decode(content)
+        except image.ImageError as error:
+            message = f"image {i + 1} of {len(contents)}: {error.message}"
+            raise image.ImageError(error.code, message) from error
 
 
 def save(network: ResNet, card: Card, uri: str) -> str:

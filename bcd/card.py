@@ -44,6 +44,8 @@ class Card(BaseModel):
     """Class names in the order of the logits."""
     input_height_px: InputSize
     input_width_px: InputSize
+    decoder_version: Literal[2] = image.DECODER_VERSION
+    """How images become pixels, in training as later: among others, colour profiles are converted to sRGB."""
     mean: tuple[Share, Share, Share] = image.IMAGENET_MEAN
     std: tuple[Deviation, Deviation, Deviation] = image.IMAGENET_STD
     field_height_px: FieldSize

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -21,7 +22,7 @@ from bcd.errors import BcdError, ImageError
 # What Pillow may open, by content and not by name: fewer parsers, less to attack.
 FORMATS = ("PNG", "JPEG", "TIFF")
 # Goes up whenever `decode` or `fit` gives other pixels for some file. 2: colour profiles, 16 bits exactly.
-DECODER_VERSION = 2
+DECODER_VERSION: Literal[2] = 2
 # A file is in memory as a whole: 64 million pixels of 8-bit RGB, uncompressed, have 192 MB.
 MAX_FILE_BYTES = 2**28
 # ImageNet statistics, RGB in [0, 1]: the input that torchvision's weights expect.

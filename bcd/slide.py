@@ -7,7 +7,6 @@ be used raises `image.ImageError`, here with code `unreadable`, `missing_mpp`, `
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -36,6 +35,8 @@ BLOCK_PX = 2048
 # Of one region, and of one tile as the file stores it: 256 MB of RGBA, whatever the metadata ask for. Of a
 # whole slide: the largest scans have a tenth of it.
 MAX_READ_PIXELS, MAX_SLIDE_PIXELS = container.MAX_PIXELS, 10**12
+# From here on NDPI, a TIFF otherwise, has longer addresses than TIFF.
+NDPI_BYTES = 2**32
 UNREADABLE = "unreadable", "the slide cannot be read"
 
 
@@ -166,7 +167,8 @@ def open_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -
         ImageError: `unreadable`, or `missing_mpp` and `bad_mpp` as `pixel_size.choose` has it.
     """
     with boundary(*UNREADABLE):
-        _require_tiles(Path(path))
+        if fault := _fault(Path(path)):
+            raise fault
         handle = openslide.OpenSlide(path)
         (width, height), properties = handle.dimensions, dict(handle.properties)
         downsamples = tuple(handle.level_downsamples)
@@ -176,7 +178,8 @@ def open_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -
         raise ImageError("too_many_pixels", f"a slide of {width:,} x {height:,} px cannot be")
     icc = profile.tobytes() if profile else None
     try:
-        mpp = pixel_size.choose(properties, (width, height), given)
+        with boundary(*UNREADABLE):
+            mpp = pixel_size.choose(properties, (width, height), given)
     except ImageError:
         handle.close()
         raise
@@ -195,21 +198,32 @@ def _bounds(properties: Mapping[str, str]) -> tuple[int, int]:
     return x, y
 
 
-def _require_tiles(path: Path) -> None:
-    """OpenSlide takes memory for a tile as large as the metadata say, or ends the process."""
-    for page in _pages(path):
-        width, height = page.one(tiff.TILE_WIDTH), page.one(tiff.TILE_HEIGHT)
-        if width * height > MAX_READ_PIXELS:
-            raise ImageError("too_many_pixels", f"a slide stored in tiles of {width:,} x {height:,} px")
+def _fault(path: Path) -> ImageError | None:
+    """What forbids to give a file to OpenSlide.
+
+    It takes as much memory as tags and tiles claim to have, and ends the process where it gets none.
+    """
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        try:
+            for page in tiff.walk(file, size_bytes):
+                _require_tiles(page, size_bytes)
+        except ImageError as error:
+            is_damage, message = error.code == "truncated", error.message
+            fault = ImageError("unreadable", f"{UNREADABLE[1]}: {message}") if is_damage else error
+        except struct.error:
+            is_damage, fault = True, ImageError("unreadable", f"{UNREADABLE[1]}: it ends within its tags")
+        else:
+            return None
+    return None if is_damage and size_bytes >= NDPI_BYTES else fault
 
 
-def _pages(path: Path) -> list[tiff.Page]:
-    """Those of a slide in TIFF, as far as we can read them; NDPI is TIFF with longer addresses."""
-    found = list[tiff.Page]()
-    with path.open("rb") as file, suppress(ImageError, struct.error):
-        for page in tiff.walk(file, path.stat().st_size):
-            found.append(page)
-    return found
+def _require_tiles(page: tiff.Page, size_bytes: int) -> None:
+    if page.largest_part_bytes > size_bytes:
+        raise ImageError("truncated", "a tile claims more bytes than the file has")
+    width, height = page.one(tiff.TILE_WIDTH), page.one(tiff.TILE_HEIGHT)
+    if width * height > MAX_READ_PIXELS:
+        raise ImageError("too_many_pixels", f"a slide stored in tiles of {width:,} x {height:,} px")
 
 
 def is_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -> bool:
@@ -228,13 +242,14 @@ def is_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -> 
     if name.endswith(SLIDE_SUFFIXES + FIELD_SUFFIXES):
         return name.endswith(SLIDE_SUFFIXES)
     with boundary(*UNREADABLE):
+        if _fault(Path(path)):
+            return False
         layout = openslide.OpenSlide.detect_format(path)
         return layout is not None and (layout != TILED_TIFF or _is_more_than_tiled(Path(path), given))
 
 
 def _is_more_than_tiled(path: Path, given: pixel_size.Given) -> bool:
     """Whether a TIFF in tiles, of no known scanner, has a pyramid or a scale: else it is a field."""
-    _require_tiles(path)
     with openslide.OpenSlide(path) as handle:
         return handle.level_count > 1 or pixel_size.is_stated(handle.properties, handle.dimensions, given)
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
+import numpy as np
+
 from bcd.container import require_size
 from bcd.errors import ImageError
 
@@ -20,6 +22,8 @@ STARTS = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True),
 _TYPES = {1: (1, 2, 6, 7), 2: (3, 8), 4: (4, 9, 11, 13), 8: (5, 10, 12, 16, 17, 18)}
 SIZES = {kind: n_bytes for n_bytes, kinds in _TYPES.items() for kind in kinds}
 LETTERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
+# Bytes of each strip, and of each tile.
+PART_BYTES = (279, 325)
 # Real files have some dozens of tags and, where their pages are focus planes or frames, hundreds of pages.
 MAX_TAGS, MAX_PAGES = 4_096, 1_000
 # Of numbers that are read of a tag, one for each sample of a pixel; a palette has red, green and blue.
@@ -30,10 +34,15 @@ DESCRIPTION, SAMPLES, MAX_SAMPLE, PLANAR, PALETTE, TILE_WIDTH, TILE_HEIGHT = 270
 ORIENTATION, EXTRA, FORMAT, SUBSAMPLING, IMAGEJ = 274, 338, 339, 530, 50839
 NUMBERS = {SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, MAX_SAMPLE, PLANAR}
 NUMBERS |= {PALETTE, TILE_WIDTH, TILE_HEIGHT, ORIENTATION, EXTRA, FORMAT, SUBSAMPLING}
-# Old, lossy or rare compressions are left out: not every build of libtiff has them.
+# Others are left out: not every build of libtiff has them, fax decoders go on after damage as if nothing were
+# and tell of every line, and what old-style JPEG means was never written down.
 UNCOMPRESSED = 1
-COMPRESSIONS = {UNCOMPRESSED, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000}
+COMPRESSIONS = {UNCOMPRESSED, 5, 7, 8, 32773, 32946, 34925, 50000}
 NAMES = {
+    2: "CCITT fax",
+    3: "CCITT fax",
+    4: "CCITT fax",
+    6: "old-style JPEG",
     32809: "ThunderScan",
     33003: "Aperio JPEG 2000",
     33005: "Aperio JPEG 2000",
@@ -58,12 +67,16 @@ IMAGEJ_START, PLANES_IMAGEJ = b"ImageJ=", re.compile(rb"^images=(\d+)", re.MULTI
 
 @dataclass(frozen=True)
 class Page:
-    """One page: its place in the file, from 0, numbers by tag, and of the first one the description."""
+    """One page: its place in the file, from 0, numbers by tag, and of the first one the description.
+
+    `largest_part_bytes` is what its largest strip or tile claims to have.
+    """
 
     number: int
     tags: Mapping[int, tuple[int, ...]]
     description: bytes
     has_lookup_tables: bool
+    largest_part_bytes: int
 
     def one(self, tag: int, default: int = 0) -> int:
         """The first number of a tag."""
@@ -127,7 +140,7 @@ def _page(file: BinaryIO, order: str, is_big: bool, size_bytes: int, number: int
     if len(entries) < n:
         raise ImageError("truncated", "the file ends within its table of tags")
     _require_apart(entries, size_bytes)
-    tags, description = dict[int, tuple[int, ...]](), b""
+    tags, description, largest = dict[int, tuple[int, ...]](), b"", 0
     for tag, kind, count, value in entries:
         if tag in NUMBERS and kind in LETTERS:
             n_read = min(count, PALETTE_NUMBERS if tag == PALETTE else MAX_NUMBERS)
@@ -135,8 +148,12 @@ def _page(file: BinaryIO, order: str, is_big: bool, size_bytes: int, number: int
             tags.setdefault(tag, struct.unpack(f"{order}{n_read}{LETTERS[kind]}", content))
         elif tag == DESCRIPTION and kind in (1, 2, 7) and number == 0:
             description = _value(file, order, kind, count, count, value)
+        elif tag in PART_BYTES and kind in LETTERS and count:
+            content = _value(file, order, kind, count, count, value)
+            largest = max(largest, int(np.frombuffer(content, order + LETTERS[kind]).max()))
     tags = {tag: values for tag, values in tags.items() if values}
-    return Page(number, tags, description, any(entry[0] == IMAGEJ for entry in entries))
+    has_lookup_tables = any(entry[0] == IMAGEJ for entry in entries)
+    return Page(number, tags, description, has_lookup_tables, largest)
 
 
 def _require_apart(entries: Sequence[tuple[int, int, int, bytes]], size_bytes: int) -> None:
@@ -151,7 +168,10 @@ def _value(file: BinaryIO, order: str, kind: int, count: int, n_read: int, value
         return value[: SIZES[kind] * n_read]
     place = struct.unpack(order + ("Q" if len(value) == 8 else "I"), value)[0]
     file.seek(min(place, 2**62))
-    return file.read(SIZES[kind] * n_read)
+    found = file.read(SIZES[kind] * n_read)
+    if len(found) < SIZES[kind] * n_read:
+        raise ImageError("truncated", "a tag points outside the file")
+    return found
 
 
 def choose(found: Sequence[Page]) -> Page:

@@ -1,7 +1,6 @@
 """A small archive with what people's archives have: good pictures, odd ones, broken ones, slides."""
 
 import csv
-import io
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +25,6 @@ def odd() -> dict[str, bytes]:
     field = Image.fromarray(pictures.gradient(92, 140))
     exif = Image.Exif()
     exif[0x0112] = 6
-    animated, pages = io.BytesIO(), io.BytesIO()
-    frames = [field.rotate(angle) for angle in (90, 180)]
-    field.save(animated, "PNG", save_all=True, append_images=frames)
-    field.save(pages, "TIFF", save_all=True, append_images=frames)
     deep = (np.asarray(field.convert("L")).astype(np.uint16) * 257).astype(np.uint16)
     return {
         "odd/16 bit.png": pictures.encode(Image.fromarray(deep)),
@@ -41,8 +36,6 @@ def odd() -> dict[str, bytes]:
         "odd/cmyk.jpg": pictures.encode(field.convert("CMYK"), "JPEG"),
         "odd/cmyk.tif": pictures.encode(field.convert("CMYK"), "TIFF"),
         "odd/rotated.jpg": pictures.encode(field, "JPEG", exif=exif),
-        "odd/animated.png": animated.getvalue(),
-        "odd/pages.tiff": pages.getvalue(),
         "odd/UPPER CASE.PNG": pictures.encode(field),
         "odd/really a jpeg.png": pictures.encode(field, "JPEG"),
     }
@@ -57,6 +50,10 @@ def broken() -> dict[str, tuple[bytes, str]]:
         for cut in CUTS
     }
     planted |= {f"bad/{name}.png": found for name, found in pictures.broken().items()}
+    several = {"save_all": True, "append_images": [Image.fromarray(pictures.gradient(92, 140)[::-1].copy())]}
+    for name, kind in (("animated.png", "PNG"), ("pages.tiff", "TIFF")):
+        content = pictures.encode(pictures.gradient(92, 140), kind, **several)
+        planted[f"bad/{name}"] = (content, "unsupported_format")
     planted["bad/text.svs"] = (b"no slide at all", "unreadable")
     planted["bad/empty.ndpi"] = (b"", "unreadable")
     return planted

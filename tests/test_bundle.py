@@ -82,6 +82,8 @@ def test_a_bundle_gives_the_logits_of_its_network(tmp_path, network):
     )
     assert loaded.model_id == identity
     assert loaded.card == card(**written(loaded.card))
+    with pytest.raises(image.ImageError, match="image 2 of 2: the file has no bytes"):
+        loaded.predict_files([pictures.encode(pictures.gradient()), b""])
 
 
 def test_evidence_size_is_that_of_the_map(network):
@@ -116,7 +118,7 @@ def test_the_card_for_people_says_what_must_be_said(tmp_path, network):
 @pytest.mark.parametrize("few", [None, "2 benign and 9 malignant patients are too few"])
 def test_the_card_for_people_says_where_patients_are_too_few(few):
     metrics = {"summary": [["AUC", "1.000", "–"]], "n_images": 1, "n_patients": 1, "too_few_patients": few}
-    text = bundle._readme(card(metrics=metrics), "m")
+    text = bundle._readme(card(metrics=metrics))
     assert ("**Too few patients.** 2 benign and 9" in text) == bool(few)
     assert "On 1 image of 1 patient that it was not trained on" in text
 

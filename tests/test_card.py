@@ -140,6 +140,7 @@ def test_text_in_no_utf8_is_rejected():
         ),
         (statistics(cutoff=-1.0), "feature_statistics.cutoff: "),
         (statistics(n_training=0), "feature_statistics.n_training: "),
+        ({"decoder_version": 1}, "decoder_version"),
     ],
 )
 def test_what_cannot_be_is_rejected_by_name(change, said):

@@ -45,7 +45,7 @@ SCORER = r"ray::MapWorker\(MapBatches\(Scorer\)"
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """400 good fields, 13 odd ones, 28 broken ones, slides where they are at hand, and what is no input."""
+    """400 good fields, 11 odd ones, 30 broken ones, slides where they are at hand, and what is no input."""
     root = str(tmp_path_factory.mktemp("archive"))
     files = archives.fields(N_FIELDS) | archives.odd()
     files |= {name: content for name, (content, _) in archives.broken().items()}

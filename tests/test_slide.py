@@ -327,3 +327,16 @@ def test_a_slide_is_converted_from_its_profile(tmp_path):
     with slide.open_slide(path) as opened:
         found = opened.read(0, 0, 0, 64, 64)
     assert np.abs(found[..., ::-1].astype(int) - pixels).max() <= 1
+
+
+@pytest.mark.parametrize("tag", [325, 270], ids=["bytes of a tile", "length of a text"])
+def test_claims_beyond_the_file_never_reach_openslide(tmp_path, tag):
+    """GLib ends the process where it gets no 4 GiB: found by `benchmarks.fuzz_images`, seed 3179."""
+    tags, tiles = pictures.tiff_page(pictures.gradient(64, 64), t322=[64], t323=[64], t270=b"x" * 9)
+    content = bytearray(pictures.tiff((tags, tiles)))
+    entry = content.index(struct.pack("<H", tag), len(tiles[0]))
+    struct.pack_into("<I", content, entry + (8 if tag == 325 else 4), 2**32 - 1)
+    path = tmp_path / "s.tif"
+    path.write_bytes(content)
+    assert code_of(lambda: slide.open_slide(path)) == "unreadable"
+    assert not slide.is_slide(path)

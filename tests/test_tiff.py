@@ -101,6 +101,7 @@ def test_twelve_bits_are_scaled_where_the_file_says_so(changes):
         (DEEP.astype(np.uint32), {}, "32"),
         (PIXELS, {"t259": [50001]}, r"compression 50001 \(WebP\) is not read"),
         (PIXELS, {"t259": [34712]}, r"compression 34712 \(JPEG 2000\)"),
+        (GREY, {"meaning": 1, "t259": [4]}, r"compression 4 \(CCITT fax\)"),
         (PIXELS, {"t259": [777]}, r"compression 777 \(unknown\)"),
         (GREY, {"meaning": 32803}, "photometric interpretation 32803 is not read"),
         (np.dstack([PIXELS, ALPHA]), {}, "4 samples a pixel, and it does not say what the last 1"),
