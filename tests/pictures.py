@@ -98,6 +98,13 @@ def tiled_tiff(
     pixels: np.ndarray, mpp: float | tuple[float, float] | None, side: int = 64, **changes: object
 ) -> bytes:
     """A slide as OpenSlide reads it, in tiles and of one level."""
+    return tiff(tiled_page(pixels, mpp, side, **changes))
+
+
+def tiled_page(
+    pixels: np.ndarray, mpp: float | tuple[float, float] | None, side: int = 64, **changes: object
+) -> tuple[Tags, list[bytes]]:
+    """One level of a slide; the ones after the first need `t254=[1]`."""
     across, down = mpp if isinstance(mpp, tuple) else (mpp or 1, mpp or 1)
     rows, columns = (-(-size // side) for size in pixels.shape[:2])
     padded = np.full((rows * side, columns * side, 3), 255, np.uint8)
@@ -108,4 +115,4 @@ def tiled_tiff(
     # 296 says pixels per cm.
     tags |= {282: (5, [round(1e7 / across), 1_000]), 296: (3, [3 if mpp else 1])}
     tags |= {283: (5, [round(1e7 / down), 1_000]), 322: (4, [side]), 323: (4, [side])}
-    return tiff((tags, [tile.tobytes() for tile in tiles]))
+    return tags, [tile.tobytes() for tile in tiles]

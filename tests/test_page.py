@@ -27,6 +27,7 @@ from tests import page_mock, pictures, service, test_gallery, test_report
 from tests.cluster import wait_for
 from tests.test_api import statistics
 from tests.test_bundle import card, untrained
+from tests.test_image import SWAPPED
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser tests")
 CHROMIUM = shutil.which("chromium")
@@ -361,6 +362,16 @@ def test_the_canvas_equals_the_overlay_of_the_archive_job(
     assert np.abs(pixels(page) - expected).max() <= 3
     served = get_json(f"{page_url}/v1/predict?overlay=true", one["buffer"])["overlay_png"]
     assert np.abs(pixels(page) - image.decode(base64.b64decode(served)).astype(int)).max() <= 3
+
+
+def test_a_colour_profile_is_followed_as_the_model_follows_it(page: Page, page_url: str) -> None:
+    content = pictures.encode(pictures.gradient(46, 70), icc_profile=SWAPPED)
+    visit(page, page_url)
+    upload(page, {"name": "a.png", "mimeType": "image/png", "buffer": content})
+    page.get_by_label("Side by side").check()
+    read = image.decode(content).astype(int)
+    assert np.abs(read - pictures.gradient(46, 70)).max() > 100
+    assert np.abs(pixels(page, "#plain") - read).max() <= 3
 
 
 def test_the_slider_sets_the_strength_of_all_overlays(page: Page, page_url: str, shot: Any) -> None:

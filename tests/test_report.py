@@ -328,6 +328,9 @@ def test_every_wrong_prediction_is_shown_by_patient_and_the_rest_as_samples(page
         assert f"Patient {patient}: 1 wrong" in text(page)
     assert page.count('<figure class="example">') == 4 + 6 + 12
     assert "4 of 24 images; patients with most of them first" in text(page)
+    # On the scale of service and gallery, whatever is shown: said at the legend and beside each picture.
+    assert "<span>−4</span><span>0</span><span>+4</span>" in page
+    assert text(page).count("· full colour ±4") == 4 + 6 + 12
 
 
 def test_what_it_costs_is_said_in_missed_cancers(tmp_path: Path) -> None:

@@ -154,6 +154,35 @@ def test_a_whole_slide_is_refused_with_a_pointer(client):
         )
 
 
+SIZE = b'SizeX="130" SizeY="100" PhysicalSizeX="0.5" PhysicalSizeY="0.5"'
+OME = b'<OME xmlns="o"><Image><Pixels ' + SIZE + b"/></Image></OME>"
+SLIDES = {
+    "a scale": SLIDE,
+    "a pyramid": pictures.tiff(
+        pictures.tiled_page(pictures.gradient(100, 130), None),
+        pictures.tiled_page(pictures.gradient(50, 65), None, t254=[1]),
+    ),
+    "OME-TIFF": pictures.tiled_tiff(pictures.gradient(100, 130), None, t270=OME + b"\0"),
+    "Aperio": pictures.tiled_tiff(
+        pictures.gradient(100, 130), None, t270=b"Aperio Image Library\r\n130x100\0"
+    ),
+}
+FIELDS = {
+    "tiles without a scale": pictures.tiled_tiff(pictures.gradient(100, 130), None),
+    "dots per inch": pictures.tiled_tiff(pictures.gradient(100, 130), 25_400 / 300),
+    "strips with a scale": pictures.encode(pictures.gradient(100, 130), "TIFF", dpi=(50_800, 50_800)),
+}
+
+
+@pytest.mark.parametrize("name", [*SLIDES, *FIELDS])
+def test_the_content_says_what_is_a_slide_as_in_an_archive(client, name):
+    answer = client.post("/v1/predict", content=(SLIDES | FIELDS)[name])
+    if name in SLIDES:
+        assert told(answer)[:2] == (415, "whole_slide")
+    else:
+        assert (answer.status_code, answer.json()["width_px"]) == (200, 130)
+
+
 def test_a_slide_in_a_batch_leaves_the_others_their_answers(client):
     files = [("files", ("a.png", FIELD)), ("files", ("s.png", SLIDE)), ("files", ("thumbnail.MRXS", FIELD))]
     results = client.post("/v1/predict/batch", files=[*files, files[0]]).json()["results"]

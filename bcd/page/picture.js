@@ -6,8 +6,8 @@ const LARGEST_PX = 1280;
 /** The picture as a bitmap, or null where this browser cannot read the format (TIFF) or the file is damaged. */
 export async function decode(blob) {
   try {
-    // The model reads the file's numbers as they are, so no colour profile is applied here either.
-    return await createImageBitmap(blob, { colorSpaceConversion: "none" });
+    // In sRGB, as the model reads it: a colour profile in the file is followed here too.
+    return await createImageBitmap(blob);
   } catch {
     return null;
   }
