@@ -75,6 +75,8 @@ class Card(BaseModel):
     """Whether patients may stand on two sides of the split: such numbers mislead."""
     synthetic: bool
     """Whether the training images are made up: such numbers say nothing about tissue."""
+    warnings: tuple[str, ...] = ()
+    """About the training data and their split: what to know before believing the numbers."""
     feature_statistics: FeatureStatistics | None = None
     """Of the pooled features over the training pictures: they tell how unlike those a new picture is."""
     training: dict[str, Any]
@@ -146,8 +148,8 @@ def parse(content: bytes, uri: str) -> Card:
 
 def model_id(card: Card) -> str:
     """Hash over all that decides a prediction: the weights' own hash is in the card. The metrics are measured
-    later, and the canary's logits differ in rounding from one machine to another."""
-    facts = card.model_dump_json(exclude={"metrics", "canary_logit"})
+    later, warnings are for people, and the canary's logits differ in rounding from one machine to another."""
+    facts = card.model_dump_json(exclude={"metrics", "warnings", "canary_logit"})
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 

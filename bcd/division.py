@@ -1,5 +1,8 @@
 """Dividing groups of images into parts: a random fair division, found by local search, in integers only.
 
+First by images alone. Where that leaves a part with less than half of its share of a class, in images or in
+patients, once more with every class, in images and in patients, as heavy as the whole data set.
+
 The same seed gives the same division on every platform and with every version of NumPy (raw PCG64 words).
 """
 
@@ -21,8 +24,12 @@ _SHARE, _SIZE = 0.05, 0.10
 # Effort of one split: local searches from nothing, rounds of each, and a bound on the groups looked at. The
 # first searches insist on a fair split; where the groups allow none, each later one is content with less.
 _SEARCHES, _STRICT, _ROUNDS, _WORK = 8, 4, 100, 60_000
+# Searches of the second attempt, whose every move looks at what is owed.
+_MORE = 2
 # Columns of the table of group sizes: images of each tumour class, of all, and of each stratum.
 CLASSES, _ALL, _STRATA = slice(0, 2), 2, slice(3, None)
+# No images or patients are worth a missing class or stratum; the numbers still fit into 64 bits.
+_FIRST = 2**40
 
 
 def codes(column: pa.ChunkedArray) -> Integers:
@@ -43,21 +50,57 @@ def sizes(rows: pa.Table, groups: Integers) -> Integers:
     return sizes
 
 
-def divide(sizes: Integers, shares: NDArray[np.float64], wanted: Sequence[int], seed: int) -> Integers:
+def patients(rows: pa.Table, groups: Integers) -> Integers:
+    """Patients of each tumour class (columns) in every group (rows); none where they are unknown."""
+    classes = pc.index_in(rows[schema.TUMOR_CLASS], pa.array(TUMOR_CLASSES)).to_numpy()
+    who = np.stack([groups, classes, codes(rows[schema.PATIENT])])
+    counts = np.zeros((groups.max(initial=-1) + 1, len(TUMOR_CLASSES)), dtype=np.int64)
+    group, tumor_class, _ = np.unique(who[:, who[2] >= 0], axis=1)
+    np.add.at(counts, (group, tumor_class), 1)
+    return counts
+
+
+def divide(
+    sizes: Integers, patients: Integers, shares: NDArray[np.float64], wanted: Sequence[int], seed: int
+) -> Integers:
+    """Part of every group: a random division that is fair by images and, as far as they allow, to each class.
+
+    Args:
+        sizes: (groups, columns) from `sizes`.
+        patients: (groups, classes) from `patients`.
+        shares: (parts,) wanted share of the images.
+        wanted: (parts,) how much worse a part is without some stratum; without a class all are useless.
+        seed: of raw PCG64 words, which NumPy promises never to change, unlike `Generator` methods.
+    """
+    by_images = _search(sizes, shares, wanted, seed)
+    counts = np.hstack([sizes[:, CLASSES], patients])
+    heavy = counts * (sizes[:, _ALL].sum() // np.maximum(counts.sum(axis=0), 1))
+    balanced = np.hstack([heavy[:, CLASSES], sizes[:, _ALL:], heavy[:, CLASSES.stop :]])
+    owed = (0, 1, -2, -1)
+
+    def shortfall(part: Integers) -> int:
+        return _Division(balanced, shares, wanted, part, owed).shortfall()
+
+    if shortfall(by_images) == 0:
+        return by_images
+    return min(by_images, _search(balanced, shares, wanted, seed, owed), key=shortfall)
+
+
+def _search(
+    sizes: Integers,
+    shares: NDArray[np.float64],
+    wanted: Sequence[int],
+    seed: int,
+    owed: Sequence[int] = (),
+) -> Integers:
     """Part of every group: a random fair division, found by local search.
 
     The best division would be the same for every seed, so the first that is fair is taken. A round takes a
     random quarter of the groups out, puts them back one by one where they fit best, moves single groups while
     that helps, and goes on from the result if it is no worse.
-
-    Args:
-        sizes: (groups, columns) from `sizes`.
-        shares: (parts,) wanted share of the images.
-        wanted: (parts,) how much worse a part is without some stratum; without a class all are useless.
-        seed: of raw PCG64 words, which NumPy promises never to change, unlike `Generator` methods.
     """
     n = len(sizes)
-    rounds = int(np.clip(_WORK // n, 1, _SEARCHES * _ROUNDS))
+    rounds = int(np.clip(_WORK // n, 1, (_MORE if owed else _SEARCHES) * _ROUNDS))
     words = np.random.PCG64(seed).random_raw(rounds * n).reshape(rounds, n) >> np.uint64(40)
     results: list[_Division] = []
     for number, word in enumerate(words.astype(np.int64)):
@@ -65,7 +108,7 @@ def divide(sizes: Integers, shares: NDArray[np.float64], wanted: Sequence[int], 
         part = np.full(n, -1) if fresh else results[-1].part.copy()
         out = np.arange(n) if fresh else np.argsort(word, kind="stable")[: max(2, n // 4)]
         part[out] = -1
-        trial = _Division(sizes, shares, wanted, part)
+        trial = _Division(sizes, shares, wanted, part, owed)
         # Roughly the large before the small, which then even out what the large leave.
         trial.fill(out[np.argsort(-word[out] * sizes[out, _ALL], kind="stable")])
         trial.settle()
@@ -82,17 +125,26 @@ class _Division:
     """Groups on their way into parts, and what it costs to add or to move one.
 
     Absence comes before all else: it counts the classes missing from a part and, far behind, the strata
-    missing, by how much each part wants them. Unevenness is the squared distance to the wanted number of
-    images, in units of the part's wanted size, summed over parts, classes, strata and the whole. Integers
-    only: no rounding that tips a tie one way here and another way there (exact up to some 10 million rows).
+    missing, by how much each part wants them, and behind those the shortfall. Unevenness is the squared
+    distance to the wanted number of images, in units of the part's wanted size, summed over parts, classes,
+    strata and the whole. Integers only: no rounding that tips a tie one way here and another way there
+    (exact up to some 10 million rows).
     """
 
     def __init__(
-        self, sizes: Integers, shares: NDArray[np.float64], wanted: Sequence[int], part: Integers
+        self,
+        sizes: Integers,
+        shares: NDArray[np.float64],
+        wanted: Sequence[int],
+        part: Integers,
+        owed: Sequence[int] = (),
     ) -> None:
-        """Start from the part of every group, -1 for those still out; arguments as in `divide`."""
+        """Start from the part of every group, -1 for those still out; arguments as in `divide`.
+
+        `owed` are the columns of which every part is to have half of its share at least.
+        """
         inside = (part == np.arange(len(shares))[:, None]).astype(np.int64)
-        self.sizes, self.part = sizes, part
+        self.sizes, self.part, self.owed = sizes, part, list(owed)
         self.holds = (sizes > 0).astype(np.int64)
         self.target = np.rint(np.outer(shares, sizes.sum(axis=0))).astype(np.int64)
         self.excess = inside @ sizes - self.target
@@ -105,24 +157,30 @@ class _Division:
         groups = self.holds.sum(axis=0)
         dearest_first = -np.sort(-self.must, axis=0)
         missing = np.arange(len(shares))[:, None] >= groups
-        self.unavoidable = int((dearest_first * missing).sum())
+        self.unavoidable = int((dearest_first * missing).sum()) * _FIRST
 
     def measure(self) -> tuple[int, int]:
         """Absence, and the unevenness by fourth powers: one stratum far off is worse than all a little."""
         squares = (self.excess**2 * self.weight[:, None]).astype(object)
         return self._absence(), (squares**2).sum()
 
+    def shortfall(self) -> int:
+        """Twice what is missing to half of a share, over all parts and what they are owed."""
+        return int(self._short(np.zeros_like(self.target[0])).sum())
+
     def is_fair(self, slack: int) -> bool:
         """Nothing is absent that need not be, and all is within slack times the tolerances.
 
-        A stratum with fewer groups than parts keeps no share.
+        A stratum with fewer groups than parts keeps no share. What is owed has a size, too.
         """
         groups = self.holds.sum(axis=0)
         if self._absence() > self.unavoidable:
             return False
         images, total = self.target + self.excess, self.sizes.sum(axis=0)
         shares = np.abs(images / images[:, [_ALL]] - total / total[_ALL])
-        sizes = np.abs(self.excess[:, _ALL]) / np.maximum(self.target[:, _ALL], 1)
+        shares[:, self.owed] = 0
+        sized = [_ALL, *self.owed]
+        sizes = np.abs(self.excess[:, sized]) / np.maximum(self.target[:, sized], 1)
         within = shares[:, groups >= len(images)].max() <= slack * _SHARE
         return bool(within and sizes.max() <= slack * _SIZE)
 
@@ -149,12 +207,18 @@ class _Division:
             self._put(int(group), int(part))
 
     def _absence(self) -> int:
-        return int(self.must[self.holders == 0].sum())
+        return int(self.must[self.holders == 0].sum()) * _FIRST + self.shortfall()
+
+    def _short(self, more: Integers, parts: slice | Integers = slice(None)) -> Integers:
+        """`shortfall` of each of the parts if it had more: (..., columns), one of a part or for all alike."""
+        excess, target = self.excess[parts][:, self.owed], self.target[parts][:, self.owed]
+        return np.maximum(-2 * (excess + more[..., self.owed]) - target, 0).sum(axis=-1)
 
     def _adding(self, groups: slice) -> tuple[Integers, Integers]:
         """Change of absence and unevenness, each (groups, parts), by adding one group to a part."""
         x = self.sizes[groups]
-        absence = -(self.holds[groups] @ (self.must * (self.holders == 0)).T)
+        absence = -(self.holds[groups] @ (self.must * (self.holders == 0)).T) * _FIRST
+        absence += self._short(x[:, None]) - self._short(0 * x[:, None])
         return absence, (2 * x @ self.excess.T + (x * x).sum(axis=1, keepdims=True)) * self.weight
 
     def _moving(self) -> tuple[Integers, Integers]:
@@ -163,7 +227,8 @@ class _Division:
         absence, unevenness = self._adding(slice(None))
         leaves = (self.holds * (self.must * (self.holders == 1))[part]).sum(axis=1)
         relieves = (x * (x - 2 * self.excess[part])).sum(axis=1) * self.weight[part]
-        absence += leaves[:, None]
+        absence += leaves[:, None] * _FIRST
+        absence += (self._short(-x, part) - self._short(0 * x, part))[:, None]
         unevenness += relieves[:, None]
         absence[everyone, part] = unevenness[everyone, part] = 0
         return absence, unevenness

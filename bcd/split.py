@@ -5,6 +5,7 @@ not on their order, the platform or the version of NumPy (raw PCG64 words and in
 """
 
 import hashlib
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,6 +38,14 @@ _PART_NAMES = {
 }
 # Protocols that put images of one patient on both sides: their numbers are marked wherever they appear.
 LEAKY = frozenset({"image"})
+# Fewer patients of a class than this say little of all others: people are warned.
+FEW_PATIENTS = 3
+_ROUNDING = 1e-6
+_RESTS_ON_THEM = {
+    TRAIN: "what the model learns of this class rests",
+    VALIDATION: "the best epoch, the threshold and the temperature rest",
+    TEST: "its numbers for this class rest",
+}
 
 # What must stand on one side only. Patient is named under "case" too, because a manifest may give one
 # patient several cases; a picture that stands twice is never shared, under any protocol.
@@ -167,7 +176,8 @@ def assign_fold(
     groups, sizes = _groups(rows, protocol)
     if len(sizes) < k:
         raise DataError(f"{len(sizes)} groups by {protocol} cannot make {k} folds; lower --k")
-    tested = division.divide(sizes, np.full(k, 1 / k), [1] * k, seed)[groups] == fold - 1
+    patients = division.patients(rows, groups)
+    tested = division.divide(sizes, patients, np.full(k, 1 / k), [1] * k, seed)[groups] == fold - 1
     parts = np.full(len(rows), TEST, dtype=object)
     parts[~tested] = _partition(rows.filter(pa.array(~tested)), protocol, seed, {VALIDATION: share})
     return _with_parts(table, order, parts)
@@ -210,6 +220,47 @@ def keep(table: pa.Table, protocol: Protocol, seed: int, validation_fraction: fl
         if absent := set(TUMOR_CLASSES) - set(classes[parts == part]):
             raise DataError(f"the given part {part} has no {min(absent)} image; expected both classes in it")
     return _with_parts(table.drop_columns(schema.PART), order, parts)
+
+
+def share_warnings(table: pa.Table, wanted: Mapping[str, float] | None = None) -> list[str]:
+    """A sentence for each part and class of which the part has less than half of its share, of the images or
+    of the patients, or fewer than `FEW_PATIENTS` patients.
+
+    Args:
+        table: rows with schema `schema.SPLIT`.
+        wanted: share of the images that each part should have; by default that which it has.
+    """
+    groups: dict[tuple[str, str], list[str | None]] = defaultdict(list)
+    for name in TUMOR_CLASSES:
+        of_class = table.filter(pc.equal(table[schema.TUMOR_CLASS], name)).select(
+            [schema.PART, schema.PATIENT]
+        )
+        for part, patient in zip(*(column.to_pylist() for column in of_class), strict=True):
+            groups[part, name].append(patient)
+    shares = wanted or {part: pc.mean(pc.equal(table[schema.PART], part)).as_py() for part in PARTS}
+    sentences = []
+    for part, name in itertools.product(PARTS, TUMOR_CLASSES):
+        every = [patient for (_, other), rows in groups.items() if other == name for patient in rows]
+        sentences += _share_warning(part, name, groups[part, name], every, shares[part])
+    return sentences
+
+
+def _share_warning(
+    part: str, tumor_class: str, here: Sequence[str | None], every: Sequence[str | None], share: float
+) -> list[str]:
+    """What is wrong with a part's share of a class: at most one sentence, from the patient of every image."""
+    counts = [("images", len(here), len(every))]
+    if None not in every:
+        counts.append(("patients", len(set(here)), len(set(every))))
+    has = " and ".join(f"{n:,} of {total:,} {what}" for what, n, total in counts)
+    said = f"the {part} part has {has} of class {tumor_class}"
+    is_short = any(2 * n < share * total - _ROUNDING for _, n, total in counts)
+    is_few = None not in every and len(set(here)) < FEW_PATIENTS
+    if is_short:
+        said += f", less than half of its share of {100 * share:.0f} %"
+    if is_few:
+        said += f"; {_RESTS_ON_THEM[part]} on so few patients"
+    return [said] if is_short or is_few else []
 
 
 def audit(table: pa.Table, protocol: Protocol = "patient") -> list[str]:
@@ -327,7 +378,8 @@ def _partition(
     shares = np.array([1 - sum(held_out.values()), *held_out.values()])
     # Training should miss no stratum; validation may, rather than the test.
     wanted = [2, 0, 1][: len(parts)]
-    return np.array(parts, dtype=object)[division.divide(sizes, shares, wanted, seed)[groups]]
+    divided = division.divide(sizes, division.patients(rows, groups), shares, wanted, seed)
+    return np.array(parts, dtype=object)[divided[groups]]
 
 
 def _groups(rows: pa.Table, protocol: Protocol) -> tuple[Integers, Integers]:

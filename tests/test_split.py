@@ -323,6 +323,79 @@ def test_fractions_that_leave_a_part_empty_are_refused(fractions: tuple[float, f
         split.assign(cohort(0), "case", 0, *fractions)
 
 
+# --- made-up tables: shares of each class
+
+
+def patients_of(tumor_class: str, *images: int) -> list[dict[str, str | None]]:
+    """Rows of patients with so many images of a class."""
+    return [
+        row(f"{tumor_class}{p}-{i:03}", f"{tumor_class}{p}", None, **{schema.TUMOR_CLASS: tumor_class})
+        for p, n in enumerate(images)
+        for i in range(n)
+    ]
+
+
+def shares_of(assigned: pa.Table) -> list[tuple[int, int]]:
+    """Images and patients of each class in each part."""
+    found = []
+    for part, tumor_class in itertools.product(split.PARTS, TUMOR_CLASSES):
+        rows = part_of(assigned, part).filter(
+            pc.equal(part_of(assigned, part)[schema.TUMOR_CLASS], tumor_class)
+        )
+        found.append((len(rows), len(rows[schema.PATIENT].unique())))
+    return found
+
+
+def test_a_class_of_two_percent_gets_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 benign patients of 500 images, 40 malignant ones of 3: about 65, 15 and 20 % of each."""
+    monkeypatch.setattr(division, "_WORK", 500)
+    rows = table(*patients_of("benign", *[500] * 10), *patients_of("malignant", *[3] * 40))
+    expected = [(3000, 6), (78, 26), (1000, 2), (18, 6), (1000, 2), (24, 8)]
+    assert shares_of(split.assign(rows, "case", 0)) == expected
+    fold = split.assign_fold(rows, "case", 0, 5, 2)
+    assert shares_of(fold) == expected
+    few = "of class benign; {} on so few patients"
+    said = [
+        "the validation part has 1,000 of 5,000 images and 2 of 10 patients "
+        + few.format("the best epoch, the threshold and the temperature rest"),
+        "the test part has 1,000 of 5,000 images and 2 of 10 patients "
+        + few.format("its numbers for this class rest"),
+    ]
+    assert split.share_warnings(fold, {"train": 0.65, "validation": 0.15, "test": 0.2}) == said
+
+
+def in_parts(parts: dict[str, list[dict[str, str | None]]]) -> pa.Table:
+    rows = [row | {schema.PART: part} for part, rows in parts.items() for row in rows]
+    return pa.Table.from_pylist(rows, schema=schema.SPLIT)
+
+
+def test_a_given_part_with_less_than_half_of_its_share_of_a_class_is_named() -> None:
+    """Of its patients, of its images, and of a class that it lacks."""
+    benign, malignant = patients_of("benign", *[10] * 20), patients_of("malignant", *[5] * 20)
+    parts = {
+        "train": benign[:100] + malignant[:85],
+        "validation": benign[100:150] + malignant[85:86] + malignant[90:91] + malignant[95:96],
+        "test": benign[150:],
+    }
+    short = "of class malignant, less than half of its share of"
+    assert split.share_warnings(in_parts(parts)) == [
+        f"the validation part has 3 of 88 images and 3 of 20 patients {short} 18 %",
+        f"the test part has 0 of 88 images and 0 of 20 patients {short} 17 %; "
+        "its numbers for this class rest on so few patients",
+    ]
+
+
+def test_without_patients_only_images_are_counted() -> None:
+    rows = [row(f"{s}{i}", None, s) for s, n in (("A", 12), ("DC", 12)) for i in range(n)]
+    assigned = split.assign(table(*rows), "image", 0)
+    assert split.share_warnings(assigned, {"train": 0.65, "validation": 0.15, "test": 0.2}) == []
+    lacking = with_parts(table(*rows), *["train"] * 12, *["test"] * 12)
+    assert split.share_warnings(lacking)[:2] == [
+        "the train part has 0 of 12 images of class malignant, less than half of its share of 50 %",
+        "the test part has 0 of 12 images of class benign, less than half of its share of 50 %",
+    ]
+
+
 # --- made-up tables: official folds
 
 

@@ -102,7 +102,7 @@ def _train_missing(config: CrossvalConfig, uri: str, folds: Sequence[Fold]) -> N
     inspected = prepare.inspect(config)
     for fold in folds:
         _require_same_data(fold, inspected[1])
-        prepare.prepare(fold.config, inspected)
+        _tell(fold, prepare.prepare(fold.config, inspected)[1].warnings, inspected[1].warnings)
     rundir.claim(config, uri)
     _train(folds, inspected, config.parallel)
 
@@ -147,6 +147,13 @@ def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, Facts], parallel: i
         print(f"{_name(fold)}: finished, {left} of {len(folds)} left", flush=True)
 
 
+def _tell(fold: Fold, warnings: Sequence[str], known: Sequence[str]) -> None:
+    """Print what the division into a fold warns of, before any training."""
+    for text in warnings:
+        if text not in known:
+            print(f"warning: {_name(fold)}: {text}", flush=True)
+
+
 def _name(fold: Fold) -> str:
     return f"{fold.config.protocol}, repeat {fold.repeat}, fold {fold.fold}"
 
@@ -162,7 +169,7 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
     pooled = pd.concat(tables, ignore_index=True)
     failed = pd.concat(unscored, ignore_index=True)
     card = bundle.read_card(storage.join(folds[0].uri, rundir.MODEL))
-    known = Facts(**rundir.read_json(folds[0].uri, rundir.DATA))
+    known = _known(folds)
     about = {
         "title": f"Breast cancer detection: {config.name}, {counted(len(folds), 'model')}",
         "data": config.data,
@@ -184,6 +191,19 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
     # The balance of one fold stands for all.
     told |= prepare.class_counts(folds[0].config, _split(folds[0]))
     return Arm(protocol, measured, pooled, failed, told)
+
+
+def _known(folds: Sequence[Fold]) -> Facts:
+    """The facts about the data, which all folds share, and the warnings of each fold under its name."""
+    facts = [Facts(**rundir.read_json(fold.uri, rundir.DATA)) for fold in folds]
+    of_all = [text for text in facts[0].warnings if all(text in each.warnings for each in facts)]
+    of_one = [
+        f"{_name(fold)}: {text}"
+        for fold, each in zip(folds, facts, strict=True)
+        for text in each.warnings
+        if text not in of_all
+    ]
+    return facts[0].model_copy(update={"warnings": of_all + of_one})
 
 
 def _tested(fold: Fold) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:

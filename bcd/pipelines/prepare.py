@@ -62,6 +62,8 @@ def prepare(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None
         # What the data may lack, such as a column of another name, is often the reason.
         print("".join(f"warning: {text}\n" for text in facts.warnings), end="", flush=True)
         raise
+    is_given = schema.PART in table.column_names or config.protocol == "official"
+    warnings += split.share_warnings(parts, None if is_given else _wanted(config))
     changed = {"split_fingerprint": split.fingerprint(parts), "warnings": warnings}
     return parts, facts.model_copy(update=changed)
 
@@ -79,6 +81,13 @@ def _divided(config: TrainConfig, table: pa.Table, fold: Mapping[str, str] | Non
         parts = split.assign(table, *settings, config.validation_fraction, config.test_fraction, fold)
     split.check(parts, config.protocol)
     return parts
+
+
+def _wanted(config: TrainConfig) -> dict[str, float]:
+    """Share of all images that each part of a division of ours should have."""
+    test = 1 / config.cross_folds if config.cross_folds else config.test_fraction
+    held_out = {split.VALIDATION: config.validation_fraction, split.TEST: test}
+    return held_out | {split.TRAIN: 1 - sum(held_out.values())}
 
 
 def inspect(config: TrainingConfig) -> tuple[pa.Table, Facts]:

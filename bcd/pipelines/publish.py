@@ -52,6 +52,7 @@ def _card(config: TrainConfig, train: pa.Table, facts: Facts, measured: dict[str
         split_fingerprint=facts.split_fingerprint,
         leaky=config.protocol in split.LEAKY,
         synthetic=facts.synthetic,
+        warnings=tuple(facts.warnings),
         training=config.model_dump(mode="json"),
         validation={name: measured[name] for name in (schema.EPOCH, worker.SCORE, "n_validation")},
         versions=provenance.versions(),

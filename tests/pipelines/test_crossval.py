@@ -127,6 +127,15 @@ def test_a_finished_study_says_so_and_another_is_refused(noise, capsys):
         crossval.run(config.model_copy(update={"k": 3}))
 
 
+def test_warnings_of_one_fold_stand_under_its_name(tmp_path):
+    folds = list(crossval._folds(CrossvalConfig(data="d", k=2), str(tmp_path), "case"))
+    facts = {"data_fingerprint": "0", "synthetic": False, "broken": [], "quarantined": []}
+    facts |= {"field_height_px": 1, "field_width_px": 1}
+    for fold, warnings in zip(folds, (["of all", "of one"], ["of all"]), strict=True):
+        rundir.write_json(fold.uri, rundir.DATA, facts | {"warnings": warnings})
+    assert crossval._known(folds).warnings == ["of all", "case, repeat 1, fold 1: of one"]
+
+
 def test_a_killed_study_goes_on_with_the_folds_that_are_missing(cluster, tree, tmp_path, capsys):
     """SIGKILL while the second of two folds is trained: the same command trains that one only."""
     settings = small(tree).model_dump(include={"data", "weights", "input_height_px", "input_width_px"})

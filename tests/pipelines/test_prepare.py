@@ -38,12 +38,13 @@ def test_the_same_config_gives_the_same_split_on_disk_and_on_s3(joined, tree, tr
 
 
 def test_every_row_goes_to_one_part_and_no_case_to_two(joined, tree):
-    table, _ = prepare.prepare(small(tree))
+    table, facts = prepare.prepare(small(tree))
     assert len(table) == 8 * 3 * 2
     assert table.schema == schema.SPLIT
     assert split.audit(table, "case") == []
-    lines = prepare.describe(small(tree), table, prepare.prepare(small(tree))[1])
+    lines = prepare.describe(small(tree), table, facts)
     assert any(line.startswith("train: ") and " patients (" in line for line in lines)
+    assert [f"warning: {text}" for text in facts.warnings] == [s for s in lines if s.startswith("warning: ")]
 
 
 def test_broken_images_and_doubles_are_out_and_named(joined, tmp_path):
@@ -144,6 +145,12 @@ def test_missing_fold_files_are_found_before_pixels_are_read(tree, tmp_path, mon
     config = TrainConfig(data=tree, protocol="official", folds=str(tmp_path), fold=2)
     with pytest.raises(StorageError, match=r"dsfold2.txt: cannot read it"):
         prepare.prepare(config)
+
+
+def test_what_a_part_should_have_follows_from_the_settings():
+    assert prepare._wanted(TrainConfig(data="d")) == {"validation": 0.15, "test": 0.2, "train": 0.65}
+    fold = TrainConfig(data="d", cross_folds=4, fold=1, validation_fraction=0.25)
+    assert prepare._wanted(fold) == {"validation": 0.25, "test": 0.25, "train": 0.5}
 
 
 def test_class_counts_before_and_after_balancing(joined, tree):
