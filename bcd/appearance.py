@@ -33,6 +33,23 @@ _DENSITY = -np.log10(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
 _SQUARE_PX, _TEXTURE = 8, 4.0
 
 
+def hashed(pixels: np.ndarray) -> dict[str, Any]:
+    """`phash` and `tissue_fraction` of a picture, as in `describe`, for three fifths of its time."""
+    small = image.shrink(pixels, SIDE_PX, SIDE_PX)
+    return _hashed(small, _is_tissue(_squares(small)))
+
+
+def _hashed(small: np.ndarray, is_tissue: np.ndarray) -> dict[str, Any]:
+    return {
+        schema.PHASH: str(imagehash.phash(Image.fromarray(small), hash_size=HASH_SIDE)),
+        schema.TISSUE_FRACTION: float(is_tissue.mean()) if is_tissue.size else 0.0,
+    }
+
+
+def _is_tissue(squares: np.ndarray) -> np.ndarray:
+    return squares.mean(-1).std(-1) >= _TEXTURE
+
+
 def describe(pixels: np.ndarray) -> dict[str, Any]:
     """Size, perceptual hash, stain and tissue of a picture, by column of `schema.AUDIT`.
 
@@ -45,13 +62,9 @@ def describe(pixels: np.ndarray) -> dict[str, Any]:
     """
     small = image.shrink(pixels, SIDE_PX, SIDE_PX)
     squares = _squares(small)
-    is_tissue = squares.mean(-1).std(-1) >= _TEXTURE
-    described: dict[str, Any] = {
-        schema.HEIGHT_PX: pixels.shape[0],
-        schema.WIDTH_PX: pixels.shape[1],
-        schema.PHASH: str(imagehash.phash(Image.fromarray(small), hash_size=HASH_SIDE)),
-        schema.TISSUE_FRACTION: float(is_tissue.mean()) if is_tissue.size else 0.0,
-    }
+    is_tissue = _is_tissue(squares)
+    described = {schema.HEIGHT_PX: pixels.shape[0], schema.WIDTH_PX: pixels.shape[1]}
+    described |= _hashed(small, is_tissue)
     if is_tissue.any():
         densities = stain_density(squares[is_tissue]).reshape(-1, len(STAINS))
         for density, (mean, std) in zip(densities.T, STAIN_COLUMNS, strict=True):

@@ -313,8 +313,8 @@ class EvaluateConfig(LabelledConfig):
 
     data: str
     """The data set that the model was trained on, whose split is read from the model card, or another one,
-    which is scored whole where the run's split.parquet proves that none of its pictures was trained on, and
-    none of its patients."""
+    which is scored whole where the run's split.parquet proves that none of its pictures was trained on, no
+    near copy of one, and none of its patients."""
 
     output: str | None = None
     """Where predictions, metrics and report go; by default beside the bundle, in its run."""

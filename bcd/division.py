@@ -1,7 +1,7 @@
 """Dividing groups of images into parts: a random fair division, found by local search, in integers only.
 
 First by images alone. Where that leaves a part with less than half of its share of a class, in images or in
-patients, once more with every class, in images and in patients, as heavy as the whole data set.
+patients, once more with every class as heavy as the whole data set, and that shortfall before all unevenness.
 
 The same seed gives the same division on every platform and with every version of NumPy (raw PCG64 words).
 """
@@ -74,16 +74,14 @@ def divide(
     """
     by_images = _search(sizes, shares, wanted, seed)
     counts = np.hstack([sizes[:, CLASSES], patients])
-    heavy = counts * (sizes[:, _ALL].sum() // np.maximum(counts.sum(axis=0), 1))
-    balanced = np.hstack([heavy[:, CLASSES], sizes[:, _ALL:], heavy[:, CLASSES.stop :]])
-    owed = (0, 1, -2, -1)
+    owed = counts * (sizes[:, _ALL].sum() // np.maximum(counts.sum(axis=0), 1))
 
     def shortfall(part: Integers) -> int:
-        return _Division(balanced, shares, wanted, part, owed).shortfall()
+        return _Division(sizes, shares, wanted, part, owed).shortfall()
 
     if shortfall(by_images) == 0:
         return by_images
-    return min(by_images, _search(balanced, shares, wanted, seed, owed), key=shortfall)
+    return min(by_images, _search(sizes, shares, wanted, seed, owed), key=shortfall)
 
 
 def _search(
@@ -91,16 +89,16 @@ def _search(
     shares: NDArray[np.float64],
     wanted: Sequence[int],
     seed: int,
-    owed: Sequence[int] = (),
+    owed: Integers | None = None,
 ) -> Integers:
-    """Part of every group: a random fair division, found by local search.
+    """Part of every group: a random fair division, found by local search; `owed` as in `_Division`.
 
     The best division would be the same for every seed, so the first that is fair is taken. A round takes a
     random quarter of the groups out, puts them back one by one where they fit best, moves single groups while
     that helps, and goes on from the result if it is no worse.
     """
     n = len(sizes)
-    rounds = int(np.clip(_WORK // n, 1, (_MORE if owed else _SEARCHES) * _ROUNDS))
+    rounds = int(np.clip(_WORK // n, 1, (_SEARCHES if owed is None else _MORE) * _ROUNDS))
     words = np.random.PCG64(seed).random_raw(rounds * n).reshape(rounds, n) >> np.uint64(40)
     results: list[_Division] = []
     for number, word in enumerate(words.astype(np.int64)):
@@ -137,19 +135,26 @@ class _Division:
         shares: NDArray[np.float64],
         wanted: Sequence[int],
         part: Integers,
-        owed: Sequence[int] = (),
+        owed: Integers | None = None,
     ) -> None:
         """Start from the part of every group, -1 for those still out; arguments as in `divide`.
 
-        `owed` are the columns of which every part is to have half of its share at least.
+        Of each column of `owed` (groups, columns) a part should have half of its share at least. Where there
+        are some, a class of few images weighs as much as the whole.
         """
         inside = (part == np.arange(len(shares))[:, None]).astype(np.int64)
-        self.sizes, self.part, self.owed = sizes, part, list(owed)
+        self.sizes, self.part, self.owed = sizes, part, owed
         self.holds = (sizes > 0).astype(np.int64)
         self.target = np.rint(np.outer(shares, sizes.sum(axis=0))).astype(np.int64)
         self.excess = inside @ sizes - self.target
         self.holders = inside @ self.holds
         self.weight = np.rint(1 / (shares * shares)).astype(np.int64)
+        self.heft = np.ones_like(self.target[0])
+        if owed is not None:
+            self.due = np.rint(np.outer(shares, owed.sum(axis=0))).astype(np.int64)
+            self.has = inside @ owed
+            of_class = np.maximum(sizes[:, CLASSES].sum(axis=0), 1)
+            self.heft[CLASSES] = (sizes[:, _ALL].sum() // of_class) ** 2
         self.must = np.zeros_like(self.excess)
         self.must[:, CLASSES] = 3 * sizes.shape[1]
         self.must[:, _STRATA] = np.array(wanted)[:, None]
@@ -161,26 +166,24 @@ class _Division:
 
     def measure(self) -> tuple[int, int]:
         """Absence, and the unevenness by fourth powers: one stratum far off is worse than all a little."""
-        squares = (self.excess**2 * self.weight[:, None]).astype(object)
+        squares = (self.excess**2 * self.weight[:, None] * self.heft).astype(object)
         return self._absence(), (squares**2).sum()
 
     def shortfall(self) -> int:
         """Twice what is missing to half of a share, over all parts and what they are owed."""
-        return int(self._short(np.zeros_like(self.target[0])).sum())
+        return 0 if self.owed is None else int(self._short(0 * self.owed[:1]).sum())
 
     def is_fair(self, slack: int) -> bool:
         """Nothing is absent that need not be, and all is within slack times the tolerances.
 
-        A stratum with fewer groups than parts keeps no share. What is owed has a size, too.
+        A stratum with fewer groups than parts keeps no share.
         """
         groups = self.holds.sum(axis=0)
         if self._absence() > self.unavoidable:
             return False
         images, total = self.target + self.excess, self.sizes.sum(axis=0)
         shares = np.abs(images / images[:, [_ALL]] - total / total[_ALL])
-        shares[:, self.owed] = 0
-        sized = [_ALL, *self.owed]
-        sizes = np.abs(self.excess[:, sized]) / np.maximum(self.target[:, sized], 1)
+        sizes = np.abs(self.excess[:, _ALL]) / np.maximum(self.target[:, _ALL], 1)
         within = shares[:, groups >= len(images)].max() <= slack * _SHARE
         return bool(within and sizes.max() <= slack * _SIZE)
 
@@ -210,34 +213,37 @@ class _Division:
         return int(self.must[self.holders == 0].sum()) * _FIRST + self.shortfall()
 
     def _short(self, more: Integers, parts: slice | Integers = slice(None)) -> Integers:
-        """`shortfall` of each of the parts if it had more: (..., columns), one of a part or for all alike."""
-        excess, target = self.excess[parts][:, self.owed], self.target[parts][:, self.owed]
-        return np.maximum(-2 * (excess + more[..., self.owed]) - target, 0).sum(axis=-1)
+        """`shortfall` of each of the parts if it had more of what is owed: (..., columns)."""
+        return np.maximum(self.due[parts] - 2 * (self.has[parts] + more), 0).sum(axis=-1)
 
     def _adding(self, groups: slice) -> tuple[Integers, Integers]:
         """Change of absence and unevenness, each (groups, parts), by adding one group to a part."""
         x = self.sizes[groups]
         absence = -(self.holds[groups] @ (self.must * (self.holders == 0)).T) * _FIRST
-        absence += self._short(x[:, None]) - self._short(0 * x[:, None])
-        return absence, (2 * x @ self.excess.T + (x * x).sum(axis=1, keepdims=True)) * self.weight
+        if self.owed is not None:
+            more = self.owed[groups][:, None]
+            absence += self._short(more) - self._short(0 * more)
+        heavy = x * self.heft
+        return absence, (2 * heavy @ self.excess.T + (heavy * x).sum(axis=1, keepdims=True)) * self.weight
 
     def _moving(self) -> tuple[Integers, Integers]:
         """Change of absence and unevenness, each (groups, parts), by moving one group to a part."""
         x, part, everyone = self.sizes, self.part, np.arange(len(self.sizes))
         absence, unevenness = self._adding(slice(None))
         leaves = (self.holds * (self.must * (self.holders == 1))[part]).sum(axis=1)
-        relieves = (x * (x - 2 * self.excess[part])).sum(axis=1) * self.weight[part]
+        relieves = (x * self.heft * (x - 2 * self.excess[part])).sum(axis=1) * self.weight[part]
         absence += leaves[:, None] * _FIRST
-        absence += (self._short(-x, part) - self._short(0 * x, part))[:, None]
+        if self.owed is not None:
+            absence += (self._short(-self.owed, part) - self._short(0 * self.owed, part))[:, None]
         unevenness += relieves[:, None]
         absence[everyone, part] = unevenness[everyone, part] = 0
         return absence, unevenness
 
     def _put(self, group: int, part: int) -> None:
-        old = self.part[group]
-        if old >= 0:
-            self.excess[old] -= self.sizes[group]
-            self.holders[old] -= self.holds[group]
-        self.excess[part] += self.sizes[group]
-        self.holders[part] += self.holds[group]
+        for where, sign in ((self.part[group], -1), (part, 1)):
+            if where >= 0:
+                self.excess[where] += sign * self.sizes[group]
+                self.holders[where] += sign * self.holds[group]
+                if self.owed is not None:
+                    self.has[where] += sign * self.owed[group]
         self.part[group] = part

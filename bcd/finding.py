@@ -73,8 +73,6 @@ KINDS: Mapping[str, tuple[Severity, str]] = {
 }
 # Instances of a finding that are kept; all of them are counted.
 MOST_DETAILS = 100
-# A picture with a smaller share of tissue is nearly blank; of 190 real H&E fields the emptiest has 56 %.
-BLANK = 0.10
 # Of fewer pictures no median can be trusted.
 FEWEST_FOR_OUTLIERS = 20
 
@@ -212,16 +210,16 @@ def broken(table: pa.Table) -> Finding:
 
 def blank(table: pa.Table) -> Finding:
     """Pictures of nearly nothing but glass."""
-    rows = table.filter(pc.less(table[schema.TISSUE_FRACTION], BLANK))
+    rows = table.filter(pc.less(table[schema.TISSUE_FRACTION], duplicates.BLANK))
     found = zip(rows[schema.IMAGE_ID].to_pylist(), rows[schema.TISSUE_FRACTION].to_pylist(), strict=True)
     details = [Detail(sentence=f"{name}: {share:.1%} tissue", images=(name,)) for name, share in found]
-    sentence = f"{counted(len(details), 'picture')} with less than {BLANK:.0%} tissue"
+    sentence = f"{counted(len(details), 'picture')} with less than {duplicates.BLANK:.0%} tissue"
     return Finding.of("blank", sentence, details)
 
 
 def stain_outliers(table: pa.Table, outlier_z: float) -> Finding:
     """Pictures whose mean density of haematoxylin or eosin is far from the median; blank ones have none."""
-    rows = table.filter(pc.greater_equal(table[schema.TISSUE_FRACTION], BLANK))
+    rows = table.filter(pc.greater_equal(table[schema.TISSUE_FRACTION], duplicates.BLANK))
     rows = rows if len(rows) >= FEWEST_FOR_OUTLIERS else rows.slice(0, 0)
     ids, patients = (rows[name].to_pylist() for name in (schema.IMAGE_ID, schema.PATIENT))
     far: dict[int, tuple[float, str]] = {}

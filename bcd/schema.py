@@ -87,6 +87,9 @@ INDEX = pa.schema(
         (MPP, pa.float32()),
         (SHA256, pa.string()),
         (SIZE_BYTES, pa.int64()),
+        # By `appearance.hashed`, once the picture has been read.
+        (PHASH, pa.string()),
+        (TISSUE_FRACTION, pa.float32()),
     ]
 )
 
@@ -102,12 +105,10 @@ AUDIT = pa.schema(
         *INDEX,
         (WIDTH_PX, pa.int32()),
         (HEIGHT_PX, pa.int32()),
-        (PHASH, pa.string()),
         (HEMATOXYLIN_OD_MEAN, pa.float32()),
         (HEMATOXYLIN_OD_STD, pa.float32()),
         (EOSIN_OD_MEAN, pa.float32()),
         (EOSIN_OD_STD, pa.float32()),
-        (TISSUE_FRACTION, pa.float32()),
         (ERROR, pa.string()),
         (ERROR_MESSAGE, pa.string()),
     ]

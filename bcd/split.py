@@ -38,6 +38,17 @@ _PART_NAMES = {
 }
 # Protocols that put images of one patient on both sides: their numbers are marked wherever they appear.
 LEAKY = frozenset({"image"})
+# What a data set says of an image, and what tells one content from another.
+_SAID = (
+    schema.TUMOR_CLASS,
+    schema.SUBTYPE,
+    schema.PATIENT,
+    schema.CASE,
+    schema.SLIDE,
+    schema.MAGNIFICATION,
+    schema.MPP,
+)
+_CONTENT = (schema.SIZE_BYTES, schema.SHA256)
 # Fewer patients of a class than this say little of all others: people are warned.
 FEW_PATIENTS = 3
 _ROUNDING = 1e-6
@@ -289,6 +300,44 @@ def check(table: pa.Table, protocol: Protocol) -> None:
     """Raise `LeakageError`, naming what crosses and between which parts, unless the split is disjoint."""
     if crossings := audit(table, protocol):
         raise LeakageError(f"the split by {protocol} leaks: {_some(crossings, 3, '; ')}")
+
+
+def changes(before: pa.Table, now: pa.Table) -> list[str]:
+    """What of a data set is no longer as it was, as sentences.
+
+    Args:
+        before: rows with schema `schema.SPLIT`.
+        now: rows with the columns of `schema.INDEX`, and with `part` where it must be the same, too.
+    """
+    old, new = ({row[schema.IMAGE_ID]: row for row in table.to_pylist()} for table in (before, now))
+    patients = [{row[schema.PATIENT] for row in rows.values()} - {None} for rows in (old, new)]
+    said = []
+    for names, who, verb in (
+        (old.keys() - new.keys(), patients[0] - patients[1], "gone"),
+        (new.keys() - old.keys(), patients[1] - patients[0], "new"),
+    ):
+        if names:
+            whole = f", and with them patient {_some(sorted(who), 3)}" if who else ""
+            said.append(f"{_images(len(names))} {verb} ({_some(sorted(names), 3)}){whole}")
+    both = sorted(old.keys() & new.keys())
+    if other := [name for name in both if any(old[name][key] != new[name][key] for key in _CONTENT)]:
+        said.append(f"other content in {_images(len(other))} ({_some(other, 3)})")
+    has_parts = schema.PART in now.column_names
+    if has_parts and VALIDATION not in now[schema.PART].to_pylist():
+        # That part was then taken out of the training part.
+        old = {
+            name: row | {schema.PART: TEST if row[schema.PART] == TEST else TRAIN}
+            for name, row in old.items()
+        }
+    for column in (*_SAID, schema.PART) if has_parts else _SAID:
+        if other := [name for name in both if old[name][column] != new[name][column]]:
+            was, is_now = old[other[0]][column], new[other[0]][column]
+            said.append(f"another {column} of {_images(len(other))} ({other[0]}: {was} -> {is_now})")
+    return said
+
+
+def _images(n: int) -> str:
+    return f"{n:,} image{'' if n == 1 else 's'}"
 
 
 def fingerprint(table: pa.Table) -> str:

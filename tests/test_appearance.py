@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bcd import appearance, finding, image, schema
+from bcd import appearance, duplicates, image, schema
 from tests import pictures
 
 MEAN = [mean for mean, _ in appearance.STAIN_COLUMNS]
@@ -109,4 +109,4 @@ def test_on_real_fields_copies_lie_below_the_cut_off_and_strangers_above(real_da
         assert max(np.abs(phash - copy).sum() for copy in copies) <= 20
         assert moved(field, 0.01) <= 34
         assert moved(field, 0.02) <= 54
-        assert appearance.describe(np.asarray(field))[schema.TISSUE_FRACTION] > 5 * finding.BLANK
+        assert appearance.describe(np.asarray(field))[schema.TISSUE_FRACTION] > 5 * duplicates.BLANK

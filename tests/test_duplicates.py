@@ -88,3 +88,15 @@ def test_as_many_as_breakhis_has_are_compared_in_little_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 2**20])
+def test_the_nearest_of_another_table_is_found(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not beyond the bits, not a blank picture, and nothing where one table is empty."""
+    monkeypatch.setattr(duplicates, "PAIRS_AT_A_TIME", at_a_time)
+    others = table(("x", 0, 1.0), ("y", 0b1111, 1.0), ("z", 1 << 200, 0.05))
+    rows = table(("a", 0b111, 1.0), ("b", 1 << 200, 1.0), ("c", 0b1 << 90, 1.0), ("d", 0, 0.05))
+    assert duplicates.nearest(rows, others, 1, 0.1).tolist() == [1, 0, 0, -1]
+    assert duplicates.nearest(rows, others, 0, 0.1).tolist() == [-1] * 4
+    assert duplicates.nearest(rows, others.slice(0, 0), 60, 0.1).tolist() == [-1] * 4
+    assert duplicates.nearest(rows.slice(0, 0), others, 60, 0.1).tolist() == []

@@ -14,7 +14,6 @@ from bcd import (
     audit_report,
     breakhis,
     duplicates,
-    finding,
     image,
     index,
     manifest,
@@ -48,7 +47,7 @@ def run(config: AuditConfig) -> audit.Audit:
         cluster.connect()
         table = read.checked(table, _describe)
     table = schema.fill(table, schema.AUDIT)
-    pairs = duplicates.near(table, config.near_bits, finding.BLANK)
+    pairs = duplicates.near(table, config.near_bits, duplicates.BLANK)
     counts = breakhis.count_warnings(table)
     doubts = [text for text in warnings if text not in counts]
     missing = [text for text in warnings if text in counts]

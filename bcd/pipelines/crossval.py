@@ -101,23 +101,11 @@ def _train_missing(config: CrossvalConfig, uri: str, folds: Sequence[Fold]) -> N
         prepare.published_fold(fold.config)  # before pixels are read
     inspected = prepare.inspect(config)
     for fold in folds:
-        _require_same_data(fold, inspected[1])
+        # One image more or less divides all folds anew: some would be tested twice, and others never.
+        rundir.resume(fold.config, fold.uri, inspected[0])
         _tell(fold, prepare.prepare(fold.config, inspected)[1].warnings, inspected[1].warnings)
     rundir.claim(config, uri)
     _train(folds, inspected, config.parallel)
-
-
-def _require_same_data(fold: Fold, now: Facts) -> None:
-    """One image more or less divides all folds anew: some would be tested twice, and others never."""
-    if rundir.read_split(fold.uri) is None:
-        return
-    before = Facts(**rundir.read_json(fold.uri, rundir.DATA))
-    if before.data_fingerprint != now.data_fingerprint:
-        raise DataError(
-            f"{now.data} is not what it was when {fold.uri} was split: images were added or removed, or "
-            f"cannot be read ({len(now.broken)} now, {len(before.broken)} then); restore them, or choose "
-            "another --name"
-        )
 
 
 def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, Facts], parallel: int | None) -> None:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from bcd import aggregate, bundle, output, provenance, report, schema, split, storage
-from bcd.config import EvaluateConfig, TrainConfig
+from bcd import aggregate, bundle, duplicates, output, provenance, report, schema, split, storage
+from bcd.config import AuditConfig, EvaluateConfig, TrainConfig
 from bcd.errors import DataError
 from bcd.pipelines import cluster, predict, read, reporting, rundir
 from bcd.pipelines.prepare import Facts, class_counts, inspect, part_of, prepare
@@ -52,35 +54,66 @@ def _tested(
     """Rows with their part, the facts, and whose images the test part holds."""
     if facts.data_fingerprint == card.data_fingerprint:
         parts, facts = prepare(training, (table, facts))
-        if facts.split_fingerprint == card.split_fingerprint:
+        if facts.split_fingerprint == card.split_fingerprint and _is_as_it_was(config.model, parts):
             return parts, facts, HELD_OUT
     whole = pa.array([split.TEST] * len(table))
     table = schema.fill(table, schema.INDEX)  # without the parts that it may come with
     parts = table.append_column(schema.SPLIT.field(schema.PART), whole)
-    n_seen = _n_seen(config.model, table)
-    if n_seen == 0:
+    doubts = _doubts(config.model, table)
+    if not doubts:
         return parts, facts, EXTERNAL
     if config.force:
-        return parts, facts, FORCED
-    why = "no split.parquet beside the model tells what it has seen"
-    if n_seen is not None:
-        why = f"{n_seen:,} of its images, or others of their patients or cases, were seen in training"
+        return parts, facts.model_copy(update={"warnings": [*doubts, *facts.warnings]}), FORCED
     raise DataError(
-        f"{config.data} is not the data set that {config.model} was trained on, as it was then, and {why}: "
-        "its numbers would not be honest. --force measures and marks them"
+        f"{config.data} is not the data set that {config.model} was trained on, as it was then, and "
+        f"{'; '.join(doubts)}: its numbers would not be honest. --force measures and marks them"
     )
 
 
-def _n_seen(model_uri: str, table: pa.Table) -> int | None:
-    """How many images the model was trained or chosen on, by content, or on others of their patients, cases
-    or slides, by id; `None` if nobody knows."""
+def _is_as_it_was(model_uri: str, parts: pa.Table) -> bool:
+    """Whether the split is that of the run row by row, where the model lies in its run."""
+    known = rundir.read_split(storage.parent(model_uri))
+    return known is None or not split.changes(known, parts)
+
+
+def _doubts(model_uri: str, table: pa.Table) -> list[str]:
+    """Why a model may have seen images in training, or their patients; empty where it is proven that not."""
     known = rundir.read_split(storage.parent(model_uri))
     if known is None:
-        return None
+        return ["no split.parquet beside the model tells what it has seen"]
+    seen = known.filter(pc.not_equal(known[schema.PART], split.TEST))
+    doubts = []
+    if n_seen := _n_seen(seen, table):
+        doubts.append(
+            f"{n_seen:,} of its images, or others of their patients or cases, were seen in training"
+        )
+    for rows, whose in ((table, "its images"), (seen, "the images seen in training")):
+        if unknown := rows[schema.PATIENT].null_count:
+            doubts.append(f"{unknown:,} of {whose} name no patient, who may be in both")
+    if seen[schema.PHASH].null_count:
+        doubts.append("the run keeps no perceptual hashes that would tell copies: bcd was older then")
+    return doubts + _copies(seen, table)
+
+
+def _n_seen(seen: pa.Table, table: pa.Table) -> int:
+    """How many images the model was trained or chosen on, by content, or on others of their patients, cases
+    or slides, by id."""
     keys = (schema.SHA256, schema.PATIENT, schema.CASE, schema.SLIDE)
-    rows = [row for row in known.to_pylist() if row[schema.PART] != split.TEST]
-    used = {(key, row[key]) for row in rows for key in keys if row[key] is not None}
+    used = {(key, row[key]) for row in seen.to_pylist() for key in keys if row[key] is not None}
     return sum(any((key, row[key]) in used for key in keys) for row in table.to_pylist())
+
+
+def _copies(seen: pa.Table, table: pa.Table) -> list[str]:
+    """A sentence, where images look like others that were seen: saved anew, scaled or slightly moved."""
+    near_bits = AuditConfig.model_fields["near_bits"].default
+    nearest = duplicates.nearest(table, seen, near_bits, duplicates.BLANK)
+    copies = np.flatnonzero(nearest >= 0)
+    if not len(copies):
+        return []
+    name = table[schema.IMAGE_ID][copies[0]].as_py()
+    like = seen[schema.IMAGE_ID][nearest[copies[0]]].as_py()
+    n = len(copies)
+    return [f"{n:,} of its images look{'s' if n == 1 else ''} like one seen in training ({name} like {like})"]
 
 
 def evaluate(

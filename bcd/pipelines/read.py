@@ -274,14 +274,15 @@ def withheld(error: StorageError) -> image.ImageError:
 
 
 def inspect(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int, int]]:
-    """Read and decode every image once before a training run: its content hash, and whether it is whole.
+    """Read and decode every image once before a training run: its hashes, and whether it is whole.
 
     Costs about as much as reading one epoch, and makes everything after it exact: duplicates are found by
-    content, and broken images are out before anything is split, balanced or counted.
+    content, and broken images are out before anything is split, balanced or counted. Of a field of BreaKHis
+    the perceptual hash, by which copies are known again later, takes 8 ms beside 13 ms for its decoding.
 
     Returns:
-        The index without broken images and with `sha256`; `{image_id: what is wrong}`; and the most common
-        height and width of the images in pixels.
+        The index without broken images, with `sha256`, `phash` and `tissue_fraction`; `{image_id: what is
+        wrong}`; and the most common height and width of the images in pixels.
 
     Raises:
         StorageError: see `checked`.
@@ -320,18 +321,21 @@ def _pairs(table: pa.Table, *names: str) -> Iterator[tuple[Any, ...]]:
 
 def _inspect_batch(batch: pa.Table) -> pa.Table:
     found = [_inspected(content) for content in contents(batch[schema.URI].to_pylist())]
-    position = batch.schema.get_field_index(schema.SHA256)
-    batch = batch.drop_columns(schema.SHA256)
     columns = pa.Table.from_pylist(found, schema=_INSPECTED)
-    batch = batch.add_column(position, _INSPECTED.field(schema.SHA256), columns[schema.SHA256])
-    for name in (schema.HEIGHT_PX, schema.WIDTH_PX, schema.ERROR):
-        batch = batch.append_column(_INSPECTED.field(name), columns[name])
+    for field in _INSPECTED:
+        position = batch.schema.get_field_index(field.name)
+        if position < 0:
+            batch = batch.append_column(field, columns[field.name])
+        else:
+            batch = batch.set_column(position, field, columns[field.name])
     return batch
 
 
 _INSPECTED = pa.schema(
     [
         (schema.SHA256, pa.string()),
+        (schema.PHASH, pa.string()),
+        (schema.TISSUE_FRACTION, pa.float32()),
         (schema.HEIGHT_PX, pa.int32()),
         (schema.WIDTH_PX, pa.int32()),
         (schema.ERROR, pa.string()),
@@ -341,10 +345,14 @@ _INSPECTED = pa.schema(
 
 def _inspected(content: bytes | image.ImageError) -> dict[str, Any]:
     try:
-        height, width, _ = image.decode(data := _bytes(content)).shape
+        pixels = image.decode(data := _bytes(content))
     except image.ImageError as error:
         return {schema.ERROR: f"{error.code}: {error.message}"}
-    return {schema.SHA256: hashlib.sha256(data).hexdigest(), schema.HEIGHT_PX: height, schema.WIDTH_PX: width}
+    from bcd import appearance  # takes seconds, and no other worker needs it
+
+    height, width, _ = pixels.shape
+    size = {schema.HEIGHT_PX: height, schema.WIDTH_PX: width}
+    return {schema.SHA256: hashlib.sha256(data).hexdigest(), **size, **appearance.hashed(pixels)}
 
 
 def contents(uris: list[str]) -> Iterator[bytes | image.ImageError]:

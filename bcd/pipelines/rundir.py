@@ -5,9 +5,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from bcd import output, provenance, schema, storage
+from bcd import output, provenance, schema, split, storage
 from bcd.config import TrainConfig, TrainingConfig, differences
-from bcd.errors import BcdError, ConfigError
+from bcd.errors import BcdError, ConfigError, DataError
 
 CONFIG, RUN, DATA, SPLIT, MODEL = "config.json", "run.json", "data.json", "split.parquet", "model"
 HISTORY = "history.json"
@@ -72,7 +72,31 @@ def read_split(run_uri: str) -> pa.Table | None:
     uri = storage.join(run_uri, SPLIT)
     if not storage.exists(uri):
         return None
-    return storage.read_table(uri).cast(schema.SPLIT)
+    return schema.fill(storage.read_table(uri), schema.SPLIT)
+
+
+def resume(config: TrainConfig, run_uri: str, now: pa.Table) -> pa.Table | None:
+    """The split rows of the run, where it has come so far, if the data are still the same.
+
+    Args:
+        config: of the run.
+        run_uri: its directory.
+        now: the data, from `prepare.inspect`.
+
+    Raises:
+        DataError: names what differs: a patient withdrawn since must not be trained on again.
+    """
+    before = read_split(run_uri)
+    if before is None:
+        return None
+    if config.fold:  # then parts that the data come with are not used
+        now = schema.fill(now, schema.INDEX)
+    if changes := split.changes(before, now):
+        raise DataError(
+            f"{config.data} is not what it was when {run_uri} was split: {'; '.join(changes)}. "
+            "Restore it, or choose another --name to train anew"
+        )
+    return before
 
 
 def write_json(run_uri: str, name: str, content: Any) -> None:

@@ -23,7 +23,7 @@ from bcd import balance, output, schema, storage, taxonomy, weights
 from bcd.config import TrainConfig
 from bcd.errors import BcdError, StorageError
 from bcd.pipelines import cluster, evaluate, gloo, publish, read, rundir, worker
-from bcd.pipelines.prepare import Facts, describe, part_of, prepare
+from bcd.pipelines.prepare import Facts, describe, inspect, part_of, prepare
 
 
 def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None, runs_per_node: int = 1) -> str:
@@ -65,11 +65,13 @@ def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None, ru
 def _prepared(
     config: TrainConfig, run_uri: str, inspected: tuple[pa.Table, Facts] | None
 ) -> tuple[pa.Table, Facts]:
-    """The split of this run: made once, then read back, so that a resumed run cannot see another one.
+    """The split of this run: made once, then read back, so that a resumed run cannot see another one. It
+    reads every image again first, because what was withdrawn or changed since must not be trained on.
 
     Only now is the run directory claimed: a run that failed on its data may be tried again with other data.
     """
-    if (table := rundir.read_split(run_uri)) is not None:
+    inspected = inspected or inspect(config)
+    if (table := rundir.resume(config, run_uri, inspected[0])) is not None:
         return table, Facts(**rundir.read_json(run_uri, rundir.DATA))
     table, facts = prepare(config, inspected)
     rundir.claim(config, run_uri)

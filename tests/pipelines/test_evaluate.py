@@ -1,3 +1,4 @@
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -45,6 +46,7 @@ def test_what_was_trained_on_is_refused_or_marked_when_forced(run_uri, fewer, tm
     evaluate.run(EvaluateConfig(model=model, data=fewer, output=output, force=True))
     measured = read_json(f"{output}/metrics.json")
     assert (measured["tested_on"], measured["n_images"]) == ("forced", 8 * 3 * 2 - 1)
+    assert "were seen in training" in storage.read_bytes(f"{output}/report.html").decode()
     assert "forced: may have been trained on" in storage.read_bytes(f"{output}/report.html").decode()
     assert storage.read_bytes(f"{model}/card.json") == before
 
@@ -78,14 +80,62 @@ def test_a_data_set_that_was_never_seen_is_scored_whole_and_compared(run_uri, cl
 
 def test_another_slide_of_a_case_that_was_trained_on_is_seen(tmp_path):
     """Whether two slides of a case are of one person is not published."""
-    row = {schema.IMAGE_ID: "a.png", schema.URI: "a.png", schema.PART: "train", schema.SHA256: "0"}
-    row |= {schema.PATIENT: "14-22549AB", schema.SLIDE: "14-22549AB"}
-    known = schema.fill(pa.Table.from_pylist([row | {schema.CASE: "14-22549"}]), schema.SPLIT)
-    rundir.write_split(str(tmp_path), known)
-    other = {schema.PATIENT: "14-22549CD", schema.SLIDE: "14-22549CD", schema.SHA256: "1"}
+    run_with(tmp_path, split_row("a", "14-22549AB", case="14-22549"))
     for case, n_seen in (("14-22549", 1), ("14-1", 0), (None, 0)):
-        table = pa.Table.from_pylist([other | {schema.CASE: case}])
-        assert evaluate._n_seen(f"{tmp_path}/model", table) == n_seen
+        table = schema.fill(pa.Table.from_pylist([split_row("b", "14-22549CD", case=case)]), schema.INDEX)
+        seen = "1 of its images, or others of their patients or cases, were seen in training"
+        assert evaluate._doubts(f"{tmp_path}/model", table) == [seen] * n_seen
+
+
+def split_row(name, patient, part="train", phash=None, tissue=1.0, **more):
+    """A row whose picture looks like no other, unless its hash is given: 256 bits in four words."""
+    words = np.random.default_rng(list(name.encode())).integers(2**63, size=4, dtype=np.uint64)
+    row = {schema.IMAGE_ID: name, schema.URI: name, schema.PATIENT: patient, schema.PART: part}
+    row |= {schema.SHA256: name, schema.PHASH: phash or words.tobytes().hex(), schema.TISSUE_FRACTION: tissue}
+    return row | more
+
+
+def run_with(folder, *rows):
+    """A run of which nothing but its split is there."""
+    rundir.write_split(str(folder), schema.fill(pa.Table.from_pylist(list(rows)), schema.SPLIT))
+
+
+def flipped(phash, n_bits):
+    """The hash with its first bits changed."""
+    return f"{int(phash, 16) ^ ((1 << n_bits) - 1):064x}"
+
+
+PHASH = split_row("a", "p")[schema.PHASH]
+
+
+@pytest.mark.parametrize(
+    ("trained", "external", "doubts"),
+    [
+        (split_row("a", "p"), split_row("b", "q"), []),
+        (split_row("a", "p"), split_row("b", None), ["1 of its images name no patient, who may be in both"]),
+        (split_row("a", None), split_row("b", "q"), ["1 of the images seen in training name no patient"]),
+        (
+            split_row("a", "p"),
+            split_row("b", "q", phash=PHASH),
+            ["1 of its images looks like one seen in training (b like a)"],
+        ),
+        (
+            split_row("a", "p"),
+            split_row("b", "q", phash=flipped(PHASH, 60)),
+            ["1 of its images looks like one"],
+        ),
+        (split_row("a", "p"), split_row("b", "q", phash=flipped(PHASH, 61)), []),
+        (split_row("a", "p", part="test"), split_row("b", "p", phash=PHASH), []),
+        (split_row("a", "p", tissue=0.05), split_row("b", "q", phash=PHASH), []),
+        (split_row("a", "p") | {schema.PHASH: None}, split_row("b", "q"), ["keeps no perceptual hashes"]),
+        (split_row("a", "p"), split_row("b", "p"), ["1 of its images, or others of their patients"]),
+    ],
+)
+def test_what_is_not_proven_to_be_unseen_is_doubted(tmp_path, trained, external, doubts):
+    run_with(tmp_path, trained)
+    found = evaluate._doubts(f"{tmp_path}/model", schema.fill(pa.Table.from_pylist([external]), schema.INDEX))
+    assert len(found) == len(doubts)
+    assert all(part in whole for part, whole in zip(doubts, found, strict=True))
 
 
 def test_no_bundle_no_evaluation(tree, tmp_path):
