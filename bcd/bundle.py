@@ -321,6 +321,8 @@ def require_same(uri: str, began: str, now: str) -> None:
 
 
 def _read_weights(uri: str, card: Card) -> bytes:
+    if not storage.exists(storage.join(uri, WEIGHTS)):
+        raise BundleError(f"{uri}: the bundle has no {WEIGHTS}. Copy it again")
     content = storage.read_bytes(storage.join(uri, WEIGHTS))
     if hashlib.sha256(content).hexdigest() != card.weights_sha256:
         raise BundleError(

@@ -108,17 +108,25 @@ class Card(BaseModel):
         return self
 
 
+def make(**facts: Any) -> Card:
+    """A card of these fields.
+
+    Raises:
+        BundleError: they cannot be those of a model.
+    """
+    try:
+        return Card(**facts)
+    except ValidationError as error:
+        raise BundleError(f"no model card can be written: {_first(error)}") from None
+
+
 def dump(card: Card) -> bytes:
     """The card as JSON, sealed.
 
     Raises:
         BundleError: it is none that could be read again.
     """
-    content = json.loads(card.model_dump_json())
-    try:
-        Card.model_validate(card.model_dump())
-    except ValidationError as error:
-        raise BundleError(f"no model card can be written: {_first(error)}") from None
+    content = json.loads(make(**card.model_dump()).model_dump_json())
     return json.dumps(content | {CHECKSUM: _seal(content)}, indent=2).encode()
 
 

@@ -30,6 +30,8 @@ Cam = Literal[
 ]
 # Of the network's input: below, the last convolution has no cell; above, no training fits a GPU.
 MIN_INPUT_PX, MAX_INPUT_PX = 32, 4096
+# What every generator takes, repeats of a cross-validation included, which count up from it.
+MAX_SEED = 2**31 - 1
 WORKERS = re.compile(r"auto|[1-9]\d*|([1-9]\d*)-([1-9]\d*)")
 
 
@@ -140,7 +142,7 @@ class TrainingConfig(LabelledConfig):
     """Batch norm counts the images of all workers, so that their number does not change the result. Without
     it each counts its own: that waits less for the others, but is no good with few images a worker."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seeds the split, the upsampling, the shuffling and the augmentation."""
 
     num_workers: str = "auto"
@@ -161,8 +163,17 @@ class TrainingConfig(LabelledConfig):
             raise ValueError(f"--num-workers {self.num_workers}: the minimum exceeds the maximum")
         if unknown := set(self.magnifications) - set(MAGNIFICATIONS):
             raise ValueError(f"--magnifications {sorted(unknown)}: BreaKHis has {list(MAGNIFICATIONS)}")
-        if not re.fullmatch(r"[\w.-]+", self.name):
-            raise ValueError(f"--name {self.name!r}: use letters, digits, dots, dashes and underscores")
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(
+                f"--name {self.name!r}: use letters, digits, dots, dashes and underscores, a letter or digit "
+                "first"
+            )
+        bounds = self.worker_bounds()
+        if bounds and not self.sync_batchnorm and self.batch_size < 2 * bounds[1]:
+            raise ValueError(
+                f"--no-sync-batchnorm: of --batch-size {self.batch_size} some of {bounds[1]} workers get a "
+                f"single image, which has no variance; at least {2 * bounds[1]} are needed"
+            )
         return self
 
     def worker_bounds(self) -> tuple[int, int] | None:
@@ -424,5 +435,5 @@ class DemoConfig(Config):
     epochs: int = Field(default=8, ge=1)
     """Passes over the training rows."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seeds the pictures and the run."""

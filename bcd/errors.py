@@ -5,6 +5,7 @@
     ├── DataError         an input that is missing, empty or not what it should be
     ├── LeakageError      the same patient, case, slide or picture on two sides of a split
     ├── BundleError       weights or a model bundle that cannot be used
+    ├── DivergedError     a training whose loss or weights stopped being finite numbers
     ├── ResourceError     more CPUs or GPUs asked for than there are
     ├── StorageError      a place that cannot be read or written
     ├── IncompleteError   inputs that ended in neither a result nor an error; exit code 1
@@ -38,6 +39,10 @@ class LeakageError(BcdError):
 
 class BundleError(BcdError):
     """Weights or a model bundle cannot be used as asked."""
+
+
+class DivergedError(BcdError):
+    """The loss or the weights of a training stopped being finite numbers."""
 
 
 class ResourceError(BcdError):

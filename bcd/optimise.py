@@ -1,7 +1,7 @@
 """The optimiser, its learning rate, and one training step. Pure torch: the same on one device or many."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,18 +49,36 @@ def even_tail(
         batch_size: rows of a whole batch.
     """
     held: Mapping[str, np.ndarray] | None = None
+    batch: Mapping[str, np.ndarray] | None
     for batch in batches:
         if held is not None:
             short = len(next(iter(batch.values()))) < batch_size
             if short:
                 joined = {name: np.concatenate([held[name], batch[name]]) for name in held}
-                half = -(-len(next(iter(joined.values()))) // 2)
+                n = len(next(iter(joined.values())))
+                # Of three, one would be alone.
+                half = n if n < 4 else -(-n // 2)
                 held = {name: rows[:half] for name, rows in joined.items()}
-                batch = {name: rows[half:] for name, rows in joined.items()}
+                batch = {name: rows[half:] for name, rows in joined.items()} if half < n else None
             yield held
         held = batch
     if held is not None:
         yield held
+
+
+def first_not_finite(losses: Sequence[Tensor]) -> Tensor:
+    """Position of the first loss that is no finite number, and how many there are where all are: int64, on
+    their device, so that nobody waits for it here."""
+    bad = ~torch.stack([*losses, losses[0].new_tensor(torch.nan)]).isfinite()
+    return bad.int().argmax()
+
+
+def weights_as_loss(network: nn.Module) -> Tensor:
+    """Zero where all weights and running statistics are finite numbers, else NaN: to stand behind the losses
+    in `first_not_finite`."""
+    tensors = filter(torch.is_floating_point, network.state_dict().values())
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+    return torch.where(finite, 0.0, torch.nan)
 
 
 @dataclass(frozen=True)

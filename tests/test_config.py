@@ -36,6 +36,28 @@ from bcd.errors import ConfigError
         ({"validation_fraction": 0.6, "test_fraction": 0.4}, "leave nothing to train on"),
         ({"magnifications": (50,)}, r"--magnifications \[50\]: BreaKHis has \[40, 100, 200, 400\]"),
         ({"name": "a/b"}, "--name 'a/b': use letters"),
+        ({"name": ".."}, r"--name '\.\.': use letters, .*, a letter or digit first"),
+        ({"name": "."}, r"--name '\.': use letters"),
+        ({"name": ".hidden"}, r"--name '\.hidden': use letters"),
+        ({"name": "-x"}, "--name '-x': use letters"),
+        ({"name": "a\n"}, "--name 'a.n': use letters"),
+        ({"learning_rate": float("inf")}, "--learning-rate input should be a finite number, not inf"),
+        ({"learning_rate": float("nan")}, "--learning-rate input should be a finite number, not nan"),
+        ({"weight_decay": float("inf")}, "--weight-decay input should be a finite number, not inf"),
+        (
+            {"validation_fraction": float("nan")},
+            "--validation-fraction input should be a finite number, not nan",
+        ),
+        ({"seed": 2**31}, "--seed input should be less than or equal to 2147483647, not 2147483648"),
+        ({"seed": -1}, "--seed input should be greater than or equal to 0, not -1"),
+        (
+            {"input_width_px": 10_000},
+            "--input-width-px input should be less than or equal to 4096, not 10000",
+        ),
+        (
+            {"sync_batchnorm": False, "batch_size": 7, "num_workers": "2-4"},
+            "--no-sync-batchnorm: of --batch-size 7 some of 4 workers .* at least 8 are needed",
+        ),
         ({"learning_rate": -1}, "--learning-rate input should be greater than 0, not -1"),
         ({"classes": ("benign=0", "malignant=0")}, "--classes malignant=0: 0 is benign"),
         ({"learning_rat": 1}, "--learning-rat extra inputs are not permitted"),
@@ -45,6 +67,13 @@ def test_contradictions_are_one_sentence_that_names_the_flag(settings, sentence)
     with pytest.raises(ConfigError, match=sentence) as caught:
         TrainConfig(data="x", **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_single_image_is_none_where_batch_norm_counts_all_workers():
+    """Or where each gets two."""
+    TrainConfig(data="x", batch_size=4, num_workers="4")
+    TrainConfig(data="x", batch_size=8, num_workers="4", sync_batchnorm=False)
+    TrainConfig(data="x", batch_size=2, sync_batchnorm=False)
 
 
 def test_worker_bounds():

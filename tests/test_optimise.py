@@ -44,3 +44,30 @@ def test_an_epoch_does_not_end_on_a_handful_of_images(rows, sizes):
     evened = list(optimise.even_tail(batches, 16))
     assert [len(batch["x"]) for batch in evened] == [len(batch["i"]) for batch in evened] == sizes
     assert [i for batch in evened for i in batch["i"]] == list(range(rows))
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(3, [3]), (5, [2, 3]), (4, [2, 2]), (1, [1])])
+def test_no_image_is_left_alone_in_small_batches(rows, sizes):
+    batches = [{"i": np.arange(rows)[at : at + 2]} for at in range(0, rows, 2)]
+    evened = list(optimise.even_tail(batches, 2))
+    assert [len(batch["i"]) for batch in evened] == sizes
+    assert [i for batch in evened for i in batch["i"]] == list(range(rows))
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [([0.5, 0.25], 2), ([0.5, NAN], 1), ([INFINITE, 0.5, NAN], 0), ([0.5, -INFINITE, NAN], 1), ([3e38], 1)],
+)
+def test_the_first_loss_that_is_no_number(losses, expected):
+    assert optimise.first_not_finite([torch.tensor(loss) for loss in losses]) == expected
+
+
+def test_weights_and_running_statistics_stand_behind_the_losses():
+    for name, number in (("weight", NAN), ("bias", INFINITE), ("running_var", NAN)):
+        network = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+        assert optimise.weights_as_loss(network) == 0
+        network.state_dict()[f"0.{name}"][1] = number
+        assert optimise.weights_as_loss(network).isnan()

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -14,7 +14,7 @@ from bcd import aggregate, bundle, compare, provenance, report, schema, split, s
 from bcd.breakhis import N_FOLDS
 from bcd.config import CrossvalConfig, Protocol, TrainConfig, TrainingConfig
 from bcd.errors import DataError
-from bcd.pipelines import cluster, evaluate, prepare, reporting, rundir, train
+from bcd.pipelines import cluster, evaluate, prepare, publish, reporting, rundir, train
 from bcd.pipelines.prepare import Facts
 from bcd.text import counted
 
@@ -59,19 +59,27 @@ def run(config: CrossvalConfig) -> str:
     uri = storage.join(config.output, config.name)
     if config.against:
         reporting.require_images(config.against)
-    finished = rundir.begin(config, uri)
+    folds = {protocol: list(_folds(config, uri, protocol)) for protocol in config.protocols()}
+    finished = rundir.begin(config, uri) and _is_published(folds.values())
     if finished and not config.against:
         print(f"{uri} is finished: see report.html there, or choose another --name to run it anew")
         return uri
     started = time.time()
     cluster.connect(trains=True)
-    folds = {protocol: list(_folds(config, uri, protocol)) for protocol in config.protocols()}
     if not finished:
         _train_missing(config, uri, [fold for arm in folds.values() for fold in arm])
     _report(config, uri, [_arm(protocol, arm, config) for protocol, arm in folds.items()])
     if not finished:
         rundir.finish(config, uri, {"seconds": round(time.time() - started, 1)})
     return uri
+
+
+def _is_published(arms: Iterable[Sequence[Fold]]) -> bool:
+    """Whether the bundle of every fold of a finished study can be used."""
+    faults = [fault for arm in arms for fold in arm if (fault := publish.fault(fold.uri))]
+    if faults:
+        print(f"{faults[0]}. Writing such bundles anew from their checkpoints", flush=True)
+    return not faults
 
 
 def _folds(config: CrossvalConfig, uri: str, protocol: Protocol) -> Iterator[Fold]:

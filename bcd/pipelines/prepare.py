@@ -15,7 +15,7 @@ from bcd import balance, breakhis, index, schema, split, storage, synthetic
 from bcd.config import TrainConfig, TrainingConfig
 from bcd.errors import BcdError, DataError
 from bcd.pipelines import read
-from bcd.taxonomy import Target
+from bcd.taxonomy import TUMOR_CLASSES, Target
 from bcd.text import counted
 
 
@@ -80,6 +80,7 @@ def _divided(config: TrainConfig, table: pa.Table, fold: Mapping[str, str] | Non
     else:
         parts = split.assign(table, *settings, config.validation_fraction, config.test_fraction, fold)
     split.check(parts, config.protocol)
+    _require_classes(parts)
     return parts
 
 
@@ -115,6 +116,17 @@ def inspect(config: TrainingConfig) -> tuple[pa.Table, Facts]:
         field_width_px=width,
     )
     return table, facts
+
+
+def _require_classes(parts: pa.Table) -> None:
+    """Raises DataError where the model could not be trained, or its epoch and threshold not be chosen."""
+    for part in (split.TRAIN, split.VALIDATION):
+        present = set(part_of(parts, part)[schema.TUMOR_CLASS].to_pylist())
+        if missing := [name for name in TUMOR_CLASSES if name not in present]:
+            raise DataError(
+                f"the {part} part has no {missing[0]} image; expected both classes in it: use another "
+                "--seed, another --validation-fraction, or more patients of that class"
+            )
 
 
 def _require_subtypes(config: TrainingConfig, table: pa.Table) -> None:

@@ -6,11 +6,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from ray.train import Result
-from safetensors.torch import load_file
+from torchvision.models import ResNet
 
-from bcd import aggregate, bundle, calibration, decision, model, provenance, schema, split, taxonomy
+from bcd import (
+    aggregate,
+    bundle,
+    calibration,
+    card,
+    decision,
+    model,
+    provenance,
+    schema,
+    split,
+    storage,
+    taxonomy,
+)
 from bcd.config import TrainConfig
-from bcd.pipelines import features, worker
+from bcd.errors import BundleError
+from bcd.pipelines import features, rundir, worker
 from bcd.pipelines.prepare import Facts, part_of
 
 
@@ -23,20 +36,53 @@ def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: Facts, resu
         table: the split rows.
         facts: about the data.
         result: of the training.
+
+    Raises:
+        BundleError: no checkpoint is intact.
     """
-    checkpoint, measured = max(result.best_checkpoints, key=lambda pair: pair[1][worker.SELECTION])
-    network = model.build(len(taxonomy.classes(config.target)))
-    with checkpoint.as_directory() as folder:
-        network.load_state_dict(load_file(Path(folder) / worker.WEIGHTS_FILE))
+    network, measured = _best(result, len(taxonomy.classes(config.target)))
     train, validation = part_of(table, split.TRAIN), part_of(table, split.VALIDATION)
-    card = _card(config, train, facts, measured)
-    statistics, logit = features.measure(network, card, train, validation)
+    known = _card(config, train, facts, measured)
+    statistics, logit = features.measure(network, known, train, validation)
     decided = _decided(config, logit, validation)
-    bundle.save(network, card.model_copy(update=decided | {"feature_statistics": statistics}), uri)
+    bundle.save(network, known.model_copy(update=decided | {"feature_statistics": statistics}), uri)
+
+
+def check(config: TrainConfig, table: pa.Table, facts: Facts) -> None:
+    """Raises BundleError before the training where no valid card could be written after it."""
+    measured = {schema.EPOCH: 1, worker.SCORE: 0.5, "n_validation": 1}
+    card.dump(_card(config, part_of(table, split.TRAIN), facts, measured))
+
+
+def fault(run_uri: str) -> str | None:
+    """Why the bundle of a finished run cannot be used, if it cannot."""
+    try:
+        bundle.identify(storage.join(run_uri, rundir.MODEL))
+    except BundleError as error:
+        return str(error)
+    return None
+
+
+def _best(result: Result, n_classes: int) -> tuple[ResNet, dict[str, Any]]:
+    """The network of the best epoch whose checkpoint is intact, and what was measured of it."""
+
+    def score(pair: tuple[Any, dict[str, Any]]) -> float:
+        return pair[1][worker.SELECTION]
+
+    for checkpoint, measured in sorted(result.best_checkpoints, key=score, reverse=True):
+        try:
+            with checkpoint.as_directory() as folder:
+                tensors, _ = worker.read_checkpoint(Path(folder))
+                return model.assembled(n_classes, tensors), measured
+        except BundleError as error:
+            print(
+                f"warning: the checkpoint of epoch {measured[schema.EPOCH]} is damaged: {error}", flush=True
+            )
+    raise BundleError("no checkpoint of this run is intact; choose another --name to train anew")
 
 
 def _card(config: TrainConfig, train: pa.Table, facts: Facts, measured: dict[str, Any]) -> bundle.Card:
-    return bundle.Card(
+    return card.make(
         target=config.target,
         classes=taxonomy.classes(config.target),
         input_height_px=config.input_height_px,

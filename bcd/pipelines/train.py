@@ -44,8 +44,10 @@ def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None, ru
     """
     run_uri = storage.join(config.output, config.name)
     if rundir.begin(config, run_uri):
-        print(f"{run_uri} is finished: see report.html there, or choose another --name to train anew")
-        return run_uri
+        if (fault := publish.fault(run_uri)) is None:
+            print(f"{run_uri} is finished: see report.html there, or choose another --name to train anew")
+            return run_uri
+        print(f"{fault}. Writing the bundle anew from its checkpoint", flush=True)
     started = time.time()
     given = weights.pretrained(config.weights)
     cluster.connect(trains=True)
@@ -74,6 +76,7 @@ def _prepared(
     if (table := rundir.resume(config, run_uri, inspected[0])) is not None:
         return table, Facts(**rundir.read_json(run_uri, rundir.DATA))
     table, facts = prepare(config, inspected)
+    publish.check(config, table, facts)
     rundir.claim(config, run_uri)
     rundir.write_json(run_uri, rundir.DATA, facts.model_dump())
     rundir.write_split(run_uri, table)
@@ -113,6 +116,9 @@ def fit(
     """Train on the split rows, from the last checkpoint of the run where there is one.
 
     The result's `return_value` is the history, a record per epoch.
+
+    Raises:
+        BcdError: what the user can put right, such as a training that diverges.
     """
     streams, n_train = datasets(config, table)
     filesystem, path = storage.resolve(run_uri)
@@ -132,16 +138,19 @@ def fit(
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env=cluster.MODEL_ENV,
             failure_config=FailureConfig(max_failures=config.max_failures),
-            # The latest is kept as well, to go on from.
+            # The latest is kept as well, to go on from; of two, one is left where another is damaged.
             checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute=worker.SELECTION, checkpoint_score_order="max"
+                num_to_keep=2, checkpoint_score_attribute=worker.SELECTION, checkpoint_score_order="max"
             ),
         ),
     )
     try:
-        return trainer.fit()
+        result = trainer.fit()
     except TrainingFailedError as error:
         raise for_people(error, run_uri) from error
+    if isinstance(result.return_value, BcdError):
+        raise result.return_value
+    return result
 
 
 def for_people(error: TrainingFailedError, run_uri: str) -> Exception:

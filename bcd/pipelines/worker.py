@@ -4,7 +4,9 @@ Workers meet twice an epoch, to add up what they saw in training and in validati
 all rows, whatever the number of workers.
 """
 
+import hashlib
 import logging
+import math
 import tempfile
 import time
 from collections import Counter
@@ -19,24 +21,28 @@ import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.models import ResNet
 
-from bcd import batchnorm, metrics, model, optimise, schema, storage, transform
+from bcd import batchnorm, metrics, model, optimise, schema, storage, transform, weights
 from bcd.config import TrainConfig
+from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
 from bcd.pipelines import cluster, read
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "state.pt"
+DIGEST = "weights_sha256"
 SCORE = "validation_balanced_accuracy"
 # Chooses the best epoch: the score, and of equal scores the lower loss. On a small validation part many
 # epochs are equal, and the first of them is seldom the best.
 SELECTION = "selection"
 TIE_BREAK = 1e-6
+# Steps between two looks at the loss, which make a GPU wait for its queue to empty.
+CHECK_STEPS = 20
 # Columns of some rows.
 Batch = Mapping[str, np.ndarray]
 
@@ -65,15 +71,42 @@ class State:
         """Write network, optimiser and history into a folder."""
         tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
         save_file(tensors, folder / WEIGHTS_FILE)
-        state = {"optimizer": self.optimizer.state_dict(), "history": self.history}
+        digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+        state = {"optimizer": self.optimizer.state_dict(), "history": self.history, DIGEST: digest}
         torch.save(state, folder / STATE_FILE)
 
     def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote."""
-        self.network.load_state_dict(load_file(folder / WEIGHTS_FILE))
-        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Continue from what `save` wrote.
+
+        Raises:
+            BundleError: it is damaged; nothing has changed then.
+        """
+        tensors, state = read_checkpoint(folder)
+        own = self.network.state_dict()
+        tensors = weights.fitting(own, tensors, whole=True)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError) as error:
+            raise BundleError(f"{STATE_FILE} is of another optimiser: {error}") from error
+        self.network.load_state_dict(tensors)
         self.history = state["history"]
+
+
+def read_checkpoint(folder: Path) -> tuple[weights.State, dict[str, Any]]:
+    """Weights, and the rest of a checkpoint.
+
+    Raises:
+        BundleError: it is damaged.
+    """
+    try:
+        content = (folder / WEIGHTS_FILE).read_bytes()
+        state = weights.read((folder / STATE_FILE).read_bytes(), STATE_FILE)
+    except FileNotFoundError as error:
+        raise BundleError(f"{Path(error.filename).name} is missing") from error
+    # Those that an older version wrote have no digest.
+    if hashlib.sha256(content).hexdigest() != state.get(DIGEST, hashlib.sha256(content).hexdigest()):
+        raise BundleError(f"{WEIGHTS_FILE} is not as it was written: its SHA-256 differs")
+    return weights.read(content, WEIGHTS_FILE), state
 
 
 @dataclass
@@ -92,8 +125,20 @@ class Seen:
         self.targets += batch[schema.TARGET].tolist()
 
 
-def train(task: Task) -> list[dict[str, Any]]:
-    """The training function of every worker; returns the history, a record per epoch."""
+def train(task: Task) -> list[dict[str, Any]] | BcdError:
+    """The training function of every worker.
+
+    Returns:
+        The history, a record per epoch, or what the user has to put right, which all workers find at the same
+        step: Ray Train would start a worker that raises it again and again.
+    """
+    try:
+        return _train(task)
+    except (ConfigError, DivergedError) as error:
+        return error
+
+
+def _train(task: Task) -> list[dict[str, Any]]:
     config, context = task.config, ray.train.get_context()
     # Ray Train tells of every report and checkpoint; what people want to know is our line per epoch.
     logging.getLogger().setLevel(logging.WARNING)
@@ -127,17 +172,36 @@ def train(task: Task) -> list[dict[str, Any]]:
 
 def _state(task: Task, device: torch.device) -> State:
     config = task.config
-    weights = ray.get(task.weights) if task.weights is not None else None
-    network = model.build(len(task.classes), weights, config.seed)
+    given = ray.get(task.weights) if task.weights is not None else None
+    network = model.build(len(task.classes), given, config.seed)
     network = network.to(device).to(memory_format=torch.channels_last)
     if config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
         batchnorm.share(network, device)
     optimizer = optimise.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
     state = State(network, optimizer)
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            state.load(Path(folder))
+    _resume(state)
     return state
+
+
+def _resume(state: State) -> None:
+    """Continue from the newest checkpoint that is intact, if there is one."""
+    for checkpoint in _checkpoints():
+        try:
+            with checkpoint.as_directory() as folder:
+                return state.load(Path(folder))
+        except BundleError as error:
+            logger.warning(f"the checkpoint {checkpoint.path} is damaged ({error}); the one before is used")
+    return None
+
+
+def _checkpoints() -> Iterator[ray.train.Checkpoint]:
+    """Those of this run that are kept, the newest first."""
+    if (newest := ray.train.get_checkpoint()) is None:
+        return
+    yield newest
+    reported = ray.train.get_all_reported_checkpoints()
+    older = [one for one in reported if one.checkpoint.path != newest.path]
+    yield from (one.checkpoint for one in sorted(older, key=lambda one: -one.metrics[schema.EPOCH]))
 
 
 def _epoch(task: Task, step: optimise.Step, state: State, epoch: int, stream: "Stream") -> dict[str, Any]:
@@ -149,6 +213,8 @@ def _epoch(task: Task, step: optimise.Step, state: State, epoch: int, stream: "S
     if not task.config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
         batchnorm.average(state.network)
     validated = _gather(_validate(task, state.network, step.device))
+    if not math.isfinite(validated.loss_sum):
+        raise _diverged(task, epoch, "the loss on the validation images is no finite number")
     _log_exposure(task, trained, epoch)
     names = [task.classes[target] for target in trained.targets]
     counted = Counter(names)
@@ -171,15 +237,56 @@ def _train_epoch(task: Task, step: optimise.Step, epoch: int, stream: "Stream") 
     seen, losses = Seen(), []
     step.network.train()
     for i, batch in enumerate(optimise.even_tail(stream.batches(), stream.batch_size)):
-        progress = (epoch - 1 + i / n_steps) / config.epochs
+        # In the middle of the step: at both ends the rate is zero.
+        progress = (epoch - 1 + (i + 0.5) / n_steps) / config.epochs
         rate = optimise.learning_rate(config.learning_rate, progress, config.warmup_fraction)
         images, target = _tensors(batch)
+        _require_several(len(images) * (world if config.sync_batchnorm else 1))
         loss = step(images, target, rate)
         losses.append(loss * len(images))
         seen.add(batch, 0.0)
+        if len(losses) % CHECK_STEPS == 0:
+            _require_finite(task, epoch, losses)
+    _require_several(len(losses) * stream.batch_size * world)
+    _require_finite(task, epoch, losses, step.network)
     # One transfer at the end: asking for the loss at every step would make a GPU wait.
     seen.loss_sum = float(torch.stack(losses).sum())
     return seen
+
+
+def _require_several(n_images: int) -> None:
+    """Raises ConfigError for a step of a single image, of which batch norm can tell no variance."""
+    if n_images < 2:
+        raise ConfigError(
+            "a training step has a single image, of which batch norm can tell no variance: use fewer "
+            "--num-workers, a larger --batch-size, or more training images"
+        )
+
+
+def _require_finite(
+    task: Task, epoch: int, losses: list[torch.Tensor], network: nn.Module | None = None
+) -> None:
+    """Raises DivergedError, on all workers, where on one a loss since the last look, or a weight at the end
+    of an epoch, is no finite number."""
+    start = (len(losses) - 1) // CHECK_STEPS * CHECK_STEPS
+    watched = losses[start:] + ([optimise.weights_as_loss(network)] if network is not None else [])
+    first = optimise.first_not_finite(watched)
+    if ray.train.get_context().get_world_size() > 1:
+        torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
+    position = int(first)
+    if position == len(watched):
+        return
+    if start + position < len(losses):
+        raise _diverged(task, epoch, f"from step {start + position + 1} on the loss is no finite number")
+    raise _diverged(task, epoch, f"after its last step, {len(losses)}, the weights are no finite numbers")
+
+
+def _diverged(task: Task, epoch: int, what: str) -> DivergedError:
+    return DivergedError(
+        f"the training diverged in epoch {epoch}: {what}. Nothing of this epoch is kept. Train again under "
+        f"another --name with a lower --learning-rate than {task.config.learning_rate:g}, or with "
+        "--precision float32 if it was not"
+    )
 
 
 class Stream:
