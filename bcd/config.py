@@ -363,7 +363,8 @@ class ScoreConfig(Config):
 
     input: str
     """A folder of images (PNG, JPEG, TIFF) and whole slides (SVS, NDPI, MRXS, SCN, BIF, DICOM, pyramidal
-    TIFF), mixed as they come, or a CSV, TSV or Parquet manifest with a column uri: local, s3:// or gs://."""
+    TIFF), mixed as they come, one such file, or a CSV, TSV or Parquet manifest with a column uri: local,
+    s3:// or gs://."""
 
     output: str
     """Folder for the table, the slides' pictures and the gallery: local, s3:// or gs://."""

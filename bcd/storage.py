@@ -89,12 +89,13 @@ def _local(uri: str) -> str:
 
 
 def place(uri: str, root: str) -> str:
-    """The URI of what a table in the folder `root` names: a relative one is below that folder.
+    """The URI of what a table in the folder `root`, an `absolute` one, names: if relative, below that folder.
 
     Raises:
         StorageError: it lies on another machine.
     """
-    return uri if is_remote(uri) else join(root, _local(uri))
+    # The folder is resolved once and not for each of a million rows.
+    return uri if is_remote(uri) else posixpath.join(root, _local(uri))
 
 
 def join(uri: str, *parts: str) -> str:

@@ -121,3 +121,27 @@ def test_an_empty_box_has_exactly_none():
     y = np.random.default_rng(2).uniform(150, 280, 1000)
     boxes = np.column_stack([y / 3, y, np.full(1000, 27.3), np.full(1000, 17.9)])
     assert (tissue.fraction(mask, boxes) == 0).all()
+
+
+def on_glass(colour, ink=None):
+    """Glass of a colour, a round piece of stained tissue on it, and a stroke of a pen."""
+    y, x = np.mgrid[:200, :300]
+    through = np.ones((200, 300, 3))
+    piece = (y - 100) ** 2 + (x - 90) ** 2 < 40**2
+    through[piece] = (0.8, 0.55, 0.75)
+    if ink is not None:
+        through[20:180, 240:256] = ink
+    noise = np.random.default_rng(0).normal(0, 1, through.shape)
+    return (through * colour + noise).clip(0, 255).astype(np.uint8), piece
+
+
+@pytest.mark.parametrize("colour", [(248, 248, 248), (240, 225, 200), (215, 215, 215), (225, 235, 240)])
+@pytest.mark.parametrize("ink", [None, (0.1, 0.2, 0.7), (0.15, 0.6, 0.3), (0.05, 0.05, 0.05)])
+def test_tissue_is_what_differs_from_the_glass_whatever_its_colour(colour, ink):
+    picture, piece = on_glass(colour, ink)
+    np.testing.assert_allclose(tissue.mask(picture).sum(), piece.sum(), rtol=0.02)
+    assert (tissue.mask(picture) & ~piece).sum() < 0.02 * piece.sum()
+
+
+def test_the_glass_is_found_by_its_colour():
+    np.testing.assert_allclose(tissue.glass(on_glass((240, 225, 200))[0]), (240, 225, 200), atol=1)
