@@ -6,6 +6,7 @@ trunk tensors have to be exactly those of a ResNet50; only the head, which is ne
 
 import io
 import re
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pickle import UnpicklingError as _Unpickling
@@ -26,7 +27,22 @@ IMAGENET, RANDOM = "imagenet", "none"
 State = Mapping[str, Tensor]
 
 # A pickle that is damaged or carries code fails in many ways, all of them before any code runs.
-DAMAGED = (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, _Unpickling)
+DAMAGED = (
+    SafetensorError,
+    struct.error,
+    _Unpickling,
+    zipfile.BadZipFile,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # What stands beside a trunk and is replaced by our last layer.
 HEADS = ("fc", "head", "classifier", "last_linear", "projection_head", "projector", "prototypes", "predictor")
@@ -112,6 +128,14 @@ def read(content: bytes, name: str) -> Any:
     raise BundleError(f"{name}: not a state dict, but {_guess(content)}; {EXPECTED}")
 
 
+def is_as_written(content: bytes) -> bool:
+    """Whether the checksums in a file of `torch.save` are right; a flipped bit loads as another number."""
+    try:
+        return zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+    except DAMAGED:
+        return False
+
+
 def _guess(content: bytes, error: Exception | None = None) -> str:
     """What a file that is not plain tensors contains, in words; torch's own advice is to trust it."""
     if not content:
@@ -134,7 +158,7 @@ def _guess(content: bytes, error: Exception | None = None) -> str:
 def _guess_zip(content: bytes) -> str:
     try:
         names = zipfile.ZipFile(io.BytesIO(content)).namelist()
-    except zipfile.BadZipFile:
+    except DAMAGED:
         return f"a damaged PyTorch file of {len(content):,} bytes; copy it again"
     if any("/code/" in name or name.endswith("constants.pkl") for name in names):
         return "a TorchScript program; save `network.state_dict()` alone"

@@ -211,7 +211,10 @@ def test_a_fair_split_is_found_where_there_is_one(seed: int) -> None:
         assert shares(here)["A"] == pytest.approx(0.4, abs=0.05)
 
 
-def test_three_patients_of_a_class_give_one_to_each_part_however_large() -> None:
+def test_three_patients_of_a_class_give_one_to_each_part_however_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(division, "_WORK", 300)
     sizes = {"A0": 200, "A1": 1, "A2": 3, "DC0": 50, "DC1": 9, "DC2": 2}
     rows = table(*(row(f"{p}-{i:03}", p, p[:-1]) for p, n in sizes.items() for i in range(n)))
     for seed in range(5):
@@ -233,8 +236,9 @@ def test_one_round_suffices_for_both_classes_everywhere(seed: int, monkeypatch: 
         assert set(part_of(assigned, part)[schema.TUMOR_CLASS].to_pylist()) == set(TUMOR_CLASSES)
 
 
-def test_a_subtype_with_two_patients_is_trained_on_and_tested() -> None:
+def test_a_subtype_with_two_patients_is_trained_on_and_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where a division without would be fair in all else; a single patient is trained on."""
+    monkeypatch.setattr(division, "_WORK", 1_000)
     sizes = {"A": (9, 6, 2, 7, 8, 5, 4), "DC": (6, 5, 2), "LC": (5, 10), "MC": (1,)}
     rows = table(
         *(row(f"{s}{p}-{i}", f"{s}{p}", s) for s in sizes for p, n in enumerate(sizes[s]) for i in range(n))

@@ -238,9 +238,9 @@ class Evil:
         return os.mkdir, ("/tmp/bcd-evil",)
 
 
-def saved(found):
+def saved(found, **options):
     buffer = io.BytesIO()
-    torch.save(found, buffer)
+    torch.save(found, buffer, **options)
     return buffer.getvalue()
 
 
@@ -270,6 +270,27 @@ def test_a_file_of_another_kind_is_described_and_nothing_in_it_runs(tmp_path, co
         weights.pretrained(str(tmp_path / name))
     assert "weights_only" not in str(raised.value)
     assert not os.path.exists("/tmp/bcd-evil")
+
+
+LEGACY = saved(network(), _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LEGACY[:-3],
+        LEGACY[: len(LEGACY) // 2],
+        LEGACY[:600],
+        LEGACY.replace(b"cpuq", b"cpux", 1),
+        saved(network()).replace(b"data/12", b"data/1\xb7"),
+        saved(network()).replace(b"data/12", b"da\xf4a/12"),
+    ],
+)
+def test_damage_that_a_fuzz_found_is_rejected(tmp_path, content):
+    """A cut in the middle of a number (struct.error), names in no UTF-8, a storage that is not there."""
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(BundleError, match=r"w.pth: not "):
+        weights.pretrained(str(tmp_path / "w.pth"))
 
 
 def test_a_file_is_known_by_its_content(tmp_path):

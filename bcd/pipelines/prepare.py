@@ -63,7 +63,7 @@ def prepare(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None
         print("".join(f"warning: {text}\n" for text in facts.warnings), end="", flush=True)
         raise
     is_given = schema.PART in table.column_names or config.protocol == "official"
-    warnings += split.share_warnings(parts, None if is_given else _wanted(config))
+    warnings = split.share_warnings(parts, None if is_given else _wanted(config)) + warnings
     changed = {"split_fingerprint": split.fingerprint(parts), "warnings": warnings}
     return parts, facts.model_copy(update=changed)
 

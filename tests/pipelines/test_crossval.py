@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
 from bcd import bundle, output, schema, split, storage
@@ -169,15 +171,20 @@ def test_a_killed_study_goes_on_with_the_folds_that_are_missing(cluster, tree, t
         crossval.run(CrossvalConfig(**settings, against=f"{tmp_path}/nothing"))
 
 
+def with_one_more(parts):
+    """The rows, and one whose image is gone since."""
+    gone = {schema.IMAGE_ID: "gone.png", schema.SHA256: "0" * 64}
+    return pa.concat_tables([parts, pa.Table.from_pylist([parts.to_pylist()[0] | gone], schema=parts.schema)])
+
+
 def test_a_study_does_not_go_on_with_other_data(cluster, tree, tmp_path):
     """One image fewer would divide all folds anew."""
     config = CrossvalConfig(**small(tree).model_dump(include={"data", "weights"}), output=str(tmp_path), k=2)
     fold = next(crossval._folds(config, f"{tmp_path}/crossval", "case"))
     parts, facts = prepare.prepare(fold.config)
     output.claim(f"{tmp_path}/crossval", output.CROSSVAL)
-    rundir.write_split(fold.uri, parts)
-    before = facts.model_copy(update={"data_fingerprint": "of other data"})
-    rundir.write_json(fold.uri, rundir.DATA, before.model_dump())
+    rundir.write_json(fold.uri, rundir.DATA, facts.model_dump())
+    rundir.write_split(fold.uri, with_one_more(parts))
     with pytest.raises(DataError, match=r"is not what it was when .*repeat-1-fold-1 was split"):
         crossval.run(config)
 
@@ -211,3 +218,12 @@ def test_more_folds_than_groups_end_a_study_before_it_trains(cluster, tree, tmp_
     with pytest.raises(DataError, match=r"24 groups by case cannot make 40 folds; lower --k"):
         crossval.run(config)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_finished_study_with_a_bundle_that_cannot_be_used_goes_on(monkeypatch, capsys):
+    faults = {"a": None, "b": "b: the model card has format 1", "c": None}
+    monkeypatch.setattr(crossval.publish, "fault", faults.get)
+    folds = {uri: SimpleNamespace(uri=uri) for uri in faults}
+    assert crossval._is_published([[folds["a"]], [folds["c"]]])
+    assert not crossval._is_published([[folds["a"]], [folds["b"], folds["c"]]])
+    assert "b: the model card has format 1. Writing such bundles anew" in capsys.readouterr().out

@@ -170,3 +170,19 @@ def test_the_official_fold_on_real_images(joined, real_data):
     for row in table.to_pylist():
         assert (row[schema.PART] == "test") == (fold[row[schema.IMAGE_ID].rpartition("/")[2]] == "test")
     assert any("7,909" in warning for warning in facts.warnings)
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+@pytest.mark.parametrize("tumor_class", ["benign", "malignant"])
+def test_a_part_of_one_class_is_rejected(part, tumor_class):
+    rows = [(p, c) for p in split.PARTS for c in ("benign", "malignant") if (p, c) != (part, tumor_class)]
+    table = pa.table({schema.PART: [row[0] for row in rows], schema.TUMOR_CLASS: [row[1] for row in rows]})
+    with pytest.raises(DataError, match=f"the {part} part has no {tumor_class} image; expected both classes"):
+        prepare._require_classes(table)
+
+
+def test_a_test_part_of_one_class_is_not():
+    parts = ["train", "train", "validation", "validation", "test"]
+    prepare._require_classes(
+        pa.table({schema.PART: parts, schema.TUMOR_CLASS: ["benign", "malignant"] * 2 + ["benign"]})
+    )

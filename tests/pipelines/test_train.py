@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ from ray.exceptions import GetTimeoutError
 from ray.train import ControllerError, WorkerGroupError
 
 from bcd import bundle, output, schema, storage
-from bcd.errors import BundleError, ConfigError, ResourceError, StorageError
+from bcd.errors import BundleError, ConfigError, DivergedError, ResourceError, StorageError
 from bcd.pipelines import prepare, train
 from tests.cluster import read_json
 from tests.pipelines.test_read import small
@@ -170,6 +171,37 @@ def test_a_damaged_run_directory_says_so(tree, tmp_path):
     storage.write_bytes(f"{tmp_path}/x/config.json", json.dumps(config.model_dump(mode="json")).encode()[:-9])
     with pytest.raises(train.BcdError, match=r"config.json is damaged"):
         train.run(config)
+
+
+@pytest.mark.parametrize(("fault", "goes_on"), [(None, False), ("m: the model card has format 1", True)])
+def test_a_finished_run_whose_bundle_cannot_be_used_goes_on(monkeypatch, capsys, fault, goes_on):
+    def stop(_):
+        raise BundleError("goes on")
+
+    monkeypatch.setattr(train.rundir, "begin", lambda *_: True)
+    monkeypatch.setattr(train.publish, "fault", lambda _: fault)
+    monkeypatch.setattr(train.weights, "pretrained", stop)
+    if goes_on:
+        with pytest.raises(BundleError, match="goes on"):
+            train.run(small("d"))
+    else:
+        train.run(small("d"))
+    said = (
+        "m: the model card has format 1. Writing the bundle anew from its checkpoint"
+        if goes_on
+        else "is finished"
+    )
+    assert said in capsys.readouterr().out
+
+
+def test_what_the_workers_return_instead_of_a_history_ends_the_run(monkeypatch):
+    """They do not raise it: Ray Train would start them again."""
+    error = DivergedError("in epoch 1: from step 25 on the loss is no finite number")
+    monkeypatch.setattr(train, "datasets", lambda *_: ({}, 8))
+    trained = SimpleNamespace(fit=lambda: SimpleNamespace(return_value=error))
+    monkeypatch.setattr(train, "TorchTrainer", lambda *_, **__: trained)
+    with pytest.raises(DivergedError, match="from step 25 on"):
+        train.fit(small("d"), "/tmp/run", None, None, None)
 
 
 @pytest.mark.parametrize(

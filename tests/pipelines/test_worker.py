@@ -76,6 +76,7 @@ DAMAGES = [
     (worker.WEIGHTS_FILE, cut, "is not as it was written"),
     (worker.WEIGHTS_FILE, Path.unlink, "model.safetensors is missing"),
     (worker.STATE_FILE, cut, "a damaged PyTorch file"),
+    (worker.STATE_FILE, flipped, "state.pt is not as it was written"),
     (worker.STATE_FILE, Path.unlink, "state.pt is missing"),
     (worker.STATE_FILE, lambda path: path.write_bytes(b""), "an empty file"),
 ]
