@@ -8,6 +8,7 @@
     ├── DivergedError     a training whose loss or weights stopped being finite numbers
     ├── ResourceError     more CPUs or GPUs asked for than there are
     ├── StorageError      a place that cannot be read or written
+    │   └── TooLargeError a file of more bytes than are read
     ├── IncompleteError   inputs that ended in neither a result nor an error; exit code 1
     ├── AuditError        a finished audit found that a given split leaks; exit code 1
     └── DiagnosisError    a finished diagnosis found what would break the job; exit code 1

@@ -37,7 +37,7 @@ STATUS = {"unsupported_format": 415, "empty": 422, "truncated": 422, "too_many_p
 TRICKS: dict[int, list[int]] = {31: [503, 503], 32: [503] * 99, 33: [502], 34: [401]}
 
 CARD: dict[str, Any] = {
-    "format_version": 1,
+    "format_version": 2,
     "architecture": "resnet50",
     "target": "tumor_class",
     "classes": ["benign", "malignant"],

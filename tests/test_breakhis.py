@@ -107,6 +107,8 @@ def test_an_index_has_one_row_per_file_in_order() -> None:
         schema.MPP: pytest.approx(0.20),
         schema.SHA256: None,
         schema.SIZE_BYTES: 1,
+        schema.PHASH: None,
+        schema.TISSUE_FRACTION: None,
     }
 
 

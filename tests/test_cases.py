@@ -70,7 +70,8 @@ def test_manifests(cases, tmp_path):
         "007"
     ]
     assert scored(cases / "manifests/mpp_column.csv", tmp_path)["no_mpp.tif"][:2] == (1, {""})
-    assert scored(cases / "manifests/no_mpp.tif", tmp_path)["no_mpp.tif"][:2] == (1, {"missing_mpp"})
+    # Without a scale a file of one level is a field.
+    assert scored(cases / "manifests/no_mpp.tif", tmp_path)["no_mpp.tif"][:2] == (1, {""})
 
 
 def patients(uri):

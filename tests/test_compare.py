@@ -182,5 +182,5 @@ def test_images_of_another_patient_or_class_are_named(column: str, other: str | 
     first, second = images(0), images(1)
     row = first.index[first[schema.IMAGE_ID] == "p5/7"]
     second.loc[row, column] = other
-    with pytest.raises(DataError, match=rf"the {column} of 1 images differs \(p5/7\).*same index"):
+    with pytest.raises(DataError, match=rf"the {column} of 1 image differs \(p5/7\).*same index"):
         compare.paired(first, second)

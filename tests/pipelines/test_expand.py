@@ -192,15 +192,20 @@ def test_axes_that_differ_give_tiles_of_the_same_size_in_um(tmp_path):
     """0.5 µm/px across, 0.25 down: a tile covers 40 x 60 px, and the network sees 40 x 30."""
     pixels = pictures.gradient(150, 200)
     write(tmp_path, {"s.tif": pictures.tiled_tiff(pixels, (0.5, 0.25))})
-    table = expanded(tmp_path)
+    table = expanded(tmp_path, replace(TILING, min_tissue=0))
     places = {(row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX]) for row in table.to_pylist()}
     assert places == {(x, y) for x in range(0, 200, 40) for y in (0, 60, 120)}
     plan = expand.read_plan(str(tmp_path / "plans"), "s.tif")
     assert (plan.mpp_x, plan.mpp_y) == (0.5, 0.25)
-    assert plan.tissue_area_mm2 == pytest.approx(200 * 150 * 0.0005 * 0.00025, rel=0.01)
     seen = read.pixels(table, 30, 40, [])[schema.IMAGE].astype(int)
     halved = pixels[:60, :40].reshape(30, 2, 40, 3).mean(1)
     assert np.abs(seen[0] - halved).max() <= 2
+
+
+def test_the_area_of_tissue_counts_each_axis(tmp_path):
+    expanded(write(tmp_path, {"s.tif": stained(100, (0.5, 0.25))}))
+    plan = expand.read_plan(str(tmp_path / "plans"), "s.tif")
+    assert plan.tissue_area_mm2 == pytest.approx(100 * 150 * 0.0005 * 0.00025, rel=0.01)
 
 
 def test_a_model_without_scale_needs_the_flag(tmp_path):
@@ -218,7 +223,9 @@ def test_fields_stay_one_row_and_keep_what_is_known(tmp_path):
     inputs = archive.read(str(tmp_path / "m.csv")).table
     rows = pa.concat_tables(expand.expand(inputs, TILING, str(tmp_path / "plans"), NOTHING)).to_pylist()
     found = {row[schema.IMAGE_ID]: row for row in rows}
-    assert [row[schema.ERROR] for row in rows] == [None] * 4
+    assert {name: row[schema.ERROR] for name, row in found.items() if row[schema.ERROR]} == {
+        "no.tif": "unreadable"
+    }
     known = (schema.PATIENT, schema.SLIDE, schema.MPP, schema.X_LEVEL0_PX)
     assert [found["in/f.png"][name] for name in known] == ["7", "s", 0.5, None]
     assert [found["in/f.tiff"][name] for name in known] == [None] * 4
@@ -261,7 +268,7 @@ def test_tiles_are_read_where_they_were_laid(tmp_path):
     """What comes out here is what `read` reads: the tile's pixels, whole."""
     pixels = pictures.gradient(150, 200)
     write(tmp_path, {"s.tif": pictures.tiled_tiff(pixels, 0.5)})
-    table = expanded(tmp_path)
+    table = expanded(tmp_path, replace(TILING, min_tissue=0))
     seen = read.pixels(table, 30, 40, [schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX])
     assert len(table) == 25
     for x, y, picture in zip(

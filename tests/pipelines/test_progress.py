@@ -59,11 +59,11 @@ def test_a_line_now_and_then(tmp_path, clock, capsys):
     assert capsys.readouterr().out == ""
     clock.now += 1
     shown.add(counted(("b.png", 1, 1)))
-    assert capsys.readouterr().out == "2 of 3 inputs, 2 rows, 1 errors; 0.2 rows/s; about 10 s left\n"
+    assert capsys.readouterr().out == "2 of 3 inputs, 2 rows, 1 error; 0.2 rows/s; about 10 s left\n"
     clock.now += 6
     shown.add(counted(("c.png", 1, 0)))
     assert shown.end() == round(3 / 16, 2)
-    assert capsys.readouterr().out == "3 of 3 inputs, 3 rows, 1 errors; 0.2 rows/s\n"
+    assert capsys.readouterr().out == "3 of 3 inputs, 3 rows, 1 error; 0.2 rows/s\n"
 
 
 def test_time_left_goes_by_bytes_and_within_a_slide_by_tiles(tmp_path, clock, capsys):
@@ -82,7 +82,7 @@ def test_a_manifest_without_sizes_counts_every_input_alike(tmp_path, clock, caps
     shown = progress.Progress(inputs(a__png=None, b__png=None, c__svs=None), str(tmp_path), ledger.Done())
     clock.now += 50
     shown.add(counted(("a.png", 1, 0), ("c.svs", 1, 1)))
-    assert capsys.readouterr().out == "2 of 3 inputs, 2 rows, 1 errors; 0.0 rows/s; about 25 s left\n"
+    assert capsys.readouterr().out == "2 of 3 inputs, 2 rows, 1 error; 0.0 rows/s; about 25 s left\n"
 
 
 def test_a_resumed_slide_is_done_with_its_last_tile(tmp_path, clock, capsys):
