@@ -36,6 +36,8 @@ COLUMNS = (
     schema.PROBABILITY,
     schema.PROBABILITY_MALIGNANT,
     UNCALIBRATED,
+    schema.NOVELTY,
+    schema.NOVELTY_CUTOFF,
 )
 # A probability of exactly 0 or 1 is as sure as float32 can be, not infinitely sure.
 CERTAINTY = float(np.finfo(np.float32).eps)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class Example:
     """One picture: pixels uint8 (H, W, 3), evidence float (h, w) over the network's input.
 
     Where the picture itself cannot be shown, `missing` says why: the pixels are grey, and no map is drawn.
+    `warnings` are codes, and `link` leads to the file.
     """
 
     image_id: str
@@ -40,6 +42,10 @@ class Example:
     pixels: np.ndarray
     evidence: np.ndarray
     missing: str | None = None
+    novelty: float | None = None
+    novelty_cutoff: float | None = None
+    warnings: Sequence[str] = ()
+    link: str | None = None
 
 
 def draw(

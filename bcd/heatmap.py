@@ -27,12 +27,19 @@ COLORS = LinearSegmentedColormap.from_list("probability", [BLUE, "#ffffff", VERM
 STRENGTH, CONTRAST = 0.85, 0.6
 # Tiles from this size on have an edge, which tells a white tile from glass that was not scored.
 EDGED_PX, EDGE = 8, 0.86
+# Distance of the stripes over tiles unlike the training data, and their shade.
+HATCH_PX, HATCH = 6, 0.45
 FOOTER_IN = 0.62
 MIN_WIDTH_PX = 720
 
 
 def draw(
-    thumbnail: np.ndarray, scale: float, boxes: np.ndarray, probability: np.ndarray, threshold: float
+    thumbnail: np.ndarray,
+    scale: float,
+    boxes: np.ndarray,
+    probability: np.ndarray,
+    threshold: float,
+    unlike: np.ndarray | None = None,
 ) -> np.ndarray:
     """Colour the tiles of a slide by their probability of malignancy, over the slide in grey.
 
@@ -44,6 +51,7 @@ def draw(
         boxes: float (n, 4), level-0 pixels.
         probability: float (n,), 0 to 1; a tile with NaN keeps no colour.
         threshold: from which a tile is called malignant.
+        unlike: bool (n,), tiles unlike the training data, which are hatched: their colour may mean nothing.
 
     Returns:
         uint8 (h, w, 3) RGB, pixel on pixel with the thumbnail.
@@ -51,14 +59,17 @@ def draw(
     grey = np.asarray(Image.fromarray(thumbnail).convert("L"), np.float32) / 255
     tint = np.ones(thumbnail.shape, np.float32)
     known = np.isfinite(np.asarray(probability, float))
+    hatched = np.zeros(known.shape, bool) if unlike is None else unlike
+    stripes = np.add.outer(*map(np.arange, grey.shape)) % HATCH_PX < HATCH_PX // 3
     colors = _tint(np.asarray(probability, float)[known], threshold)
-    for (left, top, right, bottom), color in zip(
-        _edges(scale, np.asarray(boxes, float)[known]), colors, strict=True
-    ):
+    edges = _edges(scale, np.asarray(boxes, float)[known])
+    for (left, top, right, bottom), color, is_hatched in zip(edges, colors, hatched[known], strict=True):
         tile = tint[top:bottom, left:right]
         tile[:] = color
         if min(tile.shape[:2]) >= EDGED_PX:
             tile[[0, -1]] = tile[:, [0, -1]] = EDGE * color
+        if is_hatched:
+            tile[stripes[top:bottom, left:right]] *= HATCH
     paper = 1 - CONTRAST * (1 - grey[..., None])
     return (255 * paper * tint).round().astype(np.uint8)
 
@@ -84,7 +95,7 @@ def _edges(scale: float, boxes: np.ndarray) -> list[list[int]]:
     return np.column_stack([first, np.maximum((end * scale).round(), first + 1)]).astype(int).tolist()
 
 
-def png(picture: np.ndarray, scale: float, mpp: float, threshold: float) -> bytes:
+def png(picture: np.ndarray, scale: float, mpp: float, threshold: float, hatched: bool = False) -> bytes:
     """The drawn picture with a legend and a scale bar below it, as a PNG file.
 
     Args:
@@ -92,10 +103,11 @@ def png(picture: np.ndarray, scale: float, mpp: float, threshold: float) -> byte
         scale: picture pixels per level-0 pixel.
         mpp: µm per pixel of level 0 across.
         threshold: as in `draw`.
+        hatched: whether some tiles are.
     """
     height, width = picture.shape[:2]
     with matplotlib.rc_context(STYLE):
-        footer = _footer(max(width, MIN_WIDTH_PX), mpp / scale / 1000, threshold)
+        footer = _footer(max(width, MIN_WIDTH_PX), mpp / scale / 1000, threshold, hatched)
     page = Image.new("RGB", (footer.width, height + footer.height), "white")
     page.paste(Image.fromarray(picture), ((footer.width - width) // 2, 0))
     page.paste(footer, (0, height))
@@ -104,12 +116,17 @@ def png(picture: np.ndarray, scale: float, mpp: float, threshold: float) -> byte
     return file.getvalue()
 
 
-def _footer(width_px: int, mm_per_px: float, threshold: float) -> Image.Image:
+def _footer(width_px: int, mm_per_px: float, threshold: float, hatched: bool = False) -> Image.Image:
     figure = Figure(figsize=(WIDTH_IN, FOOTER_IN), dpi=width_px / WIDTH_IN)
     _legend(figure.add_axes((0.03, 0.46, 0.30, 0.16)), threshold)
     _scale_bar(figure.add_axes((0, 0, 1, 1), frameon=False), width_px, mm_per_px)
-    figure.text(0.97, 0.60, "research use only", size=7.5, ha="right", va="center")
-    figure.text(0.97, 0.36, "uncoloured: not scored", size=7, ha="right", va="center", color=SOFT)
+    notes = [
+        "research use only",
+        "uncoloured: not scored",
+        *(["hatched: unlike the training data"] * hatched),
+    ]
+    for i, note in enumerate(notes):
+        figure.text(0.97, 0.74 - 0.22 * i, note, size=7, ha="right", va="center", color=SOFT if i else INK)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -17,7 +17,7 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from bcd import aggregate, curves, decision, example, figures, overlay, schema
+from bcd import aggregate, curves, decision, example, figures, novelty, overlay, schema
 from bcd.example import Example
 from bcd.figures import PERCENT
 from bcd.taxonomy import BENIGN, MALIGNANT, SUBTYPES, TUMOR_CLASSES
@@ -179,6 +179,8 @@ def summary_lines(measured: Metrics) -> list[str]:
     )
     images = counted(measured["n_images"], "image")
     title = f"test part: {images}, {patients}, {measured['n_errors']:,} not scored"
+    if unlike := (measured.get("warnings") or {}).get(novelty.CODE):
+        title += f", {unlike:,} unlike the training data"
     title += "".join(f" [{mark}]" for mark in _marks(measured))
     rows = [("", "value", "95 % interval over patients"), *summary(measured)]
     last = [""] * len(rows)

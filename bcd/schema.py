@@ -50,6 +50,7 @@ EPOCH = "epoch"
 TILES = "tiles"
 BACKGROUND_TILES = "background_tiles"
 ERROR_TILES = "error_tiles"
+WARNED_TILES = "warned_tiles"
 TISSUE_AREA_MM2 = "tissue_area_mm2"
 MALIGNANT_TILE_SHARE = "malignant_tile_share"
 VERSION = "version"
@@ -170,6 +171,7 @@ SLIDES = pa.schema(
         (TILES, pa.int64()),
         (BACKGROUND_TILES, pa.int64()),
         (ERROR_TILES, pa.int64()),
+        (WARNED_TILES, pa.int64()),
         (TISSUE_AREA_MM2, pa.float64()),
         (MALIGNANT_TILE_SHARE, pa.float64()),
         *[(name, pa.float32()) for name in QUANTILES],

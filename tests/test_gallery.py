@@ -2,6 +2,7 @@
 
 import base64
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,14 +50,22 @@ def page(**other: Any) -> str:
         "slides": [
             gallery.Slide("one.svs", 400, 12.34, 0.25, pictures.encode(pictures.gradient()), "s/a b.geojson")
         ],
+        "images": gallery.Images([gallery.Row("a/b.png", "../in/a/b.png", "p1", "malignant", 0.9, 0.8)], 1),
     }
     return gallery.page(**(given | other))
 
 
 def text(html: str) -> str:
-    """What a person reads: no style, no tags, single spaces."""
-    html = re.sub(r"<style>.*?</style>", "", html, flags=re.S)
+    """What a person reads: no style, no script, no tags, single spaces."""
+    html = re.sub(r"<(style|script)>.*?</\1>", "", html, flags=re.S)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html)).replace("&nbsp;", " ")
+
+
+def without_script(html: str) -> str:
+    """The page without the one script that it has, its own."""
+    own, n = re.subn(r"<script>\n\"use strict\";.*?</script>", "", html, flags=re.S)
+    assert n == 1
+    return own
 
 
 def shown(html: str) -> list[np.ndarray]:
@@ -112,12 +121,12 @@ def test_the_page_needs_nothing_from_outside_and_stays_small() -> None:
     slides = [gallery.Slide(f"{i}.svs", 1, None, None, heat_map) for i in range(30)]
     html = page(examples=many, slides=slides)
     found = shown(html)
-    assert len(found) == 3 + 2 * 24 + 24
-    assert max(pixels.shape[1] for pixels in found[: 3 + 48]) == 420
+    assert len(found) == 4 + 2 * 32 + 24
+    assert max(pixels.shape[1] for pixels in found[: 4 + 64]) == 420
     assert max(pixels.shape[1] for pixels in found) == 840
-    assert "6 slides without a picture here" in text(html)
     assert len(html) < 5_000_000
-    assert not re.search(r"<(script|link|iframe)\b|@import|https?:", html)
+    assert not re.search(r"<(script|link|iframe)\b|@import|https?:", without_script(html))
+    assert not re.search(r"fetch|XMLHttp|import|https?:|eval|innerHTML", html.split("<script>")[1])
     assert all(source.startswith("data:image/") for source in re.findall(r'src="([^"]*)"', html))
 
 
@@ -131,11 +140,13 @@ def test_names_are_text_and_never_markup() -> None:
             gallery.Slide(bad, 1, None, None, None, f"javascript:{bad}"),
             gallery.Slide(bad, 1, 1.0, 0.5, pictures.encode(pictures.gradient()), f'" onload="{bad}'),
         ],
+        images=gallery.Images([gallery.Row(bad, f'" onload="{bad}', bad, bad, 0.5, error=bad)], 1),
     )
+    html = without_script(html)
     assert "<script" not in html
-    assert "onload=" not in html.replace("onload%3D", "")
+    assert not re.search(r"[\"'] *onload=", html)
     assert 'href="javascript%3A' in html
-    assert html.count("&lt;script&gt;") >= 8
+    assert html.count("&lt;script&gt;") >= 12
 
 
 @pytest.mark.parametrize("seconds", [None, 5.0])
@@ -152,7 +163,7 @@ def test_a_mark_stands_on_every_block_with_numbers() -> None:
     assert "synthetic data" not in page()
     html = page(facts=FACTS | {"synthetic": True})
     heads = re.findall(r"<h2>.*?</h2>", html, flags=re.S)
-    assert sum("synthetic data" in head for head in heads) == 4
+    assert sum("synthetic data" in head for head in heads) == 5
     assert "SYNTHETIC DATA" in re.findall(r"<svg.*?</svg>", html, flags=re.S)[0]
     assert "made-up pictures" in text(html)
     assert "Pictures of the same patient stood on both sides" in text(page(facts=FACTS | {"leaky": True}))
@@ -176,11 +187,97 @@ def test_the_clearest_cases_are_chosen_and_none_twice() -> None:
         "most certainly malignant": [3, 8],
         "most certainly benign": [4, 1],
         "least certain": [2, 5],
+        "unlike the training data": [],
     }
-    assert list(gallery.choose(probabilities[:4], 0.5).values()) == [[3, 0], [1], [2]]
-    assert list(gallery.choose(np.array([0.2]), 0.5).values()) == [[], [0], []]
-    assert list(gallery.choose(np.zeros(0), 0.5).values()) == [[], [], []]
+    assert list(gallery.choose(probabilities[:4], 0.5).values()) == [[3, 0], [1], [2], []]
+    assert list(gallery.choose(np.array([0.2]), 0.5).values()) == [[], [0], [], []]
+    assert list(gallery.choose(np.zeros(0), 0.5).values()) == [[], [], [], []]
     many = np.random.default_rng(0).random(100_000)
     chosen = gallery.choose(many, 0.3)
     assert many[chosen["most certainly malignant"]].min() == np.sort(many)[-8]
     assert np.abs(many[chosen["least certain"]] - 0.3).max() < 1e-3
+
+
+def test_what_is_unlike_the_training_is_in_its_own_group_only() -> None:
+    """The most certain of all, the least certain, and one called benign; the furthest first."""
+    probabilities = np.array([0.99, 0.95, 0.9, 0.5, 0.49, 0.1, 0.02])
+    novelty = np.array([3.0, 1.0, 1.0, 9.0, 1.0, 1.0, 2.0])
+    unlike = novelty > 1.5
+    chosen = gallery.choose(probabilities, 0.5, 8, novelty, unlike)
+    assert chosen == {
+        "most certainly malignant": [1, 2],
+        "most certainly benign": [5, 4],
+        "least certain": [],
+        "unlike the training data": [3, 0, 6],
+    }
+    everything = gallery.choose(probabilities, 0.5, 8, novelty, np.ones(7, bool))
+    assert list(everything.values()) == [[], [], [], [3, 0, 6, 1, 2, 4, 5]]
+
+
+def test_at_most_two_of_a_slide_or_patient_are_in_a_group() -> None:
+    """One slide of 95 tiles, two fields of a patient with a third slide, and fields of nobody."""
+    n = 100
+    probabilities = np.linspace(0.99, 0.9, n)
+    slides = np.array(["s"] * 95 + [None] * 5, object)
+    patients = np.array([None] * 95 + ["p", "p", "p", None, None], object)
+    chosen = gallery.choose(probabilities, 0.5, 8, owners=[slides, patients])
+    assert chosen["most certainly malignant"] == [0, 1, 95, 96, 98, 99]
+    for group, places in gallery.choose(probabilities, 0.95, 8, owners=[slides, patients]).items():
+        for owner in (slides, patients):
+            names = [owner[place] for place in places if owner[place] is not None]
+            assert all(names.count(name) <= 2 for name in names), group
+
+
+def test_a_warning_stands_beside_its_picture_and_is_counted() -> None:
+    one = replace(example(), novelty=3.2, novelty_cutoff=1.27, warnings=("unlike_training_data",))
+    usual = replace(example(), novelty=0.9, novelty_cutoff=1.27)
+    groups = {"unlike the training data": [one], "least certain": [usual]}
+    rows = [gallery.Row("far.png", None, "p", "malignant", 0.999, 3.2, warned=True)]
+    slide = gallery.Slide("s.svs", 10, 1.0, 0.5, pictures.encode(pictures.gradient()), n_warned=4)
+    facts = FACTS | {"warnings": {"unlike_training_data": 240}}
+    said = text(page(facts=facts, examples=groups, images=gallery.Images(rows, 1), slides=[slide]))
+    for fact in (
+        "240 pictures (12.0 %) do not look like the training data",
+        "unlike the training 240 12.0 % of the pictures scored",
+        "Unlike the training data (novelty 3.20, usual up to 1.27): the result may mean nothing.",
+        "novelty 0.90, usual up to 1.27",
+        "far.png p 0.999 malignant unlike the training data 3.20",
+        "unlike the training data 4 tiles, hatched",
+    ):
+        assert fact in said, fact
+    none = text(page(facts=FACTS | {"warnings": {}}))
+    assert "do not look like" not in none
+    assert "unlike the training 0 0.0 %" in none
+    unknown = text(page(facts=FACTS | {"warnings": None}))
+    assert "nobody knows which of these are unlike them" in unknown
+
+
+def test_the_table_lists_images_and_slides_with_links() -> None:
+    rows = [
+        gallery.Row("a.png", "../in/a%20b.png", "p1", "malignant", 0.91, 1.2),
+        gallery.Row("cut.png", "s3://bucket/cut.png", None, error="truncated"),
+    ]
+    slides = [gallery.Slide("b.svs", 0, None, None, error="missing_mpp", patient="p2", link="../in/b.svs")]
+    html = page(images=gallery.Images(rows, 3_000), slides=slides)
+    assert re.findall(r'<a href="([^"]+)">', html) == [
+        "../in/b.svs",
+        "../in/a%20b.png",
+        "s3://bucket/cut.png",
+    ]
+    said = text(html)
+    for fact in (
+        "The 2 images with the highest probability of 3,000; all of them stand in the Parquet table.",
+        "a.png p1 0.910 malignant 1.20",
+        "cut.png – not scored: truncated –",
+        "b.svs p2 0 – – – missing mpp",
+    ):
+        assert fact in said, fact
+
+
+@pytest.mark.parametrize("shape", [(10_000, 1), (1, 10_000)])
+def test_a_strip_is_bounded_on_the_page(shape: tuple[int, int]) -> None:
+    strip = replace(example(), pixels=np.full((*shape, 3), 90, np.uint8))
+    _, picture, _ = shown(page(examples={"least certain": [strip]}, slides=[]))
+    assert max(picture.shape[:2]) <= 840
+    # Enlarged to the width of its place, one pixel would make a page of 222,000.
+    assert re.search(r"\.example img \{[^}]*max-height: 24rem; object-fit: contain", page())

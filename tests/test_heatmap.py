@@ -233,3 +233,20 @@ def test_subtypes_have_the_colour_of_their_tumour_class():
     found = heatmap.geojson(list("abcd"), boxes, ["malignant", "DC", "benign", "F"], {})
     colors = [feature["properties"]["classification"]["color"] for feature in found["features"]]
     assert colors[0] == colors[1] != colors[2] == colors[3] == [0, 114, 178]
+
+
+def test_tiles_unlike_the_training_data_are_hatched_and_no_others() -> None:
+    """One in three pixels is darker, along diagonals that go on from tile to tile; small tiles too."""
+    thumbnail = np.full((40, 60, 3), 255, np.uint8)
+    boxes = np.array([[0, 0, 20, 20], [20, 0, 20, 20], [40, 0, 3, 3]])
+    plain = heatmap.draw(thumbnail, 1, boxes, np.array([0.9, 0.9, 0.1]), 0.5)
+    hatched = heatmap.draw(thumbnail, 1, boxes, np.array([0.9, 0.9, 0.1]), 0.5, np.array([True, False, True]))
+    darker = (hatched.astype(int) - plain).sum(2) < 0
+    assert darker[:20, :20].mean() == pytest.approx(1 / 3, abs=0.02)
+    assert 0 < darker[:3, 40:43].mean() < 1
+    darker[:20, :20] = darker[:3, 40:43] = False
+    assert not darker.any()
+    unscored = heatmap.draw(thumbnail, 1, boxes, np.array([np.nan] * 3), 0.5, np.array([True] * 3))
+    assert (unscored == 255).all()
+    legends = [heatmap.png(hatched, 1, 0.5, 0.5, told) for told in (True, False)]
+    assert legends[0] != legends[1]

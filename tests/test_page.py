@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bcd import bundle, image, overlay
+from bcd import bundle, gallery, image, overlay
 from tests import page_mock, pictures, service, test_gallery, test_report
 from tests.cluster import wait_for
 from tests.test_api import statistics
@@ -800,3 +800,39 @@ def test_the_mock_keeps_the_contract() -> None:
     assert api.Answer.model_validate(said).model_dump(mode="json") == said
     evidence = said["evidence"]
     assert np.mean(evidence["values"]) + evidence["bias"] == pytest.approx(said["log_odds"])
+
+
+def test_the_tables_of_the_gallery_are_sorted_and_filtered(browser: Any, tmp_path: Path) -> None:
+    """Numbers by value with the largest first, names as people count, what is unknown last; words filter."""
+    rows = [
+        gallery.Row("f10.png", None, "p1", "malignant", 0.91, 1.0),
+        gallery.Row("f9.png", None, "p2", "benign", 0.2, 11.0, warned=True),
+        gallery.Row("cut.png", None, None, error="truncated"),
+        gallery.Row("f2.png", None, "p1", "benign", 0.05, 9.5),
+    ]
+    (tmp_path / "gallery.html").write_text(test_gallery.page(images=gallery.Images(rows, 4)), "utf-8")
+    with contextlib.closing(browser.new_page(viewport={"width": 400, "height": 800})) as page:
+        errors: list[Any] = []
+        page.on("pageerror", lambda error: errors.append(error))
+        page.goto(f"file://{tmp_path}/gallery.html")
+        box = page.locator("section[aria-label='All images']")
+
+        def names() -> list[str]:
+            return [row.inner_text() for row in box.locator("tbody tr:visible td:first-child").all()]
+
+        assert names() == ["f10.png", "f9.png", "cut.png", "f2.png"]
+        orders = {"novelty": "f9 f2 f10 cut", "image": "cut f2 f9 f10", "probability": "f10 f9 f2 cut"}
+        for head, order in orders.items():
+            box.get_by_role("button", name=head).click()
+            assert [name[:-4] for name in names()] == order.split(), head
+        box.get_by_role("button", name="probability").click()
+        assert names() == ["f2.png", "f9.png", "f10.png", "cut.png"]
+        assert box.locator("th[aria-sort=ascending]").inner_text().startswith("probability")
+        box.get_by_role("searchbox").fill("P1 benign")
+        assert names() == ["f2.png"]
+        assert box.locator("output").inner_text() == "1 of 4"
+        box.get_by_role("searchbox").fill("unlike")
+        assert names() == ["f9.png"]
+        assert errors == []
+        # A phone needs no scrolling sideways.
+        assert page.evaluate("document.documentElement.scrollWidth") == 400

@@ -51,6 +51,9 @@ def of_row(row: dict[str, Any], slide_mpp: tuple[float, float] | None = None) ->
         pixels=pixels,
         evidence=np.zeros_like(maps) if missing else maps,
         missing=missing,
+        novelty=row[schema.NOVELTY],
+        novelty_cutoff=row[schema.NOVELTY_CUTOFF],
+        warnings=tuple(row[schema.WARNINGS] or ()),
     )
 
 

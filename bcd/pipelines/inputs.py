@@ -41,7 +41,7 @@ def settle(ours: Ledger, older: Done, done: Done, found: Archive) -> list[str]:
     before = storage.read_table(uri) if storage.exists(uri) else schema.SEEN_INPUTS.empty_table()
     changed = sorted(_changed(before, now, older, done))
     if changed:
-        ledger.reopen(ours, sentence(changed, "since they were scored"))
+        ledger.reopen(ours, sentence(changed, "since the last run"))
         for held in (older, done):
             ledger.remove(held, set(changed))
         _forget_slides(ours, changed)
@@ -115,9 +115,7 @@ def require_same_slides(before: Archive, after: Archive, slides: Iterable[str]) 
     """Raises IncompleteError where a slide was replaced while its tiles were read: they may be of two."""
     names = [name for name in slides if before.versions.get(name) != after.versions.get(name)]
     if names:
-        raise IncompleteError(
-            f"{sentence(names, 'while they were scored')}: the same command scores them again"
-        )
+        raise IncompleteError(f"{sentence(names, 'during this run')}: the same command scores them again")
 
 
 def sentence(names: list[str], when: str) -> str:

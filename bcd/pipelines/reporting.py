@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import ray
 
-from bcd import aggregate, bundle, calibration, compare, metrics, report, schema, storage
+from bcd import aggregate, bundle, calibration, compare, metrics, novelty, report, schema, storage
 from bcd.errors import DataError
 from bcd.pipelines import examples, predict, read, rundir
 
@@ -31,6 +31,7 @@ def with_truth(predictions_uri: str, test: pa.Table, card: bundle.Card) -> pd.Da
     """
     columns = [schema.IMAGE_ID, schema.PATIENT, schema.SLIDE, schema.LOGIT, schema.PROBABILITY]
     columns += [schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS, schema.ERROR, schema.MODEL_ID]
+    columns += [schema.NOVELTY, schema.NOVELTY_CUTOFF]
     scored = predict.read_back(predictions_uri, columns).to_pandas()
     codes = [None if pd.isna(code) else code for code in scored[schema.ERROR]]
     read.require_given(scored[schema.IMAGE_ID].tolist(), codes)
@@ -103,5 +104,12 @@ def _draw(
 
 
 def measure(images: pd.DataFrame, unscored: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
-    """All metrics, with the number of images that could not be scored."""
-    return metrics.measure(images, classes) | {"n_errors": len(unscored)}
+    """All metrics, with the number of images that could not be scored, and of those with each warning.
+
+    `warnings` is None where the model had no statistics to warn by.
+    """
+    warnings = None
+    if images[schema.NOVELTY_CUTOFF].notna().any():
+        unlike = images[schema.NOVELTY] > images[schema.NOVELTY_CUTOFF]
+        warnings = {novelty.CODE: int(unlike.sum())}
+    return metrics.measure(images, classes) | {"n_errors": len(unscored), "warnings": warnings}

@@ -174,7 +174,7 @@ def _settled(ours: Ledger, found: archive.Archive) -> tuple[Books, list[str]]:
     books = _books(ours, found.table)
     changed = inputs.settle(ours, books.older, books.done, found)
     if changed:
-        print(f"{inputs.sentence(changed, 'since they were scored')}: scoring them again", flush=True)
+        print(f"{inputs.sentence(changed, 'since the last run')}: scoring them again", flush=True)
         books = _books(ours, found.table)
     return books, changed
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from bcd import heatmap, schema, storage
+from bcd import heatmap, novelty, schema, storage
 from bcd.pipelines import expand
 from bcd.pipelines.ledger import Ledger
 from bcd.taxonomy import malignant_mask
@@ -27,6 +27,9 @@ COLUMNS = (
     schema.LOGIT,
     schema.PROBABILITY_MALIGNANT,
     schema.PREDICTED_CLASS,
+    schema.NOVELTY,
+    schema.NOVELTY_CUTOFF,
+    schema.WARNINGS,
     schema.ERROR,
 )
 
@@ -79,6 +82,7 @@ def describe(ours: Ledger, plan: expand.Plan, threshold: float) -> dict[str, Any
         schema.TILES: plan.tiles,
         schema.BACKGROUND_TILES: plan.background_tiles,
         schema.ERROR_TILES: plan.tiles - len(known),
+        schema.WARNED_TILES: int(warned(tiles).sum()),
         schema.TISSUE_AREA_MM2: plan.tissue_area_mm2,
         schema.MALIGNANT_TILE_SHARE: sum(malignant_mask(tuple(predicted))) / len(known)
         if len(known)
@@ -95,6 +99,11 @@ def _boxes(tiles: pa.Table, slide_mpp: tuple[float, float]) -> np.ndarray:
     sizes = [pc.max(tiles[name]).as_py() or 0 for name in (schema.WIDTH_PX, schema.HEIGHT_PX)]
     size = [(size_px * (tile_mpp / mpp)).round() for size_px, mpp in zip(sizes, slide_mpp, strict=True)]
     return np.column_stack([*place, *size])
+
+
+def warned(tiles: pa.Table) -> np.ndarray:
+    """bool (n,): which tiles have a warning."""
+    return pc.greater(pc.list_value_length(tiles[schema.WARNINGS]), 0).fill_null(False).to_numpy()
 
 
 def folder(output: str, slide_id: str) -> str:
@@ -122,14 +131,19 @@ def _draw(
     threshold: float,
 ) -> None:
     thumbnail, scale = expand.read_thumbnail(ours.plans_uri, plan.slide), plan.thumbnail_scale
-    coloured = heatmap.draw(thumbnail, scale, boxes, probability, threshold)
-    picture = heatmap.png(coloured, scale, plan.mpp_x, threshold)
+    unlike = warned(tiles)
+    coloured = heatmap.draw(thumbnail, scale, boxes, probability, threshold, unlike)
+    picture = heatmap.png(coloured, scale, plan.mpp_x, threshold, bool(unlike.any()))
     storage.write_bytes(storage.join(folder(ours.uri, plan.slide), HEATMAP), picture)
     names = tiles[schema.PREDICTED_CLASS].to_pylist()
     measured = {schema.PROBABILITY_MALIGNANT: probability}
     logits = [values or [np.nan, np.nan] for values in tiles[schema.LOGIT].to_pylist()]
     if {len(values) for values in logits} == {2}:
         measured["log_odds"] = np.diff(np.array(logits, float))[:, 0]
+    judged = pc.is_valid(tiles[schema.NOVELTY_CUTOFF]).to_numpy()
+    for name in (schema.NOVELTY, schema.NOVELTY_CUTOFF):
+        measured[name] = tiles[name].to_numpy().astype(float)
+    measured[novelty.CODE] = np.where(judged, unlike, np.nan)
     shown = boxes - [plan.bounds_x_px, plan.bounds_y_px, 0, 0]
     content = heatmap.geojson(tiles[schema.IMAGE_ID].to_pylist(), shown, names, measured)
     storage.write_bytes(storage.join(folder(ours.uri, plan.slide), GEOJSON), json.dumps(content).encode())

@@ -179,7 +179,7 @@ def test_the_summary_says_that_the_table_is_incomplete_until_it_is_not(tmp_path)
     scored(tmp_path, ROWS, merged=True)
     ours, _ = settle(tmp_path, archive(versions={"s.svs": "2-2"}))
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["incomplete"] == "1 input has changed since they were scored (s.svs)"
+    assert summary["incomplete"] == "1 input has changed since the last run (s.svs)"
     commit(ours, [tile_of("s.svs", 0, 0)])
     finish(ours)
     assert "incomplete" not in json.loads((tmp_path / "summary.json").read_text())
@@ -187,7 +187,9 @@ def test_the_summary_says_that_the_table_is_incomplete_until_it_is_not(tmp_path)
 
 def test_a_slide_that_is_replaced_while_its_tiles_are_read_is_not_merged():
     inputs.require_same_slides(archive(), archive(versions={"f00.png": "2-1"}), ["s.svs", "a.svs"])
-    with pytest.raises(IncompleteError, match=r"1 input has changed while .* \(s.svs\): the same command"):
+    with pytest.raises(
+        IncompleteError, match=r"1 input has changed during this run \(s.svs\): the same command"
+    ):
         inputs.require_same_slides(archive(), archive(versions={"s.svs": "2-1"}), ["s.svs", "a.svs"])
 
 

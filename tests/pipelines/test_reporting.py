@@ -1,10 +1,13 @@
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
-from bcd import aggregate, schema
+from bcd import aggregate, report, schema
 from bcd.errors import DataError, StorageError
 from bcd.pipelines import read, reporting
+from bcd.taxonomy import TUMOR_CLASSES
+from tests import studies
 from tests.pipelines.test_examples import write
 from tests.test_bundle import card
 
@@ -25,6 +28,17 @@ def test_the_probability_before_the_temperature_comes_back(tmp_path):
     assert images[aggregate.SOURCE].tolist() == [uri, uri]
     assert images[aggregate.DRAW].tolist() == [2, 2]
     np.testing.assert_allclose(images[aggregate.MARGIN], [1 - np.log(1.5), -0.5 - np.log(1.5)], rtol=1e-5)
+
+
+def test_images_unlike_the_training_are_counted_where_the_model_can_tell():
+    images = aggregate.images(studies.predictions(n_patients=4, n_images=2))
+    none = pd.DataFrame({schema.IMAGE_ID: []})
+    assert reporting.measure(images, none, TUMOR_CLASSES)["warnings"] is None
+    far = np.array([1.3, 1.2, 1.1, 1.0] * 2, np.float32)
+    seen = images.assign(**{schema.NOVELTY: far, schema.NOVELTY_CUTOFF: np.float32(1.1)})
+    measured = reporting.measure(seen, none, TUMOR_CLASSES)
+    assert measured["warnings"] == {"unlike_training_data": 4}
+    assert ", 4 unlike the training data" in report.summary_lines(measured)[0]
 
 
 def test_an_image_that_storage_did_not_give_is_not_left_out_of_the_numbers():

@@ -134,6 +134,27 @@ def test_tiles_lie_for_qupath_where_it_shows_them(tmp_path):
     assert "pixels of level 0 as OpenSlide counts them" in stored
 
 
+def test_tiles_unlike_the_training_data_are_counted_hatched_and_measured(tmp_path, monkeypatch):
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    rows, *_ = scored(ours, tiles)
+    far = [i % 3 == 0 for i in range(len(rows))]
+    codes = [["unlike_training_data"] if is_far else [] for is_far in far]
+    rows = [
+        row | {schema.NOVELTY: 1.0 + 2 * is_far, schema.NOVELTY_CUTOFF: 1.5, schema.WARNINGS: code}
+        for row, is_far, code in zip(rows, far, codes, strict=True)
+    ]
+    write(ours, rows)
+    drawn = []
+    real = slides.heatmap.draw
+    monkeypatch.setattr(slides.heatmap, "draw", lambda *given: drawn.append(given[-1]) or real(*given))
+    (told,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    assert told[schema.WARNED_TILES] == sum(far) > 0
+    assert drawn[0].tolist() == far
+    measured = [feature["properties"]["measurements"] for feature in features(ours, "s.tif")]
+    names = (schema.NOVELTY, schema.NOVELTY_CUTOFF, "unlike_training_data")
+    assert [[one[name] for name in names] for one in measured] == [[1.0 + 2 * f, 1.5, float(f)] for f in far]
+
+
 def test_tiles_have_the_size_of_each_axis(tmp_path):
     """0.5 µm/px across, 0.25 down: 40 x 30 px of a tile are 40 x 60 of the slide."""
     pixels = np.full((150, 200, 3), (230, 150, 180), np.uint8)
