@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PROCESSES := 2
 
 .PHONY: demo check test test-all lint env clean
 
@@ -12,9 +11,8 @@ demo: $(VENV)/installed  ## generate synthetic images, train on them, evaluate, 
 check: $(VENV)/installed-dev lint  ## lint, types, and the tests that need no cluster
 	$(BIN)/python -m pytest -m 'not ray and not trial'
 
-# Much of what the tests on a cluster do is waiting: several processes, each with a cluster of its own.
 test: $(VENV)/installed-dev lint  ## lint, types, and the tests that people run
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup --no-loadscope-reorder --durations=25
+	$(BIN)/python -m pytest --durations=25
 
 test-all: $(VENV)/installed-dev lint  ## everything, the long trials too: hours
 	$(BIN)/python -m pytest -m '' --durations=25
