@@ -14,6 +14,13 @@ def gradient(height: int = 46, width: int = 70) -> np.ndarray:
     return np.stack([255 * x / (width - 1), 255 * y / (height - 1), 0 * x + 90], -1).round().astype(np.uint8)
 
 
+def stained(height: int, width: int) -> np.ndarray:
+    """uint8 (height, width, 3): all tissue, in the colours of a stain, no two places alike."""
+    y, x = np.mgrid[0:height, 0:width]
+    falling = [230 - 40 * x / width, 150 - 40 * y / height, 190 - 20 * x / width]
+    return np.stack(falling, -1).round().astype(np.uint8)
+
+
 def encode(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: object) -> bytes:
     """An encoded picture."""
     picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)

@@ -33,12 +33,6 @@ def stained(width=100, mpp=0.5):
     return pictures.tiled_tiff(pixels, mpp)
 
 
-def all_tissue():
-    """150 x 200 px in the colours of a stain, no two tiles alike."""
-    y, x = np.mgrid[:150, :200]
-    return np.stack([230 - x // 8, 150 - y // 4, 190 - x // 8], -1).astype(np.uint8)
-
-
 def expanded(folder, tiling=TILING, done=NOTHING):
     """The rows for the archive in FOLDER/in; plans go to FOLDER/plans."""
     inputs = archive.read(f"{folder}/in").table
@@ -196,7 +190,7 @@ def test_the_mpp_of_a_manifest_row_is_that_of_its_slide(tmp_path):
 
 def test_axes_that_differ_give_tiles_of_the_same_size_in_um(tmp_path):
     """0.5 µm/px across, 0.25 down: a tile covers 40 x 60 px, and the network sees 40 x 30."""
-    pixels = all_tissue()
+    pixels = pictures.stained(150, 200)
     write(tmp_path, {"s.tif": pictures.tiled_tiff(pixels, (0.5, 0.25))})
     table = expanded(tmp_path)
     places = {(row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX]) for row in table.to_pylist()}
@@ -272,7 +266,7 @@ def test_a_slide_on_s3_gives_the_same_rows(tmp_path, s3):
 
 def test_tiles_are_read_where_they_were_laid(tmp_path):
     """What comes out here is what `read` reads: the tile's pixels, whole."""
-    pixels = all_tissue()
+    pixels = pictures.stained(150, 200)
     write(tmp_path, {"s.tif": pictures.tiled_tiff(pixels, 0.5)})
     table = expanded(tmp_path)
     seen = read.pixels(table, 30, 40, [schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX])

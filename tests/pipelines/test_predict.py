@@ -93,7 +93,7 @@ def test_gpus_are_given_pictures_that_are_read(scorer, model_uri, tmp_path):
     rows = reading(archive, good)
     storage.write_table(str(archive / "rows.parquet"), rows)
     reading(archive, {f"{name}.png": content for name, (content, _) in pictures.broken().items()})
-    reading(archive, {"slide.tif": pictures.tiled_tiff(pictures.gradient(600, 1_000), 0.5)})
+    reading(archive, {"slide.tif": pictures.tiled_tiff(pictures.stained(600, 1_000), 0.5)})
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-c", ON_A_GPU, model_uri, str(archive), str(output)]
     subprocess.run(command, env=environment, check=True)
