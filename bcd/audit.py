@@ -179,7 +179,7 @@ def read_roles(given: Manifest) -> dict[str, str]:
                 f"{row.where}: {image} has part {part!r}; expected one of {', '.join(split.PARTS)}"
             )
         if roles.setdefault(image, part) != part:
-            raise DataError(f"{row.where}: {image} stands in {roles[image]} and in {part}")
+            raise DataError(f"{row.where}: {image} is in {roles[image]} and in {part}")
     return roles
 
 

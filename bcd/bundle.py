@@ -304,7 +304,7 @@ def read_same(uri: str, identity: str) -> Card:
     """The card of the bundle that a job began with.
 
     Raises:
-        BundleError: another stands there now.
+        BundleError: the URI contains another model now.
     """
     card = read_card(uri)
     require_same(uri, identity, model_id(card))
@@ -315,8 +315,8 @@ def require_same(uri: str, began: str, now: str) -> None:
     """Raises BundleError where the model that a job began with is no longer the one at the URI."""
     if now != began:
         raise BundleError(
-            f"{uri} changed while the job ran: it began with the model {began}, and now {now} stands there. "
-            "Put the first one back and run the same command again, or start anew with another --output"
+            f"{uri} has changed since the start: the model was {began}, now it is {now}. Restore the first and "
+            "run the same command again, or start again (a scoring job with another --output)"
         )
 
 
@@ -328,7 +328,7 @@ def _read_weights(uri: str, card: Card) -> bytes:
         raise BundleError(
             f"{uri}: {WEIGHTS} ({len(content):,} bytes) is not the file that {CARD} was written for: "
             "its SHA-256 differs. Copy the bundle again, or run the command of its training again, which "
-            "writes it anew"
+            "writes a new one"
         )
     return content
 

@@ -70,7 +70,7 @@ class Card(BaseModel):
     data_fingerprint: Digest
     """Hash over the ids, sizes and classes of the images that the split was made from."""
     split_fingerprint: Digest
-    """Hash over which image stands in which part."""
+    """Hash over the part of every image."""
     leaky: bool
     """Whether patients may stand on two sides of the split: such numbers mislead."""
     synthetic: bool
@@ -144,7 +144,7 @@ def parse(content: bytes, uri: str) -> Card:
         if found.pop(CHECKSUM, None) != _seal(found):
             raise BundleError(
                 f"{uri}: the model card is not as it was written: its checksum differs. Copy the bundle "
-                "again, or run the command of its training again, which writes it anew"
+                "again, or run the command of its training again, which writes a new one"
             )
         return Card.model_validate_json(json.dumps(found), strict=True)
     except ValidationError as error:
@@ -164,7 +164,7 @@ def model_id(card: Card) -> str:
 def _require_format(version: Any, uri: str) -> None:
     if version == FORMAT_VERSION:
         return
-    todo = "run the command of its training again, with the same --name: it writes the bundle anew"
+    todo = "run the command of its training again, with the same --name: it writes a new bundle"
     if version != 1:
         todo = "install the version of bcd that wrote it"
     raise BundleError(

@@ -91,12 +91,12 @@ def parts(data: str, images: Sequence[tuple[str, Sequence[str]]]) -> list[str | 
     """Part of every image, given its path and the folders that may tell it (train, val, test, ...).
 
     Raises:
-        DataError: an image stands in several parts, or the tree is divided in several ways.
+        DataError: an image is in several parts, or the tree is divided in several ways.
     """
     found = [{part for name in folders if (part := split.part_named(name))} for _, folders in images]
     for (path, _), of_image in zip(images, found, strict=True):
         if len(of_image) > 1:
-            raise DataError(f"{data}: {path} stands in {' and '.join(sorted(of_image))}; expected one part")
+            raise DataError(f"{data}: {path} is in {' and '.join(sorted(of_image))}; expected one part")
     folds = {folded(name) for _, folders in images for name in folders if _FOLD.fullmatch(folded(name))}
     if any(found) and len(folds) > 1:
         raise DataError(

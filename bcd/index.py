@@ -91,7 +91,7 @@ def _check_parts(data: str, rows: list[dict[str, Any]]) -> list[str]:
     if None in named and len(named) > 1:
         row = next(row for row in rows if row.get(schema.PART) is None)
         raise DataError(
-            f"{data}: {row[schema.IMAGE_ID]} stands in no {schema.PART}, others do; expected "
+            f"{data}: {row[schema.IMAGE_ID]} is in no {schema.PART}, others are; expected "
             f"{', '.join(split.PARTS)} for every image, or for none"
         )
     if len(named) > 1:

@@ -178,8 +178,8 @@ def test_a_given_part_is_kept(tmp_path):
     ("parts", "said"),
     [
         (["train", "hold"], "line 3: unknown part 'hold'; expected train, validation, test"),
-        (["train", None], "b.png stands in no part, others do; expected train, validation, test for every"),
-        (["train", "nan"], "b.png stands in no part, others do"),
+        (["train", None], "b.png is in no part, others are; expected train, validation, test for every"),
+        (["train", "nan"], "b.png is in no part, others are"),
     ],
 )
 def test_a_part_that_is_none_is_refused(tmp_path, parts, said):

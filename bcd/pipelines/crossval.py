@@ -78,7 +78,7 @@ def _is_published(arms: Iterable[Sequence[Fold]]) -> bool:
     """Whether the bundle of every fold of a finished study can be used."""
     faults = [fault for arm in arms for fold in arm if (fault := publish.fault(fold.uri))]
     if faults:
-        print(f"{faults[0]}. Writing such bundles anew from their checkpoints", flush=True)
+        print(f"{faults[0]}. Writing new bundles from the checkpoints", flush=True)
     return not faults
 
 

@@ -47,7 +47,7 @@ def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None, ru
         if (fault := publish.fault(run_uri)) is None:
             print(f"{run_uri} is finished: see report.html there, or choose another --name to train anew")
             return run_uri
-        print(f"{fault}. Writing the bundle anew from its checkpoint", flush=True)
+        print(f"{fault}. Writing a new bundle from its checkpoint", flush=True)
     started = time.time()
     given = weights.pretrained(config.weights)
     cluster.connect(trains=True)

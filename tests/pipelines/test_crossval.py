@@ -226,4 +226,4 @@ def test_a_finished_study_with_a_bundle_that_cannot_be_used_goes_on(monkeypatch,
     folds = {uri: SimpleNamespace(uri=uri) for uri in faults}
     assert crossval._is_published([[folds["a"]], [folds["c"]]])
     assert not crossval._is_published([[folds["a"]], [folds["b"], folds["c"]]])
-    assert "b: the model card has format 1. Writing such bundles anew" in capsys.readouterr().out
+    assert "b: the model card has format 1. Writing new bundles" in capsys.readouterr().out

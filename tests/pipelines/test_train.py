@@ -187,7 +187,7 @@ def test_a_finished_run_whose_bundle_cannot_be_used_goes_on(monkeypatch, capsys,
     else:
         train.run(small("d"))
     said = (
-        "m: the model card has format 1. Writing the bundle anew from its checkpoint"
+        "m: the model card has format 1. Writing a new bundle from its checkpoint"
         if goes_on
         else "is finished"
     )
