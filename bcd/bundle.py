@@ -315,8 +315,8 @@ def require_same(uri: str, began: str, now: str) -> None:
     """Raises BundleError where the model that a job began with is no longer the one at the URI."""
     if now != began:
         raise BundleError(
-            f"{uri} has changed since the start: the model was {began}, now it is {now}. Restore the first and "
-            "run the same command again, or start again (a scoring job with another --output)"
+            f"{uri} has changed since the start: the model was {began}, now it is {now}. Restore the first "
+            "and run the same command again, or start again (a scoring job with another --output)"
         )
 
 

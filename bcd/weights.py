@@ -1,4 +1,4 @@
-"""Weights that people bring: taken out of what wraps them, named as torchvision does, and rejected unless complete.
+"""Weights from users' files: unwrapped, renamed to torchvision's names, rejected unless complete.
 
 A tensor too many or too few is another network, and a number that is none makes every answer meaningless. So
 trunk tensors have to be exactly those of a ResNet50; only the head, which is new anyway, may differ.

@@ -175,7 +175,7 @@ def given(*rows: dict[str, str]) -> Manifest:
         ([{"uri": "a", "part": "val"}], r"line 2: a has part 'val'; expected one of train, validation, test"),
         ([{"uri": "a", "part": "test"}, {"uri": "b"}], r"line 3: b has part None; expected one of"),
         ([{"uri": "a", "part": "test"}, {"part": "test"}], r"line 3: the uri is empty"),
-        ([{"uri": "a", "part": "train"}, {"uri": "a", "part": "test"}], r"a stands in train and in test"),
+        ([{"uri": "a", "part": "train"}, {"uri": "a", "part": "test"}], r"a is in train and in test"),
     ],
 )
 def test_a_split_that_cannot_be_used_is_one_sentence(rows: list[dict[str, str]], said: str) -> None:

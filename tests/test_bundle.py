@@ -220,7 +220,7 @@ def test_a_bundle_that_changed_is_told(tmp_path, network):
     assert bundle.identify(uri) == began
     now = bundle.save(network, card(threshold=0.4), uri)
     with pytest.raises(
-        BundleError, match=f"changed while the job ran: it began with the model {began}, and now {now}"
+        BundleError, match=f"has changed since the start: the model was {began}, now it is {now}"
     ):
         bundle.read_same(uri, began)
 

@@ -209,7 +209,7 @@ def test_parts_of_hospitals():
 @pytest.mark.parametrize(
     ("paths", "said"),
     [
-        (("train/benign/test/P1/0.png",), "P1/0.png stands in test and train; expected one part"),
+        (("train/benign/test/P1/0.png",), "P1/0.png is in test and train; expected one part"),
         (
             ("fold1/train/benign/P1/0.png", "fold2/test/benign/P1/0.png"),
             "fold1, fold2 divide the images in sev",

@@ -253,7 +253,7 @@ def test_a_worker_with_another_model_scores_nothing(model_uri, tmp_path):
         BundleError, match=f"it began with the model 0123456789abcdef, and now {late._bundle.model_id}"
     ):
         late(rows)
-    with pytest.raises(BundleError, match="changed while the job ran"):
+    with pytest.raises(BundleError, match="has changed since the start"):
         predict.predictions(None, late._settings)
 
 
@@ -273,9 +273,9 @@ def test_a_job_whose_model_changed_says_so(tmp_path):
     ):
         raise RayError
     bundle.save(model.build(2, seed=2), card(), uri)
-    with pytest.raises(BundleError, match="changed while the job ran"), predict.one_model(job):
+    with pytest.raises(BundleError, match="has changed since the start"), predict.one_model(job):
         raise RayError
-    with pytest.raises(BundleError, match="changed while the job ran"), predict.one_model(job):
+    with pytest.raises(BundleError, match="has changed since the start"), predict.one_model(job):
         pass
 
 

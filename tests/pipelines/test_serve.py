@@ -670,9 +670,7 @@ def test_a_replica_keeps_to_what_it_reserves(settings, device, threads, started)
 def test_a_replica_answers_with_no_other_model(models):
     """As one that starts after the bundle was replaced."""
     config = ServiceConfig(model=models[0], max_batch_size=1)
-    with pytest.raises(
-        BundleError, match="changed while the job ran: it began with the model 0123456789abcdef"
-    ):
+    with pytest.raises(BundleError, match="has changed since the start: the model was 0123456789abcdef"):
         serve.Replica.__base__(config, None, "0123456789abcdef")
 
 
