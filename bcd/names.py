@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from bcd import schema
+from bcd.text import some
 
 # What spreadsheets and pandas write where they know nothing.
 _UNKNOWN = frozenset({"", "nan", "<na>", "none", "null", "nat", "n/a", "#n/a"})
@@ -32,8 +33,6 @@ _MEANT: Mapping[str, frozenset[str]] = {
 }
 # Hospitals may number their patients alike.
 _SITES = frozenset({"site", "hospital", "center", "centre", "clinic", "institution"})
-# Names that stand in one sentence.
-_MOST = 3
 
 
 def folded(name: str) -> str:
@@ -76,8 +75,8 @@ def doubtful_ids(ids: Iterable[str | None], what: str) -> list[str]:
     warnings = []
     if alike:
         warnings.append(
-            f"{what} ids differ only in case, zeros or punctuation: {some(alike, '; ')}. They count as "
-            f"different {what}s: write the id of one {what} in one way"
+            f"{what} ids differ only in case, zeros or punctuation: {some(alike, separator='; ')}. They count "
+            f"as different {what}s: write the id of one {what} in one way"
         )
     if rounded:
         warnings.append(
@@ -91,13 +90,6 @@ def _key(name: str) -> str:
     # A slash parts the hospital from the patient, so it stays.
     parts = (re.sub(r"(?<!\d)0+(?=\d)", "", part.casefold()) for part in name.split("/"))
     return "/".join(re.sub(r"[\W_]+", "", part) or part for part in parts)
-
-
-def some(items: Iterable[str], separator: str = ", ") -> str:
-    """The first few of them, and how many more there are."""
-    names = list(items)
-    more = f"{separator}and {len(names) - _MOST:,} more" if len(names) > _MOST else ""
-    return separator.join(names[:_MOST]) + more
 
 
 def column(name: str, known: Collection[str]) -> str:

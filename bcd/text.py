@@ -1,6 +1,6 @@
 """Words for people: numbers with their nouns, lists."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def counted(n: int, noun: str, many: str | None = None) -> str:
@@ -11,3 +11,10 @@ def counted(n: int, noun: str, many: str | None = None) -> str:
 def listed(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def some(items: Iterable[str], most: int = 3, separator: str = ", ") -> str:
+    """The first of some names, and how many more there are: `a, b, c, and 2 more`."""
+    names = list(items)
+    more = [f"and {len(names) - most:,} more"] if len(names) > most else []
+    return separator.join([*names[:most], *more])

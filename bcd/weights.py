@@ -8,7 +8,7 @@ import io
 import re
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pickle import UnpicklingError as _Unpickling
 from typing import Any
 
@@ -21,6 +21,7 @@ from torchvision.models import ResNet
 
 from bcd import storage
 from bcd.errors import BundleError
+from bcd.text import some
 
 # What `--weights` may name beside a URI: torchvision's download, and random ones.
 IMAGENET, RANDOM = "imagenet", "none"
@@ -51,7 +52,6 @@ TORCHVISION = "layer1.0.conv1.weight"
 HUGGINGFACE = "encoder.stages.0.layers.0.layer.0.convolution.weight"
 # MoCo keeps two networks, of which the second only follows: https://github.com/facebookresearch/moco-v3
 LEADS, FOLLOWS = {"encoder_q", "base_encoder"}, {"encoder_k", "momentum_encoder"}
-SHOWN = 3
 EXPECTED = "expected a state dict of tensors in .safetensors or plain .pth form"
 STARTS = {
     b"version https://git-lfs": "a Git LFS pointer in place of the file: run `git lfs pull`",
@@ -91,7 +91,7 @@ def pretrained(weights: str) -> dict[str, Tensor] | None:
         prefix
     )
     steps += ["renamed from HuggingFace's names"] * (anchor == HUGGINGFACE)
-    steps += [f"left out {_some(left_out)}"] * bool(left_out)
+    steps += [f"left out {some(left_out)}"] * bool(left_out)
     if steps:
         print(f"--weights {weights}: {', '.join(steps)}", flush=True)
     try:
@@ -164,7 +164,7 @@ def _guess_zip(content: bytes) -> str:
         return "a TorchScript program; save `network.state_dict()` alone"
     if any(name.endswith("data.pkl") for name in names):
         return "a damaged PyTorch file, or one with pickled Python objects; save `network.state_dict()` alone"
-    return f"a ZIP archive of {_some(names)}"
+    return f"a ZIP archive of {some(names)}"
 
 
 def _unwrapped(found: Any, name: str) -> tuple[str, State]:
@@ -182,7 +182,7 @@ def _unwrapped(found: Any, name: str) -> tuple[str, State]:
     if networks:
         raise BundleError(f"{name}: contains several networks: {', '.join(networks)}; save one of them alone")
     kinds = [f"{key} ({type(value).__name__})" for key, value in found.items()]
-    raise BundleError(f"{name}: not a state dict, but a mapping of {_some(kinds) or 'nothing'}; {EXPECTED}")
+    raise BundleError(f"{name}: not a state dict, but a mapping of {some(kinds) or 'nothing'}; {EXPECTED}")
 
 
 def _is_state(found: Any) -> bool:
@@ -244,7 +244,7 @@ def fitting(own: State, given: State, whole: bool = False) -> dict[str, Tensor]:
     foreign = [name for name in given if name not in own and (whole or not _is_head(name))]
     faults += [f"{name} is no part of it" for name in foreign]
     if faults:
-        raise BundleError(f"not the weights of a ResNet50: {_some(faults, '; ')}")
+        raise BundleError(f"not the weights of a ResNet50: {some(faults, separator='; ')}")
     return {name: own[name] if name in kept else given[name].to(own[name].dtype) for name in own}
 
 
@@ -281,9 +281,3 @@ def is_finite(tensor: Tensor) -> bool:
     # NaN and infinity survive a sum, which takes half the time of a look at each number.
     tensor = tensor.float()
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def _some(names: Sequence[str], between: str = ", ") -> str:
-    """The first of some names, and how many more there are."""
-    more = [f"and {len(names) - SHOWN:,} more"] if len(names) > SHOWN else []
-    return between.join([*names[:SHOWN], *more])

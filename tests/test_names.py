@@ -81,7 +81,3 @@ def test_a_column_that_looks_like_ours_is_named(column, ours):
 def test_a_column_of_hospitals_is_named(written):
     (warning,) = names.unused_columns(["uri", "patient", written])
     assert warning.startswith(f"column {written!r} is not used; where hospitals number their patients alike")
-
-
-def test_some_of_many():
-    assert names.some("abcde", "; ") == "a; b; c; and 2 more"

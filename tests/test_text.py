@@ -11,3 +11,8 @@ def test_numbers_have_the_noun_that_fits() -> None:
 def test_lists_end_in_and() -> None:
     assert text.listed([]) == ""
     assert [text.listed(list("abc")[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+
+
+def test_some_of_many():
+    assert text.some("abcde", separator="; ") == "a; b; c; and 2 more"
+    assert text.some("ab") == "a, b"
