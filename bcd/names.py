@@ -75,8 +75,8 @@ def doubtful_ids(ids: Iterable[str | None], what: str) -> list[str]:
     warnings = []
     if alike:
         warnings.append(
-            f"{what} ids differ only in case, zeros or punctuation: {some(alike, separator='; ')}. They count "
-            f"as different {what}s: write the id of one {what} in one way"
+            f"{what} ids differ only in case, zeros or punctuation: {some(alike, separator='; ')}. They "
+            f"count as different {what}s: write the id of one {what} in one way"
         )
     if rounded:
         warnings.append(
