@@ -232,8 +232,9 @@ def load(
         StorageError: the URI cannot be read.
     """
     card = read_card(uri)
+    content = _read_weights(uri, card)
     try:
-        state = weights.read(_read_weights(uri, card), WEIGHTS)
+        state = weights.read(content, WEIGHTS)
         network = model.assembled(len(card.classes), state)
     except BundleError as error:
         raise BundleError(f"{uri}: {error}") from error

@@ -59,7 +59,7 @@ CARD: dict[str, Any] = {
     "leaky": False,
     "synthetic": True,
     "feature_statistics": None,
-    "training": {"name": "mock"},
+    "training": {"name": "mock", "data": "s3://bucket/BreaKHis_v1", "weights": None},
     "validation": {"epoch": 4, "balanced_accuracy": 0.93},
     "metrics": {
         "n_images": 96,

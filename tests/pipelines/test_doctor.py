@@ -145,7 +145,7 @@ def planted(tmp_path, good_model):
                 "data": "{}/empty: nothing to read below it; expected .png, ",
                 "output": "{0}/manifest.csv/runs: cannot write it: [Errno 20] Cannot create directory "
                 "'{0}/manifest.csv/runs'. Detail: [errno 20] Not a directory",
-                "weights": "{}/vgg.safetensors: not the weights of a resnet50: ",
+                "weights": "{}/vgg.safetensors: not the weights of a ResNet50: ",
             },
         ),
         ("train", {"data": "{}/manifest.csv"}, {"data": "{}/gone.png: cannot read it: "}),
@@ -168,7 +168,7 @@ def planted(tmp_path, good_model):
         (
             "serve",
             {"model": "{}/cut"},
-            {"model": "{}/cut: model.safetensors is damaged or of another model: "},
+            {"model": "{0}/cut: model.safetensors (1,000,000 bytes) is not the file that card.json was written for"},
         ),
     ],
 )

@@ -101,7 +101,7 @@ def test_gpus_are_given_pictures_that_are_read(scorer, model_uri, tmp_path):
     tiles = found.filter(pc.is_valid(found[schema.X_LEVEL0_PX]))
     assert len(tiles) == 4
     assert len(found) == len(good) + len(pictures.broken()) + len(tiles)
-    expected = scorer(schema.fill(found.select(schema.READING.names), schema.READING))
+    expected = scorer(schema.fill(found, schema.READING))
     for name in (*predict.CARRIED, schema.WIDTH_PX, schema.ERROR, schema.ERROR_MESSAGE):
         assert found[name].equals(expected[name]), name
     for name in (schema.LOGIT, schema.EVIDENCE):
@@ -249,9 +249,7 @@ def test_a_worker_with_another_model_scores_nothing(model_uri, tmp_path):
     """As one that starts after the bundle was replaced."""
     rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient())})
     late = predict.Scorer(predict.Settings(model_uri, "0123456789abcdef", batch_size=2), 1)
-    with pytest.raises(
-        BundleError, match=f"it began with the model 0123456789abcdef, and now {late._bundle.model_id}"
-    ):
+    with pytest.raises(BundleError, match=f"was 0123456789abcdef, now it is {late._bundle.model_id}"):
         late(rows)
     with pytest.raises(BundleError, match="has changed since the start"):
         predict.predictions(None, late._settings)

@@ -105,7 +105,7 @@ def test_a_tree_that_comes_divided_stays_so(tmp_path):
     table, facts = prepare.prepare(TrainConfig(data="d", validation_fraction=0.25), inspected)
     assert prepare.part_of(table, "test")[schema.PATIENT].to_pylist() == ["P8", "Q", "P9"]
     assert len(prepare.part_of(table, "validation")) == 2
-    assert facts.warnings == ["the parts are those that the data come with; --test-fraction is not used"]
+    assert "the parts are those that the data come with; --test-fraction is not used" in facts.warnings
     again = prepare.prepare(TrainConfig(data="d", validation_fraction=0.25), inspected)[1]
     assert again.split_fingerprint == facts.split_fingerprint == split.fingerprint(table)
 
@@ -114,7 +114,7 @@ def test_folds_are_made_anew_and_it_is_said(tmp_path):
     config = TrainConfig(data="d", cross_folds=2, fold=1, validation_fraction=0.3)
     table, facts = prepare.prepare(config, divided(tmp_path))
     assert table.schema == schema.SPLIT
-    assert "the parts that the data come with are not used: --fold divides" in facts.warnings[0]
+    assert any("the data come with are not used: --fold divides" in text for text in facts.warnings)
 
 
 def test_a_tree_that_comes_with_a_leak_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 import contextlib
 import threading
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,6 +68,18 @@ def flipped(path):
     path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
+def flipped_tensor(path):
+    """Between its records the file has bytes that mean nothing."""
+    content, largest = path.read_bytes(), max(contents(path), key=len)
+    place = content.index(largest) + len(largest) // 2
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+def contents(path):
+    with zipfile.ZipFile(path) as file:
+        return [file.read(name) for name in file.namelist()]
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-50])
 
@@ -76,7 +89,7 @@ DAMAGES = [
     (worker.WEIGHTS_FILE, cut, "is not as it was written"),
     (worker.WEIGHTS_FILE, Path.unlink, "model.safetensors is missing"),
     (worker.STATE_FILE, cut, "a damaged PyTorch file"),
-    (worker.STATE_FILE, flipped, "state.pt is not as it was written"),
+    (worker.STATE_FILE, flipped_tensor, "state.pt is not as it was written"),
     (worker.STATE_FILE, Path.unlink, "state.pt is missing"),
     (worker.STATE_FILE, lambda path: path.write_bytes(b""), "an empty file"),
 ]
