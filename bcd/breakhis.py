@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from bcd import schema
 from bcd.errors import DataError
-from bcd.names import folded
 from bcd.taxonomy import BENIGN, MAGNIFICATIONS, MALIGNANT, MPP_BY_MAGNIFICATION, SUBTYPES, TUMOR_CLASSES
+from bcd.text import folded
 
 # Begins every published file name.
 PREFIX = "SOB_"

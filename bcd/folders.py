@@ -16,9 +16,8 @@ from typing import Any
 
 from bcd import names, schema, split, storage
 from bcd.errors import DataError
-from bcd.names import folded
 from bcd.taxonomy import MAGNIFICATIONS, SUBTYPES, TUMOR_CLASSES
-from bcd.text import some
+from bcd.text import folded, some
 
 # Tumour class, and subtype where known, by the folded name of a folder.
 Label = tuple[str, str | None]

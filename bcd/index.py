@@ -13,9 +13,8 @@ import pyarrow as pa
 
 from bcd import breakhis, folders, manifest, names, schema, split, storage, walk
 from bcd.errors import DataError
-from bcd.names import folded
 from bcd.taxonomy import MAX_MPP, MIN_MPP, SUBTYPES, TUMOR_CLASSES, given_names
-from bcd.text import counted
+from bcd.text import counted, folded
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 # Images of other formats, which people may take for part of the training.

@@ -4,13 +4,12 @@ A blank, a capital or another Unicode form must not make two patients of one, no
 """
 
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from bcd import schema
-from bcd.text import some
+from bcd.text import some, visible
 
 # What spreadsheets and pandas write where they know nothing.
 _UNKNOWN = frozenset({"", "nan", "<na>", "none", "null", "nat", "n/a", "#n/a"})
@@ -35,11 +34,6 @@ _MEANT: Mapping[str, frozenset[str]] = {
 _SITES = frozenset({"site", "hospital", "center", "centre", "clinic", "institution"})
 
 
-def folded(name: str) -> str:
-    """A name as classes, folders and columns are compared: ` Ductal Carcinoma` is `ductal_carcinoma`."""
-    return re.sub(r"[\s_-]+", "_", _plain(name).casefold())
-
-
 def identity(value: Any) -> str | None:
     """The one way to write an id of a patient, case or slide; None where it says nothing.
 
@@ -47,18 +41,11 @@ def identity(value: Any) -> str | None:
     other patient, nor does the `.0` that a spreadsheet adds: 12.0, "12.0" and " 12" are 12. Zeros in front
     stay: 007 is not 7.
     """
-    name = _plain(str(value))
+    name = visible(str(value))
     if name.casefold() in _UNKNOWN:
         return None
     whole = _INTEGRAL.fullmatch(name)
     return whole[1] if whole else name
-
-
-def _plain(name: str) -> str:
-    """NFKC, without what cannot be seen, with one blank where there are several."""
-    # A byte-order mark, a zero-width space or a soft hyphen is of Unicode's category Cf.
-    seen = (c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
-    return " ".join("".join(seen).split())
 
 
 def doubtful_ids(ids: Iterable[str | None], what: str) -> list[str]:

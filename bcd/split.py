@@ -20,8 +20,8 @@ from bcd import breakhis, division, schema
 from bcd.config import Protocol
 from bcd.division import Integers
 from bcd.errors import ConfigError, DataError, LeakageError
-from bcd.names import folded
 from bcd.taxonomy import TUMOR_CLASSES
+from bcd.text import folded
 
 TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
 # What people call them, in the folders of a data set or in a column.

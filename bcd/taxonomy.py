@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bcd.errors import ConfigError
-from bcd.names import folded
+from bcd.text import folded
 
 Target = Literal["tumor_class", "subtype"]
 

@@ -1,5 +1,7 @@
-"""Words for people: numbers with their nouns, lists."""
+"""Words: numbers with their nouns, lists, and names in the form in which they are compared."""
 
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 
@@ -18,3 +20,15 @@ def some(items: Iterable[str], most: int = 3, separator: str = ", ") -> str:
     names = list(items)
     more = [f"and {len(names) - most:,} more"] if len(names) > most else []
     return separator.join([*names[:most], *more])
+
+
+def folded(name: str) -> str:
+    """A name as classes, folders and columns are compared: ` Ductal Carcinoma` is `ductal_carcinoma`."""
+    return re.sub(r"[\s_-]+", "_", visible(name).casefold())
+
+
+def visible(name: str) -> str:
+    """NFKC, without what cannot be seen, with one blank where there are several."""
+    # A byte-order mark, a zero-width space or a soft hyphen is of Unicode's category Cf.
+    seen = (c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+    return " ".join("".join(seen).split())

@@ -83,7 +83,7 @@ def run(config: ScoreConfig) -> str:
     settings = _settings(config, model_id, compiled)
     progress = Progress(todo, ours.plans_uri, books.done)
     with predict.one_model(settings):
-        rate = _score(ours, books, progress, todo, settings, _tiling(config, card), config.max_workers)
+        rate = _score(ours, books, progress, todo, settings, _tile_settings(config, card), config.max_workers)
     books = _books(ours, found.table)
     _require_balance(books, progress.withheld)
     if books.plans:
@@ -117,7 +117,7 @@ def _settings(config: ScoreConfig, model_id: str, compiled: bool) -> predict.Set
     )
 
 
-def _tiling(config: ScoreConfig, card: bundle.Card) -> expand.Tiling:
+def _tile_settings(config: ScoreConfig, card: bundle.Card) -> expand.Tiling:
     return expand.Tiling(
         tile_mpp=config.tile_mpp or max(card.mpp, default=None),
         tile_width_px=card.field_width_px,
@@ -214,7 +214,7 @@ def _score(
     progress: Progress,
     todo: pa.Table,
     settings: predict.Settings,
-    tiling: expand.Tiling,
+    tile_settings: expand.Tiling,
     max_workers: int | None,
 ) -> float:
     """Score and commit; returns rows per second."""
@@ -223,7 +223,7 @@ def _score(
     pool = cluster.model_workers(max_workers)
     started_slides = {name for name in todo[schema.IMAGE_ID].to_pylist() if books.done.rows[name]}
     done_tiles = ledger.tile_ids(books.done, started_slides)
-    dataset = _reading(todo, tiling, ours.plans_uri, done_tiles)
+    dataset = _reading(todo, tile_settings, ours.plans_uri, done_tiles)
     commits = predict.predictions(dataset, settings, max_workers).map_batches(
         ledger.commit,
         fn_kwargs={"work_uri": ours.work_uri},
@@ -238,25 +238,27 @@ def _score(
     return progress.end()
 
 
-def _reading(todo: pa.Table, tiling: expand.Tiling, plans_uri: str, done_tiles: frozenset[str]) -> Dataset:
+def _reading(
+    todo: pa.Table, tile_settings: expand.Tiling, plans_uri: str, done_tiles: frozenset[str]
+) -> Dataset:
     """Rows to read, in small blocks."""
     maybe = pa.array([expand.may_be_slide(uri) for uri in todo[schema.URI].to_pylist()], pa.bool_())
     fields = schema.fill(todo.filter(pc.invert(maybe)), schema.READING)
     slides = todo.filter(maybe)
-    datasets = []
+    sources = []
     if len(fields):
-        datasets.append(read.rows(fields, ROWS_PER_BLOCK))
+        sources.append(read.rows(fields, ROWS_PER_BLOCK))
     if len(slides):
         tiles = read.rows(slides, 1).map_batches(
             expand.expand,
-            fn_kwargs={"tiling": tiling, "plans_uri": plans_uri, "done": done_tiles},
+            fn_kwargs={"tiling": tile_settings, "plans_uri": plans_uri, "done": done_tiles},
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=cluster.waiting_cpus(),
             compute=TaskPoolStrategy(min(len(slides), max(1, int(cluster.capacity()["CPU"]) // 2))),
         )
-        datasets.append(tiles.repartition(target_num_rows_per_block=ROWS_PER_BLOCK))
-    return datasets[0].union(*datasets[1:]) if len(datasets) > 1 else datasets[0]
+        sources.append(tiles.repartition(target_num_rows_per_block=ROWS_PER_BLOCK))
+    return sources[0].union(*sources[1:]) if len(sources) > 1 else sources[0]
 
 
 def _merge(ours: Ledger, done: Done) -> None:

@@ -84,7 +84,7 @@ def _prepared(
     return table, facts
 
 
-def datasets(config: TrainConfig, table: pa.Table) -> tuple[dict[str, Dataset], int]:
+def streams_of(config: TrainConfig, table: pa.Table) -> tuple[dict[str, Dataset], int]:
     """The training and validation streams of a split table, and the number of balanced training rows."""
     classes = taxonomy.classes(config.target)
     parts = {
@@ -120,7 +120,7 @@ def fit(
     Raises:
         BcdError: what the user can put right, such as a training that diverges.
     """
-    streams, n_train = datasets(config, table)
+    streams, n_train = streams_of(config, table)
     filesystem, path = storage.resolve(run_uri)
     classes, shared = taxonomy.classes(config.target), given and ray.put(given)
     task = worker.Task(config, classes, shared, run_uri, n_train, runs_per_node)

@@ -33,10 +33,10 @@ def stained(width=100, mpp=0.5):
     return pictures.tiled_tiff(pixels, mpp)
 
 
-def expanded(folder, tiling=TILING, done=NOTHING):
+def expanded(folder, tile_settings=TILING, done=NOTHING):
     """The rows for the archive in FOLDER/in; plans go to FOLDER/plans."""
     inputs = archive.read(f"{folder}/in").table
-    return pa.concat_tables(expand.expand(inputs, tiling, f"{folder}/plans", done))
+    return pa.concat_tables(expand.expand(inputs, tile_settings, f"{folder}/plans", done))
 
 
 def write(folder, contents):
@@ -177,10 +177,10 @@ def test_the_mpp_of_a_manifest_row_is_that_of_its_slide(tmp_path):
     (tmp_path / "m.csv").write_text("uri,mpp\nin/a.tif,0.5\nin/b.tif,\nin/c.tif,0.5\nin/d.tif,0.5")
     inputs = archive.read(str(tmp_path / "m.csv")).table
 
-    def found(tiling):
+    def found(tile_settings):
         staging.open_slide.cache_clear()
         plans = f"{tmp_path}/{uuid.uuid4().hex}"
-        tables = expand.expand(inputs, tiling, plans, NOTHING)
+        tables = expand.expand(inputs, tile_settings, plans, NOTHING)
         return [table[schema.ERROR][0].as_py() or len(table) for table in tables]
 
     assert found(TILING) == [15, 1, "bad_mpp", 15]

@@ -9,7 +9,7 @@ import ray
 from bcd import balance, image, index, schema, storage
 from bcd.config import TrainConfig
 from bcd.errors import BcdError, DataError, StorageError
-from bcd.pipelines import prepare, read, train
+from bcd.pipelines import prepare, read, staging, train
 from tests import pictures
 from tests.test_storage import DAMAGED
 
@@ -127,7 +127,7 @@ def test_a_tile_of_a_slide_that_cannot_be_fetched_now_is_left_to_a_rerun(monkeyp
     def fails(uri, given):
         raise StorageError(f"{uri}: no")
 
-    monkeypatch.setattr(read.staging, "open_slide", fails)
+    monkeypatch.setattr(staging, "open_slide", fails)
     with pytest.raises(image.ImageError, match="unavailable"):
         read.picture({schema.URI: "s.svs", schema.X_LEVEL0_PX: 0})
 
@@ -181,7 +181,7 @@ def test_two_workers_share_every_epoch_evenly_and_see_no_held_out_image(joined, 
     """Done when 5: class counts equal per epoch to within one row per class and what an equal split drops."""
     config = small(tree)
     table, _ = prepare.prepare(config)
-    streams, n_train = train.datasets(config, table)
+    streams, n_train = train.streams_of(config, table)
     expected = Counter(
         balance.upsample(prepare.part_of(table, read.TRAIN), "tumor_class", 0)[schema.TUMOR_CLASS].to_pylist()
     )
@@ -203,7 +203,7 @@ def test_two_workers_share_every_epoch_evenly_and_see_no_held_out_image(joined, 
 def test_validation_loses_no_row_to_an_equal_split(joined, tree):
     config = small(tree, magnifications=(40,))
     table, _ = prepare.prepare(config)
-    streams, _ = train.datasets(config, table)
+    streams, _ = train.streams_of(config, table)
     rows = prepare.part_of(table, "validation")
     shards = read.SplitData().configure(streams, 2, None, None)
     seen = _both([shard[read.VALIDATION] for shard in shards])

@@ -32,14 +32,14 @@ def here(monkeypatch):
     staging.open_slide.cache_clear()
 
 
-def planned(folder, contents, tiling, generation=1):
+def planned(folder, contents, tile_settings, generation=1):
     """Tiles and plans of an archive of slides, as the pipeline makes them."""
     for name, content in contents.items():
         storage.write_bytes(f"{folder}/in/{name}", content)
     ours = ledger.Ledger(f"{folder}/out", generation, "0")
     inputs = archive.read(f"{folder}/in").table
     inputs = inputs.filter(pa.array([name in contents for name in inputs[schema.IMAGE_ID].to_pylist()]))
-    tiles = pa.concat_tables(expand.expand(inputs, tiling, ours.plans_uri, frozenset()))
+    tiles = pa.concat_tables(expand.expand(inputs, tile_settings, ours.plans_uri, frozenset()))
     return ours, tiles, [expand.read_plan(ours.plans_uri, name) for name in contents]
 
 

@@ -197,7 +197,7 @@ def test_a_finished_run_whose_bundle_cannot_be_used_goes_on(monkeypatch, capsys,
 def test_what_the_workers_return_instead_of_a_history_ends_the_run(monkeypatch):
     """They do not raise it: Ray Train would start them again."""
     error = DivergedError("in epoch 1: from step 25 on the loss is no finite number")
-    monkeypatch.setattr(train, "datasets", lambda *_: ({}, 8))
+    monkeypatch.setattr(train, "streams_of", lambda *_: ({}, 8))
     trained = SimpleNamespace(fit=lambda: SimpleNamespace(return_value=error))
     monkeypatch.setattr(train, "TorchTrainer", lambda *_, **__: trained)
     with pytest.raises(DivergedError, match="from step 25 on"):
