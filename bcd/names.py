@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from bcd import schema
-from bcd.text import some, visible
+from bcd.text import folded, some, visible
 
 # What spreadsheets and pandas write where they know nothing.
 _UNKNOWN = frozenset({"", "nan", "<na>", "none", "null", "nat", "n/a", "#n/a"})
