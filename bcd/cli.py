@@ -5,7 +5,7 @@ from importlib import import_module
 
 import tyro
 
-from bcd.config import Config
+from bcd.config.options import Config
 from bcd.errors import BcdError
 
 
@@ -20,7 +20,7 @@ def main(config_type: type[Config], pipeline: str, doc: str | None) -> None:
     """
     config = tyro.cli(config_type, description=doc)
     try:
-        import_module(f"bcd.pipelines.{pipeline}").run(config)
+        import_module(f"bcd.{pipeline}").run(config)
     except BcdError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

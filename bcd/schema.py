@@ -5,6 +5,9 @@
 
 import pyarrow as pa
 
+# Of the files in which a table is given: manifests and splits.
+MANIFEST_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
+
 IMAGE_ID = "image_id"
 URI = "uri"
 PATIENT = "patient"

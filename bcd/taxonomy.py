@@ -44,9 +44,26 @@ SUBTYPES: Mapping[str, Subtype] = {
 # (the labels 40X..400X are total magnifications of the 4x..40x objectives).
 MPP_BY_MAGNIFICATION: Mapping[int, float] = {40: 0.49, 100: 0.20, 200: 0.10, 400: 0.05}
 MAGNIFICATIONS = tuple(MPP_BY_MAGNIFICATION)
+# Published divisions of BreaKHis into training and test images (Spanhol et al. 2016).
+N_FOLDS = 5
 # What a microscope gives, in µm per pixel: the finest BreaKHis fields have 0.05, overview scans end near 10.
 # TIFF's 72 to 1200 dpi, written by software that knew no scale, are 353 to 21.
 MIN_MPP, MAX_MPP = 0.05, 20.0
+
+# A data set is divided into these.
+TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
+# What people call them, in the folders of a data set or in a column.
+_SYNONYMS = {
+    TRAIN: ("train", "training", "trn"),
+    VALIDATION: ("validation", "valid", "val", "dev"),
+    TEST: ("test", "testing", "tst"),
+}
+_PART_NAMES = {
+    f"{word}{ending}": part
+    for part, words in _SYNONYMS.items()
+    for word in words
+    for ending in ("", "set", "_set", "_data", "_images")
+}
 
 
 def classes(target: Target) -> tuple[str, ...]:
@@ -79,3 +96,8 @@ def given_names(pairs: Sequence[str]) -> dict[str, str]:
             other = next(c for c in TUMOR_CLASSES if c != tumor_class)
             raise ConfigError(f"--classes {pair}: {name} is {other}; a name is of one class")
     return named
+
+
+def part_named(name: str) -> str | None:
+    """The part that people mean by a name, such as `val`, `Training` or `test_set`; None where it is none."""
+    return _PART_NAMES.get(folded(name))

@@ -4,10 +4,10 @@
 
 Small PNG, JPEG and TIFF images and slides, made by code and, of slides, found in FOLDER, are damaged: bytes
 changed, cut off, cut out or put in from another file; chunks, segments and tags edited so that checksums
-hold. Each goes through `bcd.image.decode` or `bcd.slide`, in a process that may have `MEMORY_BYTES`. Printed
-are outcomes by kind, the most memory, lines that libraries wrote to stderr, and the seed of every case that
-raised anything else, took longer than `LIMIT_S` or ended the process. A case is made again from its seed:
-`--n 1 --seed SEED`.
+hold. Each goes through `bcd.imaging.image.decode` or `bcd.slides.slide`, in a process that may have
+`MEMORY_BYTES`. Printed are outcomes by kind, the most memory, lines that libraries wrote to stderr, and
+the seed of every case that raised anything else, took longer than `LIMIT_S` or ended the process. A case is
+made again from its seed: `--n 1 --seed SEED`.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bcd import image, pixel_size, slide
+from bcd.imaging import image, pixel_size
+from bcd.slides import slide
 from tests import pictures
 
 KINDS = ("PNG", "JPEG", "TIFF", "SVS")

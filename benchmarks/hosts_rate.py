@@ -22,7 +22,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from bcd import archive, schema, storage
+from bcd import schema, storage
+from bcd.data import archive
 from benchmarks.quota import quota
 from tests.archives import write_manifest
 from tests.cluster import read_json

@@ -13,7 +13,8 @@ import random
 import gevent
 from locust import HttpUser, events, task
 
-from bcd import archive, schema, storage
+from bcd import schema, storage
+from bcd.data import archive
 
 contents: list[bytes] = []
 

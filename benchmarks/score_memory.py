@@ -17,7 +17,8 @@ import time
 import uuid
 from pathlib import Path
 
-from bcd import archive, schema, storage
+from bcd import schema, storage
+from bcd.data import archive
 from tests.archives import write_manifest
 from tests.cluster import processes
 from tests.cluster.memory import Memory, memory

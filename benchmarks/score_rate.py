@@ -30,9 +30,13 @@ from safetensors.torch import load as load_safetensors
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models import ResNet
 
-from bcd import archive, bundle, image, model, schema, storage, transform
-from bcd.pipelines import cluster, ledger, predict, read
-from bcd.pipelines.score import ROWS_PER_BLOCK
+from bcd import schema, storage
+from bcd.data import archive
+from bcd.imaging import image
+from bcd.model import bundle, preprocessing, resnet
+from bcd.runtime import cluster, datasets, predict
+from bcd.scoring import ledger
+from bcd.scoring.score import ROWS_PER_BLOCK
 
 BATCH_SIZE = 32
 PRECISION = "bfloat16"
@@ -85,14 +89,14 @@ class Loop:
         """Normalised pictures on the device."""
         for images in self.loader:
             on_device = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            batch = transform.normalise(on_device, self.card.mean, self.card.std)
+            batch = preprocessing.normalise(on_device, self.card.mean, self.card.std)
             yield batch.contiguous(memory_format=self.memory_format)
 
 
 def plain_network(model_uri: str, card: bundle.Card) -> ResNet:
     """The bundle's network, its batch norms not folded."""
     weights = load_safetensors(storage.read_bytes(storage.join(model_uri, bundle.WEIGHTS)))
-    return model.build(len(card.classes), weights).eval()
+    return resnet.build(len(card.classes), weights).eval()
 
 
 class Plain(Loop):
@@ -109,9 +113,9 @@ class Plain(Loop):
     def _scored(self) -> Iterator[int]:
         results: list[tuple[np.ndarray, ...]] = []
         for batch in self.batches():
-            with model.autocast(self.device, PRECISION):
-                output = model.forward(self.network, batch)
-            tensors = (model.probability(output.logit), output.evidence, output.evidence_bias)
+            with resnet.autocast(self.device, PRECISION):
+                output = resnet.forward(self.network, batch)
+            tensors = (resnet.probability(output.logit), output.evidence, output.evidence_bias)
             results.append(tuple(tensor.cpu().numpy() for tensor in (output.logit, *tensors)))
             yield len(batch)
 
@@ -138,18 +142,18 @@ class GradCam(Loop):
         results: list[np.ndarray] = []
         for batch in self.batches():
             targets = [ClassifierOutputTarget(len(self.card.classes) - 1)] * len(batch)
-            with model.autocast(self.device, self.precision):
+            with resnet.autocast(self.device, self.precision):
                 results.append(self.cam(input_tensor=batch, targets=targets))
             yield len(batch)
 
 
 def pipeline_rate(model_uri: str, rows: pa.Table, compiled: bool, precision: str = PRECISION) -> float:
-    """Rows per second of the archive job: read, score, commit, as `bcd.pipelines.score` chains them."""
+    """Rows per second of the archive job: read, score, commit, as `bcd.scoring.score` chains them."""
     settings = predict.Settings(
         model_uri, bundle.identify(model_uri), precision=precision, batch_size=BATCH_SIZE, compile=compiled
     )
     with tempfile.TemporaryDirectory() as work_uri:
-        commits = predict.predictions(read.rows(rows, ROWS_PER_BLOCK), settings).map_batches(
+        commits = predict.predictions(datasets.rows(rows, ROWS_PER_BLOCK), settings).map_batches(
             ledger.commit,
             fn_kwargs={"work_uri": work_uri},
             # Smaller segments than the job's: more times to take, if anything more work.
@@ -173,8 +177,8 @@ def map_costs(model_uri: str, uris: list[str], pairs: int) -> list[float]:
     @torch.inference_mode()
     def without() -> None:
         batch = images.to(ours.device).permute(0, 3, 1, 2)
-        batch = transform.normalise(batch, ours.card.mean, ours.card.std)
-        with model.autocast(ours.device, PRECISION):
+        batch = preprocessing.normalise(batch, ours.card.mean, ours.card.std)
+        with resnet.autocast(ours.device, PRECISION):
             ours.network(batch.contiguous(memory_format=torch.channels_last)).float().cpu()
 
     def with_maps() -> None:

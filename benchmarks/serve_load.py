@@ -29,8 +29,10 @@ import psutil
 import ray
 import torch
 
-from bcd import bundle, image, storage
-from bcd.pipelines import cluster
+from bcd import storage
+from bcd.imaging import image
+from bcd.model import bundle
+from bcd.runtime import cluster
 from benchmarks import score_rate
 
 CLIENTS = (1, 4, 16, 64)

@@ -21,9 +21,14 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bcd import balance, image, model, optimise, schema, storage, transform, weights
-from bcd.config import TrainConfig
-from bcd.pipelines import cluster, prepare, read, train
+from bcd import schema, storage
+from bcd.config.training import TrainConfig
+from bcd.imaging import image
+from bcd.model import preprocessing, resnet, train_step, weights
+from bcd.runtime import cluster, prepare
+from bcd.split import balance
+from bcd.taxonomy import TRAIN
+from bcd.training import train
 
 
 class Rows(Dataset):
@@ -47,13 +52,13 @@ class PlainLoop:
 
     def __init__(self, table: pa.Table, config: TrainConfig) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network = model.build(2, weights.pretrained(config.weights)).to(
+        network = resnet.build(2, weights.pretrained(config.weights)).to(
             device, memory_format=torch.channels_last
         )
-        optimizer = optimise.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
-        preset = transform.augmentation(config.input_height_px, config.input_width_px)
+        optimizer = train_step.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
+        preset = preprocessing.augmentation(config.input_height_px, config.input_width_px)
         self.rate = config.learning_rate
-        self.step = optimise.Step(network.train(), optimizer, device, config.precision, preset)
+        self.step = train_step.Step(network.train(), optimizer, device, config.precision, preset)
         self.loader = DataLoader(
             Rows(table, config),
             config.batch_size,
@@ -83,7 +88,7 @@ def ray_rate(table: pa.Table, config: TrainConfig) -> float:
 
 def _repeated(table: pa.Table, times: int) -> pa.Table:
     """Training rows several times: on a small set, an epoch as long as those of a large one."""
-    is_train = pc.equal(table[schema.PART], read.TRAIN)
+    is_train = pc.equal(table[schema.PART], TRAIN)
     train_rows = table.filter(is_train)
     return pa.concat_tables([table.filter(pc.invert(is_train)), *[train_rows] * times])
 
@@ -112,7 +117,7 @@ def main() -> None:
     )
     cluster.connect(trains=True)
     table = _repeated(prepare.prepare(config)[0], arguments.repeat)
-    balanced = balance.upsample(prepare.part_of(table, read.TRAIN), config.balance, config.seed)
+    balanced = balance.upsample(prepare.part_of(table, TRAIN), config.balance, config.seed)
     print(f"{len(balanced)} training rows, {config.input_height_px}x{config.input_width_px}", flush=True)
     plain = PlainLoop(balanced, config)
     plain.epoch()

@@ -8,7 +8,7 @@ On this machine:
 """
 
 from bcd import cli
-from bcd.config import AuditConfig
+from bcd.config.checks import AuditConfig
 
 if __name__ == "__main__":
-    cli.main(AuditConfig, "audit", __doc__)
+    cli.main(AuditConfig, "audit.audit", __doc__)

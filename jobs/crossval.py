@@ -8,7 +8,7 @@ On this machine:
 """
 
 from bcd import cli
-from bcd.config import CrossvalConfig
+from bcd.config.training import CrossvalConfig
 
 if __name__ == "__main__":
-    cli.main(CrossvalConfig, "crossval", __doc__)
+    cli.main(CrossvalConfig, "training.crossval", __doc__)

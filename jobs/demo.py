@@ -8,7 +8,7 @@ On a cluster:
 """
 
 from bcd import cli
-from bcd.config import DemoConfig
+from bcd.config.training import DemoConfig
 
 if __name__ == "__main__":
     cli.main(DemoConfig, "demo", __doc__)

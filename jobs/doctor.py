@@ -8,7 +8,7 @@ On this machine:
 """
 
 from bcd import cli
-from bcd.doctor_config import DoctorConfig
+from bcd.config.checks import DoctorConfig
 
 if __name__ == "__main__":
-    cli.main(DoctorConfig, "doctor", __doc__)
+    cli.main(DoctorConfig, "preflight.doctor", __doc__)

@@ -8,7 +8,7 @@ On this machine:
 """
 
 from bcd import cli
-from bcd.config import EvaluateConfig
+from bcd.config.evaluation import EvaluateConfig
 
 if __name__ == "__main__":
-    cli.main(EvaluateConfig, "evaluate", __doc__)
+    cli.main(EvaluateConfig, "evaluation.evaluate", __doc__)

@@ -8,7 +8,7 @@ On this machine:
 """
 
 from bcd import cli
-from bcd.config import ScoreConfig
+from bcd.config.scoring import ScoreConfig
 
 if __name__ == "__main__":
-    cli.main(ScoreConfig, "score", __doc__)
+    cli.main(ScoreConfig, "scoring.score", __doc__)

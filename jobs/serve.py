@@ -7,7 +7,7 @@ On a cluster, for as long as the job runs (`serve deploy serve.yaml` is for what
 """
 
 from bcd import cli
-from bcd.serving_config import ServeConfig
+from bcd.config.serving import ServeConfig
 
 if __name__ == "__main__":
-    cli.main(ServeConfig, "serve", __doc__)
+    cli.main(ServeConfig, "serving.serve", __doc__)

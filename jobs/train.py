@@ -8,7 +8,7 @@ On this machine:
 """
 
 from bcd import cli
-from bcd.config import TrainConfig
+from bcd.config.training import TrainConfig
 
 if __name__ == "__main__":
-    cli.main(TrainConfig, "train", __doc__)
+    cli.main(TrainConfig, "training.train", __doc__)

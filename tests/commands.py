@@ -7,9 +7,12 @@ import click
 from ray.scripts.scripts import cli as ray_cli
 from ray.serve.scripts import cli as serve_cli
 
-from bcd.config import AuditConfig, Config, CrossvalConfig, EvaluateConfig, ScoreConfig, TrainConfig
-from bcd.doctor_config import DoctorConfig
-from bcd.serving_config import ServeConfig
+from bcd.config.checks import AuditConfig, DoctorConfig
+from bcd.config.evaluation import EvaluateConfig
+from bcd.config.options import Config
+from bcd.config.scoring import ScoreConfig
+from bcd.config.serving import ServeConfig
+from bcd.config.training import CrossvalConfig, TrainConfig
 
 JOBS: dict[str, type[Config]] = {
     "doctor": DoctorConfig,

@@ -17,18 +17,10 @@ from pathlib import Path
 import pyarrow.fs
 import pytest
 
-from bcd import guard, storage, synthetic
-from tests.cluster import (
-    BIN,
-    CLUSTER_CPUS,
-    Cluster,
-    free_port,
-    kill,
-    listens,
-    processes,
-    start_ray,
-    wait_for,
-)
+from bcd import storage
+from bcd.data import synthetic
+from bcd.serving import middleware
+from tests.cluster import BIN, CLUSTER_CPUS, Cluster, free_port, kill, listens, processes, start_ray, wait_for
 from tests.service import LIMITS, TOKEN
 
 # Ray reads these when it is imported: the cluster asks for this token, and every client here has it.
@@ -126,8 +118,8 @@ def cluster(s3: str) -> Iterator[Cluster]:
     head = start_ray(
         arguments,
         marker,
-        **{guard.TOKEN_VARIABLE: TOKEN, guard.PROXY_VARIABLE: guard.PROXY_CALLBACK},
-        **{guard.LIMITS_VARIABLE: json.dumps(asdict(LIMITS))},
+        **{middleware.TOKEN_VARIABLE: TOKEN, middleware.PROXY_VARIABLE: middleware.PROXY_CALLBACK},
+        **{middleware.LIMITS_VARIABLE: json.dumps(asdict(LIMITS))},
     )
     try:
         wait_for(lambda: listens(dashboard) and listens(gcs), 120, "the Ray cluster")
@@ -149,7 +141,7 @@ def cluster(s3: str) -> Iterator[Cluster]:
 def joined(cluster: Cluster) -> Cluster:
     """The test's own process joined to the cluster."""
     # Imported here: the fast tests do without Ray.
-    from bcd.pipelines import cluster as ray_cluster
+    from bcd.runtime import cluster as ray_cluster
 
     ray_cluster.connect()
     return cluster

@@ -21,7 +21,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 
-from bcd import image, overlay
+from bcd.imaging import image
+from bcd.reports import overlay
 from tests.cluster import free_port, wait_for
 
 NOTICE = "Research use only. Not a medical device, and not for diagnosis."
@@ -202,7 +203,7 @@ class Mock:
     def app(self) -> FastAPI:
         """The mock as an app."""
         app = FastAPI(openapi_url=None)
-        folder = files("bcd").joinpath("page")
+        folder = files("bcd.serving").joinpath("page")
 
         @app.middleware("http")
         async def guard(request: Request, follow: Any) -> Response:

@@ -8,12 +8,14 @@ import numpy as np
 import uvicorn
 from starlette.types import ASGIApp
 
-from bcd import api, bundle, guard, image
+from bcd.imaging import image
+from bcd.model import bundle
+from bcd.serving import api, middleware
 from tests.cluster import free_port, wait_for
 
 TOKEN = "a-token-for-tests"
 # Of the service on the tests' cluster.
-LIMITS = guard.Limits(max_body_bytes=8 * 2**20, upload_timeout_s=3)
+LIMITS = middleware.Limits(max_body_bytes=8 * 2**20, upload_timeout_s=3)
 
 
 class LocalEngine:
@@ -32,11 +34,13 @@ class LocalEngine:
         return self.works
 
 
-def guarded(engine: api.Engine, limits: guard.Limits | None = None, token: str | None = TOKEN) -> guard.Guard:
+def guarded(
+    engine: api.Engine, limits: middleware.Limits | None = None, token: str | None = TOKEN
+) -> middleware.Guard:
     """The app as a replica builds it."""
-    limits = limits or guard.Limits()
+    limits = limits or middleware.Limits()
     app = api.build(engine, limits, max_images=4)
-    return guard.Guard(app, limits, guard.digest(token) if token else None, loopback_only=True)
+    return middleware.Guard(app, limits, middleware.digest(token) if token else None, loopback_only=True)
 
 
 @contextlib.contextmanager

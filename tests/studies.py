@@ -10,7 +10,8 @@ from scipy.special import expit
 from scipy.stats import norm
 from threadpoolctl import threadpool_limits
 
-from bcd import aggregate, bootstrap, metrics, schema
+from bcd import schema
+from bcd.metrics import aggregate, bootstrap, measures
 from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES
 
 # The matrices of a simulated study are small: on a busy machine threads would mostly wait for each other.
@@ -27,7 +28,7 @@ def measured(
     """All metrics of one model's predictions, as an evaluation puts them together."""
     images = aggregate.images(predictions, threshold)
     n_errors = len(predictions) - len(images)
-    return metrics.measure(images, class_names, seed) | {"threshold": threshold, "n_errors": n_errors}
+    return measures.measure(images, class_names, seed) | {"threshold": threshold, "n_errors": n_errors}
 
 
 def predictions(n_patients: int = 12, n_images: int = 20, spread: float = 1.0, seed: int = 0) -> pd.DataFrame:

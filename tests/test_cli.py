@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from bcd import cli
-from bcd.config import DemoConfig, TrainConfig
+from bcd.config.training import DemoConfig, TrainConfig
 from bcd.errors import DataError, IncompleteError
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from bcd import bundle, storage
+from bcd import storage
+from bcd.model import bundle
 from tests import archives
 from tests.cluster.hosts import BUCKET, Hosts, Job, why_not
-from tests.test_bundle import card, untrained
-from tests.test_jobs import train_arguments
-from tests.test_score_jobs import table
+from tests.end_to_end.test_jobs import train_arguments
+from tests.end_to_end.test_score_jobs import table
+from tests.model.test_bundle import card, untrained
 
 N_FIELDS, EPOCHS = 600, 4
 

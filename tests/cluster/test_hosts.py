@@ -9,8 +9,8 @@ from tests.cluster import read_json
 from tests.cluster.conftest import EPOCHS
 from tests.cluster.hosts import LOSSES, SCORER, TRAINER
 from tests.cluster.test_soak import check_rows, repeated
-from tests.test_jobs import check_whole, wait_for_epoch
-from tests.test_score_jobs import assert_same, segments, table
+from tests.end_to_end.test_jobs import check_whole, wait_for_epoch
+from tests.end_to_end.test_score_jobs import assert_same, segments, table
 
 pytestmark = pytest.mark.ray
 

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pytest
 
 from bcd import schema, storage
-from bcd.pipelines import staging
+from bcd.slides import slide_cache
 from tests.archives import write_manifest
 from tests.cluster import PATIENCE_S, read_json, wait_for
 from tests.cluster.hosts import LOSSES, SCORER, TRAINER
 from tests.cluster.memory import memory
-from tests.test_jobs import check_whole
-from tests.test_score_jobs import assert_same, table
+from tests.end_to_end.test_jobs import check_whole
+from tests.end_to_end.test_score_jobs import assert_same, table
 
 pytestmark = [pytest.mark.ray, pytest.mark.trial]
 # What the archive would take on one undisturbed host, twice as long as here, and the length of the training.
@@ -109,7 +109,7 @@ def check_left_behind(hosts, output, undisturbed):
         assert not host.runs("jobs/score.py")
         assert not host.zombies()
         files = [path.relative_to(host.tmp) for path in host.tmp.rglob("*") if path.is_file()]
-        assert [path for path in files if path.parts[0] != staging.CACHE.name] == []
+        assert [path for path in files if path.parts[0] != slide_cache.CACHE.name] == []
     assert _entries(output) == _entries(undisturbed)
 
 

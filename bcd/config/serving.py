@@ -1,0 +1,68 @@
+"""The settings of the service."""
+
+from pydantic import Field, model_validator
+
+from bcd.config.options import Config, Precision
+
+
+class ServiceConfig(Config):
+    """What a service is made of: `serve run bcd.serving.serve:app model=URI`, or the args in serve.yaml."""
+
+    model: str
+    """The model bundle: a local folder, s3:// or gs://."""
+
+    token_file: str | None = None
+    """File whose content is the token that callers of /v1 must show; without it the variable
+    BCD_API_TOKEN. Without either, only this machine is answered."""
+
+    precision: Precision = "float32"
+    """float32 answers what the archive job writes; bfloat16 is several times faster on fitting hardware."""
+
+    max_batch_size: int = Field(default=8, ge=1)
+    """Most pictures in one forward pass. A lonely request never waits for others."""
+
+    min_replicas: int = Field(default=1, ge=1)
+    """Replicas of the model that always run."""
+
+    max_replicas: int = Field(default=1, ge=1)
+    """Replicas of the model under load."""
+
+    num_cpus: float = Field(default=1, gt=0)
+    """CPUs that a replica reserves in the cluster; where --max-replicas is above 1, its threads too."""
+
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of a replica; 0.25 lets four replicas share one, 0 computes on CPUs."""
+
+    max_queued: int = Field(default=16, ge=1)
+    """Requests that wait while every replica has two batches of them; more are answered 503 with
+    Retry-After."""
+
+    max_images: int = Field(default=16, ge=1)
+    """Most pictures in one request to /v1/predict/batch."""
+
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1)
+    """Largest request body; a larger one is answered 413 while it is read."""
+
+    upload_timeout_s: float = Field(default=30, gt=0)
+    """Seconds in which a request body must have arrived, else 408."""
+
+    answer_timeout_s: float = Field(default=60, gt=0)
+    """Seconds in which a request must be answered, else 504."""
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> "ServiceConfig":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"--max-replicas {self.max_replicas} is less than --min-replicas {self.min_replicas}"
+            )
+        return self
+
+
+class ServeConfig(ServiceConfig):
+    """Answer requests over HTTP, and show a page for people. Stays until SIGTERM or Ctrl-C."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Another than loopback needs a token."""
+
+    port: int = Field(default=8000, ge=1, le=65535)
+    """Port to listen on."""

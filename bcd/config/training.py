@@ -1,0 +1,228 @@
+"""The settings of a training, of a cross-validation, and of the demo."""
+
+import re
+from typing import Literal, get_args
+
+from pydantic import Field, model_validator
+
+from bcd.config.options import (
+    MAX_INPUT_PX,
+    MAX_SEED,
+    MIN_INPUT_PX,
+    WORKERS,
+    Config,
+    Fraction,
+    LabelledConfig,
+    Precision,
+    Protocol,
+)
+from bcd.taxonomy import MAGNIFICATIONS, N_FOLDS, Target
+
+
+class TrainingConfig(LabelledConfig):
+    """What decides a training, whatever it is tested on."""
+
+    output: str = "runs"
+    """Where runs are kept: a local folder, s3:// or gs://. The run lands in OUTPUT/NAME."""
+
+    name: str
+    """Name of the run. The same command with the same name goes on where it was stopped."""
+
+    weights: str = "imagenet"
+    """Where training starts: imagenet (downloaded by torchvision), none, or the URI of a ResNet50
+    state dict (.safetensors, or .pth without pickled code)."""
+
+    target: Target = "tumor_class"
+    """What is predicted: benign or malignant, or the eight subtypes."""
+
+    magnifications: tuple[int, ...] = MAGNIFICATIONS
+    """BreaKHis magnifications to use (40 100 200 400); images without one are always used."""
+
+    folds: str | None = None
+    """Folder with the published dsfold1.txt to dsfold5.txt, for --protocol official."""
+
+    validation_fraction: Fraction = 0.15
+    """Share of the images that choose the best epoch."""
+
+    quarantine: bool = True
+    """Set aside slides published under two labels (14-13412) and pictures that stand twice."""
+
+    balance: Literal["tumor_class", "subtype", "none"] = "tumor_class"
+    """Upsample training rows until these are equally frequent."""
+
+    max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of images that may be broken; they are left out and named. More than this ends the run."""
+
+    input_height_px: int = Field(default=224, ge=MIN_INPUT_PX, le=MAX_INPUT_PX)
+    """Height of the network's input in pixels; a field is fitted into it whole, aspect ratio kept."""
+
+    input_width_px: int = Field(default=336, ge=MIN_INPUT_PX, le=MAX_INPUT_PX)
+    """Width of the network's input in pixels (a BreaKHis field is 700x460, about 3:2)."""
+
+    epochs: int = Field(default=20, ge=1)
+    """Passes over the balanced training rows."""
+
+    batch_size: int = Field(default=32, ge=2)
+    """Images per optimiser step, over all workers together."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum 0.9."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate, after warm-up and before the cosine. SGD wants about 1e-2."""
+
+    weight_decay: float = Field(default=1e-2, ge=0)
+    """Weight decay; biases and norms have none."""
+
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of all steps in which the learning rate rises linearly."""
+
+    target_sensitivity: Fraction | None = None
+    """Share of the malignant validation images that must be called malignant: the threshold follows. Without
+    it the threshold is where sensitivity + specificity is greatest on validation (Youden)."""
+
+    augment: bool = True
+    """Flips, quarter rotations, random resized crop and colour jitter on the training images."""
+
+    precision: Precision = "auto"
+    """auto: bfloat16 where the hardware computes in it, else float32."""
+
+    sync_batchnorm: bool = True
+    """Batch norm counts the images of all workers, so that their number does not change the result. Without
+    it each counts its own: that waits less for the others, but is no good with few images a worker."""
+
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """Seeds the split, the upsampling, the shuffling and the augmentation."""
+
+    num_workers: str = "auto"
+    """Training workers: a number, or 2-8 for elastic training. auto: one per GPU, or one CPU worker."""
+
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: GPUs where the cluster has or can start them."""
+
+    max_failures: int = Field(default=3, ge=0)
+    """How often training restarts from the last epoch after a worker or node is lost."""
+
+    @model_validator(mode="after")
+    def _settings_are_possible(self) -> "TrainingConfig":
+        workers = WORKERS.fullmatch(self.num_workers)
+        if not workers:
+            raise ValueError(f"--num-workers takes a number, MIN-MAX or auto, not {self.num_workers!r}")
+        if workers[1] and int(workers[1]) > int(workers[2]):
+            raise ValueError(f"--num-workers {self.num_workers}: the minimum exceeds the maximum")
+        if unknown := set(self.magnifications) - set(MAGNIFICATIONS):
+            raise ValueError(f"--magnifications {sorted(unknown)}: BreaKHis has {list(MAGNIFICATIONS)}")
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(
+                f"--name {self.name!r}: use letters, digits, dots, dashes and underscores, a letter or digit "
+                "first"
+            )
+        bounds = self.worker_bounds()
+        if bounds and not self.sync_batchnorm and self.batch_size < 2 * bounds[1]:
+            raise ValueError(
+                f"--no-sync-batchnorm: of --batch-size {self.batch_size} some of {bounds[1]} workers get a "
+                f"single image, which has no variance; at least {2 * bounds[1]} are needed"
+            )
+        return self
+
+    def worker_bounds(self) -> tuple[int, int] | None:
+        """Smallest and largest number of training workers, or None for auto."""
+        if self.num_workers == "auto":
+            return None
+        low, _, high = self.num_workers.partition("-")
+        return int(low), int(high or low)
+
+
+class TrainConfig(TrainingConfig):
+    """Train ResNet50 on breast histopathology and evaluate it on patients that it has never seen."""
+
+    name: str = "train"
+    """Name of the run. The same command with the same name goes on where it was stopped."""
+
+    protocol: Protocol = "case"
+    """What never stands on two sides of the split. case: all slides of one case number (the safe
+    choice); patient: one slide id; official: the published folds; image: leaks patients, kept only
+    to reproduce the literature."""
+
+    test_fraction: Fraction = 0.20
+    """Share of the images that only the final evaluation sees."""
+
+    fold: int | None = Field(default=None, ge=1)
+    """Which fold to test on, from 1: of the published five, or of --cross-folds."""
+
+    cross_folds: int | None = Field(default=None, ge=2)
+    """Cut the groups into so many folds and test on --fold; jobs/crossval.py does this for all of them."""
+
+    @model_validator(mode="after")
+    def _split_is_possible(self) -> "TrainConfig":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("--validation-fraction and --test-fraction leave nothing to train on")
+        official = self.protocol == "official"
+        if official != (self.folds is not None):
+            raise ValueError("--protocol official goes with --folds FOLDER, and that with it")
+        if official and self.cross_folds:
+            raise ValueError("--cross-folds is for the other protocols: official has its own five folds")
+        n_folds = N_FOLDS if official else self.cross_folds
+        if (n_folds is None) != (self.fold is None):
+            raise ValueError("--fold goes with --protocol official or --cross-folds, and they with it")
+        if n_folds and self.fold and self.fold > n_folds:
+            raise ValueError(f"--fold {self.fold}: there are {n_folds} folds")
+        return self
+
+
+class CrossvalConfig(TrainingConfig):
+    """Train and evaluate one model for each fold, with the same settings, and report over all of them.
+
+    Several protocols make several arms: `--protocol case,image` shows how much better the same model seems
+    when pictures of a patient stand on both sides. The same command again goes on where it was stopped.
+    """
+
+    name: str = "crossval"
+    """Name of the study. The same command with the same name goes on where it was stopped."""
+
+    protocol: str = "case"
+    """case, patient, official or image (see jobs/train.py), or several with commas between: case,image."""
+
+    k: int = Field(default=5, ge=2)
+    """Folds of every protocol but official, which has its five."""
+
+    repeats: int = Field(default=1, ge=1)
+    """How often, each time with other folds."""
+
+    parallel: int | None = Field(default=None, ge=1)
+    """Folds trained at a time; by default as many as the cluster has room for."""
+
+    against: str | None = None
+    """Another finished study of the same data: the two are compared on the same patients."""
+
+    @model_validator(mode="after")
+    def _arms_are_possible(self) -> "CrossvalConfig":
+        named = self.protocol.split(",")
+        if unknown := set(named) - set(get_args(Protocol)):
+            raise ValueError(f"--protocol {min(unknown)!r}: expected some of {', '.join(get_args(Protocol))}")
+        if len(set(named)) < len(named):
+            raise ValueError(f"--protocol {self.protocol}: each protocol once")
+        if ("official" in named) != (self.folds is not None):
+            raise ValueError("--protocol official goes with --folds FOLDER, and that with it")
+        return self
+
+    def protocols(self) -> tuple[Protocol, ...]:
+        """The protocol of each arm."""
+        named = self.protocol.split(",")
+        return tuple(protocol for name in named for protocol in get_args(Protocol) if protocol == name)
+
+
+class DemoConfig(Config):
+    """Make a small synthetic data set, train on it, evaluate, score an archive, and show the reports."""
+
+    output: str = "demo"
+    """Folder for the images and the run."""
+
+    patients_per_subtype: int = Field(default=5, ge=3)
+    """Synthetic patients for each of the eight subtypes."""
+
+    epochs: int = Field(default=8, ge=1)
+    """Passes over the training rows."""
+
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """Seeds the pictures and the run."""

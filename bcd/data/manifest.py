@@ -1,0 +1,280 @@
+"""Manifests: tables that people write, read as they are written. Training, archives and audits share it.
+
+Text (CSV, TSV, also gzipped) or Parquet, told apart by content. Every cell is text without surrounding
+blanks; an empty one is missing. A uri is relative to the manifest's own folder, absolute, `~/...`, `file://`,
+`s3://` or `gs://`.
+"""
+
+import csv
+import gzip
+import io
+import math
+import posixpath
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bcd import schema, storage
+from bcd.data import names
+from bcd.errors import DataError, StorageError
+from bcd.taxonomy import MPP_BY_MAGNIFICATION
+
+# Columns that have a meaning here; others are carried along as they are.
+KNOWN = frozenset({*schema.INDEX.names, schema.PART})
+SEPARATORS = (",", ";", "\t", "|")
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+# Byte order marks; the one of UTF-32 begins with that of UTF-16.
+ENCODINGS = {
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+    b"\xef\xbb\xbf": "utf-8-sig",
+}
+# Unpacked; ten million rows have about 1 GiB. A gzip file of some MB can claim any size.
+MAX_BYTES = 2**32
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+MAGNIFICATION = re.compile(r"([0-9]{1,4})(\.0*)? ?[xX×]?")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells by column, without empty ones, and where they were written: `m.csv, line 3`."""
+
+    where: str
+    cells: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A table as it was written."""
+
+    uri: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def is_one(uri: str) -> bool:
+    """Whether a URI names a manifest: by its suffix, unless it is a folder."""
+    return uri.lower().endswith(schema.MANIFEST_SUFFIXES) and not storage.is_folder(uri)
+
+
+def read(uri: str) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        DataError: it is no table, a row does not fit its header, or there are no rows; names the line.
+        StorageError: the URI cannot be read.
+    """
+    content = storage.read_bytes(uri)
+    if content.startswith(PARQUET) or uri.lower().endswith(".parquet"):
+        found = _parquet(uri, content)
+    else:
+        found = _text(uri, _decoded(uri, content))
+    if not found.rows:
+        raise DataError(f"{uri}: the manifest has no rows")
+    return found
+
+
+def _decoded(uri: str, content: bytes) -> str:
+    if content.startswith(GZIP):
+        content = _unpacked(uri, content)
+    encoding = next((name for mark, name in ENCODINGS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].decode(encoding, "replace").count("\n") + 1
+        raise DataError(f"{uri}, line {line}: not a text in {encoding.upper()}; save it as UTF-8") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise DataError(f"{uri}, line {line}: contains a NUL byte; save it as text in UTF-8")
+    return text
+
+
+def _unpacked(uri: str, content: bytes) -> bytes:
+    try:
+        with gzip.open(io.BytesIO(content)) as file:
+            unpacked = file.read(MAX_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{uri}: not a readable gzip file: {error}") from error
+    if len(unpacked) > MAX_BYTES:
+        raise DataError(f"{uri}: unpacks to more than {MAX_BYTES:,} bytes; divide it")
+    return unpacked
+
+
+def _text(uri: str, text: str) -> Manifest:
+    separator, skipped = _separator(uri, text)
+    records = _records(uri, text, separator)
+    for _ in range(skipped):
+        next(records)
+    header = _header(uri, next(records, (1, []))[1])
+    rows = tuple(_row(f"{uri}, line {line}", header, cells, separator) for line, cells in records)
+    return Manifest(uri, tuple(filter(None, header)), rows)
+
+
+def _separator(uri: str, text: str) -> tuple[str, int]:
+    """What separates the cells, and how many lines to skip: a spreadsheet's first may be `sep=;`."""
+    if said := re.match(r'"?sep=([;,|\t])"?\r?\n', text, re.IGNORECASE):
+        return said[1], 1
+    first = "\t" if uri.lower().endswith((".tsv", ".tsv.gz")) else ","
+
+    def fitness(separator: str) -> tuple[bool, int, bool]:
+        try:
+            columns = next(_records(uri, text, separator), (1, []))[1]
+        except DataError:
+            return False, 0, False
+        ours = {names.column(name, KNOWN) for name in columns} & KNOWN
+        return bool(ours), len(columns), separator == first
+
+    return max(SEPARATORS, key=fitness), 0
+
+
+def _records(uri: str, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """The cells of every record that has any, and the line at which it begins, as an editor counts them.
+
+    A blank line has none, and neither have those that a spreadsheet adds, of nothing but separators.
+    """
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    line = 1
+    try:
+        for cells in reader:
+            if any(stripped := [cell.strip() for cell in cells]):
+                yield line, stripped
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{uri}, line {line}: {error}; is every quote closed?") from error
+
+
+def _header(uri: str, written: Sequence[str]) -> list[str]:
+    """Names of the columns, ours as we write them; a separator at the end of the line makes none."""
+    header = [names.column(name.strip(), KNOWN) for name in written]
+    while header and not header[-1]:
+        header.pop()
+    if not header:
+        raise DataError(f"{uri}: not a readable manifest: it is empty")
+    if doubled := [name for name, n in Counter(header).items() if n > 1 and name in KNOWN]:
+        raise DataError(f"{uri}: {header.count(doubled[0])} columns are called {doubled[0]!r}; expected one")
+    return header
+
+
+def _row(where: str, header: Sequence[str], cells: Sequence[str], separator: str) -> Row:
+    surplus = cells[len(header) :]
+    if len(cells) < len(header) or any(surplus):
+        raise DataError(
+            f"{where}: {len(cells)} cells for {len(header)} columns; quote a cell that contains {separator!r}"
+        )
+    return Row(where, {name: cell for name, cell in zip(header, cells, strict=False) if name and cell})
+
+
+def _parquet(uri: str, content: bytes) -> Manifest:
+    try:
+        table = pq.ParquetFile(io.BytesIO(content)).read()
+        header = _header(uri, table.column_names)
+        columns = {name: _cells(name, table.column(i)) for i, name in enumerate(header) if name in KNOWN}
+    # Arrow reports damage in all of these ways.
+    except (OSError, ValueError, TypeError, OverflowError, MemoryError, pa.ArrowException) as error:
+        raise DataError(f"{uri}: not a readable manifest: {error}") from error
+    for name, cells in columns.items():
+        if nul := next((i for i, cell in enumerate(cells, 1) if "\0" in cell), 0):
+            raise DataError(f"{uri}, row {nul}: the {name} contains a NUL byte; expected text")
+    rows = tuple(
+        Row(f"{uri}, row {i + 1}", {name: cells[i] for name, cells in columns.items() if cells[i]})
+        for i in range(len(table))
+    )
+    return Manifest(uri, tuple(header), rows)
+
+
+def _cells(name: str, column: pa.ChunkedArray) -> list[str]:
+    """A column as text, "" where it is missing."""
+    if pa.types.is_nested(column.type):
+        raise TypeError(f"column {name!r} has type {column.type}; expected text or numbers")
+    return [_cell(value) for value in column.to_pylist()]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return (value.decode() if isinstance(value, bytes) else str(value)).strip()
+
+
+def inputs(manifest: Manifest, copies: bool) -> list[dict[str, Any]]:
+    """What every row says about its image, whatever it is for: columns of `schema.INDEX`, no labels.
+
+    Args:
+        manifest: with a column `uri`; `image_id` (by default the uri as it is written), `patient`, `case`,
+            `slide` and `mpp` are read where they are there.
+        copies: whether rows with an `image_id` each may name the same file.
+
+    Raises:
+        DataError: names the line; an id or a file occurs twice, or a cell cannot be what it should be.
+    """
+    if schema.URI not in manifest.columns:
+        raise DataError(f"{manifest.uri}: no column {schema.URI!r}; it has {', '.join(manifest.columns)}")
+    root = storage.parent(manifest.uri)
+    result = [_input(row, root) for row in manifest.rows]
+    wheres = [row.where for row in manifest.rows]
+    _require_once([row[schema.IMAGE_ID] for row in result], wheres, "image id")
+    named = [copies and schema.IMAGE_ID in row.cells for row in manifest.rows]
+    files = [
+        None if one else posixpath.normpath(row[schema.URI]) for one, row in zip(named, result, strict=True)
+    ]
+    _require_once(files, wheres, "file")
+    return result
+
+
+def _require_once(values: Sequence[str | None], wheres: Sequence[str], kind: str) -> None:
+    first: dict[str, str] = {}
+    for value, where in zip(values, wheres, strict=True):
+        if value is not None and first.setdefault(value, where) != where:
+            line = first[value].rpartition(", ")[2]
+            raise DataError(f"{where}: {kind} {value!r} is in {line} already; each may occur once")
+
+
+def _input(row: Row, root: str) -> dict[str, Any]:
+    if not (uri := row.cells.get(schema.URI)):
+        raise DataError(f"{row.where}: the {schema.URI} is empty")
+    ids = (schema.PATIENT, schema.CASE, schema.SLIDE)
+    try:
+        placed = storage.place(uri, root)
+    except StorageError as error:
+        raise DataError(f"{row.where}: {error}") from error
+    return {
+        **{name: names.identity(row.cells[name]) for name in ids if name in row.cells},
+        schema.MPP: _mpp(row),
+        schema.IMAGE_ID: row.cells.get(schema.IMAGE_ID, uri),
+        schema.URI: placed,
+    }
+
+
+def _mpp(row: Row) -> float | None:
+    """µm per pixel of a row."""
+    if (text := row.cells.get(schema.MPP)) is None:
+        return None
+    value = float(text) if NUMBER.fullmatch(text) else math.nan
+    if not 0 < value < math.inf:
+        raise DataError(
+            f"{row.where}: the {schema.MPP} is {text!r}; expected µm per pixel, a number above 0 such as 0.49"
+        )
+    return value
+
+
+def magnification(row: Row) -> int | None:
+    """The magnification of a row: 40, `40x` and `400.0` are understood.
+
+    Raises:
+        DataError: it is none that BreaKHis has; the scale of others is not known.
+    """
+    if (text := row.cells.get(schema.MAGNIFICATION)) is None:
+        return None
+    match = MAGNIFICATION.fullmatch(text)
+    if not match or int(match[1]) not in MPP_BY_MAGNIFICATION:
+        known = ", ".join(map(str, MPP_BY_MAGNIFICATION))
+        raise DataError(f"{row.where}: magnification {text!r}; expected one of {known}, or none and an mpp")
+    return int(match[1])

@@ -1,0 +1,52 @@
+"""The whole way on made-up pictures, small enough for two cores."""
+
+import sys
+from pathlib import Path
+
+from bcd import storage
+from bcd.config.scoring import ScoreConfig
+from bcd.config.training import DemoConfig, TrainConfig
+from bcd.data import synthetic
+from bcd.runtime import output, run_directory
+from bcd.scoring import score
+from bcd.training import train
+
+
+def run(config: DemoConfig) -> str:
+    """Generate pictures, train on them, evaluate, score an archive; returns the URI of the run."""
+    folder = Path(config.output)
+    output.claim(str(folder), output.DEMO)
+    plan = synthetic.Plan(patients_per_subtype=config.patients_per_subtype, seed=config.seed)
+    paths = synthetic.write_tree(folder, plan)
+    print(
+        f"made {len(paths):,} synthetic pictures in {folder}; their numbers say nothing about tissue",
+        flush=True,
+    )
+    training = TrainConfig(
+        data=str(folder / "BreaKHis_v1"),
+        output=str(folder),
+        name="run",
+        weights="none",
+        epochs=config.epochs,
+        batch_size=16,
+        learning_rate=3e-4,
+        input_height_px=96,
+        input_width_px=144,
+        seed=config.seed,
+    )
+    run_uri = train.run(training)
+    archive = _archive(folder / "archive", config.seed + 1)
+    model_uri = storage.join(run_uri, run_directory.MODEL)
+    score.run(ScoreConfig(model=model_uri, input=archive, output=str(folder / "scores")))
+    print(f"to ask the model in a browser: {sys.executable} jobs/serve.py --model {model_uri}", flush=True)
+    return run_uri
+
+
+def _archive(folder: Path, seed: int) -> str:
+    """Pictures of patients that the model has never seen, and one file that broke on its way."""
+    paths = synthetic.write_tree(
+        folder, synthetic.Plan(patients_per_subtype=1, images_per_magnification=1, seed=seed)
+    )
+    (folder / "cut short.png").write_bytes(paths[0].read_bytes()[:20_000])
+    print(f"made an archive of {len(paths) + 1} files in {folder}, one of them cut short", flush=True)
+    return str(folder)

@@ -1,0 +1,118 @@
+"""From scored test rows to what people read: metrics, the table of test images, report and pictures."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import ray
+
+from bcd import schema, storage
+from bcd.errors import DataError
+from bcd.metrics import aggregate, calibration, compare, measures
+from bcd.model import bundle, novelty
+from bcd.reports import model_report, thumbnails
+from bcd.runtime import inspection, predict, run_directory
+
+METRICS, REPORT, IMAGES = "metrics.json", "report.html", "test_images.parquet"
+TRUTH = (schema.IMAGE_ID, schema.CASE, schema.TUMOR_CLASS, schema.SUBTYPE, schema.MAGNIFICATION)
+
+
+def with_truth(predictions_uri: str, test: pa.Table, card: bundle.Card) -> pd.DataFrame:
+    """Predictions without their maps, beside what the index says of each image.
+
+    Args:
+        predictions_uri: of the predictions table.
+        test: index rows of the images in it.
+        card: of the model, for the probability before its temperature.
+
+    Raises:
+        StorageError: storage did not give an image, and may give it later.
+    """
+    columns = [schema.IMAGE_ID, schema.PATIENT, schema.SLIDE, schema.LOGIT, schema.PROBABILITY]
+    columns += [schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS, schema.ERROR, schema.MODEL_ID]
+    columns += [schema.NOVELTY, schema.NOVELTY_CUTOFF]
+    scored = predict.read_back(predictions_uri, columns).to_pandas()
+    codes = [None if pd.isna(code) else code for code in scored[schema.ERROR]]
+    inspection.require_given(scored[schema.IMAGE_ID].tolist(), codes)
+    good = scored[schema.ERROR].isna()
+    scored[aggregate.UNCALIBRATED] = np.nan
+    if good.any():
+        # The logits of a bundle are divided by its temperature.
+        logit = np.stack(scored.loc[good, schema.LOGIT])
+        before = calibration.probability_malignant(logit, card.classes, 1 / card.temperature)
+        scored.loc[good, aggregate.UNCALIBRATED] = before
+    truth = test.select(list(TRUTH)).to_pandas()
+    return scored.merge(truth, on=schema.IMAGE_ID, validate="one_to_one")
+
+
+def image_table(frame: pd.DataFrame, card: bundle.Card, predictions_uri: str, draw: int = 1) -> pd.DataFrame:
+    """`aggregate.images` of one model, each row with its draw of folds and the URI of its predictions."""
+    images = aggregate.images(frame, card.threshold)
+    return images.assign(**{aggregate.SOURCE: predictions_uri, aggregate.DRAW: draw})
+
+
+def compared(images: pd.DataFrame, against: str) -> dict[str, Any]:
+    """The paired comparison with the images of another evaluation or cross-validation.
+
+    Raises:
+        DataError: nothing was evaluated there, or the images are others.
+    """
+    require_images(against)
+    other = storage.read_table(storage.join(against, IMAGES)).to_pandas()
+    return compare.paired(images, other) | {"against": against}
+
+
+def require_images(against: str) -> None:
+    """Raises DataError where nothing was evaluated: known before the work, not after it."""
+    if not storage.exists(storage.join(against, IMAGES)):
+        raise DataError(f"--against {against}: no {IMAGES} there; give the output of a finished evaluation")
+
+
+def write(
+    output: str,
+    measured: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    images: pd.DataFrame,
+    facts: Mapping[str, Any],
+    unscored: pd.DataFrame,
+) -> None:
+    """Write the table of test images, the metrics and the report; each whole or not at all."""
+    storage.write_table(storage.join(output, IMAGES), pa.Table.from_pandas(images, preserve_index=False))
+    run_directory.write_json(output, METRICS, measured)
+    # Pixels stay off the driver.
+    drawing = ray.remote(num_cpus=1, max_retries=-1)(_draw)
+    ray.get(drawing.remote(output, measured, history, images, facts, unscored.to_dict("records")))
+    for line in model_report.summary_lines(measured):
+        print(line)
+    print(f"report: {storage.join(output, REPORT)}", flush=True)
+
+
+def _draw(
+    output: str,
+    measured: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    images: pd.DataFrame,
+    facts: Mapping[str, Any],
+    unscored: Sequence[Mapping[str, str]],
+) -> None:
+    chosen = model_report.choose(images).all()
+    found = dict(zip(chosen, thumbnails.of_images(images.iloc[chosen]), strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        model_report.write(Path(folder), measured, history, images, facts, found, unscored)
+        storage.upload_folder(Path(folder), output, last=REPORT)
+
+
+def measure(images: pd.DataFrame, unscored: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
+    """All metrics, with the number of images that could not be scored, and of those with each warning.
+
+    `warnings` is None where the model had no statistics to warn by.
+    """
+    warnings = None
+    if images[schema.NOVELTY_CUTOFF].notna().any():
+        unlike = images[schema.NOVELTY] > images[schema.NOVELTY_CUTOFF]
+        warnings = {novelty.CODE: int(unlike.sum())}
+    return measures.measure(images, classes) | {"n_errors": len(unscored), "warnings": warnings}

@@ -1,0 +1,198 @@
+"""How good a model is on the patients that it has never seen: predictions, metrics, report, card."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bcd import provenance, schema, storage
+from bcd.config.checks import AuditConfig
+from bcd.config.evaluation import EvaluateConfig
+from bcd.config.training import TrainConfig
+from bcd.errors import DataError
+from bcd.evaluation import artifacts
+from bcd.metrics import aggregate
+from bcd.model import bundle
+from bcd.reports import model_report
+from bcd.runtime import cluster, datasets, output, predict, run_directory
+from bcd.runtime.prepare import Facts, class_counts, inspect, part_of, prepare
+from bcd.split import duplicates, split
+from bcd.text import counted
+
+PREDICTIONS = "predictions"
+# Whose images are tested: the held-out part of the model's own data; another data set that it was not trained
+# on; or whatever was forced.
+HELD_OUT, EXTERNAL, FORCED = "held_out", "external", "forced"
+
+
+def run(config: EvaluateConfig) -> str:
+    """Evaluate a bundle on the test part of its data set, or on another, and return the URI of the output.
+
+    The split is made again from the settings in the card; the fingerprint proves that it is the same.
+
+    Raises:
+        DataError: the model may have been trained on the data.
+    """
+    card = bundle.read_card(config.model)
+    if config.against:
+        artifacts.require_images(config.against)
+    run_uri = storage.parent(config.model)
+    folder = config.output or run_uri
+    beside = storage.absolute(folder) == run_uri
+    if beside and output.owner(run_uri) != output.TRAIN:
+        raise DataError(f"{run_uri} is not the directory of a training: name an --output for the evaluation")
+    owner = output.claim(folder, output.TRAIN if beside else output.EVALUATE)
+    storage.check_writable(folder)
+    cluster.connect()
+    data = {"data": config.data} | ({"classes": config.classes} if config.classes else {})
+    training = TrainConfig(**card.training | data)
+    table, facts, kind = _tested(config, card, training, *inspect(training))
+    if kind != HELD_OUT and beside:
+        raise DataError(f"{config.data} is not the model's own data: name an --output for its evaluation")
+    settings = predict.Settings(config.model, bundle.model_id(card), config.precision, config.batch_size)
+    evaluate(config.model, table, facts, folder, owner, settings, kind, config.against)
+    return folder
+
+
+def _tested(
+    config: EvaluateConfig, card: bundle.Card, training: TrainConfig, table: pa.Table, facts: Facts
+) -> tuple[pa.Table, Facts, str]:
+    """Rows with their part, the facts, and whose images the test part holds."""
+    if facts.data_fingerprint == card.data_fingerprint:
+        parts, facts = prepare(training, (table, facts))
+        if facts.split_fingerprint == card.split_fingerprint and _is_as_it_was(config.model, parts):
+            return parts, facts, HELD_OUT
+    whole = pa.array([split.TEST] * len(table))
+    table = schema.fill(table, schema.INDEX)  # without the parts that it may come with
+    parts = table.append_column(schema.SPLIT.field(schema.PART), whole)
+    doubts = _doubts(config.model, table)
+    if not doubts:
+        return parts, facts, EXTERNAL
+    if config.force:
+        return parts, facts.model_copy(update={"warnings": [*doubts, *facts.warnings]}), FORCED
+    raise DataError(
+        f"{config.data} is not the data set that {config.model} was trained on, as it was then, and "
+        f"{'; '.join(doubts)}: its numbers would not be honest. --force measures and marks them"
+    )
+
+
+def _is_as_it_was(model_uri: str, parts: pa.Table) -> bool:
+    """Whether the split is that of the run row by row, where the model lies in its run."""
+    known = run_directory.read_split(storage.parent(model_uri))
+    return known is None or not split.changes(known, parts)
+
+
+def _doubts(model_uri: str, table: pa.Table) -> list[str]:
+    """Why a model may have seen images in training, or their patients; empty where it is proven that not."""
+    known = run_directory.read_split(storage.parent(model_uri))
+    if known is None:
+        return ["no split.parquet beside the model tells what it has seen"]
+    seen = known.filter(pc.not_equal(known[schema.PART], split.TEST))
+    doubts = []
+    if n_seen := _n_seen(seen, table):
+        doubts.append(
+            f"{n_seen:,} of its images, or others of their patients or cases, were seen in training"
+        )
+    for rows, whose in ((table, "its images"), (seen, "the images seen in training")):
+        if unknown := rows[schema.PATIENT].null_count:
+            doubts.append(f"{unknown:,} of {whose} name no patient, who may be in both")
+    if seen[schema.PHASH].null_count:
+        doubts.append("the run keeps no perceptual hashes that would tell copies: bcd was older then")
+    return doubts + _copies(seen, table)
+
+
+def _n_seen(seen: pa.Table, table: pa.Table) -> int:
+    """How many images the model was trained or chosen on, by content, or on others of their patients, cases
+    or slides, by id."""
+    keys = (schema.SHA256, schema.PATIENT, schema.CASE, schema.SLIDE)
+    used = {(key, row[key]) for row in seen.to_pylist() for key in keys if row[key] is not None}
+    return sum(any((key, row[key]) in used for key in keys) for row in table.to_pylist())
+
+
+def _copies(seen: pa.Table, table: pa.Table) -> list[str]:
+    """A sentence, where images look like others that were seen: saved anew, scaled or slightly moved."""
+    near_bits = AuditConfig.model_fields["near_bits"].default
+    nearest = duplicates.nearest(table, seen, near_bits, duplicates.BLANK)
+    copies = np.flatnonzero(nearest >= 0)
+    if not len(copies):
+        return []
+    name = table[schema.IMAGE_ID][copies[0]].as_py()
+    like = seen[schema.IMAGE_ID][nearest[copies[0]]].as_py()
+    n = len(copies)
+    return [f"{n:,} of its images look{'s' if n == 1 else ''} like one seen in training ({name} like {like})"]
+
+
+def evaluate(
+    model_uri: str,
+    table: pa.Table,
+    facts: Facts,
+    folder: str,
+    owner: str,
+    settings: predict.Settings | None = None,
+    kind: str = HELD_OUT,
+    against: str | None = None,
+) -> dict[str, Any]:
+    """Score the test part through the same pipeline as archives, and write all that is told about it.
+
+    Predictions first, then metrics, card and report; each of them whole or not at all. They go into `folder`,
+    of which `owner` is the id (see `output.claim`).
+    """
+    card = bundle.read_card(model_uri)
+    test = part_of(table, split.TEST)
+    print(f"scoring the test part: {counted(len(test), 'image')}", flush=True)
+    predictions_uri = storage.join(folder, PREDICTIONS)
+    settings = settings or predict.Settings(model_uri, bundle.model_id(card))
+    rows = predict.predictions(
+        datasets.rows(schema.fill(test, schema.READING), settings.batch_size), settings
+    )
+    with predict.one_model(settings):
+        predict.write(rows, predictions_uri, owner)
+    frame = artifacts.with_truth(predictions_uri, test, card)
+    images = artifacts.image_table(frame, card, predictions_uri)
+    unscored = aggregate.unscored(frame)
+    about = _about(card, facts, kind)
+    measured = about | artifacts.measure(images, unscored, card.classes)
+    measured |= {name: getattr(card, name) for name in ("threshold", "temperature", "operating_point")}
+    measured["summary"] = model_report.summary(measured)
+    measured["too_few_patients"] = model_report.too_few_patients(measured)
+    if kind == HELD_OUT:
+        bundle.write_card(card.model_copy(update={"metrics": measured}), model_uri)
+    if against:
+        measured["comparison"] = artifacts.compared(images, against)
+    told = about | facts.model_dump() | {"input_size_px": (card.input_height_px, card.input_width_px)}
+    if kind == HELD_OUT:
+        told |= class_counts(TrainConfig(**card.training), table)
+    artifacts.write(folder, measured, _history(model_uri), images, told, unscored)
+    return measured
+
+
+def _about(card: bundle.Card, facts: Facts, kind: str) -> dict[str, Any]:
+    return {
+        schema.MODEL_ID: bundle.model_id(card),
+        "title": f"Breast cancer detection: {card.training['name']}",
+        "data": facts.data or card.training["data"],
+        "target": card.target,
+        "weights": card.training["weights"],
+        "best_epoch": card.validation[schema.EPOCH],
+        "protocol": card.protocol,
+        "fold": card.fold,
+        "seed": card.seed,
+        "leaky": card.leaky and kind == HELD_OUT,
+        "synthetic": card.synthetic or facts.synthetic,
+        "tested_on": kind,
+        "external": kind == EXTERNAL,
+        "forced": kind == FORCED,
+        "data_fingerprint": facts.data_fingerprint,
+        "split_fingerprint": facts.split_fingerprint,
+        "versions": provenance.versions(),
+        "git_commit": provenance.git_commit(),
+        "command": provenance.command(),
+    }
+
+
+def _history(model_uri: str) -> list[dict[str, Any]]:
+    """The training history beside the bundle, where the bundle lies in its run."""
+    run_uri = storage.parent(model_uri)
+    found = storage.exists(storage.join(run_uri, run_directory.HISTORY))
+    return run_directory.read_json(run_uri, run_directory.HISTORY) if found else []

@@ -1,0 +1,92 @@
+"""From a probability to a decision: where to draw the line, and when to hand a picture to a person.
+
+The line is drawn on validation, never on the test part, whose numbers would be too good for it.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bcd import schema
+from bcd.metrics import aggregate
+
+YOUDEN = "youden"
+SENSITIVITY = "sensitivity"
+
+
+def choose(
+    truth_malignant: np.ndarray, probability: np.ndarray, target_sensitivity: float | None = None
+) -> dict[str, Any]:
+    """The operating point: the threshold, the rule that chose it, and what it reaches on these images.
+
+    Args:
+        truth_malignant: bool (n,), both classes present.
+        probability: float (n,) of malignancy.
+        target_sensitivity: the share of malignant images that must be called so, with as few false alarms as
+            that allows; by default Youden's index (sensitivity + specificity, Youden 1950) is greatest.
+
+    Returns:
+        `threshold`, `rule`, `target_sensitivity`, `sensitivity`, `specificity`, `n_malignant`, `n_benign`.
+        A target is met exactly: by the smallest number of malignant images that reaches it. A threshold is
+        a float32 number, as the probabilities of the predictions table are, and lies halfway between two
+        neighbouring ones, so that neither rounding nor the precision of a comparison moves an image across;
+        it is 0.5 where that calls the same, and of equally good ones the nearest to 0.5.
+    """
+    truth, probability = np.asarray(truth_malignant, bool), np.asarray(probability, np.float32)
+    thresholds = _thresholds(probability)
+    below_malignant = np.searchsorted(np.sort(probability[truth]), thresholds, "left")
+    below_benign = np.searchsorted(np.sort(probability[~truth]), thresholds, "left")
+    n_malignant, n_benign = int(truth.sum()), int((~truth).sum())
+    sensitivity, specificity = (n_malignant - below_malignant) / n_malignant, below_benign / n_benign
+    if target_sensitivity is None:
+        good = sensitivity + specificity
+    else:
+        # Of those that reach it the highest, which calls the fewest of both classes malignant.
+        good = np.where(sensitivity >= target_sensitivity, specificity - sensitivity, -np.inf)
+    best = np.flatnonzero(np.isclose(good, good.max(), rtol=0, atol=1e-12))
+    at = best[np.abs(thresholds[best] - 0.5).argmin()]
+    return {
+        "threshold": float(thresholds[at]),
+        "rule": YOUDEN if target_sensitivity is None else SENSITIVITY,
+        "target_sensitivity": target_sensitivity,
+        "sensitivity": float(sensitivity[at]),
+        "specificity": float(specificity[at]),
+        "n_malignant": n_malignant,
+        "n_benign": n_benign,
+    }
+
+
+def _thresholds(probability: np.ndarray) -> np.ndarray:
+    """Float32, rising: the middle between any two neighbouring probabilities, and 0.5 if it is none of them.
+    The outermost call all images malignant, or, if no probability is 1, none."""
+    seen = np.unique(probability)
+    lower, upper = np.append(np.float32(0), seen), np.append(seen, np.float32(1))
+    middle = (lower.astype(float) + upper) / 2
+    # Two that follow each other in float32 have no middle: the upper one parts them as well.
+    parting = np.maximum(middle.astype(np.float32), np.nextafter(lower, upper))
+    return np.unique(np.append(parting, np.setdiff1d(np.float32(0.5), seen)))
+
+
+def abstention(table: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy of what the model keeps when it hands the least certain to a person.
+
+    Args:
+        table: images or groups from `aggregate`; certainty is the distance of the margin from 0.
+
+    Returns:
+        A row for each number kept, all of them first: `handed_over` (share), `n_kept`, `accuracy`; rows whose
+        truth is unknown are left out.
+    """
+    known = table[table[schema.TUMOR_CLASS].notna()]
+    correct = (known[schema.TUMOR_CLASS] == known[schema.PREDICTED_CLASS]).to_numpy()
+    surest_first = np.argsort(-known[aggregate.MARGIN].abs().to_numpy(), kind="stable")
+    kept = np.arange(1, len(known) + 1)
+    curve = pd.DataFrame(
+        {
+            "handed_over": 1 - kept / len(known) if len(known) else kept,
+            "n_kept": kept,
+            "accuracy": np.cumsum(correct[surest_first]) / kept,
+        }
+    )
+    return curve.iloc[::-1].reset_index(drop=True)

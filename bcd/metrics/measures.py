@@ -1,0 +1,288 @@
+"""How good predictions are, and how sure one may be of it.
+
+A value that is undefined (the AUC of one class, the recall of an absent one) is `None`: never nan, never a
+guess. Intervals are those of `bootstrap`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import roc_auc_score
+
+from bcd import schema
+from bcd.metrics import aggregate, bootstrap, calibration
+from bcd.taxonomy import MALIGNANT, SUBTYPES, TUMOR_CLASSES
+
+# Units above the image, smallest first.
+LEVELS = (schema.SLIDE, schema.CASE, schema.PATIENT)
+
+
+def measure(
+    images: pd.DataFrame, class_names: Sequence[str] = TUMOR_CLASSES, seed: int = 0
+) -> dict[str, Any]:
+    """All metrics of an image table; finite and JSON-serialisable.
+
+    Args:
+        images: from `aggregate.images`, of one model or of several joined.
+        class_names: the models' classes in the order of `probability`.
+        seed: of the bootstrap.
+
+    Returns:
+        `n_images` (different ones), `n_judgements` (more, where several models judged an image),
+        `n_patients`, `patients_by_class` (a patient with images of both counts in both; `None` where an image
+        has no patient), `interval`, `pooled`, `by_magnification` ("40", ...; empty without
+        magnifications) and `by_level` ("slide", "case", "patient", where ids are known), all as `describe`
+        gives them, `calibration` (`after` and `before` the temperature), `recall_by_subtype`,
+        `classification_report`, and `multiclass` for a model of subtypes.
+    """
+    report: dict[str, Any] = {
+        "n_images": int(images[schema.IMAGE_ID].nunique()),
+        "n_judgements": len(images),
+        "n_patients": _n_patients(images),
+        "patients_by_class": _patients_by_class(images),
+        "interval": {
+            "level": bootstrap.LEVEL,
+            "method": bootstrap.METHOD,
+            "n_resamples": bootstrap.N_RESAMPLES,
+            "seed": seed,
+        },
+        "pooled": describe(images, seed),
+        "by_magnification": {
+            str(int(magnification)): describe(rows, seed)
+            for magnification, rows in images.groupby(schema.MAGNIFICATION)
+        },
+        "by_level": {level: row for level in LEVELS if (row := _level(images, level, seed))},
+        "calibration": _calibration(images, seed),
+        "recall_by_subtype": _recall_by_subtype(images),
+        "classification_report": classification_report(
+            _malignant(images, schema.TUMOR_CLASS), _malignant(images, schema.PREDICTED_CLASS), TUMOR_CLASSES
+        ),
+    }
+    if tuple(class_names) != TUMOR_CLASSES:
+        report["multiclass"] = _multiclass(images, class_names)
+    return report
+
+
+def describe(images: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
+    """`estimates` of an image table, and `intervals`: 95 %, `None` where an image has no patient, as nobody
+    knows how the images depend on each other then.
+
+    Args:
+        images: from `aggregate.images`.
+        seed: of the bootstrap.
+    """
+    result = estimates(images)
+    result["intervals"] = dict.fromkeys(bootstrap.INTERVALS)
+    if result["n_patients"]:
+        result["intervals"] = bootstrap.intervals(tally(images), seed=seed)
+    return result
+
+
+def estimates(images: pd.DataFrame) -> dict[str, Any]:
+    """`binary` metrics of an image table, the two recognition rates, and the number of patients.
+
+    Args:
+        images: from `aggregate.images`. Where one has no patient, the figures of patients are `None`.
+    """
+    truth, probability, called = _columns(images)
+    result = binary(truth, probability, called)
+    result["image_recognition_rate"] = result["accuracy"]
+    result["n_patients"] = _n_patients(images)
+    result["patient_recognition_rate"] = None
+    if result["n_patients"]:
+        patient = images[schema.PATIENT].to_numpy(object)
+        result["patient_recognition_rate"] = patient_recognition_rate(truth == called, patient)
+    return result
+
+
+def tally(images: pd.DataFrame) -> bootstrap.Tally:
+    """What a bootstrap needs of an image table whose patients are all known, in order of appearance."""
+    return bootstrap.tally(*_columns(images), images[schema.PATIENT].to_numpy(object))
+
+
+def _level(images: pd.DataFrame, level: str, seed: int) -> dict[str, Any] | None:
+    """`describe` of slides, cases or patients as wholes; groups of both classes are left out and counted."""
+    groups = aggregate.groups_of_draws(images, level)
+    known = groups[groups[schema.TUMOR_CLASS].notna()]
+    if known.empty:
+        return None
+    if _n_patients(images) is not None:
+        # A case of several patients is a unit of its own.
+        known = known.assign(**{schema.PATIENT: known[schema.PATIENT].fillna(known[level])})
+    return describe(known, seed) | {"n_mixed": len(groups) - len(known)}
+
+
+def _calibration(images: pd.DataFrame, seed: int) -> dict[str, Any]:
+    """`after`, and where the probabilities before the temperature are known `before`: Brier score, expected
+    calibration error (15 bins), cross-entropy, and the bins of the reliability diagram."""
+    told = {"after": images[schema.PROBABILITY_MALIGNANT], "before": images[aggregate.UNCALIBRATED]}
+    return {
+        name: _trust(images.assign(**{schema.PROBABILITY_MALIGNANT: column}), seed)
+        for name, column in told.items()
+        if column.notna().all()
+    }
+
+
+def _trust(images: pd.DataFrame, seed: int) -> dict[str, Any]:
+    truth = _malignant(images, schema.TUMOR_CLASS)
+    probability = images[schema.PROBABILITY_MALIGNANT].to_numpy(float)
+    described = describe(images, seed)
+    return {
+        "brier": described["brier"],
+        "ece": described["ece"],
+        "intervals": {name: described["intervals"][name] for name in ("brier", "ece")},
+        "cross_entropy": calibration.cross_entropy(truth, aggregate.log_odds(probability)),
+        "reliability": calibration.reliability(truth, probability),
+    }
+
+
+def binary(
+    truth_malignant: np.ndarray, probability_malignant: np.ndarray, called: np.ndarray
+) -> dict[str, Any]:
+    """Benign or malignant.
+
+    Args:
+        truth_malignant: bool (n,).
+        probability_malignant: float (n,).
+        called: bool (n,), called malignant.
+
+    Returns:
+        Counts, rates, Brier score, expected calibration error (`ece`) and `confusion_matrix`
+        [[tn, fp], [fn, tp]]: rows are the truth, columns the prediction, both benign then malignant.
+        `balanced_accuracy` is the mean of sensitivity and specificity.
+    """
+    truth = np.asarray(truth_malignant, bool)
+    matrix = _confusion_matrix(truth, called, 2)
+    (tn, fp), (fn, tp) = matrix.tolist()
+    sensitivity, specificity = _ratio(tp, fn + tp), _ratio(tn, tn + fp)
+    balanced_accuracy = auc = None
+    if sensitivity is not None and specificity is not None:
+        balanced_accuracy = (sensitivity + specificity) / 2
+        auc = float(roc_auc_score(truth, probability_malignant))
+    return {
+        "n": len(truth),
+        "n_benign": tn + fp,
+        "n_malignant": fn + tp,
+        "accuracy": _ratio(tn + tp, len(truth)),
+        "balanced_accuracy": balanced_accuracy,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "auc": auc,
+        "f1": _ratio(2 * tp, 2 * tp + fp + fn),
+        "brier": calibration.brier(truth, probability_malignant),
+        "ece": calibration.expected_error(truth, probability_malignant),
+        "confusion_matrix": matrix.tolist(),
+    }
+
+
+def multiclass(truth: np.ndarray, probability: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """One of several classes; the most probable one is the prediction.
+
+    Args:
+        truth: int (n,), positions in `class_names`.
+        probability: float (n, k).
+        class_names: k names.
+
+    Returns:
+        `balanced_accuracy` is the mean recall of the classes that occur, as in scikit-learn;
+        `confusion_matrix` has the truth in rows and the prediction in columns, in the order given.
+    """
+    predicted = np.asarray(probability).reshape(-1, len(class_names)).argmax(axis=1)
+    matrix = _confusion_matrix(truth, predicted, len(class_names))
+    per_class = classification_report(truth, predicted, class_names)
+    recalls = [row["recall"] for row in per_class.values() if row["support"]]
+    return {
+        "n": len(predicted),
+        "class_names": list(class_names),
+        "accuracy": _ratio(int(matrix.trace()), len(predicted)),
+        "balanced_accuracy": _ratio(sum(recalls), len(recalls)),
+        "per_class": per_class,
+        "confusion_matrix": matrix.tolist(),
+    }
+
+
+def classification_report(
+    truth: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Precision, recall, f1 and support of each class.
+
+    Args:
+        truth: int or bool (n,), positions in `class_names`.
+        predicted: the same.
+        class_names: k names.
+    """
+    matrix = _confusion_matrix(truth, predicted, len(class_names))
+    rows = zip(
+        class_names, matrix.diagonal().tolist(), matrix.sum(0).tolist(), matrix.sum(1).tolist(), strict=True
+    )
+    return {
+        name: {
+            "precision": _ratio(hits, called),
+            "recall": _ratio(hits, support),
+            "f1": _ratio(2 * hits, called + support),
+            "support": support,
+        }
+        for name, hits, called, support in rows
+    }
+
+
+def patient_recognition_rate(correct: np.ndarray, patient: np.ndarray) -> float | None:
+    """Mean over patients of the share of their images classified correctly (Spanhol et al. 2016).
+
+    Args:
+        correct: bool (n,).
+        patient: id of each image's patient (n,).
+    """
+    shares = pd.Series(np.asarray(correct, float)).groupby(np.asarray(patient)).mean()
+    return float(shares.mean()) if len(shares) else None
+
+
+def _confusion_matrix(truth: np.ndarray, predicted: np.ndarray, k: int) -> np.ndarray:
+    """Counts (k, k), truth in rows; own code, as scikit-learn refuses no images at all."""
+    cells = np.asarray(truth, int) * k + np.asarray(predicted, int)
+    return np.bincount(cells, minlength=k * k).reshape(k, k)
+
+
+def _multiclass(images: pd.DataFrame, class_names: Sequence[str]) -> dict[str, Any]:
+    """`multiclass` over the images whose subtype is known."""
+    known = images[images[schema.SUBTYPE].notna()]
+    truth = pd.Categorical(known[schema.SUBTYPE], categories=list(class_names)).codes
+    return multiclass(truth, np.array(known[schema.PROBABILITY].tolist()), class_names)
+
+
+def _recall_by_subtype(images: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Share of each subtype's images whose tumour class was recognised."""
+    rows = {code: images[images[schema.SUBTYPE] == code] for code in SUBTYPES}
+    return {
+        code: {"n": len(of), "n_patients": _n_patients(of), "recall": float(of[aggregate.CORRECT].mean())}
+        for code, of in rows.items()
+        if len(of)
+    }
+
+
+def _columns(images: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Truth, probability and call of malignancy (n,)."""
+    truth, called = _malignant(images, schema.TUMOR_CLASS), _malignant(images, schema.PREDICTED_CLASS)
+    return truth, images[schema.PROBABILITY_MALIGNANT].to_numpy(float), called
+
+
+def _malignant(images: pd.DataFrame, column: str) -> np.ndarray:
+    return (images[column] == MALIGNANT).to_numpy(bool)
+
+
+def _patients_by_class(images: pd.DataFrame) -> dict[str, int] | None:
+    if _n_patients(images) is None:
+        return None
+    found = images.groupby(schema.TUMOR_CLASS)[schema.PATIENT].nunique()
+    return {name: int(found.get(name, 0)) for name in TUMOR_CLASSES}
+
+
+def _n_patients(images: pd.DataFrame) -> int | None:
+    patients = images[schema.PATIENT]
+    return None if patients.isna().any() else int(patients.nunique())
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None

@@ -1,0 +1,196 @@
+"""The model card: everything that decides a prediction, and where it comes from; sealed, and within bounds.
+
+A card is written with a checksum over its content. One that was cut, changed or written by hand is rejected,
+as is one whose numbers cannot be those of a model, because every answer rests on them.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bcd import taxonomy
+from bcd.config.options import MAX_INPUT_PX, MIN_INPUT_PX, Protocol
+from bcd.errors import BundleError
+from bcd.imaging import image
+from bcd.model.novelty import FeatureStatistics
+from bcd.taxonomy import MAGNIFICATIONS, MAX_MPP, MIN_MPP, Target
+
+FORMAT_VERSION: Literal[2] = 2
+# The network halves the image five times: a cell of the last layer covers this many pixels of its input.
+STRIDE_PX = 32
+# Channels of the last convolution.
+FEATURES = 2048
+CHECKSUM = "checksum"
+
+InputSize = Annotated[int, Field(ge=MIN_INPUT_PX, le=MAX_INPUT_PX)]
+FieldSize = Annotated[int, Field(ge=1, le=100_000)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(gt=0, le=1)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Card(BaseModel):
+    """What is known about a model; everything that decides a prediction, and where it comes from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    format_version: Literal[2] = FORMAT_VERSION
+    architecture: Literal["resnet50"] = "resnet50"
+    weights_sha256: Digest | None = None
+    """Of the file of weights; None before the bundle is written."""
+    canary_logit: tuple[float, ...] = ()
+    """Logits of `bundle.canary`, in float32 on the machine that wrote the bundle."""
+    target: Target
+    classes: tuple[str, ...]
+    """Class names in the order of the logits."""
+    input_height_px: InputSize
+    input_width_px: InputSize
+    decoder_version: Literal[2] = image.DECODER_VERSION
+    """How images become pixels, in training as later: among others, colour profiles are converted to sRGB."""
+    mean: tuple[Share, Share, Share] = image.IMAGENET_MEAN
+    std: tuple[Deviation, Deviation, Deviation] = image.IMAGENET_STD
+    field_height_px: FieldSize
+    """Height of the usual training field in its own pixels: slides are tiled alike."""
+    field_width_px: FieldSize
+    """Width of the usual training field in its own pixels."""
+    mpp: tuple[Annotated[float, Field(ge=MIN_MPP, le=MAX_MPP)], ...]
+    """µm per pixel of the fields seen in training, where known."""
+    magnifications: tuple[int, ...]
+    """BreaKHis magnifications seen in training, where known."""
+    temperature: float = Field(default=1.0, ge=0.01, le=100)
+    """Divides the logits of the weights, so that probabilities mean what they say; fitted on validation."""
+    threshold: Share = 0.5
+    """Probability of malignancy from which a picture is called malignant; chosen on validation."""
+    operating_point: dict[str, Any] = {}
+    """How the threshold was chosen, and what it reaches on validation: see `bcd.metrics.decision.choose`."""
+    calibration: dict[str, float] = {}
+    """On validation, before and after the temperature: cross-entropy, Brier score, calibration error."""
+    protocol: Protocol
+    fold: int | None = Field(default=None, ge=1)
+    seed: int = Field(ge=0)
+    data_fingerprint: Digest
+    """Hash over the ids, sizes and classes of the images that the split was made from."""
+    split_fingerprint: Digest
+    """Hash over the part of every image."""
+    leaky: bool
+    """Whether patients may stand on two sides of the split: such numbers mislead."""
+    synthetic: bool
+    """Whether the training images are made up: such numbers say nothing about tissue."""
+    warnings: tuple[str, ...] = ()
+    """About the training data and their split: what to know before believing the numbers."""
+    feature_statistics: FeatureStatistics | None = None
+    """Of the pooled features over the training pictures: they tell how unlike those a new picture is."""
+    training: dict[str, Any]
+    """All settings of the training run; an evaluation makes the split from them again."""
+    validation: dict[str, float]
+    """The best epoch, and what it reached on the validation part."""
+    metrics: dict[str, Any] = {}
+    """Measured on the test part, with intervals."""
+    versions: dict[str, str]
+    git_commit: str | None
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "Card":
+        if self.classes != taxonomy.classes(self.target):
+            raise ValueError(
+                f"classes {list(self.classes)}: expected {list(taxonomy.classes(self.target))}, in this order"
+            )
+        if self.canary_logit and len(self.canary_logit) != len(self.classes):
+            raise ValueError(f"{len(self.canary_logit)} canary logits for {len(self.classes)} classes")
+        if unknown := set(self.magnifications) - set(MAGNIFICATIONS):
+            raise ValueError(f"magnifications {sorted(unknown)}: expected some of {list(MAGNIFICATIONS)}")
+        if missing := [key for key in ("name", "data", "weights") if key not in self.training]:
+            raise ValueError(f"training: {missing[0]} is missing")
+        if "epoch" not in self.validation:
+            raise ValueError("validation: the epoch is missing")
+        known = self.feature_statistics
+        if known and not len(known.mean) == len(known.spread) == FEATURES:
+            raise ValueError(f"feature_statistics: expected {FEATURES} means and spreads")
+        return self
+
+
+def make(**facts: Any) -> Card:
+    """A card of these fields.
+
+    Raises:
+        BundleError: they cannot be those of a model.
+    """
+    try:
+        return Card(**facts)
+    except ValidationError as error:
+        raise BundleError(f"no model card can be written: {_first(error)}") from None
+
+
+def dump(card: Card) -> bytes:
+    """The card as JSON, sealed.
+
+    Raises:
+        BundleError: it is none that could be read again.
+    """
+    content = json.loads(make(**card.model_dump()).model_dump_json())
+    return json.dumps(content | {CHECKSUM: _seal(content)}, indent=2).encode()
+
+
+def parse(content: bytes, uri: str) -> Card:
+    """The card in a file of the bundle at a URI.
+
+    Raises:
+        BundleError: it is none, of another format, damaged, or says what cannot be.
+    """
+    try:
+        found = json.loads(content, object_pairs_hook=_unique)
+        if not isinstance(found, dict):
+            raise ValueError("expected a JSON object")
+        _require_format(found.get("format_version"), uri)
+        if found.pop(CHECKSUM, None) != _seal(found):
+            raise BundleError(
+                f"{uri}: the model card is not as it was written: its checksum differs. Copy the bundle "
+                "again, or run the command of its training again, which writes a new one"
+            )
+        return Card.model_validate_json(json.dumps(found), strict=True)
+    except ValidationError as error:
+        raise BundleError(f"{uri}: not a valid model card: {_first(error)}") from None
+    # Too deep a nesting is a RecursionError; text that is no UTF-8, and NaN, are ValueErrors.
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{uri}: not a valid model card: {error}") from error
+
+
+def model_id(card: Card) -> str:
+    """Hash over all that decides a prediction: the weights' own hash is in the card. The metrics are measured
+    later, warnings are for people, and the canary's logits differ in rounding from one machine to another."""
+    facts = card.model_dump_json(exclude={"metrics", "warnings", "canary_logit"})
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def _require_format(version: Any, uri: str) -> None:
+    if version == FORMAT_VERSION:
+        return
+    todo = "run the command of its training again, with the same --name: it writes a new bundle"
+    if version != 1:
+        todo = "install the version of bcd that wrote it"
+    raise BundleError(
+        f"{uri}: the model card has format {version}, this version reads {FORMAT_VERSION}; {todo}"
+    )
+
+
+def _seal(content: dict[str, Any]) -> str:
+    """Hash over the content, however it is set out."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return found
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, as a sentence."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}{': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,359 @@
+"""Examine a cluster before a long job: ask every node, look at the places that the job will use, and tell.
+
+An actor without a CPU of its own on each node answers, so that a busy node and a head without CPUs are asked,
+too. Whatever fails or hangs there becomes a line of the table, and the other questions are still asked.
+"""
+
+import os
+import re
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ray
+import torch
+from ray._common.utils import get_system_memory
+from ray._private.utils import estimate_available_memory, get_shared_memory_bytes
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from bcd import provenance, schema, storage, taxonomy
+from bcd.config.checks import DoctorConfig
+from bcd.data import archive, index, manifest
+from bcd.errors import BcdError, DataError, DiagnosisError, ResourceError
+from bcd.model import bundle, resnet, weights
+from bcd.preflight import diagnosis, diagnosis_report
+from bcd.preflight.diagnosis import Check
+from bcd.preflight.node import Action, Attempt, Capacity, Clock, Disk, Facts, Machine, Node
+from bcd.runtime import cluster
+from bcd.slides import slide_cache
+from bcd.text import counted
+
+# Begins the name of the folder that is written and deleted again; hidden, so that no job sees it.
+PROBE = ".bcd-doctor-"
+PROBE_BYTES = 4 * 2**20
+# Of so many round trips the fastest tells the clock.
+PINGS = 5
+# A small question that Ray's control service refuses to answer without a token, where tokens are on.
+QUESTION = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+STRANGER_TIMEOUT_S = 10
+KINDS = ("CPU", "GPU")
+# A node's id, and what it answered.
+Attempts = dict[str, Attempt]
+
+
+def run(config: DoctorConfig) -> list[Check]:
+    """Examine, print the table, and return its checks.
+
+    Raises:
+        DiagnosisError: something would break the job.
+    """
+    checks = examine(config)
+    job = f"jobs/{config.purpose}.py"
+    width = shutil.get_terminal_size((diagnosis_report.WIDEST, 24)).columns
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print("\n".join(["", *diagnosis_report.lines(checks, width, coloured), ""]))
+    if without := config.not_given():
+        print(f"not looked at, because not given: {', '.join(without)}")
+    sentence = diagnosis_report.verdict(checks, job)
+    if any(check.verdict == "fault" for check in checks):
+        raise DiagnosisError(sentence)
+    print(sentence)
+    return checks
+
+
+def examine(config: DoctorConfig) -> list[Check]:
+    """All checks; one alone where no cluster can be joined."""
+    try:
+        cluster.connect()
+    except BcdError as error:
+        step = "Start the cluster, or look whether RAY_ADDRESS and the token are those of this one."
+        return [Check("cluster", "fault", str(error), step)]
+    return diagnosis.diagnose(gather(config))
+
+
+def gather(config: DoctorConfig) -> Facts:
+    """Ask every node that Ray holds for alive."""
+    known = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    print(f"examining {counted(len(known), 'node')} for jobs/{config.purpose}.py", flush=True)
+    everyone = Party({name: _examiner(name) for name in known}, config.timeout_s)
+    machines, troubles = everyone.call({name: one.machine.remote() for name, one in everyone.members.items()})
+    party = Party({name: everyone.members[name] for name in machines}, config.timeout_s)
+    clocks = {name: _clock(one, config.timeout_s) for name, one in party.members.items()}
+    attempts = [answer for flag, uri in config.given().items() for answer in _attempts(party, flag, uri)]
+    names = _names(known)
+    nodes = [
+        Node(
+            name=names[node_id],
+            cpus=node["Resources"].get("CPU", 0.0),
+            gpus=node["Resources"].get("GPU", 0.0),
+            object_store_bytes=int(node["Resources"].get("object_store_memory", 0)),
+            machine=machines.get(node_id),
+            trouble=troubles.get(node_id, ""),
+            clock=clocks.get(node_id, Clock()),
+            attempts=tuple(answers[node_id] for answers in attempts if node_id in answers),
+        )
+        for node_id, node in known.items()
+    ]
+    address = ray.get_runtime_context().gcs_address
+    return Facts(
+        address=address,
+        refuses_strangers=refuses_strangers(address),
+        versions=provenance.versions(),
+        may_use_gpus=config.device != "cpu",
+        stages_slides_bytes=slide_cache.CACHE_BYTES if storage.is_remote(config.input or "") else 0,
+        capacity=_capacity(config),
+        nodes=nodes,
+    )
+
+
+@dataclass(frozen=True)
+class Party:
+    """Examiners by node id, and how long each may take to answer."""
+
+    members: Mapping[str, Any]
+    timeout_s: float
+
+    def call(self, calls: Mapping[str, ray.ObjectRef]) -> tuple[dict[str, Any], dict[str, str]]:
+        """What the nodes answered, and why the others did not."""
+        answers, troubles = {}, {}
+        done = set(ray.wait(list(calls.values()), num_returns=len(calls), timeout=self.timeout_s)[0])
+        for name, call in calls.items():
+            if call not in done:
+                troubles[name] = f"no answer within {self.timeout_s:g} s"
+                continue
+            try:
+                answers[name] = ray.get(call)
+            except RayError as error:
+                troubles[name] = _reason(error)
+        return answers, troubles
+
+    def attempt(self, flag: str, action: Action, uris: Mapping[str, str]) -> Attempts:
+        """Let nodes try something, each at its URI, at the same time."""
+        if not uris:
+            return {}
+        calls = {name: self.members[name].attempt.remote(flag, action, uri) for name, uri in uris.items()}
+        answers, troubles = self.call(calls)
+        return answers | {
+            name: Attempt(flag, action, uris[name], error=_naming(uris[name], trouble))
+            for name, trouble in troubles.items()
+        }
+
+
+class Examiner:
+    """Answers on one node."""
+
+    def machine(self) -> Machine:
+        """What this node is."""
+        return Machine(
+            provenance.versions(),
+            get_system_memory(),
+            estimate_available_memory(),
+            get_shared_memory_bytes(),
+            _disk(Path(ray.get_runtime_context().get_temp_dir())),
+            _disk(slide_cache.CACHE),
+            torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        )
+
+    def clock(self) -> float:
+        """Seconds since 1970 by the clock of this node."""
+        return time.time()
+
+    def attempt(self, flag: str, action: Action, uri: str) -> Attempt:
+        """Try it, and measure."""
+        started = time.perf_counter()
+        try:
+            place, n_bytes = WORK[action](flag, uri)
+        except BcdError as error:
+            return Attempt(flag, action, uri, error=_naming(uri, str(error)))
+        return Attempt(flag, action, place, time.perf_counter() - started, n_bytes)
+
+
+def _naming(uri: str, error: str) -> str:
+    # The request's id would make the same trouble of many nodes look like many troubles.
+    error = re.sub(r" \(Request ID: \w+\)", "", error)
+    return error if uri in error else f"{uri}: {error}"
+
+
+def _disk(path: Path) -> Disk:
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    usage = shutil.disk_usage(there)
+    return Disk(str(path), usage.total, usage.free)
+
+
+def _find(flag: str, uri: str) -> tuple[str, int]:
+    """One of the pictures that a flag names."""
+    if manifest.is_one(uri):
+        return manifest.inputs(manifest.read(uri), copies=True)[0][schema.URI], 0
+    if storage.is_file(uri):
+        return uri, 0
+    suffixes = archive.SUFFIXES if flag == "--input" else index.IMAGE_SUFFIXES
+    found = storage.first_file(uri, suffixes)
+    if found is None:
+        raise DataError(f"{uri}: nothing to read below it; expected {', '.join(suffixes)} files")
+    return found.uri, 0
+
+
+def _read(flag: str, uri: str) -> tuple[str, int]:
+    return uri, len(storage.read_start(uri, PROBE_BYTES))
+
+
+def _write(flag: str, uri: str) -> tuple[str, int]:
+    storage.write_bytes(uri, os.urandom(PROBE_BYTES))
+    return uri, PROBE_BYTES
+
+
+def _delete(flag: str, uri: str) -> tuple[str, int]:
+    storage.delete_folder(uri)
+    return uri, 0
+
+
+def _load(flag: str, uri: str) -> tuple[str, int]:
+    if flag == "--weights":
+        resnet.build(len(taxonomy.TUMOR_CLASSES), weights.pretrained(uri))
+    else:
+        bundle.load(uri, "cpu")
+    return uri, 0
+
+
+WORK: Mapping[Action, Callable[[str, str], tuple[str, int]]] = {
+    "find": _find,
+    "read": _read,
+    "write": _write,
+    "see": _read,
+    "delete": _delete,
+    "load": _load,
+}
+
+
+def _examiner(node_id: str) -> Any:
+    where = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    # Threads: a question that hangs holds up none of the others.
+    options = {"num_cpus": 0, "max_concurrency": 8, "scheduling_strategy": where}
+    return ray.remote(Examiner).options(**options).remote()
+
+
+def _clock(examiner: Any, timeout_s: float) -> Clock:
+    """A node's clock beside ours, known to half of a round trip."""
+    best = Clock(error_s=timeout_s)
+    for _ in range(PINGS):
+        sent = time.time()
+        try:
+            there = ray.get(examiner.clock.remote(), timeout=timeout_s)
+        except RayError:
+            return best
+        received = time.time()
+        pinged = Clock(there - (sent + received) / 2, (received - sent) / 2)
+        best = min(best, pinged, key=lambda clock: clock.error_s)
+    return best
+
+
+def _attempts(party: Party, flag: str, uri: str) -> list[Attempts]:
+    """What the nodes met at the place that a flag names."""
+    if not party.members or (flag == "--weights" and uri == weights.RANDOM):
+        return []
+    place = uri if flag == "--weights" and uri == weights.IMAGENET else storage.absolute(uri)
+    everywhere = dict.fromkeys(party.members, place)
+    # What one node does for all is done where the job is started.
+    here = ray.get_runtime_context().get_node_id()
+    one = {here if here in everywhere else next(iter(everywhere)): place}
+    match flag:
+        case "--output":
+            return _probe(party, flag, place)
+        case "--weights":  # the job hands them to its workers
+            return [party.attempt(flag, "load", one)]
+        case "--model":
+            return [party.attempt(flag, "load", everywhere)]
+    found = party.attempt(flag, "find", one)
+    (sample,) = found.values()
+    return [found if sample.error else party.attempt(flag, "read", dict.fromkeys(everywhere, sample.uri))]
+
+
+def _probe(party: Party, flag: str, uri: str) -> list[Attempts]:
+    """Every node writes a file, every node reads that of another, and all are deleted again."""
+    folder = storage.join(uri, f"{PROBE}{uuid.uuid4().hex}")
+    files = {name: storage.join(folder, name) for name in party.members}
+    seen: Attempts = {}
+    deleted: Attempts = {}
+    try:
+        written = party.attempt(flag, "write", files)
+        whole = [name for name, one in written.items() if not one.error]
+        # Each reads what the next one wrote; a lonely one its own.
+        others = {name: files[other] for name, other in zip(whole, whole[1:] + whole[:1], strict=True)}
+        seen = party.attempt(flag, "see", others)
+    finally:
+        # One after the other: on a shared disk two would delete the same files under each other's hands.
+        # Everywhere, because a write that failed may leave something; told where the write did not fail.
+        for name in party.members:
+            deleted |= party.attempt(flag, "delete", {name: folder})
+    told = [written, seen, {name: deleted[name] for name in whole}]
+    return [{name: _of_output(one, uri, folder) for name, one in some.items()} for some in told]
+
+
+def _of_output(attempt: Attempt, uri: str, folder: str) -> Attempt:
+    """The attempt as one on OUTPUT itself: the probe's own name would tell nobody anything."""
+    below = folder.removeprefix(uri)
+    error = attempt.error
+    for file in (attempt.uri.removeprefix(uri), below):
+        error = error.replace(file, "")
+    return replace(attempt, uri=uri, error=error)
+
+
+def _capacity(config: DoctorConfig) -> Capacity:
+    there, free = (
+        {kind: resources.get(kind, 0.0) for kind in KINDS}
+        for resources in (ray.cluster_resources(), ray.available_resources())
+    )
+    try:
+        plan, needed = _plan(config)
+    except ResourceError as error:
+        return Capacity(there, cluster.capacity(), free, refusal=str(error))
+    return Capacity(there, cluster.capacity(), free, needed, plan)
+
+
+def _plan(config: DoctorConfig) -> tuple[str, dict[str, float]]:
+    """What the job would start, and the least that it needs, as the job itself reckons."""
+    wants_gpu = float(config.device == "gpu")
+    if config.purpose == "train":
+        scaling = cluster.scaling(config.training())
+        workers = scaling.num_workers
+        low = workers if isinstance(workers, int) else workers[0]
+        plan = f"{counted(low, 'training worker')} and {cluster.DATA_CPUS} CPU for reading"
+        cpus = cluster.training_cpus(low, bool(scaling.use_gpu))
+        return plan, {"CPU": float(cpus), "GPU": float(low * scaling.use_gpu)}
+    if config.purpose == "score":
+        pool = cluster.model_workers()
+        needed = {"CPU": float(pool.num_cpus), "GPU": max(wants_gpu, pool.num_gpus)}
+        return f"up to {counted(pool.size, 'model worker')}", needed
+    replicas = 1 if config.num_workers == "auto" else int(config.num_workers)
+    return f"a service of {counted(replicas, 'replica')}", {"CPU": float(replicas), "GPU": wants_gpu}
+
+
+def refuses_strangers(address: str) -> bool | None:
+    """Whether a cluster's control port refuses who shows no token; None where that cannot be told."""
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(QUESTION)(b"", timeout=STRANGER_TIMEOUT_S)
+        except grpc.RpcError as error:
+            return True if error.code() == grpc.StatusCode.UNAUTHENTICATED else None
+    return False
+
+
+def _names(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """A node's address; where several share one, with the start of its id."""
+    addresses = [node["NodeManagerAddress"] for node in nodes.values()]
+    return {
+        name: address if addresses.count(address) == 1 else f"{address} ({name[:6]})"
+        for name, address in zip(nodes, addresses, strict=True)
+    }
+
+
+def _reason(error: RayError) -> str:
+    """The last line of what Ray tells, which names the cause."""
+    return str(error).strip().splitlines()[-1].strip()

@@ -1,0 +1,208 @@
+"""What the model makes of a whole slide: a picture for people, and tiles for QuPath.
+
+Boxes are x, y, width and height in pixels of level 0, as `tile.Grid.boxes` gives them.
+"""
+
+import io
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+
+from bcd.reports.plots import CLASS_COLOR, STYLE, WIDTH_IN
+from bcd.reports.style import BLUE, GREY, INK, SOFT, VERMILION
+from bcd.taxonomy import SUBTYPES
+
+# White, the middle one of an odd number, stands at the threshold, where the class changes.
+COLORS = LinearSegmentedColormap.from_list("probability", [BLUE, "#ffffff", VERMILION], N=257)
+# Share of full colour, and of the tissue's own contrast below it: structure and probability stay legible.
+STRENGTH, CONTRAST = 0.85, 0.6
+# Tiles from this size on have an edge, which tells a white tile from glass that was not scored.
+EDGED_PX, EDGE = 8, 0.86
+# Distance of the stripes over tiles unlike the training data, and their shade.
+HATCH_PX, HATCH = 6, 0.45
+FOOTER_IN = 0.62
+MIN_WIDTH_PX = 720
+
+
+def draw(
+    thumbnail: np.ndarray,
+    scale: float,
+    boxes: np.ndarray,
+    probability: np.ndarray,
+    threshold: float,
+    unlike: np.ndarray | None = None,
+) -> np.ndarray:
+    """Colour the tiles of a slide by their probability of malignancy, over the slide in grey.
+
+    Blue is called benign, vermilion malignant: the colours part where the classes do.
+
+    Args:
+        thumbnail: uint8 (h, w, 3) RGB.
+        scale: thumbnail pixels per level-0 pixel.
+        boxes: float (n, 4), level-0 pixels.
+        probability: float (n,), 0 to 1; a tile with NaN keeps no colour.
+        threshold: from which a tile is called malignant.
+        unlike: bool (n,), tiles unlike the training data, which are hatched: their colour may mean nothing.
+
+    Returns:
+        uint8 (h, w, 3) RGB, pixel on pixel with the thumbnail.
+    """
+    grey = np.asarray(Image.fromarray(thumbnail).convert("L"), np.float32) / 255
+    tint = np.ones(thumbnail.shape, np.float32)
+    known = np.isfinite(np.asarray(probability, float))
+    hatched = np.zeros(known.shape, bool) if unlike is None else unlike
+    stripes = np.add.outer(*map(np.arange, grey.shape)) % HATCH_PX < HATCH_PX // 3
+    colors = _tint(np.asarray(probability, float)[known], threshold)
+    edges = _edges(scale, np.asarray(boxes, float)[known])
+    for (left, top, right, bottom), color, is_hatched in zip(edges, colors, hatched[known], strict=True):
+        tile = tint[top:bottom, left:right]
+        tile[:] = color
+        if min(tile.shape[:2]) >= EDGED_PX:
+            tile[[0, -1]] = tile[:, [0, -1]] = EDGE * color
+        if is_hatched:
+            tile[stripes[top:bottom, left:right]] *= HATCH
+    paper = 1 - CONTRAST * (1 - grey[..., None])
+    return (255 * paper * tint).round().astype(np.uint8)
+
+
+def _tint(probability: np.ndarray, threshold: float) -> np.ndarray:
+    """Float (n, 3), 0 to 1: what white paper becomes."""
+    return 1 - STRENGTH * (1 - COLORS(_place(probability, threshold))[..., :3])
+
+
+def _place(probability: np.ndarray, threshold: float) -> np.ndarray:
+    """Where probabilities lie on the colours: 0 to 1, and the threshold at one half."""
+    below = probability / (threshold or 1)
+    above = 1 + (probability - threshold) / ((1 - threshold) or 1)
+    return np.where(probability < threshold, below, above) / 2
+
+
+def _edges(scale: float, boxes: np.ndarray) -> list[list[int]]:
+    """Left, top, right and bottom in whole pixels of the thumbnail, at least one pixel apart."""
+    x, y, width, height = np.asarray(boxes, float).reshape(-1, 4).T
+    start = np.column_stack([x, y])
+    end = start + np.column_stack([width, height])
+    first = (start * scale).round()
+    return np.column_stack([first, np.maximum((end * scale).round(), first + 1)]).astype(int).tolist()
+
+
+def png(picture: np.ndarray, scale: float, mpp: float, threshold: float, hatched: bool = False) -> bytes:
+    """The drawn picture with a legend and a scale bar below it, as a PNG file.
+
+    Args:
+        picture: uint8 (h, w, 3) from `draw`; kept pixel for pixel, in the middle of a wider page.
+        scale: picture pixels per level-0 pixel.
+        mpp: µm per pixel of level 0 across.
+        threshold: as in `draw`.
+        hatched: whether some tiles are.
+    """
+    height, width = picture.shape[:2]
+    with matplotlib.rc_context(STYLE):
+        footer = _footer(max(width, MIN_WIDTH_PX), mpp / scale / 1000, threshold, hatched)
+    page = Image.new("RGB", (footer.width, height + footer.height), "white")
+    page.paste(Image.fromarray(picture), ((footer.width - width) // 2, 0))
+    page.paste(footer, (0, height))
+    file = io.BytesIO()
+    page.save(file, "PNG")
+    return file.getvalue()
+
+
+def _footer(width_px: int, mm_per_px: float, threshold: float, hatched: bool = False) -> Image.Image:
+    figure = Figure(figsize=(WIDTH_IN, FOOTER_IN), dpi=width_px / WIDTH_IN)
+    _legend(figure.add_axes((0.03, 0.46, 0.30, 0.16)), threshold)
+    _scale_bar(figure.add_axes((0, 0, 1, 1), frameon=False), width_px, mm_per_px)
+    notes = [
+        "research use only",
+        "uncoloured: not scored",
+        *(["hatched: unlike the training data"] * hatched),
+    ]
+    for i, note in enumerate(notes):
+        figure.text(0.97, 0.74 - 0.22 * i, note, size=7, ha="right", va="center", color=SOFT if i else INK)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _legend(axes: Axes, threshold: float) -> None:
+    axes.imshow(_tint(np.linspace(0, 1, 512)[None], threshold), aspect="auto", extent=(0, 1, 0, 1))
+    axes.axvline(threshold, color=INK, lw=1)
+    axes.set(yticks=[], xticks=[0, 1], xticklabels=["0", "1"], xlim=(0, 1))
+    axes.set_title("probability of malignancy", size=7.5, pad=3, weight="normal")
+    axes.tick_params(length=2, pad=2, labelsize=7)
+    axes.spines[:].set(visible=True, linewidth=0.5)
+    # The words are wider than the tick and stay between the ends.
+    middle = min(0.7, max(0.3, threshold))
+    axes.text(middle, -0.3, f"threshold {threshold:.3g}", size=7, ha="center", va="top")
+
+
+def _scale_bar(axes: Axes, width_px: int, mm_per_px: float) -> None:
+    """A bar in the middle of the footer, as long as a round number of mm in the picture."""
+    length_mm = _round_length(0.25 * width_px * mm_per_px)
+    half_px = length_mm / mm_per_px / 2
+    axes.set(xlim=(0, width_px), ylim=(0, 1), xticks=[], yticks=[])
+    middle = 0.55 * width_px
+    axes.plot([middle - half_px, middle + half_px], [0.6, 0.6], color=INK, lw=2, solid_capstyle="butt")
+    axes.text(middle, 0.48, f"{length_mm:g} mm", size=7.5, ha="center", va="top")
+
+
+def _round_length(limit: float) -> float:
+    """The largest of 1, 2 and 5 times a power of ten that is no longer."""
+    power = 10.0 ** math.floor(math.log10(limit))
+    return max(step * power for step in (1, 2, 5) if step * power <= limit)
+
+
+def geojson(
+    tile_ids: Sequence[str],
+    boxes: np.ndarray,
+    predicted: Sequence[str | None],
+    measurements: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """Tiles as a GeoJSON FeatureCollection of QuPath (0.4 and later), which opens it by drag and drop.
+
+    Args:
+        tile_ids: n `image_id`s; the same one gives the same UUID.
+        boxes: float (n, 4), level-0 pixels from the slide's bounds on, which is where QuPath begins.
+        predicted: n class names; None gives a tile without a class.
+        measurements: name -> float (n,); NaN is left out, since JSON has none.
+    """
+    features = [
+        {
+            "type": "Feature",
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, tile_id)),
+            "geometry": {"type": "Polygon", "coordinates": [_ring(*box)]},
+            "properties": {
+                "objectType": "tile",
+                **({} if name is None else {"classification": {"name": name, "color": _color(name)}}),
+                "measurements": {key: value for key, value in values.items() if math.isfinite(value)},
+            },
+        }
+        for tile_id, box, name, values in zip(
+            tile_ids, np.asarray(boxes).tolist(), predicted, _rows(measurements, len(tile_ids)), strict=True
+        )
+    ]
+    return {"type": "FeatureCollection", "features": features}
+
+
+def _rows(columns: Mapping[str, np.ndarray], count: int) -> list[dict[str, float]]:
+    values = {name: np.asarray(column, float).tolist() for name, column in columns.items()}
+    return [{name: column[i] for name, column in values.items()} for i in range(count)]
+
+
+def _ring(x: float, y: float, width: float, height: float) -> list[list[float]]:
+    right, bottom = x + width, y + height
+    return [[x, y], [right, y], [right, bottom], [x, bottom], [x, y]]
+
+
+def _color(name: str) -> list[int]:
+    """RGB, 0 to 255, of a tumour class, or of the class that a subtype belongs to."""
+    tumor_class = SUBTYPES[name].tumor_class if name in SUBTYPES else name
+    return [round(255 * part) for part in to_rgb(CLASS_COLOR.get(tumor_class, GREY))]

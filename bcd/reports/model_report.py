@@ -1,0 +1,357 @@
+"""What a model reaches, as pictures: one self-contained HTML page, and each figure as PNG and SVG.
+
+A new figure costs two edits: a function in `figures` or `curves` that is called in `_draw`, and its place in
+the template. Marks (synthetic, leaky) are put on every figure and every block of the page from one place.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from bcd import schema
+from bcd.metrics import aggregate, decision
+from bcd.model import novelty
+from bcd.reports import overlay, plots, style, thumbnails, trust_plots
+from bcd.reports.plots import PERCENT
+from bcd.reports.thumbnails import Example
+from bcd.taxonomy import BENIGN, MALIGNANT, SUBTYPES, TUMOR_CLASSES
+from bcd.text import counted
+
+# What was measured, a record per epoch, and what is known about the run: see `write`.
+Metrics = Mapping[str, Any]
+History = Sequence[Mapping[str, Any]]
+Facts = Mapping[str, Any]
+
+MEASURES = {
+    "balanced_accuracy": "balanced accuracy",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "auc": "AUC",
+    "accuracy": "image recognition rate",
+    "patient_recognition_rate": "patient recognition rate",
+}
+# More wrong predictions than this would make a page that no browser likes; the table has them all.
+MAX_WRONG = 200
+N_CLEAREST, N_CORRECT = 3, 12
+# Of a class: with fewer there is no interval, or one that says nothing, and so no headline.
+MIN_PATIENTS = 3
+PICTURE_WIDTH_PX = 300
+
+
+def write(
+    directory: Path,
+    measured: Metrics,
+    history: History,
+    images: pd.DataFrame,
+    facts: Facts,
+    examples: Mapping[int, Example] = MappingProxyType({}),
+    unscored: Sequence[Mapping[str, str]] = (),
+) -> Path:
+    """Write `report.html` and `figures/*.png`, `*.svg` below a local directory.
+
+    Args:
+        directory: is made if it does not exist.
+        measured: from `metrics.measure`; with `n_errors`, and optionally `threshold`, `temperature` and
+            `operating_point` as on the card, `folds`, `spread` and `leak` of a cross-validation, and
+            `comparison` with another model.
+        history: a record per epoch (epoch, train_loss, validation_loss, validation_balanced_accuracy,
+            validation_accuracy, learning_rate, seconds, images_per_s, class_counts); may be empty.
+        images: from `aggregate.images`, what was measured.
+        facts: what is known about the run, all optional: title, model_id, data, protocol, fold, seed,
+            target, weights, synthetic, leaky, forced, external, warnings, broken, quarantined, best_epoch,
+            command, git_commit, versions, data_fingerprint, split_fingerprint, input_size_px (height and
+            width, which the evidence covers), `parts` (images per class in each part) and `balanced`
+            (training rows per class after upsampling).
+        examples: pictures of images by their position in the table; `choose` says of which.
+        unscored: `image_id` and `error` of what could not be scored.
+
+    Returns:
+        Path of the page; it refers to nothing outside itself.
+    """
+    patients = aggregate.groups(images, schema.PATIENT)
+    patients = patients.fillna({schema.TUMOR_CLASS: plots.MIXED})
+    folder = directory / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(plots.STYLE):
+        drawn = _draw(measured, history, images, patients, facts)
+        plates = {name: _save(figure, folder / name, _marks(facts)) for name, figure in drawn.items()}
+    page = directory / "report.html"
+    shown = _pictures(images, choose(images), examples, facts)
+    page.write_text(_page(measured, history, patients, unscored, facts, plates, shown), encoding="utf-8")
+    return page
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which images to show, as positions in the table."""
+
+    wrong: list[int]
+    clearest: list[int]
+    correct: list[int]
+
+    def all(self) -> list[int]:
+        """Every position once."""
+        return sorted({*self.wrong, *self.clearest, *self.correct})
+
+
+def choose(images: pd.DataFrame) -> Choice:
+    """The images that the report shows.
+
+    Args:
+        images: from `aggregate.images`.
+
+    Returns:
+        `wrong`: all wrong predictions, at most `MAX_WRONG`, patients with most of them first, of a patient
+        the surest first; `clearest`: of each class the `N_CLEAREST` surest right ones; `correct`: a random
+        sample of the other right ones, at most `N_CORRECT`.
+    """
+    correct = images[aggregate.CORRECT].to_numpy(bool)
+    sure = images[aggregate.MARGIN].abs().to_numpy()
+    patient = images[schema.PATIENT].astype(object).fillna("").to_numpy(str)
+    n_wrong = pd.Series(~correct).groupby(patient).transform("sum").to_numpy()
+    order = np.lexsort((-sure, patient, -n_wrong))
+    clearest: list[int] = []
+    for name in TUMOR_CLASSES:
+        rows = np.flatnonzero(correct & (images[schema.TUMOR_CLASS] == name).to_numpy())
+        clearest += rows[np.argsort(-sure[rows], kind="stable")][:N_CLEAREST].tolist()
+    rest = np.setdiff1d(np.flatnonzero(correct), clearest)
+    sample = np.random.Generator(np.random.PCG64(0)).permutation(rest)[:N_CORRECT]
+    return Choice(order[~correct[order]][:MAX_WRONG].tolist(), clearest, sorted(sample.tolist()))
+
+
+def _pictures(
+    images: pd.DataFrame, choice: Choice, examples: Mapping[int, Example], facts: Facts
+) -> dict[str, Any]:
+    """What the page shows of each chosen image that there is an example of, all on the scale of all pages."""
+    found = {place: examples[place] for place in choice.all() if place in examples}
+    drawn = {
+        place: thumbnails.draw(one, overlay.LIMIT, facts.get("input_size_px"), PICTURE_WIDTH_PX)
+        | {"row": images.iloc[place].to_dict()}
+        for place, one in found.items()
+    }
+    patient = images[schema.PATIENT].astype(object).fillna("").to_numpy(str)
+    wrong: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for place in choice.wrong:
+        if place in drawn:
+            wrong[patient[place]].append(drawn[place])
+    return {
+        "n_wrong": int((~images[aggregate.CORRECT]).sum()),
+        "wrong": wrong,
+        "clearest": [drawn[place] for place in choice.clearest if place in drawn],
+        "correct": [drawn[place] for place in choice.correct if place in drawn],
+        "limit": overlay.LIMIT,
+        "legend": thumbnails.data_uri(overlay.legend(), "PNG"),
+    }
+
+
+def summary(measured: Metrics) -> list[tuple[str, str, str]]:
+    """Name, value and 95 % interval of the main metrics, as text; a dash where one is undefined."""
+    pooled = measured["pooled"]
+    return [
+        (label, _value(pooled[name], name), _interval(pooled["intervals"][name], name))
+        for name, label in MEASURES.items()
+    ]
+
+
+def too_few_patients(measured: Metrics) -> str | None:
+    """Why no single number can stand for what was measured, in words; `None` where one can, and where nobody
+    knows the patients."""
+    found = measured["patients_by_class"]
+    if found is None or min(found.values()) >= MIN_PATIENTS:
+        return None
+    last = counted(found[MALIGNANT], f"{MALIGNANT} patient")
+    return (
+        f"{found[BENIGN]:,} {BENIGN} and {last} are too few to tell how often the model is right on others: "
+        f"at least {MIN_PATIENTS} of each class are needed"
+    )
+
+
+def summary_lines(measured: Metrics) -> list[str]:
+    """`summary` as a table for a terminal, with the spread over folds where there are any."""
+    patients = (
+        "patients unknown" if measured["n_patients"] is None else counted(measured["n_patients"], "patient")
+    )
+    images = counted(measured["n_images"], "image")
+    title = f"test part: {images}, {patients}, {measured['n_errors']:,} not scored"
+    if unlike := (measured.get("warnings") or {}).get(novelty.CODE):
+        title += f", {unlike:,} unlike the training data"
+    title += "".join(f" [{mark}]" for mark in _marks(measured))
+    rows = [("", "value", "95 % interval over patients"), *summary(measured)]
+    last = [""] * len(rows)
+    if measured.get("spread"):
+        last = ["mean ± SD of folds", *(_spread(measured, name) for name in MEASURES)]
+    lines = [f"  {a:26} {b:>8}   {c:28} {d}".rstrip() for (a, b, c), d in zip(rows, last, strict=True)]
+    few = too_few_patients(measured)
+    return [title, *([f"  too few patients: {few}"] if few else []), *lines]
+
+
+def leak_sentence(leak: Mapping[str, Any]) -> str:
+    """What the same model seems to gain when patients stand on both sides, in words.
+
+    Beside the balanced accuracy stands the AUC: it does not depend on thresholds, which are chosen on few
+    validation images and scatter more than a leak adds.
+    """
+    rows = {name: leak["metrics"][name] for name in ("balanced_accuracy", "auc")}
+    known = {name: row for name, row in rows.items() if row["difference"] is not None}
+    if not known:
+        return "What a leak would add cannot be told: a class is missing."
+    seen = [name for name, row in known.items() if row["interval"] and row["interval"][0] > 0]
+    added = " and ".join(f"{_gain(known[name]['difference'], name)} of {MEASURES[name]}" for name in seen)
+    reached = " and ".join(_reached(row, name) for name, row in known.items())
+    start = f"The leak adds {added}" if seen else "No leak is seen"
+    sides = f"split by {leak['leaky']}, with patients on both sides"
+    return f"{start}: {sides}, the same model seems to reach {reached}."
+
+
+def _reached(row: Mapping[str, Any], name: str) -> str:
+    told = f"{_value(row['first'], name)} {MEASURES[name]} instead of {_value(row['second'], name)}"
+    if not row["interval"]:
+        return told
+    low, high = row["interval"]
+    return f"{told} (95{PERCENT} interval of the difference {_points(low, name)} to {_gain(high, name)})"
+
+
+def _gain(difference: float, name: str) -> str:
+    return _points(difference, name) + ("" if name == "auc" else " points")
+
+
+def _spread(measured: Metrics, name: str) -> str:
+    """Mean and standard deviation of a metric over the folds."""
+    row = measured["spread"][name]
+    if row["mean"] is None:
+        return "–"
+    deviation = "" if row["sd"] is None else f" ± {_value(row['sd'], name)}"
+    # A fold of one class has no balanced accuracy.
+    n_folds = len(measured["folds"])
+    some = "" if row["n"] == n_folds else f" ({row['n']} of {n_folds} folds)"
+    return f"{_value(row['mean'], name).removesuffix(PERCENT)}{deviation}{some}"
+
+
+def _value(value: float | None, name: str = "") -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if name == "auc" else f"{100 * value:.1f}{PERCENT}"
+
+
+def _points(difference: float | None, name: str = "") -> str:
+    """A difference of two values, with its sign: in points of a percentage."""
+    if difference is None:
+        return "–"
+    text = f"{difference:+.3f}" if name == "auc" else f"{100 * difference:+.1f}"
+    return text.replace("-", "−")
+
+
+def _interval(interval: Sequence[float] | None, name: str = "") -> str:
+    if interval is None:
+        return "–"
+    low, high = (_value(end, name) for end in interval)
+    return f"{low.removesuffix(PERCENT)} to {high}"
+
+
+def _marks(facts: Facts) -> list[str]:
+    """What a reader must know before believing any number here."""
+    marks = {
+        "synthetic": "synthetic data",
+        "leaky": "leaky: patients stand on both sides",
+        "forced": "forced: may have been trained on",
+    }
+    return [text for name, text in marks.items() if facts.get(name)]
+
+
+def _page(
+    measured: Metrics,
+    history: History,
+    patients: pd.DataFrame,
+    unscored: Sequence[Mapping[str, str]],
+    facts: Facts,
+    plates: Mapping[str, Markup],
+    pictures: Mapping[str, Any],
+) -> str:
+    environment = style.templates()
+    environment.filters |= {"value": _value, "interval": _interval, "points": _points}
+    pooled = measured["pooled"]
+    return environment.get_template("report.html").render(
+        metrics=defaultdict(lambda: None, measured),
+        pooled=pooled,
+        measures=MEASURES,
+        too_few=too_few_patients(measured),
+        main="accuracy" if pooled["balanced_accuracy"] is None else "balanced_accuracy",
+        spread={name: _spread(measured, name) for name in MEASURES} if measured.get("spread") else {},
+        history=history,
+        best=_best(history, facts),
+        patients=patients.sort_values(aggregate.SHARE_CORRECT, kind="stable").to_dict("records"),
+        errors=list(unscored),
+        subtypes={code: subtype.name.replace("_", " ") for code, subtype in SUBTYPES.items()},
+        facts=defaultdict(lambda: None, facts),
+        marks=_marks(facts),
+        figures=plates,
+        pictures=pictures,
+        leak_sentence=leak_sentence(measured["leak"]) if measured.get("leak") else None,
+    )
+
+
+def _best(history: History, facts: Facts) -> Mapping[str, Any] | None:
+    """The record of the epoch that the bundle holds: as told, else the first best on validation."""
+    told = [row for row in history if row["epoch"] == facts.get("best_epoch")]
+    return max(told or history, key=lambda row: row["validation_balanced_accuracy"], default=None)
+
+
+def _save(figure: Figure, path: Path, marks: Sequence[str]) -> Markup:
+    """Write PNG and SVG files and return the SVG for the inside of a page."""
+    plots.mark(figure, marks)
+    figure.savefig(path.with_suffix(".png"), dpi=plots.PNG_DPI, metadata={"Software": None})
+    path.with_suffix(".svg").write_text(svg := plots.svg(figure), encoding="utf-8")
+    return plots.inline(svg, path.name)
+
+
+def _draw(
+    measured: Metrics, history: History, images: pd.DataFrame, patients: pd.DataFrame, facts: Facts
+) -> dict[str, Figure]:
+    """Every figure that there is data for, by the name of its file."""
+    pooled, threshold = measured["pooled"], measured.get("threshold")
+    drawn = {"confusion_matrix": plots.confusion_matrix(pooled["confusion_matrix"], TUMOR_CLASSES)}
+    if best := _best(history, facts):
+        drawn["history"] = plots.history(history, best)
+    if facts.get("parts"):
+        drawn["class_distribution"] = plots.class_distribution(facts["parts"], facts.get("balanced") or {})
+    if pooled["auc"] is not None:
+        drawn["roc"] = trust_plots.roc(images, pooled)
+        drawn["precision_recall"] = trust_plots.precision_recall(images, pooled)
+    if len(images):
+        drawn["reliability"] = trust_plots.reliability(measured["calibration"], len(images))
+        drawn["abstention"] = trust_plots.abstention(_handing_over(images))
+    if measured["by_magnification"]:
+        drawn["by_magnification"] = plots.by_magnification(measured)
+        drawn["magnification_strip"] = trust_plots.strip(
+            images, schema.MAGNIFICATION, "Magnifications", threshold
+        )
+    if len(patients):
+        drawn["patients"] = trust_plots.patients(patients)
+        drawn["patient_strip"] = trust_plots.strip(images, schema.PATIENT, "Patients", threshold)
+    if many := measured.get("multiclass"):
+        matrix = many["confusion_matrix"]
+        drawn["confusion_matrix_subtype"] = plots.confusion_matrix(matrix, many["class_names"])
+    if rows := measured.get("folds"):
+        drawn["folds"] = trust_plots.folds(rows, MEASURES)
+        drawn["histories"] = trust_plots.histories([row["history"] for row in rows])
+    if leak := measured.get("leak"):
+        names = f"by {leak['leaky']}, leaky", f"by {leak['honest']}"
+        drawn["leak"] = trust_plots.leak(leak["metrics"], MEASURES, names)
+    return drawn
+
+
+def _handing_over(images: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Abstention curves of the images, and of the patients where there are some."""
+    patients = aggregate.groups_of_draws(images, schema.PATIENT)
+    whole = patients[patients[schema.TUMOR_CLASS].notna()]
+    found = {"images": decision.abstention(images)}
+    return found | ({"patients": decision.abstention(whole)} if len(whole) > 1 else {})

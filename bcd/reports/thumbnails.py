@@ -1,0 +1,124 @@
+"""Pictures for the pages: the pixels of a few rows of a predictions table, beside their maps."""
+
+import base64
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+from PIL import Image
+
+from bcd import schema, storage
+from bcd.data import read
+from bcd.imaging import image
+from bcd.metrics import aggregate
+from bcd.reports import overlay
+
+MAX_WIDTH_PX = 420
+JPEG_QUALITY = 82
+# Why a picture is not shown.
+GONE = "The picture can no longer be read."
+CHANGED = "The file has changed since it was scored: its new picture is not that of this result."
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture: pixels uint8 (H, W, 3), evidence float (h, w) over the network's input.
+
+    Where the picture itself cannot be shown, `missing` says why: the pixels are grey, and no map is drawn.
+    `warnings` are codes, and `link` leads to the file.
+    """
+
+    image_id: str
+    probability_malignant: float
+    predicted_class: str
+    log_odds: float
+    pixels: np.ndarray
+    evidence: np.ndarray
+    missing: str | None = None
+    novelty: float | None = None
+    novelty_cutoff: float | None = None
+    warnings: Sequence[str] = ()
+    link: str | None = None
+
+
+def draw(
+    example: Example, limit: float, input_size_px: tuple[int, int] | None, max_width_px: int = MAX_WIDTH_PX
+) -> dict[str, Any]:
+    """The example with its two pictures as data URIs, drawn at the size in which they are shown.
+
+    Args:
+        example: to draw.
+        limit: log-odds per cell at full colour; stated beside the picture.
+        input_size_px: height and width of the network's input, which the evidence covers; by default it
+            covers the picture alone.
+        max_width_px: of each picture.
+    """
+    pixels = image.shrink(example.pixels, 2 * max_width_px, max_width_px)
+    drawn = overlay.overlay(pixels, example.evidence, limit, *(input_size_px or (None, None)))
+    return {"example": example, "picture": data_uri(pixels), "overlay": data_uri(drawn), "limit": limit}
+
+
+def data_uri(pixels: np.ndarray, kind: str = "JPEG") -> str:
+    """A picture, uint8 (H, W, 3), for the inside of a page."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, quality=JPEG_QUALITY)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def of_images(images: pd.DataFrame) -> list[Example]:
+    """The examples of some images, in their order.
+
+    Args:
+        images: `image_id`, and in `source` the URI of the predictions table that each stands in.
+    """
+    found: dict[tuple[str, str], Example] = {}
+    for source, rows in images.groupby(aggregate.SOURCE):
+        wanted = pc.field(schema.IMAGE_ID).isin(rows[schema.IMAGE_ID].tolist())
+        table = storage.dataset(str(source)).to_table(filter=wanted)
+        found |= {(str(source), row[schema.IMAGE_ID]): of_row(row) for row in table.to_pylist()}
+    return [found[key] for key in zip(images[aggregate.SOURCE], images[schema.IMAGE_ID], strict=True)]
+
+
+def of_row(row: dict[str, Any], slide_mpp: tuple[float, float] | None = None) -> Example:
+    """The example of a whole row of the predictions table that has no error.
+
+    Args:
+        row: of schema `schema.predictions`.
+        slide_mpp: µm per pixel of level 0 that its slide was planned with, across and down.
+    """
+    logit = row[schema.LOGIT]
+    pixels, missing = _pixels(row, slide_mpp)
+    maps = np.reshape(row[schema.EVIDENCE], (row[schema.EVIDENCE_HEIGHT], row[schema.EVIDENCE_WIDTH]))
+    probability = row[schema.PROBABILITY_MALIGNANT]
+    # Of two classes their difference, which knows no limit of certainty.
+    log_odds = logit[1] - logit[0] if len(logit) == 2 else float(aggregate.log_odds(np.array(probability)))
+    return Example(
+        image_id=row[schema.IMAGE_ID],
+        probability_malignant=probability,
+        predicted_class=row[schema.PREDICTED_CLASS],
+        log_odds=log_odds,
+        pixels=pixels,
+        evidence=np.zeros_like(maps) if missing else maps,
+        missing=missing,
+        novelty=row[schema.NOVELTY],
+        novelty_cutoff=row[schema.NOVELTY_CUTOFF],
+        warnings=tuple(row[schema.WARNINGS] or ()),
+    )
+
+
+def _pixels(row: dict[str, Any], slide_mpp: tuple[float, float] | None) -> tuple[np.ndarray, str | None]:
+    """The picture of a row; grey, and why, where it is no longer there or no longer the same."""
+    scale = dict(zip((schema.SLIDE_MPP_X, schema.SLIDE_MPP_Y), slide_mpp or (), strict=False))
+    try:
+        content = next(read.contents([row[schema.URI]])) if row[schema.X_LEVEL0_PX] is None else None
+        if not isinstance(content, bytes) or hashlib.sha256(content).hexdigest() == row[schema.SHA256]:
+            return read.picture(row | scale, content=content), None
+        missing = CHANGED
+    except image.ImageError:
+        missing = GONE
+    return np.full((row[schema.HEIGHT_PX], row[schema.WIDTH_PX], 3), 128, np.uint8), missing

@@ -1,0 +1,85 @@
+"""What a new model makes of its training and validation pictures: feature statistics, and logits."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import Dataset
+from torchvision.models import ResNet
+
+from bcd import schema
+from bcd.model import bundle, novelty
+from bcd.model.novelty import FeatureStatistics
+from bcd.runtime import cluster, datasets, inspection, predict
+
+KEEP = (schema.IMAGE_ID,)
+N, TOTAL, SQUARES, DISTANCE = "n", "total", "squares", "distance"
+
+
+def measure(
+    network: ResNet, card: bundle.Card, train: pa.Table, validation: pa.Table
+) -> tuple[FeatureStatistics, np.ndarray]:
+    """Mean and spread of the pooled features over the training pictures, and what the validation's tell.
+
+    Args:
+        network: from `bcd.model.resnet.build`, trained; is left as it was.
+        card: its card, without statistics.
+        train: rows with a `uri`, each picture once.
+        validation: likewise.
+
+    Returns:
+        The statistics, with the cut-off from the validation pictures, and the logits (n, classes) of these,
+        in the order of their rows.
+    """
+    shared = ray.put((network.state_dict(), card))
+    sums = _pooled(train, card, shared, None).to_pandas()
+    n = int(sums[N].sum())
+    mean, spread = novelty.spread(n, np.sum(sums[TOTAL].tolist(), 0), np.sum(sums[SQUARES].tolist(), 0))
+    moments = ray.put((mean, spread))
+    seen = _pooled(validation, card, shared, moments).to_pandas()
+    distances = np.concatenate(seen[DISTANCE].tolist())
+    # Batches come back in any order.
+    ids = np.concatenate(seen[schema.IMAGE_ID].tolist()).tolist()
+    logit = dict(zip(ids, np.concatenate([np.stack(rows) for rows in seen[schema.LOGIT]]), strict=True))
+    statistics = FeatureStatistics(
+        mean=tuple(mean.astype(np.float32).tolist()),
+        spread=tuple(spread.astype(np.float32).tolist()),
+        cutoff=novelty.cutoff(distances),
+        n_training=n,
+        n_validation=len(distances),
+    )
+    return statistics, np.stack([logit[name] for name in validation[schema.IMAGE_ID].to_pylist()])
+
+
+def _pooled(
+    rows: pa.Table, card: bundle.Card, shared: ray.ObjectRef, moments: ray.ObjectRef | None
+) -> Dataset:
+    """A row for each batch of pictures: sums, or ids, distances and logits where the moments are known."""
+    size = predict.Settings.batch_size
+    dataset = datasets.rows(schema.fill(rows, schema.READING), size)
+    return predict.on_models(dataset, _Pooler, (shared, moments), predict.Look(card, KEEP), size)
+
+
+class _Pooler:
+    """An actor that holds the network; as `predict.on_models` wants it."""
+
+    def __init__(self, shared: ray.ObjectRef, moments: ray.ObjectRef | None, threads: int) -> None:
+        state, card = ray.get(shared)
+        self._bundle = bundle.from_state(state, card)
+        self._moments = ray.get(moments) if moments is not None else None
+        self._threads = threads
+        if threads:
+            cluster.use_threads(threads)
+
+    def __call__(self, batch: Any) -> dict[str, Any]:
+        found = predict.Look(self._bundle.card, KEEP).pixels(batch, self._threads) if self._threads else batch
+        inspection.require_whole(found[schema.ERROR], found[schema.IMAGE_ID])
+        # Copied, because what comes read is a read-only view of Ray's object store.
+        features, logit = self._bundle.pooled(np.array(found[schema.IMAGE]))
+        pooled = features.astype(np.float64)
+        if self._moments is not None:
+            distance = novelty.distance(pooled, *self._moments)
+            ids = found[schema.IMAGE_ID].tolist()
+            return {schema.IMAGE_ID: [ids], DISTANCE: [distance], schema.LOGIT: [logit]}
+        return {N: [len(pooled)], TOTAL: [pooled.sum(0)], SQUARES: [(pooled**2).sum(0)]}

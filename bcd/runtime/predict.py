@@ -1,0 +1,261 @@
+"""Rows to predictions: one forward pass gives probability and evidence; one row out for each row in.
+
+The test part of a training run, archives and their tiles all come through here, so that the same bytes give
+the same numbers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.data import ActorPoolStrategy, Dataset
+from ray.data.datasource import FilenameProvider
+from ray.exceptions import RayError
+
+from bcd import provenance, schema, storage
+from bcd.data import read
+from bcd.imaging import image
+from bcd.model import bundle, cam, novelty, resnet
+from bcd.reports import overlay
+from bcd.runtime import cluster
+
+# What computes a row, by the name of its column `engine`.
+EAGER, COMPILED = "torch", "torch_compiled"
+CARRIED = (
+    schema.IMAGE_ID,
+    schema.URI,
+    schema.SLIDE,
+    schema.PATIENT,
+    schema.X_LEVEL0_PX,
+    schema.Y_LEVEL0_PX,
+    schema.MPP,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the numbers of a row, given its picture.
+
+    Names and meanings are those of `config.ScoreConfig`. The `model_id` is that of the bundle when the job
+    began: workers load it later, some of them much later, after a node was lost.
+    """
+
+    model_uri: str
+    model_id: str
+    precision: str = "float32"
+    batch_size: int = 32
+    cam: str = cam.CLOSED_FORM
+    cam_layer: str = "layer4"
+    overlays: bool = False
+    compile: bool = False
+
+
+def predictions(dataset: Dataset, settings: Settings, max_workers: int | None = None) -> Dataset:
+    """Score every row.
+
+    Args:
+        dataset: rows of schema `schema.READING`; order does not matter.
+        settings: what decides the numbers.
+        max_workers: model workers at a time, at most.
+
+    Returns:
+        A dataset with schema `schema.predictions`, one row for each given: a result or an error.
+    """
+    look = Look(bundle.read_same(settings.model_uri, settings.model_id), CARRIED)
+    return on_models(dataset, Scorer, (settings,), look, settings.batch_size, max_workers)
+
+
+@contextmanager
+def one_model(settings: Settings) -> Iterator[None]:
+    """Around all that executes `predictions`: what fails there because the bundle changed is told as that.
+
+    Raises:
+        BundleError: the bundle is not the one that the job began with, or no longer intact.
+    """
+    try:
+        yield
+    except RayError:
+        now = bundle.identify(settings.model_uri)
+        bundle.require_same(settings.model_uri, settings.model_id, now)
+        raise
+    bundle.read_same(settings.model_uri, settings.model_id)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the pictures of a dataset are read for a model: see `read.pixels`."""
+
+    card: bundle.Card
+    keep: tuple[str, ...]
+
+    def pixels(self, rows: pa.Table, threads: int = 1) -> dict[str, Any]:
+        """Pictures (n, height, width, 3) with what is kept of their rows."""
+        size = (self.card.input_height_px, self.card.input_width_px)
+        return read.pixels(rows, *size, self.keep, threads)
+
+
+def on_models(
+    dataset: Dataset,
+    worker: type,
+    arguments: tuple[Any, ...],
+    look: Look,
+    batch_size: int,
+    max_workers: int | None = None,
+) -> Dataset:
+    """Show every picture to an actor that holds a model.
+
+    On CPUs a worker reads what it looks at: pixels stay in its memory, and both use all its cores. GPUs must
+    not wait, so that CPU workers read for them.
+
+    Args:
+        dataset: rows of schema `schema.READING`.
+        worker: built with the arguments, and the number of threads that read pictures there, 0 where they
+            come read; called with rows, or with what `look` makes of them.
+        arguments: of the worker.
+        look: how pictures are read.
+        batch_size: pictures that a GPU is given at a time; a worker that reads is given whole blocks.
+        max_workers: at a time, at most.
+    """
+    pool = cluster.model_workers(max_workers)
+    if pool.num_gpus:
+        dataset = dataset.map_batches(look.pixels, batch_size=None, batch_format="pyarrow", num_cpus=1)
+    return dataset.map_batches(
+        worker,
+        fn_constructor_args=(*arguments, 0 if pool.num_gpus else pool.threads),
+        batch_size=batch_size if pool.num_gpus else None,
+        batch_format="numpy" if pool.num_gpus else "pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=pool.size, initial_size=pool.ready),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
+        runtime_env=cluster.MODEL_ENV,
+    )
+
+
+class Scorer:
+    """An actor that holds one model and scores batch after batch.
+
+    Args:
+        settings: what decides the numbers.
+        threads: that read pictures here; 0 where they come read.
+    """
+
+    def __init__(self, settings: Settings, threads: int) -> None:
+        self._settings, self._threads = settings, threads
+        if threads:
+            cluster.use_threads(threads)
+        self._bundle = bundle.load(
+            settings.model_uri, precision=settings.precision, compiled=settings.compile
+        )
+        self._constant = {
+            schema.MODEL_ID: self._bundle.model_id,
+            schema.ENGINE: COMPILED if settings.compile else EAGER,
+            schema.PRECISION: resnet.effective_precision(self._bundle.device, settings.precision),
+            schema.BCD_VERSION: provenance.own_version(),
+        }
+
+    def __call__(self, batch: Any) -> pa.Table:
+        """Rows to read, or pictures (n, height, width, 3) with their rows, to n rows of predictions.
+
+        Raises:
+            BundleError: the bundle is not the one that the job began with.
+        """
+        # Not where it is loaded: Ray would start another actor in the place of one that fails there.
+        bundle.require_same(self._settings.model_uri, self._settings.model_id, self._bundle.model_id)
+        if self._threads:
+            batch = Look(self._bundle.card, CARRIED).pixels(batch, self._threads)
+        good = batch[schema.ERROR] == ""
+        n = len(good)
+        columns = {name: pa.array(batch[name], from_pandas=True) for name in CARRIED}
+        for name in (schema.HEIGHT_PX, schema.WIDTH_PX):
+            columns[name] = pa.array(batch[name], mask=~good)
+        for name in (schema.ERROR, schema.ERROR_MESSAGE):
+            columns[name] = pa.array(batch[name], pa.string(), mask=good)
+        columns[schema.SHA256] = pa.array(batch[schema.SHA256], pa.string(), mask=batch[schema.SHA256] == "")
+        columns |= {name: pa.array([value] * n) for name, value in self._constant.items()}
+        return self._table(columns, batch[schema.IMAGE][good], good)
+
+    def _table(self, columns: dict[str, pa.Array], images: np.ndarray, good: np.ndarray) -> pa.Table:
+        height, width = self._bundle.evidence_size(self._settings.cam_layer)
+        form = schema.predictions(height, width, self._settings.overlays)
+        # Every batch has one shape: numbers do not depend on a row's neighbours.
+        size = self._settings.batch_size
+        parts = [self._results(images[at : at + size], form) for at in range(0, len(images), size)]
+        if parts:
+            results = pa.concat_tables(parts).combine_chunks()
+            answered = good.copy()
+            answered[good] = results[schema.PREDICTED_CLASS].is_valid()
+            unanswered = pa.array(good & ~answered)
+            columns[schema.ERROR] = pc.if_else(unanswered, bundle.NOT_FINITE, columns[schema.ERROR])
+            columns[schema.ERROR_MESSAGE] = pc.if_else(
+                unanswered, bundle.NOT_FINITE_MESSAGE, columns[schema.ERROR_MESSAGE]
+            )
+            place = pa.array(np.cumsum(good) - 1, mask=~answered)
+            columns |= {name: results[name].combine_chunks().take(place) for name in results.column_names}
+        return schema.fill(pa.table(columns), form)
+
+    def _results(self, images: np.ndarray, form: pa.Schema) -> pa.Table:
+        n, size = len(images), self._settings.batch_size
+        padded = np.concatenate([images, np.zeros((size - n, *images.shape[1:]), np.uint8)])
+        prediction = self._bundle.predict(padded, self._settings.cam, self._settings.cam_layer)
+        maps = prediction.evidence[:n]
+        height, width = maps.shape[1:]
+        statistics = self._bundle.card.feature_statistics
+        cutoff = statistics.cutoff if statistics else None
+        columns: dict[str, Any] = {
+            schema.LOGIT: list(prediction.logit[:n]),
+            schema.PROBABILITY: list(prediction.probability[:n]),
+            schema.PROBABILITY_MALIGNANT: prediction.probability_malignant[:n],
+            schema.PREDICTED_CLASS: prediction.predicted_class[:n],
+            schema.EVIDENCE: list(maps.reshape(n, -1)),
+            schema.EVIDENCE_HEIGHT: [height] * n,
+            schema.EVIDENCE_WIDTH: [width] * n,
+            schema.EVIDENCE_BIAS: pa.array(prediction.evidence_bias[:n], from_pandas=True),
+            schema.NOVELTY: pa.array(prediction.novelty[:n], from_pandas=True),
+            schema.NOVELTY_CUTOFF: [cutoff] * n,
+            schema.WARNINGS: [novelty.codes(distance, cutoff) for distance in prediction.novelty[:n]],
+        }
+        if self._settings.overlays:
+            known = zip(images, maps, prediction.finite[:n], strict=True)
+            columns[schema.OVERLAY] = [self._drawn(*pair) if ok else None for *pair, ok in known]
+        return pa.table({name: pa.array(values, form.field(name).type) for name, values in columns.items()})
+
+    def _drawn(self, picture: np.ndarray, evidence: np.ndarray) -> bytes:
+        # Log-odds have a scale that all pictures share; the values of other methods have none.
+        closed_form = self._settings.cam == cam.CLOSED_FORM
+        limit = overlay.LIMIT if closed_form else overlay.scale([evidence])
+        return image.png(overlay.overlay(picture, evidence, limit))
+
+
+class _PartNames(FilenameProvider):
+    """Files of a table that carry the id of the output folder that they belong to."""
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+
+    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
+        """`part-OWNER-WRITE-TASK.parquet`."""
+        return f"part-{self._owner}-{write_uuid}-{task_index:06}.parquet"
+
+
+def write(dataset: Dataset, uri: str, owner: str) -> None:
+    """Write a predictions table as Parquet, in place of the one that the same output folder held.
+
+    Args:
+        dataset: the rows.
+        uri: of the table's folder; files that are not of the table stay.
+        owner: id of the output folder, from `output.claim`.
+    """
+    storage.delete_files(uri, rf"part-{owner}-.*\.parquet")
+    filesystem, path = storage.resolve(uri)
+    names = _PartNames(owner)
+    dataset.write_parquet(path, filesystem=filesystem, compression="zstd", filename_provider=names)
+
+
+def read_back(uri: str, columns: list[str]) -> pa.Table:
+    """Some columns of a predictions table, sorted by image."""
+    table = storage.dataset(uri).to_table(columns=columns)
+    return table.sort_by(schema.IMAGE_ID)

@@ -1,0 +1,83 @@
+"""How far an archive is, in lines for people."""
+
+import time
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bcd import schema
+from bcd.scoring import tiling
+from bcd.scoring.ledger import INPUT, Done
+from bcd.text import counted
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class Progress:
+    """Counts committed rows and prints a line now and then.
+
+    Args:
+        todo: the inputs (schema `schema.INDEX`).
+        plans_uri: where the plans of slides are kept.
+        before: rows that were committed by an earlier, interrupted run.
+    """
+
+    def __init__(self, todo: pa.Table, plans_uri: str, before: Done) -> None:
+        names, sizes = todo[schema.IMAGE_ID].to_pylist(), todo[schema.SIZE_BYTES].to_pylist()
+        # Slides are as long as they are large. A manifest does not say: every input counts alike then.
+        self._weights = {name: size or 1 for name, size in zip(names, sizes, strict=True)}
+        self._before = before.rows
+        self._expected: dict[str, int] = {}
+        self._missing: dict[str, int] = {}
+        uris = todo[schema.URI].to_pylist()
+        self._slides = {name for name, uri in zip(names, uris, strict=True) if tiling.may_be_slide(uri)}
+        self._plans_uri = plans_uri
+        self._started = self._printed = time.monotonic()
+        self._done = self._rows = self._errors = 0
+        self.withheld: str | None = None
+        self._weight = 0.0
+
+    def add(self, counted: pa.Table) -> None:
+        """Take up what one commit wrote, and in `withheld` why storage did not give a row (the last one)."""
+        columns = (counted[name].to_pylist() for name in (INPUT, "rows", "errors"))
+        for name, rows, errors in zip(*columns, strict=True):
+            self._rows += rows
+            self._errors += errors
+            self._count(name, rows)
+        self.withheld = pc.max(counted["reason"]).as_py() or self.withheld
+        running = self._done < len(self._weights)
+        if running and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._print()
+
+    def _count(self, name: str, rows: int) -> None:
+        if name not in self._expected:
+            plan = tiling.read_plan(self._plans_uri, name) if name in self._slides else None
+            self._expected[name] = self._missing[name] = (plan.tiles if plan else 1) - self._before[name]
+        self._missing[name] -= rows
+        self._done += not self._missing[name]
+        self._weight += self._weights[name] * rows / max(1, self._expected[name])
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        seconds = max(self._printed - self._started, 1e-3)
+        share = self._weight / sum(self._weights.values())
+        unfinished = self._done < len(self._weights) and 0 < share < 1
+        left = f"; about {_duration(seconds * (1 - share) / share)} left" if unfinished else ""
+        print(
+            f"{self._done:,} of {counted(len(self._weights), 'input')}, {counted(self._rows, 'row')}, "
+            f"{counted(self._errors, 'error')}; "
+            f"{self._rows / seconds:.1f} rows/s{left}",
+            flush=True,
+        )
+
+    def end(self) -> float:
+        """The last line; returns rows per second."""
+        if self._weights:
+            self._print()
+        return round(self._rows / max(time.monotonic() - self._started, 1e-3), 2)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"

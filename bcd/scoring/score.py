@@ -1,0 +1,273 @@
+"""Score an archive: every field and every tile of its slides once, resumable at any moment.
+
+list inputs -> minus what is committed -> fields, and tiles of slides -> predictions -> segments
+-> books balance? -> merge into the table -> slides, gallery -> summary
+"""
+
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from ray.data import Dataset, TaskPoolStrategy
+
+from bcd import schema, storage
+from bcd.config.options import OPERATIONAL
+from bcd.config.scoring import ScoreConfig
+from bcd.data import archive
+from bcd.errors import ConfigError, IncompleteError
+from bcd.model import bundle
+from bcd.runtime import cluster, datasets, output, predict
+from bcd.scoring import finish, inputs, ledger, tiling
+from bcd.scoring.ledger import Done, Ledger
+from bcd.scoring.progress import Progress
+from bcd.slides import slide
+from bcd.text import counted
+
+# Rows that a worker reads and scores at a time; pixels of 15 MB at 224x336.
+ROWS_PER_BLOCK = 64
+# Rows of a segment for each model worker: at 8 rows a second, the slowest seen, half a minute of work.
+ROWS_PER_SEGMENT = 256
+# From here on half a minute of compiling pays: it gains 6 % (2 cores, float32 and bfloat16 alike).
+COMPILE_FROM_FILES, COMPILE_FROM_SLIDE_BYTES = 20_000, 2**32
+
+MPP_ERRORS = frozenset({"missing_mpp", "bad_mpp"})
+
+
+@dataclass(frozen=True)
+class Books:
+    """What was expected and what is there, in inputs (a field or a slide), rows per input."""
+
+    inputs: pa.Table
+    older: Done
+    done: Done
+    plans: Mapping[str, tiling.Plan]
+
+    def is_complete(self, name: str) -> bool:
+        """Whether an input has all its rows."""
+        if name in self.older.rows:
+            return True
+        expected = self.plans[name].tiles if name in self.plans else 1
+        return self.done.rows[name] >= expected
+
+    def open_inputs(self) -> pa.Table:
+        """Inputs that still miss rows."""
+        names = self.inputs[schema.IMAGE_ID].to_pylist()
+        return self.inputs.filter(pa.array([not self.is_complete(name) for name in names], pa.bool_()))
+
+
+def run(config: ScoreConfig) -> str:
+    """Score what is not scored yet, and return the URI of the output folder.
+
+    Raises:
+        BcdError: what the user can put right, before any long work where that is possible.
+        IncompleteError: inputs ended in neither a result nor an error.
+    """
+    started = time.monotonic()
+    if storage.join(config.output, "").startswith(storage.join(config.input, "")):
+        raise ConfigError(f"--output {config.output} lies inside --input: its pictures would be scored too")
+    output.check(config.output, output.SCORE)  # before any work
+    model_id = bundle.identify(config.model)
+    card = bundle.read_same(config.model, model_id)
+    found = archive.read(config.input)
+    cluster.connect()
+    compiled = _compiles(config, found.table)
+    ours, summary = ledger.begin(config.output, _deciding(config, model_id, compiled), _remedies(card))
+    books, changed = _settled(ours, found)
+    todo = books.open_inputs()
+    if not len(todo) and summary and "incomplete" not in summary and not books.done.rows:
+        n = counted(len(found.table), "input")
+        print(f"{ours.uri} is finished: {n}, all scored; see gallery.html there")
+        return ours.uri
+    _announce(found, todo)
+    settings = _settings(config, model_id, compiled)
+    progress = Progress(todo, ours.plans_uri, books.done)
+    with predict.one_model(settings):
+        rate = _score(ours, books, progress, todo, settings, _tile_settings(config, card), config.max_workers)
+    books = _books(ours, found.table)
+    _require_balance(books, progress.withheld)
+    if books.plans:
+        inputs.require_same_slides(found, archive.read(config.input), books.plans)
+    _merge(ours, books.done)
+    facts = _facts(config, card, model_id) | {
+        "n_ignored_files": found.ignored,
+        "ignored": dict(found.passed.most_common()),
+        "n_changed_inputs": len(changed),
+        "rows_per_s": rate or None,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    names = found.table[schema.IMAGE_ID].to_pylist()
+    summary = finish.present(ours, list(books.plans.values()), names, settings, facts)
+    ledger.finish(ours, summary)
+    for line in finish.summary_lines(ours.uri, summary):
+        print(line, flush=True)
+    return ours.uri
+
+
+def _settings(config: ScoreConfig, model_id: str, compiled: bool) -> predict.Settings:
+    return predict.Settings(
+        model_uri=config.model,
+        model_id=model_id,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        cam=config.cam,
+        cam_layer=config.cam_layer,
+        overlays=config.overlays == "png",
+        compile=compiled,
+    )
+
+
+def _tile_settings(config: ScoreConfig, card: bundle.Card) -> tiling.Tiling:
+    return tiling.Tiling(
+        tile_mpp=config.tile_mpp or max(card.mpp, default=None),
+        tile_width_px=card.field_width_px,
+        tile_height_px=card.field_height_px,
+        mpp=config.mpp,
+        min_tissue=config.min_tissue,
+        mpp_override=config.mpp_override,
+    )
+
+
+def _facts(config: ScoreConfig, card: bundle.Card, model_id: str) -> dict[str, Any]:
+    return {
+        "title": f"Scored archive: {config.input}",
+        "input": config.input,
+        "model_id": model_id,
+        "precision": config.precision,
+        "cam": config.cam,
+        "cam_layer": config.cam_layer,
+        "target": card.target,
+        "threshold": card.threshold,
+        "synthetic": card.synthetic,
+        "leaky": card.leaky,
+    }
+
+
+def _compiles(config: ScoreConfig, inputs: pa.Table) -> bool:
+    """Whether the network is compiled; once decided for an output it stays, because rounding differs."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    before = ledger.read_settings(config.output) or {}
+    if "compile" in before:
+        return bool(before["compile"])
+    slides = [uri.lower().endswith(slide.SLIDE_SUFFIXES) for uri in inputs[schema.URI].to_pylist()]
+    sizes = inputs[schema.SIZE_BYTES].to_pylist()
+    slide_bytes = sum(size or 0 for size, is_slide in zip(sizes, slides, strict=True) if is_slide)
+    long = len(inputs) >= COMPILE_FROM_FILES or slide_bytes >= COMPILE_FROM_SLIDE_BYTES
+    return long and (shutil.which("g++") is not None or cluster.capacity()["GPU"] > 0)
+
+
+def _deciding(config: ScoreConfig, model_id: str, compiled: bool) -> dict[str, Any]:
+    """The settings that decide a row; the model by its content, wherever it lies."""
+    settings = config.model_dump(mode="json", exclude=set(OPERATIONAL))
+    return settings | {"model": model_id, "compile": compiled}
+
+
+def _remedies(card: bundle.Card) -> ledger.Remedies:
+    """Flags that an error of a slide asks for; no slide with a result has used them."""
+    found = {"mpp": MPP_ERRORS, "mpp_override": MPP_ERRORS | {"too_coarse"}}
+    return found if card.mpp else found | {"tile_mpp": MPP_ERRORS}
+
+
+def _settled(ours: Ledger, found: archive.Archive) -> tuple[Books, list[str]]:
+    """The books without the rows of inputs that have changed since, and the ids of these."""
+    books = _books(ours, found.table)
+    changed = inputs.settle(ours, books.older, books.done, found)
+    if changed:
+        print(f"{inputs.sentence(changed, 'since the last run')}: scoring them again", flush=True)
+        books = _books(ours, found.table)
+    return books, changed
+
+
+def _books(ours: Ledger, listed: pa.Table) -> Books:
+    done = ledger.committed(ours)
+    uris = dict(zip(listed[schema.IMAGE_ID].to_pylist(), listed[schema.URI].to_pylist(), strict=True))
+    possible = [name for name in done.rows if name in uris and tiling.may_be_slide(uris[name])]
+    with ThreadPoolExecutor(storage.READ_THREADS) as pool:
+        plans = list(pool.map(lambda name: tiling.read_plan(ours.plans_uri, name), possible))
+    known = {name: plan for name, plan in zip(possible, plans, strict=True) if plan}
+    return Books(listed, ledger.merged(ours), done, known)
+
+
+def _require_balance(books: Books, withheld: str | None = None) -> None:
+    """Raises IncompleteError where an input has not all its rows; `withheld` is what storage said."""
+    if missing := books.open_inputs()[schema.IMAGE_ID].to_pylist():
+        why = f" Storage did not give all of them ({withheld}): is it up, and are the credentials valid?"
+        raise IncompleteError(
+            f"{len(missing):,} of {counted(len(books.inputs), 'input')} have neither a result nor an error, "
+            f"{missing[0]} among them; the same command goes on.{why if withheld else ''}"
+        )
+
+
+def _announce(found: archive.Archive, todo: pa.Table) -> None:
+    line = counted(len(found.table), "input")
+    if found.ignored:
+        line += f" ({found.ignored:,} other entries are not read: {archive.described(found.passed)})"
+    if len(todo) < len(found.table):
+        line += f"; {len(found.table) - len(todo):,} are scored already, going on with {len(todo):,}"
+    print(line, flush=True)
+
+
+def _score(
+    ours: Ledger,
+    books: Books,
+    progress: Progress,
+    todo: pa.Table,
+    settings: predict.Settings,
+    tile_settings: tiling.Tiling,
+    max_workers: int | None,
+) -> float:
+    """Score and commit; returns rows per second."""
+    if not len(todo):
+        return 0.0
+    pool = cluster.model_workers(max_workers)
+    started_slides = {name for name in todo[schema.IMAGE_ID].to_pylist() if books.done.rows[name]}
+    done_tiles = ledger.tile_ids(books.done, started_slides)
+    dataset = _reading(todo, tile_settings, ours.plans_uri, done_tiles)
+    commits = predict.predictions(dataset, settings, max_workers).map_batches(
+        ledger.commit,
+        fn_kwargs={"work_uri": ours.work_uri},
+        batch_size=ROWS_PER_SEGMENT * pool.size if settings.cam == "evidence" else ROWS_PER_BLOCK,
+        batch_format="pyarrow",
+        num_cpus=cluster.waiting_cpus(),
+    )
+    for batch in commits.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        progress.add(batch)
+        if ledger.is_withheld(batch):
+            break  # the rest would wait for storage row by row
+    return progress.end()
+
+
+def _reading(
+    todo: pa.Table, tile_settings: tiling.Tiling, plans_uri: str, done_tiles: frozenset[str]
+) -> Dataset:
+    """Rows to read, in small blocks."""
+    maybe = pa.array([tiling.may_be_slide(uri) for uri in todo[schema.URI].to_pylist()], pa.bool_())
+    fields = schema.fill(todo.filter(pc.invert(maybe)), schema.READING)
+    slides = todo.filter(maybe)
+    sources = []
+    if len(fields):
+        sources.append(datasets.rows(fields, ROWS_PER_BLOCK))
+    if len(slides):
+        tiles = datasets.rows(slides, 1).map_batches(
+            tiling.expand,
+            fn_kwargs={"tiling": tile_settings, "plans_uri": plans_uri, "done": done_tiles},
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=cluster.waiting_cpus(),
+            compute=TaskPoolStrategy(min(len(slides), max(1, int(cluster.capacity()["CPU"]) // 2))),
+        )
+        sources.append(tiles.repartition(target_num_rows_per_block=ROWS_PER_BLOCK))
+    return sources[0].union(*sources[1:]) if len(sources) > 1 else sources[0]
+
+
+def _merge(ours: Ledger, done: Done) -> None:
+    task = ray.remote(num_cpus=1, max_retries=-1)(ledger.merge)
+    written = ray.get([task.remote(part) for part in ledger.parts(ours, done)])
+    if sum(written) < len(done.rows):
+        raise IncompleteError(f"{sum(written):,} rows were merged for {len(done.rows):,} inputs")

@@ -1,0 +1,201 @@
+"""From inputs to what the network is to see: a field stays one row, a slide becomes its tiles with tissue."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel
+
+from bcd import schema, storage
+from bcd.data import read
+from bcd.errors import StorageError
+from bcd.imaging import image, pixel_size
+from bcd.slides import slide, slide_cache, tile, tissue
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How slides are cut. A tile has the size of a training field, in pixels and in µm.
+
+    tile_mpp is in µm per pixel; mpp that of slides that do not say it; mpp_override that of all slides;
+    min_tissue a share of a tile's area.
+    """
+
+    tile_mpp: float | None
+    tile_width_px: int
+    tile_height_px: int
+    mpp: float | None
+    min_tissue: float
+    mpp_override: float | None = None
+
+    def given(self, row: dict[str, Any]) -> pixel_size.Given:
+        """What is said of the µm per pixel of a slide, a row of `schema.INDEX`."""
+        both = (self.mpp_override, self.mpp_override) if self.mpp_override else None
+        return pixel_size.Given(row[schema.MPP], self.mpp, both)
+
+
+class Plan(BaseModel):
+    """What was found out about a slide before its tiles are scored; areas and tiles as in `schema.SLIDES`."""
+
+    slide: str
+    uri: str
+    patient: str | None
+    width_px: int
+    height_px: int
+    mpp_x: float
+    mpp_y: float
+    tiles: int
+    background_tiles: int
+    tissue_area_mm2: float
+    thumbnail_scale: float
+    bounds_x_px: int = 0
+    bounds_y_px: int = 0
+
+
+def expand(batch: pa.Table, tiling: Tiling, plans_uri: str, done: frozenset[str]) -> Iterator[pa.Table]:
+    """Rows of schema `schema.READING` for rows of `schema.INPUTS`.
+
+    A slide that cannot be used gives one row with its error. Of every other slide a `Plan` and a thumbnail
+    are kept below `plans_uri`.
+
+    Args:
+        batch: inputs.
+        tiling: how slides are cut.
+        plans_uri: folder of the plans.
+        done: image ids of tiles that have been scored.
+    """
+    for row in batch.to_pylist():
+        try:
+            yield _expanded(row, tiling, plans_uri, done)
+        except image.ImageError as error:
+            broken = {schema.SLIDE: row[schema.IMAGE_ID], schema.ERROR: error.code}
+            yield _reading(row | broken | {schema.ERROR_MESSAGE: error.message})
+
+
+def may_be_slide(uri: str) -> bool:
+    """Whether a file has to be opened to know how many rows it gives: its name does not say."""
+    return not uri.lower().endswith(slide.FIELD_SUFFIXES)
+
+
+def _expanded(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozenset[str]) -> pa.Table:
+    if row.get(schema.ERROR) or not may_be_slide(row[schema.URI]):
+        return _reading(row)
+    try:
+        # Tiles of a planned slide may be committed: its books go on. That of a changed file was forgotten.
+        tiles = _read_tiles(plans_uri, row[schema.IMAGE_ID])
+        if tiles is None and not slide.is_slide(slide_cache.stage(row[schema.URI]).path, tiling.given(row)):
+            return _reading(row)
+        tiles = _tiles(row, tiling, plans_uri) if tiles is None else tiles
+        return tiles.filter(pc.invert(pc.is_in(tiles[schema.IMAGE_ID], pa.array(done, pa.string()))))
+    except StorageError as error:
+        raise read.withheld(error) from error
+
+
+def _reading(row: dict[str, Any]) -> pa.Table:
+    own = {name: row.get(name) for name in schema.READING.names}
+    return pa.Table.from_pylist([own], schema=schema.READING)
+
+
+def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
+    """Plan a slide, and keep the plan."""
+    opened, _ = slide_cache.open_slide(row[schema.URI], tiling.given(row))
+    if tiling.tile_mpp is None:
+        raise image.ImageError("missing_mpp", "the model card has no µm per pixel; --tile-mpp gives it")
+    opened.level_for(tiling.tile_mpp)  # a scan too coarse for the model ends here
+    grid = tile.grid(
+        opened.width_px,
+        opened.height_px,
+        (opened.mpp_x, opened.mpp_y),
+        tiling.tile_mpp,
+        tiling.tile_width_px,
+        tiling.tile_height_px,
+    )
+    thumbnail, scale = opened.thumbnail()
+    mask = tissue.mask(thumbnail)
+    share = tissue.fraction(mask, grid.boxes(scale))
+    chosen = np.flatnonzero((share >= tiling.min_tissue) & (share > 0))
+    if not len(chosen):
+        raise image.ImageError(
+            "no_tissue", f"none of {len(grid):,} tiles has --min-tissue {tiling.min_tissue:g}"
+        )
+    plan = Plan(
+        slide=row[schema.IMAGE_ID],
+        uri=row[schema.URI],
+        patient=row[schema.PATIENT],
+        width_px=opened.width_px,
+        height_px=opened.height_px,
+        mpp_x=opened.mpp_x,
+        mpp_y=opened.mpp_y,
+        bounds_x_px=opened.bounds_x_px,
+        bounds_y_px=opened.bounds_y_px,
+        tiles=len(chosen),
+        background_tiles=len(grid) - len(chosen),
+        tissue_area_mm2=float(mask.sum()) * opened.mpp_x * opened.mpp_y / (scale * 1_000) ** 2,
+        thumbnail_scale=scale,
+    )
+    tiles = _tile_rows(plan, grid, chosen, tiling.tile_mpp, tiling)
+    _keep(plans_uri, plan, thumbnail, tiles)
+    return tiles
+
+
+def _tile_rows(plan: Plan, grid: tile.Grid, chosen: np.ndarray, tile_mpp: float, tiling: Tiling) -> pa.Table:
+    x, y = grid.x_level0_px[chosen], grid.y_level0_px[chosen]
+    ids = [tile.tile_id(plan.slide, *place, tile_mpp) for place in zip(x, y, strict=True)]
+    constant = {
+        schema.URI: plan.uri,
+        schema.SLIDE: plan.slide,
+        schema.PATIENT: plan.patient,
+        schema.SLIDE_MPP_X: plan.mpp_x,
+        schema.SLIDE_MPP_Y: plan.mpp_y,
+        schema.MPP: tile_mpp,
+        schema.WIDTH_PX: tiling.tile_width_px,
+        schema.HEIGHT_PX: tiling.tile_height_px,
+        schema.ERROR: None,
+        schema.ERROR_MESSAGE: None,
+    }
+    columns = {schema.IMAGE_ID: ids, schema.X_LEVEL0_PX: x, schema.Y_LEVEL0_PX: y}
+    columns |= {name: [value] * len(ids) for name, value in constant.items()}
+    return pa.table({name: columns[name] for name in schema.READING.names}, schema=schema.READING)
+
+
+def _key(slide_id: str) -> str:
+    return hashlib.sha256(slide_id.encode()).hexdigest()[:24]
+
+
+def _keep(plans_uri: str, plan: Plan, thumbnail: np.ndarray, tiles: pa.Table) -> None:
+    """In this order: where a plan stands, the thumbnail does too, and where the tiles stand, both do."""
+    storage.write_bytes(storage.join(plans_uri, f"{_key(plan.slide)}.png"), image.png(thumbnail))
+    storage.write_bytes(storage.join(plans_uri, f"{_key(plan.slide)}.json"), plan.model_dump_json().encode())
+    storage.write_table(storage.join(plans_uri, f"{_key(plan.slide)}.parquet"), tiles)
+
+
+def _read_tiles(plans_uri: str, slide_id: str) -> pa.Table | None:
+    """All tiles of a planned slide (schema `schema.READING`); None where there is no plan."""
+    uri = storage.join(plans_uri, f"{_key(slide_id)}.parquet")
+    return storage.read_table(uri).cast(schema.READING) if storage.exists(uri) else None
+
+
+def forget(plans_uri: str, slide_id: str) -> None:
+    """Remove the plan of a slide that has changed; the tiles first, without which there is no plan."""
+    for suffix in ("parquet", "json", "png"):
+        uri = storage.join(plans_uri, f"{_key(slide_id)}.{suffix}")
+        if storage.exists(uri):
+            storage.delete_file(uri)
+
+
+def read_plan(plans_uri: str, slide_id: str) -> Plan | None:
+    """The plan of a slide, or None where there is none (yet)."""
+    uri = storage.join(plans_uri, f"{_key(slide_id)}.json")
+    if not storage.exists(uri):
+        return None
+    return Plan(**json.loads(storage.read_bytes(uri)))
+
+
+def read_thumbnail(plans_uri: str, slide_id: str) -> np.ndarray:
+    """uint8 (h, w, 3) RGB of a planned slide."""
+    return image.decode(storage.read_bytes(storage.join(plans_uri, f"{_key(slide_id)}.png")))

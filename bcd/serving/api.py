@@ -1,0 +1,243 @@
+"""The HTTP interface as a FastAPI app: its routes and errors. What computes is an `Engine`."""
+
+import asyncio
+from importlib.resources import files
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+
+from bcd import provenance
+from bcd.imaging import image
+from bcd.model import bundle
+from bcd.model.bundle import Card, Prediction
+from bcd.reports.overlay import LIMIT
+from bcd.serving import upload
+from bcd.serving.documents import (
+    NOTICE,
+    Answer,
+    BatchAnswer,
+    BatchItem,
+    ErrorBody,
+    ErrorDocument,
+    Health,
+    ModelDocument,
+    answer,
+    drawn,
+)
+from bcd.serving.middleware import Limits, RefusedError
+
+STATUS = {
+    "unsupported_format": 415,
+    "whole_slide": 415,
+    "empty": 422,
+    "truncated": 422,
+    "too_many_pixels": 422,
+    bundle.NOT_FINITE: 500,
+    "too_large": 413,
+}
+# The page loads nothing but itself, and sends nothing but to where it came from.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Engine(Protocol):
+    """What computes: a replica, or a bundle alone in tests."""
+
+    card: Card
+    model_id: str
+
+    async def look(self, content: bytes) -> tuple[np.ndarray, Prediction]:
+        """An encoded picture to its pixels, uint8 (h, w, 3) RGB, and a prediction of one row.
+
+        Raises:
+            ImageError: it cannot be decoded.
+        """
+
+    async def ready(self) -> bool:
+        """Whether a forward pass has succeeded a moment ago."""
+
+
+def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    return {code: {"model": ErrorDocument} for code in codes}
+
+
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+PICTURE_TYPES = ("image/png", "image/jpeg", "image/tiff", "application/octet-stream")
+
+
+def _multipart(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    form = {"type": "object", "required": [name], "properties": {name: schema}}
+    return {"multipart/form-data": {"schema": form}}
+
+
+ONE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": dict.fromkeys(PICTURE_TYPES, BINARY) | _multipart(upload.ONE, BINARY["schema"]),
+    }
+}
+MANY_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": _multipart(upload.MANY, {"type": "array", "items": BINARY["schema"], "minItems": 1}),
+    }
+}
+WORK_ERRORS = _errors(400, 401, 408, 413, 415, 422, 500, 503, 504)
+
+
+def build(engine: Engine, limits: Limits, max_images: int) -> FastAPI:
+    """The app around an engine; authentication and limits are `guard.Guard`'s."""
+    app = FastAPIOffline(
+        title="bcd",
+        version=provenance.own_version(),
+        description=f"Breast-histopathology fields of view: probability and evidence. **{NOTICE}**",
+    )
+    _handle_errors(app)
+    _add_work(app, engine, max_images)
+    _add_facts(app, engine, limits, max_images)
+    _add_page(app)
+    return app
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(RefusedError)
+    async def refused(_: Request, error: RefusedError) -> Response:
+        return JSONResponse(error.document(), error.status, error.headers)
+
+    @app.exception_handler(image.ImageError)
+    async def broken(_: Request, error: image.ImageError) -> Response:
+        return JSONResponse(
+            {"error": {"code": error.code, "message": error.message}}, STATUS.get(error.code, 422)
+        )
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = f"{where}: {first['msg']}"
+        if first["type"] == "bool_parsing":
+            message = f"the option `{first['loc'][-1]}` is {first['input']!r:.60}; expected true or false"
+        return JSONResponse({"error": {"code": "invalid_request", "message": message}}, 422)
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        return JSONResponse(
+            {"error": {"code": code, "message": f"{error.detail}; see /docs"}},
+            error.status_code,
+            error.headers,
+        )
+
+
+def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
+    # Stands in the OpenAPI document; the guard does the work.
+    bearer = Depends(HTTPBearer(auto_error=False, description="the service's token"))
+
+    @app.post(
+        "/v1/predict",
+        response_model=Answer,
+        responses=WORK_ERRORS | {200: {"content": {"image/png": BINARY}, "model": Answer}},
+        openapi_extra=ONE_BODY,
+        dependencies=[bearer, Depends(upload.options("overlay", "preview"))],
+    )
+    async def predict(
+        request: Request,
+        overlay: Annotated[bool, Query(description="with `overlay_png`, base64")] = False,
+        preview: Annotated[bool, Query(description="with `preview_png`, base64, at most 1024 px")] = False,
+    ) -> Any:
+        """One picture (PNG, JPEG or TIFF) as raw body, or as multipart field `file`.
+
+        With `Accept: image/png` the answer is the picture with its evidence laid over it; the header
+        `X-Evidence-Limit` says at how many log-odds per cell a colour is full.
+        """
+        sent = await upload.one(request)
+        as_picture = request.headers.get("accept", "").lower().startswith("image/png")
+        pixels, prediction = await _look(engine, sent)
+        if as_picture:
+            png = await asyncio.to_thread(drawn, engine.card, pixels, prediction)
+            headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{LIMIT:g}"}
+            return Response(png, media_type="image/png", headers=headers)
+        return await asyncio.to_thread(
+            answer, engine.card, engine.model_id, pixels, prediction, overlay, preview
+        )
+
+    @app.post(
+        "/v1/predict/batch",
+        response_model=BatchAnswer,
+        responses=WORK_ERRORS,
+        openapi_extra=MANY_BODY,
+        dependencies=[bearer, Depends(upload.options())],
+    )
+    async def predict_batch(request: Request) -> Any:
+        """Several pictures as multipart field `files`: an answer or an error for each."""
+        found = await upload.many(request, max_images)
+        results = await asyncio.gather(*(_item(engine, sent) for sent in found))
+        return BatchAnswer(results=list(results))
+
+
+def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) -> None:
+    bearer = Depends(HTTPBearer(auto_error=False))
+
+    @app.get(
+        "/v1/model",
+        response_model=ModelDocument,
+        # Thousands of numbers that nobody looks at.
+        response_model_exclude={"card": {"feature_statistics"}},
+        responses=_errors(401, 422, 503, 504),
+        dependencies=[bearer, Depends(upload.options())],
+    )
+    async def about_model() -> Any:
+        """The model card, its identity, the limits, and the scale of the overlays."""
+        numbers = {
+            "max_body_bytes": limits.max_body_bytes,
+            "max_images": max_images,
+            "max_pixels": image.MAX_PIXELS,
+        }
+        return ModelDocument(model_id=engine.model_id, version=app.version, card=engine.card, limits=numbers)
+
+    @app.get("/healthz", response_model=Health)
+    async def alive() -> Any:
+        """Whether the process answers."""
+        return Health(status="alive")
+
+    @app.get("/readyz", response_model=Health, responses=_errors(503))
+    async def ready() -> Any:
+        """Whether a forward pass has succeeded a moment ago."""
+        if not await engine.ready():
+            raise RefusedError(503, "not_ready", "no forward pass has succeeded yet", {"Retry-After": "1"})
+        return Health(status="ready")
+
+
+def _add_page(app: FastAPI) -> None:
+    folder = files("bcd.serving").joinpath("page")
+    page = folder.joinpath("index.html").read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return Response(page, media_type="text/html; charset=utf-8", headers=headers)
+
+    app.mount("/page", StaticFiles(directory=str(folder)), name="page")
+
+
+async def _look(engine: Engine, sent: upload.Sent) -> tuple[np.ndarray, Prediction]:
+    # A slide may have to be written to disk to be known.
+    return await engine.look(await asyncio.to_thread(upload.field_of, sent))
+
+
+async def _item(engine: Engine, sent: upload.Sent) -> BatchItem:
+    try:
+        pixels, prediction = await _look(engine, sent)
+        document = await asyncio.to_thread(answer, engine.card, engine.model_id, pixels, prediction)
+    except image.ImageError as error:
+        return BatchItem(name=sent.name, error=ErrorBody(code=error.code, message=error.message))
+    return BatchItem(name=sent.name, answer=document)

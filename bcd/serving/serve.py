@@ -1,0 +1,321 @@
+"""Serve a model over HTTP with Ray Serve: `app` builds the application, `run` is the door of `jobs/serve.py`.
+
+A replica decodes and computes off the event loop. While a batch is computed, requests gather before the
+gate; when it is done they form the next one. So nobody waits for a timer: a lonely request is computed at
+once, and under load batches fill by themselves. On CPUs decoding is part of the batch, because threads that
+decode beside it fight with the network's for the cores; in front of a GPU it happens before the gate.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
+
+from bcd import storage
+from bcd.config.serving import ServeConfig, ServiceConfig
+from bcd.errors import BundleError, ConfigError, ResourceError
+from bcd.imaging import image
+from bcd.model import bundle
+from bcd.model.bundle import Prediction
+from bcd.runtime import cluster
+from bcd.serving import api, middleware
+
+NAME = "bcd"
+# A forward pass that succeeded so long ago still shows that the replica works.
+READY_FOR_S = 10.0
+READY_TIMEOUT_S = 20.0
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+Result = TypeVar("Result")
+# The picture as it was sent and as the network sees it, or what is wrong with it.
+Decoded = tuple[np.ndarray, np.ndarray] | image.ImageError
+# The picture as it was sent, and what the model says of it.
+Seen = tuple[np.ndarray, Prediction]
+
+
+class Gate:
+    """Lets requests through to the batcher only while the model is idle, one batch at a time.
+
+    `@serve.batch` closes a batch once its time is up, even while the model is busy: without a gate most
+    batches under load would be of one.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size, self._busy = size, False
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def enter(self) -> None:
+        """Wait until the model is idle."""
+        if self._busy or self._waiting:
+            place = asyncio.get_running_loop().create_future()
+            self._waiting.append(place)
+            try:
+                await place
+            except asyncio.CancelledError:
+                if place.done() and not place.cancelled():
+                    self.pass_on()
+                raise
+
+    def pass_on(self) -> None:
+        """One that was let in has left.
+
+        Ray drops a batch that all have left before it begins: it never ends either, so it opens no gate.
+        """
+        if not self._busy:
+            self._let_in(1)
+
+    def close(self) -> None:
+        """A batch begins."""
+        self._busy = True
+
+    def open(self) -> None:
+        """A batch has ended."""
+        self._busy = False
+        self._let_in(self._size)
+
+    def _let_in(self, n: int) -> None:
+        while n and self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                n -= 1
+
+
+@serve.ingress()
+class Replica:
+    """One copy of the model, and the HTTP interface in front of it: an `api.Engine`.
+
+    Args:
+        config: of the service.
+        token_digest: `guard.digest` of the token; None answers this machine only.
+        model_id: of the model that was deployed; a replica that starts later answers with no other.
+    """
+
+    def __init__(self, config: ServiceConfig, token_digest: str | None, model_id: str) -> None:
+        threads = _threads(config)
+        cluster.use_threads(threads)
+        self._config, self._token_digest = config, token_digest
+        # Ray lets a process that reserves no GPU see them all: every replica would sit on the first.
+        device = None if config.num_gpus else "cpu"
+        self._bundle = bundle.load(config.model, device, config.precision)
+        bundle.require_same(config.model, model_id, self._bundle.model_id)
+        self.card, self.model_id = self._bundle.card, self._bundle.model_id
+        self._decoders = ThreadPoolExecutor(threads, "decode")
+        self._computer = ThreadPoolExecutor(1, "compute")
+        self._decodes_ahead = self._bundle.device.type != "cpu"
+        self._gate = Gate(config.max_batch_size)
+        self._succeeded = -READY_FOR_S
+        canary = np.zeros((self.card.input_height_px, self.card.input_width_px, 3), np.uint8)
+        self._canary = image.png(canary)
+        for n in {1, config.max_batch_size}:  # a replica that cannot compute never becomes healthy
+            prediction = self._computer.submit(self._bundle.predict, np.stack([canary] * n)).result()
+            if not prediction.finite.all():
+                raise BundleError(f"{config.model}: {bundle.NOT_FINITE_MESSAGE}")
+
+    def __serve_build_asgi_app__(self) -> middleware.Guard:
+        self._forward.set_max_batch_size(self._config.max_batch_size)
+        limits = _limits(self._config)
+        app = api.build(self, limits, self._config.max_images)
+        return middleware.Guard(app, limits, self._token_digest, loopback_only=True)
+
+    async def look(self, content: bytes) -> Seen:
+        """See `api.Engine`."""
+        given = await self._decode(content) if self._decodes_ahead else content
+        await self._gate.enter()
+        try:
+            found = await self._forward(given)
+        except asyncio.CancelledError:
+            self._gate.pass_on()
+            raise
+        if isinstance(found, image.ImageError):
+            raise found
+        return found
+
+    async def ready(self) -> bool:
+        """See `api.Engine`."""
+        if time.monotonic() - self._succeeded > READY_FOR_S:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(READY_TIMEOUT_S):
+                    await self.look(self._canary)
+        return time.monotonic() - self._succeeded <= READY_FOR_S
+
+    @serve.batch(batch_wait_timeout_s=0.0, max_concurrent_batches=1)
+    async def _forward(self, given: list[bytes | Decoded]) -> list[Seen | image.ImageError]:
+        self._gate.close()
+        try:
+            return await self._seen(given)
+        finally:
+            self._gate.open()
+
+    async def _seen(self, given: list[Any]) -> list[Seen | image.ImageError]:
+        if not self._decodes_ahead:
+            given = await asyncio.gather(*map(self._decode, given))
+        fitted = [one[1] for one in given if not isinstance(one, image.ImageError)]
+        predictions = iter(await self._predict(fitted))
+        return [one if isinstance(one, image.ImageError) else (one[0], next(predictions)) for one in given]
+
+    async def _predict(self, fitted: list[np.ndarray]) -> list[Prediction]:
+        if not fitted:
+            return []
+        predict = partial(self._bundle.predict, np.stack(fitted))
+        prediction = await self._off_the_loop(self._computer, predict)
+        # The weights were finite when they were loaded: a replica that gives no numbers now is broken.
+        self._succeeded = time.monotonic() if prediction.finite.all() else -READY_FOR_S
+        return prediction.rows()
+
+    async def _decode(self, content: bytes) -> Decoded:
+        return await self._off_the_loop(self._decoders, partial(_decoded, self._bundle, content))
+
+    async def _off_the_loop(self, pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def _threads(config: ServiceConfig) -> int:
+    """Of one replica: where there may be several, together no more than the cores that they reserve."""
+    if config.max_replicas > 1:
+        return max(1, int(config.num_cpus))
+    return min(cluster.CPUS_PER_MODEL, cluster.cores())
+
+
+def _decoded(loaded: bundle.Bundle, content: bytes) -> Decoded:
+    try:
+        pixels = image.decode(content)
+    except image.ImageError as error:
+        return error
+    return pixels, loaded.fit(pixels)
+
+
+def app(config: ServiceConfig) -> Application:
+    """The application, for `serve run bcd.serving.serve:app model=URI` and for serve.yaml.
+
+    Raises:
+        BcdError: what the user can put right, before any replica is started.
+    """
+    return build(config, _listening_on())
+
+
+def build(config: ServiceConfig, host: str | None) -> Application:
+    """The application behind an address; `None` where that is not known yet.
+
+    Raises:
+        ConfigError: the address is reached from elsewhere, and there is no token.
+        BundleError: there is no model.
+    """
+    identity = bundle.model_id(bundle.read_card(config.model))
+    token_digest = _token_digest(config)
+    if token_digest is None and host is not None and not middleware.is_loopback(host):
+        raise ConfigError(
+            f"listening on {host} lets others in: set the variable {middleware.TOKEN_VARIABLE} or "
+            "--token-file, or listen on 127.0.0.1"
+        )
+    settings = config.model_dump(include=set(ServiceConfig.model_fields))
+    service = ServiceConfig(**settings | {"model": storage.absolute(config.model)})
+    replicas: dict[str, Any] = {"num_replicas": config.min_replicas}
+    if config.max_replicas > config.min_replicas:
+        bounds = {"min_replicas": config.min_replicas, "max_replicas": config.max_replicas}
+        replicas = {"autoscaling_config": bounds | {"target_ongoing_requests": config.max_batch_size}}
+    options = serve.deployment(Replica).options(
+        **replicas,
+        ray_actor_options={
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            "runtime_env": cluster.MODEL_ENV,
+        },
+        # One batch is computed while the next one gathers and is decoded.
+        max_ongoing_requests=2 * config.max_batch_size,
+        max_queued_requests=config.max_queued,
+    )
+    return options.bind(service, token_digest, identity)
+
+
+def _limits(config: ServiceConfig) -> middleware.Limits:
+    return middleware.Limits(
+        max_body_bytes=config.max_body_bytes,
+        max_requests=2 * config.max_batch_size * config.max_replicas + config.max_queued,
+        upload_timeout_s=config.upload_timeout_s,
+        answer_timeout_s=config.answer_timeout_s,
+    )
+
+
+def _token_digest(config: ServiceConfig) -> str | None:
+    token = os.environ.get(middleware.TOKEN_VARIABLE, "").strip()
+    if config.token_file:
+        token = storage.read_bytes(config.token_file).decode().strip()
+        if not token:
+            raise ConfigError(f"--token-file {config.token_file} is empty")
+    if not re.fullmatch(r"[!-~]*", token):  # what a header can carry
+        raise ConfigError("the token may have letters, digits and signs of ASCII only, and no spaces")
+    return middleware.digest(token) if token else None
+
+
+def _listening_on() -> str | None:
+    """The address of a Serve instance that runs already."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return client.http_config.host if client else None
+
+
+def run(config: ServeConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what was accepted.
+
+    Raises:
+        BcdError: what the user can put right.
+    """
+    application = build(config, config.host)
+    _require_free(config.host, config.port)
+    # For the proxy, which is a process of the cluster that we start; one that runs already has its own.
+    os.environ[middleware.PROXY_VARIABLE] = middleware.PROXY_CALLBACK
+    os.environ[middleware.LIMITS_VARIABLE] = json.dumps(asdict(_limits(config)))
+    if token_digest := _token_digest(config):
+        os.environ[middleware.DIGEST_VARIABLE] = token_digest
+    cluster.connect()
+    _require_capacity(config)
+    # Ray Serve tells of every step; what people want to know, we print.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    http = HTTPOptions(host=config.host, port=config.port)
+    serve.start(http_options=http, logging_config=QUIET)
+    serve.run(application, name=NAME, logging_config=QUIET)
+    stop = threading.Event()
+    # Only now: Ray sets handlers of its own when it starts.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    print(f"serving {config.model} at http://{config.host}:{config.port} (Ctrl-C ends it)", flush=True)
+    stop.wait()
+    print("finishing what was accepted", flush=True)
+    serve.delete(NAME)
+    serve.shutdown()
+
+
+def _require_capacity(config: ServeConfig) -> None:
+    """Serve would wait for ever."""
+    have = cluster.capacity()
+    for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
+        if each * config.min_replicas > have[kind]:
+            raise ResourceError(
+                f"{config.min_replicas} replicas of {each:g} {kind} each were asked for, but the cluster "
+                f"has {have[kind]:g}; lower --min-replicas or --num-{kind.lower()}s"
+            )
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ResourceError(f"--host {host} --port {port} cannot be listened on: {error}") from None

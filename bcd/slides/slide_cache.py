@@ -1,0 +1,164 @@
+"""Slides where OpenSlide can open them: on the local disk, in a cache of bounded size where they come from
+an object store."""
+
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BufferedRandom
+from pathlib import Path
+
+from bcd import storage
+from bcd.imaging import pixel_size
+from bcd.slides import dicom, slide
+
+# Slides of one machine, shared by all its processes. A large slide has 5 GB.
+CACHE = Path(tempfile.gettempdir()) / f"bcd-slides-{os.getuid()}"
+CACHE_BYTES = 20 * 2**30
+# Open slides of one process. Tiles come in runs of one slide.
+OPEN_SLIDES = 2
+LOCK = ".lock"
+# Each process looks through the cache once it has fetched so small a part of what the cache may hold.
+LOOKS_PER_CACHE = 64
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A file on the local disk. As long as the object lives, the cache does not let the file go."""
+
+    path: Path
+    lock: BufferedRandom | None
+
+
+@lru_cache(maxsize=OPEN_SLIDES)
+def open_slide(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged]:
+    """A slide at any URI, opened; the last ones stay open.
+
+    Raises:
+        ImageError: see `slide.open_slide`.
+        StorageError: it cannot be fetched.
+    """
+    staged = stage(uri)
+    return slide.open_slide(staged.path, given), staged
+
+
+def stage(uri: str) -> Staged:
+    """The file and what belongs to it, on the local disk; fetched once per machine, whole or not at all.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    if not storage.is_remote(uri):
+        return Staged(Path(storage.absolute(uri)), None)
+    # A slide that was replaced under the same name is another one.
+    folder = CACHE / hashlib.sha256(f"{uri} {storage.version(uri)}".encode()).hexdigest()[:24]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / LOCK).open("a+b")  # held as long as the slide is used
+    target = folder / "slide" / uri.rpartition("/")[2]
+    while True:
+        # Many may hold a slide. Only who fetches or removes it waits until nobody does.
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if target.exists():
+            os.utime(folder)
+            return Staged(target, lock)
+        with _locked(lock):
+            if not target.exists():
+                _make_room()
+                _fetch(uri, folder)
+                _grown.n_bytes += _size(folder)
+
+
+@contextmanager
+def _locked(lock: BufferedRandom) -> Iterator[None]:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def _fetch(uri: str, folder: Path) -> None:
+    aside = folder / "aside"
+    shutil.rmtree(aside, ignore_errors=True)
+    root, name = storage.parent(uri), uri.rpartition("/")[2]
+    _download(root, name, aside)
+    for other in _companions(root, name, aside / name):
+        _download(root, other, aside)
+    aside.rename(folder / "slide")
+
+
+def _download(root: str, name: str, folder: Path) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    storage.download(storage.join(root, name), folder / name)
+
+
+def _companions(root: str, name: str, fetched: Path) -> list[str]:
+    """Files beside a fetched one without which it cannot be opened: its MIRAX folder, its DICOM series."""
+    if name.lower().endswith(slide.MRXS):
+        return slide.companions([file.path for file in storage.list_files(root)], name)
+    with fetched.open("rb") as file:
+        if not dicom.is_dicom(file.read(dicom.HEAD_BYTES)):
+            return []
+    beside = [file for file in storage.list_files(root) if "/" not in file.path]
+    may_belong = (file.path.lower().endswith(slide.DICOM) or slide.is_unnamed(file.path) for file in beside)
+    series = _series(tuple(file for file, may in zip(beside, may_belong, strict=True) if may))
+    return [other for paths in series if name in paths for other in paths if other != name]
+
+
+@lru_cache(maxsize=2)
+def _series(files: tuple[storage.File, ...]) -> list[list[str]]:
+    """The slides of one folder. Read once per process: each of its slides asks."""
+    return list(dicom.slides(dicom.headers(files)).values())
+
+
+@dataclass
+class _Grown:
+    """Bytes that this process has fetched since it last looked through the cache; at first nobody knows."""
+
+    n_bytes: float = math.inf
+
+
+_grown = _Grown()
+
+
+def _make_room() -> None:
+    """Remove the slides not used for longest, but none that a process holds, until the rest fits.
+
+    Looking through a cache of many small files at each fetch would cost more than the fetching.
+    """
+    if _grown.n_bytes <= CACHE_BYTES / LOOKS_PER_CACHE:
+        return
+    _grown.n_bytes = 0
+    folders = sorted(CACHE.iterdir(), key=lambda folder: folder.stat().st_mtime)
+    sizes = [_size(folder) for folder in folders]
+    total = sum(sizes)
+    for folder, size in zip(folders, sizes, strict=True):
+        if total > CACHE_BYTES and _remove_unused(folder):
+            total -= size
+
+
+def _size(folder: Path) -> int:
+    paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
+    total = 0
+    for path in paths:
+        with suppress(FileNotFoundError):  # another process has moved or removed it meanwhile
+            total += os.path.getsize(path)
+    return total
+
+
+def _remove_unused(folder: Path) -> bool:
+    with open(folder / LOCK, "a+b") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        # The lock stays: another process may be waiting for it.
+        for name in ("slide", "aside"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    return True

@@ -1,0 +1,63 @@
+"""Upsampling: rows of the training part are repeated, whole, until the classes are equally frequent."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from bcd import schema, taxonomy
+from bcd.errors import DataError, LeakageError
+from bcd.split.split import TRAIN
+
+Balance = Literal["tumor_class", "subtype", "none"]
+
+_COLUMNS: Mapping[str, str] = {"tumor_class": schema.TUMOR_CLASS, "subtype": schema.SUBTYPE}
+
+
+def counts(table: pa.Table, by: taxonomy.Target) -> dict[str, int]:
+    """Rows of every class, in the taxonomy's order, zeros included.
+
+    Raises:
+        DataError: a label is missing or unknown.
+    """
+    classes = taxonomy.classes(by)
+    found = Counter(table[_COLUMNS[by]].to_pylist())
+    if strangers := found.keys() - set(classes):
+        n = sum(found[name] for name in strangers)
+        raise DataError(f"{n:,} rows have no {_COLUMNS[by]} to balance by; expected {', '.join(classes)}")
+    return {name: found[name] for name in classes}
+
+
+def upsample(table: pa.Table, by: Balance, seed: int) -> pa.Table:
+    """Repeat rows until every class that is there has as many as the largest.
+
+    Every row stands the same number of times within its class, or once more: whole repetitions, and
+    the rest drawn without replacement. Repetitions stand together, so shuffle before use.
+
+    Args:
+        table: rows of the training part only.
+        by: which classes; `none` leaves the table as it is.
+        seed: of the draw (raw PCG64 words: the same rows on every platform and version).
+
+    Raises:
+        LeakageError: the table has a part other than training.
+        DataError: a label is missing or unknown.
+    """
+    if schema.PART in table.column_names and (others := set(table[schema.PART].to_pylist()) - {TRAIN}):
+        raise LeakageError(
+            f"only training rows may be repeated, but there are {', '.join(sorted(others))} rows"
+        )
+    if by == "none":
+        return table
+    wanted = max(counts(table, by).values())
+    labels = np.array(table[_COLUMNS[by]].to_pylist(), dtype=object)
+    times = np.zeros(len(labels), dtype=np.int64)
+    words = np.random.PCG64(seed).random_raw(len(labels))
+    for label in set(labels):
+        members = np.flatnonzero(labels == label)
+        whole, rest = divmod(wanted, len(members))
+        times[members] = whole
+        times[members[np.argsort(words[members], kind="stable")[:rest]]] += 1
+    return table.take(np.repeat(np.arange(len(labels)), times))

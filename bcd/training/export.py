@@ -1,0 +1,126 @@
+"""From the best epoch to a bundle: novelty statistics, temperature, threshold; the test part has no say."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from ray.train import Result
+from torchvision.models import ResNet
+
+from bcd import provenance, schema, storage, taxonomy
+from bcd.config.training import TrainConfig
+from bcd.errors import BundleError
+from bcd.metrics import aggregate, calibration, decision
+from bcd.model import bundle, card, resnet
+from bcd.runtime import feature_statistics, run_directory
+from bcd.runtime.prepare import Facts, part_of
+from bcd.split import split
+from bcd.training import loop
+
+
+def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: Facts, result: Result) -> None:
+    """Write the best epoch by validation balanced accuracy as the bundle.
+
+    Args:
+        config: of the run.
+        uri: where the bundle goes.
+        table: the split rows.
+        facts: about the data.
+        result: of the training.
+
+    Raises:
+        BundleError: no checkpoint is intact.
+    """
+    network, measured = _best(result, len(taxonomy.classes(config.target)))
+    train, validation = part_of(table, split.TRAIN), part_of(table, split.VALIDATION)
+    known = _card(config, train, facts, measured)
+    statistics, logit = feature_statistics.measure(network, known, train, validation)
+    decided = _decided(config, logit, validation)
+    bundle.save(network, known.model_copy(update=decided | {"feature_statistics": statistics}), uri)
+
+
+def check(config: TrainConfig, table: pa.Table, facts: Facts) -> None:
+    """Raises BundleError before the training where no valid card could be written after it."""
+    measured = {schema.EPOCH: 1, loop.SCORE: 0.5, "n_validation": 1}
+    card.dump(_card(config, part_of(table, split.TRAIN), facts, measured))
+
+
+def fault(run_uri: str) -> str | None:
+    """Why the bundle of a finished run cannot be used, if it cannot."""
+    try:
+        bundle.identify(storage.join(run_uri, run_directory.MODEL))
+    except BundleError as error:
+        return str(error)
+    return None
+
+
+def _best(result: Result, n_classes: int) -> tuple[ResNet, dict[str, Any]]:
+    """The network of the best epoch whose checkpoint is intact, and what was measured of it."""
+
+    def score(pair: tuple[Any, dict[str, Any]]) -> float:
+        return pair[1][loop.SELECTION]
+
+    for checkpoint, measured in sorted(result.best_checkpoints, key=score, reverse=True):
+        try:
+            with checkpoint.as_directory() as folder:
+                tensors, _ = loop.read_checkpoint(Path(folder))
+                return resnet.assembled(n_classes, tensors), measured
+        except BundleError as error:
+            print(
+                f"warning: the checkpoint of epoch {measured[schema.EPOCH]} is damaged: {error}", flush=True
+            )
+    raise BundleError("no checkpoint of this run is intact; choose another --name to train anew")
+
+
+def _card(config: TrainConfig, train: pa.Table, facts: Facts, measured: dict[str, Any]) -> bundle.Card:
+    return card.make(
+        target=config.target,
+        classes=taxonomy.classes(config.target),
+        input_height_px=config.input_height_px,
+        input_width_px=config.input_width_px,
+        field_height_px=facts.field_height_px,
+        field_width_px=facts.field_width_px,
+        mpp=_distinct(train, schema.MPP),
+        magnifications=_distinct(train, schema.MAGNIFICATION),
+        protocol=config.protocol,
+        fold=config.fold,
+        seed=config.seed,
+        data_fingerprint=facts.data_fingerprint,
+        split_fingerprint=facts.split_fingerprint,
+        leaky=config.protocol in split.LEAKY,
+        synthetic=facts.synthetic,
+        warnings=tuple(facts.warnings),
+        training=config.model_dump(mode="json"),
+        validation={name: measured[name] for name in (schema.EPOCH, loop.SCORE, "n_validation")},
+        versions=provenance.versions(),
+        git_commit=provenance.git_commit(),
+    )
+
+
+def _distinct(table: pa.Table, column: str) -> tuple[Any, ...]:
+    return tuple(sorted({round(v, 4) for v in table[column].to_pylist() if v is not None}))
+
+
+def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table) -> dict[str, Any]:
+    """Temperature and threshold for the card, from the logits (n, classes) of the validation rows."""
+    classes = taxonomy.classes(config.target)
+    target = np.array([classes.index(name) for name in validation[config.target].to_pylist()])
+    malignant = np.array(validation[schema.TUMOR_CLASS].to_pylist()) == taxonomy.MALIGNANT
+    temperature = calibration.fit_temperature(logit, target)
+    told: dict[str, float | None] = {}
+    for when, divisor in (("before", 1.0), ("after", temperature)):
+        probability = calibration.probability_malignant(logit, classes, divisor)
+        told |= {
+            f"cross_entropy_{when}": calibration.cross_entropy(malignant, aggregate.log_odds(probability)),
+            f"brier_{when}": calibration.brier(malignant, probability),
+            f"ece_{when}": calibration.expected_error(malignant, probability),
+        }
+    chosen = decision.choose(malignant, probability, config.target_sensitivity)
+    patients = validation[schema.PATIENT]
+    return {
+        "temperature": temperature,
+        "calibration": told,
+        "threshold": chosen["threshold"],
+        "operating_point": chosen | {"n_patients": None if patients.null_count else len(patients.unique())},
+    }

@@ -1,0 +1,427 @@
+"""What one training worker does: epochs over its shard, exact validation, a checkpoint each time.
+
+Workers meet twice an epoch, to add up what they saw in training and in validation; both sums are exact over
+all rows, whatever the number of workers.
+"""
+
+import hashlib
+import logging
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.train
+import ray.train.torch
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.models import ResNet
+
+from bcd import schema, storage
+from bcd.config.training import TrainConfig
+from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
+from bcd.metrics import measures
+from bcd.model import preprocessing, resnet, train_step, weights
+from bcd.runtime import cluster, inspection
+from bcd.taxonomy import TRAIN, VALIDATION
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE, STATE_FILE = "model.safetensors", "state.pt"
+DIGEST = "weights_sha256"
+SCORE = "validation_balanced_accuracy"
+# Chooses the best epoch: the score, and of equal scores the lower loss. On a small validation part many
+# epochs are equal, and the first of them is seldom the best.
+SELECTION = "selection"
+TIE_BREAK = 1e-6
+# Steps between two looks at the loss, which make a GPU wait for its queue to empty.
+CHECK_STEPS = 20
+# Columns of some rows.
+Batch = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker is told."""
+
+    config: TrainConfig
+    classes: tuple[str, ...]
+    weights: ray.ObjectRef | None
+    run_uri: str
+    n_train: int
+    runs_per_node: int = 1
+
+
+@dataclass
+class State:
+    """What is trained, and how far: the content of a checkpoint."""
+
+    network: ResNet
+    optimizer: torch.optim.Optimizer
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Write network, optimiser and history into a folder."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS_FILE)
+        digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+        state = {"optimizer": self.optimizer.state_dict(), "history": self.history, DIGEST: digest}
+        torch.save(state, folder / STATE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote.
+
+        Raises:
+            BundleError: it is damaged; nothing has changed then.
+        """
+        tensors, state = read_checkpoint(folder)
+        own = self.network.state_dict()
+        tensors = weights.fitting(own, tensors, whole=True)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError) as error:
+            raise BundleError(f"{STATE_FILE} is of another optimiser: {error}") from error
+        self.network.load_state_dict(tensors)
+        self.history = state["history"]
+
+
+def read_checkpoint(folder: Path) -> tuple[weights.State, dict[str, Any]]:
+    """Weights, and the rest of a checkpoint.
+
+    Raises:
+        BundleError: it is damaged.
+    """
+    try:
+        content, rest = (folder / WEIGHTS_FILE).read_bytes(), (folder / STATE_FILE).read_bytes()
+    except FileNotFoundError as error:
+        raise BundleError(f"{Path(error.filename).name} is missing") from error
+    state = weights.read(rest, STATE_FILE)
+    if not weights.is_as_written(rest):
+        raise BundleError(f"{STATE_FILE} is not as it was written: a checksum differs")
+    # Those that an older version wrote have no digest.
+    if hashlib.sha256(content).hexdigest() != state.get(DIGEST, hashlib.sha256(content).hexdigest()):
+        raise BundleError(f"{WEIGHTS_FILE} is not as it was written: its SHA-256 differs")
+    return weights.read(content, WEIGHTS_FILE), state
+
+
+@dataclass
+class Seen:
+    """What one worker met in one pass: summed over workers by `_gather`."""
+
+    loss_sum: float = 0.0
+    image_ids: list[str] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    logits: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, batch: Batch, loss_sum: float) -> None:
+        """Count one batch."""
+        self.loss_sum += loss_sum
+        self.image_ids += batch[schema.IMAGE_ID].tolist()
+        self.targets += batch[schema.TARGET].tolist()
+
+
+def train(task: Task) -> list[dict[str, Any]] | BcdError:
+    """The training function of every worker.
+
+    Returns:
+        The history, a record per epoch, or what the user has to put right, which all workers find at the same
+        step: Ray Train would start a worker that raises it again and again.
+    """
+    try:
+        return _train(task)
+    except (ConfigError, DivergedError) as error:
+        return error
+
+
+def _train(task: Task) -> list[dict[str, Any]]:
+    config, context = task.config, ray.train.get_context()
+    # Ray Train tells of every report and checkpoint; what people want to know is our line per epoch.
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("bcd").setLevel(logging.INFO)
+    device = ray.train.torch.get_device()
+    resnet.set_precision(config.precision)
+    if device.type == "cpu":
+        cluster.share_cores(context.get_local_world_size() * task.runs_per_node)
+    # Every worker augments differently, every epoch anew, all from one seed.
+    torch.manual_seed(config.seed * 1_000 + context.get_world_rank())
+    state = _state(task, device)
+    network = ray.train.torch.prepare_model(state.network, False)
+    if isinstance(network, DistributedDataParallel):
+        # Running statistics are the same on all workers, or `train_step.average_batch_norm` makes them so. As
+        # an argument torch 2.11 only takes it by this name, and torch 2.13 warns about it.
+        network.broadcast_buffers = False
+    height, width = config.input_height_px, config.input_width_px
+    augmentation = preprocessing.augmentation(height, width) if config.augment else None
+    step = train_step.Step(network, state.optimizer, device, config.precision, augmentation)
+    stream = Stream(TRAIN, max(1, config.batch_size // context.get_world_size()))
+    with tempfile.TemporaryDirectory() as folder:
+        board = SummaryWriter(folder) if context.get_world_rank() == 0 else None
+        for epoch in range(len(state.history) + 1, config.epochs + 1):
+            record = _epoch(task, step, state, epoch, stream)
+            state.history.append(record)
+            if board is not None:
+                _publish(task, board, Path(folder), record)
+            _checkpoint(state, record)
+    return state.history
+
+
+def _state(task: Task, device: torch.device) -> State:
+    config = task.config
+    given = ray.get(task.weights) if task.weights is not None else None
+    network = resnet.build(len(task.classes), given, config.seed)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    if config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
+        train_step.share_batch_norm(network, device)
+    optimizer = train_step.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
+    state = State(network, optimizer)
+    _resume(state)
+    return state
+
+
+def _resume(state: State) -> None:
+    """Continue from the newest checkpoint that is intact, if there is one."""
+    for checkpoint in _checkpoints():
+        try:
+            with checkpoint.as_directory() as folder:
+                return state.load(Path(folder))
+        except BundleError as error:
+            logger.warning(f"the checkpoint {checkpoint.path} is damaged ({error}); the one before is used")
+    return None
+
+
+def _checkpoints() -> Iterator[ray.train.Checkpoint]:
+    """Those of this run that are kept, the newest first."""
+    if (newest := ray.train.get_checkpoint()) is None:
+        return
+    yield newest
+    reported = ray.train.get_all_reported_checkpoints()
+    older = [one for one in reported if one.checkpoint.path != newest.path]
+    yield from (one.checkpoint for one in sorted(older, key=lambda one: -one.metrics[schema.EPOCH]))
+
+
+def _epoch(task: Task, step: train_step.Step, state: State, epoch: int, stream: "Stream") -> dict[str, Any]:
+    started = time.monotonic()
+    trained = _gather(_train_epoch(task, step, epoch, stream))
+    seconds = time.monotonic() - started
+    if epoch < task.config.epochs:
+        stream.begin()
+    if not task.config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
+        train_step.average_batch_norm(state.network)
+    validated = _gather(_validate(task, state.network, step.device))
+    if not math.isfinite(validated.loss_sum):
+        raise _diverged(task, epoch, "the loss on the validation images is no finite number")
+    _log_exposure(task, trained, epoch)
+    names = [task.classes[target] for target in trained.targets]
+    counted = Counter(names)
+    n = len(names)
+    return {
+        "epoch": epoch,
+        "train_loss": trained.loss_sum / n,
+        "learning_rate": step.optimizer.param_groups[0]["lr"],
+        "seconds": time.monotonic() - started,
+        "images_per_s": n / seconds,
+        "class_counts": {name: counted[name] for name in task.classes},
+        "workers": ray.train.get_context().get_world_size(),
+        **_validation_metrics(task, validated),
+    }
+
+
+def _train_epoch(task: Task, step: train_step.Step, epoch: int, stream: "Stream") -> Seen:
+    config, world = task.config, ray.train.get_context().get_world_size()
+    n_steps = -(-(task.n_train // world) // stream.batch_size)
+    seen, losses = Seen(), []
+    step.network.train()
+    for i, batch in enumerate(train_step.even_tail(stream.batches(), stream.batch_size)):
+        # In the middle of the step: at both ends the rate is zero.
+        progress = (epoch - 1 + (i + 0.5) / n_steps) / config.epochs
+        rate = train_step.learning_rate(config.learning_rate, progress, config.warmup_fraction)
+        images, target = _tensors(batch)
+        _require_several(len(images) * (world if config.sync_batchnorm else 1))
+        loss = step(images, target, rate)
+        losses.append(loss * len(images))
+        seen.add(batch, 0.0)
+        if len(losses) % CHECK_STEPS == 0:
+            _require_finite(task, epoch, losses)
+    _require_several(len(losses) * stream.batch_size * world)
+    _require_finite(task, epoch, losses, step.network)
+    # One transfer at the end: asking for the loss at every step would make a GPU wait.
+    seen.loss_sum = float(torch.stack(losses).sum())
+    return seen
+
+
+def _require_several(n_images: int) -> None:
+    """Raises ConfigError for a step of a single image, of which batch norm can tell no variance."""
+    if n_images < 2:
+        raise ConfigError(
+            "a training step has a single image, of which batch norm can tell no variance: use fewer "
+            "--num-workers, a larger --batch-size, or more training images"
+        )
+
+
+def _require_finite(
+    task: Task, epoch: int, losses: list[torch.Tensor], network: nn.Module | None = None
+) -> None:
+    """Raises DivergedError, on all workers, where on one a loss since the last look, or a weight at the end
+    of an epoch, is no finite number."""
+    start = (len(losses) - 1) // CHECK_STEPS * CHECK_STEPS
+    watched = losses[start:] + ([train_step.weights_as_loss(network)] if network is not None else [])
+    first = train_step.first_not_finite(watched)
+    if ray.train.get_context().get_world_size() > 1:
+        torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
+    position = int(first)
+    if position == len(watched):
+        return
+    if start + position < len(losses):
+        raise _diverged(task, epoch, f"from step {start + position + 1} on the loss is no finite number")
+    raise _diverged(task, epoch, f"after its last step, {len(losses)}, the weights are no finite numbers")
+
+
+def _diverged(task: Task, epoch: int, what: str) -> DivergedError:
+    return DivergedError(
+        f"the training diverged in epoch {epoch}: {what}. Nothing of this epoch is kept. Train again under "
+        f"another --name with a lower --learning-rate than {task.config.learning_rate:g}, or with "
+        "--precision float32 if it was not"
+    )
+
+
+class Stream:
+    """Passes over this worker's share of some rows, each of which can begin before it is needed.
+
+    Its first batch takes one to three seconds, in which a GPU trains on a thousand images.
+    """
+
+    def __init__(self, name: str, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._shard = ray.train.get_dataset_shard(name)
+        self._begun: tuple[Future[Batch | None], Iterator[Batch]] | None = None
+
+    def begin(self) -> None:
+        """Start to read the next pass."""
+        self._begun = self._start()
+
+    def batches(self) -> Iterator[Batch]:
+        """The pass that was begun, else one that begins now."""
+        first, rest = self._begun or self._start()
+        self._begun = None
+        if (batch := first.result()) is not None:
+            yield batch
+            yield from rest
+
+    def _start(self) -> tuple[Future[Batch | None], Iterator[Batch]]:
+        """The first batch, which another thread asks for, and those that follow."""
+        rows = self._shard.iter_batches(batch_size=self.batch_size, batch_format="numpy", prefetch_batches=2)
+        rest = map(_whole, rows)
+        pool = ThreadPoolExecutor(1, "stream")
+        first = pool.submit(next, rest, None)
+        pool.shutdown(wait=False)
+        return first, rest
+
+
+def _whole(batch: Batch) -> Batch:
+    inspection.require_whole(batch[schema.ERROR], batch[schema.IMAGE_ID])
+    return batch
+
+
+def _tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and targets; copied, because Ray hands out read-only views of its object store."""
+    return torch.tensor(batch[schema.IMAGE]), torch.tensor(batch[schema.TARGET])
+
+
+@torch.inference_mode()
+def _validate(task: Task, network: ResNet, device: torch.device) -> Seen:
+    seen = Seen()
+    network.eval()
+    for batch in Stream(VALIDATION, task.config.batch_size).batches():
+        images, target = _tensors(batch)
+        inputs = preprocessing.normalise(images.to(device).permute(0, 3, 1, 2))
+        with resnet.autocast(device, task.config.precision):
+            logit = resnet.forward(network, inputs.contiguous(memory_format=torch.channels_last)).logit
+        loss_sum = nn.functional.cross_entropy(logit, target.to(device), reduction="sum")
+        seen.add(batch, float(loss_sum))
+        seen.logits.append(logit.cpu().numpy())
+    return seen
+
+
+def _validation_metrics(task: Task, seen: Seen) -> dict[str, float]:
+    probability = resnet.probability(torch.from_numpy(np.concatenate(seen.logits))).numpy()
+    targets = np.array(seen.targets)
+    measured = measures.multiclass(targets, probability, task.classes)
+    loss = seen.loss_sum / len(targets)
+    return {
+        "validation_loss": loss,
+        "validation_accuracy": measured["accuracy"],
+        SCORE: measured["balanced_accuracy"],
+        SELECTION: measured["balanced_accuracy"] - TIE_BREAK * loss,
+        "n_validation": len(targets),
+    }
+
+
+def _gather(seen: Seen) -> Seen:
+    """The sum over all workers, on every worker."""
+    world = ray.train.get_context().get_world_size()
+    parts: list[Any] = [seen]
+    if world > 1:
+        parts = [None] * world
+        torch.distributed.all_gather_object(parts, seen)
+    total = Seen()
+    for part in parts:
+        total.loss_sum += part.loss_sum
+        total.image_ids += part.image_ids
+        total.targets += part.targets
+        total.logits += part.logits
+    return total
+
+
+def _log_exposure(task: Task, seen: Seen, epoch: int) -> None:
+    """Keep which images this epoch trained on: the proof that none was held out."""
+    if ray.train.get_context().get_world_rank() != 0:
+        return
+    columns = {schema.EPOCH: [epoch] * len(seen.image_ids), schema.IMAGE_ID: seen.image_ids}
+    uri = storage.join(task.run_uri, "exposure", f"epoch-{epoch:04d}.parquet")
+    storage.write_table(uri, pa.table(columns, schema=schema.EXPOSURE))
+
+
+def _publish(task: Task, board: SummaryWriter, folder: Path, record: dict[str, Any]) -> None:
+    for name, value in record.items():
+        if isinstance(value, float):
+            board.add_scalar(name, value, record["epoch"])
+    board.flush()
+    storage.upload_folder(folder, storage.join(task.run_uri, "tensorboard"))
+    # Ray Train echoes what a worker prints, so a print would show twice.
+    logger.info(progress_line(record, task.config.epochs))
+
+
+def progress_line(record: dict[str, Any], epochs: int) -> str:
+    """One epoch, in a line for people."""
+    counts = ", ".join(f"{name} {n:,}" for name, n in record["class_counts"].items())
+    left = (epochs - record["epoch"]) * record["seconds"]
+    return (
+        f"epoch {record['epoch']}/{epochs}: "
+        f"loss {record['train_loss']:.3f} (validation {record['validation_loss']:.3f}), "
+        f"balanced accuracy {record[SCORE]:.3f} on {record['n_validation']:,} validation images; "
+        f"saw {counts}; learning rate {record['learning_rate']:.1e}; "
+        f"{record['images_per_s']:.1f} images/s, {record['seconds']:.0f} s; {_duration(left)} left"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _checkpoint(state: State, record: dict[str, Any]) -> None:
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report(record)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        state.save(Path(folder))
+        ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -1,0 +1,80 @@
+import pytest
+
+from bcd.config.training import CrossvalConfig, TrainConfig
+from bcd.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"num_workers": "8-2"}, "--num-workers 8-2: the minimum exceeds the maximum"),
+        ({"num_workers": "0"}, "--num-workers takes a number, MIN-MAX or auto"),
+        ({"protocol": "official"}, "--protocol official goes with --folds FOLDER"),
+        ({"folds": "f"}, "--protocol official goes with --folds FOLDER"),
+        ({"protocol": "official", "folds": "f"}, "--fold goes with --protocol official or --cross-folds"),
+        ({"protocol": "official", "folds": "f", "fold": 6}, "--fold 6: there are 5 folds"),
+        (
+            {"protocol": "official", "folds": "f", "fold": 1, "cross_folds": 5},
+            "official has its own five folds",
+        ),
+        ({"fold": 2}, "--fold goes with --protocol official or --cross-folds"),
+        ({"cross_folds": 3}, "--fold goes with --protocol official or --cross-folds"),
+        ({"cross_folds": 3, "fold": 4}, "--fold 4: there are 3 folds"),
+        ({"validation_fraction": 0.6, "test_fraction": 0.4}, "leave nothing to train on"),
+        ({"magnifications": (50,)}, r"--magnifications \[50\]: BreaKHis has \[40, 100, 200, 400\]"),
+        ({"name": "a/b"}, "--name 'a/b': use letters"),
+        ({"name": ".."}, r"--name '\.\.': use letters, .*, a letter or digit first"),
+        ({"name": "."}, r"--name '\.': use letters"),
+        ({"name": ".hidden"}, r"--name '\.hidden': use letters"),
+        ({"name": "-x"}, "--name '-x': use letters"),
+        ({"name": "a\n"}, "--name 'a.n': use letters"),
+        ({"learning_rate": float("inf")}, "--learning-rate input should be a finite number, not inf"),
+        ({"learning_rate": float("nan")}, "--learning-rate input should be a finite number, not nan"),
+        ({"weight_decay": float("inf")}, "--weight-decay input should be a finite number, not inf"),
+        (
+            {"validation_fraction": float("nan")},
+            "--validation-fraction input should be a finite number, not nan",
+        ),
+        ({"seed": 2**31}, "--seed input should be less than or equal to 2147483647, not 2147483648"),
+        ({"seed": -1}, "--seed input should be greater than or equal to 0, not -1"),
+        (
+            {"input_width_px": 10_000},
+            "--input-width-px input should be less than or equal to 4096, not 10000",
+        ),
+        (
+            {"sync_batchnorm": False, "batch_size": 7, "num_workers": "2-4"},
+            "--no-sync-batchnorm: of --batch-size 7 some of 4 workers .* at least 8 are needed",
+        ),
+        ({"learning_rate": -1}, "--learning-rate input should be greater than 0, not -1"),
+        ({"classes": ("benign=0", "malignant=0")}, "--classes malignant=0: 0 is benign"),
+        ({"learning_rat": 1}, "--learning-rat extra inputs are not permitted"),
+    ],
+)
+def test_contradictions_are_one_sentence_that_names_the_flag(settings, sentence):
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        TrainConfig(data="x", **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_single_image_is_none_where_batch_norm_counts_all_workers():
+    """Or where each gets two."""
+    TrainConfig(data="x", batch_size=4, num_workers="4")
+    TrainConfig(data="x", batch_size=8, num_workers="4", sync_batchnorm=False)
+    TrainConfig(data="x", batch_size=2, sync_batchnorm=False)
+
+
+def test_worker_bounds():
+    bounds = [TrainConfig(data="x", num_workers=n).worker_bounds() for n in ("auto", "3", "2-8")]
+    assert bounds == [None, (3, 3), (2, 8)]
+
+
+def test_protocols_stand_between_commas():
+    assert CrossvalConfig(data="d", protocol="image,case").protocols() == ("image", "case")
+    with pytest.raises(ConfigError, match="--protocol case,case: each protocol once"):
+        CrossvalConfig(data="d", protocol="case,case")
+    with pytest.raises(ConfigError, match="--protocol official goes with --folds"):
+        CrossvalConfig(data="d", protocol="case,official")
+    with pytest.raises(
+        ConfigError, match="--protocol 'cases': expected some of case, patient, official, image"
+    ):
+        CrossvalConfig(data="d", protocol="cases")

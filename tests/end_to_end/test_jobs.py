@@ -1,0 +1,193 @@
+"""The doors, as people use them: `ray job submit` to a cluster of its own, S3, real images, SIGKILL."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from bcd import schema, storage
+from bcd.model import bundle
+from bcd.runtime import inspection
+from tests import faults
+from tests.cluster import PATIENCE_S, finish, finished, kill, read_json, start_job, submit, wait_for
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(s3, request):
+    """Real images and ImageNet weights on S3 where they are at hand, else synthetic images and none."""
+    if not os.environ.get("BCD_REAL_DATA"):
+        storage.upload_folder(Path(request.getfixturevalue("tree")), f"{s3}/jobs-data")
+        return f"{s3}/jobs-data", "none"
+    real = request.getfixturevalue("real_data")
+    weights = f"{s3}/weights/resnet50.safetensors"
+    storage.upload_folder(real / "breakhis/BreaKHis_v1", f"{s3}/BreaKHis_v1")
+    storage.write_bytes(weights, (real / "weights/resnet50_imagenet.safetensors").read_bytes())
+    return f"{s3}/BreaKHis_v1", weights
+
+
+def train_arguments(data, s3, name, *more):
+    uri, weights = data
+    size = ("--input-height-px", "64", "--input-width-px", "96", "--batch-size", "16", "--epochs", "3")
+    # SGD: its checkpoints are half the size, and the S3 server is written in Python.
+    size += ("--optimizer", "sgd", "--learning-rate", "0.01")
+    return (
+        "jobs/train.py",
+        "--data",
+        uri,
+        "--output",
+        f"{s3}/jobs",
+        "--name",
+        name,
+        "--weights",
+        weights,
+        *size,
+        *more,
+    )
+
+
+def wait_for_epoch(client, job, run_uri, epoch):
+    """Until the checkpoint of an epoch stands, so that the next epoch is running."""
+
+    def stands():
+        assert not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
+        return storage.exists(f"{run_uri}/exposure/epoch-{epoch:04d}.parquet") and storage.exists(
+            f"{run_uri}/checkpoints/checkpoint_manager_snapshot.json"
+        )
+
+    wait_for(stands, PATIENCE_S, f"epoch {epoch}")
+
+
+def check_whole(run_uri, epochs):
+    """The run is finished, its history whole, and the bundle predicts without Ray what the table says."""
+    history = read_json(f"{run_uri}/history.json")
+    assert [record["epoch"] for record in history] == list(range(1, epochs + 1))
+    assert read_json(f"{run_uri}/run.json")["status"] == "finished"
+    measured = read_json(f"{run_uri}/metrics.json")
+    loaded = bundle.load(f"{run_uri}/model", device="cpu")
+    filesystem, path = storage.resolve(f"{run_uri}/predictions")
+    rows = pq.read_table(path, filesystem=filesystem).to_pylist()
+    assert len(rows) == measured["n_images"] > 0
+    direct = loaded.predict_files([storage.read_bytes(row[schema.URI]) for row in rows])
+    np.testing.assert_allclose([row[schema.LOGIT] for row in rows], direct.logit, atol=1e-4)
+
+
+def test_a_killed_job_goes_on_where_its_last_checkpoint_stands(cluster, data, s3):
+    """Done when 2 and 3: the job is SIGKILLed in epoch 2; the same command again finishes from epoch 2 on."""
+    client = JobSubmissionClient(cluster.dashboard)
+    run_uri = f"{s3}/jobs/killed"
+    arguments = train_arguments(data, s3, "killed")
+    first = submit(cluster, *arguments)
+    wait_for_epoch(client, first, run_uri, 1)
+    assert kill(cluster.processes(), r"python jobs/train.py .*--name killed")
+    assert finish(client, first)[0] == JobStatus.FAILED
+    status, log = finish(client, submit(cluster, *arguments))
+    assert status == JobStatus.SUCCEEDED, log
+    assert "epoch 1/3" not in log
+    assert "epoch 2/3" in log
+    assert "epoch 3/3" in log
+    check_whole(run_uri, 3)
+    status, log = finish(client, submit(cluster, *arguments))
+    assert status == JobStatus.SUCCEEDED
+    assert "is finished" in log
+
+
+def test_a_killed_worker_costs_at_most_its_epoch(cluster, data, s3):
+    """Done when 3: one of two workers is SIGKILLed in epoch 2; the run finishes by itself."""
+    client = JobSubmissionClient(cluster.dashboard)
+    run_uri = f"{s3}/jobs/worker-killed"
+    job = submit(cluster, *train_arguments(data, s3, "worker-killed", "--num-workers", "2"))
+    wait_for_epoch(client, job, run_uri, 1)
+    workers = [pid for pid, command in cluster.processes() if "ray::RayTrainWorker" in command]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    status, log = finish(client, job)
+    assert status == JobStatus.SUCCEEDED, log
+    assert log.count("epoch 1/3") == 1
+    check_whole(run_uri, 3)
+
+
+# What is asked of a store in the second epoch: by the readers of pictures, and by Ray Train.
+ASKED = {"reading": ".png", "keeping": "/checkpoints/checkpoint_"}
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("moment", ASKED)
+def test_credentials_that_expire_cost_the_running_epoch(moment, cluster, data, s3):
+    """Done when 6: a sentence, and the same command goes on."""
+    run_uri = f"{s3}/jobs/expired-{moment}"
+    arguments = train_arguments(data, s3, f"expired-{moment}", "--num-workers", "1", "--max-failures", "1")
+    with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:
+        expired = False
+
+        def answer(method, path):
+            nonlocal expired
+            kept = f"{run_uri}/checkpoints/checkpoint_manager_snapshot.json"
+            expired = expired or (ASKED[moment] in path and storage.exists(kept))
+            return faults.EXPIRED if expired else None
+
+        store.fault = answer
+        job = start_job(*arguments, **store.variables)
+        log, _ = job.communicate(timeout=PATIENCE_S)
+        assert job.returncode == 2, log
+        assert log.splitlines()[-1].startswith(f"error: {run_uri}/checkpoints: cannot keep or read it: ")
+        assert log.splitlines()[-1].endswith(inspection.ASK_AGAIN)
+        store.fault = lambda method, path: None
+        log = finished(start_job(*arguments, **store.variables))
+    assert "epoch 1/3" not in log
+    check_whole(run_uri, 3)
+
+
+@pytest.mark.trial
+def test_a_store_on_a_bad_day_costs_a_training_time_only(cluster, data, s3):
+    """Done when 6: every epoch is one step of all rows, so that both see the same batches."""
+    same = ("--num-workers", "1", "--batch-size", "256", "--no-augment", "--precision", "float32")
+    started = time.monotonic()
+    finished(start_job(*train_arguments(data, s3, "good-day", *same)))
+    between = time.monotonic()
+    with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:
+        store.fault, store.delay_s = faults.bad_day(), 0.02
+        finished(start_job(*train_arguments(data, s3, "bad-day", *same), **store.variables))
+        assert len(store.asked) > 400
+    print(f"{between - started:.0f} s on a good day, {time.monotonic() - between:.0f} s on a bad one")
+    check_whole(f"{s3}/jobs/bad-day", 3)
+    good, bad = (read_json(f"{s3}/jobs/{name}/history.json") for name in ("good-day", "bad-day"))
+    for one, other in zip(good, bad, strict=True):
+        assert other["class_counts"] == one["class_counts"]
+        assert other["train_loss"] == pytest.approx(one["train_loss"], abs=1e-3)
+        assert other["validation_loss"] == pytest.approx(one["validation_loss"], abs=1e-3)
+
+
+def test_a_wrong_command_fails_with_one_sentence(cluster, s3):
+    client = JobSubmissionClient(cluster.dashboard)
+    job = submit(
+        cluster,
+        "jobs/train.py",
+        "--data",
+        f"{s3}/nothing-here",
+        "--weights",
+        "none",
+        "--output",
+        f"{s3}/jobs",
+    )
+    status, log = finish(client, job)
+    assert status == JobStatus.FAILED
+    assert "error: s3://bucket/nothing-here: there is no such folder; check the path or bucket name" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.py")))
+def test_help_shows_the_exact_command(job):
+    done = subprocess.run(
+        [sys.executable, f"jobs/{job}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert f"-- python jobs/{job}" in " ".join(done.stdout.split())

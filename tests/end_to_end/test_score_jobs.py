@@ -1,0 +1,317 @@
+"""Archives as people score them: odd and broken files, SIGKILL at any moment, on disk and on S3.
+
+However a job was disturbed, the table is that of an undisturbed run, each row once.
+"""
+
+import itertools
+import os
+import re
+import uuid
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas
+import polars
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pytest
+import ray
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from bcd import schema, storage
+from bcd.config.scoring import ScoreConfig
+from bcd.errors import ConfigError
+from bcd.imaging import image
+from bcd.model import bundle, resnet
+from bcd.scoring import score
+from tests import archives, faults
+from tests.cluster import (
+    PATIENCE_S,
+    finish,
+    finished,
+    kill,
+    processes,
+    read_json,
+    start_job,
+    start_ray,
+    submit,
+    wait_for,
+)
+from tests.model.test_bundle import card, untrained
+
+pytestmark = pytest.mark.ray
+N_FIELDS = 400
+SCORER = r"ray::MapWorker\(MapBatches\(Scorer\)"
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """400 good fields, 11 odd ones, 30 broken ones, slides where they are at hand, and what is no input."""
+    root = str(tmp_path_factory.mktemp("archive"))
+    files = archives.fields(N_FIELDS) | archives.odd()
+    files |= {name: content for name, (content, _) in archives.broken().items()}
+    files["notes.txt"] = b"no input"
+    if folder := os.environ.get("BCD_REAL_DATA"):
+        slides = Path(folder) / "slides"
+        files |= {f"slides/{path.name}": path.read_bytes() for path in slides.iterdir()}
+        files["slides/half.svs"] = archives.half_a_slide(Path(folder))
+    for name, content in files.items():
+        storage.write_bytes(storage.join(root, name), content)
+    (Path(root) / "folder.png").mkdir()
+    return root
+
+
+@pytest.fixture(scope="module")
+def archive_on_s3(archive, s3):
+    storage.upload_folder(Path(archive), f"{s3}/archive")
+    return f"{s3}/archive"
+
+
+@pytest.fixture(scope="module")
+def model_uri(tmp_path_factory):
+    uri = str(tmp_path_factory.mktemp("model"))
+    bundle.save(untrained(), card(input_height_px=128, input_width_px=192), uri)
+    return uri
+
+
+def start(model_uri, data, output, **variables):
+    """The job as a process of its own, on the cluster of the tests."""
+    arguments = ("jobs/score.py", "--model", model_uri, "--input", data, "--output", str(output))
+    return start_job(*arguments, **variables)
+
+
+def table(output):
+    """The whole predictions table, sorted."""
+    filesystem, path = storage.resolve(storage.join(str(output), "predictions"))
+    found = pads.dataset(path, filesystem=filesystem, format="parquet").to_table()
+    return found.sort_by(schema.IMAGE_ID)
+
+
+def segments(output):
+    """Names of the files committed so far."""
+    files = storage.list_files_if_any(storage.join(str(output), "work", "0001"))
+    # Below it lie plans of slides.
+    return [file.path for file in files if file.path.endswith(".parquet") and "/" not in file.path]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, archive, model_uri, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    log = finished(start(model_uri, archive, output))
+    return output, log
+
+
+def assert_same(found, expected):
+    """Equal but for rounding; no id twice."""
+    names = found[schema.IMAGE_ID].to_pylist()
+    assert len(set(names)) == len(names)
+    assert names == expected[schema.IMAGE_ID].to_pylist()
+    for name in (schema.ERROR, schema.PREDICTED_CLASS, schema.X_LEVEL0_PX, schema.WIDTH_PX):
+        assert found[name].equals(expected[name])
+    good = pc.is_null(expected[schema.ERROR])
+    pair = [t.filter(good) for t in (found, expected)]
+    probabilities = [t[schema.PROBABILITY_MALIGNANT].to_numpy() for t in pair]
+    assert 0.01 < probabilities[0].mean() < 0.99
+    assert probabilities[0].std() > 1e-3
+    np.testing.assert_allclose(*probabilities, atol=1e-5)
+    maps = [np.stack(t[schema.EVIDENCE].to_pylist()) for t in pair]
+    np.testing.assert_allclose(*maps, atol=1e-4)
+
+
+def test_every_input_gives_a_result_or_a_typed_error(undisturbed, archive):
+    """Done when 1 and 2."""
+    output, log = undisturbed
+    rows = table(output).to_pylist()
+    by_input = {}
+    for row in rows:
+        name = row[schema.SLIDE] if row[schema.X_LEVEL0_PX] is not None else row[schema.IMAGE_ID]
+        by_input.setdefault(name, []).append(row)
+    files = [f.path for f in storage.list_files(archive) if not f.path.endswith(".txt")]
+    assert sorted(by_input) == sorted(files)
+    for name in [*archives.fields(N_FIELDS), *archives.odd()]:
+        assert [row[schema.ERROR] for row in by_input[name]] == [None], name
+    for name, (_, code) in archives.broken().items():
+        assert [row[schema.ERROR] for row in by_input[name]] == [code], name
+    summary = read_json(storage.join(str(output), "summary.json"))
+    assert summary["n_inputs"] == len(files) == summary["n_results"] + summary["n_errors"]
+    assert summary["n_ignored_files"] == 1
+    assert f"{len(files)} inputs = {summary['n_results']} results + {summary['n_errors']} errors" in log
+    if "slides/half.svs" in by_input:
+        assert [row[schema.ERROR] for row in by_input["slides/half.svs"]] == ["unreadable"]
+        assert [row[schema.ERROR] for row in by_input["slides/boxes.tiff"]] == ["missing_mpp"]
+        assert len(by_input["slides/CMU-1-Small-Region.svs"]) > 10
+    for row in rows:
+        if row[schema.ERROR] is None:
+            total = np.mean(row[schema.EVIDENCE]) + row[schema.EVIDENCE_BIAS]
+            assert total == pytest.approx(row[schema.LOGIT][1] - row[schema.LOGIT][0], abs=1e-3)
+
+
+def test_the_table_is_read_without_us(undisturbed):
+    """DuckDB, Polars and pandas see the same rows, numbers and maps."""
+    files = f"{undisturbed[0]}/predictions/*.parquet"
+    expected = table(undisturbed[0])
+    n_good = expected[schema.ERROR].null_count
+    mean = pc.mean(expected[schema.PROBABILITY_MALIGNANT]).as_py()
+    query = (
+        f"select count(*), avg(probability_malignant), max(len(evidence)) from '{files}' where error is null"
+    )
+    assert duckdb.sql(query).fetchall()[0] == (n_good, pytest.approx(mean), 4 * 6)
+    frame = polars.read_parquet(files).filter(polars.col("error").is_null())
+    assert (len(frame), frame["probability_malignant"].mean()) == (n_good, pytest.approx(mean))
+    assert frame["evidence"][0].len() == 4 * 6
+    frame = pandas.read_parquet(f"{undisturbed[0]}/predictions").query("error.isnull()")
+    assert (len(frame), frame["probability_malignant"].mean()) == (n_good, pytest.approx(mean))
+    assert len(frame["evidence"].iloc[0]) == 4 * 6
+
+
+def test_a_finished_run_does_nothing_and_another_model_is_refused(
+    undisturbed, archive, model_uri, tmp_path, joined, capsys
+):
+    output, _ = undisturbed
+    before = {f.path: f.size_bytes for f in storage.list_files(str(output))}
+    config = ScoreConfig(model=model_uri, input=archive, output=str(output))
+    score.run(config)
+    assert "is finished: " in capsys.readouterr().out
+    assert {f.path: f.size_bytes for f in storage.list_files(str(output))} == before
+    bundle.save(resnet.build(2, seed=2), card(input_height_px=128, input_width_px=192), str(tmp_path))
+    with pytest.raises(ConfigError, match="holds rows that were scored otherwise: --model "):
+        score.run(config.model_copy(update={"model": str(tmp_path)}))
+
+
+def test_a_job_killed_on_s3_goes_on_and_takes_up_new_files(
+    cluster, archive_on_s3, model_uri, s3, undisturbed, joined, capsys
+):
+    """Done when 3: SIGKILL of the driver, through `ray job submit`, from and to S3; then a file is added."""
+    client = JobSubmissionClient(cluster.dashboard)
+    bundle_uri, output = f"{s3}/score-model", f"{s3}/scores"
+    storage.upload_folder(Path(model_uri), bundle_uri)
+    arguments = ("jobs/score.py", "--model", bundle_uri, "--input", archive_on_s3, "--output", output)
+    first = submit(cluster, *arguments)
+    wait_for(lambda: segments(output), PATIENCE_S, "the first segment")
+    assert kill(cluster.processes(), r"python jobs/score.py .*--output s3://bucket/scores")
+    assert finish(client, first)[0] == JobStatus.FAILED
+    assert not storage.exists(f"{output}/summary.json")
+    status, log = finish(client, submit(cluster, *arguments))
+    assert status == JobStatus.SUCCEEDED, log
+    assert "are scored already, going on with" in log
+    assert_same(table(output), table(undisturbed[0]))
+    storage.write_bytes(f"{archive_on_s3}/late.png", archives.odd()["odd/grey.png"])
+    score.run(ScoreConfig(model=bundle_uri, input=archive_on_s3, output=output))
+    assert "going on with 1\n" in capsys.readouterr().out
+    storage.delete_file(f"{archive_on_s3}/late.png")
+    names = table(output)[schema.IMAGE_ID].to_pylist()
+    assert sorted(names) == sorted([*table(undisturbed[0])[schema.IMAGE_ID].to_pylist(), "late.png"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "victims"),
+    [
+        pytest.param(faults.EXPIRED, "field-", id="token"),
+        pytest.param(faults.SLOW_DOWN, "field-039", id="some", marks=pytest.mark.trial),
+    ],
+)
+def test_a_store_that_denies_in_the_middle_changes_nothing(
+    fault, victims, archive_on_s3, model_uri, tmp_path, undisturbed
+):
+    """From the 100th picture on, storage gives no or not every picture: no row calls that its fault."""
+    with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:
+        environment = store.variables
+        pictures = set()
+
+        def answer(method, path):
+            pictures.add(path)
+            return fault if len(pictures) > 100 and victims in path else None
+
+        store.fault = answer
+        job = start(model_uri, archive_on_s3, tmp_path, **environment)
+        log, _ = job.communicate(timeout=PATIENCE_S)
+        assert job.returncode == 1, log
+        assert "the same command goes on. Storage did not give all of them" in log
+        assert not (tmp_path / "summary.json").exists()
+        store.fault = lambda method, path: None
+        log = finished(start(model_uri, archive_on_s3, tmp_path, **environment))
+        assert "are scored already, going on with" in log
+    assert_same(table(tmp_path), table(undisturbed[0]))
+    assert image.UNAVAILABLE not in table(tmp_path)[schema.ERROR].to_pylist()
+
+
+@pytest.mark.trial
+def test_a_store_on_a_bad_day_costs_time_only(archive_on_s3, model_uri, s3, undisturbed):
+    """All of it is on S3."""
+    output = f"{s3}/{uuid.uuid4().hex}"
+    with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:
+        store.fault, store.delay_s = faults.bad_day(), 0.02
+        finished(start(model_uri, archive_on_s3, output, **store.variables))
+        assert len(store.asked) > 400
+        assert {"GET", "HEAD", "PUT"} <= {method for method, _ in store.asked}
+    assert_same(table(output), table(undisturbed[0]))
+
+
+VICTIMS, STORES = ("driver", "actor", "node"), ("disk", "s3")
+# The moments of a job, by what it has written: its settings, the first rows, a file of the table.
+MOMENTS = {"begun": "config.json", "scoring": "work/0001/", "merging": "predictions/part-"}
+# The others take half an hour: `pytest -m trial tests/test_score_jobs.py`.
+EVERY_TIME = {("actor", "disk", "scoring"), ("node", "s3", "scoring")}
+
+
+def trials():
+    for trial in itertools.product(VICTIMS, STORES, MOMENTS):
+        if trial[0] == "actor" and trial[2] == "merging":
+            continue  # it has gone by then
+        yield pytest.param(*trial, marks=() if trial in EVERY_TIME else pytest.mark.trial)
+
+
+def wait_for_moment(job, output, moment):
+    """Until the job has written what marks the moment, and is not finished."""
+
+    def come():
+        assert job.poll() is None, job.communicate()[0]
+        return any(file.path.startswith(MOMENTS[moment]) for file in storage.list_files_if_any(str(output)))
+
+    wait_for(come, PATIENCE_S, moment)
+    assert not storage.exists(storage.join(str(output), "summary.json"))
+
+
+def wait_for_actor(job, found):
+    """Until one of the processes is a model actor."""
+
+    def come():
+        assert job.poll() is None, job.communicate()[0]
+        return any(re.search(SCORER, command) for _, command in found())
+
+    wait_for(come, PATIENCE_S, "a model actor")
+
+
+@pytest.fixture
+def second_node(cluster, joined):
+    """Finds the processes of a second node, which is gone in the end."""
+    marker = f"BCD_TEST_NODE={uuid.uuid4().hex}"
+    node = start_ray([f"--address={cluster.gcs}", "--num-cpus=4"], marker)
+    wait_for(lambda: sum(n["Alive"] for n in ray.nodes()) == 2, PATIENCE_S, "the second node")
+    yield lambda: processes(node.pid, marker)
+    node.kill()
+    wait_for(lambda: not kill(processes(node.pid, marker)), 60, "the end of the second node")
+    node.wait()
+    wait_for(lambda: sum(n["Alive"] for n in ray.nodes()) == 1, PATIENCE_S, "the cluster to see it")
+
+
+@pytest.mark.parametrize(("victim", "store", "moment"), list(trials()))
+def test_a_kill_changes_nothing(
+    victim, store, moment, cluster, archive, archive_on_s3, model_uri, s3, tmp_path, undisturbed, request
+):
+    """Done when 3: SIGKILL; the same command again where the job itself was killed."""
+    data, output = (archive, tmp_path) if store == "disk" else (archive_on_s3, f"{s3}/{uuid.uuid4().hex}")
+    found = request.getfixturevalue("second_node") if victim == "node" else cluster.processes
+    job = start(model_uri, data, output)
+    if victim != "driver" and moment != "merging":
+        wait_for_actor(job, found)
+    wait_for_moment(job, output, moment)
+    if victim == "driver":
+        job.kill()
+        job.communicate()
+        job = start(model_uri, data, output)
+    else:
+        assert kill(found(), SCORER if victim == "actor" else "")
+    finished(job)
+    assert_same(table(output), table(undisturbed[0]))

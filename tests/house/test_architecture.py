@@ -1,0 +1,269 @@
+"""The rules of the house, held by reading the code's own syntax trees. Each test lists all offenders."""
+
+import ast
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from bcd import schema
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGE = sorted((ROOT / "bcd").rglob("*.py"))
+JOBS = sorted((ROOT / "jobs").glob("*.py"))
+MODULES = [path for path in PACKAGE if path.name != "__init__.py"]
+TREES = {path: ast.parse(path.read_text()) for path in PACKAGE + JOBS}
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
+
+COLUMNS = set(schema.INDEX.names) | set(schema.predictions(1, 1).names) | {schema.PART, schema.IMAGE}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of what a module imports; `from bcd import x` counts as bcd.x."""
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    return (
+        node for node in ast.walk(TREES[path]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+
+
+def depth(node: ast.AST) -> int:
+    """Deepest nesting of blocks below a node; an `elif` is no deeper than its `if`."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        elif_ = isinstance(node, ast.If) and isinstance(child, ast.If) and child in node.orelse
+        deepest = max(deepest, depth(child) + (isinstance(child, BLOCKS) and not elif_))
+    return deepest
+
+
+# A folder imports from itself and from those before it. "" holds the modules beside the folders, `DOORS`
+# those of them that start everything.
+RANKS = [
+    *("", "config", "metrics", "imaging", "slides", "data", "split", "model", "reports", "runtime"),
+    *("audit", "preflight", "evaluation", "training", "scoring", "serving", "doors"),
+]
+DOORS = {"bcd.cli", "bcd.demo"}
+WITH_RAY = {
+    *("runtime", "evaluation", "training", "scoring"),
+    *("bcd.audit.audit", "bcd.preflight.doctor", "bcd.serving.serve"),
+}
+WITH_TORCH = {
+    "model",
+    "bcd.runtime.cluster",
+    "bcd.training.loop",
+    "bcd.preflight.doctor",
+    "bcd.serving.serve",
+}
+# Public names that are in two modules, because each means the same of another thing.
+SHARED: set[str] = set()
+MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 17_300
+
+
+def folder_of(name: str) -> str:
+    """The folder of a module below bcd: "" beside the folders."""
+    return "doors" if name in DOORS else ".".join(name.split(".")[1:-1])
+
+
+def packages(path: Path) -> set[str]:
+    """Third-party packages that a module imports."""
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def offenders(found: Iterable[object]) -> None:
+    """Fail with all of them."""
+    listed = sorted(map(str, found))
+    assert not listed, "\n" + "\n".join(listed)
+
+
+def test_folders_import_from_those_before_them():
+    names = {name_of(path) for path in MODULES}
+    offenders(
+        f"{name} imports {wanted}"
+        for path in MODULES
+        for name in [name_of(path)]
+        for full in imports(path)
+        for wanted in {full, full.rpartition(".")[0]} & names
+        if RANKS.index(folder_of(wanted)) > RANKS.index(folder_of(name))
+    )
+
+
+def test_modules_import_in_no_circle():
+    names = {name_of(path) for path in MODULES}
+    graph = {}
+    for path in MODULES:
+        wanted = {n for full in imports(path) for n in (full, full.rpartition(".")[0])}
+        graph[name_of(path)] = wanted & names
+    done: set[str] = set()
+    while ready := {name for name in graph.keys() - done if graph[name] <= done}:
+        done |= ready
+    assert done == names, f"a cycle among {sorted(names - done)}"
+
+
+def test_ray_and_torch_are_imported_where_they_belong():
+    places = {"ray": WITH_RAY, "torch": WITH_TORCH}
+    offenders(
+        f"{name_of(path)} imports {package}"
+        for path in MODULES
+        for package, allowed in places.items()
+        if package in packages(path) and not {name_of(path), folder_of(name_of(path))} & allowed
+    )
+
+
+def test_folders_modules_and_functions_are_small():
+    folders = Counter(folder_of(name_of(path)) for path in MODULES)
+    found = [f"{folder}: {n} modules" for folder, n in folders.items() if folder and n > MOST_MODULES]
+    there = [path for path in (ROOT / "bcd").iterdir() if not path.name.startswith("__")]
+    found += [
+        f"{kind.__name__}: {n}"
+        for kind, n, most in (
+            (Path.is_dir, sum(map(Path.is_dir, there)), MOST_FOLDERS),
+            (Path.is_file, sum(map(Path.is_file, there)), MOST_ROOT_MODULES),
+        )
+        if n > most
+    ]
+    for path in MODULES:
+        if (n := len(path.read_text().splitlines())) > 500:
+            found.append(f"{name_of(path)}: {n} lines")
+        found += [
+            f"{name_of(path)}.{function.name}"
+            for function in functions(path)
+            if function.end_lineno - function.lineno >= 50 or depth(function) > 3
+        ]
+    offenders(found)
+
+
+def test_the_whole_is_no_larger_than_agreed():
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE) <= MOST_LINES
+
+
+def test_no_public_name_is_in_two_modules():
+    where = defaultdict(set)
+    for path in MODULES:
+        for node in TREES[path].body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                where[node.name].add(name_of(path))
+    offenders(
+        f"{name}: {sorted(homes)}" for name, homes in where.items() if len(homes) > 1 and name not in SHARED
+    )
+
+
+def test_jobs_are_doors():
+    offenders(
+        name_of(path)
+        for path in JOBS
+        if len(path.read_text().splitlines()) > 25
+        or list(functions(path))
+        or "ray job submit" not in ast.get_docstring(TREES[path])
+    )
+
+
+def test_init_files_import_nothing():
+    """That of the package offers its few names when they are asked for."""
+    offenders(
+        name_of(path)
+        for path in PACKAGE
+        if path.name == "__init__.py" and path.parent.name != "bcd" and path.read_text().strip()
+    )
+
+
+def test_every_module_has_its_test_file():
+    offenders(
+        name_of(path)
+        for path in MODULES
+        for below in [path.relative_to(ROOT / "bcd")]
+        if not (ROOT / "tests" / below.parent / f"test_{below.name}").exists()
+    )
+
+
+def test_every_module_and_public_name_has_a_docstring():
+    found = [name_of(path) for path in MODULES if not ast.get_docstring(TREES[path])]
+    found += [
+        f"{name_of(path)}.{node.name}"
+        for path in MODULES
+        for node in TREES[path].body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    offenders(found)
+
+
+def is_broad(handler: ast.ExceptHandler) -> bool:
+    named = {n.id for n in ast.walk(handler.type) if isinstance(n, ast.Name)} if handler.type else set()
+    return not named or bool(named & {"Exception", "BaseException"})
+
+
+def test_no_broad_except_but_around_foreign_decoders():
+    """They may raise anything for a file from anywhere, and one image must not end a job or a service."""
+    broad = [
+        (name_of(path), function.name)
+        for path in MODULES + JOBS
+        for function in functions(path)
+        for node in ast.walk(function)
+        if isinstance(node, ast.ExceptHandler) and is_broad(node)
+    ]
+    assert broad == [("bcd.imaging.image", "boundary")]
+
+
+def test_column_names_are_spelled_in_schema_only():
+    """`row[schema.PATIENT]`, never `row["patient"]`.
+
+    `breakhis` subscripts the groups of its file-name pattern, which are not columns.
+    """
+    offenders(
+        f"{name_of(path)}, line {node.lineno}: {node.slice.value!r}"
+        for path in MODULES
+        if path.stem not in ("schema", "breakhis")
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Subscript)
+        and isinstance(node.slice, ast.Constant)
+        and node.slice.value in COLUMNS
+    )
+
+
+def test_names_keep_to_the_glossary():
+    found = [name_of(path) for path in MODULES if path.stem in {"utils", "common", "helpers", "base"}]
+    for path in MODULES:
+        names = {n.id for n in ast.walk(TREES[path]) if isinstance(n, ast.Name)}
+        names |= {a.arg for f in functions(path) for a in f.args.args} | {f.name for f in functions(path)}
+        found += [f"{name_of(path)}: {name}" for name in names if "patch" in name.lower()]
+    offenders(found)
+
+
+IMPORT_ALL = """
+import importlib, pathlib, socket, subprocess, sys, threading
+def refuse(*args, **kwargs): raise AssertionError("importing opened a connection or started a process")
+# torch.compile's machinery counts cores by a subprocess at import: not ours, so it is let in first
+import torch, torchvision, ray, ray.data, ray.train.torch, torch.utils.tensorboard
+socket.socket.connect = refuse
+subprocess.Popen.__init__ = refuse
+before = threading.active_count(), set(pathlib.Path().iterdir())
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+assert (threading.active_count(), set(pathlib.Path().iterdir())) == before
+assert not ray.is_initialized()
+"""
+
+
+def test_importing_starts_writes_and_downloads_nothing(tmp_path):
+    names = [name_of(path) for path in MODULES]
+    subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], cwd=tmp_path, check=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_light_modules_do_not_import_torch():
+    folders = {"", "config", "metrics", "imaging", "slides", "data", "split"}
+    light = [name_of(path) for path in MODULES if folder_of(name_of(path)) in folders]
+    code = f"import sys, {', '.join(light)}; assert not {{'torch', 'ray'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

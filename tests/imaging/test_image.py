@@ -1,0 +1,232 @@
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from bcd.errors import StorageError
+from bcd.imaging import container, image
+from tests import pictures
+
+PIXELS = pictures.gradient()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_lossless_pictures_are_decoded_exactly(kind):
+    np.testing.assert_array_equal(image.decode(pictures.encode(PIXELS, kind)), PIXELS)
+
+
+def test_the_content_decides_the_format_and_not_a_name():
+    decoded = image.decode(pictures.encode(PIXELS, "JPEG", quality=95))
+    assert np.abs(decoded.astype(int) - PIXELS).mean() < 3
+
+
+def test_grey_becomes_three_equal_channels():
+    decoded = image.decode(pictures.encode(PIXELS[..., 0]))
+    np.testing.assert_array_equal(decoded, np.repeat(PIXELS[..., :1], 3, -1))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(kind):
+    decoded = image.decode(pictures.encode(PIXELS[..., 0].astype(np.uint16) * 257, kind))
+    np.testing.assert_array_equal(decoded[..., 1], PIXELS[..., 0])
+
+
+def deep_png(samples, *chunks):
+    """A PNG of 16-bit samples, uint16 (h, w) or (h, w, 3), with more chunks before the pixels."""
+    height, width = samples.shape[:2]
+    rows = samples.astype(">u2").reshape(height, -1).tobytes()
+    stride = len(rows) // height
+    lines = b"".join(b"\0" + rows[i : i + stride] for i in range(0, len(rows), stride))
+    head = struct.pack(">IIBBBBB", width, height, 16, 2 if samples.ndim == 3 else 0, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return container.PNG + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in parts
+    )
+
+
+def test_sixteen_bit_colors_are_rounded_and_not_cut_off():
+    samples = np.array([[[128, 129, 65_535], [385, 386, 0]]], np.uint16)
+    assert image.decode(deep_png(samples)).tolist() == [[[0, 1, 255], [1, 2, 0]]]
+
+
+@pytest.mark.parametrize("samples", [PIXELS.astype(np.uint16) << 4, PIXELS[..., 0].astype(np.uint16) << 2])
+def test_few_bits_in_sixteen_are_no_black_image(samples):
+    """Significant bits (sBIT) say how deep the original was; the samples of a PNG are scaled all the same."""
+    with pytest.raises(
+        image.ImageError, match=r"brightest sample is .* fewer than 16 bits are in use"
+    ) as caught:
+        image.decode(deep_png(samples, (b"sBIT", bytes([12] * (3 if samples.ndim == 3 else 1)))))
+    assert caught.value.code == "unsupported_format"
+
+
+def test_the_deep_color_that_is_transparent_lies_over_white():
+    grey = np.array([[0, 1, 65_535]], np.uint16)
+    assert image.decode(deep_png(grey, (b"tRNS", b"\0\1")))[0, :, 0].tolist() == [0, 255, 255]
+    colors = np.array([[[0, 0, 0], [1, 2, 3], [9, 9, 65_535]]], np.uint16)
+    found = image.decode(deep_png(colors, (b"tRNS", struct.pack(">HHH", 1, 2, 3))))
+    assert found.tolist() == [[[0, 0, 0], [255, 255, 255], [0, 0, 255]]]
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# The same with red and blue exchanged: what it calls red is blue.
+SWAPPED = SRGB.replace(b"rXYZ", b"????").replace(b"bXYZ", b"rXYZ").replace(b"????", b"bXYZ")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_colors_are_converted_from_the_profile_of_the_file(kind):
+    plain = image.decode(pictures.encode(PIXELS, kind))
+    converted = image.decode(pictures.encode(PIXELS, kind, icc_profile=SWAPPED))
+    assert np.abs(converted[..., ::-1].astype(int) - plain).max() <= 1
+    np.testing.assert_array_equal(image.decode(pictures.encode(PIXELS, kind, icc_profile=SRGB)), plain)
+
+
+def test_profiles_of_transparent_grey_and_palette_images():
+    see_through = Image.fromarray(PIXELS).convert("RGBA")
+    see_through.putalpha(255)
+    for picture, expected in [
+        (see_through, PIXELS[..., ::-1]),
+        (Image.fromarray(PIXELS[..., 0]), np.repeat(PIXELS[..., :1], 3, -1)),
+        (Image.new("P", (4, 3), 1), None),
+    ]:
+        if expected is None:
+            picture.putpalette([0, 0, 0, 250, 100, 10])
+            expected = np.full((3, 4, 3), (10, 100, 250))
+        found = image.decode(pictures.encode(picture, icc_profile=SWAPPED))
+        assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile", "message"),
+    [
+        ("RGB", b"no profile", "cannot be used"),
+        ("RGB", SRGB[:200], "cannot be used"),
+        ("CMYK", SRGB, "its colour profile is of RGB, its pixels are CMYK"),
+        ("RGB", SRGB.replace(b"RGB XYZ", b"5CLRXYZ"), "5CLR"),
+    ],
+)
+def test_a_profile_that_says_nothing_is_named(mode, profile, message):
+    content = pictures.encode(Image.new(mode, (4, 4)), "TIFF", icc_profile=profile)
+    with pytest.raises(image.ImageError, match=message) as caught:
+        image.decode(content)
+    assert caught.value.code == "unsupported_format"
+
+
+# What decoders were seen to raise, and what nobody has seen yet.
+RAISED = [OverflowError, MemoryError, RecursionError, SyntaxError, KeyError, AssertionError, struct.error]
+RAISED += [zlib.error, UserWarning, NotImplementedError, UnicodeDecodeError]
+
+
+@pytest.mark.parametrize("kind", RAISED)
+def test_whatever_a_decoder_raises_is_an_error_of_that_image(monkeypatch, kind):
+    def fails(*_, **__):
+        raise kind("utf-8", b"x", 0, 1, "why") if kind is UnicodeDecodeError else kind("why")
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(image.ImageError, match=r"the image cannot be decoded: .*why") as caught:
+        image.decode(pictures.encode(PIXELS))
+    lacks = kind in (MemoryError, RecursionError)
+    assert caught.value.code == ("unreadable" if lacks else "truncated")
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_who_ends_the_process_ends_it(monkeypatch, kind):
+    def fails(*_, **__):
+        raise kind
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(kind):
+        image.decode(pictures.encode(PIXELS))
+
+
+def test_storage_is_no_decoder():
+    with pytest.raises(StorageError, match="gone"), image.boundary("truncated", "x"):
+        raise StorageError("gone")
+
+
+def test_a_palette_that_overflows_is_damage():
+    """One byte of the tag table changed: its numbers have 32 bits."""
+    tags, strips = pictures.tiff_page(PIXELS[..., 0], 3)
+    content = pictures.tiff((tags | {320: (4, [2**31] * 768)}, strips))
+    with pytest.raises(image.ImageError, match="the image cannot be decoded") as caught:
+        image.decode(content)
+    assert caught.value.code == "truncated"
+
+
+def test_bytes_are_counted_before_they_are_decoded(monkeypatch):
+    monkeypatch.setattr(image, "MAX_FILE_BYTES", 100)
+    with pytest.raises(image.ImageError, match="at most 100 are read") as caught:
+        image.decode(pictures.encode(PIXELS))
+    assert caught.value.code == "too_large"
+
+
+def test_transparency_lies_over_white():
+    picture = Image.fromarray(PIXELS).convert("RGBA")
+    picture.putalpha(0)
+    assert (image.decode(pictures.encode(picture)) == 255).all()
+    palette = Image.fromarray(PIXELS).quantize(8)
+    assert image.decode(pictures.encode(palette, transparency=0)).max() == 255
+
+
+def test_cmyk_is_converted():
+    decoded = image.decode(pictures.encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"))
+    np.testing.assert_array_equal(decoded[0, 0], [255, 0, 0])
+
+
+@pytest.mark.parametrize("name", pictures.broken())
+def test_every_kind_of_damage_has_its_code(name):
+    content, code = pictures.broken()[name]
+    with pytest.raises(image.ImageError) as caught:
+        image.decode(content)
+    assert caught.value.code == code
+
+
+def test_random_damage_never_raises_anything_else():
+    content = bytearray(pictures.encode(pictures.gradient(60, 90)))
+    draw = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(300):
+        damaged = bytearray(content)
+        for place in draw.integers(8, len(damaged), 8):
+            damaged[place] = draw.integers(256)
+        try:
+            outcomes.add(image.decode(bytes(damaged)).shape[-1])
+        except image.ImageError as error:
+            outcomes.add(error.code)
+    assert outcomes <= {3, "truncated", "unsupported_format", "too_many_pixels"}
+    assert "truncated" in outcomes
+
+
+def test_fit_keeps_the_whole_field_and_its_aspect_ratio():
+    fitted = image.fit(pictures.gradient(460, 700), 224, 336)
+    assert fitted.shape == (224, 336, 3)
+    top, left, height, width = image.placement(460, 700, 224, 336)
+    assert (top, left, height, width) == (1, 0, 221, 336)
+    assert (fitted[0] == image.FILL).all()
+    inner = fitted[top : top + height, left : left + width]
+    # corners of the field are still corners: nothing was cropped
+    np.testing.assert_allclose(
+        inner[[0, 0, -1, -1], [0, -1, 0, -1], :2], [[0, 0], [255, 0], [0, 255], [255, 255]], atol=2
+    )
+
+
+def test_fit_leaves_a_picture_of_the_right_size_alone():
+    np.testing.assert_array_equal(image.fit(PIXELS, *PIXELS.shape[:2]), PIXELS)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (2000, 10)])
+def test_fit_takes_any_shape(size):
+    assert image.fit(np.zeros((*size, 3), np.uint8), 96, 144).shape == (96, 144, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "within", "expected"),
+    [((100, 300), (50, 60), (20, 60)), ((100, 300), (10, 300), (10, 30)), ((10, 20), (50, 60), (10, 20))],
+)
+def test_shrink_keeps_the_aspect_ratio_and_never_enlarges(size, within, expected):
+    found = image.shrink(pictures.gradient(*size), *within)
+    assert found.shape == (*expected, 3)
+    if size == expected:
+        np.testing.assert_array_equal(found, pictures.gradient(*size))

@@ -1,0 +1,253 @@
+import io
+import json
+import uuid
+
+import jsonschema
+import numpy as np
+import pytest
+from PIL import Image
+
+from bcd.reports import heatmap
+from bcd.slides import slide, tile
+from tests import pictures
+
+NUMBERS = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+COLOR = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": 255},
+    "minItems": 3,
+    "maxItems": 3,
+}
+# What QuPath's PathObjectTypeAdapter reads (qupath-core, since 0.4), and GeoJSON asks (RFC 7946, 3.1.6).
+QUPATH = {
+    "type": "object",
+    "required": ["type", "features"],
+    "properties": {
+        "type": {"const": "FeatureCollection"},
+        "features": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["type", "id", "geometry", "properties"],
+                "additionalProperties": False,
+                "properties": {
+                    "type": {"const": "Feature"},
+                    "id": {"type": "string", "pattern": "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"},
+                    "geometry": {
+                        "type": "object",
+                        "required": ["type", "coordinates"],
+                        "properties": {
+                            "type": {"const": "Polygon"},
+                            "coordinates": {
+                                "type": "array",
+                                "minItems": 1,
+                                "maxItems": 1,
+                                "items": {"type": "array", "items": NUMBERS, "minItems": 4},
+                            },
+                        },
+                    },
+                    "properties": {
+                        "type": "object",
+                        "required": ["objectType", "measurements"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "objectType": {"enum": ["tile", "detection", "annotation"]},
+                            "classification": {
+                                "type": "object",
+                                "required": ["name", "color"],
+                                "additionalProperties": False,
+                                "properties": {"name": {"type": "string", "minLength": 1}, "color": COLOR},
+                            },
+                            "measurements": {
+                                "type": "object",
+                                "additionalProperties": {"type": "number"},
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+WHITE = np.full((100, 200, 3), 255, np.uint8)
+
+
+def test_colour_says_the_class_and_its_strength_the_certainty():
+    boxes = np.array([[0, 0, 40, 40], [40, 0, 40, 40], [80, 0, 40, 40], [120, 0, 40, 40], [160, 0, 40, 40]])
+    drawn = heatmap.draw(WHITE, 1.0, boxes, np.array([0.0, 0.3, 0.5, 0.7, 1.0]), 0.5).astype(int)
+    red_less_blue = [int(drawn[20, x, 0] - drawn[20, x, 2]) for x in (20, 60, 100, 140, 180)]
+    assert red_less_blue == sorted(red_less_blue)
+    assert red_less_blue[0] < -100
+    assert abs(red_less_blue[2]) <= 2
+    assert red_less_blue[4] > 100
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.3, 0.5, 0.93])
+def test_the_colours_part_where_the_classes_do(threshold):
+    """A tile just below the threshold is no redder than blue, one just above no bluer than red."""
+    probability = np.array([0, threshold - 0.01, threshold, threshold + 0.01, 1])
+    boxes = np.array([[40 * i, 0, 40, 40] for i in range(5)])
+    drawn = heatmap.draw(WHITE, 1.0, boxes, probability, threshold).astype(int)
+    red_less_blue = [int(drawn[20, x, 0] - drawn[20, x, 2]) for x in (20, 60, 100, 140, 180)]
+    assert [np.sign(value) for value in red_less_blue] == [-1, -1, 0, 1, 1]
+    ends = heatmap.draw(WHITE, 1.0, boxes, probability, 0.5)
+    np.testing.assert_array_equal(drawn[20, [20, 180]], ends[20, [20, 180]])
+
+
+@pytest.mark.parametrize(("threshold", "signs"), [(0.0, [0, 1, 1]), (1.0, [-1, -1, 0])])
+def test_a_threshold_at_an_end_leaves_one_colour(threshold, signs):
+    place = heatmap._place(np.array([0.0, 0.5, 1.0]), threshold)
+    assert [np.sign(value) for value in place - 0.5] == signs
+    assert place.min() >= 0
+    assert place.max() <= 1
+
+
+@pytest.mark.parametrize("threshold", [0.004, 0.31, 0.5, 0.996])
+def test_the_legend_states_the_threshold(threshold):
+    """The bar is white at the threshold, and a dark line stands there; the words stay on the page."""
+    strip = np.asarray(heatmap._footer(2000, 0.01, threshold).convert("RGB")).astype(int)
+    bar = strip[int(strip.shape[0] * 0.46)]
+    left, right = 0.03 * 2000, 0.33 * 2000
+    dark = np.flatnonzero((bar.sum(1) < 200) & (np.abs(np.arange(2000) - (left + right) / 2) < 305))
+    inside = dark[(dark > left + 6) & (dark < right - 6)]
+    if 0.05 < threshold < 0.95:
+        assert inside.mean() == pytest.approx(left + threshold * (right - left), abs=4)
+    assert (strip[:, [0, -1]] == 255).all()
+
+
+def test_a_tile_colours_its_own_pixels_only():
+    drawn = heatmap.draw(WHITE, 0.5, np.array([[100, 60, 80, 40]]), np.array([0.9]), 0.5)
+    coloured = (drawn != 255).any(-1)
+    expected = np.zeros((100, 200), bool)
+    expected[30:50, 50:90] = True
+    np.testing.assert_array_equal(coloured, expected)
+
+
+def test_tiles_without_a_probability_keep_no_colour():
+    picture = pictures.gradient(100, 200)
+    nothing = heatmap.draw(picture, 1.0, np.empty((0, 4)), np.empty(0), 0.5)
+    unknown = heatmap.draw(picture, 1.0, np.array([[0, 0, 50, 50]]), np.array([np.nan]), 0.5)
+    np.testing.assert_array_equal(nothing, unknown)
+    assert (nothing[..., 0] == nothing[..., 2]).all()
+
+
+def test_a_tile_at_one_half_is_seen_by_its_edge():
+    drawn = heatmap.draw(WHITE, 1.0, np.array([[20, 20, 40, 40]]), np.array([0.5]), 0.5)
+    assert (drawn[20, 20:60] < 230).all()
+    assert (drawn[30:50, 30:50] >= 254).all()
+
+
+@pytest.mark.parametrize(
+    "box", [(190, 90, 40, 40), (300, 0, 40, 40), (199.9, 99.9, 0.1, 0.1), (0, 0, 0.2, 0.2)]
+)
+def test_tiles_at_the_edge_and_tiny_ones_are_no_error(box):
+    assert heatmap.draw(WHITE, 1.0, np.array([box]), np.array([0.9]), 0.5).shape == WHITE.shape
+
+
+def test_tiles_lie_on_the_thumbnail_of_the_real_slide(real_data):
+    with slide.open_slide(real_data / "slides/CMU-1-Small-Region.svs") as opened:
+        thumbnail, scale = opened.thumbnail(1000)
+        grid = tile.grid(opened.width_px, opened.height_px, (opened.mpp_x, opened.mpp_y), 0.49, 700, 460)
+        boxes = grid.boxes()[9:10]
+        x, y, width, height = (int(value) for value in boxes[0])
+        read = opened.read(x, y, 0, width, height)
+        page = Image.open(io.BytesIO(heatmap.png(thumbnail, scale, opened.mpp_x, 0.5)))
+    assert (x, y) == (687, 903)
+    grey = heatmap.draw(thumbnail, scale, np.empty((0, 4)), np.empty(0), 0.5)
+    drawn = heatmap.draw(thumbnail, scale, boxes, np.array([0.9]), 0.5)
+    rows, columns = np.nonzero((drawn != grey).any(-1))
+    left, top, right, bottom = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    ends = np.array([x, y, x + width, y + height]) * scale
+    np.testing.assert_allclose([left, top, right, bottom], ends, atol=0.5)
+    # what was read for the tile is what the thumbnail shows below its colour
+    small = np.asarray(Image.fromarray(read).resize((right - left, bottom - top), Image.Resampling.BOX), int)
+    shown = thumbnail[top:bottom, left:right].astype(int)
+    assert np.corrcoef(small.ravel(), shown.ravel())[0, 1] > 0.97
+    # the page keeps the picture pixel for pixel
+    np.testing.assert_array_equal(np.asarray(page)[:1000, : thumbnail.shape[1]], thumbnail)
+    # the polygon in QuPath is the tile that was read
+    (ring,) = heatmap.geojson(["a"], boxes, ["benign"], {})["features"][0]["geometry"]["coordinates"]
+    assert ring == [[687, 903], [1374, 903], [1374, 1355], [687, 1355], [687, 903]]
+
+
+def test_a_narrow_picture_stands_in_the_middle_of_a_page_wide_enough_to_read():
+    picture = pictures.gradient(400, 100)
+    page = np.asarray(Image.open(io.BytesIO(heatmap.png(picture, 0.05, 0.25, 0.5))))
+    left = (heatmap.MIN_WIDTH_PX - 100) // 2
+    assert page.shape[1] == heatmap.MIN_WIDTH_PX
+    np.testing.assert_array_equal(page[:400, left : left + 100], picture)
+    assert (page[:400, :left] == 255).all()
+    assert (page[400:] < 100).any()
+
+
+@pytest.mark.parametrize(
+    ("limit", "length"), [(0.35, 0.2), (0.2, 0.2), (1.0, 1), (4.9, 2), (7.3, 5), (0.06, 0.05), (12, 10)]
+)
+def test_the_scale_bar_is_a_round_number_of_mm(limit, length):
+    assert heatmap._round_length(limit) == pytest.approx(length)
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.499])
+def test_the_scale_bar_is_as_long_as_it_says(mpp):
+    footer = np.asarray(heatmap._footer(2000, mpp / 0.1 / 1000, 0.5).convert("L"))
+    # the longest dark run right of the legend
+    dark = (footer[:, 700:1600] < 80).sum(1).max()
+    length_mm = heatmap._round_length(0.25 * 2000 * mpp / 0.1 / 1000)
+    assert dark * mpp / 0.1 / 1000 == pytest.approx(length_mm, rel=0.01)
+
+
+def collection():
+    grid = tile.grid(2220, 2967, (0.499, 0.499), 0.49, 700, 460)
+    ids = [tile.tile_id("a.svs", x, y, 0.49) for x, y in zip(grid.x_level0_px, grid.y_level0_px, strict=True)]
+    probability = np.linspace(0, 1, len(grid), dtype=np.float32)
+    probability[0] = np.nan
+    predicted = [None, *("malignant" if p >= 0.5 else "benign" for p in probability[1:])]
+    measurements = {"probability_malignant": probability, "log_odds": 8 * probability - 4}
+    return ids, grid, heatmap.geojson(ids, grid.boxes(), predicted, measurements)
+
+
+def test_qupath_can_read_the_tiles():
+    ids, grid, found = collection()
+    written = json.loads(json.dumps(found, allow_nan=False))
+    jsonschema.validate(written, QUPATH)
+    assert len(written["features"]) == len(grid)
+    last = written["features"][-1]
+    assert last["properties"] == {
+        "objectType": "tile",
+        "classification": {"name": "malignant", "color": [213, 94, 0]},
+        "measurements": {"probability_malignant": 1.0, "log_odds": 4.0},
+    }
+    assert last["id"] == str(uuid.uuid5(uuid.NAMESPACE_URL, ids[-1]))
+    assert len({feature["id"] for feature in written["features"]}) == len(grid)
+    for feature in written["features"]:
+        (ring,) = feature["geometry"]["coordinates"]
+        assert ring[0] == ring[-1]
+        assert len(ring) == 5
+
+
+def test_what_is_not_known_is_left_out():
+    assert collection()[2]["features"][0]["properties"] == {"objectType": "tile", "measurements": {}}
+
+
+def test_subtypes_have_the_colour_of_their_tumour_class():
+    boxes = np.array([[0, 0, 1, 1]] * 4)
+    found = heatmap.geojson(list("abcd"), boxes, ["malignant", "DC", "benign", "F"], {})
+    colors = [feature["properties"]["classification"]["color"] for feature in found["features"]]
+    assert colors[0] == colors[1] != colors[2] == colors[3] == [0, 114, 178]
+
+
+def test_tiles_unlike_the_training_data_are_hatched_and_no_others() -> None:
+    """One in three pixels is darker, along diagonals that go on from tile to tile; small tiles too."""
+    thumbnail = np.full((40, 60, 3), 255, np.uint8)
+    boxes = np.array([[0, 0, 20, 20], [20, 0, 20, 20], [40, 0, 3, 3]])
+    plain = heatmap.draw(thumbnail, 1, boxes, np.array([0.9, 0.9, 0.1]), 0.5)
+    hatched = heatmap.draw(thumbnail, 1, boxes, np.array([0.9, 0.9, 0.1]), 0.5, np.array([True, False, True]))
+    darker = (hatched.astype(int) - plain).sum(2) < 0
+    assert darker[:20, :20].mean() == pytest.approx(1 / 3, abs=0.02)
+    assert 0 < darker[:3, 40:43].mean() < 1
+    darker[:20, :20] = darker[:3, 40:43] = False
+    assert not darker.any()
+    unscored = heatmap.draw(thumbnail, 1, boxes, np.array([np.nan] * 3), 0.5, np.array([True] * 3))
+    assert (unscored == 255).all()
+    legends = [heatmap.png(hatched, 1, 0.5, 0.5, told) for told in (True, False)]
+    assert legends[0] != legends[1]

@@ -1,0 +1,212 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import ray
+
+from bcd.config.training import TrainConfig
+from bcd.errors import ConfigError, ResourceError
+from bcd.runtime import cluster
+from tests.cluster import CLUSTER_CPUS, free_port
+
+
+def fake(monkeypatch, cpus, gpus=0):
+    monkeypatch.setattr(cluster, "capacity", lambda: {"CPU": float(cpus), "GPU": float(gpus)})
+
+
+@pytest.mark.parametrize(
+    ("have", "settings", "expected"),
+    [
+        ((2, 0), {}, (1, False)),
+        ((8, 4), {}, (4, True)),
+        ((8, 4), {"device": "cpu"}, (1, False)),
+        ((8, 4), {"num_workers": "2"}, (2, True)),
+        ((8, 0), {"num_workers": "2-6"}, ((2, 6), False)),
+        ((3, 0), {"num_workers": "2-6"}, ((2, 6), False)),
+        ((8, 8), {}, (8, True)),
+        ((1, 2), {"num_workers": "1-4"}, ((1, 4), True)),
+    ],
+)
+def test_scaling_uses_what_is_there(monkeypatch, have, settings, expected):
+    fake(monkeypatch, *have)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(have[0])})
+    scaling = cluster.scaling(TrainConfig(data="d", **settings))
+    assert (scaling.num_workers, scaling.use_gpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "live", "expected"),
+    [
+        # However many there might be, images are read by somebody ...
+        ({"num_workers": "2-6"}, 9, 6),
+        ({"num_workers": "2-6"}, 5, 4),
+        ({"num_workers": "2-6"}, 3, 2),
+        # ... also on the nodes that are left; an autoscaler is asked for the fewest.
+        ({"num_workers": "1-2"}, 2, 1),
+        ({"num_workers": "2-6"}, 0, 2),
+        ({"num_workers": "2"}, 9, 2),
+        # Workers on GPUs hold no CPU.
+        ({"num_workers": "1-4", "device": "gpu"}, 1, 4),
+    ],
+)
+def test_elastic_workers_leave_a_cpu_to_read_images(monkeypatch, settings, live, expected):
+    fake(monkeypatch, 64, 8 if "device" in settings else 0)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(live)})
+    assert cluster.scaling(TrainConfig(data="d", **settings)).max_workers == expected
+
+
+@pytest.mark.parametrize(
+    ("have", "workers", "runs"),
+    [((9, 0), "1", 4), ((9, 0), "1-2", 3), ((2, 0), "1-4", 1), ((9, 8), "2", 4), ((9, 8), "1-4", 2)],
+)
+def test_runs_beside_each_other_have_room_to_grow(monkeypatch, have, workers, runs):
+    fake(monkeypatch, *have)
+    assert cluster.room(TrainConfig(data="d", num_workers=workers)) == runs
+
+
+@pytest.mark.parametrize(
+    ("have", "settings", "said"),
+    [
+        ((2, 0), {"num_workers": "2"}, "2 training workers and 1 CPU for reading images need 3 CPUs.*has 2"),
+        ((1, 0), {}, "1 training workers and 1 CPU for reading images need 2 CPUs.*has 1"),
+        ((64, 0), {"device": "gpu"}, "1 GPU workers asked for, but the cluster has 0 GPUs"),
+        ((64, 2), {"num_workers": "4"}, "4 GPU workers asked for, but the cluster has 2 GPUs"),
+        ((64, 2), {"num_workers": "3-8"}, "3 GPU workers asked for"),
+    ],
+)
+def test_more_than_there_is_fails_at_once_with_the_numbers(monkeypatch, have, settings, said):
+    fake(monkeypatch, *have)
+    with pytest.raises(ResourceError, match=said):
+        cluster.scaling(TrainConfig(data="d", **settings))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "limit", "expected"),
+    [
+        # One machine: actors, CPUs of each, threads of each.
+        ([2], 0, None, (1, 1, 2)),
+        ([1], 0, None, (1, 1, 1)),
+        ([3], 0, None, (1, 2, 3)),
+        ([4], 0, None, (1, 3, 4)),
+        ([16], 0, None, (4, 3, 4)),
+        ([16], 0, 2, (2, 3, 4)),
+        # Several: as large as the smallest allows, and one CPU stays free.
+        ([1, 1], 0, None, (1, 1, 1)),
+        ([2, 2, 2], 0, None, (3, 1, 2)),
+        ([4, 16], 0, None, (5, 3, 4)),
+        # A head node without CPUs holds no model.
+        ([0, 8], 0, None, (2, 3, 4)),
+        ([8], 4, None, (4, 1, 1)),
+        ([8], 4, 3, (3, 1, 1)),
+    ],
+)
+def test_model_workers_leave_a_cpu_free(monkeypatch, nodes, gpus, limit, expected):
+    fake(monkeypatch, sum(nodes), gpus)
+    now = {"CPU": float(sum(nodes)), "GPU": float(gpus)}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: now)
+    found = [{"Alive": True, "Resources": {"CPU": float(n)} if n else {}} for n in nodes]
+    monkeypatch.setattr(ray, "nodes", lambda: [*found, {"Alive": False, "Resources": {"CPU": 1.0}}])
+    pool = cluster.model_workers(limit)
+    assert (pool.size, pool.num_cpus, pool.threads) == expected
+    assert (pool.ready, pool.num_gpus) == (pool.size, int(gpus > 0))
+    assert pool.size * pool.num_cpus < max(2, sum(nodes))
+
+
+def test_model_workers_count_on_nodes_that_an_autoscaler_adds(monkeypatch):
+    fake(monkeypatch, 32)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    pool = cluster.model_workers()
+    assert (pool.size, pool.ready) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "n", "expected"), [([16], 5, 5), ([0, 8, 8], 5, 3), ([8, 8], 1, 1), ([], 2, 2)]
+)
+def test_runs_are_spread_over_the_nodes_with_cpus(monkeypatch, nodes, n, expected):
+    found = [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in nodes]
+    monkeypatch.setattr(ray, "nodes", lambda: [*found, {"Alive": False, "Resources": {"CPU": 8.0}}])
+    assert cluster.per_node(n) == expected
+
+
+def test_runs_beside_each_other_share_the_cores(monkeypatch):
+    threads = []
+    monkeypatch.setattr(cluster.torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(cluster, "cores", lambda: 16)
+    for workers in (1, 3, 5, 32):
+        cluster.share_cores(workers)
+    assert threads == [16, 5, 3, 1]
+
+
+@pytest.fixture
+def only_a_head(monkeypatch):
+    """A cluster whose workers an autoscaler has yet to start."""
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 8e9})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {}}])
+    monkeypatch.setattr(cluster.ray_state, "get_max_resources_from_cluster_config", lambda: None)
+
+
+@pytest.mark.usefixtures("only_a_head")
+def test_a_cluster_that_starts_from_zero_plans_with_what_may_be_added(monkeypatch):
+    with pytest.raises(ResourceError, match="but the cluster has 0"):
+        cluster.scaling(TrainConfig(data="d"))
+    monkeypatch.setenv(cluster.LIMIT_VARIABLE, "CPU=180,GPU=4")
+    assert cluster.capacity() == {"CPU": 180, "GPU": 4}
+    scaling = cluster.scaling(TrainConfig(data="d", num_workers="2"))
+    assert (scaling.num_workers, scaling.use_gpu) == (2, True)
+    pool = cluster.model_workers()
+    assert (pool.size, pool.ready, pool.num_gpus) == (4, 1, 1)
+    monkeypatch.setenv(cluster.LIMIT_VARIABLE, "CPU=32")
+    pool = cluster.model_workers()
+    assert (pool.size, pool.ready, pool.threads, pool.num_gpus) == (8, 1, 4, 0)
+
+
+@pytest.mark.usefixtures("only_a_head")
+@pytest.mark.parametrize("text", ["180", "CPU", "CPU=many", "CPU=2;GPU=1", "TPU=4", '{"CPU": 180}'])
+def test_a_limit_that_cannot_be_read_is_told(monkeypatch, text):
+    monkeypatch.setenv(cluster.LIMIT_VARIABLE, text)
+    with pytest.raises(ConfigError, match=f"{cluster.LIMIT_VARIABLE}: expected CPU=192,GPU=4"):
+        cluster.capacity()
+
+
+@pytest.mark.ray
+def test_connect_joins_the_cluster_that_is_named(joined):
+    assert ray.get_runtime_context().gcs_address.endswith(joined.gcs.partition(":")[2])
+    assert cluster.capacity() == {"CPU": CLUSTER_CPUS, "GPU": 0}
+    cluster.connect()
+    assert ray.is_initialized()
+
+
+DEAD = """
+import types
+from bcd import cli, config
+from bcd.runtime import cluster
+cli.import_module = lambda name: types.SimpleNamespace(run=lambda config: cluster.connect())
+cli.main(config.DemoConfig, "demo", None)
+"""
+
+
+def test_a_named_cluster_that_does_not_answer_is_an_error_and_not_replaced():
+    environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
+    done = subprocess.run(
+        [sys.executable, "-c", DEAD], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "error: no Ray cluster answers at RAY_ADDRESS=127.0.0.1:" in done.stderr
+
+
+@pytest.mark.parametrize(("cpus", "asked"), [(1, 0), (2, 0.01), (64, 0.01)])
+def test_what_waits_asks_for_little_but_not_for_nothing(monkeypatch, cpus, asked):
+    fake(monkeypatch, cpus)
+    assert cluster.waiting_cpus() == asked
+
+
+def test_processes_with_a_model_draw_no_bars():
+    """ScoreCAM of pytorch-grad-cam draws one for every batch."""
+    code = "import tqdm; list(tqdm.tqdm(range(3)))"
+    for variables, drawn in (({}, True), (cluster.MODEL_ENV["env_vars"], False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, check=True
+        )
+        assert bool(done.stderr) == drawn

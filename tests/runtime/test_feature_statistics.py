@@ -1,0 +1,64 @@
+"""What a model makes of its pictures: Ray's sums against plain NumPy over the same ones."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from bcd import schema
+from bcd.errors import BcdError
+from bcd.imaging import image
+from bcd.model import bundle, novelty, resnet
+from bcd.runtime import feature_statistics
+from tests import pictures
+from tests.model.test_bundle import card
+
+pytestmark = pytest.mark.ray
+
+
+def table(folder, prefix, n, seed):
+    """Rows of n pictures, each of its own shade."""
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(n):
+        path = folder / f"{prefix}-{i}.png"
+        shade = rng.integers(-60, 60, 3)
+        pixels = np.clip(pictures.gradient(92, 140).astype(int) + shade, 0, 255).astype(np.uint8)
+        path.write_bytes(pictures.encode(pixels))
+        rows.append({schema.IMAGE_ID: path.name, schema.URI: str(path)})
+    return schema.fill(pa.Table.from_pylist(rows), schema.INDEX)
+
+
+def test_they_are_those_of_a_plain_loop(joined, tmp_path):
+    network, facts = resnet.build(2, seed=1).eval(), card()
+    train, validation = table(tmp_path, "t", 41, 0), table(tmp_path, "v", 12, 1)
+    before = network.fc.weight.clone()
+    found, logit = feature_statistics.measure(network, facts, train, validation)
+    plain = bundle.from_state(network.state_dict(), facts)
+
+    def pooled(rows):
+        contents = [Path(uri).read_bytes() for uri in rows[schema.URI].to_pylist()]
+        return plain.pooled(np.stack([plain.fit(image.decode(content)) for content in contents]))
+
+    seen = pooled(train)[0]
+    np.testing.assert_allclose(found.mean, seen.mean(0), rtol=1e-3, atol=1e-5)
+    spread = seen.std(0)
+    moving = spread > 2 * novelty.SMALLEST_SPREAD * spread.mean()
+    assert moving.mean() > 0.5
+    np.testing.assert_allclose(np.array(found.spread)[moving], spread[moving], rtol=0.02)
+    held_out, expected = pooled(validation)
+    np.testing.assert_allclose(logit, expected, atol=1e-4)
+    distances = novelty.distance(held_out, found.mean, found.spread)
+    assert found.cutoff == pytest.approx(np.percentile(distances, 99), rel=1e-2)
+    assert (found.n_training, found.n_validation) == (41, 12)
+    assert (network.fc.weight == before).all()
+
+
+def test_a_picture_that_has_gone_is_named(joined, tmp_path):
+    """Asked of one worker: a failed run of Ray Data keeps its actors and their CPUs until it is collected."""
+    rows = table(tmp_path, "t", 3, 0)
+    (tmp_path / "t-1.png").unlink()
+    pooler = feature_statistics._Pooler(ray.put((resnet.build(2).state_dict(), card())), None, 2)
+    with pytest.raises(BcdError, match=r"t-1.png became unusable"):
+        pooler(rows)

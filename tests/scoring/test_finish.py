@@ -1,0 +1,118 @@
+import pyarrow as pa
+import pytest
+
+from bcd import schema
+from bcd.errors import IncompleteError
+from bcd.scoring import finish, ledger
+from bcd.scoring.finish import OVERVIEW
+
+FORM = pa.schema([schema.predictions(1, 1).field(name) for name in OVERVIEW])
+
+
+def overview(*rows):
+    """Rows as (image_id, slide, x, error)."""
+    names = (schema.IMAGE_ID, schema.SLIDE, schema.X_LEVEL0_PX, schema.ERROR)
+    full = [dict(zip(names, row, strict=True)) | {schema.URI: row[0]} for row in rows]
+    table = pa.Table.from_pylist(full, schema=FORM)
+    return table.append_column("n", pa.array(range(len(table))))
+
+
+TABLE = overview(
+    ("a.png", None, None, None),
+    ("b.png", None, None, "truncated"),
+    ("s.svs#0,0,1", "s.svs", 0, None),
+    ("s.svs#9,0,1", "s.svs", 9, "unreadable"),
+    ("t.svs", "t.svs", None, "missing_mpp"),
+)
+DESCRIBED = pa.Table.from_pylist(
+    [{schema.SLIDE: s, schema.URI: s} for s in ("s.svs", "t.svs")], schema.SLIDES
+)
+FAILED_INPUTS = TABLE.filter(pa.array([False, True, False, False, True]))
+
+
+def test_counts_add_up():
+    counts = finish._counts(TABLE, FAILED_INPUTS, DESCRIBED, ["a.png", "b.png", "s.svs", "t.svs"])
+    assert counts == {
+        "n_inputs": 4,
+        "n_results": 2,
+        "n_errors": 2,
+        "n_rows": 5,
+        "n_slides": 2,
+        "n_images": 2,
+        "n_tiles": 2,
+    }
+
+
+def test_an_input_without_a_row_is_found():
+    with pytest.raises(IncompleteError, match="5 inputs, but 2 results and 2 errors"):
+        finish._counts(TABLE, FAILED_INPUTS, DESCRIBED, ["a.png", "b.png", "s.svs", "t.svs", "lost.png"])
+
+
+def test_failures_are_named_by_kind():
+    found = finish._failures(TABLE)
+    assert {code: failure.count for code, failure in found.items()} == {
+        "truncated": 1,
+        "unreadable": 1,
+        "missing_mpp": 1,
+    }
+    assert found["truncated"].first == [("b.png", None)]
+
+
+def test_the_end_in_lines_for_people():
+    counts = finish._counts(TABLE, FAILED_INPUTS, DESCRIBED, ["a.png"])
+    told = {"errors": {"truncated": 1, "missing_mpp": 1}, "warnings": {"unlike_training_data": 12}}
+    lines = finish.summary_lines("/out", counts | told)
+    assert lines[0] == "4 inputs = 2 results + 2 errors; 5 rows, 2 of them tiles"
+    assert lines[1:3] == ["  missing_mpp: 1", "  truncated: 1"]
+    assert lines[3] == "  warned of unlike_training_data: 12 rows"
+    assert lines[-1].endswith("/out/summary.json")
+    blind = finish.summary_lines("/out", counts | told | {"warnings": None})
+    assert blind[3] == "  the model has no statistics that tell what is unlike its training data"
+
+
+def judged(*rows):
+    """Rows as (image_id, probability, warnings, cut-off)."""
+    names = (schema.IMAGE_ID, schema.PROBABILITY_MALIGNANT, schema.WARNINGS, schema.NOVELTY_CUTOFF)
+    full = [dict(zip(names, row, strict=True)) | {schema.URI: f"/in/{row[0]}"} for row in rows]
+    return pa.Table.from_pylist(full, schema=FORM)
+
+
+def test_warnings_are_counted_by_code_where_the_model_can_tell():
+    table = judged(
+        ("a", 0.9, ["unlike_training_data"], 1.2),
+        ("b", 0.1, [], 1.2),
+        ("c", 0.2, ["unlike_training_data"], 1.2),
+    )
+    assert finish._by_warning(table) == {"unlike_training_data": 2}
+    assert finish._by_warning(table.slice(1, 1)) == {}
+    assert finish._by_warning(judged(("a", 0.9, [], None), ("b", None, None, None))) is None
+
+
+def test_the_table_of_images_begins_with_the_most_malignant_and_ends_with_errors(monkeypatch):
+    ours = ledger.Ledger("/out", 1, "0")
+    scored = judged(("b", 0.2, [], 1.0), ("a", 0.9, ["unlike_training_data"], 1.0), ("c", 0.5, [], 1.0))
+    failed = TABLE.drop_columns("n").filter(pa.array([False, True, True, False, True]))
+    table = pa.concat_tables([scored, failed])
+    found = finish._images(ours, table)
+    assert [row.name for row in found.rows] == ["a", "c", "b", "b.png"]
+    assert found.total == 4
+    assert (found.rows[0].warned, found.rows[0].link, found.rows[3].error) == (True, "../in/a", "truncated")
+    monkeypatch.setattr(finish.gallery, "MAX_ROWS", 2)
+    found = finish._images(ours, table)
+    assert ([row.name for row in found.rows], found.total) == (["a", "c"], 4)
+
+
+@pytest.mark.parametrize(
+    ("uri", "folder", "link"),
+    [
+        ("/data/in/a b#1.png", "/data/out", "../in/a%20b%231.png"),
+        ("/data/in/x:y.png", "/data", "in/x%3Ay.png"),
+        ("s3://bucket/a b.png", "/data/out", "s3://bucket/a%20b.png"),
+        ("gs://bucket/a.png", "s3://bucket/out", "gs://bucket/a.png"),
+        ("/data/a.png", "s3://bucket/out", "file:///data/a.png"),
+        ("javascript://%0aalert(1)", "/data/out", None),
+        ("data://text/html,x", "/data/out", None),
+    ],
+)
+def test_a_link_leads_to_the_file_and_never_to_a_script(uri, folder, link):
+    assert finish.link(uri, folder) == link

@@ -1,0 +1,277 @@
+import io
+import json
+import posixpath
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from bcd import schema, storage
+from bcd.data import archive
+from bcd.imaging import image
+from bcd.scoring import ledger, slides, tiling
+from bcd.slides import slide_cache
+from tests import pictures
+
+NAME = "CMU-1-Small-Region.svs"
+SYNTHETIC = tiling.Tiling(tile_mpp=0.5, tile_width_px=40, tile_height_px=30, mpp=None, min_tissue=0.25)
+FIELD = tiling.Tiling(tile_mpp=0.49, tile_width_px=700, tile_height_px=460, mpp=None, min_tissue=0.25)
+ORDER = list(schema.QUANTILES)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """Ray's tasks as plain calls."""
+
+    def remote(**options):
+        return lambda function: SimpleNamespace(remote=function)
+
+    monkeypatch.setattr(slides, "ray", SimpleNamespace(remote=remote, get=lambda results: results))
+    yield
+    slide_cache.open_slide.cache_clear()
+
+
+def planned(folder, contents, tile_settings, generation=1):
+    """Tiles and plans of an archive of slides, as the pipeline makes them."""
+    for name, content in contents.items():
+        storage.write_bytes(f"{folder}/in/{name}", content)
+    ours = ledger.Ledger(f"{folder}/out", generation, "0")
+    inputs = archive.read(f"{folder}/in").table
+    inputs = inputs.filter(pa.array([name in contents for name in inputs[schema.IMAGE_ID].to_pylist()]))
+    tiles = pa.concat_tables(tiling.expand(inputs, tile_settings, ours.plans_uri, frozenset()))
+    return ours, tiles, [tiling.read_plan(ours.plans_uri, name) for name in contents]
+
+
+def scored(ours, tiles, classes=("benign", "malignant")):
+    """A predictions table by hand, and its probabilities."""
+    rng = np.random.default_rng(0)
+    log_odds = rng.normal(0, 2, len(tiles)).astype(np.float32)
+    probability = 1 / (1 + np.exp(-log_odds))
+    rows = [
+        row
+        | {
+            schema.LOGIT: [0.0, float(odds)] + [0.0] * (len(classes) - 2),
+            schema.PROBABILITY_MALIGNANT: float(p),
+            schema.PREDICTED_CLASS: classes[int(p >= 0.5)],
+            schema.MODEL_ID: "m",
+            schema.BCD_VERSION: "1",
+        }
+        for row, odds, p in zip(tiles.to_pylist(), log_odds, probability, strict=True)
+    ]
+    write(ours, rows)
+    return rows, np.array([row[schema.PROBABILITY_MALIGNANT] for row in rows], np.float32), log_odds
+
+
+def write(ours, rows):
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema.predictions(2, 3)), buffer)
+    storage.write_bytes(f"{ours.predictions_uri}/part-{ours.generation:04d}-00000.parquet", buffer.getvalue())
+
+
+def none():
+    return schema.predictions(2, 3).empty_table()
+
+
+def features(ours, name):
+    content = json.loads(storage.read_bytes(f"{slides.folder(ours.uri, name)}/tiles.geojson"))
+    assert content["type"] == "FeatureCollection"
+    return content["features"]
+
+
+def stained():
+    pixels = np.full((150, 200, 3), 243, np.uint8)
+    pixels[:, :100] = 230, 150, 180
+    return pictures.tiled_tiff(pixels, 0.5)
+
+
+def check(ours, plan, tiles, row, probability, log_odds):
+    """What is told of one slide against its tiles."""
+    assert row[schema.SLIDE] == plan.slide
+    assert row[schema.TILES] == plan.tiles == len(tiles)
+    assert row[schema.BACKGROUND_TILES] == plan.background_tiles
+    assert (row[schema.ERROR_TILES], row[schema.ERROR]) == (0, None)
+    assert row[schema.MALIGNANT_TILE_SHARE] == np.mean(probability >= 0.5)
+    expected = np.quantile(probability, [0.05, 0.25, 0.5, 0.75, 0.95])
+    np.testing.assert_allclose([row[name] for name in ORDER], expected, rtol=1e-6)
+    page = image.decode(storage.read_bytes(f"{slides.folder(ours.uri, plan.slide)}/heatmap.png"))
+    thumbnail = tiling.read_thumbnail(ours.plans_uri, plan.slide)
+    assert page.shape[0] > thumbnail.shape[0]
+    assert page.shape[1] >= thumbnail.shape[1]
+    found = features(ours, plan.slide)
+    assert len(found) == len(tiles)
+    for feature, tile, p, odds in zip(found, tiles, probability, log_odds, strict=True):
+        x, y = tile[schema.X_LEVEL0_PX], tile[schema.Y_LEVEL0_PX]
+        scale = tile[schema.MPP] / plan.mpp_x
+        width, height = round(tile[schema.WIDTH_PX] * scale), round(tile[schema.HEIGHT_PX] * scale)
+        (ring,) = feature["geometry"]["coordinates"]
+        assert ring == [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
+        assert feature["properties"]["classification"]["name"] == ("malignant" if p >= 0.5 else "benign")
+        measured = feature["properties"]["measurements"]
+        assert measured == pytest.approx({schema.PROBABILITY_MALIGNANT: p, "log_odds": odds}, rel=1e-5)
+
+
+def test_a_slide_is_told_by_its_tiles(tmp_path):
+    ours, tiles, plans = planned(tmp_path, {"a/s.tif": stained()}, SYNTHETIC)
+    rows, probability, log_odds = scored(ours, tiles)
+    table = slides.write(ours, plans, none(), 0.5)
+    assert table.schema == schema.SLIDES
+    check(ours, plans[0], rows, *table.to_pylist(), probability, log_odds)
+    assert pq.read_table(f"{ours.uri}/slides.parquet").equals(table)
+
+
+def test_tiles_lie_for_qupath_where_it_shows_them(tmp_path):
+    """It crops a slide to its bounds: the table keeps level 0, and says so."""
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    rows, _, _ = scored(ours, tiles)
+    plans = [plans[0].model_copy(update={"bounds_x_px": 30, "bounds_y_px": 20})]
+    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    assert (row[schema.BOUNDS_X_LEVEL0_PX], row[schema.BOUNDS_Y_LEVEL0_PX]) == (30, 20)
+    corners = [feature["geometry"]["coordinates"][0][0] for feature in features(ours, "s.tif")]
+    assert corners == [[tile[schema.X_LEVEL0_PX] - 30, tile[schema.Y_LEVEL0_PX] - 20] for tile in rows]
+    (part,) = storage.list_files(ours.predictions_uri)
+    stored = pq.read_schema(part.uri).field(schema.X_LEVEL0_PX).metadata[b"description"].decode()
+    assert "pixels of level 0 as OpenSlide counts them" in stored
+
+
+def test_tiles_unlike_the_training_data_are_counted_hatched_and_measured(tmp_path, monkeypatch):
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    rows, *_ = scored(ours, tiles)
+    far = [i % 3 == 0 for i in range(len(rows))]
+    codes = [["unlike_training_data"] if is_far else [] for is_far in far]
+    rows = [
+        row | {schema.NOVELTY: 1.0 + 2 * is_far, schema.NOVELTY_CUTOFF: 1.5, schema.WARNINGS: code}
+        for row, is_far, code in zip(rows, far, codes, strict=True)
+    ]
+    write(ours, rows)
+    drawn = []
+    real = slides.heatmap.draw
+    monkeypatch.setattr(slides.heatmap, "draw", lambda *given: drawn.append(given[-1]) or real(*given))
+    (told,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    assert told[schema.WARNED_TILES] == sum(far) > 0
+    assert drawn[0].tolist() == far
+    measured = [feature["properties"]["measurements"] for feature in features(ours, "s.tif")]
+    names = (schema.NOVELTY, schema.NOVELTY_CUTOFF, "unlike_training_data")
+    assert [[one[name] for name in names] for one in measured] == [[1.0 + 2 * f, 1.5, float(f)] for f in far]
+
+
+def test_tiles_have_the_size_of_each_axis(tmp_path):
+    """0.5 µm/px across, 0.25 down: 40 x 30 px of a tile are 40 x 60 of the slide."""
+    pixels = np.full((150, 200, 3), (230, 150, 180), np.uint8)
+    ours, tiles, plans = planned(tmp_path, {"s.tif": pictures.tiled_tiff(pixels, (0.5, 0.25))}, SYNTHETIC)
+    scored(ours, tiles)
+    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    assert (row[schema.MPP], row[schema.MPP_Y]) == (0.5, 0.25)
+    (ring,) = features(ours, "s.tif")[-1]["geometry"]["coordinates"]
+    assert ring == [[160, 120], [200, 120], [200, 180], [160, 180], [160, 120]]
+
+
+@pytest.mark.real
+def test_a_real_slide_is_told_by_its_tiles(tmp_path, real_data):
+    content = (real_data / "slides" / NAME).read_bytes()
+    ours, tiles, plans = planned(tmp_path, {NAME: content}, FIELD)
+    rows, probability, log_odds = scored(ours, tiles)
+    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    check(ours, plans[0], rows, row, probability, log_odds)
+    known = (schema.WIDTH_PX, schema.HEIGHT_PX, schema.TISSUE_AREA_MM2, schema.URI)
+    uri = str(tmp_path / "in" / NAME)
+    assert [row[name] for name in known] == [2220, 2967, plans[0].tissue_area_mm2, uri]
+    assert row[schema.MPP] == pytest.approx(0.499)
+
+
+@pytest.mark.parametrize("output", ["/data/out", "s3://b/out"])
+def test_whatever_a_slide_is_called_its_pictures_lie_in_the_output(output):
+    """In a manifest without ids, a slide is called by its URI."""
+    names = ["a/s.svs", "s3://b/a/s.svs", "/a/s.svs", "../../a/s.svs", "./a/s.svs", "a//s.svs", "..", "/"]
+    names += ["gs://b/a/s.svs", "b/a/s.svs"]
+    found = [slides.folder(output, name) for name in names]
+    assert found[0] == f"{output}/slides/a/s.svs"
+    assert found[1].startswith(f"{output}/slides/b/a/s.svs-")
+    assert all(posixpath.normpath(path.partition("://")[2] or path).find("out/slides/") > 0 for path in found)
+    assert len(set(found)) == len(names)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative", "remote"])
+def test_slides_of_a_manifest_are_told_whatever_their_uri(tmp_path, kind, request):
+    at = {"absolute": f"{tmp_path}/in", "relative": "../in"}
+    at["remote"] = f"{request.getfixturevalue('s3')}/{tmp_path.name}" if kind == "remote" else ""
+    storage.write_bytes(f"{at['remote'] or f'{tmp_path}/in'}/s.tif", stained())
+    storage.write_bytes(f"{tmp_path}/lists/m.csv", f"uri\n{at[kind]}/s.tif\n".encode())
+    ours = ledger.Ledger(f"{tmp_path}/out", 1, "0")
+    inputs = archive.read(f"{tmp_path}/lists/m.csv").table
+    tiles = pa.concat_tables(tiling.expand(inputs, SYNTHETIC, ours.plans_uri, frozenset()))
+    plan = tiling.read_plan(ours.plans_uri, f"{at[kind]}/s.tif")
+    rows, probability, log_odds = scored(ours, tiles)
+    check(ours, plan, rows, *slides.write(ours, [plan], none(), 0.5).to_pylist(), probability, log_odds)
+    written = [path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("heatmap.png")]
+    assert written == [("out", "slides")]
+
+
+def test_the_heat_map_lies_on_the_tissue(tmp_path):
+    """White glass stays white; the first tile's colour is that of its probability."""
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    rows, *_ = scored(ours, tiles)
+    write(ours, [row | {schema.PROBABILITY_MALIGNANT: float(i > 0)} for i, row in enumerate(rows)])
+    slides.write(ours, plans, none(), 0.5)
+    page = image.decode(storage.read_bytes(f"{slides.folder(ours.uri, 's.tif')}/heatmap.png"))
+    left = (page.shape[1] - 200) // 2
+    first, second, glass = (page[15, left + x].astype(int) for x in (20, 60, 180))
+    assert first[2] > first[0] + 50
+    assert second[0] > second[2] + 50
+    assert np.ptp(glass) <= 1
+
+
+def test_tiles_in_error_are_counted_and_keep_their_place(tmp_path):
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    rows, probability, _ = scored(ours, tiles)
+    lost = [schema.LOGIT, schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS]
+    lost += [schema.WIDTH_PX, schema.HEIGHT_PX]
+    broken = [row | dict.fromkeys(lost) | {schema.ERROR: "unreadable"} for row in rows[:4]]
+    write(ours, broken + rows[4:])
+    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    assert (row[schema.TILES], row[schema.ERROR_TILES]) == (15, 4)
+    assert row[schema.MALIGNANT_TILE_SHARE] == pytest.approx(np.mean(probability[4:] >= 0.5))
+    assert row[ORDER[2]] == pytest.approx(np.median(probability[4:]))
+    found = features(ours, "s.tif")
+    assert [set(feature["properties"]) for feature in found[:4]] == [{"objectType", "measurements"}] * 4
+    assert found[1]["geometry"]["coordinates"][0][:3] == [[40, 0], [80, 0], [80, 30]]
+    write(ours, [row | dict.fromkeys(lost) | {schema.ERROR: "unreadable"} for row in rows])
+    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    assert (row[schema.ERROR_TILES], row[schema.MALIGNANT_TILE_SHARE], row[ORDER[0]]) == (15, None, None)
+
+
+def test_subtypes_have_no_log_odds(tmp_path):
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    scored(ours, tiles, ("A", "DC", "F"))
+    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    found = Counter(feature["properties"]["classification"]["name"] for feature in features(ours, "s.tif"))
+    assert found.keys() == {"A", "DC"}
+    assert row[schema.MALIGNANT_TILE_SHARE] == pytest.approx(found["DC"] / 15)
+    assert features(ours, "s.tif")[0]["properties"]["measurements"].keys() == {schema.PROBABILITY_MALIGNANT}
+
+
+def test_a_second_generation_keeps_the_rows_of_the_first(tmp_path):
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    scored(ours, tiles)
+    broken = {
+        schema.IMAGE_ID: "t.svs",
+        schema.SLIDE: "t.svs",
+        schema.URI: "/t.svs",
+        schema.ERROR: "too_coarse",
+    }
+    broken |= {schema.ERROR_MESSAGE: "m", schema.MODEL_ID: "m", schema.BCD_VERSION: "1"}
+    failed = pa.Table.from_pylist([broken], schema=schema.predictions(2, 3))
+    first = slides.write(ours, plans, failed, 0.5)
+    assert first[schema.SLIDE].to_pylist() == ["s.tif", "t.svs"]
+    assert first[schema.ERROR].to_pylist() == [None, "too_coarse"]
+    assert first[schema.TILES].to_pylist() == [15, None]
+    later, tiles, plans = planned(tmp_path, {"a.tif": stained()}, SYNTHETIC, generation=2)
+    scored(later, tiles)
+    both = slides.write(later, plans, failed, 0.5)
+    assert both[schema.SLIDE].to_pylist() == ["a.tif", "s.tif", "t.svs"]
+    assert both.slice(1).to_pylist() == first.to_pylist()
+    assert slides.write(later, plans, failed, 0.5).equals(both)
+    assert Image.open(io.BytesIO(storage.read_bytes(f"{slides.folder(ours.uri, 's.tif')}/heatmap.png")))

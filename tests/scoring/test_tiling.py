@@ -1,0 +1,327 @@
+import math
+import uuid
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from bcd import schema, storage
+from bcd.data import archive, read
+from bcd.errors import StorageError
+from bcd.scoring import tiling
+from bcd.slides import slide, slide_cache
+from tests import pictures
+
+TILING = tiling.Tiling(tile_mpp=0.5, tile_width_px=40, tile_height_px=30, mpp=None, min_tissue=0.25)
+# A BreaKHis field at 40X.
+FIELD = tiling.Tiling(tile_mpp=0.49, tile_width_px=700, tile_height_px=460, mpp=None, min_tissue=0.25)
+NAME = "CMU-1-Small-Region.svs"
+NOTHING = frozenset()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache for each test."""
+    monkeypatch.setattr(slide_cache, "CACHE", tmp_path / "cache")
+    yield
+    slide_cache.open_slide.cache_clear()
+
+
+def stained(width=100, mpp=0.5):
+    """A slide of 200 x 150 px: tissue at the left, glass at the right."""
+    pixels = np.full((150, 200, 3), 243, np.uint8)
+    pixels[:, :width] = 230, 150, 180
+    return pictures.tiled_tiff(pixels, mpp)
+
+
+def expanded(folder, tile_settings=TILING, done=NOTHING):
+    """The rows for the archive in FOLDER/in; plans go to FOLDER/plans."""
+    inputs = archive.read(f"{folder}/in").table
+    return pa.concat_tables(tiling.expand(inputs, tile_settings, f"{folder}/plans", done))
+
+
+def write(folder, contents):
+    for name, content in contents.items():
+        storage.write_bytes(f"{folder}/in/{name}", content)
+    return folder
+
+
+def test_a_slide_becomes_its_tiles_with_tissue(tmp_path):
+    """5 x 5 tiles of 40 x 30 px; of the third column half has tissue."""
+    table = expanded(write(tmp_path, {"s.tif": stained()}))
+    assert table.schema == schema.READING
+    places = [(x, y) for y in (0, 30, 60, 90, 120) for x in (0, 40, 80)]
+    assert table.to_pylist() == [
+        {
+            schema.IMAGE_ID: f"s.tif#{x},{y},0.5",
+            schema.URI: str(tmp_path / "in/s.tif"),
+            schema.SLIDE: "s.tif",
+            schema.PATIENT: None,
+            schema.X_LEVEL0_PX: x,
+            schema.Y_LEVEL0_PX: y,
+            schema.SLIDE_MPP_X: 0.5,
+            schema.SLIDE_MPP_Y: 0.5,
+            schema.MPP: 0.5,
+            schema.WIDTH_PX: 40,
+            schema.HEIGHT_PX: 30,
+            schema.ERROR: None,
+            schema.ERROR_MESSAGE: None,
+        }
+        for x, y in places
+    ]
+    assert tiling.read_plan(str(tmp_path / "plans"), "s.tif") == tiling.Plan(
+        slide="s.tif",
+        uri=str(tmp_path / "in/s.tif"),
+        patient=None,
+        width_px=200,
+        height_px=150,
+        mpp_x=0.5,
+        mpp_y=0.5,
+        tiles=15,
+        background_tiles=10,
+        tissue_area_mm2=100 * 150 * 0.0005**2,
+        thumbnail_scale=1.0,
+    )
+    thumbnail = tiling.read_thumbnail(str(tmp_path / "plans"), "s.tif")
+    assert thumbnail.shape == (150, 200, 3)
+    assert (thumbnail[:, :100] == (230, 150, 180)).all()
+    assert (thumbnail[:, 100:] == 243).all()
+    assert tiling.read_plan(str(tmp_path / "plans"), "t.tif") is None
+
+
+@pytest.mark.parametrize(("least", "tiles"), [(0.0, 15), (0.5, 15), (0.51, 10), (1.0, 10)])
+def test_min_tissue_decides_and_glass_is_never_scored(tmp_path, least, tiles):
+    assert len(expanded(write(tmp_path, {"s.tif": stained()}), replace(TILING, min_tissue=least))) == tiles
+
+
+def test_tiles_that_are_done_are_left_out_of_the_rows_and_not_of_the_plan(tmp_path):
+    write(tmp_path, {"s.tif": stained()})
+    ids = expanded(tmp_path)[schema.IMAGE_ID].to_pylist()
+    rest = expanded(tmp_path, done=frozenset({*ids[::2], "other.png"}))
+    assert rest[schema.IMAGE_ID].to_pylist() == ids[1::2]
+    assert tiling.read_plan(str(tmp_path / "plans"), "s.tif").tiles == len(ids) == 15
+    assert len(expanded(tmp_path, done=frozenset(ids))) == 0
+
+
+def test_a_slide_that_dies_after_some_tiles_keeps_its_books(tmp_path):
+    """Its other tiles become errors, so that they balance; a rerun plans nothing again."""
+    write(tmp_path, {"s.tif": stained()})
+    before = expanded(tmp_path)
+    write(tmp_path, {"s.tif": b"dead"})
+    slide_cache.open_slide.cache_clear()
+    ids = before[schema.IMAGE_ID].to_pylist()
+    rest = expanded(tmp_path, done=frozenset(ids[:4]))
+    assert rest.equals(before.slice(4))
+    assert read.pixels(rest, 30, 40, [])[schema.ERROR].tolist() == ["unreadable"] * 11
+    (tmp_path / "in/s.tif").unlink()
+    slide_cache.open_slide.cache_clear()
+    inputs = pa.Table.from_pylist([{schema.IMAGE_ID: "s.tif", schema.URI: str(tmp_path / "in/s.tif")}])
+    (again,) = tiling.expand(schema.fill(inputs, schema.INDEX), TILING, f"{tmp_path}/plans", NOTHING)
+    assert again.equals(before)
+
+
+def test_a_finer_slide_gives_tiles_that_cover_more_pixels(tmp_path):
+    """200 x 150 px at 0.25 µm/px: tiles of 80 x 60 px of level 0; an eighth of the last has tissue."""
+    table = expanded(write(tmp_path, {"s.tif": stained(mpp=0.25)}))
+    places = {(row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX]) for row in table.to_pylist()}
+    assert places == {(0, 0), (80, 0), (0, 60), (80, 60), (0, 120)}
+    assert set(table[schema.WIDTH_PX].to_pylist()) == {40}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("s.tif", stained(mpp=(0.5, 30.0)), "missing_mpp"),
+        ("s.tif", stained(mpp=2.0), "too_coarse"),
+        ("s.tif", stained(mpp=0.003), "bad_mpp"),
+        ("s.tif", stained(width=0), "no_tissue"),
+        ("s.svs", b"no slide at all", "unreadable"),
+        ("s.ndpi", b"", "unreadable"),
+        ("s.svs", stained()[:9_000], "unreadable"),
+    ],
+)
+def test_a_slide_that_cannot_be_used_is_one_row_with_its_error(tmp_path, name, content, code):
+    (row,) = expanded(write(tmp_path, {name: content})).to_pylist()
+    assert (row[schema.IMAGE_ID], row[schema.SLIDE], row[schema.ERROR]) == (name, name, code)
+    assert row[schema.ERROR_MESSAGE]
+    assert row[schema.X_LEVEL0_PX] is None
+    assert not (tmp_path / "plans").exists()
+
+
+def test_a_slide_without_scale_takes_that_of_the_flag(tmp_path):
+    write(tmp_path, {"s.tif": stained(mpp=None)})
+    assert expanded(tmp_path, replace(TILING, mpp=0.9))[schema.ERROR].to_pylist() == ["too_coarse"]
+    slide_cache.open_slide.cache_clear()
+    assert len(expanded(tmp_path, replace(TILING, mpp=0.5))) == 15
+
+
+@pytest.mark.parametrize("mpp", [None, 30.0, 352.8])
+def test_a_tiled_tiff_without_scale_is_a_field(tmp_path, mpp):
+    """72 dpi are no scale. It is read whole, and its books know no slide."""
+    (row,) = expanded(
+        write(
+            tmp_path,
+            {
+                "s.tif": stained(mpp=mpp),
+            },
+        )
+    ).to_pylist()
+    assert [row[name] for name in (schema.SLIDE, schema.ERROR, schema.X_LEVEL0_PX)] == [None] * 3
+    assert read.picture(row).shape == (150, 200, 3)
+    assert not (tmp_path / "plans").exists()
+
+
+def test_the_mpp_of_a_manifest_row_is_that_of_its_slide(tmp_path):
+    """A flag fills in where a row says nothing; a row that contradicts its file is an error."""
+    sources = {"a.tif": stained(mpp=None), "b.tif": stained(mpp=None), "c.tif": stained(mpp=0.25)}
+    write(tmp_path, sources | {"d.tif": stained(mpp=0.003)})
+    (tmp_path / "m.csv").write_text("uri,mpp\nin/a.tif,0.5\nin/b.tif,\nin/c.tif,0.5\nin/d.tif,0.5")
+    inputs = archive.read(str(tmp_path / "m.csv")).table
+
+    def found(tile_settings):
+        slide_cache.open_slide.cache_clear()
+        plans = f"{tmp_path}/{uuid.uuid4().hex}"
+        tables = tiling.expand(inputs, tile_settings, plans, NOTHING)
+        return [table[schema.ERROR][0].as_py() or len(table) for table in tables]
+
+    assert found(TILING) == [15, 1, "bad_mpp", 15]
+    assert found(replace(TILING, mpp=0.25)) == [15, 5, "bad_mpp", 15]
+    assert found(replace(TILING, mpp_override=0.25)) == [5, 5, 5, 5]
+
+
+def test_axes_that_differ_give_tiles_of_the_same_size_in_um(tmp_path):
+    """0.5 µm/px across, 0.25 down: a tile covers 40 x 60 px, and the network sees 40 x 30."""
+    pixels = pictures.stained(150, 200)
+    write(tmp_path, {"s.tif": pictures.tiled_tiff(pixels, (0.5, 0.25))})
+    table = expanded(tmp_path)
+    places = {(row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX]) for row in table.to_pylist()}
+    assert places == {(x, y) for x in range(0, 200, 40) for y in (0, 60, 120)}
+    plan = tiling.read_plan(str(tmp_path / "plans"), "s.tif")
+    assert (plan.mpp_x, plan.mpp_y) == (0.5, 0.25)
+    seen = read.pixels(table, 30, 40, [])[schema.IMAGE].astype(int)
+    halved = pixels[:60, :40].reshape(30, 2, 40, 3).mean(1)
+    assert np.abs(seen[0] - halved).max() <= 2
+
+
+def test_the_area_of_tissue_counts_each_axis(tmp_path):
+    expanded(write(tmp_path, {"s.tif": stained(100, (0.5, 0.25))}))
+    plan = tiling.read_plan(str(tmp_path / "plans"), "s.tif")
+    assert plan.tissue_area_mm2 == pytest.approx(100 * 150 * 0.0005 * 0.00025, rel=0.01)
+
+
+def test_a_model_without_scale_needs_the_flag(tmp_path):
+    table = expanded(write(tmp_path, {"s.tif": stained()}), replace(TILING, tile_mpp=None))
+    assert table[schema.ERROR].to_pylist() == ["missing_mpp"]
+    assert "--tile-mpp gives it" in table[schema.ERROR_MESSAGE][0].as_py()
+
+
+def test_fields_stay_one_row_and_keep_what_is_known(tmp_path):
+    for kind in ("png", "jpg", "tiff"):
+        content = pictures.encode(pictures.gradient(), {"jpg": "JPEG"}.get(kind, kind.upper()))
+        write(tmp_path, {f"f.{kind}": content})
+    rows = ["uri,patient,slide,mpp", "in/f.png,7,s,0.5", "in/f.tiff,,,", "in/f.jpg,,,", "no.tif,,,"]
+    (tmp_path / "m.csv").write_text("\n".join(rows))
+    inputs = archive.read(str(tmp_path / "m.csv")).table
+    rows = pa.concat_tables(tiling.expand(inputs, TILING, str(tmp_path / "plans"), NOTHING)).to_pylist()
+    found = {row[schema.IMAGE_ID]: row for row in rows}
+    assert {name: row[schema.ERROR] for name, row in found.items() if row[schema.ERROR]} == {
+        "no.tif": "unreadable"
+    }
+    known = (schema.PATIENT, schema.SLIDE, schema.MPP, schema.X_LEVEL0_PX)
+    assert [found["in/f.png"][name] for name in known] == ["7", "s", 0.5, None]
+    assert [found["in/f.tiff"][name] for name in known] == [None] * 4
+
+
+def test_which_files_have_to_be_opened():
+    names = ["a.PNG", "b.jpeg", "c.svs", "d.TIFF", "e.dcm", "f", "1.2.840"]
+    assert [tiling.may_be_slide(f"s3://b/{name}") for name in names] == [False] * 2 + [True] * 5
+
+
+def test_a_slide_is_known_by_its_content_whatever_its_name(tmp_path):
+    field = pictures.encode(pictures.gradient())
+    write(tmp_path, {"s": stained(), "1.2.840": stained(), "f": field, "g.7": field})
+    found = expanded(tmp_path)[schema.SLIDE].to_pylist()
+    assert [found.count(name) for name in ("s", "1.2.840", None)] == [15, 15, 2]
+
+
+def test_an_entry_that_cannot_be_read_is_a_row_with_its_reason(tmp_path):
+    write(tmp_path, {"a.png": b"any", "b.svs": b"text"})
+    for name in ("c.png", "d.svs"):
+        (tmp_path / "in" / name).symlink_to("/nowhere")
+    rows = expanded(tmp_path).to_pylist()
+    found = {row[schema.IMAGE_ID]: (row[schema.ERROR], row[schema.ERROR_MESSAGE]) for row in rows}
+    gone = ("unreadable", "a link to /nowhere: No such file or directory")
+    assert (found["a.png"], found["c.png"], found["d.svs"]) == ((None, None), gone, gone)
+
+
+def test_a_slide_on_s3_gives_the_same_rows(tmp_path, s3):
+    remote = f"{s3}/{uuid.uuid4().hex}"
+    contents = {"s.tif": stained(), "t.svs": stained(), "b.svs": b"text", "f.png": b"any"}
+    here, there = (expanded(write(folder, contents)) for folder in (tmp_path, remote))
+    assert len(here) == 15 + 15 + 1 + 1
+    drop = [schema.URI, schema.ERROR_MESSAGE]
+    assert here.drop_columns(drop).equals(there.drop_columns(drop))
+    plans = [tiling.read_plan(f"{f}/plans", "s.tif") for f in (tmp_path, remote)]
+    assert plans[0].model_copy(update={"uri": plans[1].uri}) == plans[1]
+
+
+def test_tiles_are_read_where_they_were_laid(tmp_path):
+    """What comes out here is what `read` reads: the tile's pixels, whole."""
+    pixels = pictures.stained(150, 200)
+    write(tmp_path, {"s.tif": pictures.tiled_tiff(pixels, 0.5)})
+    table = expanded(tmp_path)
+    seen = read.pixels(table, 30, 40, [schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX])
+    assert len(table) == 25
+    for x, y, picture in zip(
+        seen[schema.X_LEVEL0_PX], seen[schema.Y_LEVEL0_PX], seen[schema.IMAGE], strict=True
+    ):
+        np.testing.assert_array_equal(picture, pixels[y : y + 30, x : x + 40])
+
+
+@pytest.mark.real
+def test_the_real_slide_has_the_grid_worked_out_by_hand(tmp_path, real_data):
+    """2220 x 2967 px at 0.499 µm/px; a tile is 700 x 460 px at 0.49, 687.4 x 451.7 of level 0."""
+    content = (real_data / "slides" / NAME).read_bytes()
+    columns, rows = math.ceil(2220 / (700 * 0.49 / 0.499)), math.ceil(2967 / (460 * 0.49 / 0.499))
+    table = expanded(write(tmp_path, {NAME: content}), FIELD)
+    plan = tiling.read_plan(str(tmp_path / "plans"), NAME)
+    assert (columns, rows) == (4, 7)
+    assert plan.tiles + plan.background_tiles == columns * rows == 28
+    assert plan.tiles == len(table)
+    assert plan.background_tiles > 0
+    assert 0.3 < plan.tissue_area_mm2 < 2.22 * 0.499 * 2.967 * 0.499
+    for row in table.to_pylist():
+        assert row[schema.X_LEVEL0_PX] in [round(i * 700 * 0.49 / 0.499) for i in range(4)]
+        assert row[schema.Y_LEVEL0_PX] in [round(i * 460 * 0.49 / 0.499) for i in range(7)]
+    again = expanded(tmp_path, FIELD, frozenset(table[schema.IMAGE_ID].to_pylist()[3:]))
+    assert again.to_pylist() == table.to_pylist()[:3]
+    with slide.open_slide(real_data / "slides" / NAME) as opened:
+        assert tiling.read_thumbnail(str(tmp_path / "plans"), NAME).shape == opened.thumbnail()[0].shape
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_a_real_slide_cut_short_is_unreadable(tmp_path, real_data, share):
+    content = (real_data / "slides" / NAME).read_bytes()
+    write(tmp_path, {"s.svs": content[: int(share * len(content))]})
+    (row,) = expanded(tmp_path, FIELD).to_pylist()
+    assert (row[schema.IMAGE_ID], row[schema.SLIDE], row[schema.ERROR]) == ("s.svs", "s.svs", "unreadable")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("name", "code"), [("boxes.tiff", "missing_mpp"), ("tiny.svs", "no_tissue")])
+def test_other_real_slides(tmp_path, real_data, name, code):
+    table = expanded(write(tmp_path, {name: (real_data / "slides" / name).read_bytes()}), FIELD)
+    assert (len(table), table[schema.ERROR][0].as_py()) == (1, code)
+
+
+@pytest.mark.parametrize(("lasting", "code"), [(True, "unreadable"), (False, "unavailable")])
+def test_a_slide_that_cannot_be_fetched_now_is_not_called_unreadable(tmp_path, monkeypatch, lasting, code):
+    def fails(uri):
+        raise StorageError(f"{uri}: no", lasting)
+
+    write(tmp_path, {"s.tif": stained()})
+    monkeypatch.setattr(slide_cache, "stage", fails)
+    (row,) = expanded(tmp_path).to_pylist()
+    assert (row[schema.ERROR], row[schema.ERROR_MESSAGE]) == (code, f"{tmp_path}/in/s.tif: no")

@@ -1,0 +1,713 @@
+"""The service as a cluster runs it: `serve deploy`, the HTTP proxy, replicas; and the door `jobs/serve.py`.
+
+The two tests that change what is deployed stand last.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from ray import serve as ray_serve
+from ray.serve.schema import ServeDeploySchema
+
+from bcd import schema
+from bcd.config.scoring import ScoreConfig
+from bcd.config.serving import ServeConfig, ServiceConfig
+from bcd.errors import BundleError, ConfigError, ResourceError
+from bcd.model import bundle, resnet, weights
+from bcd.scoring import score
+from bcd.serving import middleware, serve
+from tests import archives, pictures
+from tests.cluster import BIN, PATIENCE_S, ROOT, free_port, kill, wait_for
+from tests.end_to_end.test_page import CHROMIUM, PATIENCE_MS, launch, probability, sync_api
+from tests.model.test_bundle import card
+from tests.service import LIMITS, TOKEN
+from tests.serving.test_api import statistics
+
+N_PICTURES = 100
+AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
+REPLICA = r"ray::ServeReplica:bcd:Replica"
+# The largest difference that rounding in bfloat16 may make to a probability, between batches of any shape.
+BFLOAT16 = 0.02
+
+
+class TestGate:
+    """Without Ray: who is let through when."""
+
+    def test_the_idle_are_not_kept_waiting(self):
+        asyncio.run(asyncio.wait_for(serve.Gate(2).enter(), 1))
+
+    def test_while_busy_all_wait_and_then_a_batch_comes_through(self):
+        async def story():
+            gate, through = serve.Gate(2), []
+
+            async def come(name):
+                await gate.enter()
+                through.append(name)
+
+            gate.close()
+            tasks = [asyncio.create_task(come(i)) for i in range(5)]
+            for expected in ([], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4]):
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                assert through == expected
+                gate.open()
+                gate.close() if len(through) < 3 else None
+            await asyncio.gather(*tasks)
+
+        asyncio.run(story())
+
+    def test_who_gives_up_leaves_the_place_to_the_next(self):
+        async def story():
+            gate = serve.Gate(1)
+            gate.close()
+            first, second = (asyncio.create_task(gate.enter()) for _ in range(2))
+            await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.sleep(0)
+            gate.open()
+            await asyncio.wait_for(second, 1)
+            assert first.cancelled()
+
+        asyncio.run(story())
+
+
+# The class below is the one that Ray Serve's decorator has wrapped.
+class Unloaded(serve.Replica.__base__):
+    """A replica's way from a request to the batch, with Ray Serve's own queue, and no model behind it."""
+
+    def __init__(self, size):
+        self._gate, self._decodes_ahead = serve.Gate(size), False
+        self._forward.set_max_batch_size(size)
+        self.begun, self.may_end = asyncio.Event(), asyncio.Event()
+
+    async def _seen(self, given):
+        self.begun.set()
+        await self.may_end.wait()
+        return given
+
+
+@pytest.fixture
+def make_batch_queue(monkeypatch):
+    """Makes a queue of `@serve.batch` outside a replica, for one event loop."""
+    limits = SimpleNamespace(max_ongoing_requests=100)
+    context = SimpleNamespace(_deployment_config=limits)
+    monkeypatch.setattr(ray_serve, "get_replica_context", lambda: context)
+    wrapper = serve.Replica._forward.set_max_batch_size.__self__
+    monkeypatch.setattr(wrapper, "max_batch_size", wrapper.max_batch_size)
+    return lambda: monkeypatch.setattr(wrapper, "_queue", None)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_clients_that_leave_at_any_moment_hold_up_nobody(make_batch_queue, size):
+    """A batch that everyone has left before it begins is dropped by Ray, so that it never ends either."""
+
+    async def story(turns):
+        replica = Unloaded(size)
+        first = asyncio.create_task(replica.look(b"first"))
+        await replica.begun.wait()
+        leaving = [asyncio.create_task(replica.look(b"leaves")) for _ in range(size)]
+        staying = [asyncio.create_task(replica.look(b"stays")) for _ in range(2 * size)]
+        await asyncio.sleep(0)
+        replica.may_end.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for task in leaving:
+            task.cancel()
+        answers = await asyncio.wait_for(asyncio.gather(first, *staying), 5)
+        assert answers == [b"first", *[b"stays"] * len(staying)]
+        return await asyncio.gather(*leaving, return_exceptions=True)
+
+    for turns in range(100):
+        make_batch_queue()
+        left = asyncio.run(story(turns))
+        if left == [b"leaves"] * size:  # too late: with their answers
+            break
+        assert {type(one) for one in left} == {asyncio.CancelledError}
+    assert 5 < turns < 99
+
+
+def contents():
+    """Name -> bytes of the pictures: real ones where they are at hand."""
+    found = {}
+    if folder := os.environ.get("BCD_REAL_DATA"):
+        files = sorted((Path(folder) / "breakhis").rglob("*.png"))
+        found = {path.name: path.read_bytes() for path in files}
+    drawn = archives.fields(N_PICTURES - len(found))
+    return found | {name.replace("/", "-"): content for name, content in drawn.items()}
+
+
+@pytest.fixture(scope="module")
+def files():
+    return contents()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """URIs of two bundles."""
+    given, folder = None, os.environ.get("BCD_REAL_DATA")
+    if folder:
+        given = weights.pretrained(f"{folder}/weights/resnet50_imagenet.safetensors")
+    uris = []
+    for seed in (1, 2):
+        network = resnet.build(2, given, seed=seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            torch.nn.init.normal_(network.fc.weight, std=0.03 if given else 1e-3)
+        uris.append(str(tmp_path_factory.mktemp("model")))
+        facts = card(input_height_px=128, input_width_px=192, feature_statistics=statistics(), seed=seed)
+        bundle.save(network, facts, uris[-1])
+    return uris
+
+
+@pytest.fixture(scope="module")
+def archived(cluster, files, models, tmp_path_factory):
+    """What the archive job wrote: (model, precision) -> name -> row."""
+    folder = tmp_path_factory.mktemp("archive")
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    tables = {}
+    for uri, precision in ((models[0], "float32"), (models[1], "bfloat16")):
+        output = str(tmp_path_factory.mktemp("scores"))
+        score.run(ScoreConfig(model=uri, input=str(folder), output=output, precision=precision))
+        rows = pq.read_table(f"{output}/predictions").to_pylist()
+        tables[uri] = {row[schema.IMAGE_ID]: row for row in rows}
+    return tables
+
+
+def deploy(cluster, port, folder, model_uri, **arguments):
+    """`serve deploy` of a file, and wait until it runs."""
+    config = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [
+            {
+                "name": "bcd",
+                "import_path": "bcd.serving.serve:app",
+                "route_prefix": "/",
+                "args": {"model": model_uri, "max_body_bytes": LIMITS.max_body_bytes} | arguments,
+            }
+        ],
+    }
+    path = folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [BIN / "serve", "deploy", f"--address={cluster.dashboard}", path]
+
+    def accepted():
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 or "503" in done.stderr, done.stderr
+        return done.returncode == 0
+
+    wait_for(accepted, PATIENCE_S, "a deployment that is accepted")
+
+
+class Service:
+    """Where it listens, and a way to ask."""
+
+    def __init__(self, port):
+        self.url, self.port = f"http://127.0.0.1:{port}", port
+
+    def ask(self, content, **options):
+        return httpx.post(
+            f"{self.url}/v1/predict", content=content, headers=AUTHORISED, timeout=300, **options
+        )
+
+    def model_id(self):
+        answer = httpx.get(f"{self.url}/v1/model", headers=AUTHORISED, timeout=60)
+        return answer.json().get("model_id")
+
+    def is_ready(self):
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=60).status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+@pytest.fixture(scope="module")
+def service(cluster, archived, models, tmp_path_factory):
+    port = free_port()
+    running = Service(port)
+    deploy(cluster, port, tmp_path_factory.mktemp("serve"), models[0])
+    wait_for(running.is_ready, PATIENCE_S, "the service")
+    yield running
+    ray_serve.shutdown()
+
+
+def log_odds(row):
+    return row[schema.LOGIT][1] - row[schema.LOGIT][0]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("clients", [1, 16])
+def test_the_service_answers_what_the_archive_holds(service, archived, models, files, clients):
+    """Done when 1: alone, and in whatever batches sixteen clients make."""
+    expected = archived[models[0]]
+    assert len(expected) == len(files) == N_PICTURES
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(service.ask, files.values()))
+    assert {answer.status_code for answer in answers} == {200}
+    rows = [expected[name] for name in files]
+    found = [answer.json() for answer in answers]
+    wanted = [log_odds(row) for row in rows]
+    assert np.std(wanted) > 1e-3
+    np.testing.assert_allclose([answer["log_odds"] for answer in found], wanted, atol=1e-4)
+    for answer, row in zip(found, rows, strict=True):
+        assert answer["predicted_class"] == row[schema.PREDICTED_CLASS]
+        assert answer["probability_malignant"] == pytest.approx(row[schema.PROBABILITY_MALIGNANT], abs=1e-5)
+        assert answer["model_id"] == row[schema.MODEL_ID]
+        assert answer["novelty"] == pytest.approx(row[schema.NOVELTY], rel=1e-4)
+        np.testing.assert_allclose(np.ravel(answer["evidence"]["values"]), row[schema.EVIDENCE], atol=1e-3)
+
+
+@pytest.mark.ray
+def test_a_batch_request_has_the_same_numbers(service, archived, models, files):
+    names = list(files)[:16]
+    given = [("files", (name, files[name])) for name in names]
+    answer = httpx.post(f"{service.url}/v1/predict/batch", files=given, headers=AUTHORISED, timeout=300)
+    results = answer.json()["results"]
+    assert [item["name"] for item in results] == names
+    wanted = [log_odds(archived[models[0]][name]) for name in names]
+    np.testing.assert_allclose([item["answer"]["log_odds"] for item in results], wanted, atol=1e-4)
+
+
+@pytest.mark.ray
+def test_a_load_balancer_sees_that_the_proxy_is_well(service):
+    """Without the token; which applications run is told to nobody who has none."""
+    answer = httpx.get(f"{service.url}/-/healthz", timeout=60)
+    assert (answer.status_code, answer.text) == (200, "success")
+    assert httpx.get(f"{service.url}/-/routes", timeout=60).status_code == 401
+
+
+@pytest.mark.ray
+def test_batch_clients_that_hang_up_hold_up_nobody(service, files):
+    """Eight at a time, each after another share of the time that an answer takes."""
+    contents = list(files.values())[:16]
+    given = [("files", (str(i), content)) for i, content in enumerate(contents)]
+
+    def ask(patience_s):
+        timeout = httpx.Timeout(300, read=patience_s)
+        try:
+            url = f"{service.url}/v1/predict/batch"
+            return httpx.post(url, files=given, headers=AUTHORISED, timeout=timeout).status_code
+        except httpx.ReadTimeout:
+            return None
+
+    started = time.monotonic()
+    assert ask(300) == 200
+    whole_s = time.monotonic() - started
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(ask, np.random.default_rng(0).uniform(0, 4 * whole_s, 40)))
+        assert statuses.count(None) > 10
+        assert set(statuses) <= {None, 200}
+        answers = list(pool.map(service.ask, contents))
+    assert {answer.status_code for answer in answers} == {200}
+
+
+def bodies():
+    """200 bad bodies of every kind, with the statuses that may answer them."""
+    good = pictures.encode(pictures.gradient(92, 140))
+    jpeg, tiff = (pictures.encode(pictures.gradient(92, 140), kind) for kind in ("JPEG", "TIFF"))
+    rng = np.random.default_rng(0)
+    found = [(content, {}) for content, _ in pictures.broken().values()]
+    found += [(rng.bytes(int(size)), {}) for size in rng.integers(1, 5_000, 40)]
+    for whole in (good, jpeg, tiff):
+        found += [(whole[: int(cut * len(whole))], {}) for cut in np.linspace(0.01, 0.9, 20)]
+        for _ in range(15):
+            damaged = bytearray(whole)
+            for place in rng.integers(8, len(whole), 40):
+                damaged[place] = rng.integers(256)
+            found.append((bytes(damaged), {}))
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    parts = [
+        b"",
+        b"--b",
+        b"--b--",
+        b"--b\r\n\r\n\r\n--b--",
+        b"--b\r\nContent-Disposition: x\r\n\r\ny\r\n--b--\r\n",
+    ]
+    found += [(part, form) for part in parts] + [(rng.bytes(200), form) for _ in range(20)]
+    odd = [
+        {"Content-Type": "application/json"},
+        {"Content-Type": "image/gif; q"},
+        {"Content-Encoding": "gzip"},
+    ]
+    found += [(b'{"url": "http://127.0.0.1/"}', headers) for headers in odd]
+    found += [(b"http://127.0.0.1/a.png", {}), (b"<svg/>", {}), (b"%PDF-1.4", {}), (b"PK\x03\x04", {})]
+    endless = itertools.cycle([b"\x00" * 100, b"GIF89a", b"RIFF....WEBP", b"\xff\xd8\xff"])
+    return found + [(next(endless), {}) for _ in range(200 - len(found))]
+
+
+@pytest.mark.ray
+def test_bad_bodies_of_every_kind_do_no_harm(service, cluster, files):
+    """Done when 3: codes of the client's fault, no crash, no growth."""
+    given = bodies()
+    assert len(given) == 200
+    before = replicas(cluster)
+
+    def ask(pair):
+        content, headers = pair
+        return httpx.post(
+            f"{service.url}/v1/predict", content=content, headers=AUTHORISED | headers, timeout=300
+        )
+
+    def memory():
+        return sum(psutil.Process(pid).memory_info().rss for pid in before) / 2**20
+
+    def once():
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(ask, given))
+
+    once()
+    settled = memory()
+    for answer in once():
+        # Some damage leaves a picture that is whole: it is answered.
+        assert answer.status_code in (200, 400, 415, 422), answer.text
+        assert answer.status_code == 200 or answer.json()["error"]["code"]
+    assert memory() - settled < 100
+    assert replicas(cluster) == before
+    assert service.ask(next(iter(files.values()))).status_code == 200
+
+
+def replicas(cluster):
+    """Ids of the processes that hold the model."""
+    return sorted(pid for pid, command in cluster.processes() if re.search(REPLICA, command))
+
+
+def proxies(cluster):
+    return [pid for pid, command in cluster.processes() if "ray::ProxyActor" in command]
+
+
+@pytest.mark.ray
+def test_a_gigabyte_is_refused_and_not_kept(service, cluster, files):
+    """Done when 3: without a declared length, so that only counting finds it."""
+    most = []
+
+    def chunks():
+        block = bytes(2**20)
+        for i in range(1_024):
+            if i % 64 == 0:
+                most.append(sum(psutil.Process(pid).memory_info().rss for pid in proxies(cluster)) / 2**20)
+            yield block
+
+    answer = httpx.post(f"{service.url}/v1/predict", content=chunks(), headers=AUTHORISED, timeout=300)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+    assert max(most) - most[0] < 3 * LIMITS.max_body_bytes / 2**20
+    assert service.ask(next(iter(files.values()))).status_code == 200
+
+
+@pytest.mark.ray
+def test_slow_clients_end_and_hold_up_nobody(service, files):
+    """Done when 3: thirty that send a byte now and then, while others are answered."""
+    head = ["POST /v1/predict HTTP/1.1", "Host: x", f"Authorization: Bearer {TOKEN}", "Content-Length: 9999"]
+    started = time.monotonic()
+    slow = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(30)]
+    for client in slow:
+        client.sendall("\r\n".join([*head, "", ""]).encode())
+        client.settimeout(0.05)
+    assert service.ask(next(iter(files.values()))).status_code == 200
+    answers = dict.fromkeys(slow, b"")
+    deadline = started + PATIENCE_S
+    while waiting := [client for client in slow if b"slow_upload" not in answers[client]]:
+        assert time.monotonic() < deadline
+        for client in waiting:
+            # Not up to the end: bytes that cross the answer would reset the connection.
+            if time.monotonic() < started + LIMITS.upload_timeout_s / 2:
+                client.sendall(b"x")
+            with contextlib.suppress(TimeoutError):
+                answers[client] += client.recv(10_000)
+    assert all(answer.startswith(b"HTTP/1.1 408") for answer in answers.values())
+    for client in slow:
+        client.close()
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
+def test_the_page_works_with_the_services_token(service, archived, models, files):
+    """Done when 5: from the token to the probability, through the cluster's proxy."""
+    name, content = next(iter(files.items()))
+    row = archived[models[0]][name]
+    with sync_api.sync_playwright() as playwright:
+        browser = launch(playwright)
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(service.url)
+        page.get_by_label("Token").fill(TOKEN)
+        page.get_by_role("button", name="Continue").click()
+        # Until the token is accepted the page takes no pictures.
+        sync_api.expect(page.locator("#work")).to_be_visible(timeout=PATIENCE_MS)
+        page.set_input_files("#files", [{"name": name, "mimeType": "image/png", "buffer": content}])
+        verdict = page.locator("#verdict")
+        shown = probability(row[schema.PROBABILITY_MALIGNANT])
+        sync_api.expect(verdict.locator(".number")).to_have_text(shown, timeout=PATIENCE_MS)
+        sync_api.expect(verdict.locator(".chip")).to_have_text(row[schema.PREDICTED_CLASS])
+        assert TOKEN not in page.url
+        browser.close()
+
+
+@contextlib.contextmanager
+def load(service, files, clients=6):
+    """Clients that ask without pause; yields their answers so far, as (time begun, answer)."""
+    answers, ended = [], threading.Event()
+    endless = itertools.cycle(files.values())
+
+    def client():
+        while not ended.is_set():
+            begun = time.monotonic()
+            answers.append((begun, service.ask(next(endless))))
+
+    with ThreadPoolExecutor(clients) as pool:
+        running = [pool.submit(client) for _ in range(clients)]
+        try:
+            wait_for(
+                lambda: len(answers) >= 2 * clients or any(r.done() for r in running), PATIENCE_S, "load"
+            )
+            yield answers
+        finally:
+            ended.set()
+        for task in running:
+            task.result()
+
+
+@pytest.mark.ray
+def test_a_killed_replica_costs_only_what_was_in_flight(service, cluster, files):
+    """Done when 4: a 5xx that says retry, and the next succeed."""
+    clients = 6
+    with load(service, files, clients) as answers:
+        victims = replicas(cluster)
+        killed = time.monotonic()
+        assert kill(cluster.processes(), REPLICA) == 1
+        wait_for(lambda: set(replicas(cluster)) - set(victims), PATIENCE_S, "a new replica")
+        wait_for(service.is_ready, PATIENCE_S, "the service")
+        back = time.monotonic()
+        wait_for(
+            lambda: sum(begun > back for begun, _ in answers) > clients or None, PATIENCE_S, "answers again"
+        )
+    lost = [(begun, answer) for begun, answer in answers if answer.status_code != 200]
+    for _, answer in lost:
+        assert answer.status_code == 503, answer.text
+        assert answer.headers["retry-after"]
+        assert answer.json()["error"]["code"] in ("replica_lost", "overloaded")
+    in_flight = [begun for begun, _ in lost if begun <= killed]
+    assert len(in_flight) <= clients
+    assert all(answer.status_code == 200 for begun, answer in answers if begun > back)
+
+
+@pytest.mark.ray
+def test_a_second_bundle_under_load_loses_no_request(
+    service, cluster, models, files, archived, tmp_path, capsys
+):
+    """Done when 4, and the bfloat16 part of 1: the second bundle computes in bfloat16."""
+    names = [bundle.identify(uri) for uri in models]
+    with load(service, files) as answers:
+        deploy(cluster, service.port, tmp_path, models[1], precision="bfloat16")
+        wait_for(lambda: answers[-1][1].json().get("model_id") == names[1], PATIENCE_S, "the second model")
+        n = len(answers)
+        wait_for(lambda: len(answers) > n + 60, PATIENCE_S, "answers of the second model")
+    assert {answer.status_code for _, answer in answers} == {200}
+    assert {answer.json()["model_id"] for _, answer in answers} == set(names)
+    expected = archived[models[1]]
+    with ThreadPoolExecutor(7) as pool:
+        found = list(pool.map(lambda content: service.ask(content).json(), files.values()))
+    pairs = [
+        [answer["probability_malignant"], expected[name][schema.PROBABILITY_MALIGNANT]]
+        for name, answer in zip(files, found, strict=True)
+    ]
+    served, archived = np.array(pairs).T
+    assert archived.std() > 1e-3
+    most = np.abs(served - archived).max()
+    with capsys.disabled():
+        print(f"\nlargest difference of a probability in bfloat16, service to archive: {most:.2e}")
+    assert most < BFLOAT16
+
+
+def busy_s(children):
+    """Seconds that the replica among the processes has computed."""
+    times = [child.cpu_times() for child in children if "ServeReplica" in "".join(child.cmdline())]
+    return sum(time.user + time.system for time in times)
+
+
+@contextlib.contextmanager
+def door(model_uri, port, folder, *arguments):
+    """`jobs/serve.py` as a process of its own, on a cluster of its own."""
+    command = [sys.executable, "jobs/serve.py", "--model", model_uri, "--port", str(port), *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    log = (folder / "log").open("w+")
+    job = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    try:
+        yield job, lambda: (folder / "log").read_text()
+    finally:
+        job.kill()
+        job.wait()
+        log.close()
+
+
+@pytest.mark.ray
+def test_the_door_serves_with_a_token_and_ends_on_sigterm(models, files, tmp_path):
+    """What was accepted is finished, and nothing is left running."""
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    port = free_port()
+    running, content = Service(port), next(iter(files.values()))
+    with door(models[0], port, tmp_path, "--token-file", str(tmp_path / "token")) as (job, log):
+        wait_for(lambda: running.is_ready() or job.poll() is not None, PATIENCE_S, "the service")
+        assert job.poll() is None, log()
+        wait_for(lambda: "serving" in log() and f"http://127.0.0.1:{port}" in log(), 60, "its address")
+        assert httpx.post(f"{running.url}/v1/predict", content=content).status_code == 401
+        assert running.ask(content).status_code == 200
+        children = psutil.Process(job.pid).children(recursive=True)
+        large = pictures.encode(pictures.gradient(2_000, 3_000))
+        given = [("files", (str(i), large)) for i in range(16)]
+        with ThreadPoolExecutor(1) as pool:
+            before = busy_s(children)
+            accepted = pool.submit(
+                httpx.post, f"{running.url}/v1/predict/batch", files=given, headers=AUTHORISED, timeout=300
+            )
+            wait_for(lambda: busy_s(children) > before + 0.2, PATIENCE_S, "the replica at work")
+            assert not accepted.done()
+            job.send_signal(signal.SIGTERM)
+            results = accepted.result().json()["results"]
+        assert [item["error"] for item in results] == [None] * 16
+        assert job.wait(PATIENCE_S) == 0, log()
+        assert "finishing what was accepted" in log()
+        assert "Traceback" not in log()
+        assert TOKEN not in log()
+    psutil.wait_procs(children, timeout=60)
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_without_a_token_only_loopback(models, monkeypatch):
+    monkeypatch.delenv(middleware.TOKEN_VARIABLE, raising=False)
+    with pytest.raises(
+        ConfigError, match=r"listening on 0.0.0.0 lets others in: set the variable BCD_API_TOKEN"
+    ):
+        serve.run(ServeConfig(model=models[0], host="0.0.0.0", port=free_port()))
+
+
+def test_an_empty_token_file_is_no_token(models, tmp_path):
+    (tmp_path / "token").write_text("\n")
+    config = ServiceConfig(model=models[0], token_file=str(tmp_path / "token"))
+    with pytest.raises(ConfigError, match="is empty"):
+        serve.build(config, None)
+    (tmp_path / "token").write_text("two words")
+    with pytest.raises(ConfigError, match="no spaces"):
+        serve.build(config, None)
+
+
+def test_the_token_is_bound_as_a_digest(models, tmp_path, monkeypatch):
+    """What Ray keeps of an application can be read by who can read the cluster."""
+    monkeypatch.setenv(middleware.TOKEN_VARIABLE, TOKEN)
+    application = serve.build(ServiceConfig(model=models[0]), "0.0.0.0")
+    bound = repr(application._bound_deployment.init_args)
+    assert middleware.digest(TOKEN) in bound
+    assert TOKEN not in bound
+
+
+def test_replicas_are_as_many_and_as_large_as_asked_for(models):
+    def deployed(**settings):
+        return serve.build(ServiceConfig(model=models[0], **settings), None)._bound_deployment
+
+    fixed, elastic = deployed(min_replicas=2, max_replicas=2), deployed(max_replicas=3, num_gpus=0.25)
+    assert fixed.num_replicas == 2
+    bounds = elastic._deployment_config.autoscaling_config
+    assert (bounds.min_replicas, bounds.max_replicas, bounds.target_ongoing_requests) == (1, 3, 8)
+    assert elastic.ray_actor_options["num_gpus"] == 0.25
+    assert (elastic.max_ongoing_requests, elastic.max_queued_requests) == (16, 16)
+
+
+@pytest.fixture
+def started(models, monkeypatch):
+    """Starts a replica in this process, as on a machine of 4 cores; gives what it uses."""
+    used = {}
+
+    def load(uri, device, precision):
+        used["device"] = device
+        return loaded(uri, "cpu", precision)
+
+    loaded = bundle.load
+    monkeypatch.setattr(bundle, "load", load)
+    monkeypatch.setattr(serve.cluster, "cores", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: used.update(threads=n))
+
+    def start(**settings):
+        replica = serve.Replica.__base__(
+            ServiceConfig(model=models[0], max_batch_size=1, **settings), None, bundle.identify(models[0])
+        )
+        return used | {"decoders": replica._decoders._max_workers}
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "threads"),
+    [
+        ({}, "cpu", 4),
+        ({"num_cpus": 2}, "cpu", 4),
+        ({"max_replicas": 4}, "cpu", 1),
+        ({"max_replicas": 2, "num_cpus": 2}, "cpu", 2),
+        ({"max_replicas": 8, "num_cpus": 0.5, "num_gpus": 0.25}, None, 1),
+    ],
+)
+def test_a_replica_keeps_to_what_it_reserves(settings, device, threads, started):
+    assert started(**settings) == {"device": device, "threads": threads, "decoders": threads}
+
+
+def test_a_replica_answers_with_no_other_model(models):
+    """As one that starts after the bundle was replaced."""
+    config = ServiceConfig(model=models[0], max_batch_size=1)
+    with pytest.raises(BundleError, match="has changed since the start: the model was 0123456789abcdef"):
+        serve.Replica.__base__(config, None, "0123456789abcdef")
+
+
+def test_a_replica_without_numbers_is_not_ready(models, monkeypatch):
+    loaded = bundle.load(models[0], "cpu")
+    replica = Unloaded(1)
+    replica._bundle, replica._computer, replica._succeeded = loaded, ThreadPoolExecutor(1), 0.0
+    pictures = [np.zeros((128, 192, 3), np.uint8)]
+    asyncio.run(replica._predict(pictures))
+    assert replica._succeeded > 0
+    broken = replace(loaded, features=lambda batch: torch.full((len(batch), 2048, 4, 6), torch.nan))
+    replica._bundle = broken
+    (prediction,) = asyncio.run(replica._predict(pictures))
+    assert prediction.predicted_class == [None]
+    assert replica._succeeded == -serve.READY_FOR_S
+    replica.look = lambda content: replica._predict(pictures)
+    replica._canary = b""
+    assert not asyncio.run(replica.ready())
+    # Nor does one start.
+    monkeypatch.setattr(bundle, "load", lambda *_: broken)
+    with pytest.raises(BundleError, match="the model's logits are not finite numbers"):
+        serve.Replica.__base__(ServiceConfig(model=models[0], max_batch_size=1), None, broken.model_id)
+
+
+def test_a_port_in_use_and_a_missing_model_are_told(models, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ResourceError, match=f"--port {port} cannot be listened on"):
+            serve.run(ServeConfig(model=models[0], port=port))
+    with pytest.raises(BundleError, match="no model bundle there"):
+        serve.run(ServeConfig(model=str(tmp_path)))
+
+
+def test_the_example_for_clusters_is_valid():
+    """serve.yaml at the top."""
+    checked = ServeDeploySchema(**yaml.safe_load((ROOT / "serve.yaml").read_text()))
+    assert checked.applications[0].import_path == "bcd.serving.serve:app"
+    assert ServiceConfig(**checked.applications[0].args).num_gpus == 0.25

@@ -1,0 +1,232 @@
+"""Planted truths: a leak where there is one, and none where there is none; what a study leaves behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+
+from bcd import schema, storage
+from bcd.config.training import CrossvalConfig
+from bcd.errors import ConfigError, DataError, StorageError
+from bcd.model import bundle
+from bcd.runtime import output, prepare, run_directory
+from bcd.split import split
+from bcd.training import crossval
+from tests import planted, studies
+from tests.cluster import PATIENCE_S, ROOT, read_json, wait_for
+from tests.runtime.test_datasets import small
+
+pytestmark = pytest.mark.ray
+# Two studies of four trainings each: `pytest -m trial tests/pipelines/test_crossval.py`.
+trial = pytest.mark.trial
+
+K = 2
+N_IMAGES = planted.N_PATIENTS * planted.N_IMAGES
+
+
+def config_of(folder, signal, **changes):
+    settings = {
+        "protocol": "case,image",
+        "k": K,
+        "weights": "none",
+        "augment": False,
+        "epochs": 4,
+        "batch_size": 8,
+        "input_height_px": 32,
+        "input_width_px": 48,
+        "learning_rate": 1e-3,
+        "validation_fraction": 0.1,
+    }
+    data = planted.tree(folder / "data", signal)
+    return CrossvalConfig(data=data, output=str(folder), name="study", **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def noise(cluster, tmp_path_factory):
+    """A study of patients who can be known again and whose class was drawn by lot."""
+    config = config_of(tmp_path_factory.mktemp("noise"), signal=False)
+    return config, crossval.run(config)
+
+
+@pytest.fixture(scope="module")
+def signal(cluster, tmp_path_factory):
+    """The same patients with a sign of their class in every picture; two folds at a time."""
+    config = config_of(tmp_path_factory.mktemp("signal"), signal=True, parallel=2)
+    return config, crossval.run(config)
+
+
+@trial
+def test_a_leak_is_seen_and_said_where_the_class_stands_in_no_picture(noise):
+    _, uri = noise
+    measured = read_json(f"{uri}/metrics.json")
+    honest, leaky = measured["pooled"], read_json(f"{uri}/image/metrics.json")["pooled"]
+    assert leaky["balanced_accuracy"] > 0.95
+    low, high = honest["intervals"]["balanced_accuracy"]
+    assert low < 0.5 < high < 0.8
+    row = measured["leak"]["metrics"]["balanced_accuracy"]
+    assert row["difference"] == pytest.approx(leaky["balanced_accuracy"] - honest["balanced_accuracy"])
+    assert row["interval"][0] > 0.15
+    page = storage.read_bytes(f"{uri}/report.html").decode()
+    assert "The leak adds +" in page
+    assert "split by image, with patients on both sides, the same model seems to reach" in page
+    mark = "leaky: patients stand on both sides"
+    assert mark in storage.read_bytes(f"{uri}/image/report.html").decode()
+    assert mark not in page
+
+
+@trial
+def test_no_leak_is_seen_where_the_class_stands_in_every_picture(signal):
+    _, uri = signal
+    measured = read_json(f"{uri}/metrics.json")
+    assert measured["pooled"]["balanced_accuracy"] > 0.85
+    row = measured["leak"]["metrics"]["balanced_accuracy"]
+    low, high = row["interval"]
+    assert low <= 0 <= high
+    assert abs(row["difference"]) < 0.1
+    assert measured["leak"]["n_left_out"] == 0
+    assert "No leak is seen" in storage.read_bytes(f"{uri}/report.html").decode()
+
+
+@trial
+@pytest.mark.parametrize("protocol", ["case", "image"])
+def test_every_image_is_tested_once_by_a_model_that_was_not_trained_on_it(noise, protocol):
+    _, uri = noise
+    tested = []
+    for fold in range(1, K + 1):
+        run_uri = f"{uri}/{protocol}/repeat-1-fold-{fold}"
+        parts = run_directory.read_split(run_uri)
+        assert split.audit(parts, protocol) == []
+        rows = parts.to_pylist()
+        tested += [row[schema.IMAGE_ID] for row in rows if row[schema.PART] == split.TEST]
+        card = bundle.read_card(f"{run_uri}/model")
+        assert (card.protocol, card.fold, card.training["cross_folds"]) == (protocol, fold, K)
+        assert card.leaky == (protocol == "image")
+    assert len(tested) == len(set(tested)) == N_IMAGES
+    measured = read_json(f"{uri}/{protocol}/metrics.json")
+    assert (measured["n_images"], measured["n_patients"]) == (N_IMAGES, planted.N_PATIENTS)
+
+
+@trial
+def test_the_spread_is_that_of_the_folds(noise):
+    _, uri = noise
+    measured = read_json(f"{uri}/metrics.json")
+    values = [
+        read_json(f"{uri}/case/repeat-1-fold-{fold}/metrics.json")["pooled"]["accuracy"]
+        for fold in range(1, K + 1)
+    ]
+    spread = measured["spread"]["accuracy"]
+    assert spread["mean"] == pytest.approx(sum(values) / K)
+    assert spread["sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert measured["pooled"]["accuracy"] == pytest.approx(sum(values) / K)  # folds of equal size
+
+
+@trial
+def test_a_finished_study_says_so_and_another_is_refused(noise, capsys):
+    config, uri = noise
+    assert crossval.run(config) == uri
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"other settings: --k 2 -> 3"):
+        crossval.run(config.model_copy(update={"k": 3}))
+
+
+def test_warnings_of_one_fold_stand_under_its_name(tmp_path):
+    folds = list(crossval._folds(CrossvalConfig(data="d", k=2), str(tmp_path), "case"))
+    facts = {"data_fingerprint": "0", "synthetic": False, "broken": [], "quarantined": []}
+    facts |= {"field_height_px": 1, "field_width_px": 1}
+    for fold, warnings in zip(folds, (["of all", "of one"], ["of all"]), strict=True):
+        run_directory.write_json(fold.uri, run_directory.DATA, facts | {"warnings": warnings})
+    assert crossval._known(folds).warnings == ["of all", "case, repeat 1, fold 1: of one"]
+
+
+def test_a_killed_study_goes_on_with_the_folds_that_are_missing(cluster, tree, tmp_path, capsys):
+    """SIGKILL while the second of two folds is trained: the same command trains that one only."""
+    settings = small(tree).model_dump(include={"data", "weights", "input_height_px", "input_width_px"})
+    settings |= {"output": str(tmp_path), "name": "killed", "k": 2, "epochs": 1, "validation_fraction": 0.33}
+    flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    job = subprocess.Popen([sys.executable, "jobs/crossval.py", *flags, "--parallel", "1"], cwd=ROOT)
+    first, second = (tmp_path / f"killed/case/repeat-1-fold-{fold}" for fold in (1, 2))
+    wait_for(
+        lambda: (second / "config.json").exists() or job.poll() is not None, PATIENCE_S, "the second fold"
+    )
+    assert job.poll() is None
+    job.kill()
+    job.wait()
+    assert is_finished(first)
+    assert not is_finished(second)
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    uri = crossval.run(CrossvalConfig(**settings, parallel=1))
+    assert output.check(uri, output.CROSSVAL)
+    assert output.check(str(second), output.TRAIN)
+    assert f"{first} is finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    measured = read_json(f"{uri}/metrics.json")
+    assert measured["n_images"] == len(list(Path(tree).rglob("*.png")))
+    assert [row["fold"] for row in measured["folds"]] == [1, 2]
+    assert read_json(f"{uri}/run.json")["status"] == "finished"
+    # A finished study is compared without training anything: here with itself.
+    crossval.run(CrossvalConfig(**settings, parallel=1, against=uri))
+    row = read_json(f"{uri}/metrics.json")["comparison"]["metrics"]["accuracy"]
+    assert (row["first"], row["difference"], row["p_value"]) == (measured["pooled"]["accuracy"], 0, None)
+    with pytest.raises(DataError, match=r"--against .*/nothing: no test_images.parquet there"):
+        crossval.run(CrossvalConfig(**settings, against=f"{tmp_path}/nothing"))
+
+
+def with_one_more(parts):
+    """The rows, and one whose image is gone since."""
+    gone = {schema.IMAGE_ID: "gone.png", schema.SHA256: "0" * 64}
+    return pa.concat_tables([parts, pa.Table.from_pylist([parts.to_pylist()[0] | gone], schema=parts.schema)])
+
+
+def test_a_study_does_not_go_on_with_other_data(cluster, tree, tmp_path):
+    """One image fewer would divide all folds anew."""
+    config = CrossvalConfig(**small(tree).model_dump(include={"data", "weights"}), output=str(tmp_path), k=2)
+    fold = next(crossval._folds(config, f"{tmp_path}/crossval", "case"))
+    parts, facts = prepare.prepare(fold.config)
+    output.claim(f"{tmp_path}/crossval", output.CROSSVAL)
+    run_directory.write_json(fold.uri, run_directory.DATA, facts.model_dump())
+    run_directory.write_split(fold.uri, with_one_more(parts))
+    with pytest.raises(DataError, match=r"is not what it was when .*repeat-1-fold-1 was split"):
+        crossval.run(config)
+
+
+def arm(protocol, images):
+    return crossval.Arm(protocol, {}, images, None, {})
+
+
+def test_a_leak_is_told_on_the_images_that_both_arms_tested():
+    images = studies.Cohort(seed=1).images(1.0)
+    leaky, honest = arm("image", images.iloc[5:]), arm("case", images)
+    found = crossval._leak(leaky, honest)
+    assert (found["n_images"], found["n_left_out"]) == (len(images) - 5, 5)
+    assert found["metrics"]["balanced_accuracy"]["difference"] == 0
+
+
+def test_what_a_user_can_put_right_stays_one_sentence_from_parallel_folds(joined, tmp_path):
+    """Ray wraps the errors of its tasks in their traceback."""
+    config = CrossvalConfig(data="d", output=str(tmp_path), weights=f"{tmp_path}/none.pth", k=2)
+    folds = list(crossval._folds(config, str(tmp_path), "case"))
+    with pytest.raises(StorageError, match=rf"^{tmp_path}/none.pth: cannot read it"):
+        crossval._train(folds, None, parallel=2)
+
+
+def is_finished(run):
+    return read_json(str(run / "run.json"))["status"] == "finished"
+
+
+def test_more_folds_than_groups_end_a_study_before_it_trains(cluster, tree, tmp_path):
+    config = CrossvalConfig(**small(tree).model_dump(include={"data", "weights"}), output=str(tmp_path), k=40)
+    with pytest.raises(DataError, match=r"24 groups by case cannot make 40 folds; lower --k"):
+        crossval.run(config)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_finished_study_with_a_bundle_that_cannot_be_used_goes_on(monkeypatch, capsys):
+    faults = {"a": None, "b": "b: the model card has format 1", "c": None}
+    monkeypatch.setattr(crossval.publish, "fault", faults.get)
+    folds = {uri: SimpleNamespace(uri=uri) for uri in faults}
+    assert crossval._is_published([[folds["a"]], [folds["c"]]])
+    assert not crossval._is_published([[folds["a"]], [folds["b"], folds["c"]]])
+    assert "b: the model card has format 1. Writing new bundles" in capsys.readouterr().out

@@ -1,0 +1,127 @@
+"""Temperature and threshold: from validation logits whose truth is planted."""
+
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from bcd import schema, storage
+from bcd.config.training import TrainConfig
+from bcd.errors import BundleError
+from bcd.runtime.prepare import Facts
+from bcd.training import export
+
+
+def validation(n=400, seed=0):
+    """Logits that are twice too sure, and rows with their classes, drawn from the honest probability."""
+    generator = np.random.default_rng(seed)
+    honest = generator.normal(0, 1.5, n)
+    malignant = generator.random(n) < 1 / (1 + np.exp(-honest))
+    rows = [
+        {
+            schema.IMAGE_ID: str(i),
+            schema.URI: "",
+            schema.PATIENT: f"p{i % 7}",
+            schema.TUMOR_CLASS: "malignant" if truth else "benign",
+        }
+        for i, truth in enumerate(malignant)
+    ]
+    logit = np.stack([-honest, honest], 1).astype(np.float32)
+    return logit, schema.fill(pa.Table.from_pylist(rows), schema.INDEX), malignant
+
+
+class Kept:
+    """A checkpoint whose content is given, or damaged."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def as_directory(self):
+        return contextlib.nullcontext(self.content)
+
+
+def result(monkeypatch, *pairs):
+    """A training with checkpoints of (content, score) from epoch 1 on."""
+
+    def read(folder):
+        if str(folder) == "damaged":
+            raise BundleError("model.safetensors is not as it was written")
+        return str(folder), {}
+
+    monkeypatch.setattr(export.worker, "read_checkpoint", read)
+    monkeypatch.setattr(export.model, "assembled", lambda n_classes, tensors: tensors)
+    kept = [
+        (Kept(content), {schema.EPOCH: epoch, export.worker.SELECTION: score})
+        for epoch, (content, score) in enumerate(pairs, 1)
+    ]
+    return SimpleNamespace(best_checkpoints=kept)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected", "n_told"),
+    [
+        ([("a", 0.5), ("b", 0.9), ("c", 0.7)], ("b", 2), 0),
+        ([("a", 0.5), ("damaged", 0.9), ("c", 0.7)], ("c", 3), 1),
+        ([("a", 0.5), ("damaged", 0.9), ("damaged", 0.7)], ("a", 1), 2),
+    ],
+)
+def test_the_best_epoch_is_the_best_intact_one(monkeypatch, capsys, pairs, expected, n_told):
+    network, measured = export._best(result(monkeypatch, *pairs), 2)
+    assert (network, measured[schema.EPOCH]) == expected
+    assert capsys.readouterr().out.count("is damaged: model.safetensors is not as it was written") == n_told
+
+
+def test_without_an_intact_checkpoint_there_is_no_bundle(monkeypatch):
+    with pytest.raises(BundleError, match="no checkpoint of this run is intact; choose another --name"):
+        export._best(result(monkeypatch, ("damaged", 0.9)), 2)
+
+
+def test_a_card_that_could_not_be_written_is_found_before_the_training():
+    facts = Facts(
+        data_fingerprint="a" * 64,
+        split_fingerprint="b" * 64,
+        synthetic=False,
+        warnings=[],
+        broken=[],
+        quarantined=[],
+        field_height_px=460,
+        field_width_px=700,
+    )
+    rows = validation(4)[1]
+    table = rows.append_column(schema.SPLIT.field(schema.PART), pa.array(["train"] * 4))
+    export.check(TrainConfig(data="d"), table, facts)
+    fine = table.set_column(
+        table.schema.get_field_index(schema.MPP), schema.MPP, pa.array([0.01] * 4, pa.float32())
+    )
+    with pytest.raises(BundleError, match=r"mpp.0: Input should be greater than or equal to 0.05"):
+        export.check(TrainConfig(data="d"), fine, facts)
+
+
+def test_a_finished_run_whose_bundle_is_of_another_format_says_why(tmp_path):
+    assert "no model bundle there" in export.fault(str(tmp_path))
+    storage.write_bytes(f"{tmp_path}/model/card.json", b'{"format_version": 1}')
+    assert "format 1, this version reads 2" in export.fault(str(tmp_path))
+
+
+def test_the_temperature_is_found_and_told_before_and_after():
+    decided = export._decided(TrainConfig(data="d"), *validation(4000)[:2])
+    assert decided["temperature"] == pytest.approx(2, rel=0.05)
+    told = decided["calibration"]
+    for name in ("cross_entropy", "brier", "ece"):
+        assert told[f"{name}_after"] < told[f"{name}_before"]
+
+
+@pytest.mark.parametrize("target", [0.8, 0.95])
+def test_the_threshold_reaches_the_sensitivity_that_was_asked_for(target):
+    logit, rows, malignant = validation()
+    decided = export._decided(TrainConfig(data="d", target_sensitivity=target), logit, rows)
+    probability = 1 / (1 + np.exp(-(logit[:, 1] - logit[:, 0]) / decided["temperature"]))
+    called = probability >= decided["threshold"]
+    n = int(np.ceil(target * malignant.sum()))
+    assert called[malignant].sum() == n
+    point = decided["operating_point"]
+    assert point["sensitivity"] == called[malignant].mean() >= target
+    assert point["specificity"] == pytest.approx((~called[~malignant]).mean())
+    assert (point["rule"], point["n_patients"]) == ("sensitivity", 7)

@@ -1,0 +1,310 @@
+import contextlib
+import threading
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray.train
+import torch
+
+from bcd import schema
+from bcd.config.training import TrainConfig
+from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
+from bcd.model import resnet, train_step
+from bcd.training import loop
+
+RECORD = {
+    "epoch": 2,
+    "train_loss": 0.5,
+    "validation_loss": 0.25,
+    loop.SCORE: 0.875,
+    "n_validation": 1234,
+    "class_counts": {"benign": 4000, "malignant": 4000},
+    "learning_rate": 2e-4,
+    "images_per_s": 31.25,
+    "seconds": 60.0,
+}
+
+
+def test_progress_line_is_for_people():
+    assert loop.progress_line(RECORD, 12) == (
+        "epoch 2/12: loss 0.500 (validation 0.250), balanced accuracy 0.875 on 1,234 validation images; "
+        "saw benign 4,000, malignant 4,000; learning rate 2.0e-04; 31.2 images/s, 60 s; 10 min left"
+    )
+
+
+def test_a_checkpoint_restores_network_optimiser_and_history(tmp_path):
+    def fresh(seed):
+        network = resnet.build(2, seed=seed).to(memory_format=torch.channels_last)
+        return loop.State(network, train_step.optimizer(network, "adamw", 1e-3, 0.01))
+
+    saved, restored = fresh(1), fresh(2)
+    saved.history.append(RECORD)
+    step = train_step.Step(saved.network.train(), saved.optimizer, torch.device("cpu"), "float32", None)
+    step(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.tensor([0, 1]), 1e-3)
+    saved.save(tmp_path)
+    restored.load(tmp_path)
+    for name, tensor in saved.network.state_dict().items():
+        assert torch.equal(tensor, restored.network.state_dict()[name])
+    first = lambda state: state.optimizer.state_dict()["state"][0]["exp_avg"]  # noqa: E731
+    assert torch.equal(first(saved), first(restored))
+    assert restored.history == [RECORD]
+
+
+def small_state(**changes):
+    """A state of a few numbers, with a step behind it."""
+    network = torch.nn.BatchNorm1d(3)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    network.load_state_dict(network.state_dict() | changes)
+    return loop.State(network, optimizer, [RECORD])
+
+
+def flipped(path):
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+def flipped_tensor(path):
+    """Between its records the file has bytes that mean nothing."""
+    content, largest = path.read_bytes(), max(contents(path), key=len)
+    place = content.index(largest) + len(largest) // 2
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+def contents(path):
+    with zipfile.ZipFile(path) as file:
+        return [file.read(name) for name in file.namelist()]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+DAMAGES = [
+    (loop.WEIGHTS_FILE, flipped, "is not as it was written"),
+    (loop.WEIGHTS_FILE, cut, "is not as it was written"),
+    (loop.WEIGHTS_FILE, Path.unlink, "model.safetensors is missing"),
+    (loop.STATE_FILE, cut, "a damaged PyTorch file"),
+    (loop.STATE_FILE, flipped_tensor, "state.pt is not as it was written"),
+    (loop.STATE_FILE, Path.unlink, "state.pt is missing"),
+    (loop.STATE_FILE, lambda path: path.write_bytes(b""), "an empty file"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "said"), DAMAGES)
+def test_a_damaged_checkpoint_changes_nothing(tmp_path, name, damage, said):
+    small_state(weight=torch.tensor([1.0, 2.0, 3.0])).save(tmp_path)
+    damage(tmp_path / name)
+    state = small_state(weight=torch.tensor([4.0, 5.0, 6.0]))
+    with pytest.raises(BundleError, match=said):
+        state.load(tmp_path)
+    assert state.network.weight.tolist() == [4, 5, 6]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_checkpoint_that_is_no_number_is_damaged(tmp_path, number):
+    small_state(bias=torch.tensor([0.0, number, 0.0])).save(tmp_path)
+    with pytest.raises(BundleError, match="bias has NaN or infinite values"):
+        small_state().load(tmp_path)
+
+
+class Kept:
+    """A checkpoint in a folder."""
+
+    def __init__(self, path, epoch):
+        self.path, self.metrics, self.checkpoint = str(path), {"epoch": epoch}, self
+
+    def as_directory(self):
+        return contextlib.nullcontext(self.path)
+
+
+@pytest.mark.parametrize(("n_damaged", "weight"), [(0, 3.0), (1, 2.0), (2, 1.0), (3, 9.0)])
+def test_the_newest_intact_checkpoint_is_used(tmp_path, monkeypatch, caplog, n_damaged, weight):
+    kept = [Kept(tmp_path / f"{epoch}", epoch) for epoch in (3, 2, 1)]
+    for one in kept:
+        Path(one.path).mkdir()
+        small_state(weight=torch.full((3,), float(one.metrics["epoch"]))).save(Path(one.path))
+    for one in kept[:n_damaged]:
+        flipped(Path(one.path) / loop.WEIGHTS_FILE)
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: kept[0])
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda: [kept[2], kept[0], kept[1]])
+    state = small_state(weight=torch.full((3,), 9.0))
+    state.history = []
+    loop._resume(state)
+    assert state.network.weight.tolist() == [weight] * 3
+    assert state.history == ([RECORD] if n_damaged < 3 else [])
+    told = [record.message for record in caplog.records]
+    assert len(told) == n_damaged
+    assert all("is damaged (model.safetensors is not as it was written" in message for message in told)
+
+
+def alone(monkeypatch, world=1):
+    context = SimpleNamespace(get_world_size=lambda: world)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+
+
+def task(n_train, **changes):
+    config = TrainConfig(data="d", weights="none", **{"batch_size": 2, "learning_rate": 1.0} | changes)
+    return loop.Task(config, ("benign", "malignant"), None, "run", n_train)
+
+
+class Steps:
+    """Training steps whose losses are given; remembers rates and images."""
+
+    def __init__(self, losses=(), spoils=False):
+        self.network, self.losses = torch.nn.BatchNorm1d(3), iter(losses)
+        self.rates, self.sizes, self.spoils = [], [], spoils
+
+    def __call__(self, images, target, rate):
+        self.rates.append(rate)
+        self.sizes.append(len(images))
+        if self.spoils:
+            self.network.weight.data[0] = torch.nan
+        return torch.tensor(next(self.losses, 0.5))
+
+
+def rows(n, size=2):
+    """A pass over n images."""
+    for at in range(0, n, size):
+        ids = np.array([str(i) for i in range(at, min(n, at + size))])
+        image = np.zeros((len(ids), 2, 2, 3), np.uint8)
+        yield {schema.IMAGE_ID: ids, schema.IMAGE: image, schema.TARGET: np.zeros(len(ids), np.int64)}
+
+
+def an_epoch(given, steps, n, epoch=1, size=2):
+    passes = SimpleNamespace(batch_size=size, batches=lambda: rows(n, size))
+    return loop._train_epoch(given, steps, epoch, passes)
+
+
+@pytest.mark.parametrize(("n", "epochs"), [(2, 1), (4, 1), (20, 3)])
+def test_no_step_has_the_rate_zero(monkeypatch, n, epochs):
+    alone(monkeypatch)
+    steps = Steps()
+    for epoch in range(1, epochs + 1):
+        an_epoch(task(n, epochs=epochs), steps, n, epoch)
+    assert len(steps.rates) == epochs * n // 2
+    assert min(steps.rates) > 0
+    n_steps = epochs * n // 2
+    middles = [(i + 0.5) / n_steps for i in range(n_steps)]
+    assert steps.rates == pytest.approx([train_step.learning_rate(1.0, middle, 0.1) for middle in middles])
+
+
+@pytest.mark.parametrize(
+    ("losses", "n_taken", "said"),
+    [
+        ([0.5] * 24 + [float("nan")] * 99, 40, "in epoch 2: from step 25 on the loss is no finite number"),
+        ([float("inf")], 20, "in epoch 2: from step 1 on the loss"),
+        ([0.5] * 44 + [float("nan")], 45, "in epoch 2: from step 45 on the loss"),
+        ([0.5] * 19 + [float("nan")] + [0.5] * 99, 20, "in epoch 2: from step 20 on the loss"),
+    ],
+)
+def test_a_diverging_training_stops_and_names_the_step(monkeypatch, losses, n_taken, said):
+    alone(monkeypatch)
+    steps = Steps(losses)
+    with pytest.raises(DivergedError, match=said) as raised:
+        an_epoch(task(90, learning_rate=0.25), steps, 90, epoch=2)
+    assert len(steps.rates) == n_taken
+    assert "a lower --learning-rate than 0.25" in str(raised.value)
+
+
+def test_weights_that_are_no_numbers_end_the_epoch(monkeypatch):
+    alone(monkeypatch)
+    with pytest.raises(DivergedError, match="after its last step, 3, the weights are no finite numbers"):
+        an_epoch(task(6), Steps(spoils=True), 6)
+
+
+def test_what_one_worker_finds_stops_all(monkeypatch):
+    """This one's losses are fine; the other's are not from the second step on."""
+    alone(monkeypatch, world=2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda first, operation: first.fill_(1))
+    with pytest.raises(DivergedError, match="from step 2 on"):
+        an_epoch(task(12), Steps(), 6)
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "world", "shared"), [(1, 2, 1, True), (1, 1, 2, False), (0, 2, 1, True)]
+)
+def test_no_step_has_a_single_image(monkeypatch, n, size, world, shared):
+    alone(monkeypatch, world)
+    steps = Steps()
+    with pytest.raises(ConfigError, match="a training step has a single image"):
+        an_epoch(task(n * world, sync_batchnorm=shared), steps, n, size=size)
+    assert not steps.rates
+
+
+def test_the_images_of_all_workers_count_where_batch_norm_does(monkeypatch):
+    alone(monkeypatch, world=2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+    steps = Steps()
+    assert len(an_epoch(task(4), steps, 2, size=1).image_ids) == 2
+    assert steps.sizes == [1, 1]
+
+
+def test_a_validation_that_is_no_number_is_not_kept(monkeypatch):
+    alone(monkeypatch)
+    monkeypatch.setattr(loop, "_train_epoch", lambda *_: loop.Seen(1.0))
+    monkeypatch.setattr(loop, "_validate", lambda *_: loop.Seen(float("nan")))
+    state = small_state()
+    with pytest.raises(
+        DivergedError, match="in epoch 1: the loss on the validation images is no finite number"
+    ):
+        loop._epoch(task(4, epochs=1), SimpleNamespace(device="cpu"), state, 1, None)
+
+
+@pytest.mark.parametrize("error", [DivergedError("diverged"), ConfigError("a single image")])
+def test_what_all_workers_find_is_returned_and_not_tried_again(monkeypatch, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(loop, "_train", fail)
+    assert loop.train(task(4)) is error
+    error = BcdError("one worker's own")
+    with pytest.raises(BcdError, match="one worker's own"):
+        loop.train(task(4))
+
+
+class Shard:
+    """Passes over five batches of two rows; `read` is set when one of them begins to be read."""
+
+    def __init__(self, broken=()):
+        self.read, self.broken = threading.Event(), broken
+
+    def iter_batches(self, batch_size, **_):
+        self.read.set()
+        for start in range(0, 10, batch_size):
+            ids = [f"{i}" for i in range(start, start + batch_size)]
+            errors = ["truncated: x" if name in self.broken else "" for name in ids]
+            yield {schema.IMAGE_ID: np.array(ids), schema.ERROR: np.array(errors, object)}
+
+
+def stream(monkeypatch, shard):
+    monkeypatch.setattr(ray.train, "get_dataset_shard", lambda name: shard)
+    return loop.Stream("train", 2)
+
+
+def ids(batches):
+    return [name for batch in batches for name in batch[schema.IMAGE_ID]]
+
+
+def test_a_pass_that_was_begun_is_read_before_it_is_asked_for(monkeypatch):
+    passes = stream(monkeypatch, shard := Shard())
+    assert not shard.read.is_set()
+    passes.begin()
+    assert shard.read.wait(60)
+    assert ids(passes.batches()) == [f"{i}" for i in range(10)]
+    shard.read.clear()
+    assert ids(passes.batches()) == [f"{i}" for i in range(10)]  # another, which begins only now
+    assert shard.read.is_set()
+
+
+@pytest.mark.parametrize("broken", ["0", "7"])
+def test_a_picture_that_broke_meanwhile_ends_the_pass_that_was_begun(monkeypatch, broken):
+    passes = stream(monkeypatch, Shard(broken=(broken,)))
+    passes.begin()
+    with pytest.raises(BcdError, match=f"{broken} became unusable after the run began"):
+        ids(passes.batches())

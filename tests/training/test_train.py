@@ -1,0 +1,223 @@
+"""One real training run with two workers, on S3, and what must hold of all it leaves behind."""
+
+import io
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from ray.exceptions import GetTimeoutError
+from ray.train import ControllerError, WorkerGroupError
+
+from bcd import schema, storage
+from bcd.errors import BundleError, ConfigError, DivergedError, ResourceError, StorageError
+from bcd.model import bundle
+from bcd.runtime import output, prepare
+from bcd.training import train
+from tests.cluster import read_json
+from tests.runtime.test_datasets import small
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def config(tree_on_s3, s3):
+    return small(
+        tree_on_s3,
+        output=f"{s3}/runs",
+        name="two",
+        num_workers="2",
+        epochs=2,
+        batch_size=16,
+        precision="float32",
+    )
+
+
+@pytest.fixture(scope="module")
+def run_uri(cluster, config):
+    return train.run(config)
+
+
+def test_the_run_directory_is_as_promised(run_uri, config):
+    names = {file.path.split("/")[0] for file in storage.list_files(run_uri)}
+    promised = (
+        "config.json run.json checkpoints model predictions metrics.json report.html figures tensorboard"
+    )
+    assert names >= set(promised.split())
+    assert read_json(f"{run_uri}/config.json") == config.model_dump(mode="json")
+    run = read_json(f"{run_uri}/run.json")
+    assert run["status"] == "finished"
+    assert run["versions"]["ray"]
+    assert run["timings"]["train_s"] > 0
+    assert output.check(run_uri, output.TRAIN)  # every file in it is one that it may contain
+
+
+def test_every_epoch_is_balanced_and_saw_no_held_out_image(run_uri):
+    table = pq.read_table(io.BytesIO(storage.read_bytes(f"{run_uri}/split.parquet")))
+    parts = dict(zip(table[schema.IMAGE_ID].to_pylist(), table[schema.PART].to_pylist(), strict=True))
+    history = read_json(f"{run_uri}/history.json")
+    orders = []
+    for record in history:
+        counts = record["class_counts"]
+        assert abs(counts["benign"] - counts["malignant"]) <= 2
+        assert record["workers"] == 2
+        exposure = pq.read_table(
+            io.BytesIO(storage.read_bytes(f"{run_uri}/exposure/epoch-{record['epoch']:04d}.parquet"))
+        )
+        orders.append(exposure[schema.IMAGE_ID].to_pylist())
+        assert len(orders[-1]) == sum(counts.values())
+        assert {parts[name] for name in orders[-1]} == {"train"}
+    assert orders[0] != orders[1]
+
+
+def test_validation_counted_every_row_of_both_workers(run_uri):
+    table = pq.read_table(io.BytesIO(storage.read_bytes(f"{run_uri}/split.parquet")))
+    expected = len(prepare.part_of(table, "validation"))
+    assert [record["n_validation"] for record in read_json(f"{run_uri}/history.json")] == [expected] * 2
+
+
+def test_both_workers_validated_the_model_that_is_kept(run_uri):
+    check_validated(run_uri)
+
+
+@pytest.mark.trial
+def test_they_do_so_too_where_each_counts_its_own_batches(cluster, config):
+    apart = {"name": "apart", "epochs": 1, "sync_batchnorm": False}
+    check_validated(train.run(config.model_copy(update=apart)))
+
+
+def check_validated(run_uri):
+    """Running statistics could differ between workers after the last step: only the first's are kept."""
+    table = pq.read_table(io.BytesIO(storage.read_bytes(f"{run_uri}/split.parquet")))
+    rows = prepare.part_of(table, "validation").to_pylist()
+    loaded = bundle.load(f"{run_uri}/model", device="cpu")
+    direct = loaded.predict_files([storage.read_bytes(row[schema.URI]) for row in rows])
+    logit = torch.tensor(direct.logit) * loaded.card.temperature
+    target = torch.tensor([loaded.card.classes.index(row[schema.TUMOR_CLASS]) for row in rows])
+    best = read_json(f"{run_uri}/history.json")[int(loaded.card.validation["epoch"]) - 1]
+    loss = torch.nn.functional.cross_entropy(logit, target)
+    assert best["validation_loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_predictions_are_the_bundles_own(run_uri):
+    """The table on S3 equals what Python without Ray computes from the bundle and the files."""
+    loaded = bundle.load(f"{run_uri}/model", device="cpu")
+    rows = pq.read_table(
+        f"{run_uri}/predictions".removeprefix("s3://"), filesystem=storage.resolve(run_uri)[0]
+    ).to_pylist()
+    direct = loaded.predict_files([storage.read_bytes(row[schema.URI]) for row in rows])
+    np.testing.assert_allclose([row[schema.LOGIT] for row in rows], direct.logit, atol=1e-4)
+    assert [row[schema.PREDICTED_CLASS] for row in rows] == direct.predicted_class
+    for row in rows:
+        total = np.mean(row[schema.EVIDENCE]) + row[schema.EVIDENCE_BIAS]
+        assert total == pytest.approx(row[schema.LOGIT][1] - row[schema.LOGIT][0], abs=1e-3)
+        assert row[schema.MODEL_ID] == loaded.model_id
+        assert (row[schema.HEIGHT_PX], row[schema.WIDTH_PX], row[schema.ERROR]) == (92, 140, None)
+
+
+def test_metrics_are_those_of_the_predictions(run_uri):
+    measured = read_json(f"{run_uri}/metrics.json")
+    table = pq.read_table(io.BytesIO(storage.read_bytes(f"{run_uri}/split.parquet")))
+    test = prepare.part_of(table, "test")
+    truth = dict(zip(test[schema.IMAGE_ID].to_pylist(), test[schema.TUMOR_CLASS].to_pylist(), strict=True))
+    rows = pq.read_table(
+        f"{run_uri}/predictions".removeprefix("s3://"), filesystem=storage.resolve(run_uri)[0]
+    ).to_pylist()
+    assert {row[schema.IMAGE_ID] for row in rows} == truth.keys()
+    right = [row[schema.PREDICTED_CLASS] == truth[row[schema.IMAGE_ID]] for row in rows]
+    assert measured["pooled"]["accuracy"] == pytest.approx(np.mean(right))
+    assert measured["synthetic"] is True
+    assert bundle.read_card(f"{run_uri}/model").metrics == measured
+    assert "Synthetic" in storage.read_bytes(f"{run_uri}/model/README.md").decode()
+    assert "synthetic" in storage.read_bytes(f"{run_uri}/report.html").decode()
+
+
+def test_running_it_again_does_nothing_and_says_so(run_uri, config, capsys):
+    before = [(file.path, file.size_bytes) for file in storage.list_files(run_uri)]
+    assert train.run(config) == run_uri
+    assert "is finished" in capsys.readouterr().out
+    assert [(file.path, file.size_bytes) for file in storage.list_files(run_uri)] == before
+
+
+def test_other_settings_under_the_same_name_are_refused_by_name(run_uri, config):
+    other = config.model_copy(update={"seed": 7, "epochs": 9})
+    with pytest.raises(
+        ConfigError, match=r"other settings: --epochs 2 -> 9; --seed 0 -> 7. Repeat them to go on"
+    ):
+        train.run(other)
+
+
+def test_an_output_that_cannot_be_written_is_found_first(tree, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write it"):
+        train.run(small(tree, output=str(tmp_path / "file")))
+
+
+def test_wrong_weights_are_found_before_data_is_read(tree, tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"nothing")
+    with pytest.raises(BundleError, match=r"w.pth: not a state dict"):
+        train.run(small("no/such/data", output=str(tmp_path), weights=str(tmp_path / "w.pth")))
+
+
+def test_too_many_workers_fail_at_once(cluster, tree, tmp_path):
+    with pytest.raises(ResourceError, match="99 training workers and 1 CPU for reading images need 100 CPUs"):
+        train.run(small(tree, output=str(tmp_path), num_workers="99"))
+
+
+def test_a_damaged_run_directory_says_so(tree, tmp_path):
+    config = small(tree, output=str(tmp_path), name="x")
+    output.claim(f"{tmp_path}/x", output.TRAIN)
+    storage.write_bytes(f"{tmp_path}/x/config.json", json.dumps(config.model_dump(mode="json")).encode()[:-9])
+    with pytest.raises(train.BcdError, match=r"config.json is damaged"):
+        train.run(config)
+
+
+@pytest.mark.parametrize(("fault", "goes_on"), [(None, False), ("m: the model card has format 1", True)])
+def test_a_finished_run_whose_bundle_cannot_be_used_goes_on(monkeypatch, capsys, fault, goes_on):
+    def stop(_):
+        raise BundleError("goes on")
+
+    monkeypatch.setattr(train.rundir, "begin", lambda *_: True)
+    monkeypatch.setattr(train.publish, "fault", lambda _: fault)
+    monkeypatch.setattr(train.weights, "pretrained", stop)
+    if goes_on:
+        with pytest.raises(BundleError, match="goes on"):
+            train.run(small("d"))
+    else:
+        train.run(small("d"))
+    said = (
+        "m: the model card has format 1. Writing a new bundle from its checkpoint"
+        if goes_on
+        else "is finished"
+    )
+    assert said in capsys.readouterr().out
+
+
+def test_what_the_workers_return_instead_of_a_history_ends_the_run(monkeypatch):
+    """They do not raise it: Ray Train would start them again."""
+    error = DivergedError("in epoch 1: from step 25 on the loss is no finite number")
+    monkeypatch.setattr(train, "streams_of", lambda *_: ({}, 8))
+    trained = SimpleNamespace(fit=lambda: SimpleNamespace(return_value=error))
+    monkeypatch.setattr(train, "TorchTrainer", lambda *_, **__: trained)
+    with pytest.raises(DivergedError, match="from step 25 on"):
+        train.fit(small("d"), "/tmp/run", None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (BundleError("no such layer"), "no such layer"),
+        (
+            OSError("When reading: AWS Error UNKNOWN; Details: 7"),
+            "s3://b/run/checkpoints: .* UNKNOWN; check the",
+        ),
+        (ValueError("ours"), "Training failed"),
+        (GetTimeoutError("Ray's own, and an OSError"), "Training failed"),
+    ],
+)
+def test_the_end_of_a_training_is_told_as_a_sentence_where_it_is_not_our_fault(fault, told):
+    for error in (WorkerGroupError("trace", {0: ValueError("peer"), 1: fault}), ControllerError(fault)):
+        assert re.search(told, str(train.for_people(error, "s3://b/run")))
