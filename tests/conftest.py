@@ -23,42 +23,22 @@ from bcd.serving import middleware
 from tests.cluster import BIN, CLUSTER_CPUS, Cluster, free_port, kill, listens, processes, start_ray, wait_for
 from tests.service import LIMITS, TOKEN
 
+RAY = "ray"
+
 # Ray reads these when it is imported: the cluster asks for this token, and every client here has it.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-# Test files that take longest, longest first: begun late, one of them would leave the other processes idle.
-LONGEST = (
-    "tests/test_score_jobs.py",
-    "tests/test_jobs.py",
-    "tests/cluster",
-    "tests/pipelines/test_serve.py",
-    "tests/pipelines/test_train.py",
-    "tests/pipelines/test_doctor.py",
-    "tests/pipelines/test_crossval.py",
-    "tests/pipelines/test_evaluate.py",
-)
-
-
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process runs all tests of a file, so that what they share is made once.
-
-    In several processes (`-n`) the longest files begin first; in one, the fast tests do: a slip shows in
-    seconds, before a cluster is started.
-    """
+    """In two processes (`-n 2`) one runs all tests that need Ray, which share a cluster, the other the rest, a
+    file at a time, so that what its tests share is made once. In one, the fast tests come first: a slip shows
+    in seconds, before a cluster is started."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        items.sort(key=lambda item: LONGEST.index(_group(item)) if _group(item) in LONGEST else len(LONGEST))
-    else:
-        items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
-
-
-def _group(item: pytest.Item) -> str:
-    """The file of a test; all tests of several hosts share one network."""
-    path = item.nodeid.partition("::")[0]
-    return "tests/cluster" if path.startswith("tests/cluster/") else path
+        group = RAY if item.get_closest_marker(RAY) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    first = bool(os.environ.get("PYTEST_XDIST_WORKER"))
+    items.sort(key=lambda item: (item.get_closest_marker(RAY) is not None) != first)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import ConfigDict, Field, model_validator
 
-from bcd.config.options import Config, LabelledConfig
+from bcd.config.options import Architecture, Config, LabelledConfig
 from bcd.config.training import TrainConfig
 from bcd.schema import MANIFEST_SUFFIXES
 
@@ -77,6 +77,9 @@ class DoctorConfig(Config):
 
     model: str | None = None
     """--model of jobs/score.py or jobs/serve.py: the bundle is loaded on every node."""
+
+    architecture: Architecture = "resnet50"
+    """--architecture of jobs/train.py, which --weights has to fit."""
 
     weights: str | None = None
     """--weights of jobs/train.py: loaded where the job is started; imagenet is downloaded there."""

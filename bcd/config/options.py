@@ -15,6 +15,7 @@ from bcd.taxonomy import given_names
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Protocol = Literal["case", "patient", "official", "image"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
 Cam = Literal[
     "evidence",
     "gradcam",

@@ -10,6 +10,7 @@ from bcd.config.options import (
     MAX_SEED,
     MIN_INPUT_PX,
     WORKERS,
+    Architecture,
     Config,
     Fraction,
     LabelledConfig,
@@ -28,9 +29,12 @@ class TrainingConfig(LabelledConfig):
     name: str
     """Name of the run. The same command with the same name goes on where it was stopped."""
 
+    architecture: Architecture = "resnet50"
+    """The network. resnet18 trains several times faster and is often nearly as good; resnet101 is slower."""
+
     weights: str = "imagenet"
-    """Where training starts: imagenet (downloaded by torchvision), none, or the URI of a ResNet50
-    state dict (.safetensors, or .pth without pickled code)."""
+    """Where training starts: imagenet (downloaded by torchvision), none, or the URI of a
+    state dict of the architecture (.safetensors, or .pth without pickled code)."""
 
     target: Target = "tumor_class"
     """What is predicted: benign or malignant, or the eight subtypes."""

@@ -1,6 +1,6 @@
 """The model bundle: weights, a card that machines read, and a README that people read.
 
-    <uri>/model.safetensors   float32 tensors, names of torchvision's resnet50
+    <uri>/model.safetensors   float32 tensors, names of torchvision's network
     <uri>/README.md           the card for people
     <uri>/card.json           written last: without it there is no bundle
 
@@ -238,7 +238,7 @@ def load(
     content = _read_weights(uri, card)
     try:
         state = weights.read(content, WEIGHTS)
-        network = resnet.assembled(len(card.classes), state)
+        network = resnet.assembled(len(card.classes), state, card.architecture)
     except BundleError as error:
         raise BundleError(f"{uri}: {error}") from error
     loaded = _ready(network, card, model_id(card), device, precision, compiled)
@@ -260,7 +260,9 @@ def _require_canary(loaded: Bundle, uri: str) -> None:
 
 def from_state(state: weights.State, card: Card) -> Bundle:
     """A bundle from weights in memory, in float32; it has no identity."""
-    return _ready(resnet.assembled(len(card.classes), state), card, "", None, "float32", False)
+    return _ready(
+        resnet.assembled(len(card.classes), state, card.architecture), card, "", None, "float32", False
+    )
 
 
 def _ready(

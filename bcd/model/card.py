@@ -6,12 +6,13 @@ as is one whose numbers cannot be those of a model, because every answer rests o
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bcd import taxonomy
-from bcd.config.options import MAX_INPUT_PX, MIN_INPUT_PX, Protocol
+from bcd.config.options import MAX_INPUT_PX, MIN_INPUT_PX, Architecture, Protocol
 from bcd.errors import BundleError
 from bcd.imaging import image
 from bcd.model.novelty import FeatureStatistics
@@ -21,7 +22,7 @@ FORMAT_VERSION: Literal[2] = 2
 # The network halves the image five times: a cell of the last layer covers this many pixels of its input.
 STRIDE_PX = 32
 # Channels of the last convolution.
-FEATURES = 2048
+FEATURES: Mapping[Architecture, int] = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
 CHECKSUM = "checksum"
 
 InputSize = Annotated[int, Field(ge=MIN_INPUT_PX, le=MAX_INPUT_PX)]
@@ -37,7 +38,7 @@ class Card(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     format_version: Literal[2] = FORMAT_VERSION
-    architecture: Literal["resnet50"] = "resnet50"
+    architecture: Architecture = "resnet50"
     weights_sha256: Digest | None = None
     """Of the file of weights; None before the bundle is written."""
     canary_logit: tuple[float, ...] = ()
@@ -105,9 +106,9 @@ class Card(BaseModel):
             raise ValueError(f"training: {missing[0]} is missing")
         if "epoch" not in self.validation:
             raise ValueError("validation: the epoch is missing")
-        known = self.feature_statistics
-        if known and not len(known.mean) == len(known.spread) == FEATURES:
-            raise ValueError(f"feature_statistics: expected {FEATURES} means and spreads")
+        known, n = self.feature_statistics, FEATURES[self.architecture]
+        if known and not len(known.mean) == len(known.spread) == n:
+            raise ValueError(f"feature_statistics: expected {n} means and spreads")
         return self
 
 

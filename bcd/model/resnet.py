@@ -1,4 +1,4 @@
-"""ResNet50: its forward pass, and logit to probability."""
+"""ResNet50 and its siblings: the forward pass, and logit to probability."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,35 +12,40 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import ResNet
 
+from bcd.config.options import Architecture
 from bcd.model import cam, weights
 from bcd.model.weights import State
 from bcd.taxonomy import malignant_mask
 
 
-def build(n_classes: int, given: State | None = None, seed: int = 0) -> ResNet:
-    """A ResNet50 with a new head, from the given weights or from random ones.
+def build(
+    n_classes: int, given: State | None = None, seed: int = 0, architecture: Architecture = "resnet50"
+) -> ResNet:
+    """A network with a new head, from the given weights or from random ones.
 
     Weights of a head for as many classes are kept; any other head is replaced.
 
     Raises:
-        BundleError: the weights are not exactly those of a ResNet50; names the first tensors that are not.
+        BundleError: the weights are not exactly those of the architecture; names the first that are not.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = torchvision.models.resnet50(num_classes=n_classes)
+        network = torchvision.models.get_model(architecture, num_classes=n_classes)
     if given is not None:
-        network.load_state_dict(weights.fitting(network.state_dict(), given))
+        network.load_state_dict(weights.fitting(network.state_dict(), given, architecture))
     return network
 
 
-def assembled(n_classes: int, state: State) -> ResNet:
-    """The ResNet50 of exactly these tensors, which it then holds; for a bundle, in evaluation mode.
+def assembled(n_classes: int, state: State, architecture: Architecture = "resnet50") -> ResNet:
+    """The network of exactly these tensors, which it then holds; for a bundle, in evaluation mode.
 
     Raises:
         BundleError: they are not exactly those of one.
     """
-    network = weights.skeleton(n_classes)
-    network.load_state_dict(weights.fitting(network.state_dict(), state, whole=True), assign=True)
+    network = weights.skeleton(n_classes, architecture)
+    network.load_state_dict(
+        weights.fitting(network.state_dict(), state, architecture, whole=True), assign=True
+    )
     return network.eval()
 
 
@@ -111,7 +116,7 @@ def explained(network: ResNet, maps: Tensor) -> Output:
 
 
 def features(network: ResNet, images: Tensor) -> Tensor:
-    """Output (n, 2048, h, w) of the last convolution."""
+    """Output (n, channels, h, w) of the last convolution."""
     for name, module in network.named_children():
         if name == "avgpool":
             break

@@ -1,7 +1,7 @@
 """Weights from users' files: unwrapped, renamed to torchvision's names, rejected unless complete.
 
 A tensor too many or too few is another network, and a number that is none makes every answer meaningless. So
-trunk tensors have to be exactly those of a ResNet50; only the head, which is new anyway, may differ.
+trunk tensors have to be exactly those of the architecture; only the head, which is new anyway, may differ.
 """
 
 import io
@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.models import ResNet
 
 from bcd import storage
+from bcd.config.options import Architecture
 from bcd.errors import BundleError
 from bcd.text import some
 
@@ -67,20 +68,20 @@ _IN_BLOCK = re.compile(
 )
 
 
-def pretrained(weights: str) -> dict[str, Tensor] | None:
+def pretrained(weights: str, architecture: Architecture = "resnet50") -> dict[str, Tensor] | None:
     """The state dict that `--weights` names: `imagenet`, `none` (None), or the URI of a file.
 
     One level of wrapping (`state_dict`, `model`, ...) and one prefix (`module.`, `_orig_mod.`, ...) are taken
     off and told in a line; names of HuggingFace's ResNet become torchvision's.
 
     Raises:
-        BundleError: the file is no state dict of a ResNet50, or the download of `imagenet` failed.
+        BundleError: the file is no state dict of the architecture, or the download of `imagenet` failed.
         StorageError: the URI cannot be read.
     """
     if weights == RANDOM:
         return None
     if weights == IMAGENET:
-        return _download()
+        return _download(architecture)
     level, state = _unwrapped(read(storage.read_bytes(weights), weights), weights)
     prefix, anchor = _prefix(state, weights)
     inside = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
@@ -95,14 +96,14 @@ def pretrained(weights: str) -> dict[str, Tensor] | None:
     if steps:
         print(f"--weights {weights}: {', '.join(steps)}", flush=True)
     try:
-        fitting(skeleton(2).state_dict(), inside)
+        fitting(skeleton(2, architecture).state_dict(), inside, architecture)
     except BundleError as error:
         raise BundleError(f"{weights}: {error}") from None
     return inside
 
 
-def _download() -> dict[str, Tensor]:
-    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
+def _download(architecture: Architecture) -> dict[str, Tensor]:
+    weights = torchvision.models.get_model_weights(architecture).DEFAULT
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
@@ -221,18 +222,21 @@ def _as_torchvision(name: str) -> str:
     return name
 
 
-def skeleton(n_classes: int) -> ResNet:
-    """A ResNet50 whose tensors have names, shapes and dtypes, but no numbers yet."""
+def skeleton(n_classes: int, architecture: Architecture = "resnet50") -> ResNet:
+    """A network whose tensors have names, shapes and dtypes, but no numbers yet."""
     with torch.device("meta"):
-        return torchvision.models.resnet50(num_classes=n_classes)
+        return torchvision.models.get_model(architecture, num_classes=n_classes)
 
 
-def fitting(own: State, given: State, whole: bool = False) -> dict[str, Tensor]:
+def fitting(
+    own: State, given: State, architecture: Architecture = "resnet50", whole: bool = False
+) -> dict[str, Tensor]:
     """The given tensors in the dtypes of `own`, with its head where the given one is of other classes.
 
     Args:
         own: what the network has.
         given: what was read.
+        architecture: of the network, for the message.
         whole: head, counters and dtypes have to fit as well, as in a bundle.
 
     Raises:
@@ -244,7 +248,8 @@ def fitting(own: State, given: State, whole: bool = False) -> dict[str, Tensor]:
     foreign = [name for name in given if name not in own and (whole or not _is_head(name))]
     faults += [f"{name} is no part of it" for name in foreign]
     if faults:
-        raise BundleError(f"not the weights of a ResNet50: {some(faults, separator='; ')}")
+        name = architecture.replace("resnet", "ResNet")
+        raise BundleError(f"not the weights of a {name}: {some(faults, separator='; ')}")
     return {name: own[name] if name in kept else given[name].to(own[name].dtype) for name in own}
 
 

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bcd import provenance, schema, storage, taxonomy
 from bcd.config.checks import DoctorConfig
+from bcd.config.options import Architecture
 from bcd.data import archive, index, manifest
 from bcd.errors import BcdError, DataError, DiagnosisError, ResourceError
 from bcd.model import bundle, resnet, weights
@@ -82,7 +84,7 @@ def gather(config: DoctorConfig) -> Facts:
     """Ask every node that Ray holds for alive."""
     known = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     print(f"examining {counted(len(known), 'node')} for jobs/{config.purpose}.py", flush=True)
-    everyone = Party({name: _examiner(name) for name in known}, config.timeout_s)
+    everyone = Party({name: _examiner(name, config.architecture) for name in known}, config.timeout_s)
     machines, troubles = everyone.call({name: one.machine.remote() for name, one in everyone.members.items()})
     party = Party({name: everyone.members[name] for name in machines}, config.timeout_s)
     clocks = {name: _clock(one, config.timeout_s) for name, one in party.members.items()}
@@ -149,6 +151,9 @@ class Party:
 class Examiner:
     """Answers on one node."""
 
+    def __init__(self, architecture: Architecture = "resnet50") -> None:
+        self._work = WORK | {"load": partial(_load, architecture)}
+
     def machine(self) -> Machine:
         """What this node is."""
         return Machine(
@@ -169,7 +174,7 @@ class Examiner:
         """Try it, and measure."""
         started = time.perf_counter()
         try:
-            place, n_bytes = WORK[action](flag, uri)
+            place, n_bytes = self._work[action](flag, uri)
         except BcdError as error:
             return Attempt(flag, action, uri, error=_naming(uri, str(error)))
         return Attempt(flag, action, place, time.perf_counter() - started, n_bytes)
@@ -214,29 +219,29 @@ def _delete(flag: str, uri: str) -> tuple[str, int]:
     return uri, 0
 
 
-def _load(flag: str, uri: str) -> tuple[str, int]:
+def _load(architecture: Architecture, flag: str, uri: str) -> tuple[str, int]:
     if flag == "--weights":
-        resnet.build(len(taxonomy.TUMOR_CLASSES), weights.pretrained(uri))
+        given = weights.pretrained(uri, architecture)
+        resnet.build(len(taxonomy.TUMOR_CLASSES), given, architecture=architecture)
     else:
         bundle.load(uri, "cpu")
     return uri, 0
 
 
-WORK: Mapping[Action, Callable[[str, str], tuple[str, int]]] = {
+WORK: dict[Action, Callable[[str, str], tuple[str, int]]] = {
     "find": _find,
     "read": _read,
     "write": _write,
     "see": _read,
     "delete": _delete,
-    "load": _load,
 }
 
 
-def _examiner(node_id: str) -> Any:
+def _examiner(node_id: str, architecture: Architecture = "resnet50") -> Any:
     where = NodeAffinitySchedulingStrategy(node_id, soft=False)
     # Threads: a question that hangs holds up none of the others.
     options = {"num_cpus": 0, "max_concurrency": 8, "scheduling_strategy": where}
-    return ray.remote(Examiner).options(**options).remote()
+    return ray.remote(Examiner).options(**options).remote(architecture)
 
 
 def _clock(examiner: Any, timeout_s: float) -> Clock:

@@ -9,6 +9,7 @@ from ray.train import Result
 from torchvision.models import ResNet
 
 from bcd import provenance, schema, storage, taxonomy
+from bcd.config.options import Architecture
 from bcd.config.training import TrainConfig
 from bcd.errors import BundleError
 from bcd.metrics import aggregate, calibration, decision
@@ -32,7 +33,7 @@ def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: Facts, resu
     Raises:
         BundleError: no checkpoint is intact.
     """
-    network, measured = _best(result, len(taxonomy.classes(config.target)))
+    network, measured = _best(result, len(taxonomy.classes(config.target)), config.architecture)
     train, validation = part_of(table, split.TRAIN), part_of(table, split.VALIDATION)
     known = _card(config, train, facts, measured)
     statistics, logit = feature_statistics.measure(network, known, train, validation)
@@ -55,7 +56,7 @@ def fault(run_uri: str) -> str | None:
     return None
 
 
-def _best(result: Result, n_classes: int) -> tuple[ResNet, dict[str, Any]]:
+def _best(result: Result, n_classes: int, architecture: Architecture) -> tuple[ResNet, dict[str, Any]]:
     """The network of the best epoch whose checkpoint is intact, and what was measured of it."""
 
     def score(pair: tuple[Any, dict[str, Any]]) -> float:
@@ -65,7 +66,7 @@ def _best(result: Result, n_classes: int) -> tuple[ResNet, dict[str, Any]]:
         try:
             with checkpoint.as_directory() as folder:
                 tensors, _ = loop.read_checkpoint(Path(folder))
-                return resnet.assembled(n_classes, tensors), measured
+                return resnet.assembled(n_classes, tensors, architecture), measured
         except BundleError as error:
             print(
                 f"warning: the checkpoint of epoch {measured[schema.EPOCH]} is damaged: {error}", flush=True
@@ -75,6 +76,7 @@ def _best(result: Result, n_classes: int) -> tuple[ResNet, dict[str, Any]]:
 
 def _card(config: TrainConfig, train: pa.Table, facts: Facts, measured: dict[str, Any]) -> bundle.Card:
     return card.make(
+        architecture=config.architecture,
         target=config.target,
         classes=taxonomy.classes(config.target),
         input_height_px=config.input_height_px,

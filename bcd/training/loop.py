@@ -178,7 +178,7 @@ def _train(task: Task) -> list[dict[str, Any]]:
 def _state(task: Task, device: torch.device) -> State:
     config = task.config
     given = ray.get(task.weights) if task.weights is not None else None
-    network = resnet.build(len(task.classes), given, config.seed)
+    network = resnet.build(len(task.classes), given, config.seed, config.architecture)
     network = network.to(device).to(memory_format=torch.channels_last)
     if config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
         train_step.share_batch_norm(network, device)

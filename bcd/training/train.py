@@ -54,7 +54,7 @@ def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None, ru
             return run_uri
         print(f"{fault}. Writing a new bundle from its checkpoint", flush=True)
     started = time.time()
-    given = weights.pretrained(config.weights)
+    given = weights.pretrained(config.weights, config.architecture)
     cluster.connect(trains=True)
     scaling = cluster.scaling(config)
     table, facts = _prepared(config, run_uri, inspected)

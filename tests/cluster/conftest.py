@@ -47,7 +47,7 @@ def both(hosts: Hosts) -> Iterator[Hosts]:
 @pytest.fixture(scope="package")
 def data(bucket, tree):
     storage.upload_folder(Path(tree), f"{bucket}/tree")
-    return f"{bucket}/tree", "none"
+    return f"{bucket}/tree"
 
 
 @pytest.fixture(scope="package")
@@ -59,7 +59,10 @@ def archive(bucket):
 
 @pytest.fixture(scope="package")
 def model_uri(bucket):
-    bundle.save(untrained(), card(input_height_px=128, input_width_px=192), f"{bucket}/model")
+    network = untrained(architecture="resnet50")  # slow enough that a second host takes part
+    bundle.save(
+        network, card(architecture="resnet50", input_height_px=128, input_width_px=192), f"{bucket}/model"
+    )
     return f"{bucket}/model"
 
 

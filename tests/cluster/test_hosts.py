@@ -23,7 +23,17 @@ def test_two_hosts_train_the_same_model_as_one(hosts, training, bucket, real_dat
     """
     weights = f"{bucket}/weights.safetensors"
     storage.write_bytes(weights, (real_data / "weights/resnet50_imagenet.safetensors").read_bytes())
-    same = ("--weights", weights, "--batch-size", "64", "--no-augment", "--precision", "float32")
+    same = (
+        "--architecture",
+        "resnet50",
+        "--weights",
+        weights,
+        "--batch-size",
+        "64",
+        "--no-augment",
+        "--precision",
+        "float32",
+    )
     same += ("--learning-rate", "0.0005")
     alone = training(*same, "--num-workers", "1")
     alone.succeed()

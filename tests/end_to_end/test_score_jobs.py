@@ -174,7 +174,11 @@ def test_a_finished_run_does_nothing_and_another_model_is_refused(
     score.run(config)
     assert "is finished: " in capsys.readouterr().out
     assert {f.path: f.size_bytes for f in storage.list_files(str(output))} == before
-    bundle.save(resnet.build(2, seed=2), card(input_height_px=128, input_width_px=192), str(tmp_path))
+    bundle.save(
+        resnet.build(2, seed=2, architecture="resnet18"),
+        card(input_height_px=128, input_width_px=192),
+        str(tmp_path),
+    )
     with pytest.raises(ConfigError, match="holds rows that were scored otherwise: --model "):
         score.run(config.model_copy(update={"model": str(tmp_path)}))
 

@@ -57,7 +57,7 @@ def test_the_picture_of_the_house_is_the_house():
 
 def test_the_code_of_the_bundle_section_runs(tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
-    bundle.save(resnet.build(2), card(), str(tmp_path / "model"))
+    bundle.save(resnet.build(2, architecture="resnet18"), card(), str(tmp_path / "model"))
     (tmp_path / "field.png").write_bytes(pictures.encode(pictures.gradient()))
     monkeypatch.chdir(tmp_path)
     names = {}

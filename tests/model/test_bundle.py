@@ -17,12 +17,12 @@ from bcd.model.card import dump
 from tests import pictures
 
 
-def untrained(std=1e-3, seed=1):
+def untrained(std=1e-3, seed=1, architecture="resnet18"):
     """A network whose last layer is small and always the same.
 
     The features of an untrained network are large: without this all probabilities are 0 or 1.
     """
-    network = resnet.build(2, seed=seed)
+    network = resnet.build(2, seed=seed, architecture=architecture)
     generator = torch.Generator().manual_seed(seed)
     torch.nn.init.normal_(network.fc.weight, std=std, generator=generator)
     return network
@@ -31,6 +31,7 @@ def untrained(std=1e-3, seed=1):
 def card(**changes):
     config = TrainConfig(data="d", weights="none", input_height_px=64, input_width_px=96)
     facts = {
+        "architecture": "resnet18",
         "target": "tumor_class",
         "classes": ("benign", "malignant"),
         "input_height_px": 64,
@@ -60,7 +61,7 @@ def written(known):
 
 @pytest.fixture(scope="module")
 def network():
-    return resnet.build(2, seed=1).eval()
+    return resnet.build(2, seed=1, architecture="resnet18").eval()
 
 
 def ready(network, **changes):
@@ -176,7 +177,7 @@ def test_the_canary_has_to_be_what_it_was(tmp_path, network):
 def test_what_could_not_be_loaded_is_not_written(tmp_path):
     for change, facts, said in (
         (
-            {"fc.bias": torch.tensor([3e38, 0.0]), "fc.weight": torch.full((2, 2048), 3e37)},
+            {"fc.bias": torch.tensor([3e38, 0.0]), "fc.weight": torch.full((2, 512), 3e37)},
             {},
             "gives the logits",
         ),
@@ -239,7 +240,7 @@ def test_novelty_is_the_distance_of_the_pooled_features(network):
     loaded = ready(network, feature_statistics=statistics(network))
     prediction = loaded.predict(np.stack([black, white]))
     pooled, logit = loaded.pooled(np.stack([black, white]))
-    assert pooled.shape == (2, 2048)
+    assert pooled.shape == (2, 512)
     np.testing.assert_allclose(logit, prediction.logit, atol=1e-6)
     expected = np.sqrt(np.mean((2 * (pooled[1] - pooled[0])) ** 2))
     assert prediction.novelty[0] == pytest.approx(0, abs=1e-4)

@@ -14,7 +14,7 @@ CONTENT = json.loads(cards.dump(KNOWN))
 
 
 def statistics(**changes):
-    facts = {"mean": [0.0] * 2048, "spread": [1.0] * 2048, "cutoff": 1.0, "n_training": 1, "n_validation": 1}
+    facts = {"mean": [0.0] * 512, "spread": [1.0] * 512, "cutoff": 1.0, "n_training": 1, "n_validation": 1}
     return {"feature_statistics": facts | changes}
 
 
@@ -102,7 +102,7 @@ def test_text_in_no_utf8_is_rejected():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"architecture": "resnet18"}, "architecture: Input should be 'resnet50'"),
+        ({"architecture": "vgg16"}, "architecture: Input should be 'resnet18'"),
         ({"classes": ["malignant", "benign"]}, r"expected \['benign', 'malignant'\], in this order"),
         ({"classes": ["benign"]}, "in this order"),
         ({"target": "subtype"}, "in this order"),
@@ -133,7 +133,7 @@ def test_text_in_no_utf8_is_rejected():
         ({"training": {"data": "d"}}, "training: name is missing"),
         ({"validation": {}}, "validation: the epoch is missing"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
-        (statistics(mean=[0.0]), "feature_statistics: expected 2048 means and spreads"),
+        (statistics(mean=[0.0]), "feature_statistics: expected 512 means and spreads"),
         (
             statistics(spread=[1.0] * 2047 + [0.0]),
             "feature_statistics.spread.2047: Input should be greater than 0",

@@ -60,7 +60,7 @@ def idle(joined):
 @pytest.fixture(scope="module")
 def good_model(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("bundle") / "model")
-    bundle.save(resnet.build(2), card(), uri)
+    bundle.save(resnet.build(2, architecture="resnet18"), card(), uri)
     return uri
 
 

@@ -19,8 +19,9 @@ pytestmark = pytest.mark.ray
 
 
 def small(data, **changes):
-    settings = {"weights": "none", "input_height_px": 64, "input_width_px": 96, "test_fraction": 0.34}
-    return TrainConfig(**{"data": data, "validation_fraction": 0.33} | settings | changes)
+    network = {"architecture": "resnet18", "weights": "none", "input_height_px": 64, "input_width_px": 96}
+    parts = {"validation_fraction": 0.33, "test_fraction": 0.34}
+    return TrainConfig(**{"data": data} | network | parts | changes)
 
 
 @pytest.fixture

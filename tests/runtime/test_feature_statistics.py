@@ -31,7 +31,7 @@ def table(folder, prefix, n, seed):
 
 
 def test_they_are_those_of_a_plain_loop(joined, tmp_path):
-    network, facts = resnet.build(2, seed=1).eval(), card()
+    network, facts = resnet.build(2, seed=1, architecture="resnet18").eval(), card()
     train, validation = table(tmp_path, "t", 41, 0), table(tmp_path, "v", 12, 1)
     before = network.fc.weight.clone()
     found, logit = feature_statistics.measure(network, facts, train, validation)
@@ -59,6 +59,8 @@ def test_a_picture_that_has_gone_is_named(joined, tmp_path):
     """Asked of one worker: a failed run of Ray Data keeps its actors and their CPUs until it is collected."""
     rows = table(tmp_path, "t", 3, 0)
     (tmp_path / "t-1.png").unlink()
-    pooler = feature_statistics._Pooler(ray.put((resnet.build(2).state_dict(), card())), None, 2)
+    pooler = feature_statistics._Pooler(
+        ray.put((resnet.build(2, architecture="resnet18").state_dict(), card())), None, 2
+    )
     with pytest.raises(BcdError, match=r"t-1.png became unusable"):
         pooler(rows)

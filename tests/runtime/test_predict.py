@@ -27,7 +27,7 @@ from tests.model.test_bundle import card
 @pytest.fixture(scope="module")
 def model_uri(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("bundle"))
-    bundle.save(resnet.build(2, seed=1), card(), uri)
+    bundle.save(resnet.build(2, seed=1, architecture="resnet18"), card(), uri)
     return uri
 
 
@@ -86,7 +86,8 @@ from bcd.scoring import score
 model_uri, archive, output = sys.argv[1:]
 score.run(ScoreConfig(model=model_uri, input=archive, output=output))
 rows, card = storage.read_table(archive + "/rows.parquet"), bundle.read_card(model_uri)
-sums = feature_statistics._pooled(rows, card, ray.put((resnet.build(2, seed=1).state_dict(), card)), None)
+weights = resnet.build(2, seed=1, architecture="resnet18").state_dict()
+sums = feature_statistics._pooled(rows, card, ray.put((weights, card)), None)
 sums.to_pandas().to_json(output + "/sums.json")
 """
 
@@ -113,7 +114,7 @@ def test_gpus_are_given_pictures_that_are_read(scorer, model_uri, tmp_path):
         pair = [np.stack(table[name].drop_null().to_pylist()) for table in (found, expected)]
         np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-4)
     sums = pd.read_json(output / "sums.json")
-    seen = bundle.from_state(resnet.build(2, seed=1).state_dict(), card())
+    seen = bundle.from_state(resnet.build(2, seed=1, architecture="resnet18").state_dict(), card())
     features, _ = seen.pooled(np.stack([seen.fit(image.decode(content)) for content in good.values()]))
     assert sorted(sums["n"]) == [8, 32]
     np.testing.assert_allclose(np.sum(sums["total"].tolist(), 0), features.sum(0), rtol=1e-3)
@@ -193,13 +194,13 @@ def test_a_row_says_which_bytes_it_is_of_and_what_computed_it(scorer, model_uri,
 
 def test_warnings_stand_in_the_row(tmp_path):
     """With a cut-off that the picture exceeds, with one that it does not, and without statistics."""
-    facts = {"mean": (0.0,) * 2048, "spread": (1.0,) * 2048, "n_training": 1, "n_validation": 1}
+    facts = {"mean": (0.0,) * 512, "spread": (1.0,) * 512, "n_training": 1, "n_validation": 1}
     rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b""})
     told = []
     for cutoff in (1e-6, 1e6, None):
         known = novelty.FeatureStatistics(**facts, cutoff=cutoff) if cutoff else None
         uri = str(tmp_path / f"model-{cutoff}")
-        bundle.save(resnet.build(2, seed=1), card(feature_statistics=known), uri)
+        bundle.save(resnet.build(2, seed=1, architecture="resnet18"), card(feature_statistics=known), uri)
         good, bad = predict.Scorer(settings(uri, batch_size=2), 1)(rows).to_pylist()
         assert (bad[schema.NOVELTY], bad[schema.NOVELTY_CUTOFF], bad[schema.WARNINGS]) == (None, None, None)
         told.append((good[schema.NOVELTY_CUTOFF], good[schema.WARNINGS]))
@@ -263,7 +264,7 @@ def test_a_worker_with_another_model_scores_nothing(model_uri, tmp_path):
 def test_a_job_whose_model_changed_says_so(tmp_path):
     """Whether something failed because of that or not; what failed for another reason stays what it is."""
     uri = str(tmp_path)
-    bundle.save(resnet.build(2, seed=1), card(), uri)
+    bundle.save(resnet.build(2, seed=1, architecture="resnet18"), card(), uri)
     job = settings(uri)
     with predict.one_model(job):
         pass
@@ -275,7 +276,7 @@ def test_a_job_whose_model_changed_says_so(tmp_path):
         predict.one_model(job),
     ):
         raise RayError
-    bundle.save(resnet.build(2, seed=2), card(), uri)
+    bundle.save(resnet.build(2, seed=2, architecture="resnet18"), card(), uri)
     with pytest.raises(BundleError, match="has changed since the start"), predict.one_model(job):
         raise RayError
     with pytest.raises(BundleError, match="has changed since the start"), predict.one_model(job):

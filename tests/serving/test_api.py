@@ -32,8 +32,8 @@ FIELD = pictures.encode(pictures.gradient(92, 200))
 def statistics(**changes):
     """Feature statistics around the pictures of the tests."""
     facts = {
-        "mean": (0.0,) * 2048,
-        "spread": (1.0,) * 2048,
+        "mean": (0.0,) * 512,
+        "spread": (1.0,) * 512,
         "cutoff": 1e9,
         "n_training": 3,
         "n_validation": 2,
@@ -109,7 +109,7 @@ def test_overlay_and_preview(client, loaded):
 
 def test_a_picture_unlike_the_training_data_is_warned_of(loaded):
     near = card(feature_statistics=statistics(cutoff=1e-9))
-    strange = bundle.from_state(resnet.build(2, seed=1).state_dict(), near)
+    strange = bundle.from_state(resnet.build(2, seed=1, architecture="resnet18").state_dict(), near)
     with serving(guarded(LocalEngine(strange), token=None)) as url:
         answer = httpx.post(f"{url}/v1/predict", content=FIELD, timeout=60).json()
     assert [warning["code"] for warning in answer["warnings"]] == ["unlike_training_data"]
@@ -117,7 +117,7 @@ def test_a_picture_unlike_the_training_data_is_warned_of(loaded):
 
 
 def test_without_statistics_there_is_no_novelty():
-    bare = bundle.from_state(resnet.build(2, seed=1).state_dict(), card())
+    bare = bundle.from_state(resnet.build(2, seed=1, architecture="resnet18").state_dict(), card())
     with serving(guarded(LocalEngine(bare), token=None)) as url:
         answer = httpx.post(f"{url}/v1/predict", content=FIELD, timeout=60).json()
     assert (answer["novelty"], answer["novelty_cutoff"], answer["warnings"]) == (None, None, [])
@@ -213,7 +213,7 @@ def test_no_numbers_no_answer(loaded):
     """A model that gives no numbers: an error for a picture alone, as a picture, and in a batch."""
 
     def features(batch):
-        return torch.full((len(batch), 2048, 2, 3), torch.nan)
+        return torch.full((len(batch), 512, 2, 3), torch.nan)
 
     broken = LocalEngine(replace(loaded, features=features))
     with serving(guarded(broken, token=None)) as url:

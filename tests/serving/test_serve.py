@@ -169,7 +169,7 @@ def models(tmp_path_factory):
         given = weights.pretrained(f"{folder}/weights/resnet50_imagenet.safetensors")
     uris = []
     for seed in (1, 2):
-        network = resnet.build(2, given, seed=seed)
+        network = resnet.build(2, given, seed=seed, architecture="resnet18")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             torch.nn.init.normal_(network.fc.weight, std=0.03 if given else 1e-3)
@@ -683,7 +683,7 @@ def test_a_replica_without_numbers_is_not_ready(models, monkeypatch):
     pictures = [np.zeros((128, 192, 3), np.uint8)]
     asyncio.run(replica._predict(pictures))
     assert replica._succeeded > 0
-    broken = replace(loaded, features=lambda batch: torch.full((len(batch), 2048, 4, 6), torch.nan))
+    broken = replace(loaded, features=lambda batch: torch.full((len(batch), 512, 4, 6), torch.nan))
     replica._bundle = broken
     (prediction,) = asyncio.run(replica._predict(pictures))
     assert prediction.predicted_class == [None]

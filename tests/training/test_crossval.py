@@ -31,6 +31,7 @@ def config_of(folder, signal, **changes):
     settings = {
         "protocol": "case,image",
         "k": K,
+        "architecture": "resnet18",
         "weights": "none",
         "augment": False,
         "epochs": 4,
@@ -182,7 +183,9 @@ def with_one_more(parts):
 
 def test_a_study_does_not_go_on_with_other_data(cluster, tree, tmp_path):
     """One image fewer would divide all folds anew."""
-    config = CrossvalConfig(**small(tree).model_dump(include={"data", "weights"}), output=str(tmp_path), k=2)
+    config = CrossvalConfig(
+        **small(tree).model_dump(include={"data", "weights", "architecture"}), output=str(tmp_path), k=2
+    )
     fold = next(crossval._folds(config, f"{tmp_path}/crossval", "case"))
     parts, facts = prepare.prepare(fold.config)
     output.claim(f"{tmp_path}/crossval", output.CROSSVAL)
@@ -217,7 +220,9 @@ def is_finished(run):
 
 
 def test_more_folds_than_groups_end_a_study_before_it_trains(cluster, tree, tmp_path):
-    config = CrossvalConfig(**small(tree).model_dump(include={"data", "weights"}), output=str(tmp_path), k=40)
+    config = CrossvalConfig(
+        **small(tree).model_dump(include={"data", "weights", "architecture"}), output=str(tmp_path), k=40
+    )
     with pytest.raises(DataError, match=r"24 groups by case cannot make 40 folds; lower --k"):
         crossval.run(config)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -37,7 +37,7 @@ def test_progress_line_is_for_people():
 
 def test_a_checkpoint_restores_network_optimiser_and_history(tmp_path):
     def fresh(seed):
-        network = resnet.build(2, seed=seed).to(memory_format=torch.channels_last)
+        network = resnet.build(2, seed=seed, architecture="resnet18").to(memory_format=torch.channels_last)
         return loop.State(network, train_step.optimizer(network, "adamw", 1e-3, 0.01))
 
     saved, restored = fresh(1), fresh(2)
