@@ -31,9 +31,9 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In two processes (`-n 2`) one runs all tests that need Ray, which share a cluster, the other the rest, a
-    file at a time, so that what its tests share is made once. In one, the fast tests come first: a slip shows
-    in seconds, before a cluster is started."""
+    """Of two processes (`-n 2`) one runs all tests that need Ray, which share a cluster; the other runs the
+    rest, a file at a time. In one process the fast tests come first: a slip shows before a cluster is started.
+    """
     for item in items:
         group = RAY if item.get_closest_marker(RAY) else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
