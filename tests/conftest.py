@@ -32,7 +32,7 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two processes (`-n 2`) one runs all tests that need Ray, which share a cluster; the other runs the
-    rest, a file at a time. In one process the fast tests come first: a slip shows before a cluster is started.
+    rest, a file at a time. In one process the fast tests come first: a slip shows before a cluster starts.
     """
     for item in items:
         group = RAY if item.get_closest_marker(RAY) else item.nodeid.partition("::")[0]
