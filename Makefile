@@ -12,7 +12,7 @@ check: $(VENV)/installed-dev lint  ## lint, types, and the tests that need no cl
 	$(BIN)/python -m pytest -m 'not ray and not trial'
 
 test: $(VENV)/installed-dev lint  ## lint, types, and the tests that people run
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=25
 
 test-all: $(VENV)/installed-dev lint  ## everything, the long trials too: hours
 	$(BIN)/python -m pytest -m '' --durations=25

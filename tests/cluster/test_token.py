@@ -16,7 +16,9 @@ NOBODY = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}
 WRONG = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
 
 
-@pytest.fixture(params=[NOBODY, WRONG], ids=["none", "wrong"])
+@pytest.fixture(
+    params=[pytest.param(NOBODY, id="none", marks=pytest.mark.trial), pytest.param(WRONG, id="wrong")]
+)
 def stranger(request, tmp_path):
     """Environment of somebody without the token, nor a file that has it."""
     return request.param | {"HOME": str(tmp_path)}
