@@ -168,7 +168,7 @@ def planted(tmp_path, good_model):
         (
             "serve",
             {"model": "{}/cut"},
-            {"model": "{0}/cut: model.safetensors (1,000,000 bytes) is not the file that card.json was written for"},
+            {"model": "{}/cut: model.safetensors (1,000,000 bytes) is not the file that card.json"},
         ),
     ],
 )
