@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from bcd import image, pixel_size, schema, slide, storage, tile, tissue
 from bcd.errors import StorageError
 from bcd.pipelines import read, staging
+from bcd.text import counted
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,9 @@ def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
     share = tissue.fraction(mask, grid.boxes(scale))
     chosen = np.flatnonzero((share >= tiling.min_tissue) & (share > 0))
     if not len(chosen):
+        tiles = counted(len(grid), "tile")
         raise image.ImageError(
-            "no_tissue", f"none of {len(grid):,} tiles has --min-tissue {tiling.min_tissue:g}"
+            "no_tissue", f"no tissue to score in {tiles}; --min-tissue is {tiling.min_tissue:g}"
         )
     plan = Plan(
         slide=row[schema.IMAGE_ID],
