@@ -122,7 +122,8 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 def _from_manifest(data: str, given: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
     found = manifest.read(data)
     if schema.TUMOR_CLASS not in found.columns and schema.SUBTYPE not in found.columns:
-        raise DataError(f"{data}: needs a column {schema.TUMOR_CLASS!r} or {schema.SUBTYPE!r} to train on")
+        needed = f"a column {schema.TUMOR_CLASS!r} or {schema.SUBTYPE!r} to train on"
+        raise DataError(f"{data}: needs {needed}; {names.instead(found.columns)}")
     rows = manifest.inputs(found, copies=False)
     for row, written in zip(rows, found.rows, strict=True):
         row |= _labels(written, given) | {schema.MAGNIFICATION: manifest.magnification(written)}

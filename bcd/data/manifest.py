@@ -24,6 +24,7 @@ from bcd import schema, storage
 from bcd.data import names
 from bcd.errors import DataError, StorageError
 from bcd.taxonomy import MPP_BY_MAGNIFICATION
+from bcd.text import counted
 
 # Columns that have a meaning here; others are carried along as they are.
 KNOWN = frozenset({*schema.INDEX.names, schema.PART})
@@ -168,7 +169,8 @@ def _row(where: str, header: Sequence[str], cells: Sequence[str], separator: str
     surplus = cells[len(header) :]
     if len(cells) < len(header) or any(surplus):
         raise DataError(
-            f"{where}: {len(cells)} cells for {len(header)} columns; quote a cell that contains {separator!r}"
+            f"{where}: {counted(len(cells), 'cell')} for {counted(len(header), 'column')}; quote a cell that "
+            f"contains {separator!r}"
         )
     return Row(where, {name: cell for name, cell in zip(header, cells, strict=False) if name and cell})
 
@@ -216,7 +218,7 @@ def inputs(manifest: Manifest, copies: bool) -> list[dict[str, Any]]:
         DataError: names the line; an id or a file occurs twice, or a cell cannot be what it should be.
     """
     if schema.URI not in manifest.columns:
-        raise DataError(f"{manifest.uri}: no column {schema.URI!r}; it has {', '.join(manifest.columns)}")
+        raise DataError(f"{manifest.uri}: no column {schema.URI!r}; {names.instead(manifest.columns)}")
     root = storage.parent(manifest.uri)
     result = [_input(row, root) for row in manifest.rows]
     wheres = [row.where for row in manifest.rows]

@@ -100,3 +100,8 @@ def unused_columns(columns: Collection[str]) -> list[str]:
         for name, others in _MEANT.items()
         if folded(written) in others
     ]
+
+
+def instead(columns: Collection[str]) -> str:
+    """What a table has where it lacks a column, and which of that may be meant for ours."""
+    return "; ".join([f"it has {some(columns, most=10)}", *unused_columns(columns)])

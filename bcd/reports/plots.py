@@ -124,7 +124,9 @@ def history(records: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> Fi
         axes.axvline(best["epoch"], color=GREEN, ls=(0, (4, 3)), lw=1.2, label="best epoch", zorder=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-    loss.set(title="Loss", ylabel="cross-entropy per image", ylim=(0, None))
+    # Room for half a dot above the highest.
+    highest = max(max(row["train_loss"], row["validation_loss"]) for row in records)
+    loss.set(title="Loss", ylabel="cross-entropy per image", ylim=(0, 1.06 * highest))
     loss.grid(axis="y")
     legend_above(loss)
     reached = f"{100 * best['validation_balanced_accuracy']:.1f}{PERCENT}"

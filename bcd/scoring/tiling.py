@@ -16,6 +16,7 @@ from bcd.data import read
 from bcd.errors import StorageError
 from bcd.imaging import image, pixel_size
 from bcd.slides import slide, slide_cache, tile, tissue
+from bcd.text import counted
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,9 @@ def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
     share = tissue.fraction(mask, grid.boxes(scale))
     chosen = np.flatnonzero((share >= tiling.min_tissue) & (share > 0))
     if not len(chosen):
+        tiles = counted(len(grid), "tile")
         raise image.ImageError(
-            "no_tissue", f"none of {len(grid):,} tiles has --min-tissue {tiling.min_tissue:g}"
+            "no_tissue", f"no tissue to score in {tiles}; --min-tissue is {tiling.min_tissue:g}"
         )
     plan = Plan(
         slide=row[schema.IMAGE_ID],

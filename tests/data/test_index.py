@@ -71,7 +71,11 @@ GOOD = {"uri": "a.png", "tumor_class": "benign", "patient": "1"}
     ("rows", "said"),
     [
         ([{"tumor_class": "benign"}], "no column 'uri'; it has tumor_class"),
-        ([{"uri": "a.png", "patient": "1"}], "needs a column 'tumor_class' or 'subtype'"),
+        ([{"uri": "a.png", "patient": "1"}], "needs a column 'tumor_class' or 'subtype' .*has uri, patient"),
+        (
+            [{"uri": "a.png", "Diagnosis": "1"}],
+            "has uri, Diagnosis; column 'Diagnosis' is not used; call it 'tumor_class' to use it",
+        ),
         (
             [GOOD | {"tumor_class": "Bengin"}],
             "line 2: unknown tumor_class 'Bengin'; expected benign or malignant",

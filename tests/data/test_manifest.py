@@ -88,8 +88,12 @@ def test_lines_are_counted_as_an_editor_does(tmp_path):
         ("", ": not a readable manifest: it is empty"),
         ("\n  \n", ": not a readable manifest: it is empty"),
         ("uri\n", ": the manifest has no rows"),
-        ("path;label\na;b\n", ": no column 'uri'; it has path, label"),
-        ("uri,patient\na.png,1\nb.png\n", ", line 3: 1 cells for 2 columns; quote a cell that contains ','"),
+        (
+            "path;label\na;b\n",
+            ": no column 'uri'; it has path, label; column 'path' is not used; call it 'uri' to use it; "
+            "column 'label' is not used; call it 'tumor_class' to use it",
+        ),
+        ("uri,patient\na.png,1\nb.png\n", ", line 3: 1 cell for 2 columns; quote a cell that contains ','"),
         ("uri,patient\na,b.png,1\n", ", line 2: 3 cells for 2 columns; quote a cell that contains ','"),
         ("uri;mpp\na;0.5;1\n", ", line 2: 3 cells for 2 columns; quote a cell that contains ';'"),
         ("uri,uri\na,b\n", ": 2 columns are called 'uri'; expected one"),

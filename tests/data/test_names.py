@@ -82,3 +82,10 @@ def test_a_column_that_looks_like_ours_is_named(column, ours):
 def test_a_column_of_hospitals_is_named(written):
     (warning,) = names.unused_columns(["uri", "patient", written])
     assert warning.startswith(f"column {written!r} is not used; where hospitals number their patients alike")
+
+
+def test_many_columns_are_not_all_told():
+    columns = [f"feature {i}" for i in range(500)]
+    said = names.instead([*columns, "label"])
+    assert said.startswith("it has feature 0, feature 1, ")
+    assert said.endswith(", and 491 more; column 'label' is not used; call it 'tumor_class' to use it")

@@ -244,6 +244,20 @@ def test_one_picture(page: Page, page_url: str, shot: Any) -> None:
     shot()
 
 
+@pytest.mark.parametrize("threshold", [0.004, 0.5, 0.996])
+def test_threshold_stands_in_one_line_between_the_ends(
+    page: Page, mock: page_mock.Mock, monkeypatch: pytest.MonkeyPatch, threshold: float
+) -> None:
+    monkeypatch.setitem(page_mock.CARD, "threshold", threshold)
+    visit(page, mock.url)
+    upload(page, file("field.png"))
+    expect(page.locator("#verdict")).to_contain_text(f"threshold {threshold:g}")
+    low, mark, high = (one.bounding_box() for one in page.locator(".rail-ends span").all())
+    assert mark["height"] == low["height"]
+    assert low["x"] + low["width"] < mark["x"]
+    assert mark["x"] + mark["width"] < high["x"]
+
+
 def test_many_pictures_stand_in_a_table(page: Page, page_url: str, shot: Any) -> None:
     said = {one["name"]: answer(page_url, one) for one in SEVERAL}
     visit(page, page_url)

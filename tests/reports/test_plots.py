@@ -77,6 +77,16 @@ def test_the_best_epoch_is_marked() -> None:
     assert all(axes.lines[-1].get_xdata()[0] == 2 for axes in (loss, rate))
 
 
+@pytest.mark.parametrize("losses", [(0.84, 0.69), (0.69, 0.84), (0.001, 0.001)])
+def test_the_highest_loss_is_drawn_whole(losses: tuple[float, float]) -> None:
+    """Of an only epoch the axis ended in the middle of its dot."""
+    record = dict(zip(("train_loss", "validation_loss"), losses, strict=True))
+    record |= {"epoch": 1, "validation_balanced_accuracy": 0.5}
+    loss, _ = figures.history([record], record).axes
+    height_pt = 72 / loss.figure.dpi * loss.get_window_extent().height
+    assert height_pt * (1 - max(losses) / loss.get_ylim()[1]) > loss.lines[0].get_markersize() / 2
+
+
 @pytest.mark.parametrize("marks", [[], ["synthetic data", "leaky"]])
 def test_marks_stand_over_a_figure(marks: list[str]) -> None:
     figure = plots.probabilities(np.array([0.5]), 0.5)

@@ -149,6 +149,13 @@ def test_a_slide_that_cannot_be_used_is_one_row_with_its_error(tmp_path, name, c
     assert not (tmp_path / "plans").exists()
 
 
+def test_a_slide_without_tissue_says_which_setting_decides(tmp_path):
+    (row,) = expanded(write(tmp_path, {"s.tif": stained(width=0)})).to_pylist()
+    assert (
+        row[schema.ERROR_MESSAGE] == f"no tissue to score in 25 tiles; --min-tissue is {TILING.min_tissue:g}"
+    )
+
+
 def test_a_slide_without_scale_takes_that_of_the_flag(tmp_path):
     write(tmp_path, {"s.tif": stained(mpp=None)})
     assert expanded(tmp_path, replace(TILING, mpp=0.9))[schema.ERROR].to_pylist() == ["too_coarse"]
