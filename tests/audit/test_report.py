@@ -123,7 +123,7 @@ def test_the_page_needs_nothing_from_outside_and_names_are_text() -> None:
 
 def test_every_kind_of_finding_has_a_title() -> None:
     one = audited(table(row("a", **{schema.PATIENT: None}))).findings[0]
-    for kind in summary.finding.KINDS:
+    for kind in findings.KINDS:
         said = page(audited(CLEAN).model_copy(update={"findings": (one.model_copy(update={"kind": kind}),)}))
         assert re.search(r"<h2>[A-Z][\w ,]+ <span", said), kind
 

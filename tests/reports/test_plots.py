@@ -82,7 +82,7 @@ def test_the_highest_loss_is_drawn_whole(losses: tuple[float, float]) -> None:
     """Of an only epoch the axis ended in the middle of its dot."""
     record = dict(zip(("train_loss", "validation_loss"), losses, strict=True))
     record |= {"epoch": 1, "validation_balanced_accuracy": 0.5}
-    loss, _ = figures.history([record], record).axes
+    loss, _ = plots.history([record], record).axes
     height_pt = 72 / loss.figure.dpi * loss.get_window_extent().height
     assert height_pt * (1 - max(losses) / loss.get_ylim()[1]) > loss.lines[0].get_markersize() / 2
 

@@ -142,7 +142,7 @@ def test_subtypes_cannot_be_used_where_some_are_unknown(joined, tmp_path, flag):
 
 
 def test_missing_fold_files_are_found_before_pixels_are_read(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.read, "inspect", lambda table: pytest.fail("pixels were read"))
+    monkeypatch.setattr(prepare.inspection, "inspect", lambda table: pytest.fail("pixels were read"))
     config = TrainConfig(data=tree, protocol="official", folds=str(tmp_path), fold=2)
     with pytest.raises(StorageError, match=r"dsfold2.txt: cannot read it"):
         prepare.prepare(config)

@@ -230,7 +230,7 @@ def test_more_folds_than_groups_end_a_study_before_it_trains(cluster, tree, tmp_
 
 def test_a_finished_study_with_a_bundle_that_cannot_be_used_goes_on(monkeypatch, capsys):
     faults = {"a": None, "b": "b: the model card has format 1", "c": None}
-    monkeypatch.setattr(crossval.publish, "fault", faults.get)
+    monkeypatch.setattr(crossval.export, "fault", faults.get)
     folds = {uri: SimpleNamespace(uri=uri) for uri in faults}
     assert crossval._is_published([[folds["a"]], [folds["c"]]])
     assert not crossval._is_published([[folds["a"]], [folds["b"], folds["c"]]])

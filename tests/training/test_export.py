@@ -50,10 +50,10 @@ def result(monkeypatch, *pairs):
             raise BundleError("model.safetensors is not as it was written")
         return str(folder), {}
 
-    monkeypatch.setattr(export.worker, "read_checkpoint", read)
-    monkeypatch.setattr(export.model, "assembled", lambda n_classes, tensors: tensors)
+    monkeypatch.setattr(export.loop, "read_checkpoint", read)
+    monkeypatch.setattr(export.resnet, "assembled", lambda n_classes, tensors, architecture: tensors)
     kept = [
-        (Kept(content), {schema.EPOCH: epoch, export.worker.SELECTION: score})
+        (Kept(content), {schema.EPOCH: epoch, export.loop.SELECTION: score})
         for epoch, (content, score) in enumerate(pairs, 1)
     ]
     return SimpleNamespace(best_checkpoints=kept)
@@ -68,14 +68,14 @@ def result(monkeypatch, *pairs):
     ],
 )
 def test_the_best_epoch_is_the_best_intact_one(monkeypatch, capsys, pairs, expected, n_told):
-    network, measured = export._best(result(monkeypatch, *pairs), 2)
+    network, measured = export._best(result(monkeypatch, *pairs), 2, "resnet50")
     assert (network, measured[schema.EPOCH]) == expected
     assert capsys.readouterr().out.count("is damaged: model.safetensors is not as it was written") == n_told
 
 
 def test_without_an_intact_checkpoint_there_is_no_bundle(monkeypatch):
     with pytest.raises(BundleError, match="no checkpoint of this run is intact; choose another --name"):
-        export._best(result(monkeypatch, ("damaged", 0.9)), 2)
+        export._best(result(monkeypatch, ("damaged", 0.9)), 2, "resnet50")
 
 
 def test_a_card_that_could_not_be_written_is_found_before_the_training():

@@ -180,8 +180,8 @@ def test_a_finished_run_whose_bundle_cannot_be_used_goes_on(monkeypatch, capsys,
     def stop(_):
         raise BundleError("goes on")
 
-    monkeypatch.setattr(train.rundir, "begin", lambda *_: True)
-    monkeypatch.setattr(train.publish, "fault", lambda _: fault)
+    monkeypatch.setattr(train.run_directory, "begin", lambda *_: True)
+    monkeypatch.setattr(train.export, "fault", lambda _: fault)
     monkeypatch.setattr(train.weights, "pretrained", stop)
     if goes_on:
         with pytest.raises(BundleError, match="goes on"):
