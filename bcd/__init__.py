@@ -1,0 +1,14 @@
+"""Breast cancer detection on histopathology, on Ray: `bcd.load(uri)` opens a model bundle."""
+
+from typing import Any
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    """What the package offers, imported when it is asked for: torch takes seconds."""
+    if name == "load":
+        from bcd.model.bundle import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ def run(config: DemoConfig) -> str:
     """Generate pictures, train on them, evaluate, score an archive; returns the URI of the run."""
     folder = Path(config.output)
     output.claim(str(folder), output.DEMO)
-    plan = synthetic.Plan(patients_per_subtype=config.patients_per_subtype, seed=config.seed)
+    plan = synthetic.PatientPlan(patients_per_subtype=config.patients_per_subtype, seed=config.seed)
     paths = synthetic.write_tree(folder, plan)
     print(
         f"made {len(paths):,} synthetic pictures in {folder}; their numbers say nothing about tissue",
@@ -45,7 +45,7 @@ def run(config: DemoConfig) -> str:
 def _archive(folder: Path, seed: int) -> str:
     """Pictures of patients that the model has never seen, and one file that broke on its way."""
     paths = synthetic.write_tree(
-        folder, synthetic.Plan(patients_per_subtype=1, images_per_magnification=1, seed=seed)
+        folder, synthetic.PatientPlan(patients_per_subtype=1, images_per_magnification=1, seed=seed)
     )
     (folder / "cut short.png").write_bytes(paths[0].read_bytes()[:20_000])
     print(f"made an archive of {len(paths) + 1} files in {folder}, one of them cut short", flush=True)

@@ -8,7 +8,6 @@ On this machine:
 """
 
 from bcd import cli
-from bcd.config.checks import AuditConfig
 
 if __name__ == "__main__":
-    cli.main(AuditConfig, "audit.audit", __doc__)
+    cli.main("audit", __doc__)

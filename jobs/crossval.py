@@ -8,7 +8,6 @@ On this machine:
 """
 
 from bcd import cli
-from bcd.config.training import CrossvalConfig
 
 if __name__ == "__main__":
-    cli.main(CrossvalConfig, "training.crossval", __doc__)
+    cli.main("crossval", __doc__)

@@ -8,7 +8,6 @@ On a cluster:
 """
 
 from bcd import cli
-from bcd.config.training import DemoConfig
 
 if __name__ == "__main__":
-    cli.main(DemoConfig, "demo", __doc__)
+    cli.main("demo", __doc__)

@@ -8,7 +8,6 @@ On this machine:
 """
 
 from bcd import cli
-from bcd.config.checks import DoctorConfig
 
 if __name__ == "__main__":
-    cli.main(DoctorConfig, "preflight.doctor", __doc__)
+    cli.main("doctor", __doc__)

@@ -8,7 +8,6 @@ On this machine:
 """
 
 from bcd import cli
-from bcd.config.evaluation import EvaluateConfig
 
 if __name__ == "__main__":
-    cli.main(EvaluateConfig, "evaluation.evaluate", __doc__)
+    cli.main("evaluate", __doc__)

@@ -8,7 +8,6 @@ On this machine:
 """
 
 from bcd import cli
-from bcd.config.scoring import ScoreConfig
 
 if __name__ == "__main__":
-    cli.main(ScoreConfig, "scoring.score", __doc__)
+    cli.main("score", __doc__)

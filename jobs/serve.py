@@ -7,7 +7,6 @@ On a cluster, for as long as the job runs (`serve deploy serve.yaml` is for what
 """
 
 from bcd import cli
-from bcd.config.serving import ServeConfig
 
 if __name__ == "__main__":
-    cli.main(ServeConfig, "serving.serve", __doc__)
+    cli.main("serve", __doc__)

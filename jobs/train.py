@@ -8,7 +8,6 @@ On this machine:
 """
 
 from bcd import cli
-from bcd.config.training import TrainConfig
 
 if __name__ == "__main__":
-    cli.main(TrainConfig, "training.train", __doc__)
+    cli.main("train", __doc__)

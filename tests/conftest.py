@@ -141,7 +141,7 @@ def joined(cluster: Cluster) -> Cluster:
 def tree(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small synthetic BreaKHis tree on disk: 8 subtypes, 3 patients each."""
     root = tmp_path_factory.mktemp("synthetic")
-    plan = synthetic.Plan(
+    plan = synthetic.PatientPlan(
         patients_per_subtype=3,
         images_per_magnification=1,
         magnifications=(40, 200),

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 
 from bcd import cli
-from bcd.config.training import DemoConfig, TrainConfig
+from bcd.config.training import TrainConfig
 from bcd.errors import DataError, IncompleteError
 
 
-def run(monkeypatch, *arguments, pipeline=lambda config: None, config_type=TrainConfig):
+def run(monkeypatch, *arguments, pipeline=lambda config: None, job="train"):
     monkeypatch.setattr(sys, "argv", ["job.py", *arguments])
     monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(run=pipeline))
-    cli.main(config_type, "train", "What the job does.\n\n    ray job submit ...")
+    cli.main(job, "What the job does.\n\n    ray job submit ...")
 
 
 def test_flags_become_a_config(monkeypatch):
@@ -51,7 +51,7 @@ def test_what_a_user_can_put_right_is_one_line_and_exit_code_2(monkeypatch, caps
         raise DataError("x.csv: no column 'uri'")
 
     with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, config_type=DemoConfig, pipeline=pipeline)
+        run(monkeypatch, job="demo", pipeline=pipeline)
     assert capsys.readouterr().err == "error: x.csv: no column 'uri'\n"
 
 
@@ -60,7 +60,7 @@ def test_books_that_do_not_balance_exit_1(monkeypatch, capsys):
         raise IncompleteError("3 of 9 inputs have neither a result nor an error")
 
     with pytest.raises(SystemExit, match="1"):
-        run(monkeypatch, config_type=DemoConfig, pipeline=pipeline)
+        run(monkeypatch, job="demo", pipeline=pipeline)
     assert capsys.readouterr().err == "error: 3 of 9 inputs have neither a result nor an error\n"
 
 
@@ -69,9 +69,31 @@ def test_our_own_faults_keep_their_trace(monkeypatch):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run(monkeypatch, config_type=DemoConfig, pipeline=pipeline)
+        run(monkeypatch, job="demo", pipeline=pipeline)
 
 
 def test_wrong_flags_and_help_cost_no_import_of_ray_or_torch():
-    code = "import sys; from bcd import cli, config; assert not {'ray', 'torch'} & set(sys.modules)"
+    code = "import sys; from bcd import cli; assert not {'ray', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("job", cli.JOBS)
+def test_the_command_runs_the_job_that_it_names(monkeypatch, job):
+    """What it imports for that has a `run`."""
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["bcd", job, "--help"])
+    monkeypatch.setattr(cli, "main", lambda job: seen.append((job, sys.argv)))
+    cli.console()
+    assert seen == [(job, [f"bcd {job}", "--help"])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["-h"], 0), ([], 2), (["traim"], 2), (["train.py"], 2)]
+)
+def test_the_command_lists_the_jobs(monkeypatch, capsys, arguments, code):
+    monkeypatch.setattr(sys, "argv", ["bcd", *arguments])
+    with pytest.raises(SystemExit, match=str(code)):
+        cli.console()
+    said = capsys.readouterr()
+    text = said.err if code else said.out
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == list(cli.JOBS)

@@ -35,7 +35,7 @@ class SplitFacts(Frozen):
     cases: tuple[str, ...]
 
 
-class Facts(Frozen):
+class AuditFacts(Frozen):
     """How much there is of what. A slide label is a slide under one subtype: a "patient" of BreaKHis."""
 
     n_images: int
@@ -53,7 +53,7 @@ class Audit(Frozen):
 
     verdict: str
     leaking_splits: tuple[str, ...]
-    facts: Facts
+    facts: AuditFacts
     splits: tuple[SplitFacts, ...]
     findings: tuple[Finding, ...]
     counts: dict[str, dict[str, tuple[int, int]]]
@@ -125,14 +125,14 @@ def _verdict(leaking: Sequence[str], given: Sequence[SplitFacts], found: Sequenc
     return f"no leak in {where}; {rest}" if given else rest
 
 
-def _facts(table: pa.Table) -> Facts:
+def _facts(table: pa.Table) -> AuditFacts:
     def distinct(*names: str) -> int:
         return len(table.select(names).drop_null().group_by(list(names)).aggregate([]))
 
     def tally(name: str) -> dict[str, int]:
         return {str(key): n for key, n in sorted(Counter(table[name].drop_null().to_pylist()).items())}
 
-    return Facts(
+    return AuditFacts(
         n_images=len(table),
         n_patients=distinct(schema.PATIENT),
         n_cases=distinct(schema.CASE),

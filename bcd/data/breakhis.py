@@ -59,7 +59,7 @@ KNOWN_ANOMALIES: Mapping[str, str] = {
 }
 
 
-class File(Protocol):
+class FieldName(Protocol):
     """A listed file, as `storage.File`: URI, path below the input root, and size in bytes."""
 
     @property
@@ -150,7 +150,7 @@ def _check_folder(path: str, folder: str, name: ImageName) -> None:
             raise DataError(f"{path}: folder {folder} contradicts the file name; expected {expected}")
 
 
-def index_row(file: File) -> dict[str, Any]:
+def index_row(file: FieldName) -> dict[str, Any]:
     """One row of `schema.INDEX`, all but the hash. Raises `DataError` as `parse` does."""
     name = parse(file.path)
     return {
@@ -167,7 +167,7 @@ def index_row(file: File) -> dict[str, Any]:
     }
 
 
-def index(files: Iterable[File]) -> pa.Table:
+def index(files: Iterable[FieldName]) -> pa.Table:
     """Table of image rows with schema `schema.INDEX`, in the order of the files.
 
     Raises:

@@ -53,7 +53,7 @@ Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Plan:
+class PatientPlan:
     """How many pictures, and of which size; the default is 384 pictures of 32 patients."""
 
     patients_per_subtype: int = 4
@@ -64,7 +64,7 @@ class Plan:
     seed: int = 0
 
 
-_DEFAULT: Final = Plan()
+_DEFAULT: Final = PatientPlan()
 
 
 class _Glands(NamedTuple):
@@ -107,7 +107,7 @@ class _Nuclei(NamedTuple):
     darkness: NDArray[np.float64]  # haematoxylin, about 1
 
 
-def write_tree(root: str | Path, plan: Plan = _DEFAULT) -> list[Path]:
+def write_tree(root: str | Path, plan: PatientPlan = _DEFAULT) -> list[Path]:
     """Write `<root>/BreaKHis_v1` as BreaKHis is published, with a note in `MARKER` that says what it is.
 
     The same plan gives the same bytes, given the same versions of NumPy, SciPy and Pillow; a picture does not
@@ -126,7 +126,7 @@ def write_tree(root: str | Path, plan: Plan = _DEFAULT) -> list[Path]:
     return sorted(paths)
 
 
-def _write_patient(top: Path, subtype: str, patient: int, plan: Plan) -> list[Path]:
+def _write_patient(top: Path, subtype: str, patient: int, plan: PatientPlan) -> list[Path]:
     """Write the fields of one patient and return their paths."""
     kind = SUBTYPES[subtype]
     prefix = f"SOB_{kind.tumor_class[0].upper()}_{kind.code}"
@@ -144,7 +144,7 @@ def _write_patient(top: Path, subtype: str, patient: int, plan: Plan) -> list[Pa
 
 
 def image(
-    subtype: str, patient_seed: int, magnification: int, sequence: int, plan: Plan
+    subtype: str, patient_seed: int, magnification: int, sequence: int, plan: PatientPlan
 ) -> NDArray[np.uint8]:
     """Draw one field.
 

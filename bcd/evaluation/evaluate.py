@@ -16,7 +16,7 @@ from bcd.metrics import aggregate
 from bcd.model import bundle
 from bcd.reports import model_report
 from bcd.runtime import cluster, datasets, output, predict, run_directory
-from bcd.runtime.prepare import Facts, class_counts, inspect, part_of, prepare
+from bcd.runtime.prepare import DatasetFacts, class_counts, inspect, part_of, prepare
 from bcd.split import duplicates, split
 from bcd.text import counted
 
@@ -56,8 +56,8 @@ def run(config: EvaluateConfig) -> str:
 
 
 def _tested(
-    config: EvaluateConfig, card: bundle.Card, training: TrainConfig, table: pa.Table, facts: Facts
-) -> tuple[pa.Table, Facts, str]:
+    config: EvaluateConfig, card: bundle.Card, training: TrainConfig, table: pa.Table, facts: DatasetFacts
+) -> tuple[pa.Table, DatasetFacts, str]:
     """Rows with their part, the facts, and whose images the test part holds."""
     if facts.data_fingerprint == card.data_fingerprint:
         parts, facts = prepare(training, (table, facts))
@@ -126,7 +126,7 @@ def _copies(seen: pa.Table, table: pa.Table) -> list[str]:
 def evaluate(
     model_uri: str,
     table: pa.Table,
-    facts: Facts,
+    facts: DatasetFacts,
     folder: str,
     owner: str,
     settings: predict.Settings | None = None,
@@ -167,7 +167,7 @@ def evaluate(
     return measured
 
 
-def _about(card: bundle.Card, facts: Facts, kind: str) -> dict[str, Any]:
+def _about(card: bundle.Card, facts: DatasetFacts, kind: str) -> dict[str, Any]:
     return {
         schema.MODEL_ID: bundle.model_id(card),
         "title": f"Breast cancer detection: {card.training['name']}",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from bcd.preflight.node import Action, Attempt, Capacity, Facts, Node
+from bcd.preflight.node import Action, Attempt, Capacity, ClusterFacts, Node
 from bcd.text import counted, listed
 
 Verdict = Literal["ok", "warning", "fault"]
@@ -55,7 +55,7 @@ class Check:
     next_step: str = ""
 
 
-def diagnose(facts: Facts) -> list[Check]:
+def diagnose(facts: ClusterFacts) -> list[Check]:
     """Every check, in the order of the table."""
     machines = [node for node in facts.nodes if node.machine]
     workers = [node for node in machines if node.works]

@@ -32,7 +32,7 @@ from bcd.errors import BcdError, DataError, DiagnosisError, ResourceError
 from bcd.model import bundle, resnet, weights
 from bcd.preflight import diagnosis, diagnosis_report
 from bcd.preflight.diagnosis import Check
-from bcd.preflight.node import Action, Attempt, Capacity, Clock, Disk, Facts, Machine, Node
+from bcd.preflight.node import Action, Attempt, Capacity, Clock, ClusterFacts, Disk, Machine, Node
 from bcd.runtime import cluster
 from bcd.slides import slide_cache
 from bcd.text import counted
@@ -80,7 +80,7 @@ def examine(config: DoctorConfig) -> list[Check]:
     return diagnosis.diagnose(gather(config))
 
 
-def gather(config: DoctorConfig) -> Facts:
+def gather(config: DoctorConfig) -> ClusterFacts:
     """Ask every node that Ray holds for alive."""
     known = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     print(f"examining {counted(len(known), 'node')} for jobs/{config.purpose}.py", flush=True)
@@ -104,7 +104,7 @@ def gather(config: DoctorConfig) -> Facts:
         for node_id, node in known.items()
     ]
     address = ray.get_runtime_context().gcs_address
-    return Facts(
+    return ClusterFacts(
         address=address,
         refuses_strangers=refuses_strangers(address),
         versions=provenance.versions(),

@@ -106,7 +106,7 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ClusterFacts:
     """All that was gathered: where the cluster answers, whether it refuses who shows no token (None: it could
     not be told), versions of the asking process, whether the job may use GPUs."""
 

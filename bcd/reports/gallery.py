@@ -48,7 +48,7 @@ class Failures:
 
 
 @dataclass(frozen=True)
-class Slide:
+class GallerySlide:
     """One whole slide: its heat map as an encoded picture, and where its tiles lie beside the page.
 
     `n_warned` tiles are unlike the training data; `error` is the code of a slide that was not scored.
@@ -67,7 +67,7 @@ class Slide:
 
 
 @dataclass(frozen=True)
-class Row:
+class GalleryRow:
     """One image in the table of the page; what is not known is None, and `warned` is of a novelty."""
 
     name: str
@@ -84,7 +84,7 @@ class Row:
 class Images:
     """The table of the images: its rows, and of how many images they are the first."""
 
-    rows: Sequence[Row] = ()
+    rows: Sequence[GalleryRow] = ()
     total: int = 0
 
 
@@ -141,7 +141,7 @@ def page(
     probabilities: np.ndarray,
     examples: Mapping[str, Sequence[Example]],
     errors: Mapping[str, Failures],
-    slides: Sequence[Slide],
+    slides: Sequence[GallerySlide],
     input_size_px: tuple[int, int] | None = None,
     images: Images = Images(),
 ) -> str:
@@ -208,7 +208,7 @@ def _histogram(probabilities: np.ndarray, facts: Mapping[str, Any]) -> Markup:
         return plots.inline(plots.svg(figure), "probabilities")
 
 
-def _heat_maps(slides: Sequence[Slide]) -> list[str | None]:
+def _heat_maps(slides: Sequence[GallerySlide]) -> list[str | None]:
     """Data URIs of the first heat maps."""
     left, found = MAX_SLIDES, list[str | None]()
     for slide in slides:

@@ -21,7 +21,7 @@ from bcd.taxonomy import TUMOR_CLASSES, Target
 from bcd.text import counted
 
 
-class Facts(BaseModel):
+class DatasetFacts(BaseModel):
     """What people should know about a data set before they believe a number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,7 +39,9 @@ class Facts(BaseModel):
     field_width_px: int
 
 
-def prepare(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None) -> tuple[pa.Table, Facts]:
+def prepare(
+    config: TrainConfig, inspected: tuple[pa.Table, DatasetFacts] | None = None
+) -> tuple[pa.Table, DatasetFacts]:
     """Split rows (schema `schema.SPLIT`) of a training data set, and the facts about it.
 
     Args:
@@ -93,7 +95,7 @@ def _wanted(config: TrainConfig) -> dict[str, float]:
     return held_out | {split.TRAIN: 1 - sum(held_out.values())}
 
 
-def inspect(config: TrainingConfig) -> tuple[pa.Table, Facts]:
+def inspect(config: TrainingConfig) -> tuple[pa.Table, DatasetFacts]:
     """The usable rows of a data set (as from `index.read`), every image read once, and the facts about it.
 
     Raises:
@@ -107,7 +109,7 @@ def inspect(config: TrainingConfig) -> tuple[pa.Table, Facts]:
     reasons: list[str] = []
     if config.quarantine:
         table, _, reasons = split.quarantine(table)
-    facts = Facts(
+    facts = DatasetFacts(
         data=config.data,
         data_fingerprint=split.data_fingerprint(table),
         synthetic=storage.exists(storage.join(config.data, synthetic.MARKER)),
@@ -154,7 +156,7 @@ def published_fold(config: TrainConfig) -> Mapping[str, str] | None:
     return breakhis.read_fold(storage.read_bytes(storage.join(config.folds, name)).decode(), name)
 
 
-def describe(config: TrainConfig, table: pa.Table, facts: Facts) -> list[str]:
+def describe(config: TrainConfig, table: pa.Table, facts: DatasetFacts) -> list[str]:
     """The split in lines for people."""
     lines = [f"warning: {text}" for text in facts.warnings]
     lines += [f"left out, broken: {text}" for text in facts.broken]

@@ -148,7 +148,7 @@ def _images(ours: Ledger, table: pa.Table) -> gallery.Images:
     )
     first = fields.take(order[: gallery.MAX_ROWS])
     rows = [
-        gallery.Row(
+        gallery.GalleryRow(
             name=row[schema.IMAGE_ID],
             link=link(row[schema.URI], ours.uri),
             patient=row[schema.PATIENT],
@@ -196,16 +196,16 @@ def _failures(table: pa.Table) -> dict[str, gallery.Failures]:
     return found
 
 
-def _slides(ours: Ledger, rows: list[dict[str, Any]]) -> list[gallery.Slide]:
+def _slides(ours: Ledger, rows: list[dict[str, Any]]) -> list[gallery.GallerySlide]:
     scored = [row[schema.SLIDE] for row in rows if row[schema.ERROR] is None]
     shown = set(scored[: gallery.MAX_SLIDES])
     return [_slide(ours, row, row[schema.SLIDE] in shown) for row in rows]
 
 
-def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.Slide:
+def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.GallerySlide:
     heat_map = storage.join(slides.folder(ours.uri, row[schema.SLIDE]), slides.HEATMAP)
     scored = row[schema.ERROR] is None
-    return gallery.Slide(
+    return gallery.GallerySlide(
         name=row[schema.SLIDE],
         n_tiles=row[schema.TILES] or 0,
         tissue_mm2=row[schema.TISSUE_AREA_MM2],

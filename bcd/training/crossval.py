@@ -19,7 +19,7 @@ from bcd.metrics import aggregate, compare
 from bcd.model import bundle
 from bcd.reports import model_report
 from bcd.runtime import cluster, prepare, run_directory
-from bcd.runtime.prepare import Facts
+from bcd.runtime.prepare import DatasetFacts
 from bcd.split import split
 from bcd.taxonomy import N_FOLDS
 from bcd.text import counted
@@ -123,7 +123,7 @@ def _train_missing(config: CrossvalConfig, uri: str, folds: Sequence[Fold]) -> N
     _train(folds, inspected, config.parallel)
 
 
-def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, Facts], parallel: int | None) -> None:
+def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, DatasetFacts], parallel: int | None) -> None:
     """Train and evaluate the folds, several at a time where there is room."""
     at_once = min(len(folds), parallel or cluster.room(folds[0].config))
     if at_once == 1:
@@ -196,9 +196,9 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
     return Arm(protocol, measured, pooled, failed, told)
 
 
-def _known(folds: Sequence[Fold]) -> Facts:
+def _known(folds: Sequence[Fold]) -> DatasetFacts:
     """The facts about the data, which all folds share, and the warnings of each fold under its name."""
-    facts = [Facts(**run_directory.read_json(fold.uri, run_directory.DATA)) for fold in folds]
+    facts = [DatasetFacts(**run_directory.read_json(fold.uri, run_directory.DATA)) for fold in folds]
     of_all = [text for text in facts[0].warnings if all(text in each.warnings for each in facts)]
     of_one = [
         f"{_name(fold)}: {text}"

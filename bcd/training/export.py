@@ -15,12 +15,12 @@ from bcd.errors import BundleError
 from bcd.metrics import aggregate, calibration, decision
 from bcd.model import bundle, card, resnet
 from bcd.runtime import feature_statistics, run_directory
-from bcd.runtime.prepare import Facts, part_of
+from bcd.runtime.prepare import DatasetFacts, part_of
 from bcd.split import split
 from bcd.training import loop
 
 
-def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: Facts, result: Result) -> None:
+def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFacts, result: Result) -> None:
     """Write the best epoch by validation balanced accuracy as the bundle.
 
     Args:
@@ -41,7 +41,7 @@ def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: Facts, resu
     bundle.save(network, known.model_copy(update=decided | {"feature_statistics": statistics}), uri)
 
 
-def check(config: TrainConfig, table: pa.Table, facts: Facts) -> None:
+def check(config: TrainConfig, table: pa.Table, facts: DatasetFacts) -> None:
     """Raises BundleError before the training where no valid card could be written after it."""
     measured = {schema.EPOCH: 1, loop.SCORE: 0.5, "n_validation": 1}
     card.dump(_card(config, part_of(table, split.TRAIN), facts, measured))
@@ -74,7 +74,7 @@ def _best(result: Result, n_classes: int, architecture: Architecture) -> tuple[R
     raise BundleError("no checkpoint of this run is intact; choose another --name to train anew")
 
 
-def _card(config: TrainConfig, train: pa.Table, facts: Facts, measured: dict[str, Any]) -> bundle.Card:
+def _card(config: TrainConfig, train: pa.Table, facts: DatasetFacts, measured: dict[str, Any]) -> bundle.Card:
     return card.make(
         architecture=config.architecture,
         target=config.target,

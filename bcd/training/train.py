@@ -25,13 +25,15 @@ from bcd.errors import BcdError, StorageError
 from bcd.evaluation import evaluate
 from bcd.model import weights
 from bcd.runtime import cluster, datasets, inspection, output, run_directory
-from bcd.runtime.prepare import Facts, describe, inspect, part_of, prepare
+from bcd.runtime.prepare import DatasetFacts, describe, inspect, part_of, prepare
 from bcd.split import balance
 from bcd.taxonomy import TRAIN, VALIDATION
 from bcd.training import export, loop, process_group
 
 
-def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None, runs_per_node: int = 1) -> str:
+def run(
+    config: TrainConfig, inspected: tuple[pa.Table, DatasetFacts] | None = None, runs_per_node: int = 1
+) -> str:
     """Train, write the bundle, evaluate it on the test part, and report.
 
     Running the same config again goes on where it was stopped, or says that it is finished.
@@ -70,8 +72,8 @@ def run(config: TrainConfig, inspected: tuple[pa.Table, Facts] | None = None, ru
 
 
 def _prepared(
-    config: TrainConfig, run_uri: str, inspected: tuple[pa.Table, Facts] | None
-) -> tuple[pa.Table, Facts]:
+    config: TrainConfig, run_uri: str, inspected: tuple[pa.Table, DatasetFacts] | None
+) -> tuple[pa.Table, DatasetFacts]:
     """The split of this run: made once, then read back, so that a resumed run cannot see another one. It
     reads every image again first, because what was withdrawn or changed since must not be trained on.
 
@@ -79,7 +81,7 @@ def _prepared(
     """
     inspected = inspected or inspect(config)
     if (table := run_directory.resume(config, run_uri, inspected[0])) is not None:
-        return table, Facts(**run_directory.read_json(run_uri, run_directory.DATA))
+        return table, DatasetFacts(**run_directory.read_json(run_uri, run_directory.DATA))
     table, facts = prepare(config, inspected)
     export.check(config, table, facts)
     run_directory.claim(config, run_uri)

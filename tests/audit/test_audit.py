@@ -149,7 +149,7 @@ def test_all_published_names_without_pixels_exit_1(real_data, tmp_path, monkeypa
         sys, "argv", ["audit.py", *arguments, "--no-pixels", "--output", str(tmp_path / "out")]
     )
     with pytest.raises(SystemExit, match="1"):
-        cli.main(AuditConfig, "audit.audit", "ray job submit")
+        cli.main("audit", "ray job submit")
     said = capsys.readouterr()
     assert said.err == "error: fold 1, fold 3, fold 5: a patient, slide or picture is in several parts\n"
     assert "7,909 images of 81 patients in 70 cases; 81 slide ids under 82 labels" in said.out

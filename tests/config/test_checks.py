@@ -54,7 +54,7 @@ def test_the_flag_is_spelled_for(monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "argv", ["doctor.py", "--for", "score", "--input", "i"])
     monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(run=seen.append))
-    cli.main(DoctorConfig, "doctor", "ray job submit")
+    cli.main("doctor", "ray job submit")
     assert seen == [doctor("score", input="i")]
 
 
@@ -62,7 +62,7 @@ def test_bad_flags_exit_2(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["doctor.py", "--for", "score", "--data", "d"])
     monkeypatch.setattr(cli, "import_module", lambda name: pytest.fail("the pipeline ran"))
     with pytest.raises(SystemExit, match="2"):
-        cli.main(DoctorConfig, "doctor", "ray job submit")
+        cli.main("doctor", "ray job submit")
     assert "--data goes with --for train" in " ".join(capsys.readouterr().err.split())
 
 

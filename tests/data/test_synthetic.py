@@ -14,10 +14,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from bcd.data import breakhis, synthetic
-from bcd.data.synthetic import Plan
+from bcd.data.synthetic import PatientPlan
 from bcd.taxonomy import MAGNIFICATIONS, MALIGNANT, SUBTYPES
 
-SMALL = Plan(
+SMALL = PatientPlan(
     patients_per_subtype=2,
     images_per_magnification=2,
     magnifications=(40, 400),
@@ -26,7 +26,7 @@ SMALL = Plan(
 )
 
 
-def hashes(root: Path, plan: Plan) -> dict[str, str]:
+def hashes(root: Path, plan: PatientPlan) -> dict[str, str]:
     """Write a tree; SHA-256 of every picture by its path below the root."""
     paths = synthetic.write_tree(root, plan)
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
@@ -42,7 +42,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sample() -> dict[str, np.ndarray]:
     """One small field of each of 192 patients; images are uint8 (192, 92, 140, 3)."""
-    plan = Plan(height_px=92, width_px=140)
+    plan = PatientPlan(height_px=92, width_px=140)
     codes = list(SUBTYPES) * 24
     fields = [
         synthetic.image(code, 90001 + i, MAGNIFICATIONS[i // 8 % 4], 1, plan) for i, code in enumerate(codes)
@@ -77,7 +77,7 @@ def test_the_tree_says_what_it_is(tree: Path) -> None:
 
 
 def test_paths_come_sorted_and_all_exist(tmp_path: Path) -> None:
-    paths = synthetic.write_tree(tmp_path, Plan(1, 1, (100,), 46, 70))
+    paths = synthetic.write_tree(tmp_path, PatientPlan(1, 1, (100,), 46, 70))
     assert paths == sorted(paths)
     assert sorted(tmp_path.rglob("*.png")) == paths
     assert len(paths) == len(SUBTYPES)
@@ -89,14 +89,14 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(tree: Path, tmp_pat
         for path in tree.rglob("*.png")
     }
     assert hashes(tmp_path / "again", SMALL) == once
-    other = hashes(tmp_path / "other", Plan(2, 2, (40, 400), 46, 70, seed=1))
+    other = hashes(tmp_path / "other", PatientPlan(2, 2, (40, 400), 46, 70, seed=1))
     assert other.keys() == once.keys()
     assert not set(other.values()) & set(once.values())
     assert len(set(once.values())) == len(once), "no picture twice"
 
 
 def test_a_picture_does_not_depend_on_how_many_there_are(tree: Path, tmp_path: Path) -> None:
-    few = hashes(tmp_path, Plan(1, 1, (400,), 46, 70))
+    few = hashes(tmp_path, PatientPlan(1, 1, (400,), 46, 70))
     for path, digest in few.items():
         assert hashlib.sha256((tree / path).read_bytes()).hexdigest() == digest
 
@@ -111,7 +111,7 @@ def test_files_hold_what_image_draws(tree: Path) -> None:
 @pytest.mark.parametrize("magnification", MAGNIFICATIONS)
 @pytest.mark.parametrize("subtype", SUBTYPES)
 def test_a_field_looks_like_a_stained_section(subtype: str, magnification: int) -> None:
-    pixels = synthetic.image(subtype, 90001, magnification, 1, Plan(height_px=115, width_px=175))
+    pixels = synthetic.image(subtype, 90001, magnification, 1, PatientPlan(height_px=115, width_px=175))
     assert pixels.shape == (115, 175, 3)
     assert pixels.dtype == np.uint8
     red, green, blue = np.moveaxis(pixels.astype(int), -1, 0)

@@ -822,10 +822,10 @@ def test_the_mock_keeps_the_contract() -> None:
 def test_the_tables_of_the_gallery_are_sorted_and_filtered(browser: Any, tmp_path: Path) -> None:
     """Numbers by value with the largest first, names as people count, what is unknown last; words filter."""
     rows = [
-        gallery.Row("f10.png", None, "p1", "malignant", 0.91, 1.0),
-        gallery.Row("f9.png", None, "p2", "benign", 0.2, 11.0, warned=True),
-        gallery.Row("cut.png", None, None, error="truncated"),
-        gallery.Row("f2.png", None, "p1", "benign", 0.05, 9.5),
+        gallery.GalleryRow("f10.png", None, "p1", "malignant", 0.91, 1.0),
+        gallery.GalleryRow("f9.png", None, "p2", "benign", 0.2, 11.0, warned=True),
+        gallery.GalleryRow("cut.png", None, None, error="truncated"),
+        gallery.GalleryRow("f2.png", None, "p1", "benign", 0.05, 9.5),
     ]
     (tmp_path / "gallery.html").write_text(test_gallery.page(images=gallery.Images(rows, 4)), "utf-8")
     with contextlib.closing(browser.new_page(viewport={"width": 400, "height": 800})) as page:

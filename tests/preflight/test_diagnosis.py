@@ -6,7 +6,7 @@ import pytest
 
 from bcd.preflight import diagnosis
 from bcd.preflight.diagnosis import GIB, INSTALL, MIB, NEXT_STEPS, Check
-from bcd.preflight.node import Attempt, Capacity, Clock, Disk, Facts, Machine, Node
+from bcd.preflight.node import Attempt, Capacity, Clock, ClusterFacts, Disk, Machine, Node
 
 VERSIONS = {"python": "3.12.3", "bcd": "0.1.0", "ray": "2.60.0", "torch": "2.11.0", "numpy": "2.2.0"}
 MACHINE = Machine(
@@ -33,7 +33,7 @@ ONE = Node(
 TWO = replace(ONE, name="10.0.0.3")
 THERE = {"CPU": 32.0, "GPU": 2.0}
 CAPACITY = Capacity(THERE, THERE, THERE, {"CPU": 3.0, "GPU": 2.0}, "2 training workers and 1 CPU for reading")
-HEALTHY = Facts("10.0.0.1:6379", True, VERSIONS, True, 20 * GIB, CAPACITY, [HEAD, ONE, TWO])
+HEALTHY = ClusterFacts("10.0.0.1:6379", True, VERSIONS, True, 20 * GIB, CAPACITY, [HEAD, ONE, TWO])
 
 ALL_WELL = [
     Check("nodes", "ok", "3 answered: 10.0.0.1, 10.0.0.2 and 10.0.0.3"),

@@ -49,9 +49,13 @@ def page(**other: Any) -> str:
             "missing_mpp": gallery.Failures(30, [("y.svs", "no µm")]),
         },
         "slides": [
-            gallery.Slide("one.svs", 400, 12.34, 0.25, pictures.encode(pictures.gradient()), "s/a b.geojson")
+            gallery.GallerySlide(
+                "one.svs", 400, 12.34, 0.25, pictures.encode(pictures.gradient()), "s/a b.geojson"
+            )
         ],
-        "images": gallery.Images([gallery.Row("a/b.png", "../in/a/b.png", "p1", "malignant", 0.9, 0.8)], 1),
+        "images": gallery.Images(
+            [gallery.GalleryRow("a/b.png", "../in/a/b.png", "p1", "malignant", 0.9, 0.8)], 1
+        ),
     }
     return gallery.page(**(given | other))
 
@@ -119,7 +123,7 @@ def test_a_picture_stands_beside_its_map_on_the_scale_that_is_stated() -> None:
 def test_the_page_needs_nothing_from_outside_and_stays_small() -> None:
     many = {group: [example(f"{i}.png") for i in range(40)] for group in gallery.GROUPS}
     heat_map = pictures.encode(pictures.gradient(1_200, 900))
-    slides = [gallery.Slide(f"{i}.svs", 1, None, None, heat_map) for i in range(30)]
+    slides = [gallery.GallerySlide(f"{i}.svs", 1, None, None, heat_map) for i in range(30)]
     html = page(examples=many, slides=slides)
     found = shown(html)
     assert len(found) == 4 + 2 * 32 + 24
@@ -138,10 +142,10 @@ def test_names_are_text_and_never_markup() -> None:
         examples={bad: [example(bad)]},
         errors={bad: gallery.Failures(1, [(bad, bad)])},
         slides=[
-            gallery.Slide(bad, 1, None, None, None, f"javascript:{bad}"),
-            gallery.Slide(bad, 1, 1.0, 0.5, pictures.encode(pictures.gradient()), f'" onload="{bad}'),
+            gallery.GallerySlide(bad, 1, None, None, None, f"javascript:{bad}"),
+            gallery.GallerySlide(bad, 1, 1.0, 0.5, pictures.encode(pictures.gradient()), f'" onload="{bad}'),
         ],
-        images=gallery.Images([gallery.Row(bad, f'" onload="{bad}', bad, bad, 0.5, error=bad)], 1),
+        images=gallery.Images([gallery.GalleryRow(bad, f'" onload="{bad}', bad, bad, 0.5, error=bad)], 1),
     )
     html = without_script(html)
     assert "<script" not in html
@@ -233,8 +237,8 @@ def test_a_warning_stands_beside_its_picture_and_is_counted() -> None:
     one = replace(example(), novelty=3.2, novelty_cutoff=1.27, warnings=("unlike_training_data",))
     usual = replace(example(), novelty=0.9, novelty_cutoff=1.27)
     groups = {"unlike the training data": [one], "least certain": [usual]}
-    rows = [gallery.Row("far.png", None, "p", "malignant", 0.999, 3.2, warned=True)]
-    slide = gallery.Slide("s.svs", 10, 1.0, 0.5, pictures.encode(pictures.gradient()), n_warned=4)
+    rows = [gallery.GalleryRow("far.png", None, "p", "malignant", 0.999, 3.2, warned=True)]
+    slide = gallery.GallerySlide("s.svs", 10, 1.0, 0.5, pictures.encode(pictures.gradient()), n_warned=4)
     facts = FACTS | {"warnings": {"unlike_training_data": 240}}
     said = text(page(facts=facts, examples=groups, images=gallery.Images(rows, 1), slides=[slide]))
     for fact in (
@@ -255,10 +259,12 @@ def test_a_warning_stands_beside_its_picture_and_is_counted() -> None:
 
 def test_the_table_lists_images_and_slides_with_links() -> None:
     rows = [
-        gallery.Row("a.png", "../in/a%20b.png", "p1", "malignant", 0.91, 1.2),
-        gallery.Row("cut.png", "s3://bucket/cut.png", None, error="truncated"),
+        gallery.GalleryRow("a.png", "../in/a%20b.png", "p1", "malignant", 0.91, 1.2),
+        gallery.GalleryRow("cut.png", "s3://bucket/cut.png", None, error="truncated"),
     ]
-    slides = [gallery.Slide("b.svs", 0, None, None, error="missing_mpp", patient="p2", link="../in/b.svs")]
+    slides = [
+        gallery.GallerySlide("b.svs", 0, None, None, error="missing_mpp", patient="p2", link="../in/b.svs")
+    ]
     html = page(images=gallery.Images(rows, 3_000), slides=slides)
     assert re.findall(r'<a href="([^"]+)">', html) == [
         "../in/b.svs",

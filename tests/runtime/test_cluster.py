@@ -181,10 +181,9 @@ def test_connect_joins_the_cluster_that_is_named(joined):
 DEAD = """
 import types
 from bcd import cli
-from bcd.config.training import DemoConfig
 from bcd.runtime import cluster
 cli.import_module = lambda name: types.SimpleNamespace(run=lambda config: cluster.connect())
-cli.main(DemoConfig, "demo", None)
+cli.main("demo")
 """
 
 

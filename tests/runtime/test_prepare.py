@@ -98,7 +98,7 @@ def divided(tmp_path, test_patient="Q"):
     storage.write_bytes(f"{tmp_path}/test/benign/{test_patient}/0.png", b"")
     table, warnings = prepare.index.read(str(tmp_path))
     told = {"synthetic": False, "warnings": warnings, "broken": [], "quarantined": []}
-    return table, prepare.Facts(data_fingerprint="", field_height_px=0, field_width_px=0, **told)
+    return table, prepare.DatasetFacts(data_fingerprint="", field_height_px=0, field_width_px=0, **told)
 
 
 def test_a_tree_that_comes_divided_stays_so(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from bcd import schema, storage
 from bcd.config.training import TrainConfig
 from bcd.errors import BundleError
-from bcd.runtime.prepare import Facts
+from bcd.runtime.prepare import DatasetFacts
 from bcd.training import export
 
 
@@ -79,7 +79,7 @@ def test_without_an_intact_checkpoint_there_is_no_bundle(monkeypatch):
 
 
 def test_a_card_that_could_not_be_written_is_found_before_the_training():
-    facts = Facts(
+    facts = DatasetFacts(
         data_fingerprint="a" * 64,
         split_fingerprint="b" * 64,
         synthetic=False,
