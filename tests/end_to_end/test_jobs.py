@@ -94,6 +94,7 @@ def test_a_killed_job_goes_on_where_its_last_checkpoint_stands(cluster, data, s3
     check_whole(run_uri, 3)
 
 
+@pytest.mark.trial
 def test_a_killed_worker_costs_at_most_its_epoch(cluster, data, s3):
     """Done when 3: one of two workers is SIGKILLed in epoch 2; the run finishes by itself."""
     client = JobSubmissionClient(cluster.dashboard)

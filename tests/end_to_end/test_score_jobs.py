@@ -208,11 +208,12 @@ def test_a_job_killed_on_s3_goes_on_and_takes_up_new_files(
     assert sorted(names) == sorted([*table(undisturbed[0])[schema.IMAGE_ID].to_pylist(), "late.png"])
 
 
+@pytest.mark.trial
 @pytest.mark.parametrize(
     ("fault", "victims"),
     [
         pytest.param(faults.EXPIRED, "field-", id="token"),
-        pytest.param(faults.SLOW_DOWN, "field-039", id="some", marks=pytest.mark.trial),
+        pytest.param(faults.SLOW_DOWN, "field-039", id="some"),
     ],
 )
 def test_a_store_that_denies_in_the_middle_changes_nothing(
@@ -256,7 +257,7 @@ VICTIMS, STORES = ("driver", "actor", "node"), ("disk", "s3")
 # The moments of a job, by what it has written: its settings, the first rows, a file of the table.
 MOMENTS = {"begun": "config.json", "scoring": "work/0001/", "merging": "predictions/part-"}
 # The others take half an hour: `pytest -m trial tests/test_score_jobs.py`.
-EVERY_TIME = {("actor", "disk", "scoring"), ("node", "s3", "scoring")}
+EVERY_TIME = {("node", "s3", "scoring")}
 
 
 def trials():

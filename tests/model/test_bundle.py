@@ -154,7 +154,7 @@ def test_weights_that_are_not_the_cards_are_rejected(tmp_path):
 
 def test_weights_that_are_no_network_are_rejected(tmp_path):
     uri = sealed(tmp_path, save({"a": torch.zeros(9)}))
-    with pytest.raises(BundleError, match=r": not the weights of a ResNet50: conv1.weight is missing"):
+    with pytest.raises(BundleError, match=r": not the weights of a ResNet18: conv1.weight is missing"):
         bundle.load(uri)
     with pytest.raises(BundleError, match=r"model.safetensors: not a state dict, but an empty file"):
         bundle.load(sealed(tmp_path, b""))

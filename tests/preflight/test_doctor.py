@@ -225,6 +225,7 @@ def alive():
     return sum(node["Alive"] for node in ray.nodes())
 
 
+@pytest.mark.trial
 def test_a_node_with_another_torch_a_full_disk_and_its_own_output_and_then_a_stopped_one(idle, second):
     node, marker, folder, output = second
     # Into the node's own mount namespace.
@@ -288,6 +289,7 @@ def test_a_cluster_that_does_not_answer_is_a_fault():
     assert done.stderr == "error: 1 fault: jobs/serve.py should not be started here yet.\n"
 
 
+@pytest.mark.trial
 def test_a_wrong_token_is_a_fault(cluster):
     done = door({"RAY_AUTH_TOKEN": "0" * 64}, "--for", "serve")
     assert (done.returncode, "FAULT    cluster" in done.stdout) == (1, True)
