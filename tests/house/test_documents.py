@@ -1,4 +1,4 @@
-"""The documents are run, not trusted: commands, flags, files, code, limits, words. Each test lists all offenders."""
+"""The documents are run, not trusted: commands, flags, files, code, words. Each test lists all offenders."""
 
 import re
 import runpy
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 
@@ -24,14 +25,14 @@ FRONT = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING",
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = {path: path.read_text(encoding="utf-8") for path in FRONT + PAGES}
 README = TEXTS[ROOT / "README.md"]
-MADE = {path: text for path, text in runpy.run_path(str(DOCS / "generate.py"))["pages"]().items()}
+MADE: dict[Path, str] = runpy.run_path(str(DOCS / "generate.py"))["pages"]()
 MOST_LINES, MOST_WORDS = 160, 1_000
 MAKE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 # Flags that documents name of other programs than the jobs: Ray, docker, the benchmarks, pytest.
 OTHER_FLAGS = {"--help", "--working-dir", "--build-arg", "--share", "--rounds", "--strict", "--durations"}
-# Words of the glossary's last column, and others that the field does not use so. Not in code, nor in the pages
-# that are made from it.
+# Words of the glossary's last column, and others that the field does not use so. Not in code, nor in the
+# pages that are made from it.
 BANNED = [
     *(
         r"stands?\b",
@@ -71,7 +72,9 @@ def shown() -> Iterator[tuple[str, str]]:
         lines = [line for line in commands.in_markdown(text) if line.strip()]
         lines += [f"python {code}" for code in inline(text) if re.match(r"jobs/\w+\.py -", code)]
         lines += [
-            code for code in inline(text) if re.match(r"(ray|serve) [a-z]+ .|python -m |.*\bpytest\b", code)
+            code
+            for code in inline(text)
+            if re.match(r"(ray|serve) (up|down|start|deploy|run) .|python -m |.*\bpytest\b", code)
         ]
         yield from ((where(path), line) for line in lines)
 
@@ -80,7 +83,7 @@ def faults(check: Any, *arguments: Any) -> str:
     """What a check of a command raises; nothing where it is valid."""
     try:
         check(*arguments)
-    except (Exception, SystemExit) as error:
+    except (ValueError, TypeError, click.ClickException, SystemExit) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
