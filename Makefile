@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo check test test-all lint env clean
+.PHONY: demo check test test-all lint docs env clean
 
 demo: $(VENV)/installed  ## generate synthetic images, train on them, evaluate, show where the report is
 	$(BIN)/python jobs/demo.py
 
-check: $(VENV)/installed-dev lint  ## lint, types, and the tests that need no cluster
+check: $(VENV)/installed-dev lint docs  ## lint, types, the site, and the tests that need no cluster
 	$(BIN)/python -m pytest -m 'not ray and not trial'
 
 test: $(VENV)/installed-dev lint  ## lint, types, and the tests that people run
@@ -21,6 +21,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-dev  ## the documentation site, in site/; fails on a broken link, needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 env: $(VENV)/installed-dev  ## the environment for development
 

@@ -4,6 +4,7 @@ import re
 import shlex
 
 import click
+import tyro
 from ray.scripts.scripts import cli as ray_cli
 from ray.serve.scripts import cli as serve_cli
 
@@ -12,7 +13,7 @@ from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig
-from bcd.config.training import CrossvalConfig, TrainConfig
+from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
 
 JOBS: dict[str, type[Config]] = {
     "doctor": DoctorConfig,
@@ -22,6 +23,7 @@ JOBS: dict[str, type[Config]] = {
     "audit": AuditConfig,
     "score": ScoreConfig,
     "serve": ServeConfig,
+    "demo": DemoConfig,
 }
 PROGRAMS = {"ray": ray_cli, "serve": serve_cli}
 
@@ -49,8 +51,7 @@ def check_job(config_type: type[Config], arguments: list[str]) -> Config | None:
     """Fails on a flag that the job does not have, or a value that it does not take."""
     if arguments == ["--help"]:
         return None
-    flags = [argument.removeprefix("--").replace("-", "_") for argument in arguments[::2]]
-    return config_type(**dict(zip(flags, arguments[1::2], strict=True)))
+    return tyro.cli(config_type, args=arguments)
 
 
 def is_rays(line: str) -> bool:

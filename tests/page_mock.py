@@ -26,7 +26,7 @@ from bcd.reports import overlay
 from tests.cluster import free_port, wait_for
 
 NOTICE = "Research use only. Not a medical device, and not for diagnosis."
-VERSION, MODEL_ID = "0.1.0", "9f2c4e81a07b35d6"
+VERSION, MODEL_ID = "0.2.0", "9f2c4e81a07b35d6"
 INPUT_HEIGHT_PX, INPUT_WIDTH_PX = 224, 336
 BIAS, CUTOFF = -0.12, 1.4
 POLICY = (

@@ -23,7 +23,7 @@ FACTS: dict[str, Any] = {
     "pixels": True,
     "near_bits": 60,
     "outlier_z": 3.5,
-    "bcd_version": "0.1.0",
+    "bcd_version": "0.2.0",
     "git_commit": None,
     "synthetic": False,
 }

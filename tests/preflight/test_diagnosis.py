@@ -8,7 +8,7 @@ from bcd.preflight import diagnosis
 from bcd.preflight.diagnosis import GIB, INSTALL, MIB, NEXT_STEPS, Check
 from bcd.preflight.node import Attempt, Capacity, Clock, ClusterFacts, Disk, Machine, Node
 
-VERSIONS = {"python": "3.12.3", "bcd": "0.1.0", "ray": "2.60.0", "torch": "2.11.0", "numpy": "2.2.0"}
+VERSIONS = {"python": "3.12.3", "bcd": "0.2.0", "ray": "2.60.0", "torch": "2.11.0", "numpy": "2.2.0"}
 MACHINE = Machine(
     versions=VERSIONS,
     memory_bytes=64 * GIB,
@@ -37,7 +37,7 @@ HEALTHY = ClusterFacts("10.0.0.1:6379", True, VERSIONS, True, 20 * GIB, CAPACITY
 
 ALL_WELL = [
     Check("nodes", "ok", "3 answered: 10.0.0.1, 10.0.0.2 and 10.0.0.3"),
-    Check("versions", "ok", "python 3.12.3, ray 2.60.0, torch 2.11.0 and bcd 0.1.0 everywhere"),
+    Check("versions", "ok", "python 3.12.3, ray 2.60.0, torch 2.11.0 and bcd 0.2.0 everywhere"),
     Check("token", "ok", "10.0.0.1:6379 refuses who shows no token"),
     Check("clocks", "ok", "equal to 3 ms"),
     Check(
@@ -100,7 +100,7 @@ FAULTS = {
     ),
     "another bcd": (
         version(bcd="0.0.9"),
-        Check("versions", "fault", "bcd 0.0.9 on 10.0.0.3, 0.1.0 where this job was started", INSTALL),
+        Check("versions", "fault", "bcd 0.0.9 on 10.0.0.3, 0.2.0 where this job was started", INSTALL),
     ),
     "another Ray": (
         version(ray="2.59.0"),

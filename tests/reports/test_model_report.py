@@ -27,7 +27,7 @@ FACTS: dict[str, Any] = {
     "warnings": ["40X: 5 files missing"],
     "quarantined": ["slide 14-13412 stands under DC and LC"],
     "command": "python jobs/train.py --data <here>",
-    "versions": {"bcd": "0.1.0"},
+    "versions": {"bcd": "0.2.0"},
 }
 FIGURES = {
     "history",
@@ -143,7 +143,7 @@ def test_numbers_and_facts_are_on_the_page(page: str) -> None:
         "40X: 5 files missing",
         "slide 14-13412 stands under DC and LC",
         "--data &lt;here&gt;",
-        "bcd 0.1.0",
+        "bcd 0.2.0",
         "phyllodes tumor",
     ):
         assert fact in text(page)

@@ -1,0 +1,214 @@
+"""The pages of the reference that are made from code: `python docs/generate.py` writes them.
+
+The command line comes from the config classes and the jobs' docstrings, the tables from `bcd.schema`. A test
+compares the files with what this module gives, so that a new flag or column cannot be forgotten here.
+"""
+
+import ast
+import re
+from itertools import starmap
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pyarrow as pa
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from bcd import schema
+from bcd.config.checks import AuditConfig, DoctorConfig
+from bcd.config.evaluation import EvaluateConfig
+from bcd.config.options import Config
+from bcd.config.scoring import ScoreConfig
+from bcd.config.serving import ServeConfig
+from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
+
+DOCS = Path(__file__).parent
+JOBS: dict[str, type[Config]] = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "crossval": CrossvalConfig,
+    "audit": AuditConfig,
+    "score": ScoreConfig,
+    "serve": ServeConfig,
+    "doctor": DoctorConfig,
+    "demo": DemoConfig,
+}
+MADE = "<!-- Made by docs/generate.py: do not edit. -->\n\n"
+
+COMMAND_LINE = """# Command line
+
+Every job is a script in `jobs/`. Each flag is a field of one config class in `bcd/config/`, and the text here
+is the text of `--help`. Unknown flags and contradictions are rejected before Ray starts. Run the commands
+inside the environment (`source .venv/bin/activate`); on a cluster, put `ray job submit --working-dir . --` in
+front.
+
+Exit codes: 0 on success; 2 with one sentence on anything that the user can correct; 1 where inputs remain
+without a result or an error, an audited split leaks, or a diagnosis found a fault. See [Errors](errors.md).
+"""
+
+TABLES = """# Tables
+
+Every table is Parquet and is readable without `bcd`, for example by DuckDB, Polars and pandas.
+`bcd/schema.py` holds the schemas and is the only module that spells a column name. *Required* columns are
+never null.
+"""
+
+# Title, lead and schema of each table.
+SECTIONS: list[tuple[str, str, pa.Schema]] = [
+    (
+        "Predictions: one row for each scored input",
+        "`predictions/` of an archive and of a run. Every input gives exactly one row, a result or an error. "
+        "The length of `evidence` is that of the model's map, here 7 x 11. `overlay` exists with "
+        "`--overlays png` only.",
+        schema.predictions(7, 11, overlays=True),
+    ),
+    ("Slides: one row for each whole slide", "`slides.parquet` of an archive.", schema.SLIDES),
+    ("Split: the part of each image", "`split.parquet` of a run.", schema.SPLIT),
+    ("Audit: the appearance of each image", "`images.parquet` of an audit.", schema.AUDIT),
+    (
+        "Near duplicates: pairs of similar images",
+        "`near_duplicates.parquet` of an audit.",
+        schema.NEAR_DUPLICATES,
+    ),
+    ("Exposure: the images that each epoch used", "`exposure/epoch-N.parquet` of a run.", schema.EXPOSURE),
+    (
+        "Inputs: the state of each input when it was scored",
+        "`inputs.parquet` of an archive.",
+        schema.SEEN_INPUTS,
+    ),
+]
+
+MEANING: dict[str, str] = {
+    schema.IMAGE_ID: "stable and unique: the path below the input's root; a tile adds `#level0 x,y,mpp`",
+    schema.URI: "where the file is: a local path, `s3://` or `gs://`",
+    schema.PATIENT: "identifier of the patient, where known",
+    schema.CASE: "case number; in BreaKHis the slide id without its letter suffix",
+    schema.SLIDE: "slide id",
+    schema.TUMOR_CLASS: "`benign` or `malignant`",
+    schema.SUBTYPE: "BreaKHis subtype: A, F, PT, TA, DC, LC, MC or PC",
+    schema.MAGNIFICATION: "BreaKHis magnification: 40, 100, 200 or 400",
+    schema.MPP: "µm per pixel; in the slides table that of level 0, horizontally",
+    schema.MPP_Y: "µm per pixel of level 0, vertically",
+    schema.SHA256: "SHA-256 of the file's bytes; null for tiles, because a slide is never read whole",
+    schema.SIZE_BYTES: "size of the file",
+    schema.PHASH: "perceptual hash, 256 bits in hexadecimal",
+    schema.TISSUE_FRACTION: "fraction of the image that is tissue",
+    schema.PART: "`train`, `validation` or `test`",
+    schema.X_LEVEL0_PX: "left edge of a tile in pixels of level 0, as OpenSlide counts; null for a field",
+    schema.Y_LEVEL0_PX: "upper edge of a tile in pixels of level 0, as OpenSlide counts; null for a field",
+    schema.WIDTH_PX: "width in pixels; of a slide, that of level 0",
+    schema.HEIGHT_PX: "height in pixels; of a slide, that of level 0",
+    schema.LOGIT: "logit of each class, in the order of the card",
+    schema.PROBABILITY: "probability of each class, in the order of the card",
+    schema.PROBABILITY_MALIGNANT: "probability of malignancy",
+    schema.PREDICTED_CLASS: "class after the card's threshold",
+    schema.EVIDENCE: "evidence map, row by row, in log-odds; its mean plus `evidence_bias` is the log-odds",
+    schema.EVIDENCE_HEIGHT: "rows of the map",
+    schema.EVIDENCE_WIDTH: "columns of the map",
+    schema.EVIDENCE_BIAS: "bias of the map; null for methods of `--cam` other than the closed form",
+    schema.NOVELTY: "distance of the pooled features from those of the training images",
+    schema.NOVELTY_CUTOFF: "99 % of the validation images are below this; null in a row with an error",
+    schema.WARNINGS: "codes, often none: `unlike_training_data`; null in a row with an error",
+    schema.ERROR: "null, or a code from [Errors](errors.md)",
+    schema.ERROR_MESSAGE: "one sentence about the error",
+    schema.MODEL_ID: "hash over weights and card",
+    schema.ENGINE: "what computed the row",
+    schema.PRECISION: "`float32` or `bfloat16`",
+    schema.BCD_VERSION: "version of `bcd` that wrote the row",
+    schema.OVERLAY: "PNG of the image under its evidence map",
+    schema.BOUNDS_X_LEVEL0_PX: "left edge of the region that QuPath shows, in pixels of level 0",
+    schema.BOUNDS_Y_LEVEL0_PX: "upper edge of the region that QuPath shows, in pixels of level 0",
+    schema.TILES: "tiles with tissue, scored or in error",
+    schema.BACKGROUND_TILES: "tiles with less tissue than `--min-tissue`, which are not scored",
+    schema.ERROR_TILES: "tiles in error",
+    schema.WARNED_TILES: "tiles with a warning",
+    schema.TISSUE_AREA_MM2: "area of tissue in mm²",
+    schema.MALIGNANT_TILE_SHARE: "fraction of the scored tiles that are called malignant",
+    schema.HEMATOXYLIN_OD_MEAN: "mean optical density of haematoxylin",
+    schema.HEMATOXYLIN_OD_STD: "standard deviation of the optical density of haematoxylin",
+    schema.EOSIN_OD_MEAN: "mean optical density of eosin",
+    schema.EOSIN_OD_STD: "standard deviation of the optical density of eosin",
+    schema.IMAGE_ID_A: "first image of the pair",
+    schema.IMAGE_ID_B: "second image of the pair",
+    schema.HAMMING_DISTANCE: "bits of 256 in which the perceptual hashes differ",
+    schema.EPOCH: "epoch, counted from 1",
+    schema.VERSION: "size and time of change of the file when it was scored",
+    **{
+        name: f"{int(name[-2:])} % quantile of the tiles' probability of malignancy"
+        for name in schema.QUANTILES
+    },
+}
+
+
+def pages() -> dict[Path, str]:
+    """The text of each page that is made from code."""
+    return {
+        DOCS / "reference/command-line.md": MADE + COMMAND_LINE + "".join(map(_job, JOBS)),
+        DOCS / "reference/tables.md": MADE + TABLES + "".join(starmap(_table, SECTIONS)),
+    }
+
+
+def _job(name: str) -> str:
+    docstring = ast.get_docstring(ast.parse((DOCS.parent / f"jobs/{name}.py").read_text(encoding="utf-8")))
+    assert docstring is not None
+    commands = "\n".join(line[4:] for line in docstring.splitlines() if line[:4] == "    ")
+    fields = JOBS[name].model_fields.items()
+    flags = "".join(_flag(field.alias or key, field) for key, field in fields)
+    return f"\n## {name}\n\n{_plain(JOBS[name].__doc__)}\n\n```sh\n{commands}\n```\n{flags}"
+
+
+def _flag(key: str, field: FieldInfo) -> str:
+    flag = f"--{key.replace('_', '-')}"
+    if field.annotation is bool:
+        head = f"`{flag}`, `--no-{flag[2:]}`"
+    else:
+        head = f"`{flag} {_values(field.annotation)}`"
+    return f"\n{head} ({_default(field)})\n:   {_plain(field.description)}\n"
+
+
+def _values(annotation: Any) -> str:
+    """What a flag takes, as `--help` would say it."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(map(str, arguments)) + "}"
+    if get_origin(annotation) in (Union, UnionType):
+        return _values(next(one for one in arguments if one is not type(None)))
+    if get_origin(annotation) is tuple:
+        return f"[{_values(arguments[0])} ...]"
+    if get_origin(annotation) is not None:  # Annotated
+        return _values(arguments[0])
+    return {str: "TEXT", int: "N", float: "NUMBER"}[annotation]
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.default
+    if value is PydanticUndefined:
+        return "required"
+    if value is None or value == ():
+        return "optional"
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value))
+    return f"default: `{'yes' if value is True else 'no' if value is False else value}`"
+
+
+def _table(title: str, lead: str, form: pa.Schema) -> str:
+    rows = "".join(f"| `{field.name}` | {_type(field)} | {MEANING[field.name]} |\n" for field in form)
+    return f"\n## {title}\n\n{lead}\n\n| column | type | meaning |\n|---|---|---|\n{rows}"
+
+
+def _type(field: pa.Field) -> str:
+    name = re.sub(r"fixed_size_list<\w+: (\w+)>\[(\d+)\]", r"\1[\2]", str(field.type))
+    name = re.sub(r"list<\w+: (\w+)>", r"list of \1", name)
+    return name if field.nullable else f"{name}, required"
+
+
+def _plain(text: str | None) -> str:
+    """One paragraph, without what Markdown would take for markup."""
+    return re.sub(r"\s+", " ", text or "").strip().replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(DOCS.parent))
