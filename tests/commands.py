@@ -8,23 +8,10 @@ import tyro
 from ray.scripts.scripts import cli as ray_cli
 from ray.serve.scripts import cli as serve_cli
 
-from bcd.config.checks import AuditConfig, DoctorConfig
-from bcd.config.evaluation import EvaluateConfig
+from bcd import cli
 from bcd.config.options import Config
-from bcd.config.scoring import ScoreConfig
-from bcd.config.serving import ServeConfig
-from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
 
-JOBS: dict[str, type[Config]] = {
-    "doctor": DoctorConfig,
-    "train": TrainConfig,
-    "crossval": CrossvalConfig,
-    "evaluate": EvaluateConfig,
-    "audit": AuditConfig,
-    "score": ScoreConfig,
-    "serve": ServeConfig,
-    "demo": DemoConfig,
-}
+JOBS: dict[str, type[Config]] = {name: config for name, (config, _) in cli.JOBS.items()}
 PROGRAMS = {"ray": ray_cli, "serve": serve_cli}
 
 
@@ -42,8 +29,8 @@ def in_comments(text: str) -> list[str]:
 
 def job(line: str) -> tuple[type[Config], list[str]] | None:
     """Config type and flags of a command that runs a job, or nothing."""
-    if match := re.search(r"python \S*\bjobs/(\w+)\.py(.*)", line):
-        return JOBS[match[1]], shlex.split(match[2], comments=True)
+    if match := re.search(r"(?:python \S*\bjobs/(\w+)\.py|^bcd (\w+))(.*)", line):
+        return JOBS[match[1] or match[2]], shlex.split(match[3], comments=True)
     return None
 
 

@@ -246,7 +246,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     names = {}
     exec(code, names)
     assert 0 <= names["prediction"].probability_malignant[0] <= 1
-    assert "bundle.load(" in TEXTS[DOCS / "reference/bundle.md"]
+    assert "bcd.load(" in TEXTS[DOCS / "reference/bundle.md"]
 
 
 def test_the_status_page_says_what_was_not_tested():
