@@ -33,13 +33,13 @@ from bcd import schema
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.errors import BundleError, ConfigError, ResourceError
-from bcd.model import bundle, resnet, weights
+from bcd.model import bundle
 from bcd.scoring import score
 from bcd.serving import middleware, serve
 from tests import archives, pictures
 from tests.cluster import BIN, PATIENCE_S, ROOT, free_port, kill, wait_for
 from tests.end_to_end.test_page import CHROMIUM, PATIENCE_MS, launch, probability, sync_api
-from tests.model.test_bundle import card
+from tests.model.test_bundle import card, untrained
 from tests.service import LIMITS, TOKEN
 from tests.serving.test_api import statistics
 
@@ -164,15 +164,9 @@ def files():
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """URIs of two bundles."""
-    given, folder = None, os.environ.get("BCD_REAL_DATA")
-    if folder:
-        given = weights.pretrained(f"{folder}/weights/resnet50_imagenet.safetensors")
     uris = []
     for seed in (1, 2):
-        network = resnet.build(2, given, seed=seed, architecture="resnet18")
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            torch.nn.init.normal_(network.fc.weight, std=0.03 if given else 1e-3)
+        network = untrained(seed=seed)
         uris.append(str(tmp_path_factory.mktemp("model")))
         facts = card(input_height_px=128, input_width_px=192, feature_statistics=statistics(), seed=seed)
         bundle.save(network, facts, uris[-1])
