@@ -50,7 +50,7 @@ def test_every_text_of_every_page_can_be_read_on_what_it_may_lie_on(colors: dict
 
 
 def test_the_pages_have_no_other_colours() -> None:
-    assert (BCD / "page/palette.css").read_text(encoding="utf-8") == style.css()
+    assert (BCD / "serving/page/palette.css").read_text(encoding="utf-8") == style.css()
     assert style.LIGHT.keys() == style.DARK.keys()
     for path in PAGES:
         text = path.read_text(encoding="utf-8")

@@ -177,7 +177,7 @@ def test_a_damaged_run_directory_says_so(tree, tmp_path):
 
 @pytest.mark.parametrize(("fault", "goes_on"), [(None, False), ("m: the model card has format 1", True)])
 def test_a_finished_run_whose_bundle_cannot_be_used_goes_on(monkeypatch, capsys, fault, goes_on):
-    def stop(_):
+    def stop(*_):
         raise BundleError("goes on")
 
     monkeypatch.setattr(train.run_directory, "begin", lambda *_: True)
