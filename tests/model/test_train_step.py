@@ -23,7 +23,7 @@ def test_norms_and_biases_are_not_decayed(name):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_steps_learn_black_from_white(precision):
     torch.manual_seed(0)
-    network = resnet.build(2, seed=0).to(memory_format=torch.channels_last).train()
+    network = resnet.build(2, seed=0, architecture="resnet18").to(memory_format=torch.channels_last).train()
     optimizer = train_step.optimizer(network, "adamw", 1e-3, 0.01)
     preset = preprocessing.augmentation(32, 64)
     step = train_step.Step(network, optimizer, torch.device("cpu"), precision, preset)
