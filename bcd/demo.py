@@ -15,7 +15,7 @@ from bcd.training import train
 def run(config: DemoConfig) -> str:
     """Generate pictures, train on them, evaluate, score an archive; returns the URI of the run."""
     folder = Path(config.output)
-    output.claim(str(folder), output.DEMO)
+    output.claim_folder(str(folder), output.DEMO)
     plan = synthetic.PatientPlan(patients_per_subtype=config.patients_per_subtype, seed=config.seed)
     paths = synthetic.write_tree(folder, plan)
     print(

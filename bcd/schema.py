@@ -103,7 +103,7 @@ INPUTS = pa.schema([*INDEX, (ERROR, pa.string()), (ERROR_MESSAGE, pa.string())])
 # Which part of a split each row went to; `part` is one of split.PARTS.
 SPLIT = pa.schema([*INDEX, pa.field(PART, pa.string(), nullable=False)])
 
-# How each picture of a data set looks, by `appearance.describe`. A broken picture has an error, no numbers.
+# How each image of a data set looks (`appearance.measure_appearance`). A broken one has an error, no numbers.
 AUDIT = pa.schema(
     [
         *INDEX,

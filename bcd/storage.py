@@ -88,7 +88,7 @@ def _local(uri: str) -> str:
     return str(Path.home() / uri[1:].lstrip("/")) if uri == "~" or uri.startswith("~/") else uri
 
 
-def place(uri: str, root: str) -> str:
+def absolute_uri(uri: str, root: str) -> str:
     """The URI of what a table in the folder `root`, an `absolute` one, names: if relative, below that folder.
 
     Raises:
@@ -228,7 +228,7 @@ def list_folder(uri: str) -> Listing:
     filesystem, root = resolve(uri)
     with _naming(uri, "list it"):
         _require_folder(filesystem, uri, root)
-        found = _walk_store(filesystem, root) if is_remote(uri) else walk.walk(root)
+        found = _walk_store(filesystem, root) if is_remote(uri) else walk.entries(root)
     below = absolute(uri).rstrip("/")
     sizes = sorted(found.sizes.items())
     files = [File(f"{below}/{path}", path, size, found.versions[path]) for path, size in sizes]
@@ -333,7 +333,7 @@ def _version(info: fs.FileInfo) -> str:
     return f"{info.size}-{info.mtime_ns}"
 
 
-def versions(uris: Iterable[str]) -> dict[str, str | None]:
+def file_versions(uris: Iterable[str]) -> dict[str, str | None]:
     """`version` of each file, `None` where there is none or it cannot be looked at."""
     distinct = list(dict.fromkeys(uris))
     with ThreadPoolExecutor(LOOK_THREADS) as pool:

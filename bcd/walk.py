@@ -26,7 +26,7 @@ class Entries:
     passed: Counter[str] = field(default_factory=Counter)
 
 
-def walk(root: str) -> Entries:
+def entries(root: str) -> Entries:
     """List a folder.
 
     Raises:

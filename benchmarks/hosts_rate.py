@@ -89,7 +89,7 @@ def scoring(hosts: object, model_folder: str, images: str, n: int) -> Callable[[
     model = storage.join(BUCKET, "model")
     storage.upload_folder(Path(model_folder), model)
     manifest = hosts.head.folder / "manifest.csv"
-    write_manifest(manifest, archive.read(images).table[schema.URI].to_pylist(), n)
+    write_manifest(manifest, archive.list_inputs(images).table[schema.URI].to_pylist(), n)
     return lambda _: scoring_rate(hosts, model, str(manifest))
 
 

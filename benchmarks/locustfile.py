@@ -22,7 +22,7 @@ contents: list[bytes] = []
 @events.test_start.add_listener
 def read_pictures(**_: object) -> None:
     """Once, before the clients begin."""
-    uris = archive.read(os.environ["BCD_IMAGES"]).table[schema.URI].to_pylist()
+    uris = archive.list_inputs(os.environ["BCD_IMAGES"]).table[schema.URI].to_pylist()
     contents.extend(storage.read_bytes(uri) for uri in uris)
 
 

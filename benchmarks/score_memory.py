@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--compile", choices=("on", "off"), default="off")
     arguments = parser.parse_args()
     options = ["--precision", arguments.precision, "--compile", arguments.compile]
-    uris = archive.read(storage.absolute(arguments.images)).table[schema.URI].to_pylist()
+    uris = archive.list_inputs(storage.absolute(arguments.images)).table[schema.URI].to_pylist()
     peaks: list[Memory] = []
     for n in arguments.n:
         with tempfile.TemporaryDirectory() as folder:

@@ -153,7 +153,7 @@ def pipeline_rate(model_uri: str, rows: pa.Table, compiled: bool, precision: str
         model_uri, bundle.identify(model_uri), precision=precision, batch_size=BATCH_SIZE, compile=compiled
     )
     with tempfile.TemporaryDirectory() as work_uri:
-        commits = predict.predictions(datasets.rows(rows, ROWS_PER_BLOCK), settings).map_batches(
+        commits = predict.score_rows(datasets.row_dataset(rows, ROWS_PER_BLOCK), settings).map_batches(
             ledger.commit,
             fn_kwargs={"work_uri": work_uri},
             # Smaller segments than the job's: more times to take, if anything more work.
@@ -247,7 +247,7 @@ def print_table(found: list[dict[str, float]], maps: list[float]) -> None:
 
 def repeated(images: str, n: int) -> pa.Table:
     """The pictures below a folder as `n` rows of `schema.READING`, over and over, each with its own id."""
-    found = archive.read(images).table
+    found = archive.list_inputs(images).table
     table = found.take(pa.array(np.arange(n) % len(found)))
     ids = [f"{i:06d}/{name}" for i, name in enumerate(table[schema.IMAGE_ID].to_pylist())]
     position = table.schema.get_field_index(schema.IMAGE_ID)

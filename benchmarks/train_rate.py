@@ -81,7 +81,7 @@ def ray_rate(table: pa.Table, config: TrainConfig) -> float:
     """Training images per second of the second epoch of a training run, validation included."""
     given = weights.pretrained(config.weights)
     with tempfile.TemporaryDirectory() as output:
-        result = train.fit(config, output, table, given, cluster.scaling(config))
+        result = train.train_model(config, output, table, given, cluster.scaling(config))
     record = result.return_value[1]
     return sum(record["class_counts"].values()) / record["seconds"]
 

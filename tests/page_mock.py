@@ -155,7 +155,7 @@ def document(content: bytes, with_overlay: bool, with_preview: bool) -> dict[str
 
 
 def _png(pixels: np.ndarray) -> str:
-    return base64.b64encode(image.png(pixels)).decode()
+    return base64.b64encode(image.encode_png(pixels)).decode()
 
 
 def _error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:

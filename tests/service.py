@@ -39,7 +39,7 @@ def guarded(
 ) -> middleware.Guard:
     """The app as a replica builds it."""
     limits = limits or middleware.Limits()
-    app = api.build(engine, limits, max_images=4)
+    app = api.create_app(engine, limits, max_images=4)
     return middleware.Guard(app, limits, middleware.digest(token) if token else None, loopback_only=True)
 
 

@@ -26,7 +26,7 @@ def measured(
     seed: int = 0,
 ) -> dict[str, Any]:
     """All metrics of one model's predictions, as an evaluation puts them together."""
-    images = aggregate.images(predictions, threshold)
+    images = aggregate.image_table(predictions, threshold)
     n_errors = len(predictions) - len(images)
     return measures.measure(images, class_names, seed) | {"threshold": threshold, "n_errors": n_errors}
 
@@ -121,7 +121,7 @@ class Cohort:
             schema.PROBABILITY_MALIGNANT: expit(self.log_odds(skill, model)),
             schema.ERROR: None,
         }
-        return aggregate.images(pd.DataFrame(columns))
+        return aggregate.image_table(pd.DataFrame(columns))
 
 
 def planted(skill: float, spread: float = 1.0) -> dict[str, float]:

@@ -27,11 +27,11 @@ def run(config: AuditConfig) -> summary.Audit:
         AuditError: the audit is written, and a given split leaks.
         BcdError: the data or a split cannot be read.
     """
-    table, warnings = index.read(config.data, config.classes)
-    splits = [summary.place(table, roles, name) for name, roles in _given(config).items()]
+    table, warnings = index.read_index(config.data, config.classes)
+    splits = [summary.place_rows(table, roles, name) for name, roles in _given(config).items()]
     if schema.PART in table.column_names:
         splits.append(summary.Split("the data's own split", table[schema.PART].to_pylist(), 0))
-    output.check(config.output, output.AUDIT)
+    output.read_marker(config.output, output.AUDIT)
     storage.check_writable(config.output)
     if config.pixels:
         cluster.connect()
@@ -41,9 +41,9 @@ def run(config: AuditConfig) -> summary.Audit:
     counts = breakhis.count_warnings(table)
     doubts = [text for text in warnings if text not in counts]
     missing = [text for text in warnings if text in counts]
-    result = summary.audit(table, missing, splits, pairs, config.outlier_z, doubts)
+    result = summary.summarise(table, missing, splits, pairs, config.outlier_z, doubts)
     _write(config, result, table, pairs)
-    print("\n".join(report.lines(result)))
+    print("\n".join(report.audit_lines(result)))
     for name in (PAGE, RESULT, IMAGES, NEAR):
         print(storage.join(config.output, name))
     if result.leaking_splits:
@@ -66,7 +66,7 @@ def _given(config: AuditConfig) -> dict[str, dict[str, str]]:
             text = storage.read_bytes(file.uri).decode(errors="replace")
             given[f"fold {file.path[6]}"] = breakhis.read_fold(text, file.path)
     if config.split is not None:
-        roles = summary.read_roles(manifest.read(config.split))
+        roles = summary.read_roles(manifest.read_manifest(config.split))
         given[config.split.rpartition("/")[2]] = roles
     return given
 
@@ -82,13 +82,13 @@ def _describe(batch: pa.Table) -> pa.Table:
 def _described(row: dict[str, Any], content: bytes | image.ImageError) -> dict[str, Any]:
     known = {schema.SHA256: hashlib.sha256(content).hexdigest()} if isinstance(content, bytes) else {}
     try:
-        return known | appearance.describe(read.picture(row, content=content))
+        return known | appearance.measure_appearance(read.picture(row, content=content))
     except image.ImageError as error:
         return known | {schema.ERROR: error.code, schema.ERROR_MESSAGE: error.message}
 
 
 def _write(config: AuditConfig, result: summary.Audit, table: pa.Table, pairs: Any) -> None:
-    output.claim(config.output, output.AUDIT)
+    output.claim_folder(config.output, output.AUDIT)
     for name, rows in {IMAGES: table, NEAR: duplicates.named(table, pairs)}.items():
         storage.write_table(storage.join(config.output, name), rows)
     storage.write_bytes(storage.join(config.output, RESULT), result.model_dump_json(indent=1).encode())
@@ -112,4 +112,4 @@ def _write_page(uri: str, result: summary.Audit, shown: dict[str, str], facts: d
     for name, content in zip(shown, read.contents(list(shown.values())), strict=True):
         with suppress(image.ImageError):
             thumbnails[name] = report.thumbnail(read.picture({}, content=content))
-    storage.write_bytes(uri, report.page(result, thumbnails, facts).encode())
+    storage.write_bytes(uri, report.render_audit(result, thumbnails, facts).encode())

@@ -241,7 +241,7 @@ def stain_outliers(table: pa.Table, outlier_z: float) -> Finding:
     return Finding.of("stain_outlier", sentence, details)
 
 
-def sizes(table: pa.Table) -> Finding:
+def unusual_sizes(table: pa.Table) -> Finding:
     """Pictures of another size than most."""
     rows = table.filter(pc.is_valid(table[schema.WIDTH_PX]))
     by_size: dict[str, list[str]] = {}

@@ -17,7 +17,7 @@ LINES, NAMES, DRAWN = 3, 10, 12
 WIDTH_PX = 320
 
 
-def lines(audit: Audit) -> list[str]:
+def audit_lines(audit: Audit) -> list[str]:
     """The audit in lines, the verdict last."""
     facts = audit.facts
     said = [f"{counted(facts.n_images, 'image')} of {counted(facts.n_patients, 'patient')}"]
@@ -51,7 +51,7 @@ def thumbnail(pixels: np.ndarray) -> str:
     return thumbnails.data_uri(image.shrink(pixels, WIDTH_PX, WIDTH_PX))
 
 
-def page(audit: Audit, thumbnails: Mapping[str, str], facts: Mapping[str, Any]) -> str:
+def render_audit(audit: Audit, thumbnails: Mapping[str, str], facts: Mapping[str, Any]) -> str:
     """The page as HTML; it refers to nothing outside itself.
 
     Args:

@@ -67,7 +67,7 @@ class Split(NamedTuple):
     n_not_in_data: int
 
 
-def audit(
+def summarise(
     table: pa.Table,
     warnings: Sequence[str],
     splits: Sequence[Split],
@@ -79,11 +79,11 @@ def audit(
 
     Args:
         table: rows with schema `schema.AUDIT`.
-        warnings: of `index.read`, about missing and surplus files.
-        splits: that were given; see `place`.
+        warnings: of `index.read_index`, about missing and surplus files.
+        splits: that were given; see `place_rows`.
         near_pairs: (n, 3) from `duplicates.near`.
         outlier_z: robust z-score beyond which a stain is unusual.
-        doubts: of `index.read`, about names of folders, columns and patients.
+        doubts: of `index.read_index`, about names of folders, columns and patients.
     """
     examined = [_examine(table, given) for given in splits]
     facts = [one for one, _ in examined]
@@ -98,7 +98,7 @@ def audit(
         findings.without_patient(table),
         Finding.of("published_counts", "the files are not those published", plain(warnings)),
         Finding.of("reading", "names that can be read in another way", plain(doubts)),
-        findings.sizes(table),
+        findings.unusual_sizes(table),
         _coverage(facts),
     ]
     order = list(findings.KINDS)
@@ -186,7 +186,7 @@ def read_roles(given: Manifest) -> dict[str, str]:
     return roles
 
 
-def place(table: pa.Table, roles: Mapping[str, str], name: str) -> Split:
+def place_rows(table: pa.Table, roles: Mapping[str, str], name: str) -> Split:
     """The place of every row in a split: looked up by image id, by URI, or by file name where it is unique.
 
     Raises:

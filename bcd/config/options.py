@@ -81,6 +81,6 @@ def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [key for key in keys if old.get(key) != new.get(key)]
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def changed_flags(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The same as `--flag old -> new`."""
     return [f"--{key.replace('_', '-')} {old.get(key)} -> {new.get(key)}" for key in changed(old, new)]

@@ -43,7 +43,7 @@ class Archive:
         return self.passed.total()
 
 
-def read(uri: str) -> Archive:
+def list_inputs(uri: str) -> Archive:
     """List the inputs below a folder, or of a manifest; or one file.
 
     A file counts by its suffix; what it really holds is found out when it is read. One without a suffix, or
@@ -58,7 +58,7 @@ def read(uri: str) -> Archive:
     if manifest.is_one(uri):
         table = _from_manifest(uri)
         ids, uris = (table[name].to_pylist() for name in (schema.IMAGE_ID, schema.URI))
-        seen = storage.versions(uris)
+        seen = storage.file_versions(uris)
         return Archive(table, versions={name: seen[place] for name, place in zip(ids, uris, strict=True)})
     single = storage.is_file(uri)
     listing = _alone(uri) if single else storage.list_folder(uri)
@@ -158,7 +158,7 @@ def _may_be_image(file: File) -> bool:
 
 
 def _from_manifest(uri: str) -> pa.Table:
-    found = manifest.read(uri)
+    found = manifest.read_manifest(uri)
     rows = manifest.inputs(found, copies=True)
     _require_whole_slides(rows, [row.where for row in found.rows])
     rows.sort(key=lambda row: row[schema.IMAGE_ID])

@@ -109,7 +109,7 @@ class ImageName:
         return self.tumor_class, SUBTYPES[self.subtype].name, slide, f"{self.magnification}X"
 
 
-def parse(path: str) -> ImageName:
+def parse_path(path: str) -> ImageName:
     """Read a BreaKHis path, with or without its folders.
 
     Raises:
@@ -151,8 +151,8 @@ def _check_folder(path: str, folder: str, name: ImageName) -> None:
 
 
 def index_row(file: FieldName) -> dict[str, Any]:
-    """One row of `schema.INDEX`, all but the hash. Raises `DataError` as `parse` does."""
-    name = parse(file.path)
+    """One row of `schema.INDEX`, all but the hash. Raises `DataError` as `parse_path` does."""
+    name = parse_path(file.path)
     return {
         schema.IMAGE_ID: file.path,
         schema.URI: file.uri,
@@ -237,7 +237,7 @@ def read_fold(text: str, name: str) -> dict[str, str]:
         match = _FOLD_LINE.fullmatch(line)
         if not match:
             raise DataError(f"{where}: {line!r}; expected file name|magnification|fold 1 to 5|train or test")
-        if parse(match["name"]).magnification != int(match["magnification"]):
+        if parse_path(match["name"]).magnification != int(match["magnification"]):
             raise DataError(f"{where}: {match['name']} is not at magnification {match['magnification']}")
         if match["name"] in roles:
             raise DataError(f"{where}: {match['name']} stands twice; expected every image once")

@@ -68,7 +68,7 @@ class _Place:
             n -= 1
 
 
-def rows(
+def rows_of_tree(
     data: str, files: Sequence[storage.File], given: Mapping[str, str]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """A row per image of a tree with class folders, and warnings for people.
@@ -84,11 +84,11 @@ def rows(
     places = [_place(data, *found) for found in zip(files, _labels(data, files, given), strict=True)]
     _strip_sites(places)
     warnings = _find_subtypes(data, places) + _find_patients(data, places) + _site_warnings(places)
-    parted = parts(data, [(place.file.path, place.structure) for place in places])
+    parted = parts_of(data, [(place.file.path, place.structure) for place in places])
     return [_row(place, part) for place, part in zip(places, parted, strict=True)], warnings
 
 
-def parts(data: str, images: Sequence[tuple[str, Sequence[str]]]) -> list[str | None]:
+def parts_of(data: str, images: Sequence[tuple[str, Sequence[str]]]) -> list[str | None]:
     """Part of every image, given its path and the folders that may tell it (train, val, test, ...).
 
     Raises:

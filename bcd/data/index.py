@@ -25,7 +25,7 @@ UNREAD_SUFFIXES = (
 )
 
 
-def read(data: str, classes: Sequence[str] = ()) -> tuple[pa.Table, list[str]]:
+def read_index(data: str, classes: Sequence[str] = ()) -> tuple[pa.Table, list[str]]:
     """Index of a training data set.
 
     Args:
@@ -80,9 +80,9 @@ def _rows_of_files(
     data: str, files: Sequence[storage.File], given: Mapping[str, str]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     if not any(f.path.rpartition("/")[2].startswith(breakhis.PREFIX) for f in files):
-        return folders.rows(data, files, given)
+        return folders.rows_of_tree(data, files, given)
     table = breakhis.index(files)
-    parts = folders.parts(data, [(file.path, file.path.split("/")[:-1]) for file in files])
+    parts = folders.parts_of(data, [(file.path, file.path.split("/")[:-1]) for file in files])
     rows = [row | {schema.PART: part} for row, part in zip(table.to_pylist(), parts, strict=True)]
     return rows, breakhis.count_warnings(table)
 
@@ -120,7 +120,7 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def _from_manifest(data: str, given: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
-    found = manifest.read(data)
+    found = manifest.read_manifest(data)
     if schema.TUMOR_CLASS not in found.columns and schema.SUBTYPE not in found.columns:
         needed = f"a column {schema.TUMOR_CLASS!r} or {schema.SUBTYPE!r} to train on"
         raise DataError(f"{data}: needs {needed}; {names.instead(found.columns)}")

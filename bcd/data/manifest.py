@@ -66,7 +66,7 @@ def is_one(uri: str) -> bool:
     return uri.lower().endswith(schema.MANIFEST_SUFFIXES) and not storage.is_folder(uri)
 
 
-def read(uri: str) -> Manifest:
+def read_manifest(uri: str) -> Manifest:
     """Read a manifest.
 
     Raises:
@@ -244,7 +244,7 @@ def _input(row: Row, root: str) -> dict[str, Any]:
         raise DataError(f"{row.where}: the {schema.URI} is empty")
     ids = (schema.PATIENT, schema.CASE, schema.SLIDE)
     try:
-        placed = storage.place(uri, root)
+        placed = storage.absolute_uri(uri, root)
     except StorageError as error:
         raise DataError(f"{row.where}: {error}") from error
     return {

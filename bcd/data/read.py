@@ -114,12 +114,12 @@ def _tile(row: dict[str, Any]) -> np.ndarray:
     # As its slide was planned, whatever the file says by now.
     given = pixel_size.Given(override=(across, down) if across and down else None)
     try:
-        slide, staged = slide_cache.open_slide(row[schema.URI], given)
+        slide, staged = slide_cache.open_staged(row[schema.URI], given)
         try:
             return _cut(slide, row)
         except image.ImageError:
             # OpenSlide's handle is of no use after an error, its own or that of a tile read beside this one.
-            slide_cache.open_slide.cache_clear()
+            slide_cache.open_staged.cache_clear()
             with open_slide(staged.path, given) as fresh:
                 return _cut(fresh, row)
     except StorageError as error:

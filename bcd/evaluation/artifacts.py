@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import ray
 
-from bcd import schema, storage
+from bcd import schema, storage, taxonomy
 from bcd.errors import DataError
 from bcd.metrics import aggregate, calibration, compare, measures
 from bcd.model import bundle, novelty
@@ -49,9 +49,9 @@ def with_truth(predictions_uri: str, test: pa.Table, card: bundle.Card) -> pd.Da
     return scored.merge(truth, on=schema.IMAGE_ID, validate="one_to_one")
 
 
-def image_table(frame: pd.DataFrame, card: bundle.Card, predictions_uri: str, draw: int = 1) -> pd.DataFrame:
-    """`aggregate.images` of one model, each row with its draw of folds and the URI of its predictions."""
-    images = aggregate.images(frame, card.threshold)
+def images_of(frame: pd.DataFrame, card: bundle.Card, predictions_uri: str, draw: int = 1) -> pd.DataFrame:
+    """`aggregate.image_table` of one model, with its draw of folds and the URI of its predictions."""
+    images = aggregate.image_table(frame, card.threshold)
     return images.assign(**{aggregate.SOURCE: predictions_uri, aggregate.DRAW: draw})
 
 
@@ -72,7 +72,7 @@ def require_images(against: str) -> None:
         raise DataError(f"--against {against}: no {IMAGES} there; give the output of a finished evaluation")
 
 
-def write(
+def write_artifacts(
     output: str,
     measured: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
@@ -99,14 +99,20 @@ def _draw(
     facts: Mapping[str, Any],
     unscored: Sequence[Mapping[str, str]],
 ) -> None:
-    chosen = model_report.choose(images).all()
-    found = dict(zip(chosen, thumbnails.of_images(images.iloc[chosen]), strict=True))
+    chosen = model_report.choose_examples(images).all()
+    found = dict(
+        zip(
+            chosen,
+            thumbnails.of_images(images.iloc[chosen], taxonomy.classes(measured["target"])),
+            strict=True,
+        )
+    )
     with tempfile.TemporaryDirectory() as folder:
-        model_report.write(Path(folder), measured, history, images, facts, found, unscored)
+        model_report.write_report(Path(folder), measured, history, images, facts, found, unscored)
         storage.upload_folder(Path(folder), output, last=REPORT)
 
 
-def measure(images: pd.DataFrame, unscored: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
+def measure_run(images: pd.DataFrame, unscored: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
     """All metrics, with the number of images that could not be scored, and of those with each warning.
 
     `warnings` is None where the model had no statistics to warn by.

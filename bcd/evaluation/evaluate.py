@@ -16,7 +16,7 @@ from bcd.metrics import aggregate
 from bcd.model import bundle
 from bcd.reports import model_report
 from bcd.runtime import cluster, datasets, output, predict, run_directory
-from bcd.runtime.prepare import DatasetFacts, class_counts, inspect, part_of, prepare
+from bcd.runtime.prepare import DatasetFacts, class_counts, load_data_set, part_of, prepare
 from bcd.split import duplicates, split
 from bcd.text import counted
 
@@ -42,12 +42,12 @@ def run(config: EvaluateConfig) -> str:
     beside = storage.absolute(folder) == run_uri
     if beside and output.owner(run_uri) != output.TRAIN:
         raise DataError(f"{run_uri} is not the directory of a training: name an --output for the evaluation")
-    owner = output.claim(folder, output.TRAIN if beside else output.EVALUATE)
+    owner = output.claim_folder(folder, output.TRAIN if beside else output.EVALUATE)
     storage.check_writable(folder)
     cluster.connect()
     data = {"data": config.data} | ({"classes": config.classes} if config.classes else {})
     training = TrainConfig(**card.training | data)
-    table, facts, kind = _tested(config, card, training, *inspect(training))
+    table, facts, kind = _tested(config, card, training, *load_data_set(training))
     if kind != HELD_OUT and beside:
         raise DataError(f"{config.data} is not the model's own data: name an --output for its evaluation")
     settings = predict.Settings(config.model, bundle.model_id(card), config.precision, config.batch_size)
@@ -136,23 +136,23 @@ def evaluate(
     """Score the test part through the same pipeline as archives, and write all that is told about it.
 
     Predictions first, then metrics, card and report; each of them whole or not at all. They go into `folder`,
-    of which `owner` is the id (see `output.claim`).
+    of which `owner` is the id (see `output.claim_folder`).
     """
     card = bundle.read_card(model_uri)
     test = part_of(table, split.TEST)
     print(f"scoring the test part: {counted(len(test), 'image')}", flush=True)
     predictions_uri = storage.join(folder, PREDICTIONS)
     settings = settings or predict.Settings(model_uri, bundle.model_id(card))
-    rows = predict.predictions(
-        datasets.rows(schema.fill(test, schema.READING), settings.batch_size), settings
+    rows = predict.score_rows(
+        datasets.row_dataset(schema.fill(test, schema.READING), settings.batch_size), settings
     )
     with predict.one_model(settings):
-        predict.write(rows, predictions_uri, owner)
+        predict.write_predictions(rows, predictions_uri, owner)
     frame = artifacts.with_truth(predictions_uri, test, card)
-    images = artifacts.image_table(frame, card, predictions_uri)
+    images = artifacts.images_of(frame, card, predictions_uri)
     unscored = aggregate.unscored(frame)
     about = _about(card, facts, kind)
-    measured = about | artifacts.measure(images, unscored, card.classes)
+    measured = about | artifacts.measure_run(images, unscored, card.classes)
     measured |= {name: getattr(card, name) for name in ("threshold", "temperature", "operating_point")}
     measured["summary"] = model_report.summary(measured)
     measured["too_few_patients"] = model_report.too_few_patients(measured)
@@ -163,7 +163,7 @@ def evaluate(
     told = about | facts.model_dump() | {"input_size_px": (card.input_height_px, card.input_width_px)}
     if kind == HELD_OUT:
         told |= class_counts(TrainConfig(**card.training), table)
-    artifacts.write(folder, measured, _history(model_uri), images, told, unscored)
+    artifacts.write_artifacts(folder, measured, _history(model_uri), images, told, unscored)
     return measured
 
 

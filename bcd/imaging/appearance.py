@@ -35,7 +35,7 @@ _SQUARE_PX, _TEXTURE = 8, 4.0
 
 
 def hashed(pixels: np.ndarray) -> dict[str, Any]:
-    """`phash` and `tissue_fraction` of a picture, as in `describe`, for three fifths of its time."""
+    """`phash` and `tissue_fraction` of an image, as in `measure_appearance`, in three fifths of its time."""
     small = image.shrink(pixels, SIDE_PX, SIDE_PX)
     return _hashed(small, _is_tissue(_squares(small)))
 
@@ -51,7 +51,7 @@ def _is_tissue(squares: np.ndarray) -> np.ndarray:
     return squares.mean(-1).std(-1) >= _TEXTURE
 
 
-def describe(pixels: np.ndarray) -> dict[str, Any]:
+def measure_appearance(pixels: np.ndarray) -> dict[str, Any]:
     """Size, perceptual hash, stain and tissue of a picture, by column of `schema.AUDIT`.
 
     Args:

@@ -1,8 +1,8 @@
 """What a PNG or JPEG file says before its pixels are decoded.
 
-`png` and `jpeg` check the frame of a file (size, checksums, end, features that are not read) and hand only
-those parts of it to the decoder that pixels depend on: a broken note, a huge text or a second image behind
-the first can neither spoil an image nor cost memory.
+`png_content` and `jpeg` check the frame of a file (size, checksums, end, features that are not read) and hand
+only those parts of it to the decoder that pixels depend on: a broken note, a huge text or a second image
+behind the first can neither spoil an image nor cost memory.
 """
 
 import re
@@ -72,7 +72,7 @@ def require_size(width: int, height: int) -> None:
         raise ImageError("too_many_pixels", f"{width} x {height} px; at most {MAX_PIXELS:,} pixels are read")
 
 
-def png(data: bytes) -> Content:
+def png_content(data: bytes) -> Content:
     """The parts of a PNG that its pixels depend on.
 
     Raises:

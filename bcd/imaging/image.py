@@ -116,7 +116,7 @@ Decoded = tuple[Image.Image, bytes | None]
 
 
 def _png(data: bytes) -> Decoded:
-    content = container.png(data)
+    content = container.png_content(data)
     return _upright(_eight_bits(content.data, "PNG"), content), content.profile
 
 
@@ -128,11 +128,13 @@ def _jpeg(data: bytes) -> Decoded:
 def _tiff(data: bytes) -> Decoded:
     """Pillow turns it upright itself."""
     pages = tiff.pages(io.BytesIO(data), len(data))
-    chosen = tiff.composite(pages) or [tiff.choose(pages)]
+    chosen = tiff.composite(pages) or [tiff.main_page(pages)]
     try:
         channels = [_tiff_page(data, page, len(pages)) for page in chosen]
     except UnidentifiedImageError:
-        raise ImageError("unsupported_format", f"a TIFF of {tiff.describe(chosen[0])} is not read") from None
+        raise ImageError(
+            "unsupported_format", f"a TIFF of {tiff.describe_samples(chosen[0])} is not read"
+        ) from None
     profile = channels[0].info.get("icc_profile")
     return (Image.merge("RGB", channels) if len(channels) > 1 else channels[0]), profile
 
@@ -320,7 +322,7 @@ def shrink(pixels: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
     return np.asarray(picture)
 
 
-def png(pixels: np.ndarray) -> bytes:
+def encode_png(pixels: np.ndarray) -> bytes:
     """Encode uint8 (h, w, 3) RGB as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")

@@ -53,7 +53,7 @@ class Given:
 UNKNOWN = Given()
 
 
-def choose(properties: Mapping[str, str], size: tuple[int, int], given: Given) -> Pair:
+def level0_mpp(properties: Mapping[str, str], size: tuple[int, int], given: Given) -> Pair:
     """µm per pixel of level 0, across and down.
 
     Args:
@@ -83,7 +83,7 @@ def choose(properties: Mapping[str, str], size: tuple[int, int], given: Given) -
 
 
 def is_stated(properties: Mapping[str, str], size: tuple[int, int], given: Given) -> bool:
-    """Whether anybody states a scale, if only a wrong one: arguments as of `choose`.
+    """Whether anybody states a scale, if only a wrong one: arguments as of `level0_mpp`.
 
     What is coarser than any slide is the resolution for print that software writes by itself.
     """

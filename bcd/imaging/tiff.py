@@ -99,13 +99,13 @@ def pages(file: BinaryIO, size_bytes: int) -> list[Page]:
     Raises:
         ImageError: `truncated` where tags lie outside the file or over each other, `unsupported_format`.
     """
-    found = list(walk(file, size_bytes))
+    found = list(iterate_pages(file, size_bytes))
     if not found:
         raise ImageError("truncated", "the file has no page")
     return found
 
 
-def walk(file: BinaryIO, size_bytes: int) -> Iterator[Page]:
+def iterate_pages(file: BinaryIO, size_bytes: int) -> Iterator[Page]:
     """The same one by one, and none where the file is no TIFF."""
     order, is_big = STARTS.get(file.read(4), ("", False))
     if not order:
@@ -174,7 +174,7 @@ def _value(file: BinaryIO, order: str, kind: int, count: int, n_read: int, value
     return found
 
 
-def choose(found: Sequence[Page]) -> Page:
+def main_page(found: Sequence[Page]) -> Page:
     """The page that is the image: the only one that is no thumbnail, mask or smaller copy.
 
     Raises:
@@ -270,13 +270,13 @@ def _fault_of_planes(page: Page, n_pages: int) -> str | None:
 def orientation(exif: bytes) -> int:
     """What EXIF data, a small TIFF, say of it: 1 to 8, or 0 where they say nothing or are broken."""
     try:
-        page = next(walk(io.BytesIO(exif), len(exif)), None)
+        page = next(iterate_pages(io.BytesIO(exif), len(exif)), None)
     except (ImageError, struct.error):
         return 0
     return page.one(ORIENTATION) if page else 0
 
 
-def describe(page: Page) -> str:
+def describe_samples(page: Page) -> str:
     """Its samples, for people."""
     bits = "+".join(map(str, page.tags.get(BITS, (1,))))
     return (

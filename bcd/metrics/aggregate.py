@@ -43,7 +43,7 @@ COLUMNS = (
 CERTAINTY = float(np.finfo(np.float32).eps)
 
 
-def images(predictions: pd.DataFrame | pa.Table, threshold: float = 0.5) -> pd.DataFrame:
+def image_table(predictions: pd.DataFrame | pa.Table, threshold: float = 0.5) -> pd.DataFrame:
     """The image level: one row per image that was scored, in the order given.
 
     Args:
@@ -51,7 +51,7 @@ def images(predictions: pd.DataFrame | pa.Table, threshold: float = 0.5) -> pd.D
         threshold: an image is called malignant from this probability on.
 
     Returns:
-        `COLUMNS` (null where the input has no such column), `log_odds`, `margin` (log-odds above the
+        `COLUMNS` (null where the input has no such column), `clipped_log_odds`, `margin` (log-odds above the
         threshold, below 0 for all that is called benign), `predicted_class` (benign or malignant, whatever
         the model's target) and `correct`. Rows with an `error` are left out. Tables of models with other
         thresholds may be joined: what follows goes by the margin.
@@ -69,12 +69,12 @@ def images(predictions: pd.DataFrame | pa.Table, threshold: float = 0.5) -> pd.D
     called = probability >= threshold
     predicted = _tumor_class(called)
     # Beyond certainty both log-odds are the same, and a group of one image is still called as the image is.
-    margin = log_odds(probability) - log_odds(np.array(threshold))
+    margin = clipped_log_odds(probability) - clipped_log_odds(np.array(threshold))
     margin = np.where(called, margin, np.minimum(margin, -CERTAINTY))
     return frame.assign(
         **{
             schema.PROBABILITY_MALIGNANT: probability,
-            LOG_ODDS: log_odds(probability),
+            LOG_ODDS: clipped_log_odds(probability),
             MARGIN: margin,
             schema.PREDICTED_CLASS: predicted,
             CORRECT: predicted == frame[schema.TUMOR_CLASS].to_numpy(object),
@@ -83,7 +83,7 @@ def images(predictions: pd.DataFrame | pa.Table, threshold: float = 0.5) -> pd.D
 
 
 def unscored(predictions: pd.DataFrame | pa.Table) -> pd.DataFrame:
-    """The rows that `images` leaves out: `image_id` and `error`."""
+    """The rows that `image_table` leaves out: `image_id` and `error`."""
     frame = _frame(predictions)[[schema.IMAGE_ID, schema.ERROR]]
     return frame[frame[schema.ERROR].notna()].reset_index(drop=True)
 
@@ -92,7 +92,7 @@ def groups(images: pd.DataFrame, level: str) -> pd.DataFrame:
     """One row per slide, case or patient.
 
     Args:
-        images: from `images`. Images without an id at this level belong to no group.
+        images: from `image_table`. Images without an id at this level belong to no group.
         level: `schema.SLIDE`, `schema.CASE` or `schema.PATIENT`.
 
     Returns:
@@ -129,7 +129,7 @@ def groups_of_draws(images: pd.DataFrame, level: str) -> pd.DataFrame:
     return pd.concat([groups(rows, level) for _, rows in images.groupby(DRAW)], ignore_index=True)
 
 
-def log_odds(probability: np.ndarray) -> np.ndarray:
+def clipped_log_odds(probability: np.ndarray) -> np.ndarray:
     """Log-odds of probabilities, as sure as float32 can be at most."""
     inside = np.clip(probability, CERTAINTY, 1 - CERTAINTY)
     return np.log(inside / (1 - inside))

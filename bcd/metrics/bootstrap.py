@@ -199,7 +199,7 @@ def quantile(degrees: int) -> float:
     return float(student.ppf((1 + LEVEL) / 2, degrees))
 
 
-def differences(
+def resampled_differences(
     first: Tally, second: Tally, n_resamples: int = N_RESAMPLES, seed: int = 0
 ) -> Mapping[str, np.ndarray]:
     """First minus second, of each of `INTERVALS` (r,), where both are measured on the same drawn patients.

@@ -51,6 +51,17 @@ def probability_malignant(
     return softmax(np.asarray(logit, np.float64) / temperature, axis=1)[:, malignant].sum(axis=1)
 
 
+def log_odds(logit: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """Log-odds of malignancy (n,) from logits (n, classes).
+
+    Of two classes it is the difference of their logits, and the evidence map's mean plus bias.
+    """
+    malignant = np.array(malignant_mask(tuple(class_names)))
+    scores = np.asarray(logit, np.float64)
+    benign_sum, malignant_sum = (np.logaddexp.reduce(scores[:, part], 1) for part in (~malignant, malignant))
+    return malignant_sum - benign_sum
+
+
 def cross_entropy(truth_malignant: np.ndarray, log_odds: np.ndarray) -> float | None:
     """Mean negative log-likelihood of benign or malignant (natural logarithm); `None` without images."""
     signed = np.where(truth_malignant, -1.0, 1.0) * log_odds
@@ -66,14 +77,14 @@ def brier(truth_malignant: np.ndarray, probability: np.ndarray) -> float | None:
 
 def expected_error(truth_malignant: np.ndarray, probability: np.ndarray) -> float | None:
     """Expected calibration error: the mean gap between probability and share of malignant images over the
-    bins of `reliability`, weighted by their images; `None` without images."""
-    rows = reliability(truth_malignant, probability)
+    bins of `reliability_table`, weighted by their images; `None` without images."""
+    rows = reliability_table(truth_malignant, probability)
     n = sum(row["n"] for row in rows)
     gaps = sum(row["n"] * abs(row["stated"] - row["share_malignant"]) for row in rows)
     return gaps / n if n else None
 
 
-def reliability(truth_malignant: np.ndarray, probability: np.ndarray) -> list[dict[str, Any]]:
+def reliability_table(truth_malignant: np.ndarray, probability: np.ndarray) -> list[dict[str, Any]]:
     """The reliability diagram as a table: `n`, `stated` (mean) and `share_malignant` of each bin in use.
 
     Args:

@@ -31,8 +31,8 @@ def paired(
     """The two-sided paired test between two models.
 
     Args:
-        first: image table from `aggregate.images`, rows in any order. An image may stand in it several times
-            (repeated cross-validation), then as often in the second.
+        first: image table from `aggregate.image_table`, rows in any order. An image may be in it several
+            times (repeated cross-validation), then as often in the second.
         second: the same images by the other model.
         seed: of the bootstrap.
         n_resamples: of the bootstrap.
@@ -105,8 +105,8 @@ def _spreads(
     first: pd.DataFrame, second: pd.DataFrame, seed: int, n_resamples: int
 ) -> dict[str, tuple[float | None, int]]:
     """Standard deviation of the difference of each metric, and the degrees of freedom."""
-    one, other = measures.tally(first), measures.tally(second)
-    found = bootstrap.differences(one, other, n_resamples, seed)
+    one, other = measures.tally_images(first), measures.tally_images(second)
+    found = bootstrap.resampled_differences(one, other, n_resamples, seed)
     patients = {name: n for name, (n, _) in one.support().items()}
     return {name: (bootstrap.deviation(found[name], patients[name]), patients[name] - 1) for name in METRICS}
 

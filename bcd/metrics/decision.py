@@ -15,7 +15,7 @@ YOUDEN = "youden"
 SENSITIVITY = "sensitivity"
 
 
-def choose(
+def choose_threshold(
     truth_malignant: np.ndarray, probability: np.ndarray, target_sensitivity: float | None = None
 ) -> dict[str, Any]:
     """The operating point: the threshold, the rule that chose it, and what it reaches on these images.
@@ -68,7 +68,7 @@ def _thresholds(probability: np.ndarray) -> np.ndarray:
     return np.unique(np.append(parting, np.setdiff1d(np.float32(0.5), seen)))
 
 
-def abstention(table: pd.DataFrame) -> pd.DataFrame:
+def abstention_curve(table: pd.DataFrame) -> pd.DataFrame:
     """Accuracy of what the model keeps when it hands the least certain to a person.
 
     Args:

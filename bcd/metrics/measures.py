@@ -25,7 +25,7 @@ def measure(
     """All metrics of an image table; finite and JSON-serialisable.
 
     Args:
-        images: from `aggregate.images`, of one model or of several joined.
+        images: from `aggregate.image_table`, of one model or of several joined.
         class_names: the models' classes in the order of `probability`.
         seed: of the bootstrap.
 
@@ -33,8 +33,9 @@ def measure(
         `n_images` (different ones), `n_judgements` (more, where several models judged an image),
         `n_patients`, `patients_by_class` (a patient with images of both counts in both; `None` where an image
         has no patient), `interval`, `pooled`, `by_magnification` ("40", ...; empty without
-        magnifications) and `by_level` ("slide", "case", "patient", where ids are known), all as `describe`
-        gives them, `calibration` (`after` and `before` the temperature), `recall_by_subtype`,
+        magnifications) and `by_level` ("slide", "case", "patient", where ids are known), all as
+        `with_intervals` gives them,
+        `calibration` (`after` and `before` the temperature), `recall_by_subtype`,
         `classification_report`, and `multiclass` for a model of subtypes.
     """
     report: dict[str, Any] = {
@@ -48,9 +49,9 @@ def measure(
             "n_resamples": bootstrap.N_RESAMPLES,
             "seed": seed,
         },
-        "pooled": describe(images, seed),
+        "pooled": with_intervals(images, seed),
         "by_magnification": {
-            str(int(magnification)): describe(rows, seed)
+            str(int(magnification)): with_intervals(rows, seed)
             for magnification, rows in images.groupby(schema.MAGNIFICATION)
         },
         "by_level": {level: row for level in LEVELS if (row := _level(images, level, seed))},
@@ -65,18 +66,18 @@ def measure(
     return report
 
 
-def describe(images: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
+def with_intervals(images: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
     """`estimates` of an image table, and `intervals`: 95 %, `None` where an image has no patient, as nobody
     knows how the images depend on each other then.
 
     Args:
-        images: from `aggregate.images`.
+        images: from `aggregate.image_table`.
         seed: of the bootstrap.
     """
     result = estimates(images)
     result["intervals"] = dict.fromkeys(bootstrap.INTERVALS)
     if result["n_patients"]:
-        result["intervals"] = bootstrap.intervals(tally(images), seed=seed)
+        result["intervals"] = bootstrap.intervals(tally_images(images), seed=seed)
     return result
 
 
@@ -84,7 +85,7 @@ def estimates(images: pd.DataFrame) -> dict[str, Any]:
     """`binary` metrics of an image table, the two recognition rates, and the number of patients.
 
     Args:
-        images: from `aggregate.images`. Where one has no patient, the figures of patients are `None`.
+        images: from `aggregate.image_table`. Where one has no patient, the figures of patients are `None`.
     """
     truth, probability, called = _columns(images)
     result = binary(truth, probability, called)
@@ -97,13 +98,13 @@ def estimates(images: pd.DataFrame) -> dict[str, Any]:
     return result
 
 
-def tally(images: pd.DataFrame) -> bootstrap.Tally:
+def tally_images(images: pd.DataFrame) -> bootstrap.Tally:
     """What a bootstrap needs of an image table whose patients are all known, in order of appearance."""
     return bootstrap.tally(*_columns(images), images[schema.PATIENT].to_numpy(object))
 
 
 def _level(images: pd.DataFrame, level: str, seed: int) -> dict[str, Any] | None:
-    """`describe` of slides, cases or patients as wholes; groups of both classes are left out and counted."""
+    """`with_intervals` of slides, cases or patients; groups of both classes are left out and counted."""
     groups = aggregate.groups_of_draws(images, level)
     known = groups[groups[schema.TUMOR_CLASS].notna()]
     if known.empty:
@@ -111,7 +112,7 @@ def _level(images: pd.DataFrame, level: str, seed: int) -> dict[str, Any] | None
     if _n_patients(images) is not None:
         # A case of several patients is a unit of its own.
         known = known.assign(**{schema.PATIENT: known[schema.PATIENT].fillna(known[level])})
-    return describe(known, seed) | {"n_mixed": len(groups) - len(known)}
+    return with_intervals(known, seed) | {"n_mixed": len(groups) - len(known)}
 
 
 def _calibration(images: pd.DataFrame, seed: int) -> dict[str, Any]:
@@ -128,13 +129,13 @@ def _calibration(images: pd.DataFrame, seed: int) -> dict[str, Any]:
 def _trust(images: pd.DataFrame, seed: int) -> dict[str, Any]:
     truth = _malignant(images, schema.TUMOR_CLASS)
     probability = images[schema.PROBABILITY_MALIGNANT].to_numpy(float)
-    described = describe(images, seed)
+    described = with_intervals(images, seed)
     return {
         "brier": described["brier"],
         "ece": described["ece"],
         "intervals": {name: described["intervals"][name] for name in ("brier", "ece")},
-        "cross_entropy": calibration.cross_entropy(truth, aggregate.log_odds(probability)),
-        "reliability": calibration.reliability(truth, probability),
+        "cross_entropy": calibration.cross_entropy(truth, aggregate.clipped_log_odds(probability)),
+        "reliability": calibration.reliability_table(truth, probability),
     }
 
 

@@ -24,7 +24,7 @@ from bcd import storage
 from bcd.errors import BundleError
 from bcd.imaging import image
 from bcd.model import cam, novelty, preprocessing, resnet, weights
-from bcd.model.card import STRIDE_PX, Card, dump, model_id, parse
+from bcd.model.card import STRIDE_PX, Card, dump, model_id, parse_card
 
 WEIGHTS, CARD, README = "model.safetensors", "card.json", "README.md"
 NOT_FINITE = "not_finite"
@@ -112,7 +112,7 @@ class Bundle:
             bias = torch.full_like(bias, torch.nan)
         logit = output.logit.cpu()
         probability = resnet.probability(logit)
-        malignant = resnet.probability_malignant(probability, self.card.classes)
+        malignant = resnet.malignant_share(probability, self.card.classes)
         return Prediction(
             logit.numpy(),
             probability.numpy(),
@@ -237,7 +237,7 @@ def load(
     card = read_card(uri)
     content = _read_weights(uri, card)
     try:
-        state = weights.read(content, WEIGHTS)
+        state = weights.read_weights(content, WEIGHTS)
         network = resnet.assembled(len(card.classes), state, card.architecture)
     except BundleError as error:
         raise BundleError(f"{uri}: {error}") from error
@@ -289,7 +289,7 @@ def read_card(uri: str) -> Card:
     """
     if not is_complete(uri):
         raise BundleError(f"{uri}: no model bundle there; expected {CARD}, {WEIGHTS} and {README}")
-    card = parse(storage.read_bytes(storage.join(uri, CARD)), uri)
+    card = parse_card(storage.read_bytes(storage.join(uri, CARD)), uri)
     if not (card.weights_sha256 and card.canary_logit):
         raise BundleError(f"{uri}: the model card lacks the hash of the weights or the canary's logits")
     return card

@@ -65,7 +65,7 @@ class Card(BaseModel):
     threshold: Share = 0.5
     """Probability of malignancy from which a picture is called malignant; chosen on validation."""
     operating_point: dict[str, Any] = {}
-    """How the threshold was chosen, and what it reaches on validation: see `bcd.metrics.decision.choose`."""
+    """How the threshold was chosen, and what it reaches on validation: `decision.choose_threshold`."""
     calibration: dict[str, float] = {}
     """On validation, before and after the temperature: cross-entropy, Brier score, calibration error."""
     protocol: Protocol
@@ -134,7 +134,7 @@ def dump(card: Card) -> bytes:
     return json.dumps(content | {CHECKSUM: _seal(content)}, indent=2).encode()
 
 
-def parse(content: bytes, uri: str) -> Card:
+def parse_card(content: bytes, uri: str) -> Card:
     """The card in a file of the bundle at a URI.
 
     Raises:

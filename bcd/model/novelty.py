@@ -67,7 +67,7 @@ def cutoff(distances: np.ndarray) -> float:
     return float(np.percentile(distances, CUTOFF_PERCENTILE))
 
 
-def codes(found: float, limit: float | None) -> list[str]:
+def warning_codes(found: float, limit: float | None) -> list[str]:
     """Codes of the warnings about a picture at this distance, none without a cut-off.
 
     Compared as float32, as both stand in the predictions table: who filters by its columns finds the same.
@@ -75,7 +75,7 @@ def codes(found: float, limit: float | None) -> list[str]:
     return [CODE] if limit is not None and np.float32(found) > np.float32(limit) else []
 
 
-def sentence(found: float, limit: float) -> str:
+def warning_text(found: float, limit: float) -> str:
     """The warning for people."""
     return (
         f"This picture does not look like the training data (distance {found:.2f}; {CUTOFF_PERCENTILE} % of "

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
-import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -138,19 +137,9 @@ def probability(logit: Tensor) -> Tensor:
     return logit.softmax(1)
 
 
-def probability_malignant(probabilities: Tensor, class_names: tuple[str, ...]) -> Tensor:
+def malignant_share(probabilities: Tensor, class_names: tuple[str, ...]) -> Tensor:
     """Probability of malignancy (n,): that of the class, or the sum over malignant subtypes."""
     return probabilities[:, torch.tensor(malignant_mask(class_names))].sum(1)
-
-
-def log_odds(logit: np.ndarray, class_names: tuple[str, ...]) -> list[float]:
-    """Log-odds of malignancy of each row of logits (n, classes).
-
-    Of two classes it is the difference of their logits, and the evidence map's mean plus bias.
-    """
-    malignant = np.array(malignant_mask(class_names))
-    summed = [np.logaddexp.reduce(logit[:, part].astype(np.float64), 1) for part in (malignant, ~malignant)]
-    return (summed[0] - summed[1]).tolist()
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:

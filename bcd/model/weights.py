@@ -82,7 +82,7 @@ def pretrained(weights: str, architecture: Architecture = "resnet50") -> dict[st
         return None
     if weights == IMAGENET:
         return _download(architecture)
-    level, state = _unwrapped(read(storage.read_bytes(weights), weights), weights)
+    level, state = _unwrapped(read_weights(storage.read_bytes(weights), weights), weights)
     prefix, anchor = _prefix(state, weights)
     inside = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
     left_out = [name for name in state if not name.startswith(prefix)]
@@ -113,7 +113,7 @@ def _download(architecture: Architecture) -> dict[str, Tensor]:
         ) from error
 
 
-def read(content: bytes, name: str) -> Any:
+def read_weights(content: bytes, name: str) -> Any:
     """What a file of weights contains, by its bytes whatever its suffix; no code in it ever runs.
 
     Raises:

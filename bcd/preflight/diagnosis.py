@@ -60,20 +60,20 @@ def diagnose(facts: ClusterFacts) -> list[Check]:
     machines = [node for node in facts.nodes if node.machine]
     workers = [node for node in machines if node.works]
     return [
-        *answers(facts.nodes),
-        *versions(facts.versions, machines),
-        token(facts.address, facts.refuses_strangers),
-        *clocks(machines),
-        *capacity(facts.capacity),
-        *gpus(machines, facts.may_use_gpus),
-        *memory(workers),
-        *object_store(workers),
-        *disks(machines, facts.stages_slides_bytes),
-        *places(machines),
+        *check_answers(facts.nodes),
+        *check_versions(facts.versions, machines),
+        check_token(facts.address, facts.refuses_strangers),
+        *check_clocks(machines),
+        *check_capacity(facts.capacity),
+        *check_gpus(machines, facts.may_use_gpus),
+        *check_memory(workers),
+        *check_object_store(workers),
+        *check_disks(machines, facts.stages_slides_bytes),
+        *check_places(machines),
     ]
 
 
-def answers(nodes: Sequence[Node]) -> Iterator[Check]:
+def check_answers(nodes: Sequence[Node]) -> Iterator[Check]:
     """Nodes that did not answer."""
     awake = [node.name for node in nodes if node.machine]
     of_all = f" of {len(nodes)}" if len(awake) < len(nodes) else ""
@@ -86,7 +86,7 @@ def answers(nodes: Sequence[Node]) -> Iterator[Check]:
         yield Check("nodes", "ok", f"{len(awake)}{of_all} answered: {_names(awake)}")
 
 
-def versions(here: Mapping[str, str], nodes: Sequence[Node]) -> Iterator[Check]:
+def check_versions(here: Mapping[str, str], nodes: Sequence[Node]) -> Iterator[Check]:
     """Packages whose versions on a node are not those of the asking process."""
     equal = True
     for package, ours in here.items():
@@ -109,7 +109,7 @@ def _breaks(package: str, ours: str, theirs: str) -> bool:
     return minor or package in DECISIVE
 
 
-def token(address: str, refuses_strangers: bool | None) -> Check:
+def check_token(address: str, refuses_strangers: bool | None) -> Check:
     """Whether the cluster's control port answers someone without a token (CVE-2023-48022)."""
     if refuses_strangers:
         return Check("token", "ok", f"{address} refuses who shows no token")
@@ -123,7 +123,7 @@ def token(address: str, refuses_strangers: bool | None) -> Check:
     return Check("token", "fault", seen, step)
 
 
-def clocks(nodes: Sequence[Node]) -> Iterator[Check]:
+def check_clocks(nodes: Sequence[Node]) -> Iterator[Check]:
     """Clocks that surely differ from ours."""
     bad = [node for node in nodes if node.clock.surely_s >= WANTED_SKEW_S]
     for node in bad:
@@ -138,7 +138,7 @@ def clocks(nodes: Sequence[Node]) -> Iterator[Check]:
         yield Check("clocks", "ok", f"equal to {max(1, round(bound * 1000)):,} ms")
 
 
-def capacity(has: Capacity) -> Iterator[Check]:
+def check_capacity(has: Capacity) -> Iterator[Check]:
     """Whether the job finds the CPUs and GPUs that it needs, now or at all."""
     lacking = [kind for kind, n in has.needed.items() if has.limit[kind] < n]
     asked = f"{has.plan}: {_amounts(has.needed)} needed"
@@ -159,7 +159,7 @@ def capacity(has: Capacity) -> Iterator[Check]:
         yield Check("capacity", "ok", f"{asked}; {_free(has)}")
 
 
-def gpus(nodes: Sequence[Node], wanted: bool) -> Iterator[Check]:
+def check_gpus(nodes: Sequence[Node], wanted: bool) -> Iterator[Check]:
     """GPUs that Ray hands out and torch cannot use."""
     with_gpus = [node for node in nodes if node.gpus]
     bad = [n for n in with_gpus if n.machine and n.machine.torch_gpus < n.gpus]
@@ -173,14 +173,14 @@ def gpus(nodes: Sequence[Node], wanted: bool) -> Iterator[Check]:
         yield Check("GPUs", "ok", f"torch can use all {total:g} on {counted(len(with_gpus), 'node')}")
 
 
-def memory(nodes: Sequence[Node]) -> Iterator[Check]:
+def check_memory(nodes: Sequence[Node]) -> Iterator[Check]:
     """Free memory where work is done."""
     free = {node.name: node.machine.free_memory_bytes for node in nodes if node.machine}
     step = "End what else runs there, or take larger nodes: Ray kills workers when memory runs out."
     yield from _least("memory", free, WANTED_MEMORY_BYTES, LEAST_MEMORY_BYTES, " free", step)
 
 
-def object_store(nodes: Sequence[Node]) -> Iterator[Check]:
+def check_object_store(nodes: Sequence[Node]) -> Iterator[Check]:
     """Ray's object store, and whether it fits into shared memory."""
     sizes = {node.name: node.object_store_bytes for node in nodes}
     step = "Start Ray there with a larger --object-store-memory: pictures on their way would go to disk."
@@ -195,7 +195,7 @@ def object_store(nodes: Sequence[Node]) -> Iterator[Check]:
         yield Check("object store", "warning", seen, step)
 
 
-def disks(nodes: Sequence[Node], cache_bytes: int) -> Iterator[Check]:
+def check_disks(nodes: Sequence[Node], cache_bytes: int) -> Iterator[Check]:
     """Room where Ray spills, and where slides are staged (`cache_bytes` of them, 0 where none will be)."""
     found = [(node.machine.ray_disk, node) for node in nodes if node.machine]
     bad = [(disk, node) for disk, node in found if disk.used >= NEARLY_FULL]
@@ -212,7 +212,7 @@ def disks(nodes: Sequence[Node], cache_bytes: int) -> Iterator[Check]:
         yield from _least("slide cache", caches, cache_bytes, 0, " free", step)
 
 
-def places(nodes: Sequence[Node]) -> Iterator[Check]:
+def check_places(nodes: Sequence[Node]) -> Iterator[Check]:
     """What the flags name: whether every node could do there what the job does, and how fast."""
     tried = [(attempt, node.name) for node in nodes for attempt in node.attempts]
     for flag in dict.fromkeys(attempt.flag for attempt, _ in tried):

@@ -14,7 +14,7 @@ PLAIN = "\033[0m"
 WIDEST, NARROWEST = 110, 60
 
 
-def lines(checks: Sequence[Check], width: int, coloured: bool) -> list[str]:
+def table_lines(checks: Sequence[Check], width: int, coloured: bool) -> list[str]:
     """The table, no line wider than `width` where words allow.
 
     Args:

@@ -60,7 +60,7 @@ def run(config: DoctorConfig) -> list[Check]:
     job = f"jobs/{config.purpose}.py"
     width = shutil.get_terminal_size((diagnosis_report.WIDEST, 24)).columns
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print("\n".join(["", *diagnosis_report.lines(checks, width, coloured), ""]))
+    print("\n".join(["", *diagnosis_report.table_lines(checks, width, coloured), ""]))
     if without := config.not_given():
         print(f"not looked at, because not given: {', '.join(without)}")
     sentence = diagnosis_report.verdict(checks, job)
@@ -195,7 +195,7 @@ def _disk(path: Path) -> Disk:
 def _find(flag: str, uri: str) -> tuple[str, int]:
     """One of the pictures that a flag names."""
     if manifest.is_one(uri):
-        return manifest.inputs(manifest.read(uri), copies=True)[0][schema.URI], 0
+        return manifest.inputs(manifest.read_manifest(uri), copies=True)[0][schema.URI], 0
     if storage.is_file(uri):
         return uri, 0
     suffixes = archive.SUFFIXES if flag == "--input" else index.IMAGE_SUFFIXES
@@ -318,8 +318,8 @@ def _capacity(config: DoctorConfig) -> Capacity:
     try:
         plan, needed = _plan(config)
     except ResourceError as error:
-        return Capacity(there, cluster.capacity(), free, refusal=str(error))
-    return Capacity(there, cluster.capacity(), free, needed, plan)
+        return Capacity(there, cluster.total_resources(), free, refusal=str(error))
+    return Capacity(there, cluster.total_resources(), free, needed, plan)
 
 
 def _plan(config: DoctorConfig) -> tuple[str, dict[str, float]]:

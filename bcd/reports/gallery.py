@@ -88,7 +88,7 @@ class Images:
     total: int = 0
 
 
-def choose(
+def choose_groups(
     probabilities: np.ndarray,
     threshold: float,
     count: int = PER_GROUP,
@@ -136,7 +136,7 @@ def _spread(places: np.ndarray, owners: Sequence[np.ndarray]) -> np.ndarray:
     return places
 
 
-def page(
+def render_gallery(
     facts: Mapping[str, Any],
     probabilities: np.ndarray,
     examples: Mapping[str, Sequence[Example]],
@@ -153,7 +153,7 @@ def page(
             leaky, bcd_version, and the counts n_inputs, n_images, n_slides, n_tiles, n_errors,
             n_ignored_files, and `warnings`: results by code, None where the model cannot tell.
         probabilities: float (n,) of malignancy, of every result.
-        examples: by group, in the order of the page; see `choose`. At most `PER_GROUP` of each are shown.
+        examples: by group (`choose_groups`), in the order of the page, at most `PER_GROUP` of each.
         errors: by typed code.
         slides: the first `MAX_SLIDES` that have a heat map are shown with it, all stand in the table.
         input_size_px: height and width of the network's input, which the evidence covers; by default it
@@ -173,7 +173,7 @@ def page(
             uncertain=UNCERTAIN,
             descriptions=GROUPS,
             examples={
-                group: [thumbnails.draw(one, limit, input_size_px) for one in found]
+                group: [thumbnails.draw_example(one, limit, input_size_px) for one in found]
                 for group, found in shown.items()
             },
             limit=limit,
@@ -203,7 +203,7 @@ def _called(probabilities: np.ndarray, threshold: float) -> dict[str, int]:
 
 def _histogram(probabilities: np.ndarray, facts: Mapping[str, Any]) -> Markup:
     with matplotlib.rc_context(plots.STYLE):
-        figure = plots.probabilities(probabilities, facts["threshold"])
+        figure = plots.plot_probabilities(probabilities, facts["threshold"])
         plots.mark(figure, ["synthetic data"] if facts.get("synthetic") else [])
         return plots.inline(plots.svg(figure), "probabilities")
 

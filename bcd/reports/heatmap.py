@@ -33,7 +33,7 @@ FOOTER_IN = 0.62
 MIN_WIDTH_PX = 720
 
 
-def draw(
+def draw_tiles(
     thumbnail: np.ndarray,
     scale: float,
     boxes: np.ndarray,
@@ -95,14 +95,16 @@ def _edges(scale: float, boxes: np.ndarray) -> list[list[int]]:
     return np.column_stack([first, np.maximum((end * scale).round(), first + 1)]).astype(int).tolist()
 
 
-def png(picture: np.ndarray, scale: float, mpp: float, threshold: float, hatched: bool = False) -> bytes:
+def heatmap_png(
+    picture: np.ndarray, scale: float, mpp: float, threshold: float, hatched: bool = False
+) -> bytes:
     """The drawn picture with a legend and a scale bar below it, as a PNG file.
 
     Args:
-        picture: uint8 (h, w, 3) from `draw`; kept pixel for pixel, in the middle of a wider page.
+        picture: uint8 (h, w, 3) from `draw_tiles`; kept pixel for pixel, in the middle of a wider page.
         scale: picture pixels per level-0 pixel.
         mpp: µm per pixel of level 0 across.
-        threshold: as in `draw`.
+        threshold: as in `draw_tiles`.
         hatched: whether some tiles are.
     """
     height, width = picture.shape[:2]

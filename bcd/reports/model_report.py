@@ -26,7 +26,7 @@ from bcd.reports.thumbnails import Example
 from bcd.taxonomy import BENIGN, MALIGNANT, SUBTYPES, TUMOR_CLASSES
 from bcd.text import counted
 
-# What was measured, a record per epoch, and what is known about the run: see `write`.
+# What was measured, a record per epoch, and what is known about the run: see `write_report`.
 Metrics = Mapping[str, Any]
 History = Sequence[Mapping[str, Any]]
 Facts = Mapping[str, Any]
@@ -47,7 +47,7 @@ MIN_PATIENTS = 3
 PICTURE_WIDTH_PX = 300
 
 
-def write(
+def write_report(
     directory: Path,
     measured: Metrics,
     history: History,
@@ -65,13 +65,13 @@ def write(
             `comparison` with another model.
         history: a record per epoch (epoch, train_loss, validation_loss, validation_balanced_accuracy,
             validation_accuracy, learning_rate, seconds, images_per_s, class_counts); may be empty.
-        images: from `aggregate.images`, what was measured.
+        images: from `aggregate.image_table`, what was measured.
         facts: what is known about the run, all optional: title, model_id, data, protocol, fold, seed,
             target, weights, synthetic, leaky, forced, external, warnings, broken, quarantined, best_epoch,
             command, git_commit, versions, data_fingerprint, split_fingerprint, input_size_px (height and
             width, which the evidence covers), `parts` (images per class in each part) and `balanced`
             (training rows per class after upsampling).
-        examples: pictures of images by their position in the table; `choose` says of which.
+        examples: pictures of images by their position in the table; `choose_examples` says of which.
         unscored: `image_id` and `error` of what could not be scored.
 
     Returns:
@@ -85,7 +85,7 @@ def write(
         drawn = _draw(measured, history, images, patients, facts)
         plates = {name: _save(figure, folder / name, _marks(facts)) for name, figure in drawn.items()}
     page = directory / "report.html"
-    shown = _pictures(images, choose(images), examples, facts)
+    shown = _pictures(images, choose_examples(images), examples, facts)
     page.write_text(_page(measured, history, patients, unscored, facts, plates, shown), encoding="utf-8")
     return page
 
@@ -103,11 +103,11 @@ class Choice:
         return sorted({*self.wrong, *self.clearest, *self.correct})
 
 
-def choose(images: pd.DataFrame) -> Choice:
+def choose_examples(images: pd.DataFrame) -> Choice:
     """The images that the report shows.
 
     Args:
-        images: from `aggregate.images`.
+        images: from `aggregate.image_table`.
 
     Returns:
         `wrong`: all wrong predictions, at most `MAX_WRONG`, patients with most of them first, of a patient
@@ -134,7 +134,7 @@ def _pictures(
     """What the page shows of each chosen image that there is an example of, all on the scale of all pages."""
     found = {place: examples[place] for place in choice.all() if place in examples}
     drawn = {
-        place: thumbnails.draw(one, overlay.LIMIT, facts.get("input_size_px"), PICTURE_WIDTH_PX)
+        place: thumbnails.draw_example(one, overlay.LIMIT, facts.get("input_size_px"), PICTURE_WIDTH_PX)
         | {"row": images.iloc[place].to_dict()}
         for place, one in found.items()
     }
@@ -318,34 +318,36 @@ def _draw(
 ) -> dict[str, Figure]:
     """Every figure that there is data for, by the name of its file."""
     pooled, threshold = measured["pooled"], measured.get("threshold")
-    drawn = {"confusion_matrix": plots.confusion_matrix(pooled["confusion_matrix"], TUMOR_CLASSES)}
+    drawn = {"confusion_matrix": plots.plot_confusion_matrix(pooled["confusion_matrix"], TUMOR_CLASSES)}
     if best := _best(history, facts):
-        drawn["history"] = plots.history(history, best)
+        drawn["history"] = plots.plot_history(history, best)
     if facts.get("parts"):
-        drawn["class_distribution"] = plots.class_distribution(facts["parts"], facts.get("balanced") or {})
+        drawn["class_distribution"] = plots.plot_class_distribution(
+            facts["parts"], facts.get("balanced") or {}
+        )
     if pooled["auc"] is not None:
-        drawn["roc"] = trust_plots.roc(images, pooled)
-        drawn["precision_recall"] = trust_plots.precision_recall(images, pooled)
+        drawn["roc"] = trust_plots.plot_roc(images, pooled)
+        drawn["precision_recall"] = trust_plots.plot_precision_recall(images, pooled)
     if len(images):
-        drawn["reliability"] = trust_plots.reliability(measured["calibration"], len(images))
-        drawn["abstention"] = trust_plots.abstention(_handing_over(images))
+        drawn["reliability"] = trust_plots.plot_reliability(measured["calibration"], len(images))
+        drawn["abstention"] = trust_plots.plot_abstention(_handing_over(images))
     if measured["by_magnification"]:
-        drawn["by_magnification"] = plots.by_magnification(measured)
-        drawn["magnification_strip"] = trust_plots.strip(
+        drawn["by_magnification"] = plots.plot_by_magnification(measured)
+        drawn["magnification_strip"] = trust_plots.plot_strip(
             images, schema.MAGNIFICATION, "Magnifications", threshold
         )
     if len(patients):
-        drawn["patients"] = trust_plots.patients(patients)
-        drawn["patient_strip"] = trust_plots.strip(images, schema.PATIENT, "Patients", threshold)
+        drawn["patients"] = trust_plots.plot_patients(patients)
+        drawn["patient_strip"] = trust_plots.plot_strip(images, schema.PATIENT, "Patients", threshold)
     if many := measured.get("multiclass"):
         matrix = many["confusion_matrix"]
-        drawn["confusion_matrix_subtype"] = plots.confusion_matrix(matrix, many["class_names"])
+        drawn["confusion_matrix_subtype"] = plots.plot_confusion_matrix(matrix, many["class_names"])
     if rows := measured.get("folds"):
-        drawn["folds"] = trust_plots.folds(rows, MEASURES)
-        drawn["histories"] = trust_plots.histories([row["history"] for row in rows])
+        drawn["folds"] = trust_plots.plot_folds(rows, MEASURES)
+        drawn["histories"] = trust_plots.plot_histories([row["history"] for row in rows])
     if leak := measured.get("leak"):
         names = f"by {leak['leaky']}, leaky", f"by {leak['honest']}"
-        drawn["leak"] = trust_plots.leak(leak["metrics"], MEASURES, names)
+        drawn["leak"] = trust_plots.plot_leak(leak["metrics"], MEASURES, names)
     return drawn
 
 
@@ -353,5 +355,5 @@ def _handing_over(images: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Abstention curves of the images, and of the patients where there are some."""
     patients = aggregate.groups_of_draws(images, schema.PATIENT)
     whole = patients[patients[schema.TUMOR_CLASS].notna()]
-    found = {"images": decision.abstention(images)}
-    return found | ({"patients": decision.abstention(whole)} if len(whole) > 1 else {})
+    found = {"images": decision.abstention_curve(images)}
+    return found | ({"patients": decision.abstention_curve(whole)} if len(whole) > 1 else {})

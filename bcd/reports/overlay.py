@@ -57,7 +57,7 @@ def overlay(
     return drawn
 
 
-def of_row(
+def overlay_of_row(
     row: Mapping[str, Any],
     pixels: np.ndarray | None = None,
     limit: float = LIMIT,

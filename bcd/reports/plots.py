@@ -110,7 +110,7 @@ def legend_above(axes: Axes) -> None:
             break
 
 
-def history(records: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> Figure:
+def plot_history(records: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> Figure:
     """Loss and balanced accuracy over the epochs, with the best epoch marked."""
     figure, (loss, rate) = canvas(4.8, rows=2)
     epochs = [row["epoch"] for row in records]
@@ -135,7 +135,7 @@ def history(records: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> Fi
     return figure
 
 
-def confusion_matrix(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
+def plot_confusion_matrix(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     """Counts and shares of the row; rows are the truth, columns the prediction."""
     counts = np.array(matrix)
     rows = counts.sum(axis=1)
@@ -160,7 +160,7 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> F
     return figure
 
 
-def class_distribution(parts: Mapping[str, Mapping[str, int]], balanced: Mapping[str, int]) -> Figure:
+def plot_class_distribution(parts: Mapping[str, Mapping[str, int]], balanced: Mapping[str, int]) -> Figure:
     """Images per class in each part as collected, and training rows per class after balancing."""
     found = {name for counts in (*parts.values(), balanced) for name in counts}
     names = [name for name in (*TUMOR_CLASSES, *SUBTYPES) if name in found]
@@ -197,7 +197,7 @@ def _stack(axes: Axes, names: Sequence[str], layers: Mapping[str, Mapping[str, i
     return int(left.sum())
 
 
-def by_magnification(metrics: Mapping[str, Any]) -> Figure:
+def plot_by_magnification(metrics: Mapping[str, Any]) -> Figure:
     """Recognition rates with intervals, per magnification and pooled."""
     groups = {f"{name}X": values for name, values in metrics["by_magnification"].items()}
     groups["pooled"] = metrics["pooled"]
@@ -228,7 +228,7 @@ def _bar(axes: Axes, x: float, value: float | None, interval: Sequence[float] | 
         axes.vlines(x, interval[0], interval[1], color=INK, lw=1.4)
 
 
-def probabilities(values: np.ndarray, threshold: float) -> Figure:
+def plot_probabilities(values: np.ndarray, threshold: float) -> Figure:
     """Histogram of probabilities of malignancy (n,), in the colours of the class that each is called."""
     edges = np.linspace(0, 1, 51)
     called = values >= threshold

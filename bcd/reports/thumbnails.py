@@ -15,7 +15,7 @@ from PIL import Image
 from bcd import schema, storage
 from bcd.data import read
 from bcd.imaging import image
-from bcd.metrics import aggregate
+from bcd.metrics import aggregate, calibration
 from bcd.reports import overlay
 
 MAX_WIDTH_PX = 420
@@ -46,7 +46,7 @@ class Example:
     link: str | None = None
 
 
-def draw(
+def draw_example(
     example: Example, limit: float, input_size_px: tuple[int, int] | None, max_width_px: int = MAX_WIDTH_PX
 ) -> dict[str, Any]:
     """The example with its two pictures as data URIs, drawn at the size in which they are shown.
@@ -70,38 +70,40 @@ def data_uri(pixels: np.ndarray, kind: str = "JPEG") -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def of_images(images: pd.DataFrame) -> list[Example]:
+def of_images(images: pd.DataFrame, class_names: Sequence[str]) -> list[Example]:
     """The examples of some images, in their order.
 
     Args:
         images: `image_id`, and in `source` the URI of the predictions table that each stands in.
+        class_names: of their logits, in their order.
     """
     found: dict[tuple[str, str], Example] = {}
     for source, rows in images.groupby(aggregate.SOURCE):
         wanted = pc.field(schema.IMAGE_ID).isin(rows[schema.IMAGE_ID].tolist())
         table = storage.dataset(str(source)).to_table(filter=wanted)
-        found |= {(str(source), row[schema.IMAGE_ID]): of_row(row) for row in table.to_pylist()}
+        found |= {
+            (str(source), row[schema.IMAGE_ID]): example_of_row(row, class_names) for row in table.to_pylist()
+        }
     return [found[key] for key in zip(images[aggregate.SOURCE], images[schema.IMAGE_ID], strict=True)]
 
 
-def of_row(row: dict[str, Any], slide_mpp: tuple[float, float] | None = None) -> Example:
+def example_of_row(
+    row: dict[str, Any], class_names: Sequence[str], slide_mpp: tuple[float, float] | None = None
+) -> Example:
     """The example of a whole row of the predictions table that has no error.
 
     Args:
         row: of schema `schema.predictions`.
+        class_names: of its logits, in their order.
         slide_mpp: µm per pixel of level 0 that its slide was planned with, across and down.
     """
-    logit = row[schema.LOGIT]
     pixels, missing = _pixels(row, slide_mpp)
     maps = np.reshape(row[schema.EVIDENCE], (row[schema.EVIDENCE_HEIGHT], row[schema.EVIDENCE_WIDTH]))
-    probability = row[schema.PROBABILITY_MALIGNANT]
-    # Of two classes their difference, which knows no limit of certainty.
-    log_odds = logit[1] - logit[0] if len(logit) == 2 else float(aggregate.log_odds(np.array(probability)))
     return Example(
         image_id=row[schema.IMAGE_ID],
-        probability_malignant=probability,
+        probability_malignant=row[schema.PROBABILITY_MALIGNANT],
         predicted_class=row[schema.PREDICTED_CLASS],
-        log_odds=log_odds,
+        log_odds=float(calibration.log_odds(np.array([row[schema.LOGIT]]), class_names)[0]),
         pixels=pixels,
         evidence=np.zeros_like(maps) if missing else maps,
         missing=missing,

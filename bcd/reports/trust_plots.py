@@ -22,7 +22,7 @@ DASHED = (0, (4, 3))
 MAX_NAMES = 36
 
 
-def roc(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Figure:
+def plot_roc(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Figure:
     """Sensitivity against false alarms, with the operating point in use."""
     truth = images[schema.TUMOR_CLASS] == MALIGNANT
     false_positive, true_positive, _ = roc_curve(truth, images[schema.PROBABILITY_MALIGNANT])
@@ -35,7 +35,7 @@ def roc(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def precision_recall(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Figure:
+def plot_precision_recall(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Figure:
     """Precision against sensitivity, with the operating point in use."""
     truth = (images[schema.TUMOR_CLASS] == MALIGNANT).to_numpy()
     probability = images[schema.PROBABILITY_MALIGNANT]
@@ -70,7 +70,7 @@ def _point(axes: Axes, x: float, y: float) -> None:
     axes.scatter(x, y, s=50, color=VERMILION, clip_on=False, zorder=3, label="in use")
 
 
-def reliability(calibration: Mapping[str, Any], n: int) -> Figure:
+def plot_reliability(calibration: Mapping[str, Any], n: int) -> Figure:
     """Share of malignant images against the probability stated, before and after the temperature."""
     figure, (axes,) = canvas(4.2)
     axes.plot([0, 1], [0, 1], color=GREY, ls=DASHED, lw=1.2, label="as stated")
@@ -92,8 +92,8 @@ def reliability(calibration: Mapping[str, Any], n: int) -> Figure:
     return figure
 
 
-def abstention(curves: Mapping[str, pd.DataFrame]) -> Figure:
-    """Accuracy of what the model keeps against the share handed to a person, from `decision.abstention`."""
+def plot_abstention(curves: Mapping[str, pd.DataFrame]) -> Figure:
+    """Accuracy of what the model keeps against the share referred: `decision.abstention_curve`."""
     figure, (axes,) = canvas(3.6)
     lowest = 1.0
     for (name, curve), color in zip(curves.items(), (BLUE, VERMILION), strict=False):
@@ -112,11 +112,11 @@ def abstention(curves: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def strip(images: pd.DataFrame, column: str, title: str, threshold: float | None) -> Figure:
+def plot_strip(images: pd.DataFrame, column: str, title: str, threshold: float | None) -> Figure:
     """The probability of every image as a dot, a column per patient or magnification.
 
     Args:
-        images: from `aggregate.images`; rows without a value in the column are left out.
+        images: from `aggregate.image_table`; rows without a value in the column are left out.
         column: `schema.PATIENT` or `schema.MAGNIFICATION`.
         title: of the figure.
         threshold: drawn as a line, where all images share it.
@@ -147,7 +147,7 @@ def strip(images: pd.DataFrame, column: str, title: str, threshold: float | None
     return figure
 
 
-def patients(table: pd.DataFrame) -> Figure:
+def plot_patients(table: pd.DataFrame) -> Figure:
     """Share of images classified correctly, a column per patient, from `aggregate.groups`."""
     kind = table[schema.TUMOR_CLASS]
     figure, (axes,) = canvas(3.9)
@@ -170,7 +170,7 @@ def patients(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def histories(records: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
+def plot_histories(records: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
     """Loss and validation balanced accuracy over the epochs, a thin line for each fold."""
     figure, (loss, rate) = canvas(4.8, rows=2)
     for number, rows in enumerate(records):
@@ -192,7 +192,7 @@ def histories(records: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def folds(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) -> Figure:
+def plot_folds(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) -> Figure:
     """Every fold as a dot, a line of dots per metric, with the mean as a bar.
 
     Args:
@@ -213,7 +213,7 @@ def folds(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) -> Fig
     return figure
 
 
-def leak(
+def plot_leak(
     comparisons: Mapping[str, Mapping[str, Any]], measures: Mapping[str, str], names: tuple[str, str]
 ) -> Figure:
     """What the same model reaches under a leaky and an honest protocol (their names, in this order)."""

@@ -124,7 +124,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def capacity() -> dict[str, float]:
+def total_resources() -> dict[str, float]:
     """CPUs and GPUs that the cluster has, or that its autoscaler may add.
 
     Raises:
@@ -163,7 +163,7 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     Raises:
         ResourceError: the cluster cannot hold that many, with the numbers. Ray would wait silently.
     """
-    have = capacity()
+    have = total_resources()
     use_gpu = config.device == "gpu" or (config.device == "auto" and have["GPU"] > 0)
     low, high = config.worker_bounds() or ((int(have["GPU"]),) * 2 if use_gpu else (1, 1))
     if use_gpu and have["GPU"] < max(low, 1):
@@ -188,7 +188,7 @@ def training_cpus(workers: int, use_gpu: bool) -> int:
 
 def room(config: TrainConfig) -> int:
     """How many training runs, each as large as it may become, the cluster holds at a time; at least 1."""
-    have = capacity()
+    have = total_resources()
     _, high = config.worker_bounds() or (1, 1)
     if config.device != "cpu" and have["GPU"]:
         return max(1, int(have["GPU"] // high))
@@ -201,7 +201,7 @@ def waiting_cpus() -> float:
     With none at all it would also land on a head that is to run nothing (CPU 0). Where one CPU is all there
     is, a model holds it.
     """
-    return 0.01 if capacity()["CPU"] > 1 else 0.0
+    return 0.01 if total_resources()["CPU"] > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def model_workers(limit: int | None = None) -> Pool:
         limit: at most so many.
     """
     now, most = ray.cluster_resources(), limit or sys.maxsize
-    have = capacity()
+    have = total_resources()
     if have["GPU"] >= 1:
         size = min(int(have["GPU"]), most)
         return Pool(size, min(size, max(1, int(now.get("GPU", 0)))), threads=1, num_cpus=1, num_gpus=1)

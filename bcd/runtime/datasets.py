@@ -29,7 +29,7 @@ TASKS_PER_CPU = 4
 MOST_TASKS = 10_000
 
 
-def rows(table: pa.Table, rows_per_block: int | None = None) -> Dataset:
+def row_dataset(table: pa.Table, rows_per_block: int | None = None) -> Dataset:
     """A dataset of rows in blocks of bounded size; of `rows_per_task` where no other is named."""
     size = rows_per_block or rows_per_task(len(table))
     cuts = range(0, len(table), size)
@@ -99,7 +99,7 @@ class SplitData(DataConfig):
         return shards
 
 
-def images(dataset: Dataset, height_px: int, width_px: int, keep: Sequence[str]) -> Dataset:
+def read_images(dataset: Dataset, height_px: int, width_px: int, keep: Sequence[str]) -> Dataset:
     """Read, decode and fit the image of every row, on CPU workers: see `read.pixels`."""
     dataset = dataset.map_batches(
         read.pixels,

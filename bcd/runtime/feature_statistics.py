@@ -17,7 +17,7 @@ KEEP = (schema.IMAGE_ID,)
 N, TOTAL, SQUARES, DISTANCE = "n", "total", "squares", "distance"
 
 
-def measure(
+def compute_statistics(
     network: ResNet, card: bundle.Card, train: pa.Table, validation: pa.Table
 ) -> tuple[FeatureStatistics, np.ndarray]:
     """Mean and spread of the pooled features over the training pictures, and what the validation's tell.
@@ -57,7 +57,7 @@ def _pooled(
 ) -> Dataset:
     """A row for each batch of pictures: sums, or ids, distances and logits where the moments are known."""
     size = predict.Settings.batch_size
-    dataset = datasets.rows(schema.fill(rows, schema.READING), size)
+    dataset = datasets.row_dataset(schema.fill(rows, schema.READING), size)
     return predict.on_models(dataset, _Pooler, (shared, moments), predict.Look(card, KEEP), size)
 
 

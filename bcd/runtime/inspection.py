@@ -22,7 +22,7 @@ ASK_AGAIN = "check the network and the credentials, and run the same command aga
 PROGRESS_STEPS = 10
 
 
-def inspect(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int, int]]:
+def inspect_images(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int, int]]:
     """Read and decode every image once before a training run: its hashes, and whether it is whole.
 
     Costs about as much as reading one epoch, and makes everything after it exact: duplicates are found by
@@ -52,7 +52,9 @@ def checked(table: pa.Table, check: Callable[[pa.Table], pa.Table]) -> pa.Table:
     Raises:
         StorageError: storage did not give an image, and may give it later.
     """
-    dataset = datasets.rows(table).map_batches(check, batch_size=None, batch_format="pyarrow", num_cpus=1)
+    dataset = datasets.row_dataset(table).map_batches(
+        check, batch_size=None, batch_format="pyarrow", num_cpus=1
+    )
     found: list[pa.Table] = []
     done, step = 0, max(1, len(table) // PROGRESS_STEPS)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):

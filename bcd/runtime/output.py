@@ -39,21 +39,21 @@ FILES = {
 }
 
 
-def claim(uri: str, job: str) -> str:
+def claim_folder(uri: str, job: str) -> str:
     """Make an empty folder that of a job, or find that it is already; returns the id in its marker.
 
     Raises:
-        ConfigError: see `check`.
+        ConfigError: see `read_marker`.
         StorageError: nothing can be written there.
     """
-    if (found := check(uri, job)) is not None:
+    if (found := read_marker(uri, job)) is not None:
         return found
     marker = {"job": job, "id": uuid.uuid4().hex[:12], "bcd_version": provenance.own_version()}
     storage.write_bytes(storage.join(uri, MARKER), json.dumps(marker, indent=2).encode())
     return marker["id"]
 
 
-def check(uri: str, job: str) -> str | None:
+def read_marker(uri: str, job: str) -> str | None:
     """The id in the marker of a job's folder; None for one that is empty or not there.
 
     Args:

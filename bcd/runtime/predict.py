@@ -54,7 +54,7 @@ class Settings:
     compile: bool = False
 
 
-def predictions(dataset: Dataset, settings: Settings, max_workers: int | None = None) -> Dataset:
+def score_rows(dataset: Dataset, settings: Settings, max_workers: int | None = None) -> Dataset:
     """Score every row.
 
     Args:
@@ -71,7 +71,7 @@ def predictions(dataset: Dataset, settings: Settings, max_workers: int | None = 
 
 @contextmanager
 def one_model(settings: Settings) -> Iterator[None]:
-    """Around all that executes `predictions`: what fails there because the bundle changed is told as that.
+    """Around all that executes `score_rows`: what fails there because the bundle changed is told as that.
 
     Raises:
         BundleError: the bundle is not the one that the job began with, or no longer intact.
@@ -216,7 +216,7 @@ class Scorer:
             schema.EVIDENCE_BIAS: pa.array(prediction.evidence_bias[:n], from_pandas=True),
             schema.NOVELTY: pa.array(prediction.novelty[:n], from_pandas=True),
             schema.NOVELTY_CUTOFF: [cutoff] * n,
-            schema.WARNINGS: [novelty.codes(distance, cutoff) for distance in prediction.novelty[:n]],
+            schema.WARNINGS: [novelty.warning_codes(distance, cutoff) for distance in prediction.novelty[:n]],
         }
         if self._settings.overlays:
             known = zip(images, maps, prediction.finite[:n], strict=True)
@@ -227,7 +227,7 @@ class Scorer:
         # Log-odds have a scale that all pictures share; the values of other methods have none.
         closed_form = self._settings.cam == cam.CLOSED_FORM
         limit = overlay.LIMIT if closed_form else overlay.scale([evidence])
-        return image.png(overlay.overlay(picture, evidence, limit))
+        return image.encode_png(overlay.overlay(picture, evidence, limit))
 
 
 class _PartNames(FilenameProvider):
@@ -241,13 +241,13 @@ class _PartNames(FilenameProvider):
         return f"part-{self._owner}-{write_uuid}-{task_index:06}.parquet"
 
 
-def write(dataset: Dataset, uri: str, owner: str) -> None:
+def write_predictions(dataset: Dataset, uri: str, owner: str) -> None:
     """Write a predictions table as Parquet, in place of the one that the same output folder held.
 
     Args:
         dataset: the rows.
         uri: of the table's folder; files that are not of the table stay.
-        owner: id of the output folder, from `output.claim`.
+        owner: id of the output folder, from `output.claim_folder`.
     """
     storage.delete_files(uri, rf"part-{owner}-.*\.parquet")
     filesystem, path = storage.resolve(uri)

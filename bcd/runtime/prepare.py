@@ -46,14 +46,14 @@ def prepare(
 
     Args:
         config: of the run.
-        inspected: the data, from `inspect`, where the caller has already read them.
+        inspected: the data, from `load_data_set`, where the caller has already read them.
 
     Raises:
         DataError: the data cannot be used, or cannot be split as asked.
         LeakageError: the split lets a group or a picture stand on two sides.
     """
     fold = published_fold(config)  # a missing file is found before pixels are read
-    table, facts = inspected or inspect(config)
+    table, facts = inspected or load_data_set(config)
     warnings = list(facts.warnings)
     if schema.PART in table.column_names and config.fold:
         table = table.drop_columns(schema.PART)
@@ -83,7 +83,7 @@ def _divided(config: TrainConfig, table: pa.Table, fold: Mapping[str, str] | Non
         )
     else:
         parts = split.assign(table, *settings, config.validation_fraction, config.test_fraction, fold)
-    split.check(parts, config.protocol)
+    split.require_no_leak(parts, config.protocol)
     _require_classes(parts)
     return parts
 
@@ -95,16 +95,16 @@ def _wanted(config: TrainConfig) -> dict[str, float]:
     return held_out | {split.TRAIN: 1 - sum(held_out.values())}
 
 
-def inspect(config: TrainingConfig) -> tuple[pa.Table, DatasetFacts]:
-    """The usable rows of a data set (as from `index.read`), every image read once, and the facts about it.
+def load_data_set(config: TrainingConfig) -> tuple[pa.Table, DatasetFacts]:
+    """The usable rows of a data set (`index.read_index`), every image read once, and the facts about it.
 
     Raises:
         DataError: the data cannot be used.
     """
-    table, warnings = index.read(config.data, config.classes)
+    table, warnings = index.read_index(config.data, config.classes)
     table = index.select_magnifications(table, config.magnifications)
     _require_subtypes(config, table)
-    table, broken, (height, width) = inspection.inspect(table)
+    table, broken, (height, width) = inspection.inspect_images(table)
     broken_named = inspection.check_bad_fraction(broken, len(table) + len(broken), config.max_bad_fraction)
     reasons: list[str] = []
     if config.quarantine:
@@ -156,7 +156,7 @@ def published_fold(config: TrainConfig) -> Mapping[str, str] | None:
     return breakhis.read_fold(storage.read_bytes(storage.join(config.folds, name)).decode(), name)
 
 
-def describe(config: TrainConfig, table: pa.Table, facts: DatasetFacts) -> list[str]:
+def describe_split(config: TrainConfig, table: pa.Table, facts: DatasetFacts) -> list[str]:
     """The split in lines for people."""
     lines = [f"warning: {text}" for text in facts.warnings]
     lines += [f"left out, broken: {text}" for text in facts.broken]

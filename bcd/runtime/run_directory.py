@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from bcd import provenance, schema, storage
-from bcd.config.options import differences
+from bcd.config.options import changed_flags
 from bcd.config.training import TrainConfig, TrainingConfig
 from bcd.errors import BcdError, ConfigError, DataError
 from bcd.runtime import output
@@ -17,7 +17,7 @@ HISTORY = "history.json"
 FINISHED = "finished"
 
 
-def begin(config: TrainingConfig, run_uri: str) -> bool:
+def begin_run(config: TrainingConfig, run_uri: str) -> bool:
     """Check that the run directory is ours and can be written; whether the run is already finished.
 
     Raises:
@@ -25,11 +25,11 @@ def begin(config: TrainingConfig, run_uri: str) -> bool:
         StorageError: nothing can be written there.
     """
     settings = config.model_dump(mode="json")
-    output.check(run_uri, _job(config))
+    output.read_marker(run_uri, _job(config))
     if not storage.exists(storage.join(run_uri, CONFIG)):
         storage.check_writable(run_uri)
         return False
-    if differing := differences(read_json(run_uri, CONFIG), settings):
+    if differing := changed_flags(read_json(run_uri, CONFIG), settings):
         raise ConfigError(
             f"{run_uri} was started with other settings: {'; '.join(differing)}. "
             "Repeat them to go on, or choose another --name"
@@ -40,9 +40,9 @@ def begin(config: TrainingConfig, run_uri: str) -> bool:
     return False
 
 
-def claim(config: TrainingConfig, run_uri: str) -> None:
+def claim_run(config: TrainingConfig, run_uri: str) -> None:
     """Make the directory that of this run."""
-    output.claim(run_uri, _job(config))
+    output.claim_folder(run_uri, _job(config))
     write_json(run_uri, RUN, _facts(config) | {"status": "started"})
     write_json(run_uri, CONFIG, config.model_dump(mode="json"))
 
@@ -51,7 +51,7 @@ def _job(config: TrainingConfig) -> str:
     return output.TRAIN if isinstance(config, TrainConfig) else output.CROSSVAL
 
 
-def finish(config: TrainingConfig, run_uri: str, timings: dict[str, float]) -> None:
+def finish_run(config: TrainingConfig, run_uri: str, timings: dict[str, float]) -> None:
     """Say that the run is finished, and how many seconds it took."""
     write_json(run_uri, RUN, _facts(config) | {"status": FINISHED, "timings": timings})
 
@@ -84,7 +84,7 @@ def resume(config: TrainConfig, run_uri: str, now: pa.Table) -> pa.Table | None:
     Args:
         config: of the run.
         run_uri: its directory.
-        now: the data, from `prepare.inspect`.
+        now: the data, from `prepare.load_data_set`.
 
     Raises:
         DataError: names what differs: a patient withdrawn since must not be trained on again.

@@ -54,7 +54,7 @@ def present(
         plans: of the slides scored in this generation.
         inputs: ids of all inputs.
         settings: that the rows were scored with.
-        facts: what else is known about the run, the model's `threshold` among it.
+        facts: what else is known about the run.
 
     Raises:
         IncompleteError: results and errors do not add up to the inputs.
@@ -63,11 +63,12 @@ def present(
     failed = table.filter(pc.is_valid(table[schema.ERROR]))
     whole_inputs = failed.filter(pc.is_null(failed[schema.X_LEVEL0_PX]))
     broken = whole_inputs.filter(pc.equal(whole_inputs[schema.SLIDE], whole_inputs[schema.IMAGE_ID]))
-    described = slides.write(ours, plans, broken, facts["threshold"])
+    card = bundle.read_same(settings.model_uri, settings.model_id)
+    described = slides.write_slides(ours, plans, broken, card)
     summary = dict(facts) | _counts(table, whole_inputs, described, inputs)
     summary |= {"errors": _by_code(failed), "warnings": _by_warning(table)}
     drawing = ray.remote(num_cpus=1, max_retries=-1)(_write_gallery)
-    ray.get(drawing.remote(ours, table, described, settings, summary))
+    ray.get(drawing.remote(ours, table, described, card, summary))
     return summary
 
 
@@ -109,21 +110,24 @@ def _by_warning(table: pa.Table) -> dict[str, int] | None:
 
 
 def _write_gallery(
-    ours: Ledger, table: pa.Table, described: pa.Table, settings: predict.Settings, facts: Mapping[str, Any]
+    ours: Ledger, table: pa.Table, described: pa.Table, card: bundle.Card, facts: Mapping[str, Any]
 ) -> None:
-    card = bundle.read_same(settings.model_uri, settings.model_id)
     results = table.filter(pc.is_valid(table[schema.PROBABILITY_MALIGNANT]))
     probabilities = results[schema.PROBABILITY_MALIGNANT].to_numpy()
     owners = [results[name].to_pandas().to_numpy(object) for name in (schema.SLIDE, schema.PATIENT)]
     strange = results[schema.NOVELTY].to_numpy(), slides.warned(results)
-    chosen = gallery.choose(probabilities, card.threshold, gallery.PER_GROUP, *strange, owners)
+    chosen = gallery.choose_groups(probabilities, card.threshold, gallery.PER_GROUP, *strange, owners)
     rows = _rows(ours, [i for places in chosen.values() for i in places], results)
     scales = {row[schema.SLIDE]: (row[schema.MPP], row[schema.MPP_Y]) for row in described.to_pylist()}
     shown = {
-        group: [_example(ours, rows[i], scales.get(rows[i][schema.SLIDE])) for i in places if i in rows]
+        group: [
+            _example(ours, rows[i], card.classes, scales.get(rows[i][schema.SLIDE]))
+            for i in places
+            if i in rows
+        ]
         for group, places in chosen.items()
     }
-    page = gallery.page(
+    page = gallery.render_gallery(
         facts,
         probabilities,
         shown,
@@ -135,8 +139,10 @@ def _write_gallery(
     storage.write_bytes(storage.join(ours.uri, GALLERY), page.encode())
 
 
-def _example(ours: Ledger, row: dict[str, Any], slide_mpp: tuple[float, float] | None) -> Example:
-    return replace(thumbnails.of_row(row, slide_mpp), link=link(row[schema.URI], ours.uri))
+def _example(
+    ours: Ledger, row: dict[str, Any], classes: Sequence[str], slide_mpp: tuple[float, float] | None
+) -> Example:
+    return replace(thumbnails.example_of_row(row, classes, slide_mpp), link=link(row[schema.URI], ours.uri))
 
 
 def _images(ours: Ledger, table: pa.Table) -> gallery.Images:
@@ -211,7 +217,7 @@ def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.GallerySli
         tissue_mm2=row[schema.TISSUE_AREA_MM2],
         share_malignant=row[schema.MALIGNANT_TILE_SHARE],
         heat_map=storage.read_bytes(heat_map) if shown else None,
-        geojson=f"{slides.place(row[schema.SLIDE])}/{slides.GEOJSON}" if scored else None,
+        geojson=f"{slides.slide_folder(row[schema.SLIDE])}/{slides.GEOJSON}" if scored else None,
         n_warned=row[schema.WARNED_TILES] or 0,
         patient=row[schema.PATIENT],
         link=link(row[schema.URI], ours.uri),
@@ -219,7 +225,7 @@ def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.GallerySli
     )
 
 
-def summary_lines(uri: str, summary: Mapping[str, Any]) -> list[str]:
+def closing_lines(uri: str, summary: Mapping[str, Any]) -> list[str]:
     """The end of the job in lines for people."""
     lines = [
         f"{counted(summary['n_inputs'], 'input')} = {counted(summary['n_results'], 'result')} + "

@@ -43,7 +43,7 @@ def settle(ours: Ledger, older: Done, done: Done, found: Archive) -> list[str]:
     before = storage.read_table(uri) if storage.exists(uri) else schema.SEEN_INPUTS.empty_table()
     changed = sorted(_changed(before, now, older, done))
     if changed:
-        ledger.reopen(ours, sentence(changed, "since the last run"))
+        ledger.reopen(ours, changed_text(changed, "since the last run"))
         for held in (older, done):
             ledger.remove(held, set(changed))
         _forget_slides(ours, changed)
@@ -117,10 +117,10 @@ def require_same_slides(before: Archive, after: Archive, slides: Iterable[str]) 
     """Raises IncompleteError where a slide was replaced while its tiles were read: they may be of two."""
     names = [name for name in slides if before.versions.get(name) != after.versions.get(name)]
     if names:
-        raise IncompleteError(f"{sentence(names, 'during this run')}: the same command scores them again")
+        raise IncompleteError(f"{changed_text(names, 'during this run')}: the same command scores them again")
 
 
-def sentence(names: list[str], when: str) -> str:
+def changed_text(names: list[str], when: str) -> str:
     """How many inputs have changed, and the first of them."""
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     verb = "has" if len(names) == 1 else "have"

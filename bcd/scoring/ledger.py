@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bcd import schema, storage
-from bcd.config.options import changed, differences
+from bcd.config.options import changed, changed_flags
 from bcd.errors import ConfigError
 from bcd.imaging import image
 from bcd.runtime import output
@@ -92,7 +92,7 @@ class Ledger:
         return f"part-{self.owner}-{self.generation:04d}-{number:05d}.parquet"
 
 
-def begin(
+def open_ledger(
     uri: str, settings: dict[str, Any], remedies: Remedies = NO_REMEDIES
 ) -> tuple[Ledger, dict[str, Any] | None]:
     """Open the books, and the summary of the last finished run into the same folder.
@@ -106,7 +106,7 @@ def begin(
         ConfigError: other settings have been used there, which are named, or it contains anything else.
         StorageError: nothing can be written there.
     """
-    owner = output.claim(uri, output.SCORE)
+    owner = output.claim_folder(uri, output.SCORE)
     storage.check_writable(uri)
     old = read_settings(uri)
     given_later = [] if old is None else changed(old, settings)
@@ -114,7 +114,7 @@ def begin(
         _write_settings(uri, settings)
     elif not all(name in remedies and old.get(name) is None for name in given_later):
         raise ConfigError(
-            f"{uri} holds rows that were scored otherwise: {'; '.join(differences(old, settings))}. Repeat "
+            f"{uri} holds rows that were scored otherwise: {'; '.join(changed_flags(old, settings))}. Repeat "
             "the command of then to go on, or choose another --output"
         )
     summary_uri = storage.join(uri, SUMMARY)
@@ -294,7 +294,7 @@ class Part:
     segments: tuple[str, ...]
 
 
-def parts(ledger: Ledger, done: Done) -> list[Part]:
+def cut_parts(ledger: Ledger, done: Done) -> list[Part]:
     """Cut the segments' rows into files of about `FILE_BYTES`, in the order of the inputs.
 
     The rows of one input stay together: a slide is in one file, which may be larger.
@@ -343,7 +343,7 @@ def reopen(ours: Ledger, why: str) -> None:
         storage.write_bytes(uri, json.dumps(summary, indent=2).encode())
 
 
-def finish(ledger: Ledger, summary: dict[str, Any]) -> None:
+def close_ledger(ledger: Ledger, summary: dict[str, Any]) -> None:
     """Close the books: from here on the table is whole, and the segments are no longer needed."""
     content = json.dumps(summary | {"generation": ledger.generation}, indent=2, allow_nan=False)
     storage.write_bytes(storage.join(ledger.uri, SUMMARY), content.encode())

@@ -71,13 +71,13 @@ def run(config: ScoreConfig) -> str:
     started = time.monotonic()
     if storage.join(config.output, "").startswith(storage.join(config.input, "")):
         raise ConfigError(f"--output {config.output} lies inside --input: its pictures would be scored too")
-    output.check(config.output, output.SCORE)  # before any work
+    output.read_marker(config.output, output.SCORE)  # before any work
     model_id = bundle.identify(config.model)
     card = bundle.read_same(config.model, model_id)
-    found = archive.read(config.input)
+    found = archive.list_inputs(config.input)
     cluster.connect()
     compiled = _compiles(config, found.table)
-    ours, summary = ledger.begin(config.output, _deciding(config, model_id, compiled), _remedies(card))
+    ours, summary = ledger.open_ledger(config.output, _deciding(config, model_id, compiled), _remedies(card))
     books, changed = _settled(ours, found)
     todo = books.open_inputs()
     if not len(todo) and summary and "incomplete" not in summary and not books.done.rows:
@@ -92,7 +92,7 @@ def run(config: ScoreConfig) -> str:
     books = _books(ours, found.table)
     _require_balance(books, progress.withheld)
     if books.plans:
-        inputs.require_same_slides(found, archive.read(config.input), books.plans)
+        inputs.require_same_slides(found, archive.list_inputs(config.input), books.plans)
     _merge(ours, books.done)
     facts = _facts(config, card, model_id) | {
         "n_ignored_files": found.ignored,
@@ -103,8 +103,8 @@ def run(config: ScoreConfig) -> str:
     }
     names = found.table[schema.IMAGE_ID].to_pylist()
     summary = finish.present(ours, list(books.plans.values()), names, settings, facts)
-    ledger.finish(ours, summary)
-    for line in finish.summary_lines(ours.uri, summary):
+    ledger.close_ledger(ours, summary)
+    for line in finish.closing_lines(ours.uri, summary):
         print(line, flush=True)
     return ours.uri
 
@@ -159,7 +159,7 @@ def _compiles(config: ScoreConfig, inputs: pa.Table) -> bool:
     sizes = inputs[schema.SIZE_BYTES].to_pylist()
     slide_bytes = sum(size or 0 for size, is_slide in zip(sizes, slides, strict=True) if is_slide)
     long = len(inputs) >= COMPILE_FROM_FILES or slide_bytes >= COMPILE_FROM_SLIDE_BYTES
-    return long and (shutil.which("g++") is not None or cluster.capacity()["GPU"] > 0)
+    return long and (shutil.which("g++") is not None or cluster.total_resources()["GPU"] > 0)
 
 
 def _deciding(config: ScoreConfig, model_id: str, compiled: bool) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _settled(ours: Ledger, found: archive.Archive) -> tuple[Books, list[str]]:
     books = _books(ours, found.table)
     changed = inputs.settle(ours, books.older, books.done, found)
     if changed:
-        print(f"{inputs.sentence(changed, 'since the last run')}: scoring them again", flush=True)
+        print(f"{inputs.changed_text(changed, 'since the last run')}: scoring them again", flush=True)
         books = _books(ours, found.table)
     return books, changed
 
@@ -229,7 +229,7 @@ def _score(
     started_slides = {name for name in todo[schema.IMAGE_ID].to_pylist() if books.done.rows[name]}
     done_tiles = ledger.tile_ids(books.done, started_slides)
     dataset = _reading(todo, tile_settings, ours.plans_uri, done_tiles)
-    commits = predict.predictions(dataset, settings, max_workers).map_batches(
+    commits = predict.score_rows(dataset, settings, max_workers).map_batches(
         ledger.commit,
         fn_kwargs={"work_uri": ours.work_uri},
         batch_size=ROWS_PER_SEGMENT * pool.size if settings.cam == "evidence" else ROWS_PER_BLOCK,
@@ -252,15 +252,15 @@ def _reading(
     slides = todo.filter(maybe)
     sources = []
     if len(fields):
-        sources.append(datasets.rows(fields, ROWS_PER_BLOCK))
+        sources.append(datasets.row_dataset(fields, ROWS_PER_BLOCK))
     if len(slides):
-        tiles = datasets.rows(slides, 1).map_batches(
+        tiles = datasets.row_dataset(slides, 1).map_batches(
             tiling.expand,
             fn_kwargs={"tiling": tile_settings, "plans_uri": plans_uri, "done": done_tiles},
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=cluster.waiting_cpus(),
-            compute=TaskPoolStrategy(min(len(slides), max(1, int(cluster.capacity()["CPU"]) // 2))),
+            compute=TaskPoolStrategy(min(len(slides), max(1, int(cluster.total_resources()["CPU"]) // 2))),
         )
         sources.append(tiles.repartition(target_num_rows_per_block=ROWS_PER_BLOCK))
     return sources[0].union(*sources[1:]) if len(sources) > 1 else sources[0]
@@ -268,6 +268,6 @@ def _reading(
 
 def _merge(ours: Ledger, done: Done) -> None:
     task = ray.remote(num_cpus=1, max_retries=-1)(ledger.merge)
-    written = ray.get([task.remote(part) for part in ledger.parts(ours, done)])
+    written = ray.get([task.remote(part) for part in ledger.cut_parts(ours, done)])
     if sum(written) < len(done.rows):
         raise IncompleteError(f"{sum(written):,} rows were merged for {len(done.rows):,} inputs")

@@ -12,7 +12,9 @@ import pyarrow.compute as pc
 import ray
 
 from bcd import schema, storage
+from bcd.metrics import calibration
 from bcd.model import novelty
+from bcd.model.bundle import Card
 from bcd.reports import heatmap
 from bcd.scoring import tiling
 from bcd.scoring.ledger import Ledger
@@ -36,20 +38,20 @@ COLUMNS = (
 )
 
 
-def write(ours: Ledger, plans: Sequence[tiling.Plan], broken: pa.Table, threshold: float) -> pa.Table:
+def write_slides(ours: Ledger, plans: Sequence[tiling.Plan], broken: pa.Table, card: Card) -> pa.Table:
     """Write heat maps, GeoJSON and `slides.parquet`; slides of earlier generations stay in the table.
 
     Args:
         ours: the books, merged.
         plans: of the slides scored in this generation.
         broken: rows of the predictions table of slides that could not be used.
-        threshold: of the model's card, where the colours of the heat maps part.
+        card: of the model; the colours of the heat maps part at its threshold.
 
     Returns:
         The whole table (schema `schema.SLIDES`), sorted by slide.
     """
-    task = ray.remote(num_cpus=1, max_retries=-1)(describe)
-    rows = ray.get([task.remote(ours, plan, threshold) for plan in plans])
+    task = ray.remote(num_cpus=1, max_retries=-1)(draw_slide)
+    rows = ray.get([task.remote(ours, plan, card) for plan in plans])
     uri = storage.join(ours.uri, TABLE)
     tables = [pa.Table.from_pylist(rows, schema=schema.SLIDES), schema.fill(broken, schema.SLIDES)]
     if storage.exists(uri):
@@ -61,13 +63,13 @@ def write(ours: Ledger, plans: Sequence[tiling.Plan], broken: pa.Table, threshol
     return table
 
 
-def describe(ours: Ledger, plan: tiling.Plan, threshold: float) -> dict[str, Any]:
+def draw_slide(ours: Ledger, plan: tiling.Plan, card: Card) -> dict[str, Any]:
     """Draw one slide from its rows of the table; returns its row of `schema.SLIDES`."""
     where = (pc.field(schema.SLIDE) == plan.slide) & pc.field(schema.X_LEVEL0_PX).is_valid()
     tiles = storage.dataset(ours.predictions_uri).to_table(list(COLUMNS), where)
     boxes = _boxes(tiles, (plan.mpp_x, plan.mpp_y))
     probability = tiles[schema.PROBABILITY_MALIGNANT].to_numpy().astype(float)
-    _draw(ours, plan, tiles, boxes, probability, threshold)
+    _draw(ours, plan, tiles, boxes, probability, card)
     known = probability[np.isfinite(probability)]
     predicted = [name for name in tiles[schema.PREDICTED_CLASS].to_pylist() if name is not None]
     quantiles = np.quantile(known, list(schema.QUANTILES.values())) if len(known) else [None] * 5
@@ -110,10 +112,10 @@ def warned(tiles: pa.Table) -> np.ndarray:
 
 def folder(output: str, slide_id: str) -> str:
     """Where the pictures of a slide lie."""
-    return storage.join(output, place(slide_id))
+    return storage.join(output, slide_folder(slide_id))
 
 
-def place(slide_id: str) -> str:
+def slide_folder(slide_id: str) -> str:
     """The same, below the output folder: never outside it, and another place for each id.
 
     An id is a path below the input, or whatever a manifest gives, such as a whole URI.
@@ -130,18 +132,18 @@ def _draw(
     tiles: pa.Table,
     boxes: np.ndarray,
     probability: np.ndarray,
-    threshold: float,
+    card: Card,
 ) -> None:
     thumbnail, scale = tiling.read_thumbnail(ours.plans_uri, plan.slide), plan.thumbnail_scale
     unlike = warned(tiles)
-    coloured = heatmap.draw(thumbnail, scale, boxes, probability, threshold, unlike)
-    picture = heatmap.png(coloured, scale, plan.mpp_x, threshold, bool(unlike.any()))
+    coloured = heatmap.draw_tiles(thumbnail, scale, boxes, probability, card.threshold, unlike)
+    picture = heatmap.heatmap_png(coloured, scale, plan.mpp_x, card.threshold, bool(unlike.any()))
     storage.write_bytes(storage.join(folder(ours.uri, plan.slide), HEATMAP), picture)
     names = tiles[schema.PREDICTED_CLASS].to_pylist()
     measured = {schema.PROBABILITY_MALIGNANT: probability}
-    logits = [values or [np.nan, np.nan] for values in tiles[schema.LOGIT].to_pylist()]
-    if {len(values) for values in logits} == {2}:
-        measured["log_odds"] = np.diff(np.array(logits, float))[:, 0]
+    nothing = [np.nan] * len(card.classes)
+    logits = np.array([values or nothing for values in tiles[schema.LOGIT].to_pylist()])
+    measured["log_odds"] = calibration.log_odds(logits, card.classes)
     judged = pc.is_valid(tiles[schema.NOVELTY_CUTOFF]).to_numpy()
     for name in (schema.NOVELTY, schema.NOVELTY_CUTOFF):
         measured[name] = tiles[name].to_numpy().astype(float)

@@ -104,7 +104,7 @@ def _reading(row: dict[str, Any]) -> pa.Table:
 
 def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
     """Plan a slide, and keep the plan."""
-    opened, _ = slide_cache.open_slide(row[schema.URI], tiling.given(row))
+    opened, _ = slide_cache.open_staged(row[schema.URI], tiling.given(row))
     if tiling.tile_mpp is None:
         raise image.ImageError("missing_mpp", "the model card has no µm per pixel; --tile-mpp gives it")
     opened.level_for(tiling.tile_mpp)  # a scan too coarse for the model ends here
@@ -171,7 +171,7 @@ def _key(slide_id: str) -> str:
 
 def _keep(plans_uri: str, plan: Plan, thumbnail: np.ndarray, tiles: pa.Table) -> None:
     """In this order: where a plan stands, the thumbnail does too, and where the tiles stand, both do."""
-    storage.write_bytes(storage.join(plans_uri, f"{_key(plan.slide)}.png"), image.png(thumbnail))
+    storage.write_bytes(storage.join(plans_uri, f"{_key(plan.slide)}.png"), image.encode_png(thumbnail))
     storage.write_bytes(storage.join(plans_uri, f"{_key(plan.slide)}.json"), plan.model_dump_json().encode())
     storage.write_table(storage.join(plans_uri, f"{_key(plan.slide)}.parquet"), tiles)
 

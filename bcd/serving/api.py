@@ -94,7 +94,7 @@ MANY_BODY = {
 WORK_ERRORS = _errors(400, 401, 408, 413, 415, 422, 500, 503, 504)
 
 
-def build(engine: Engine, limits: Limits, max_images: int) -> FastAPI:
+def create_app(engine: Engine, limits: Limits, max_images: int) -> FastAPI:
     """The app around an engine; authentication and limits are `guard.Guard`'s."""
     app = FastAPIOffline(
         title="bcd",

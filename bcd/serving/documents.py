@@ -10,7 +10,8 @@ from pydantic import BaseModel
 
 from bcd import provenance
 from bcd.imaging import image
-from bcd.model import novelty, resnet
+from bcd.metrics import calibration
+from bcd.model import novelty
 from bcd.model.bundle import Card, Prediction
 from bcd.reports import overlay
 
@@ -155,7 +156,7 @@ def answer(
         predicted_class=str(prediction.predicted_class[0]),
         probability_malignant=malignant,
         probabilities=dict(zip(card.classes, prediction.probability[0].tolist(), strict=True)),
-        log_odds=resnet.log_odds(prediction.logit, card.classes)[0],
+        log_odds=float(calibration.log_odds(prediction.logit, card.classes)[0]),
         threshold=card.threshold,
         width_px=pixels.shape[1],
         height_px=pixels.shape[0],
@@ -175,7 +176,7 @@ def _base64(content: bytes) -> str:
 
 
 def _preview(pixels: np.ndarray) -> bytes:
-    return image.png(image.shrink(pixels, PREVIEW_PX, PREVIEW_PX))
+    return image.encode_png(image.shrink(pixels, PREVIEW_PX, PREVIEW_PX))
 
 
 def drawn(card: Card, pixels: np.ndarray, prediction: Prediction) -> bytes:
@@ -186,7 +187,7 @@ def drawn(card: Card, pixels: np.ndarray, prediction: Prediction) -> bytes:
     """
     prediction.require_finite()
     size = {"input_height_px": card.input_height_px, "input_width_px": card.input_width_px}
-    return image.png(overlay.overlay(pixels, prediction.evidence[0], **size))
+    return image.encode_png(overlay.overlay(pixels, prediction.evidence[0], **size))
 
 
 def _evidence(card: Card, pixels: np.ndarray, prediction: Prediction) -> Evidence:
@@ -215,5 +216,5 @@ def _covers(card: Card, height_px: int, width_px: int) -> Covers:
 
 
 def _warnings(distance: float, cutoff: float | None) -> list[Warn]:
-    sentence = novelty.sentence(distance, cutoff) if cutoff is not None else ""
-    return [Warn(code=code, message=sentence) for code in novelty.codes(distance, cutoff)]
+    sentence = novelty.warning_text(distance, cutoff) if cutoff is not None else ""
+    return [Warn(code=code, message=sentence) for code in novelty.warning_codes(distance, cutoff)]

@@ -123,7 +123,7 @@ class Replica:
         self._gate = Gate(config.max_batch_size)
         self._succeeded = -READY_FOR_S
         canary = np.zeros((self.card.input_height_px, self.card.input_width_px, 3), np.uint8)
-        self._canary = image.png(canary)
+        self._canary = image.encode_png(canary)
         for n in {1, config.max_batch_size}:  # a replica that cannot compute never becomes healthy
             prediction = self._computer.submit(self._bundle.predict, np.stack([canary] * n)).result()
             if not prediction.finite.all():
@@ -132,7 +132,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> middleware.Guard:
         self._forward.set_max_batch_size(self._config.max_batch_size)
         limits = _limits(self._config)
-        app = api.build(self, limits, self._config.max_images)
+        app = api.create_app(self, limits, self._config.max_images)
         return middleware.Guard(app, limits, self._token_digest, loopback_only=True)
 
     async def look(self, content: bytes) -> Seen:
@@ -208,10 +208,10 @@ def app(config: ServiceConfig) -> Application:
     Raises:
         BcdError: what the user can put right, before any replica is started.
     """
-    return build(config, _listening_on())
+    return create_application(config, _listening_on())
 
 
-def build(config: ServiceConfig, host: str | None) -> Application:
+def create_application(config: ServiceConfig, host: str | None) -> Application:
     """The application behind an address; `None` where that is not known yet.
 
     Raises:
@@ -277,7 +277,7 @@ def run(config: ServeConfig) -> None:
     Raises:
         BcdError: what the user can put right.
     """
-    application = build(config, config.host)
+    application = create_application(config, config.host)
     _require_free(config.host, config.port)
     # For the proxy, which is a process of the cluster that we start; one that runs already has its own.
     os.environ[middleware.PROXY_VARIABLE] = middleware.PROXY_CALLBACK
@@ -304,7 +304,7 @@ def run(config: ServeConfig) -> None:
 
 def _require_capacity(config: ServeConfig) -> None:
     """Serve would wait for ever."""
-    have = cluster.capacity()
+    have = cluster.total_resources()
     for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
         if each * config.min_replicas > have[kind]:
             raise ResourceError(

@@ -46,7 +46,7 @@ def is_dicom(start: bytes) -> bool:
     return start[128:132] == b"DICM"
 
 
-def parse(start: bytes) -> Header:
+def read_header(start: bytes) -> Header:
     """The header of a file, from its first bytes. What does not stand in them is ""."""
     meta = _values(start, 132, True, (SOP_CLASS, SYNTAX))
     syntax = meta.get(SYNTAX, "")
@@ -70,9 +70,9 @@ def _header(file: storage.File) -> Header | None:
         start = storage.read_start(file.uri, HEAD_BYTES)
         if not is_dicom(start):
             return None
-        found = parse(start)
+        found = read_header(start)
         if found.is_slide and not found.series and file.size_bytes > HEAD_BYTES:
-            found = parse(storage.read_start(file.uri, LONG_HEAD_BYTES))
+            found = read_header(storage.read_start(file.uri, LONG_HEAD_BYTES))
         return found
     except StorageError as error:
         if not error.lasting:

@@ -164,7 +164,7 @@ def open_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -
         given: what people say of its µm per pixel.
 
     Raises:
-        ImageError: `unreadable`, or `missing_mpp` and `bad_mpp` as `pixel_size.choose` has it.
+        ImageError: `unreadable`, or `missing_mpp` and `bad_mpp` as `pixel_size.level0_mpp` has it.
     """
     with boundary(*UNREADABLE):
         if fault := _fault(Path(path)):
@@ -179,7 +179,7 @@ def open_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -
     icc = profile.tobytes() if profile else None
     try:
         with boundary(*UNREADABLE):
-            mpp = pixel_size.choose(properties, (width, height), given)
+            mpp = pixel_size.level0_mpp(properties, (width, height), given)
     except ImageError:
         handle.close()
         raise
@@ -206,7 +206,7 @@ def _fault(path: Path) -> ImageError | None:
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         try:
-            for page in tiff.walk(file, size_bytes):
+            for page in tiff.pages(file, size_bytes):
                 _require_tiles(page, size_bytes)
         except ImageError as error:
             is_damage, message = error.code == "truncated", error.message

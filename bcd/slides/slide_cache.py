@@ -37,7 +37,7 @@ class Staged:
 
 
 @lru_cache(maxsize=OPEN_SLIDES)
-def open_slide(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged]:
+def open_staged(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged]:
     """A slide at any URI, opened; the last ones stay open.
 
     Raises:

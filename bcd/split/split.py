@@ -1,7 +1,7 @@
 """Who trains and who tests: group-disjoint, stratified, seeded splits, and the proof that nothing leaks.
 
-The usual order is `quarantine` -> `assign` -> `check`. A split depends on the seed and on what the rows say:
-not on their order, the platform or the version of NumPy (raw PCG64 words and integers).
+The usual order is `quarantine` -> `assign` -> `require_no_leak`. A split depends on the seed and on what the
+rows say: not on their order, the platform or the version of NumPy (raw PCG64 words and integers).
 """
 
 import hashlib
@@ -170,7 +170,7 @@ def assign_fold(
     groups, sizes = _groups(rows, protocol)
     if len(sizes) < k:
         raise DataError(f"{len(sizes)} groups by {protocol} cannot make {k} folds; lower --k")
-    patients = stratify.patients(rows, groups)
+    patients = stratify.patient_counts(rows, groups)
     tested = stratify.divide(sizes, patients, np.full(k, 1 / k), [1] * k, seed)[groups] == fold - 1
     parts = np.full(len(rows), TEST, dtype=object)
     parts[~tested] = _partition(rows.filter(pa.array(~tested)), protocol, seed, {VALIDATION: share})
@@ -199,7 +199,7 @@ def keep(table: pa.Table, protocol: Protocol, seed: int, validation_fraction: fl
     _require(table, is_known, f"no {schema.PART}; expected {', '.join(PARTS)} for every image, or for none")
     rows, order = _ordered(table)
     _require_patients(rows, protocol)  # without them nobody knows whether the parts leak
-    if leaks := audit(rows, protocol):
+    if leaks := crossings_forbidden(rows, protocol):
         raise LeakageError(
             f"the parts that the data come with leak: {_some(leaks, 3, '; ')}. Put every patient into one "
             "part, or give the data undivided"
@@ -257,7 +257,7 @@ def _share_warning(
     return [said] if is_short or is_few else []
 
 
-def audit(table: pa.Table, protocol: Protocol = "patient") -> list[str]:
+def crossings_forbidden(table: pa.Table, protocol: Protocol = "patient") -> list[str]:
     """Every case, patient, slide or picture that crosses although the protocol forbids it, as sentences."""
     return [sentence for _, sentence in crossings(table, _KEYS[protocol])]
 
@@ -279,9 +279,9 @@ def crossings(table: pa.Table, keys: Iterable[str]) -> list[tuple[str, str]]:
     return [(name, f"{', '.join(on)} {name} stands in {where}") for (name, where), on in kinds.items()]
 
 
-def check(table: pa.Table, protocol: Protocol) -> None:
+def require_no_leak(table: pa.Table, protocol: Protocol) -> None:
     """Raise `LeakageError`, naming what crosses and between which parts, unless the split is disjoint."""
-    if crossings := audit(table, protocol):
+    if crossings := crossings_forbidden(table, protocol):
         raise LeakageError(f"the split by {protocol} leaks: {_some(crossings, 3, '; ')}")
 
 
@@ -410,7 +410,7 @@ def _partition(
     shares = np.array([1 - sum(held_out.values()), *held_out.values()])
     # Training should miss no stratum; validation may, rather than the test.
     wanted = [2, 0, 1][: len(parts)]
-    divided = stratify.divide(sizes, stratify.patients(rows, groups), shares, wanted, seed)
+    divided = stratify.divide(sizes, stratify.patient_counts(rows, groups), shares, wanted, seed)
     return np.array(parts, dtype=object)[divided[groups]]
 
 
@@ -418,7 +418,7 @@ def _groups(rows: pa.Table, protocol: Protocol) -> tuple[Integers, Integers]:
     """Group of every row, and the groups' sizes as in `division.sizes`."""
     _require_patients(rows, protocol)
     groups = _connected(rows, _KEYS[protocol])
-    return groups, stratify.sizes(rows, groups)
+    return groups, stratify.image_counts(rows, groups)
 
 
 def _require_patients(rows: pa.Table, protocol: Protocol) -> None:
@@ -430,7 +430,7 @@ def _require_patients(rows: pa.Table, protocol: Protocol) -> None:
 def _connected(rows: pa.Table, columns: Iterable[str]) -> Integers:
     """Number of every row's group: an equal value in any of the columns connects, a null does not."""
     label = np.arange(rows.num_rows)
-    codes = [stratify.codes(rows[column]) for column in columns]
+    codes = [stratify.number_values(rows[column]) for column in columns]
     settled = False
     while not settled:
         before = label.copy()

@@ -32,16 +32,16 @@ CLASSES, _ALL, _STRATA = slice(0, 2), 2, slice(3, None)
 _FIRST = 2**40
 
 
-def codes(column: pa.ChunkedArray) -> Integers:
+def number_values(column: pa.ChunkedArray) -> Integers:
     """Number of every value, in order of appearance; -1 for null."""
     indices = column.combine_chunks().dictionary_encode().indices
     return indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def sizes(rows: pa.Table, groups: Integers) -> Integers:
+def image_counts(rows: pa.Table, groups: Integers) -> Integers:
     """Images of every group (rows): of each tumour class, of all, and of each stratum (columns)."""
     classes = pc.index_in(rows[schema.TUMOR_CLASS], pa.array(TUMOR_CLASSES)).to_numpy()
-    strata = codes(pc.coalesce(rows[schema.SUBTYPE], rows[schema.TUMOR_CLASS]))
+    strata = number_values(pc.coalesce(rows[schema.SUBTYPE], rows[schema.TUMOR_CLASS]))
     n_groups, n_strata = groups.max(initial=-1) + 1, strata.max(initial=-1) + 1
     sizes = np.zeros((n_groups, _STRATA.start + n_strata), dtype=np.int64)
     sizes[:, _ALL] = np.bincount(groups, minlength=n_groups)
@@ -50,10 +50,10 @@ def sizes(rows: pa.Table, groups: Integers) -> Integers:
     return sizes
 
 
-def patients(rows: pa.Table, groups: Integers) -> Integers:
+def patient_counts(rows: pa.Table, groups: Integers) -> Integers:
     """Patients of each tumour class (columns) in every group (rows); none where they are unknown."""
     classes = pc.index_in(rows[schema.TUMOR_CLASS], pa.array(TUMOR_CLASSES)).to_numpy()
-    who = np.stack([groups, classes, codes(rows[schema.PATIENT])])
+    who = np.stack([groups, classes, number_values(rows[schema.PATIENT])])
     counts = np.zeros((groups.max(initial=-1) + 1, len(TUMOR_CLASSES)), dtype=np.int64)
     group, tumor_class, _ = np.unique(who[:, who[2] >= 0], axis=1)
     np.add.at(counts, (group, tumor_class), 1)
@@ -66,8 +66,8 @@ def divide(
     """Part of every group: a random division that is fair by images and, as far as they allow, to each class.
 
     Args:
-        sizes: (groups, columns) from `sizes`.
-        patients: (groups, classes) from `patients`.
+        sizes: (groups, columns) from `image_counts`.
+        patients: (groups, classes) from `patient_counts`.
         shares: (parts,) wanted share of the images.
         wanted: (parts,) how much worse a part is without some stratum; without a class all are useless.
         seed: of raw PCG64 words, which NumPy promises never to change, unlike `Generator` methods.

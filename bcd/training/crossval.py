@@ -67,7 +67,7 @@ def run(config: CrossvalConfig) -> str:
     if config.against:
         artifacts.require_images(config.against)
     folds = {protocol: list(_folds(config, uri, protocol)) for protocol in config.protocols()}
-    finished = run_directory.begin(config, uri) and _is_published(folds.values())
+    finished = run_directory.begin_run(config, uri) and _is_published(folds.values())
     if finished and not config.against:
         print(f"{uri} is finished: see report.html there, or choose another --name to run it anew")
         return uri
@@ -77,7 +77,7 @@ def run(config: CrossvalConfig) -> str:
         _train_missing(config, uri, [fold for arm in folds.values() for fold in arm])
     _report(config, uri, [_arm(protocol, arm, config) for protocol, arm in folds.items()])
     if not finished:
-        run_directory.finish(config, uri, {"seconds": round(time.time() - started, 1)})
+        run_directory.finish_run(config, uri, {"seconds": round(time.time() - started, 1)})
     return uri
 
 
@@ -114,12 +114,12 @@ def _train_missing(config: CrossvalConfig, uri: str, folds: Sequence[Fold]) -> N
     """Train what is not trained yet; what cannot be split ends the study here, before any training."""
     for fold in folds:
         prepare.published_fold(fold.config)  # before pixels are read
-    inspected = prepare.inspect(config)
+    inspected = prepare.load_data_set(config)
     for fold in folds:
         # One image more or less divides all folds anew: some would be tested twice, and others never.
         run_directory.resume(fold.config, fold.uri, inspected[0])
         _tell(fold, prepare.prepare(fold.config, inspected)[1].warnings, inspected[1].warnings)
-    run_directory.claim(config, uri)
+    run_directory.claim_run(config, uri)
     _train(folds, inspected, config.parallel)
 
 
@@ -187,7 +187,7 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
         "git_commit": provenance.git_commit(),
         "command": provenance.command(),
     }
-    measured = about | artifacts.measure(pooled, failed, card.classes)
+    measured = about | artifacts.measure_run(pooled, failed, card.classes)
     measured |= {"threshold": None, "folds": rows, "spread": _spread(rows)}
     size = (card.input_height_px, card.input_width_px)
     told = about | known.model_dump(exclude={"split_fingerprint"}) | {"input_size_px": size}
@@ -214,8 +214,8 @@ def _tested(fold: Fold) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:
     card = bundle.read_card(storage.join(fold.uri, run_directory.MODEL))
     predictions_uri = storage.join(fold.uri, evaluate.PREDICTIONS)
     frame = artifacts.with_truth(predictions_uri, prepare.part_of(_split(fold), split.TEST), card)
-    images = artifacts.image_table(frame, card, predictions_uri, fold.draw)
-    measured = artifacts.measure(images, aggregate.unscored(frame), card.classes)
+    images = artifacts.images_of(frame, card, predictions_uri, fold.draw)
+    measured = artifacts.measure_run(images, aggregate.unscored(frame), card.classes)
     row = {
         "repeat": fold.repeat,
         "fold": fold.fold,
@@ -260,7 +260,7 @@ def _report(config: CrossvalConfig, uri: str, arms: Sequence[Arm]) -> None:
     for arm in arms if len(arms) > 1 else ():
         print(f"\nprotocol {arm.protocol}")
         arm_uri = storage.join(uri, arm.protocol)
-        artifacts.write(arm_uri, arm.measured, [], arm.images, arm.facts, arm.unscored)
+        artifacts.write_artifacts(arm_uri, arm.measured, [], arm.images, arm.facts, arm.unscored)
     measured = dict(main.measured)
     for arm in arms:
         if arm.facts["leaky"] and arm is not main:
@@ -268,7 +268,7 @@ def _report(config: CrossvalConfig, uri: str, arms: Sequence[Arm]) -> None:
             print(f"\n{model_report.leak_sentence(measured['leak'])}")
     if config.against:
         measured["comparison"] = artifacts.compared(main.images, config.against)
-    artifacts.write(uri, measured, [], main.images, main.facts, main.unscored)
+    artifacts.write_artifacts(uri, measured, [], main.images, main.facts, main.unscored)
 
 
 def _leak(leaky: Arm, honest: Arm) -> dict[str, Any]:

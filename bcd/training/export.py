@@ -36,12 +36,12 @@ def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFact
     network, measured = _best(result, len(taxonomy.classes(config.target)), config.architecture)
     train, validation = part_of(table, split.TRAIN), part_of(table, split.VALIDATION)
     known = _card(config, train, facts, measured)
-    statistics, logit = feature_statistics.measure(network, known, train, validation)
+    statistics, logit = feature_statistics.compute_statistics(network, known, train, validation)
     decided = _decided(config, logit, validation)
     bundle.save(network, known.model_copy(update=decided | {"feature_statistics": statistics}), uri)
 
 
-def check(config: TrainConfig, table: pa.Table, facts: DatasetFacts) -> None:
+def require_valid_card(config: TrainConfig, table: pa.Table, facts: DatasetFacts) -> None:
     """Raises BundleError before the training where no valid card could be written after it."""
     measured = {schema.EPOCH: 1, loop.SCORE: 0.5, "n_validation": 1}
     card.dump(_card(config, part_of(table, split.TRAIN), facts, measured))
@@ -114,11 +114,13 @@ def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table) -> di
     for when, divisor in (("before", 1.0), ("after", temperature)):
         probability = calibration.probability_malignant(logit, classes, divisor)
         told |= {
-            f"cross_entropy_{when}": calibration.cross_entropy(malignant, aggregate.log_odds(probability)),
+            f"cross_entropy_{when}": calibration.cross_entropy(
+                malignant, aggregate.clipped_log_odds(probability)
+            ),
             f"brier_{when}": calibration.brier(malignant, probability),
             f"ece_{when}": calibration.expected_error(malignant, probability),
         }
-    chosen = decision.choose(malignant, probability, config.target_sensitivity)
+    chosen = decision.choose_threshold(malignant, probability, config.target_sensitivity)
     patients = validation[schema.PATIENT]
     return {
         "temperature": temperature,

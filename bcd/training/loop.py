@@ -105,13 +105,13 @@ def read_checkpoint(folder: Path) -> tuple[weights.State, dict[str, Any]]:
         content, rest = (folder / WEIGHTS_FILE).read_bytes(), (folder / STATE_FILE).read_bytes()
     except FileNotFoundError as error:
         raise BundleError(f"{Path(error.filename).name} is missing") from error
-    state = weights.read(rest, STATE_FILE)
+    state = weights.read_weights(rest, STATE_FILE)
     if not weights.is_as_written(rest):
         raise BundleError(f"{STATE_FILE} is not as it was written: a checksum differs")
     # Those that an older version wrote have no digest.
     if hashlib.sha256(content).hexdigest() != state.get(DIGEST, hashlib.sha256(content).hexdigest()):
         raise BundleError(f"{WEIGHTS_FILE} is not as it was written: its SHA-256 differs")
-    return weights.read(content, WEIGHTS_FILE), state
+    return weights.read_weights(content, WEIGHTS_FILE), state
 
 
 @dataclass

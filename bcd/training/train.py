@@ -25,7 +25,7 @@ from bcd.errors import BcdError, StorageError
 from bcd.evaluation import evaluate
 from bcd.model import weights
 from bcd.runtime import cluster, datasets, inspection, output, run_directory
-from bcd.runtime.prepare import DatasetFacts, describe, inspect, part_of, prepare
+from bcd.runtime.prepare import DatasetFacts, describe_split, load_data_set, part_of, prepare
 from bcd.split import balance
 from bcd.taxonomy import TRAIN, VALIDATION
 from bcd.training import export, loop, process_group
@@ -40,7 +40,7 @@ def run(
 
     Args:
         config: of the run.
-        inspected: the data, from `prepare.inspect`, where the caller has already read them.
+        inspected: the data, from `prepare.load_data_set`, where the caller has already read them.
         runs_per_node: how many runs share the cores of a node at a time, this one included.
 
     Returns:
@@ -50,7 +50,7 @@ def run(
         BcdError: what the user can put right, before any long work where that is possible.
     """
     run_uri = storage.join(config.output, config.name)
-    if run_directory.begin(config, run_uri):
+    if run_directory.begin_run(config, run_uri):
         if (fault := export.fault(run_uri)) is None:
             print(f"{run_uri} is finished: see report.html there, or choose another --name to train anew")
             return run_uri
@@ -60,14 +60,14 @@ def run(
     cluster.connect(trains=True)
     scaling = cluster.scaling(config)
     table, facts = _prepared(config, run_uri, inspected)
-    result = fit(config, run_uri, table, given, scaling, runs_per_node)
+    result = train_model(config, run_uri, table, given, scaling, runs_per_node)
     run_directory.write_json(run_uri, run_directory.HISTORY, result.return_value)
     export.bundle_of(config, storage.join(run_uri, run_directory.MODEL), table, facts, result)
     trained = time.time()
-    owner = output.claim(run_uri, output.TRAIN)
+    owner = output.claim_folder(run_uri, output.TRAIN)
     evaluate.evaluate(storage.join(run_uri, run_directory.MODEL), table, facts, run_uri, owner)
     timings = {"train_s": round(trained - started, 1), "evaluate_s": round(time.time() - trained, 1)}
-    run_directory.finish(config, run_uri, timings)
+    run_directory.finish_run(config, run_uri, timings)
     return run_uri
 
 
@@ -79,15 +79,15 @@ def _prepared(
 
     Only now is the run directory claimed: a run that failed on its data may be tried again with other data.
     """
-    inspected = inspected or inspect(config)
+    inspected = inspected or load_data_set(config)
     if (table := run_directory.resume(config, run_uri, inspected[0])) is not None:
         return table, DatasetFacts(**run_directory.read_json(run_uri, run_directory.DATA))
     table, facts = prepare(config, inspected)
-    export.check(config, table, facts)
-    run_directory.claim(config, run_uri)
+    export.require_valid_card(config, table, facts)
+    run_directory.claim_run(config, run_uri)
     run_directory.write_json(run_uri, run_directory.DATA, facts.model_dump())
     run_directory.write_split(run_uri, table)
-    print("\n".join(describe(config, table, facts)), flush=True)
+    print("\n".join(describe_split(config, table, facts)), flush=True)
     return table, facts
 
 
@@ -99,8 +99,8 @@ def streams_of(config: TrainConfig, table: pa.Table) -> tuple[dict[str, Dataset]
     size = (config.input_height_px, config.input_width_px)
     keep = [schema.IMAGE_ID, schema.TARGET]
     return {
-        TRAIN: datasets.images(datasets.shuffled(balanced, config.seed), *size, keep),
-        VALIDATION: datasets.images(datasets.rows(parts[VALIDATION]), *size, keep),
+        TRAIN: datasets.read_images(datasets.shuffled(balanced, config.seed), *size, keep),
+        VALIDATION: datasets.read_images(datasets.row_dataset(parts[VALIDATION]), *size, keep),
     }, len(balanced)
 
 
@@ -109,7 +109,7 @@ def _with_target(table: pa.Table, target: str, classes: tuple[str, ...]) -> pa.T
     return table.append_column(schema.TARGET, pa.array(indices, pa.int64()))
 
 
-def fit(
+def train_model(
     config: TrainConfig,
     run_uri: str,
     table: pa.Table,

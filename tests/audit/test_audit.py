@@ -139,7 +139,7 @@ def test_all_published_names_without_pixels_exit_1(real_data, tmp_path, monkeypa
     """The door, on empty files in the published tree: no Ray is started."""
     roles = breakhis.read_fold((real_data / "folds/dsfold1.txt").read_text(), "dsfold1.txt")
     for name in roles:
-        tumor_class, *folders = breakhis.parse(name).folders
+        tumor_class, *folders = breakhis.parse_path(name).folders
         folder = tmp_path.joinpath("BreaKHis_v1", tumor_class, "SOB", *folders)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()

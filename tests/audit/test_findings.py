@@ -46,7 +46,7 @@ def test_a_clean_table_has_no_findings() -> None:
         findings.label_conflicts,
         findings.broken,
         findings.blank,
-        findings.sizes,
+        findings.unusual_sizes,
         findings.without_patient,
     ]
     found = [check(CLEAN) for check in alone] + findings.exact_duplicates(CLEAN)
@@ -161,7 +161,9 @@ def test_unusual_stain_is_named_with_its_distance(column: str) -> None:
 
 def test_other_sizes_are_counted_beside_the_usual() -> None:
     other = [row(name, **{schema.HEIGHT_PX: 456}) for name in ("x", "y")]
-    found = findings.sizes(pa.concat_tables([CLEAN, table(*other, row("z", **{schema.WIDTH_PX: None}))]))
+    found = findings.unusual_sizes(
+        pa.concat_tables([CLEAN, table(*other, row("z", **{schema.WIDTH_PX: None}))])
+    )
     assert (found.count, found.sentence) == (2, "2 pictures not 700 x 460 px like most")
     assert sentences(found) == ["700 x 456 px: 2 pictures, such as x"]
 

@@ -42,11 +42,11 @@ def leaking() -> summary.Audit:
 
 def page(result: summary.Audit, **other: Any) -> str:
     thumbnails = dict.fromkeys(report.shown(result), report.thumbnail(pictures.gradient(460, 700)))
-    return report.page(result, thumbnails, FACTS | other)
+    return report.render_audit(result, thumbnails, FACTS | other)
 
 
 def test_lines_say_what_was_found_what_to_do_and_end_with_the_verdict(leaking: summary.Audit) -> None:
-    lines = report.lines(leaking)
+    lines = report.audit_lines(leaking)
     assert lines[:2] == ["43 images of 43 patients in 1 case; 1 slide id under 1 label", "  43 benign"]
     assert "LEAK: mine leaks: 1 patient or slide and 1 picture in several parts" in lines
     blank = lines.index("WARNING: 40 pictures with less than 10% tissue")
@@ -56,7 +56,7 @@ def test_lines_say_what_was_found_what_to_do_and_end_with_the_verdict(leaking: s
     ]
     assert sum(line.startswith("  -> ") for line in lines) == len({one.kind for one in leaking.findings})
     assert lines[-1] == f"VERDICT: {leaking.verdict}"
-    assert report.lines(audited(CLEAN)) == [
+    assert report.audit_lines(audited(CLEAN)) == [
         "30 images of 30 patients",
         "  30 benign",
         "  30 F",
@@ -92,7 +92,7 @@ def test_pictures_stand_side_by_side_and_only_a_few(leaking: summary.Audit) -> N
     drawn = shown(page(leaking))
     assert len(drawn) == len(wanted)
     assert {pixels.shape for pixels in drawn} == {(210, 320, 3)}
-    assert len(shown(report.page(leaking, {}, FACTS))) == 0
+    assert len(shown(report.render_audit(leaking, {}, FACTS))) == 0
 
 
 def test_counts_stand_beside_the_published() -> None:

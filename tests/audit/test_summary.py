@@ -15,12 +15,12 @@ from tests.audit.test_findings import CLEAN, NO_PAIRS, row, table
 
 
 def audited(rows: pa.Table, *splits: summary.Split, warnings: tuple[str, ...] = ()) -> summary.Audit:
-    return summary.audit(rows, warnings, splits, NO_PAIRS, 3.5)
+    return summary.summarise(rows, warnings, splits, NO_PAIRS, 3.5)
 
 
 def named(rows: pa.Table, **parts: str | None) -> summary.Split:
     roles = {name: part for name, part in parts.items() if part}
-    return summary.place(rows, roles, "mine")
+    return summary.place_rows(rows, roles, "mine")
 
 
 # --- real names
@@ -40,7 +40,7 @@ def official(real_data: Path) -> summary.Audit:
     folds = {n: real_data / f"folds/dsfold{n}.txt" for n in range(1, 6)}
     roles = {n: breakhis.read_fold(path.read_text(), path.name) for n, path in folds.items()}
     index = breakhis.index(File(uri=name, path=name, size_bytes=1) for name in roles[1])
-    splits = [summary.place(index, roles[n], f"fold {n}") for n in roles]
+    splits = [summary.place_rows(index, roles[n], f"fold {n}") for n in roles]
     warnings = breakhis.count_warnings(index)
     return audited(schema.fill(index, schema.AUDIT), *splits, warnings=tuple(warnings))
 
@@ -86,7 +86,7 @@ def test_nothing_found_is_said() -> None:
     assert audited(CLEAN).findings == ()
     assert audited(CLEAN).counts == {}
     parts = dict.fromkeys(CLEAN[schema.IMAGE_ID].to_pylist(), "train")
-    assert audited(CLEAN, summary.place(CLEAN, parts, "s")).verdict == (
+    assert audited(CLEAN, summary.place_rows(CLEAN, parts, "s")).verdict == (
         "no leak in s; nothing to decide on before training"
     )
 
@@ -155,12 +155,12 @@ def test_images_are_found_in_a_split_by_id_uri_or_unique_file_name() -> None:
     names = ("x/1.png", "y/1.png", "z/2.png")
     rows = table(*(row(name) for name in names))
     roles = {"x/1.png": "train", "/data/y/1.png": "test", "2.png": "validation", "1.png": "train"}
-    assert summary.place(rows, roles, "s") == summary.Split("s", ["train", "test", "validation"], 1)
-    assert summary.place(rows, {"1.png": "train", "2.png": "test"}, "s").parts == [None, None, "test"]
+    assert summary.place_rows(rows, roles, "s") == summary.Split("s", ["train", "test", "validation"], 1)
+    assert summary.place_rows(rows, {"1.png": "train", "2.png": "test"}, "s").parts == [None, None, "test"]
     saved, name = "a/SOB_B_A-14-1-40-001.TIF", "SOB_B_A-14-1-40-001.png"  # as the folds have it
-    assert summary.place(table(row(saved)), {name: "test"}, "s").parts == ["test"]
+    assert summary.place_rows(table(row(saved)), {name: "test"}, "s").parts == ["test"]
     with pytest.raises(DataError, match=r"s: none of the images stands there, by id, URI or file name"):
-        summary.place(rows, {"other.png": "train"}, "s")
+        summary.place_rows(rows, {"other.png": "train"}, "s")
 
 
 def given(*rows: dict[str, str]) -> Manifest:
@@ -199,6 +199,6 @@ def test_the_result_survives_json() -> None:
 def test_the_names_of_many_cases_are_cut_short() -> None:
     rows = table(*(row(f"{i:02}{side}", **{schema.CASE: f"c{i}"}) for i in range(12) for side in "ab"))
     parts = {name: "train" if name.endswith("a") else "test" for name in rows[schema.IMAGE_ID].to_pylist()}
-    found = audited(rows, summary.place(rows, parts, "s")).findings[0]
+    found = audited(rows, summary.place_rows(rows, parts, "s")).findings[0]
     assert found.sentence.startswith("s: 12 cases in several parts (c0, c1, ")
     assert found.sentence.endswith("c9, ...)")

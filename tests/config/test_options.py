@@ -4,7 +4,7 @@ import pytest
 
 from bcd.config.checks import AuditConfig
 from bcd.config.evaluation import EvaluateConfig
-from bcd.config.options import differences
+from bcd.config.options import changed_flags
 from bcd.config.scoring import ScoreConfig
 from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
 
@@ -19,7 +19,7 @@ def test_a_config_survives_json_and_is_frozen():
 def test_differences_name_what_decides_the_result_and_nothing_else():
     old = TrainConfig(data="x").model_dump(mode="json")
     new = TrainConfig(data="x", seed=1, num_workers="2", max_failures=0, output="o", name="n", device="cpu")
-    assert differences(old, new.model_dump(mode="json")) == ["--seed 0 -> 1"]
+    assert changed_flags(old, new.model_dump(mode="json")) == ["--seed 0 -> 1"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def ids(found):
 
 def test_images_and_slides_are_inputs_and_other_files_are_counted(tmp_path):
     touch(tmp_path, "b/2.PNG", "b/1.jpeg", "a.tif", "c.svs", "z.ndpi", "notes.txt", "b/thumbs.db")
-    found = archive.read(str(tmp_path))
+    found = archive.list_inputs(str(tmp_path))
     assert ids(found) == ["a.tif", "b/1.jpeg", "b/2.PNG", "c.svs", "z.ndpi"]
     assert (found.ignored, found.passed) == (2, {".txt": 1, ".db": 1})
     assert found.table.schema == schema.INPUTS
@@ -42,7 +42,7 @@ def test_each_dicom_series_of_a_folder_is_one_input(tmp_path):
         **objects,
         **{"b/1.2.840.7": two, "c/deep/1.dcm": one, "DICOMDIR": dicom_file("", "1.3")},
     )
-    found = archive.read(str(tmp_path))
+    found = archive.list_inputs(str(tmp_path))
     assert ids(found) == ["a/1.dcm", "a/2.dcm", "b/1.2.840.7", "b/1.dcm", "c/deep/1.dcm"]
     assert found.passed == {archive.OTHER_DICOM: len(OTHERS) + 1}
 
@@ -54,12 +54,12 @@ def test_a_dicom_file_that_does_not_say_its_series_is_an_input(tmp_path):
         tmp_path,
         **{"a.dcm": whole[:140], "b.dcm": whole[:-40], "c.dcm": b"", "d.dcm": b"text", "e.dcm": whole},
     )
-    assert ids(archive.read(str(tmp_path))) == ["a.dcm", "b.dcm", "c.dcm", "d.dcm", "e.dcm"]
+    assert ids(archive.list_inputs(str(tmp_path))) == ["a.dcm", "b.dcm", "c.dcm", "d.dcm", "e.dcm"]
 
 
 def test_a_manifest_names_each_dicom_slide_once(tmp_path):
     put(tmp_path, **{"1.dcm": dicom_file("1.1"), "2.dcm": dicom_file("1.1"), "3.dcm": dicom_file("1.2")})
-    assert ids(archive.read(manifest(tmp_path, [{"uri": f"{n}.dcm"} for n in (1, 3, 4)]))) == [
+    assert ids(archive.list_inputs(manifest(tmp_path, [{"uri": f"{n}.dcm"} for n in (1, 3, 4)]))) == [
         "1.dcm",
         "3.dcm",
         "4.dcm",
@@ -67,7 +67,7 @@ def test_a_manifest_names_each_dicom_slide_once(tmp_path):
     with pytest.raises(
         DataError, match=r"line 3: .*/2.dcm is of the same slide as .*/1.dcm; name one of them"
     ):
-        archive.read(manifest(tmp_path, [{"uri": f"{n}.dcm"} for n in (1, 2)]))
+        archive.list_inputs(manifest(tmp_path, [{"uri": f"{n}.dcm"} for n in (1, 2)]))
 
 
 def test_files_without_a_suffix_count_by_their_first_bytes(tmp_path, s3):
@@ -76,7 +76,7 @@ def test_files_without_a_suffix_count_by_their_first_bytes(tmp_path, s3):
     put(tmp_path, **starts, **others)
     storage.upload_folder(tmp_path, f"{s3}/{tmp_path.name}")
     for uri in (str(tmp_path), f"{s3}/{tmp_path.name}"):
-        found = archive.read(uri)
+        found = archive.list_inputs(uri)
         assert (ids(found), found.passed) == (sorted(starts), {archive.NO_SUFFIX: 3})
 
 
@@ -88,7 +88,7 @@ def test_every_entry_is_accounted_for(tmp_path):
     (tmp_path / "c/up").symlink_to("..")
     with open(os.path.join(os.fsencode(tmp_path), b"z\xff.tif"), "wb"):
         pass
-    found = archive.read(str(tmp_path))
+    found = archive.list_inputs(str(tmp_path))
     assert ids(found) == ["a.png", "gone.svs", r"z\xff.tif"]
     assert found.table[schema.ERROR].to_pylist() == [None, "unreadable", "unreadable"]
     assert found.table[schema.ERROR_MESSAGE].to_pylist()[1:] == [
@@ -112,7 +112,7 @@ def test_every_entry_is_accounted_for(tmp_path):
 @pytest.mark.parametrize("name", ["a.PNG", "b.svs", "c.dcm", "IM7"])
 def test_one_file_is_an_archive(tmp_path, name):
     put(tmp_path, **{name: dicom_file("1.1")})
-    (row,) = archive.read(f"{tmp_path}/{name}").table.to_pylist()
+    (row,) = archive.list_inputs(f"{tmp_path}/{name}").table.to_pylist()
     assert [row[key] for key in (schema.IMAGE_ID, schema.URI)] == [name, f"{tmp_path}/{name}"]
     assert row[schema.SIZE_BYTES] == len(dicom_file("1.1"))
 
@@ -123,30 +123,30 @@ def test_one_file_of_another_kind_is_told_what_is_expected(tmp_path):
         with pytest.raises(
             DataError, match=rf"{name}: is a file of another kind; expected .png, .*\.dcm, \.csv"
         ):
-            archive.read(f"{tmp_path}/{name}")
+            archive.list_inputs(f"{tmp_path}/{name}")
 
 
 def test_the_files_of_a_mirax_slide_are_one_input(tmp_path):
     touch(tmp_path, "a.mrxs", "a/Slidedat.ini", "a/Data0000.dat", "b/Data0000.dat")
-    found = archive.read(str(tmp_path))
+    found = archive.list_inputs(str(tmp_path))
     assert (ids(found), found.ignored) == (["a.mrxs"], 1)
 
 
 def test_a_folder_named_like_a_picture_is_no_input(tmp_path):
     touch(tmp_path, "x.png/y.jpg", "z.svs/notes.txt")
     (tmp_path / "empty.png").mkdir()
-    found = archive.read(str(tmp_path))
+    found = archive.list_inputs(str(tmp_path))
     assert (ids(found), found.ignored) == (["x.png/y.jpg"], 1)
 
 
 def test_a_folder_on_s3(s3, tree_on_s3, tree):
-    assert ids(archive.read(tree_on_s3)) == ids(archive.read(tree))
+    assert ids(archive.list_inputs(tree_on_s3)) == ids(archive.list_inputs(tree))
 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.parquet"])
 def test_a_manifest_needs_nothing_but_uris(tmp_path, name):
     rows = [{"uri": uri} for uri in ("s3://elsewhere/b.svs", "in/a.png", "/abs/c.tif")]
-    found = archive.read(manifest(tmp_path, rows, name))
+    found = archive.list_inputs(manifest(tmp_path, rows, name))
     assert ids(found) == ["/abs/c.tif", "in/a.png", "s3://elsewhere/b.svs"]
     uris = found.table[schema.URI].to_pylist()
     assert uris == ["/abs/c.tif", str(tmp_path / "in/a.png"), "s3://elsewhere/b.svs"]
@@ -158,7 +158,7 @@ def test_a_manifest_says_what_is_known(tmp_path):
         {"uri": "b.png", "image_id": "7", "patient": "007", "case": "c", "slide": "s", "mpp": 0.25},
         {"uri": "b.png", "image_id": "10", "patient": None, "case": None, "slide": None, "mpp": None},
     ]
-    found = archive.read(manifest(tmp_path, rows))
+    found = archive.list_inputs(manifest(tmp_path, rows))
     columns = (schema.IMAGE_ID, schema.PATIENT, schema.CASE, schema.SLIDE, schema.MPP)
     assert [tuple(row[name] for name in columns) for row in found.table.to_pylist()] == [
         ("10", None, None, None, None),
@@ -168,7 +168,7 @@ def test_a_manifest_says_what_is_known(tmp_path):
 
 def test_a_patient_is_written_as_in_training(tmp_path):
     rows = [{"URI ": f"{i}.png", " Patient": name} for i, name in enumerate(("12", "12.0", " 12", "nan"))]
-    found = archive.read(manifest(tmp_path, rows))
+    found = archive.list_inputs(manifest(tmp_path, rows))
     assert found.table[schema.PATIENT].to_pylist() == ["12", "12", "12", None]
 
 
@@ -191,26 +191,26 @@ def test_a_patient_is_written_as_in_training(tmp_path):
 )
 def test_a_wrong_manifest_is_refused(tmp_path, rows, said):
     with pytest.raises(DataError, match=said):
-        archive.read(manifest(tmp_path, rows))
+        archive.list_inputs(manifest(tmp_path, rows))
 
 
 def test_nothing_to_score_is_refused(tmp_path):
     with pytest.raises(StorageError, match="there is no such folder"):
-        archive.read(str(tmp_path / "none"))
+        archive.list_inputs(str(tmp_path / "none"))
     with pytest.raises(StorageError, match="cannot read it"):
-        archive.read(str(tmp_path / "none.csv"))
+        archive.list_inputs(str(tmp_path / "none.csv"))
     touch(tmp_path, "readme.txt", "x.bmp", "y.bmp")
     with pytest.raises(DataError, match=r"below it; expected .png, .*\.dcm files; it holds 2 .bmp, 1 .txt$"):
-        archive.read(str(tmp_path))
+        archive.list_inputs(str(tmp_path))
     (tmp_path / "m.csv").write_text("uri\n")
     with pytest.raises(DataError, match="the manifest has no rows"):
-        archive.read(str(tmp_path / "m.csv"))
+        archive.list_inputs(str(tmp_path / "m.csv"))
 
 
 def test_a_manifest_may_have_any_magnification(tmp_path):
     """Scoring never uses it."""
     (tmp_path / "m.csv").write_text("uri,magnification,mpp\na.png,20,0.5\nb.png,20x,0.25\n")
-    assert archive.read(str(tmp_path / "m.csv")).table[schema.MPP].to_pylist() == [0.5, 0.25]
+    assert archive.list_inputs(str(tmp_path / "m.csv")).table[schema.MPP].to_pylist() == [0.5, 0.25]
 
 
 def test_a_version_changes_with_any_file_of_its_input(tmp_path):
@@ -219,11 +219,11 @@ def test_a_version_changes_with_any_file_of_its_input(tmp_path):
     for name in names:
         storage.write_bytes(str(tmp_path / name), dicom_file("1.1"))
     owners = {"m/Data0.dat": "m.mrxs", "d/2.dcm": "d/1.dcm", "notes.txt": None}
-    before = archive.read(str(tmp_path)).versions
+    before = archive.list_inputs(str(tmp_path)).versions
     assert sorted(before) == ["a.png", "d/1.dcm", "m.mrxs"]
     for name in names:
         storage.write_bytes(str(tmp_path / name), dicom_file("1.1", after=b"replaced"))
-        after = archive.read(str(tmp_path)).versions
+        after = archive.list_inputs(str(tmp_path)).versions
         owner = owners.get(name, name)
         assert [key for key in before if before[key] != after[key]] == ([owner] if owner else [])
         before = after
@@ -232,5 +232,5 @@ def test_a_version_changes_with_any_file_of_its_input(tmp_path):
 def test_a_manifest_has_the_versions_of_its_files(tmp_path):
     storage.write_bytes(str(tmp_path / "a.png"), b"1234")
     (tmp_path / "m.csv").write_text("image_id,uri\nx,a.png\ny,a.png\nz,gone.png\n")
-    found = archive.read(str(tmp_path / "m.csv")).versions
+    found = archive.list_inputs(str(tmp_path / "m.csv")).versions
     assert found == {"x": storage.version(str(tmp_path / "a.png")), "y": found["x"], "z": None}

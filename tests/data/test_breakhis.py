@@ -32,14 +32,14 @@ def complete() -> pa.Table:
 @pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".JPEG", ".tif", ".Tiff"])
 def test_a_name_may_have_another_suffix(suffix):
     path = TREE.replace(".png", suffix)
-    assert breakhis.parse(path) == breakhis.parse(TREE)
+    assert breakhis.parse_path(path) == breakhis.parse_path(TREE)
     assert breakhis.published(path) == "SOB_B_A-14-22549AB-40-001.png"
     assert breakhis.published(f"a/my{suffix}") == f"my{suffix}"
 
 
 @pytest.mark.parametrize("path", [TREE, Path(TREE).name, f"40X/{Path(TREE).name}"])
 def test_a_name_says_everything(path: str) -> None:
-    name = breakhis.parse(path)
+    name = breakhis.parse_path(path)
     assert (name.tumor_class, name.subtype, name.year, name.number, name.suffix) == (
         ("benign", "A", "14", "22549", "AB")
     )
@@ -66,13 +66,13 @@ def test_a_name_says_everything(path: str) -> None:
 )
 def test_a_name_that_breaks_the_grammar_is_named_with_the_grammar(name: str) -> None:
     with pytest.raises(DataError, match="expected SOB_<B\\|M>_<subtype>") as caught:
-        breakhis.parse(f"folder/{name}")
+        breakhis.parse_path(f"folder/{name}")
     assert f"folder/{name}:" in str(caught.value)
 
 
 def test_the_class_letter_must_agree_with_the_subtype() -> None:
     with pytest.raises(DataError, match="A is benign, so expected SOB_B_"):
-        breakhis.parse("SOB_M_A-14-22549AB-40-001.png")
+        breakhis.parse_path("SOB_M_A-14-22549AB-40-001.png")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_the_class_letter_must_agree_with_the_subtype() -> None:
 )
 def test_a_folder_that_contradicts_the_name_is_an_error(old: str, new: str) -> None:
     with pytest.raises(DataError, match=f"folder {new.strip('/')} contradicts .* expected {old.strip('/')}"):
-        breakhis.parse(TREE.replace(old, new))
+        breakhis.parse_path(TREE.replace(old, new))
 
 
 def test_an_index_has_one_row_per_file_in_order() -> None:
@@ -186,7 +186,7 @@ def test_the_published_names_have_the_published_counts(real_data: Path) -> None:
     counted = [table[name].value_counts().to_pylist() for name in (schema.MAGNIFICATION, schema.TUMOR_CLASS)]
     totals = {row["values"]: row["counts"] for column in counted for row in column}
     assert totals == {40: 1995, 100: 2081, 200: 2013, 400: 1820, "benign": 2480, "malignant": 5429}
-    names = [breakhis.parse(name) for name in folds[0]]
+    names = [breakhis.parse_path(name) for name in folds[0]]
     assert len({name.slide for name in names}) == 81
     assert len({(name.slide, name.subtype) for name in names}) == 82
     assert len({name.case for name in names}) == 70
@@ -195,7 +195,7 @@ def test_the_published_names_have_the_published_counts(real_data: Path) -> None:
 @pytest.mark.real
 def test_the_doubly_published_slide_is_as_described(real_data: Path) -> None:
     fold = breakhis.read_fold((real_data / "folds" / "dsfold1.txt").read_text(), "dsfold1.txt")
-    copies = [name for name in map(breakhis.parse, fold) if name.slide in breakhis.KNOWN_ANOMALIES]
+    copies = [name for name in map(breakhis.parse_path, fold) if name.slide in breakhis.KNOWN_ANOMALIES]
     for subtype in ("DC", "LC"):
         per_magnification = [
             sum(name.subtype == subtype and name.magnification == m for name in copies)

@@ -11,7 +11,7 @@ from bcd.taxonomy import given_names
 
 def read(*paths, classes=()):
     files = [File(f"/data/{path}", path, 1) for path in paths]
-    return folders.rows("data", files, given_names(classes))
+    return folders.rows_of_tree("data", files, given_names(classes))
 
 
 def told(*paths, classes=()):

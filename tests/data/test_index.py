@@ -27,7 +27,7 @@ def test_a_folder_per_class_with_patients(tmp_path):
         "lobular_carcinoma/p4/d.png",
         "notes.txt",
     )
-    table, warnings = index.read(str(tmp_path))
+    table, warnings = index.read_index(str(tmp_path))
     columns = (schema.IMAGE_ID, schema.PATIENT, schema.TUMOR_CLASS, schema.SUBTYPE, schema.SIZE_BYTES)
     assert [tuple(row[c] for c in columns) for row in table.to_pylist()] == [
         ("benign/p1/a.png", "p1", "benign", None, 15),
@@ -41,7 +41,7 @@ def test_a_folder_per_class_with_patients(tmp_path):
 
 def test_a_flat_folder_per_class_has_no_patients(tmp_path):
     touch(tmp_path, "benign/a.png", "malignant/b.png")
-    table, _ = index.read(str(tmp_path))
+    table, _ = index.read_index(str(tmp_path))
     assert table[schema.PATIENT].null_count == 2
 
 
@@ -52,7 +52,7 @@ def test_a_manifest_takes_relative_and_absolute_uris(tmp_path, name):
         {"uri": "in/a.png", "tumor_class": "benign", "patient": "007", "mpp": 0.5},
         {"uri": str(tmp_path / "b.png"), "tumor_class": "malignant", "patient": "8", "mpp": None},
     ]
-    table, _ = index.read(manifest(tmp_path, rows, name))
+    table, _ = index.read_index(manifest(tmp_path, rows, name))
     first = next(row for row in table.to_pylist() if row[schema.IMAGE_ID] == "in/a.png")
     assert (first[schema.URI], first[schema.PATIENT]) == (str(tmp_path / "in/a.png"), "007")
     assert (first[schema.MPP], first[schema.SIZE_BYTES]) == (0.5, 8)
@@ -60,7 +60,7 @@ def test_a_manifest_takes_relative_and_absolute_uris(tmp_path, name):
 
 def test_a_manifest_of_subtypes_needs_no_tumor_class(tmp_path):
     touch(tmp_path, "a.png")
-    table, _ = index.read(manifest(tmp_path, [{"uri": "a.png", "subtype": "PC", "patient": "1"}]))
+    table, _ = index.read_index(manifest(tmp_path, [{"uri": "a.png", "subtype": "PC", "patient": "1"}]))
     assert table[schema.TUMOR_CLASS].to_pylist() == ["malignant"]
 
 
@@ -106,7 +106,7 @@ GOOD = {"uri": "a.png", "tumor_class": "benign", "patient": "1"}
 def test_a_wrong_manifest_is_refused_by_row(tmp_path, rows, said):
     touch(tmp_path, "a.png", "in/b.png")
     with pytest.raises(DataError, match=said):
-        index.read(manifest(tmp_path, rows))
+        index.read_index(manifest(tmp_path, rows))
 
 
 def column(table, name):
@@ -118,7 +118,7 @@ def column(table, name):
 def test_one_patient_has_one_id(tmp_path, name, twin):
     touch(tmp_path, "a.png", "b.png")
     frame = pd.DataFrame([GOOD | {"patient": "12"}, GOOD | {"uri": "b.png", "patient": str(twin)}])
-    table, warnings = index.read(manifest(tmp_path, frame, name))
+    table, warnings = index.read_index(manifest(tmp_path, frame, name))
     assert column(table, schema.PATIENT) == ["12", "12"]
     assert warnings == []
 
@@ -126,7 +126,7 @@ def test_one_patient_has_one_id(tmp_path, name, twin):
 def test_numbers_of_parquet_are_ids_and_classes(tmp_path):
     touch(tmp_path, "a.png", "b.png")
     rows = {"uri": ["a.png", "b.png"], "tumor_class": [0, 1], "patient": [7.0, None], "case": [3, 4]}
-    table, _ = index.read(manifest(tmp_path, rows, "m.parquet"), ["benign=0", "malignant=1"])
+    table, _ = index.read_index(manifest(tmp_path, rows, "m.parquet"), ["benign=0", "malignant=1"])
     assert column(table, schema.PATIENT) == ["7", None]
     assert column(table, schema.CASE) == ["3", "4"]
     assert column(table, schema.TUMOR_CLASS) == ["benign", "malignant"]
@@ -145,14 +145,14 @@ def test_numbers_of_parquet_are_ids_and_classes(tmp_path):
 )
 def test_class_names_are_forgiven_or_given(tmp_path, written, classes, expected):
     touch(tmp_path, "a.png")
-    table, _ = index.read(manifest(tmp_path, [GOOD | {"tumor_class": written}]), classes)
+    table, _ = index.read_index(manifest(tmp_path, [GOOD | {"tumor_class": written}]), classes)
     assert column(table, schema.TUMOR_CLASS) == [expected]
 
 
 @pytest.mark.parametrize("subtype", ["dc", " DC ", "Ductal Carcinoma", "ductal_carcinoma"])
 def test_subtypes_are_codes_or_names(tmp_path, subtype):
     touch(tmp_path, "a.png")
-    table, _ = index.read(manifest(tmp_path, [{"uri": "a.png", "subtype": subtype, "patient": "1"}]))
+    table, _ = index.read_index(manifest(tmp_path, [{"uri": "a.png", "subtype": subtype, "patient": "1"}]))
     assert (column(table, schema.SUBTYPE), column(table, schema.TUMOR_CLASS)) == (["DC"], ["malignant"])
 
 
@@ -160,7 +160,7 @@ def test_a_spreadsheet_is_read_as_it_was_meant(tmp_path):
     touch(tmp_path, "a.png", "b.png")
     text = "\ufeffURI, Patient ,Tumor Class,Patient_ID,Fold\na.png,12,Benign,x,1\nb.png,012, malignant,y,2\n"
     (tmp_path / "m.csv").write_text(text, encoding="utf-8")
-    table, warnings = index.read(str(tmp_path / "m.csv"))
+    table, warnings = index.read_index(str(tmp_path / "m.csv"))
     assert column(table, schema.PATIENT) == ["12", "012"]
     assert warnings == [
         "column 'Patient_ID' is not used; the column 'patient' is",
@@ -174,7 +174,7 @@ def test_a_given_part_is_kept(tmp_path):
     touch(tmp_path, "a.png", "b.png", "c.png")
     parts = {"a.png": "Train", "b.png": "val", "c.png": "testing "}
     rows = [GOOD | {"uri": uri, "part": part} for uri, part in parts.items()]
-    table, warnings = index.read(manifest(tmp_path, rows))
+    table, warnings = index.read_index(manifest(tmp_path, rows))
     assert (column(table, schema.PART), warnings) == (["train", "validation", "test"], [])
     assert table.schema == schema.SPLIT
 
@@ -191,12 +191,12 @@ def test_a_part_that_is_none_is_refused(tmp_path, parts, said):
     touch(tmp_path, "a.png", "b.png")
     rows = [GOOD | {"uri": uri, "part": part} for uri, part in zip(("a.png", "b.png"), parts, strict=True)]
     with pytest.raises(DataError, match=said):
-        index.read(manifest(tmp_path, rows))
+        index.read_index(manifest(tmp_path, rows))
 
 
 def test_one_part_alone_is_no_split(tmp_path):
     touch(tmp_path, "a.png")
-    table, warnings = index.read(manifest(tmp_path, [GOOD | {"part": "train"}]))
+    table, warnings = index.read_index(manifest(tmp_path, [GOOD | {"part": "train"}]))
     assert (table.schema, warnings) == (
         schema.INDEX,
         ["all images stand in the part train: this is no split"],
@@ -205,7 +205,7 @@ def test_one_part_alone_is_no_split(tmp_path):
 
 def test_breakhis_names_keep_the_division_of_their_tree(tmp_path):
     touch(tmp_path, "Train/SOB_B_A-14-22549AB-40-001.png", "val/SOB_M_DC-14-2523-40-010.png")
-    table, _ = index.read(str(tmp_path))
+    table, _ = index.read_index(str(tmp_path))
     assert column(table, schema.PART) == ["train", "validation"]
     assert column(table, schema.PATIENT) == ["14-22549AB", "14-2523"]
 
@@ -213,21 +213,21 @@ def test_breakhis_names_keep_the_division_of_their_tree(tmp_path):
 def test_an_unreadable_or_empty_manifest_is_refused(tmp_path):
     (tmp_path / "m.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match="not a readable manifest"):
-        index.read(str(tmp_path / "m.parquet"))
+        index.read_index(str(tmp_path / "m.parquet"))
     (tmp_path / "m.csv").write_text("uri,tumor_class\n")
     with pytest.raises(DataError, match="the manifest has no rows"):
-        index.read(str(tmp_path / "m.csv"))
+        index.read_index(str(tmp_path / "m.csv"))
     (tmp_path / "e.csv").write_text("")
     with pytest.raises(DataError, match="not a readable manifest"):
-        index.read(str(tmp_path / "e.csv"))
+        index.read_index(str(tmp_path / "e.csv"))
 
 
 def test_a_missing_or_empty_folder_is_refused(tmp_path):
     with pytest.raises(StorageError, match="there is no such folder"):
-        index.read(str(tmp_path / "none"))
+        index.read_index(str(tmp_path / "none"))
     touch(tmp_path, "readme.txt")
     with pytest.raises(DataError, match=r"no image below it; expected .png"):
-        index.read(str(tmp_path))
+        index.read_index(str(tmp_path))
 
 
 def test_what_is_left_out_of_a_tree_is_told(tmp_path):
@@ -241,7 +241,7 @@ def test_what_is_left_out_of_a_tree_is_told(tmp_path):
     )
     (tmp_path / "benign/p1/gone.png").symlink_to("/nowhere")
     (tmp_path / "more").symlink_to("benign")
-    table, warnings = index.read(str(tmp_path))
+    table, warnings = index.read_index(str(tmp_path))
     assert table[schema.IMAGE_ID].to_pylist() == ["benign/p1/a.png", "malignant/p2/b.png"]
     expected = "expected .png, .jpg, .jpeg, .tif, .tiff"
     assert warnings == [
@@ -255,7 +255,7 @@ def test_what_is_left_out_of_a_tree_is_told(tmp_path):
 def test_images_without_any_class_are_refused_by_name(tmp_path):
     touch(tmp_path, "benign/a.png", "somewhere/b.png")
     with pytest.raises(DataError, match=r"somewhere/b.png lies in no class folder"):
-        index.read(str(tmp_path))
+        index.read_index(str(tmp_path))
 
 
 def test_select_magnifications_keeps_rows_without_one(tmp_path):
@@ -263,7 +263,7 @@ def test_select_magnifications_keeps_rows_without_one(tmp_path):
     rows = [
         GOOD | {"uri": n, "magnification": m} for n, m in (("a.png", "40"), ("b.png", "100"), ("c.png", None))
     ]
-    table, _ = index.read(manifest(tmp_path, rows))
+    table, _ = index.read_index(manifest(tmp_path, rows))
     assert index.select_magnifications(table, [40])[schema.IMAGE_ID].to_pylist() == ["a.png", "c.png"]
     with pytest.raises(DataError, match=r"no image has a magnification of \[400\]"):
         index.select_magnifications(table.slice(0, 2), [400])
@@ -271,7 +271,7 @@ def test_select_magnifications_keeps_rows_without_one(tmp_path):
 
 @pytest.mark.real
 def test_the_published_tree(real_data):
-    table, warnings = index.read(str(real_data / "breakhis/BreaKHis_v1"))
+    table, warnings = index.read_index(str(real_data / "breakhis/BreaKHis_v1"))
     assert len(warnings) == 1
     assert len(table) == 78
     assert len(set(table[schema.CASE].to_pylist())) == 21
@@ -281,7 +281,7 @@ def test_the_published_tree(real_data):
 
 @pytest.mark.real
 def test_own_data_by_manifest(real_data):
-    table, warnings = index.read(str(real_data / "glas/manifest.csv"))
+    table, warnings = index.read_index(str(real_data / "glas/manifest.csv"))
     assert warnings == []
     classes = table[schema.TUMOR_CLASS].to_pylist()
     assert (classes.count("benign"), classes.count("malignant")) == (35, 77)

@@ -17,7 +17,7 @@ GOOD = "uri,patient,mpp\na.png,007,0.5\n"
 def cells(path, content):
     """The rows of a file with this content."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return [row.cells for row in manifest.read(str(path)).rows]
+    return [row.cells for row in manifest.read_manifest(str(path)).rows]
 
 
 def refused(path, content):
@@ -28,7 +28,7 @@ def refused(path, content):
 
 def read(path, content):
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return manifest.read(str(path))
+    return manifest.read_manifest(str(path))
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_a_tile_of_a_slide_that_cannot_be_fetched_now_is_left_to_a_rerun(monkeyp
     def fails(uri, given):
         raise StorageError(f"{uri}: no")
 
-    monkeypatch.setattr(slide_cache, "open_slide", fails)
+    monkeypatch.setattr(slide_cache, "open_staged", fails)
     with pytest.raises(image.ImageError, match="unavailable"):
         read.picture({schema.URI: "s.svs", schema.X_LEVEL0_PX: 0})
 

@@ -53,7 +53,7 @@ def sample() -> dict[str, np.ndarray]:
 
 def test_the_tree_is_named_and_laid_out_as_published(tree: Path) -> None:
     paths = sorted(path.relative_to(tree / "BreaKHis_v1") for path in tree.rglob("*.png"))
-    names = [breakhis.parse(path.as_posix()) for path in paths]
+    names = [breakhis.parse_path(path.as_posix()) for path in paths]
     assert Counter(name.subtype for name in names) == dict.fromkeys(SUBTYPES, 2 * 2 * 2)
     assert {name.magnification for name in names} == {40, 400}
     assert {name.sequence for name in names} == {1, 2}
@@ -66,7 +66,7 @@ def test_the_tree_is_named_and_laid_out_as_published(tree: Path) -> None:
 
 
 def test_ids_cannot_be_taken_for_published_ones(tree: Path) -> None:
-    names = [breakhis.parse(path.name) for path in tree.rglob("*.png")]
+    names = [breakhis.parse_path(path.name) for path in tree.rglob("*.png")]
     assert {name.year for name in names} == {"99"}
     assert min(int(name.number) for name in names) == 90001
 

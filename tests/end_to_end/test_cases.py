@@ -19,7 +19,7 @@ def cases(real_data):
 
 def scored(uri, tmp_path):
     """What the archive job reads of each input, by its id: rows, error codes, mean RGB."""
-    table, found = archive.read(str(uri)).table, {}
+    table, found = archive.list_inputs(str(uri)).table, {}
     for i, name in enumerate(table[schema.IMAGE_ID].to_pylist()):
         one = table.slice(i, 1)
         if tiling.may_be_slide(one[schema.URI][0].as_py()):
@@ -67,16 +67,16 @@ def test_series_of_one_dicom_folder_are_slides_of_their_own(cases, tmp_path):
 
 def test_manifests(cases, tmp_path):
     assert scored(cases / "manifests/trailing_comma.csv", tmp_path)["p.png"][:2] == (1, {""})
-    assert archive.read(str(cases / "manifests/trailing_comma.csv")).table[schema.PATIENT].to_pylist() == [
-        "007"
-    ]
+    assert archive.list_inputs(str(cases / "manifests/trailing_comma.csv")).table[
+        schema.PATIENT
+    ].to_pylist() == ["007"]
     assert scored(cases / "manifests/mpp_column.csv", tmp_path)["no_mpp.tif"][:2] == (1, {""})
     # Without a scale a file of one level is a field.
     assert scored(cases / "manifests/no_mpp.tif", tmp_path)["no_mpp.tif"][:2] == (1, {""})
 
 
 def patients(uri):
-    table, warnings = index.read(str(uri))[:2]
+    table, warnings = index.read_index(str(uri))[:2]
     rows = table.to_pylist()
     return {(row[schema.TUMOR_CLASS], row[schema.PATIENT]) for row in rows}, warnings
 
@@ -85,7 +85,7 @@ def test_training_trees(cases):
     expected = {(name, f"{site}/P{i}") for name in ("benign", "malignant") for site in "AF" for i in range(3)}
     assert patients(cases / "training/sites_A_F")[0] == expected
     with pytest.raises(DataError, match=r"100X is no patient; expected CLASS/PATIENT/IMAGE"):
-        index.read(str(cases / "training/cls_then_mag"))
+        index.read_index(str(cases / "training/cls_then_mag"))
 
 
 def test_training_manifests(cases):
@@ -96,4 +96,4 @@ def test_training_manifests(cases):
         assert found == expected
         assert any("'split' is not used" in text for text in warnings) == (name == "split_col.csv")
     with pytest.raises(DataError, match=r"mpp_neg.csv, line 2: the mpp is '-1'"):
-        index.read(str(folder / "mpp_neg.csv"))
+        index.read_index(str(folder / "mpp_neg.csv"))

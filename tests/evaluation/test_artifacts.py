@@ -26,7 +26,7 @@ def test_the_probability_before_the_temperature_comes_back(tmp_path):
     facts = card(temperature=3.0, threshold=0.6)
     frame = artifacts.with_truth(uri, test, facts)
     np.testing.assert_allclose(frame[aggregate.UNCALIBRATED], 1 / (1 + np.exp(-3 * np.array([1.0, -0.5]))))
-    images = artifacts.image_table(frame, facts, uri, draw=2)
+    images = artifacts.images_of(frame, facts, uri, draw=2)
     assert images[aggregate.CORRECT].all()
     assert images[aggregate.SOURCE].tolist() == [uri, uri]
     assert images[aggregate.DRAW].tolist() == [2, 2]
@@ -34,12 +34,12 @@ def test_the_probability_before_the_temperature_comes_back(tmp_path):
 
 
 def test_images_unlike_the_training_are_counted_where_the_model_can_tell():
-    images = aggregate.images(studies.predictions(n_patients=4, n_images=2))
+    images = aggregate.image_table(studies.predictions(n_patients=4, n_images=2))
     none = pd.DataFrame({schema.IMAGE_ID: []})
-    assert artifacts.measure(images, none, TUMOR_CLASSES)["warnings"] is None
+    assert artifacts.measure_run(images, none, TUMOR_CLASSES)["warnings"] is None
     far = np.array([1.3, 1.2, 1.1, 1.0] * 2, np.float32)
     seen = images.assign(**{schema.NOVELTY: far, schema.NOVELTY_CUTOFF: np.float32(1.1)})
-    measured = artifacts.measure(seen, none, TUMOR_CLASSES)
+    measured = artifacts.measure_run(seen, none, TUMOR_CLASSES)
     assert measured["warnings"] == {"unlike_training_data": 4}
     assert ", 4 unlike the training data" in model_report.summary_lines(measured)[0]
 

@@ -22,7 +22,7 @@ def tissue(seed: int, height: int = 460, width: int = 700) -> np.ndarray:
 
 
 def bits(pixels: np.ndarray) -> np.ndarray:
-    phash = appearance.describe(pixels)[schema.PHASH]
+    phash = appearance.measure_appearance(pixels)[schema.PHASH]
     return np.unpackbits(np.frombuffer(bytes.fromhex(phash), np.uint8))
 
 
@@ -47,7 +47,7 @@ def test_a_description_is_that_of_the_tissue_and_not_of_the_glass() -> None:
     squares = (np.indices((256, 256)).sum(0) % 2)[..., None]
     field = np.where(squares, weak, strong).astype(np.uint8)
     field[:, 64:] = 245  # three quarters are glass
-    described = appearance.describe(field)
+    described = appearance.measure_appearance(field)
     assert described[schema.TISSUE_FRACTION] == 0.25
     assert described[schema.HEMATOXYLIN_OD_MEAN] == pytest.approx(0.4, abs=0.01)
     assert described[schema.HEMATOXYLIN_OD_STD] == pytest.approx(0.2, abs=0.01)
@@ -60,10 +60,10 @@ def test_a_description_is_that_of_the_tissue_and_not_of_the_glass() -> None:
 
 def test_glass_has_no_stain() -> None:
     noise = np.random.default_rng(0).normal(230, 3, (460, 700, 3))
-    described = appearance.describe(noise.clip(0, 255).astype(np.uint8))
+    described = appearance.measure_appearance(noise.clip(0, 255).astype(np.uint8))
     assert described[schema.TISSUE_FRACTION] == 0
     assert not described.keys() & set(MEAN)
-    assert appearance.describe(np.full((5, 7, 3), 200, np.uint8))[schema.TISSUE_FRACTION] == 0
+    assert appearance.measure_appearance(np.full((5, 7, 3), 200, np.uint8))[schema.TISSUE_FRACTION] == 0
 
 
 def test_copies_differ_in_few_bits_and_strangers_in_many() -> None:
@@ -111,4 +111,4 @@ def test_on_real_fields_copies_lie_below_the_cut_off_and_strangers_above(real_da
         assert max(np.abs(phash - copy).sum() for copy in copies) <= 20
         assert moved(field, 0.01) <= 34
         assert moved(field, 0.02) <= 54
-        assert appearance.describe(np.asarray(field))[schema.TISSUE_FRACTION] > 5 * duplicates.BLANK
+        assert appearance.measure_appearance(np.asarray(field))[schema.TISSUE_FRACTION] > 5 * duplicates.BLANK

@@ -14,7 +14,7 @@ def chosen(x=None, y=None, ome="", **given):
     """The scale of a slide of 900 x 600 px."""
     properties = {"openslide.mpp-x": x, "openslide.mpp-y": y, "tiff.ImageDescription": ome}
     properties = {name: str(value) for name, value in properties.items() if value is not None}
-    return pixel_size.choose(properties, (900, 600), pixel_size.Given(**given))
+    return pixel_size.level0_mpp(properties, (900, 600), pixel_size.Given(**given))
 
 
 def error_of(*args, **given):

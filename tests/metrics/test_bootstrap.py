@@ -183,11 +183,11 @@ def test_a_deviation_needs_patients_and_defined_resamples() -> None:
 def test_differences_are_those_on_the_same_drawn_patients() -> None:
     first, second = Cohort(0).arrays(1.7).tally(), Cohort(0).arrays(1.0).tally()
     drawn = bootstrap.draws(82, 50, seed=5)
-    found = bootstrap.differences(first, second, 50, seed=5)
+    found = bootstrap.resampled_differences(first, second, 50, seed=5)
     assert set(found) == set(bootstrap.INTERVALS)
     for name, values in found.items():
         np.testing.assert_array_equal(values, first.metrics(drawn)[name] - second.metrics(drawn)[name])
-    assert all((values == 0).all() for values in bootstrap.differences(first, first, 50).values())
+    assert all((values == 0).all() for values in bootstrap.resampled_differences(first, first, 50).values())
 
 
 @one_thread

@@ -27,10 +27,20 @@ def told(logit: np.ndarray, target: np.ndarray, temperature: float) -> dict[str,
     truth = target >= len(names) // 2
     probability = calibration.probability_malignant(logit, names, temperature)
     return {
-        "cross_entropy": calibration.cross_entropy(truth, aggregate.log_odds(probability)),
+        "cross_entropy": calibration.cross_entropy(truth, aggregate.clipped_log_odds(probability)),
         "brier": calibration.brier(truth, probability),
         "ece": calibration.expected_error(truth, probability),
     }
+
+
+def test_log_odds_are_those_of_the_probability() -> None:
+    rng = np.random.default_rng(0)
+    two, eight = rng.normal(0, 3, (5, 2)), rng.normal(0, 3, (5, 8))
+    np.testing.assert_array_equal(calibration.log_odds(two, TUMOR_CLASSES), two[:, 1] - two[:, 0])
+    p = calibration.probability_malignant(eight, tuple(SUBTYPES))
+    np.testing.assert_allclose(calibration.log_odds(eight, tuple(SUBTYPES)), np.log(p / (1 - p)))
+    # No probability below 1 is as sure.
+    assert calibration.log_odds(np.array([[0.0, 99.0]]), TUMOR_CLASSES) == [99]
 
 
 @pytest.mark.parametrize("n_classes", [2, 8])
@@ -97,7 +107,7 @@ def test_scores_agree_with_scikit_learn() -> None:
     logit, target = simulated(2, 1.0, n=500)
     probability = calibration.probability_malignant(logit, TUMOR_CLASSES)
     assert calibration.brier(target == 1, probability) == pytest.approx(brier_score_loss(target, probability))
-    log_odds = aggregate.log_odds(probability)
+    log_odds = aggregate.clipped_log_odds(probability)
     assert calibration.cross_entropy(target == 1, log_odds) == pytest.approx(log_loss(target, probability))
     assert calibration.cross_entropy(target == 1, log_odds) == pytest.approx(
         log_loss(target, softmax(logit, 1))
@@ -108,7 +118,7 @@ def test_the_calibration_error_by_hand() -> None:
     # Bins of 1/15. First: 0.02, 0.04 (none malignant). Eighth: 0.5, 0.48, 0.52 (two of three). Last: 1 (yes).
     probability = np.array([0.5, 0.02, 1.0, 0.48, 0.04, 0.52])
     truth = np.array([1, 0, 1, 0, 0, 1], bool)
-    rows = calibration.reliability(truth, probability)
+    rows = calibration.reliability_table(truth, probability)
     assert [row["n"] for row in rows] == [2, 3, 1]
     assert [row["stated"] for row in rows] == pytest.approx([0.03, 0.5, 1.0])
     assert [row["share_malignant"] for row in rows] == pytest.approx([0, 2 / 3, 1])
@@ -121,9 +131,9 @@ def test_nothing_has_no_score() -> None:
     assert calibration.cross_entropy(none, nothing) is None
     assert calibration.brier(none, nothing) is None
     assert calibration.expected_error(none, nothing) is None
-    assert calibration.reliability(none, nothing) == []
+    assert calibration.reliability_table(none, nothing) == []
 
 
 def test_a_wrong_certainty_costs_a_finite_sum() -> None:
-    worst = calibration.cross_entropy(np.array([True]), aggregate.log_odds(np.array([0.0])))
+    worst = calibration.cross_entropy(np.array([True]), aggregate.clipped_log_odds(np.array([0.0])))
     assert worst == pytest.approx(-np.log(aggregate.CERTAINTY), rel=1e-3)

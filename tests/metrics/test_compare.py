@@ -19,9 +19,9 @@ N_STUDIES, N_RESAMPLES = 500, 300
 def images(seed: int = 0, threshold: float = 0.5) -> pd.DataFrame:
     """What one of several models says about the same 12 patients."""
     frame = predictions()
-    log_odds = aggregate.log_odds(frame[schema.PROBABILITY_MALIGNANT].to_numpy())
+    log_odds = aggregate.clipped_log_odds(frame[schema.PROBABILITY_MALIGNANT].to_numpy())
     log_odds += np.random.default_rng(seed).normal(0, 1, len(frame))
-    return aggregate.images(frame.assign(probability_malignant=1 / (1 + np.exp(-log_odds))), threshold)
+    return aggregate.image_table(frame.assign(probability_malignant=1 / (1 + np.exp(-log_odds))), threshold)
 
 
 @cache
@@ -65,7 +65,7 @@ def test_the_interval_is_narrower_than_those_of_two_strangers() -> None:
     """What pairing is for: both models fail on the same patients."""
     first, second = Cohort(0).images(1.7), Cohort(0).images(1.5, 1)
     low, high = compare.paired(first, second)["metrics"]["accuracy"]["interval"]
-    own = [measures.describe(table)["intervals"]["accuracy"] for table in (first, second)]
+    own = [measures.with_intervals(table)["intervals"]["accuracy"] for table in (first, second)]
     assert high - low < 0.7 * np.hypot(*(np.ptp(interval) for interval in own))
 
 
@@ -80,7 +80,8 @@ def test_what_it_returns_by_hand() -> None:
     # Patients in the order of their images' ids: p0, p1, p10, p11, p2, ...
     drawn = bootstrap.draws(12, seed=3)
     one, other = (
-        measures.tally(t.sort_values(schema.IMAGE_ID, kind="stable")).metrics(drawn) for t in (first, second)
+        measures.tally_images(t.sort_values(schema.IMAGE_ID, kind="stable")).metrics(drawn)
+        for t in (first, second)
     )
     # Student's t for twelve patients, and for the four malignant ones beside eight.
     for name, t in (("accuracy", 2.2010), ("sensitivity", 3.1824), ("auc", 3.1824), ("brier", 2.2010)):

@@ -32,7 +32,7 @@ def everything(truth: np.ndarray, probability: np.ndarray) -> list[tuple[float, 
 def test_a_target_is_met_by_the_fewest_that_reach_it(target: float, digits: int | None) -> None:
     for seed in range(30):
         truth, probability = validation(seed, digits=digits)
-        chosen = decision.choose(truth, probability, target)
+        chosen = decision.choose_threshold(truth, probability, target)
         found = chosen["sensitivity"], chosen["specificity"]
         assert found == reached(truth, probability, chosen["threshold"])
         reaching = [pair for pair in everything(truth, probability) if pair[0] >= target]
@@ -47,7 +47,7 @@ def test_a_target_is_met_by_the_fewest_that_reach_it(target: float, digits: int 
 def test_youdens_index_is_greatest(digits: int | None) -> None:
     for seed in range(30):
         truth, probability = validation(seed, digits=digits)
-        chosen = decision.choose(truth, probability)
+        chosen = decision.choose_threshold(truth, probability)
         found = chosen["sensitivity"], chosen["specificity"]
         assert found == reached(truth, probability, chosen["threshold"])
         assert sum(found) == pytest.approx(max(map(sum, everything(truth, probability))))
@@ -58,26 +58,26 @@ def test_youdens_index_is_greatest(digits: int | None) -> None:
 def test_of_equally_good_thresholds_the_nearest_to_a_half() -> None:
     # Both 0.25 (sensitivity 1, specificity 1/2) and 0.7 (1/2 and 1) reach an index of 1.5.
     truth = np.array([0, 1, 0, 1], bool)
-    assert decision.choose(truth, np.array([0.1, 0.4, 0.6, 0.8]))["threshold"] == pytest.approx(0.7)
-    assert decision.choose(truth, np.array([0.2, 0.4, 0.8, 0.9]))["threshold"] == pytest.approx(0.3)
+    assert decision.choose_threshold(truth, np.array([0.1, 0.4, 0.6, 0.8]))["threshold"] == pytest.approx(0.7)
+    assert decision.choose_threshold(truth, np.array([0.2, 0.4, 0.8, 0.9]))["threshold"] == pytest.approx(0.3)
 
 
 def test_a_half_where_it_calls_the_same() -> None:
     truth = np.array([0, 0, 1, 1], bool)
     for target in (None, 1.0):
-        chosen = decision.choose(truth, np.array([0.1, 0.2, 0.51, 0.9]), target)
+        chosen = decision.choose_threshold(truth, np.array([0.1, 0.2, 0.51, 0.9]), target)
         assert (chosen["threshold"], chosen["sensitivity"], chosen["specificity"]) == (0.5, 1, 1)
 
 
 def test_a_half_that_was_seen_is_no_threshold() -> None:
-    chosen = decision.choose(np.array([0, 1, 1], bool), np.array([0.2, 0.5, 0.9]))
+    chosen = decision.choose_threshold(np.array([0, 1, 1], bool), np.array([0.2, 0.5, 0.9]))
     assert chosen["threshold"] == pytest.approx(0.35)
 
 
 def test_a_target_is_not_surpassed_even_where_that_costs_nothing() -> None:
     """What was asked for, and no alarm more: of ten malignant images nine."""
     truth = np.repeat([False, True], 10)
-    chosen = decision.choose(truth, np.r_[np.full(10, 0.05), np.linspace(0.5, 0.95, 10)], 0.9)
+    chosen = decision.choose_threshold(truth, np.r_[np.full(10, 0.05), np.linspace(0.5, 0.95, 10)], 0.9)
     assert (chosen["sensitivity"], chosen["specificity"]) == (0.9, 1)
     assert chosen["threshold"] == pytest.approx(0.525)
 
@@ -93,7 +93,7 @@ def test_no_image_crosses_by_rounding(dtype: type) -> None:
             probability = (1 - np.arange(32) * 2.0**-24).astype(dtype)
         kept = probability.astype(np.float32)
         for target in (None, 0.9):
-            chosen = decision.choose(truth, probability, target)
+            chosen = decision.choose_threshold(truth, probability, target)
             threshold = chosen["threshold"]
             assert threshold == np.float32(threshold)
             told = kept >= np.float32(threshold)
@@ -108,12 +108,12 @@ def test_no_image_crosses_by_rounding(dtype: type) -> None:
 def test_everything_can_be_called_malignant() -> None:
     """Even a malignant image of probability 0, or one that float32 cannot tell from it."""
     for smallest in (0.0, 1e-60, 1e-45, 0.01):
-        chosen = decision.choose(np.array([1, 0, 1], bool), np.array([smallest, 0.3, 1.0]), 1.0)
+        chosen = decision.choose_threshold(np.array([1, 0, 1], bool), np.array([smallest, 0.3, 1.0]), 1.0)
         assert (chosen["sensitivity"], chosen["specificity"]) == (1, 0)
 
 
 def test_all_alike_are_all_called_or_none() -> None:
-    chosen = decision.choose(np.array([1, 0], bool), np.array([0.7, 0.7]))
+    chosen = decision.choose_threshold(np.array([1, 0], bool), np.array([0.7, 0.7]))
     assert chosen["sensitivity"] + chosen["specificity"] == 1
     assert chosen["threshold"] == 0.5
 
@@ -121,13 +121,13 @@ def test_all_alike_are_all_called_or_none() -> None:
 def images(rows: list[tuple[str | None, float]], threshold: float = 0.5) -> pd.DataFrame:
     columns = [schema.TUMOR_CLASS, schema.PROBABILITY_MALIGNANT]
     table = pd.DataFrame(rows, columns=columns).assign(**{schema.IMAGE_ID: "x", schema.ERROR: None})
-    return aggregate.images(table, threshold)
+    return aggregate.image_table(table, threshold)
 
 
 def test_abstention_by_hand() -> None:
     # From the surest on: right, wrong, right, right, wrong.
     rows = [("malignant", 0.9), ("benign", 0.6), ("benign", 0.9), ("benign", 0.3), ("benign", 0.01)]
-    curve = decision.abstention(images(rows))
+    curve = decision.abstention_curve(images(rows))
     assert curve["n_kept"].tolist() == [5, 4, 3, 2, 1]
     assert curve["handed_over"].tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
     # two are equally sure: the first in the table is kept longer
@@ -136,10 +136,12 @@ def test_abstention_by_hand() -> None:
 
 def test_certainty_is_the_distance_from_the_threshold() -> None:
     rows = [("malignant", 0.9), ("benign", 0.5)]
-    assert decision.abstention(images(rows, 0.5))["accuracy"].tolist() == [0.5, 1]
+    assert decision.abstention_curve(images(rows, 0.5))["accuracy"].tolist() == [0.5, 1]
     # at 0.9 the first is called malignant with nothing to spare
-    assert decision.abstention(images(rows[::-1], 0.9))["accuracy"].tolist() == [1, 1]
-    assert decision.abstention(images([("malignant", 0.89), ("benign", 0.5)], 0.9))["accuracy"].tolist() == [
+    assert decision.abstention_curve(images(rows[::-1], 0.9))["accuracy"].tolist() == [1, 1]
+    assert decision.abstention_curve(images([("malignant", 0.89), ("benign", 0.5)], 0.9))[
+        "accuracy"
+    ].tolist() == [
         0.5,
         1,
     ]
@@ -148,10 +150,10 @@ def test_certainty_is_the_distance_from_the_threshold() -> None:
 def test_abstention_of_groups_leaves_out_those_of_unknown_class() -> None:
     table = images([("malignant", 0.9), ("benign", 0.2), ("malignant", 0.4), ("benign", 0.3)])
     table[schema.PATIENT] = ["p", "q", "r", "r"]
-    curve = decision.abstention(aggregate.groups(table, schema.PATIENT))
+    curve = decision.abstention_curve(aggregate.groups(table, schema.PATIENT))
     assert curve["n_kept"].tolist() == [2, 1]
     assert curve["accuracy"].tolist() == [1, 1]
 
 
 def test_abstention_of_nothing() -> None:
-    assert len(decision.abstention(images([]))) == 0
+    assert len(decision.abstention_curve(images([]))) == 0

@@ -214,7 +214,7 @@ def test_models_with_other_thresholds_are_measured_together() -> None:
     """Cross-validation: each fold's images are judged at the threshold of the model that never saw them."""
     frame = predictions()
     fold = frame[schema.PATIENT].isin([f"p{i}" for i in range(6)])
-    joined = pd.concat([aggregate.images(frame[fold], 0.3), aggregate.images(frame[~fold], 0.7)])
+    joined = pd.concat([aggregate.image_table(frame[fold], 0.3), aggregate.image_table(frame[~fold], 0.7)])
     found = measures.measure(joined)
     called = frame[schema.PROBABILITY_MALIGNANT] >= np.where(fold, 0.3, 0.7)
     right = called == (frame[schema.TUMOR_CLASS] == "malignant")
@@ -248,9 +248,9 @@ def test_calibration_before_and_after_the_temperature() -> None:
 
 
 def test_describe_adds_intervals_to_estimates() -> None:
-    images = aggregate.images(predictions())
-    described = measures.describe(images)
-    assert described.pop("intervals") == bootstrap.intervals(measures.tally(images))
+    images = aggregate.image_table(predictions())
+    described = measures.with_intervals(images)
+    assert described.pop("intervals") == bootstrap.intervals(measures.tally_images(images))
     assert described == measures.estimates(images)
     unknown = images.assign(**{schema.PATIENT: images[schema.PATIENT].where(images.index > 0)})
     estimates = measures.estimates(unknown)
@@ -261,7 +261,7 @@ def test_describe_adds_intervals_to_estimates() -> None:
 def test_models_of_several_draws_are_not_averaged() -> None:
     """Twenty models hardly better than chance: their mean would know every patient, and nobody has it."""
     draws = [predictions(spread=3.0, seed=seed) for seed in range(20)]
-    tables = [aggregate.images(frame).assign(**{aggregate.DRAW: n}) for n, frame in enumerate(draws)]
+    tables = [aggregate.image_table(frame).assign(**{aggregate.DRAW: n}) for n, frame in enumerate(draws)]
     joined = pd.concat(tables, ignore_index=True)
     found, apart = measures.measure(joined), [measures.measure(table) for table in tables]
     assert (found["n_images"], found["n_judgements"], found["n_patients"]) == (240, 4800, 12)

@@ -25,12 +25,14 @@ def resealed(**changes):
 
 
 def test_a_card_is_read_as_it_was_written():
-    assert cards.parse(cards.dump(KNOWN), "m") == KNOWN
-    assert cards.parse(json.dumps(CONTENT, separators=(",", ":")).encode(), "m") == KNOWN  # set out otherwise
+    assert cards.parse_card(cards.dump(KNOWN), "m") == KNOWN
+    assert (
+        cards.parse_card(json.dumps(CONTENT, separators=(",", ":")).encode(), "m") == KNOWN
+    )  # set out otherwise
     full = KNOWN.model_copy(
         update={"feature_statistics": novelty.FeatureStatistics(**statistics()["feature_statistics"])}
     )
-    assert cards.parse(cards.dump(full), "m") == full
+    assert cards.parse_card(cards.dump(full), "m") == full
 
 
 def test_the_identity_follows_what_decides():
@@ -47,7 +49,7 @@ def test_a_card_that_was_changed_is_rejected(change):
     with pytest.raises(
         BundleError, match=r"m: the model card is not as it was written: its checksum differs\. Copy"
     ):
-        cards.parse(json.dumps(CONTENT | change).encode(), "m")
+        cards.parse_card(json.dumps(CONTENT | change).encode(), "m")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_a_card_that_was_changed_is_rejected(change):
 )
 def test_another_format_is_rejected_with_what_to_do(version, said):
     with pytest.raises(BundleError, match=f"m: the model card has {said}"):
-        cards.parse(json.dumps(CONTENT | {"format_version": version}).encode(), "m")
+        cards.parse_card(json.dumps(CONTENT | {"format_version": version}).encode(), "m")
 
 
 TEXT = cards.dump(KNOWN).decode()
@@ -91,12 +93,12 @@ TEXT = cards.dump(KNOWN).decode()
 )
 def test_what_is_no_card_is_rejected(text, said):
     with pytest.raises(BundleError, match=said):
-        cards.parse(text.encode(), "m")
+        cards.parse_card(text.encode(), "m")
 
 
 def test_text_in_no_utf8_is_rejected():
     with pytest.raises(BundleError, match="not a valid model card: 'utf-8' codec"):
-        cards.parse(b'{"a": "\xff"}', "m")
+        cards.parse_card(b'{"a": "\xff"}', "m")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_text_in_no_utf8_is_rejected():
 )
 def test_what_cannot_be_is_rejected_by_name(change, said):
     with pytest.raises(BundleError, match=f"m: not a valid model card: .*{said}"):
-        cards.parse(resealed(**change), "m")
+        cards.parse_card(resealed(**change), "m")
 
 
 def test_the_bounds_hold_when_a_card_is_written():

@@ -47,12 +47,17 @@ def test_pictures_like_the_training_are_near_and_others_far():
 
 
 def test_the_sentence_has_the_numbers():
-    assert "3.21" in novelty.sentence(3.2111, 1.5)
-    assert "1.50" in novelty.sentence(3.2111, 1.5)
+    assert "3.21" in novelty.warning_text(3.2111, 1.5)
+    assert "1.50" in novelty.warning_text(3.2111, 1.5)
 
 
 def test_a_warning_from_the_cut_off_on_as_the_table_stores_both():
-    assert novelty.codes(2.0, 1.9) == ["unlike_training_data"]
-    assert novelty.codes(1.9, 1.9) == novelty.codes(1.8, 1.9) == novelty.codes(9.0, None) == []
+    assert novelty.warning_codes(2.0, 1.9) == ["unlike_training_data"]
+    assert (
+        novelty.warning_codes(1.9, 1.9)
+        == novelty.warning_codes(1.8, 1.9)
+        == novelty.warning_codes(9.0, None)
+        == []
+    )
     # Apart in float64 and one number in float32: no warning that the columns do not show.
-    assert novelty.codes(1.9000000001, 1.9) == []
+    assert novelty.warning_codes(1.9000000001, 1.9) == []

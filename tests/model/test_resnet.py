@@ -1,10 +1,8 @@
 import copy
 
-import numpy as np
 import torch
 import torchvision
 
-from bcd import taxonomy
 from bcd.model import resnet
 
 
@@ -93,14 +91,5 @@ def test_a_temperature_divides_logits_and_evidence_alike():
 def test_probability_malignant_sums_over_malignant_subtypes():
     probabilities = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     torch.testing.assert_close(
-        resnet.probability_malignant(probabilities, ("A", "DC", "F", "LC")), torch.tensor([0.6])
+        resnet.malignant_share(probabilities, ("A", "DC", "F", "LC")), torch.tensor([0.6])
     )
-
-
-def test_log_odds_are_those_of_the_probability():
-    rng = np.random.default_rng(0)
-    two, eight = rng.normal(0, 3, (5, 2)), rng.normal(0, 3, (5, 8))
-    np.testing.assert_allclose(resnet.log_odds(two, ("benign", "malignant")), two[:, 1] - two[:, 0])
-    names = taxonomy.classes("subtype")
-    p = resnet.probability_malignant(resnet.probability(torch.from_numpy(eight)), names).numpy()
-    np.testing.assert_allclose(resnet.log_odds(eight, names), np.log(p / (1 - p)))

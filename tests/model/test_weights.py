@@ -299,7 +299,7 @@ def test_a_file_is_known_by_its_content(tmp_path):
     torch.save(state, tmp_path / "w.safetensors")
     for name in ("w.pth", "w.safetensors"):
         assert torch.equal(
-            weights.read((tmp_path / name).read_bytes(), name)["bn1.weight"], torch.arange(3.0)
+            weights.read_weights((tmp_path / name).read_bytes(), name)["bn1.weight"], torch.arange(3.0)
         )
 
 

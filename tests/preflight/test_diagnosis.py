@@ -288,7 +288,7 @@ def test_a_head_without_cpus_needs_no_memory_and_no_object_store():
 
 
 def test_a_clock_known_badly_is_not_called_wrong():
-    assert [c.verdict for c in diagnosis.clocks([replace(TWO, clock=Clock(3.0, 2.5))])] == ["ok"]
+    assert [c.verdict for c in diagnosis.check_clocks([replace(TWO, clock=Clock(3.0, 2.5))])] == ["ok"]
 
 
 def test_the_same_trouble_of_many_nodes_is_one_line():
@@ -296,13 +296,13 @@ def test_the_same_trouble_of_many_nodes_is_one_line():
         Node(f"10.0.1.{i}", 4, 0, GIB, attempts=(), machine=None, trouble="no answer within 9 s")
         for i in range(9)
     ]
-    (line,) = diagnosis.answers(nodes)
+    (line,) = diagnosis.check_answers(nodes)
     assert line.seen == "10.0.1.0, 10.0.1.1, 10.0.1.2, 10.0.1.3 and 5 more: no answer within 9 s"
 
 
 def test_those_who_answered_are_counted_beside_all():
     facts, _ = FAULTS["a node that is silent"]
-    assert list(diagnosis.answers(facts.nodes))[1].seen == "2 of 3 answered: 10.0.0.1 and 10.0.0.2"
+    assert list(diagnosis.check_answers(facts.nodes))[1].seen == "2 of 3 answered: 10.0.0.1 and 10.0.0.2"
 
 
 def test_several_faults_are_all_told():

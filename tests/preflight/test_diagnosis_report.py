@@ -1,7 +1,7 @@
 import re
 
 from bcd.preflight.diagnosis import Check
-from bcd.preflight.diagnosis_report import COLOURS, PLAIN, lines, verdict
+from bcd.preflight.diagnosis_report import COLOURS, PLAIN, table_lines, verdict
 
 CHECKS = [
     Check("nodes", "ok", "3 answered"),
@@ -11,7 +11,7 @@ CHECKS = [
 
 
 def test_a_line_for_each_check_and_a_next_step_below_where_there_is_one():
-    assert lines(CHECKS, 100, coloured=False) == [
+    assert table_lines(CHECKS, 100, coloured=False) == [
         "  ok       nodes   3 answered",
         "  FAULT    disk    10.0.0.3: 1.0 GiB free at /tmp/ray, 99 % full",
         "                   -> Make room there.",
@@ -21,14 +21,14 @@ def test_a_line_for_each_check_and_a_next_step_below_where_there_is_one():
 
 
 def test_colours_add_nothing_but_colour():
-    coloured = "\n".join(lines(CHECKS, 100, coloured=True))
+    coloured = "\n".join(table_lines(CHECKS, 100, coloured=True))
     assert f"{COLOURS['fault']}FAULT  {PLAIN}  disk" in coloured
-    assert re.sub(r"\033\[[\d;]*m", "", coloured).splitlines() == lines(CHECKS, 100, coloured=False)
+    assert re.sub(r"\033\[[\d;]*m", "", coloured).splitlines() == table_lines(CHECKS, 100, coloured=False)
 
 
 def test_long_sentences_are_wrapped_below_themselves_and_what_is_copied_stays_whole():
     uri = "s3://bucket/" + "deep-folder/" * 8
-    table = lines([Check("data", "fault", f"{uri} cannot be read", "Check the path, " * 6)], 80, False)
+    table = table_lines([Check("data", "fault", f"{uri} cannot be read", "Check the path, " * 6)], 80, False)
     assert table[0] == f"  FAULT    data  {uri}"
     assert table[1] == " " * 17 + "cannot be read"
     assert table[2].startswith(" " * 17 + "-> Check the path,")

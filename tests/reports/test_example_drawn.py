@@ -25,7 +25,7 @@ def test_a_picture_survives_its_way_into_a_page():
 def test_an_example_is_drawn_with_its_map_at_the_size_in_which_it_is_shown():
     pixels, evidence = pictures.gradient(460, 700), np.array([[4.0, -4.0]])
     one = Example("a.png", 0.9, "malignant", 2.2, pixels, evidence)
-    drawn = thumbnails.draw(one, 4.0, (224, 336), max_width_px=350)
+    drawn = thumbnails.draw_example(one, 4.0, (224, 336), max_width_px=350)
     assert drawn["example"] is one
     assert decoded(drawn["picture"]).shape == decoded(drawn["overlay"]).shape == (230, 350, 3)
     small = image.shrink(pixels, 700, 350)

@@ -57,7 +57,7 @@ def page(**other: Any) -> str:
             [gallery.GalleryRow("a/b.png", "../in/a/b.png", "p1", "malignant", 0.9, 0.8)], 1
         ),
     }
-    return gallery.page(**(given | other))
+    return gallery.render_gallery(**(given | other))
 
 
 def text(html: str) -> str:
@@ -157,7 +157,7 @@ def test_names_are_text_and_never_markup() -> None:
 @pytest.mark.parametrize("seconds", [None, 5.0])
 def test_an_archive_without_results_errors_or_slides(seconds: float | None) -> None:
     facts = {"threshold": 0.5, "n_errors": 0, "n_inputs": 0, "rows_per_s": None, "seconds": seconds}
-    html = gallery.page(facts, np.zeros(0), {}, {}, [])
+    html = gallery.render_gallery(facts, np.zeros(0), {}, {}, [])
     assert "0 pictures scored" in text(html)
     assert "Nothing could be scored." in text(html)
     assert not re.search(r"\b(nan|None|inf)\b", text(html))
@@ -188,17 +188,17 @@ def test_maps_without_a_unit_have_a_scale_of_their_own() -> None:
 
 def test_the_clearest_cases_are_chosen_and_none_twice() -> None:
     probabilities = np.array([0.9, 0.1, 0.55, 0.99, 0.02, 0.4, 0.7, 0.3, 0.95])
-    assert gallery.choose(probabilities, 0.5, 2) == {
+    assert gallery.choose_groups(probabilities, 0.5, 2) == {
         "most certainly malignant": [3, 8],
         "most certainly benign": [4, 1],
         "least certain": [2, 5],
         "unlike the training data": [],
     }
-    assert list(gallery.choose(probabilities[:4], 0.5).values()) == [[3, 0], [1], [2], []]
-    assert list(gallery.choose(np.array([0.2]), 0.5).values()) == [[], [0], [], []]
-    assert list(gallery.choose(np.zeros(0), 0.5).values()) == [[], [], [], []]
+    assert list(gallery.choose_groups(probabilities[:4], 0.5).values()) == [[3, 0], [1], [2], []]
+    assert list(gallery.choose_groups(np.array([0.2]), 0.5).values()) == [[], [0], [], []]
+    assert list(gallery.choose_groups(np.zeros(0), 0.5).values()) == [[], [], [], []]
     many = np.random.default_rng(0).random(100_000)
-    chosen = gallery.choose(many, 0.3)
+    chosen = gallery.choose_groups(many, 0.3)
     assert many[chosen["most certainly malignant"]].min() == np.sort(many)[-8]
     assert np.abs(many[chosen["least certain"]] - 0.3).max() < 1e-3
 
@@ -208,14 +208,14 @@ def test_what_is_unlike_the_training_is_in_its_own_group_only() -> None:
     probabilities = np.array([0.99, 0.95, 0.9, 0.5, 0.49, 0.1, 0.02])
     novelty = np.array([3.0, 1.0, 1.0, 9.0, 1.0, 1.0, 2.0])
     unlike = novelty > 1.5
-    chosen = gallery.choose(probabilities, 0.5, 8, novelty, unlike)
+    chosen = gallery.choose_groups(probabilities, 0.5, 8, novelty, unlike)
     assert chosen == {
         "most certainly malignant": [1, 2],
         "most certainly benign": [5, 4],
         "least certain": [],
         "unlike the training data": [3, 0, 6],
     }
-    everything = gallery.choose(probabilities, 0.5, 8, novelty, np.ones(7, bool))
+    everything = gallery.choose_groups(probabilities, 0.5, 8, novelty, np.ones(7, bool))
     assert list(everything.values()) == [[], [], [], [3, 0, 6, 1, 2, 4, 5]]
 
 
@@ -225,9 +225,9 @@ def test_at_most_two_of_a_slide_or_patient_are_in_a_group() -> None:
     probabilities = np.linspace(0.99, 0.9, n)
     slides = np.array(["s"] * 95 + [None] * 5, object)
     patients = np.array([None] * 95 + ["p", "p", "p", None, None], object)
-    chosen = gallery.choose(probabilities, 0.5, 8, owners=[slides, patients])
+    chosen = gallery.choose_groups(probabilities, 0.5, 8, owners=[slides, patients])
     assert chosen["most certainly malignant"] == [0, 1, 95, 96, 98, 99]
-    for group, places in gallery.choose(probabilities, 0.95, 8, owners=[slides, patients]).items():
+    for group, places in gallery.choose_groups(probabilities, 0.95, 8, owners=[slides, patients]).items():
         for owner in (slides, patients):
             names = [owner[place] for place in places if owner[place] is not None]
             assert all(names.count(name) <= 2 for name in names), group

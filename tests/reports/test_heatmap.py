@@ -74,7 +74,7 @@ WHITE = np.full((100, 200, 3), 255, np.uint8)
 
 def test_colour_says_the_class_and_its_strength_the_certainty():
     boxes = np.array([[0, 0, 40, 40], [40, 0, 40, 40], [80, 0, 40, 40], [120, 0, 40, 40], [160, 0, 40, 40]])
-    drawn = heatmap.draw(WHITE, 1.0, boxes, np.array([0.0, 0.3, 0.5, 0.7, 1.0]), 0.5).astype(int)
+    drawn = heatmap.draw_tiles(WHITE, 1.0, boxes, np.array([0.0, 0.3, 0.5, 0.7, 1.0]), 0.5).astype(int)
     red_less_blue = [int(drawn[20, x, 0] - drawn[20, x, 2]) for x in (20, 60, 100, 140, 180)]
     assert red_less_blue == sorted(red_less_blue)
     assert red_less_blue[0] < -100
@@ -87,10 +87,10 @@ def test_the_colours_part_where_the_classes_do(threshold):
     """A tile just below the threshold is no redder than blue, one just above no bluer than red."""
     probability = np.array([0, threshold - 0.01, threshold, threshold + 0.01, 1])
     boxes = np.array([[40 * i, 0, 40, 40] for i in range(5)])
-    drawn = heatmap.draw(WHITE, 1.0, boxes, probability, threshold).astype(int)
+    drawn = heatmap.draw_tiles(WHITE, 1.0, boxes, probability, threshold).astype(int)
     red_less_blue = [int(drawn[20, x, 0] - drawn[20, x, 2]) for x in (20, 60, 100, 140, 180)]
     assert [np.sign(value) for value in red_less_blue] == [-1, -1, 0, 1, 1]
-    ends = heatmap.draw(WHITE, 1.0, boxes, probability, 0.5)
+    ends = heatmap.draw_tiles(WHITE, 1.0, boxes, probability, 0.5)
     np.testing.assert_array_equal(drawn[20, [20, 180]], ends[20, [20, 180]])
 
 
@@ -116,7 +116,7 @@ def test_the_legend_states_the_threshold(threshold):
 
 
 def test_a_tile_colours_its_own_pixels_only():
-    drawn = heatmap.draw(WHITE, 0.5, np.array([[100, 60, 80, 40]]), np.array([0.9]), 0.5)
+    drawn = heatmap.draw_tiles(WHITE, 0.5, np.array([[100, 60, 80, 40]]), np.array([0.9]), 0.5)
     coloured = (drawn != 255).any(-1)
     expected = np.zeros((100, 200), bool)
     expected[30:50, 50:90] = True
@@ -125,14 +125,14 @@ def test_a_tile_colours_its_own_pixels_only():
 
 def test_tiles_without_a_probability_keep_no_colour():
     picture = pictures.gradient(100, 200)
-    nothing = heatmap.draw(picture, 1.0, np.empty((0, 4)), np.empty(0), 0.5)
-    unknown = heatmap.draw(picture, 1.0, np.array([[0, 0, 50, 50]]), np.array([np.nan]), 0.5)
+    nothing = heatmap.draw_tiles(picture, 1.0, np.empty((0, 4)), np.empty(0), 0.5)
+    unknown = heatmap.draw_tiles(picture, 1.0, np.array([[0, 0, 50, 50]]), np.array([np.nan]), 0.5)
     np.testing.assert_array_equal(nothing, unknown)
     assert (nothing[..., 0] == nothing[..., 2]).all()
 
 
 def test_a_tile_at_one_half_is_seen_by_its_edge():
-    drawn = heatmap.draw(WHITE, 1.0, np.array([[20, 20, 40, 40]]), np.array([0.5]), 0.5)
+    drawn = heatmap.draw_tiles(WHITE, 1.0, np.array([[20, 20, 40, 40]]), np.array([0.5]), 0.5)
     assert (drawn[20, 20:60] < 230).all()
     assert (drawn[30:50, 30:50] >= 254).all()
 
@@ -141,7 +141,7 @@ def test_a_tile_at_one_half_is_seen_by_its_edge():
     "box", [(190, 90, 40, 40), (300, 0, 40, 40), (199.9, 99.9, 0.1, 0.1), (0, 0, 0.2, 0.2)]
 )
 def test_tiles_at_the_edge_and_tiny_ones_are_no_error(box):
-    assert heatmap.draw(WHITE, 1.0, np.array([box]), np.array([0.9]), 0.5).shape == WHITE.shape
+    assert heatmap.draw_tiles(WHITE, 1.0, np.array([box]), np.array([0.9]), 0.5).shape == WHITE.shape
 
 
 def test_tiles_lie_on_the_thumbnail_of_the_real_slide(real_data):
@@ -151,10 +151,10 @@ def test_tiles_lie_on_the_thumbnail_of_the_real_slide(real_data):
         boxes = grid.boxes()[9:10]
         x, y, width, height = (int(value) for value in boxes[0])
         read = opened.read(x, y, 0, width, height)
-        page = Image.open(io.BytesIO(heatmap.png(thumbnail, scale, opened.mpp_x, 0.5)))
+        page = Image.open(io.BytesIO(heatmap.heatmap_png(thumbnail, scale, opened.mpp_x, 0.5)))
     assert (x, y) == (687, 903)
-    grey = heatmap.draw(thumbnail, scale, np.empty((0, 4)), np.empty(0), 0.5)
-    drawn = heatmap.draw(thumbnail, scale, boxes, np.array([0.9]), 0.5)
+    grey = heatmap.draw_tiles(thumbnail, scale, np.empty((0, 4)), np.empty(0), 0.5)
+    drawn = heatmap.draw_tiles(thumbnail, scale, boxes, np.array([0.9]), 0.5)
     rows, columns = np.nonzero((drawn != grey).any(-1))
     left, top, right, bottom = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
     ends = np.array([x, y, x + width, y + height]) * scale
@@ -172,7 +172,7 @@ def test_tiles_lie_on_the_thumbnail_of_the_real_slide(real_data):
 
 def test_a_narrow_picture_stands_in_the_middle_of_a_page_wide_enough_to_read():
     picture = pictures.gradient(400, 100)
-    page = np.asarray(Image.open(io.BytesIO(heatmap.png(picture, 0.05, 0.25, 0.5))))
+    page = np.asarray(Image.open(io.BytesIO(heatmap.heatmap_png(picture, 0.05, 0.25, 0.5))))
     left = (heatmap.MIN_WIDTH_PX - 100) // 2
     assert page.shape[1] == heatmap.MIN_WIDTH_PX
     np.testing.assert_array_equal(page[:400, left : left + 100], picture)
@@ -240,14 +240,16 @@ def test_tiles_unlike_the_training_data_are_hatched_and_no_others() -> None:
     """One in three pixels is darker, along diagonals that go on from tile to tile; small tiles too."""
     thumbnail = np.full((40, 60, 3), 255, np.uint8)
     boxes = np.array([[0, 0, 20, 20], [20, 0, 20, 20], [40, 0, 3, 3]])
-    plain = heatmap.draw(thumbnail, 1, boxes, np.array([0.9, 0.9, 0.1]), 0.5)
-    hatched = heatmap.draw(thumbnail, 1, boxes, np.array([0.9, 0.9, 0.1]), 0.5, np.array([True, False, True]))
+    plain = heatmap.draw_tiles(thumbnail, 1, boxes, np.array([0.9, 0.9, 0.1]), 0.5)
+    hatched = heatmap.draw_tiles(
+        thumbnail, 1, boxes, np.array([0.9, 0.9, 0.1]), 0.5, np.array([True, False, True])
+    )
     darker = (hatched.astype(int) - plain).sum(2) < 0
     assert darker[:20, :20].mean() == pytest.approx(1 / 3, abs=0.02)
     assert 0 < darker[:3, 40:43].mean() < 1
     darker[:20, :20] = darker[:3, 40:43] = False
     assert not darker.any()
-    unscored = heatmap.draw(thumbnail, 1, boxes, np.array([np.nan] * 3), 0.5, np.array([True] * 3))
+    unscored = heatmap.draw_tiles(thumbnail, 1, boxes, np.array([np.nan] * 3), 0.5, np.array([True] * 3))
     assert (unscored == 255).all()
-    legends = [heatmap.png(hatched, 1, 0.5, 0.5, told) for told in (True, False)]
+    legends = [heatmap.heatmap_png(hatched, 1, 0.5, 0.5, told) for told in (True, False)]
     assert legends[0] != legends[1]

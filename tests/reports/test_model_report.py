@@ -99,11 +99,13 @@ def write(
     classes: tuple[str, ...] = TUMOR_CLASSES,
     **more: Any,
 ) -> str:
-    images = aggregate.images(frame)
-    examples = {place: example(images.iloc[place]) for place in model_report.choose(images).all()}
+    images = aggregate.image_table(frame)
+    examples = {place: example(images.iloc[place]) for place in model_report.choose_examples(images).all()}
     unscored = aggregate.unscored(frame).to_dict("records")
     measured = studies.measured(frame, class_names=classes) | more
-    page = model_report.write(folder, measured, history(n_epochs), images, facts or {}, examples, unscored)
+    page = model_report.write_report(
+        folder, measured, history(n_epochs), images, facts or {}, examples, unscored
+    )
     assert page == folder / "report.html"
     return page.read_text(encoding="utf-8")
 
@@ -169,7 +171,7 @@ def test_every_figure_is_there_and_shows_something(folder: Path, page: str) -> N
 
 
 def test_no_legend_lies_on_data_or_titles() -> None:
-    images = aggregate.images(predictions())
+    images = aggregate.image_table(predictions())
     measured = studies.measured(predictions()) | {"folds": [study(1, 1, predictions())] * 3}
     row = {"first": 0.99, "second": 0.52, "difference": 0.47}
     measured["leak"] = {
@@ -250,9 +252,9 @@ def of(n_benign: int, n_malignant: int) -> pd.DataFrame:
 
 def without_figures(frame: pd.DataFrame) -> str:
     """The page alone, which takes milliseconds."""
-    images = aggregate.images(frame)
+    images = aggregate.image_table(frame)
     patients = aggregate.groups(images, schema.PATIENT)
-    shown = model_report._pictures(images, model_report.choose(images), {}, {})
+    shown = model_report._pictures(images, model_report.choose_examples(images), {}, {})
     return model_report._page(studies.measured(frame), [], patients, [], {}, {}, shown)
 
 
@@ -323,8 +325,8 @@ def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
 
 def test_every_wrong_prediction_is_shown_by_patient_and_the_rest_as_samples(page: str) -> None:
     """Of 8 patients with 3 images each, every other one has one wrong."""
-    images = aggregate.images(predictions())
-    choice = model_report.choose(images)
+    images = aggregate.image_table(predictions())
+    choice = model_report.choose_examples(images)
     assert [images[schema.IMAGE_ID].iloc[i] for i in choice.wrong] == ["p0/2", "p2/2", "p4/2", "p6/2"]
     assert images.iloc[choice.clearest][schema.TUMOR_CLASS].tolist() == ["benign"] * 3 + ["malignant"] * 3
     assert len(choice.correct) == model_report.N_CORRECT
@@ -381,9 +383,9 @@ def test_a_cross_validation_shows_its_folds_and_what_a_leak_adds(tmp_path: Path)
 
 def test_several_models_of_an_image_are_told_from_several_images(tmp_path: Path) -> None:
     frame = predictions()
-    tables = [aggregate.images(frame).assign(**{aggregate.DRAW: n}) for n in (1, 2)]
+    tables = [aggregate.image_table(frame).assign(**{aggregate.DRAW: n}) for n in (1, 2)]
     measured = measures.measure(joined := pd.concat(tables, ignore_index=True)) | {"n_errors": 0}
-    page = text(model_report.write(tmp_path, measured, [], joined, FACTS).read_text(encoding="utf-8"))
+    page = text(model_report.write_report(tmp_path, measured, [], joined, FACTS).read_text(encoding="utf-8"))
     assert "On 24 images of 8 patients" in page
     assert "24 judgements of benign and 24 of malignant images" in page
     assert "Missed cancers: 4 of 24 judgements of malignant images" in page

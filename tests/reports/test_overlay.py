@@ -152,19 +152,21 @@ def picture(tmp_path) -> Path:
 def test_a_row_is_drawn_over_the_picture_it_names(picture):
     evidence = np.reshape(row(picture)[schema.EVIDENCE], (3, 5))
     expected = overlay.overlay(pictures.gradient(), evidence, 4, 96, 160)
-    np.testing.assert_array_equal(overlay.of_row(row(picture)), expected)
+    np.testing.assert_array_equal(overlay.overlay_of_row(row(picture)), expected)
     expected = overlay.overlay(pictures.gradient(), evidence, 9, 90, 150)
-    np.testing.assert_array_equal(overlay.of_row(row(picture), None, 9, 90, 150), expected)
+    np.testing.assert_array_equal(overlay.overlay_of_row(row(picture), None, 9, 90, 150), expected)
     # As pandas gives it, where a missing number is NaN.
     missing = row(picture) | {schema.X_LEVEL0_PX: float("nan"), schema.ERROR: float("nan")}
-    np.testing.assert_array_equal(overlay.of_row(missing), overlay.of_row(row(picture)))
+    np.testing.assert_array_equal(overlay.overlay_of_row(missing), overlay.overlay_of_row(row(picture)))
 
 
 def test_a_tile_is_drawn_over_the_pixels_given(picture):
     tile = row(picture) | {schema.X_LEVEL0_PX: 0}
     with pytest.raises(DataError, match="give its pixels"):
-        overlay.of_row(tile)
-    np.testing.assert_array_equal(overlay.of_row(tile, pictures.gradient()), overlay.of_row(row(picture)))
+        overlay.overlay_of_row(tile)
+    np.testing.assert_array_equal(
+        overlay.overlay_of_row(tile, pictures.gradient()), overlay.overlay_of_row(row(picture))
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,4 +175,4 @@ def test_a_tile_is_drawn_over_the_pixels_given(picture):
 )
 def test_a_row_without_its_map_or_picture_is_named(change, reason, picture):
     with pytest.raises(DataError, match=f"a.png: .*{reason}"):
-        overlay.of_row(row(picture) | change)
+        overlay.overlay_of_row(row(picture) | change)

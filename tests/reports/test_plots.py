@@ -26,7 +26,7 @@ def texts(figure: Figure) -> str:
 
 def test_every_probability_is_in_one_bar_of_the_class_it_is_called() -> None:
     values = np.concatenate([np.linspace(0, 1, 101), [0.3, 0.3, 1.0]])
-    figure = plots.probabilities(values, 0.3)
+    figure = plots.plot_probabilities(values, 0.3)
     below, above = bars(figure)["called benign"], bars(figure)["called malignant"]
     assert sum(below) == (values < 0.3).sum() == 30
     assert sum(above) == 74
@@ -39,13 +39,13 @@ def test_every_probability_is_in_one_bar_of_the_class_it_is_called() -> None:
 
 
 def test_a_threshold_inside_a_bar_divides_it() -> None:
-    figure = plots.probabilities(np.array([0.501, 0.505, 0.515]), 0.51)
+    figure = plots.plot_probabilities(np.array([0.501, 0.505, 0.515]), 0.51)
     below, above = figure.axes[0].containers
     assert (below[25].get_height(), above[25].get_height(), above[25].get_y()) == (2, 1, 2)
 
 
 def test_the_confusion_matrix_says_counts_and_shares_of_the_row() -> None:
-    figure = plots.confusion_matrix([[8, 2], [0, 5]], TUMOR_CLASSES)
+    figure = plots.plot_confusion_matrix([[8, 2], [0, 5]], TUMOR_CLASSES)
     said = [text.get_text() for text in figure.axes[0].texts]
     assert said == [
         "8\n80\N{NO-BREAK SPACE}%",
@@ -57,7 +57,7 @@ def test_the_confusion_matrix_says_counts_and_shares_of_the_row() -> None:
 
 
 def test_the_classes_are_stacked_by_part_and_repeats_are_told_apart() -> None:
-    figure = plots.class_distribution(
+    figure = plots.plot_class_distribution(
         {"train": {"A": 3, "DC": 7}, "test": {"A": 1, "DC": 2}}, {"A": 7, "DC": 7}
     )
     assert [[bar.get_width() for bar in group] for group in figure.axes[0].containers] == [[3, 7], [1, 2]]
@@ -70,7 +70,7 @@ def test_the_best_epoch_is_marked() -> None:
         {"epoch": n, "train_loss": 1 / n, "validation_loss": 2 / n, "validation_balanced_accuracy": n / 4}
         for n in (1, 2, 3)
     ]
-    figure = plots.history(records, records[1])
+    figure = plots.plot_history(records, records[1])
     loss, rate = figure.axes
     assert [line.get_ydata()[0] for line in loss.lines[:2]] == [1, 2]
     assert "best 50.0" in texts(figure)
@@ -82,23 +82,23 @@ def test_the_highest_loss_is_drawn_whole(losses: tuple[float, float]) -> None:
     """Of an only epoch the axis ended in the middle of its dot."""
     record = dict(zip(("train_loss", "validation_loss"), losses, strict=True))
     record |= {"epoch": 1, "validation_balanced_accuracy": 0.5}
-    loss, _ = plots.history([record], record).axes
+    loss, _ = plots.plot_history([record], record).axes
     height_pt = 72 / loss.figure.dpi * loss.get_window_extent().height
     assert height_pt * (1 - max(losses) / loss.get_ylim()[1]) > loss.lines[0].get_markersize() / 2
 
 
 @pytest.mark.parametrize("marks", [[], ["synthetic data", "leaky"]])
 def test_marks_stand_over_a_figure(marks: list[str]) -> None:
-    figure = plots.probabilities(np.array([0.5]), 0.5)
+    figure = plots.plot_probabilities(np.array([0.5]), 0.5)
     plots.mark(figure, marks)
     assert ("SYNTHETIC DATA · LEAKY" in texts(figure)) == bool(marks)
 
 
 def test_a_figure_in_a_page_has_ids_of_its_own_and_the_colours_of_the_page() -> None:
     with matplotlib.rc_context(plots.STYLE):
-        figure = plots.probabilities(np.array([0.2, 0.9]), 0.5)
+        figure = plots.plot_probabilities(np.array([0.2, 0.9]), 0.5)
         svg = plots.svg(figure)
-        assert svg == plots.svg(plots.probabilities(np.array([0.2, 0.9]), 0.5))
+        assert svg == plots.svg(plots.plot_probabilities(np.array([0.2, 0.9]), 0.5))
     inside = plots.inline(svg, "two_bars")
     assert inside.startswith('<svg role="img" aria-label="two bars"')
     assert "http" not in inside

@@ -9,6 +9,7 @@ import pytest
 from bcd import schema
 from bcd.metrics import aggregate
 from bcd.reports import thumbnails
+from bcd.taxonomy import TUMOR_CLASSES
 from tests import pictures
 
 
@@ -44,7 +45,7 @@ def test_examples_come_in_the_order_asked_for_from_several_tables(tmp_path):
             aggregate.SOURCE: [sources[1], sources[0], sources[0]],
         }
     )
-    found = thumbnails.of_images(images)
+    found = thumbnails.of_images(images, TUMOR_CLASSES)
     assert [one.image_id for one in found] == ["b.png", "a.png", "b.png"]
     assert [one.log_odds for one in found] == pytest.approx([-2.0, 1.5, -2.0])
     assert found[0].pixels.shape == (46, 70, 3)
@@ -54,7 +55,9 @@ def test_examples_come_in_the_order_asked_for_from_several_tables(tmp_path):
 def test_a_picture_that_has_gone_is_grey(tmp_path):
     source = write(tmp_path, ["a.png"], [1.0])
     (tmp_path / "a.png").unlink()
-    (one,) = thumbnails.of_images(pd.DataFrame({schema.IMAGE_ID: ["a.png"], aggregate.SOURCE: [source]}))
+    (one,) = thumbnails.of_images(
+        pd.DataFrame({schema.IMAGE_ID: ["a.png"], aggregate.SOURCE: [source]}), TUMOR_CLASSES
+    )
     assert (one.pixels == 128).all()
     assert (one.missing, one.evidence.any()) == (thumbnails.GONE, False)
 
@@ -66,7 +69,9 @@ def test_an_old_map_is_never_drawn_over_new_pixels(tmp_path, content):
     source = write(tmp_path, ["a.png", "b.png"], [1.0, 1.0])
     (tmp_path / "a.png").write_bytes(content)
     names = ["a.png", "b.png"]
-    new, same = thumbnails.of_images(pd.DataFrame({schema.IMAGE_ID: names, aggregate.SOURCE: [source] * 2}))
+    new, same = thumbnails.of_images(
+        pd.DataFrame({schema.IMAGE_ID: names, aggregate.SOURCE: [source] * 2}), TUMOR_CLASSES
+    )
     assert (new.missing, new.pixels.shape) == (thumbnails.CHANGED, (46, 70, 3))
     assert ((new.pixels == 128).all(), new.evidence.any()) == (True, False)
     assert (same.missing, same.evidence.any(), (same.pixels == 128).all()) == (None, True, False)

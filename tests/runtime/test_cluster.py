@@ -12,7 +12,7 @@ from tests.cluster import CLUSTER_CPUS, free_port
 
 
 def fake(monkeypatch, cpus, gpus=0):
-    monkeypatch.setattr(cluster, "capacity", lambda: {"CPU": float(cpus), "GPU": float(gpus)})
+    monkeypatch.setattr(cluster, "total_resources", lambda: {"CPU": float(cpus), "GPU": float(gpus)})
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_cluster_that_starts_from_zero_plans_with_what_may_be_added(monkeypatc
     with pytest.raises(ResourceError, match="but the cluster has 0"):
         cluster.scaling(TrainConfig(data="d"))
     monkeypatch.setenv(cluster.LIMIT_VARIABLE, "CPU=180,GPU=4")
-    assert cluster.capacity() == {"CPU": 180, "GPU": 4}
+    assert cluster.total_resources() == {"CPU": 180, "GPU": 4}
     scaling = cluster.scaling(TrainConfig(data="d", num_workers="2"))
     assert (scaling.num_workers, scaling.use_gpu) == (2, True)
     pool = cluster.model_workers()
@@ -167,13 +167,13 @@ def test_a_cluster_that_starts_from_zero_plans_with_what_may_be_added(monkeypatc
 def test_a_limit_that_cannot_be_read_is_told(monkeypatch, text):
     monkeypatch.setenv(cluster.LIMIT_VARIABLE, text)
     with pytest.raises(ConfigError, match=f"{cluster.LIMIT_VARIABLE}: expected CPU=192,GPU=4"):
-        cluster.capacity()
+        cluster.total_resources()
 
 
 @pytest.mark.ray
 def test_connect_joins_the_cluster_that_is_named(joined):
     assert ray.get_runtime_context().gcs_address.endswith(joined.gcs.partition(":")[2])
-    assert cluster.capacity() == {"CPU": CLUSTER_CPUS, "GPU": 0}
+    assert cluster.total_resources() == {"CPU": CLUSTER_CPUS, "GPU": 0}
     cluster.connect()
     assert ray.is_initialized()
 

@@ -31,11 +31,11 @@ def mixed(tmp_path):
     contents |= {f"malignant/p/{name}.png": content for name, (content, _) in pictures.broken().items()}
     for name, content in contents.items():
         storage.write_bytes(storage.join(str(tmp_path), name), content)
-    return index.read(str(tmp_path))[0]
+    return index.read_index(str(tmp_path))[0]
 
 
 def test_images_are_decoded_and_fitted_as_everywhere_else(joined, mixed):
-    dataset = datasets.images(datasets.rows(mixed), 64, 96, [schema.IMAGE_ID])
+    dataset = datasets.read_images(datasets.row_dataset(mixed), 64, 96, [schema.IMAGE_ID])
     seen = {row[schema.IMAGE_ID]: row for row in dataset.iter_rows()}
     assert seen.keys() == set(mixed[schema.IMAGE_ID].to_pylist())
     for uri, name in zip(mixed[schema.URI].to_pylist(), mixed[schema.IMAGE_ID].to_pylist(), strict=True):
@@ -60,7 +60,7 @@ def test_a_task_takes_whole_blocks_and_every_cpu_has_some(monkeypatch, n, cpus, 
 def test_a_task_hands_on_each_block_when_it_is_there(joined, mixed):
     uri = mixed[schema.URI].to_pylist()[0]
     table = pa.table({schema.URI: [uri] * 100, schema.IMAGE_ID: [f"{i}" for i in range(100)]})
-    dataset = datasets.images(datasets.rows(table, 64), 64, 96, [schema.IMAGE_ID])
+    dataset = datasets.read_images(datasets.row_dataset(table, 64), 64, 96, [schema.IMAGE_ID])
     blocks = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
     assert sorted(len(block[schema.IMAGE_ID]) for block in blocks) == [4] + [16] * 6
     assert {name for block in blocks for name in block[schema.IMAGE_ID]} == set(

@@ -34,7 +34,7 @@ def test_they_are_those_of_a_plain_loop(joined, tmp_path):
     network, facts = resnet.build(2, seed=1, architecture="resnet18").eval(), card()
     train, validation = table(tmp_path, "t", 41, 0), table(tmp_path, "v", 12, 1)
     before = network.fc.weight.clone()
-    found, logit = feature_statistics.measure(network, facts, train, validation)
+    found, logit = feature_statistics.compute_statistics(network, facts, train, validation)
     plain = bundle.from_state(network.state_dict(), facts)
 
     def pooled(rows):

@@ -21,11 +21,11 @@ def mixed(tmp_path):
     contents |= {f"malignant/p/{name}.png": content for name, (content, _) in pictures.broken().items()}
     for name, content in contents.items():
         storage.write_bytes(storage.join(str(tmp_path), name), content)
-    return index.read(str(tmp_path))[0]
+    return index.read_index(str(tmp_path))[0]
 
 
 def test_inspect_hashes_the_good_and_names_the_broken(joined, mixed):
-    good, broken, size = inspection.inspect(mixed)
+    good, broken, size = inspection.inspect_images(mixed)
     codes = {name: code for name, (_, code) in pictures.broken().items()}
     assert {name.split("/")[-1][:-4]: fault.split(":")[0] for name, fault in broken.items()} == codes
     assert good[schema.IMAGE_ID].to_pylist() == sorted(f"benign/p/good-{i}.png" for i in range(12))
@@ -37,7 +37,7 @@ def test_inspect_hashes_the_good_and_names_the_broken(joined, mixed):
 
 def test_a_missing_file_is_one_broken_image(joined, mixed, tmp_path):
     (tmp_path / "benign/p/good-3.png").unlink()
-    _, broken, _ = inspection.inspect(mixed)
+    _, broken, _ = inspection.inspect_images(mixed)
     assert broken["benign/p/good-3.png"].startswith("unreadable")
 
 
@@ -55,7 +55,7 @@ def test_inspect_stops_where_storage_fails(joined, mixed):
     lost = mixed.slice(0, 1).to_pylist()[0] | {schema.IMAGE_ID: "lost", schema.URI: DAMAGED}
     table = pa.concat_tables([mixed, pa.Table.from_pylist([lost], schema=mixed.schema)])
     with pytest.raises(StorageError, match=r"storage did not give lost .* run the same command again"):
-        inspection.inspect(table)
+        inspection.inspect_images(table)
 
 
 def test_an_image_that_breaks_after_the_run_began_stops_it():

@@ -51,21 +51,21 @@ def names_of(job):
 @pytest.mark.parametrize("job", JOBS)
 def test_an_empty_folder_is_claimed_and_then_the_jobs_own(job, tmp_path):
     uri = str(tmp_path / "out")
-    assert output.check(uri, job) is None
-    owner = output.claim(uri, job)
+    assert output.read_marker(uri, job) is None
+    owner = output.claim_folder(uri, job)
     fill(uri, owner, [name.replace("cut_short", "cut short") for name in names_of(job)])
-    assert output.check(uri, job) == output.claim(uri, job) == owner
+    assert output.read_marker(uri, job) == output.claim_folder(uri, job) == owner
     assert output.owner(uri) == job
     assert json.loads((tmp_path / "out" / output.MARKER).read_text())["job"] == job
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_other_job_is_refused(job, tmp_path):
-    output.claim(str(tmp_path), job)
+    output.claim_folder(str(tmp_path), job)
     for other in set(JOBS) - {job}:
         message = rf"is the output of jobs/{job}\.py; jobs/{other}\.py needs its own: choose another --output"
         with pytest.raises(ConfigError, match=message):
-            output.claim(str(tmp_path), other)
+            output.claim_folder(str(tmp_path), other)
     assert output.owner(str(tmp_path)) == job
 
 
@@ -75,7 +75,7 @@ def test_a_folder_that_no_job_wrote_is_refused(job, name, tmp_path):
     """Whatever the file is called: `metrics.json` of someone else is someone else's."""
     fill(str(tmp_path), "", [name, "z.txt"])
     with pytest.raises(ConfigError, match=rf"contains {name} \(and 1 other files\), and no record .*Move it"):
-        output.claim(str(tmp_path), job)
+        output.claim_folder(str(tmp_path), job)
     assert not (tmp_path / output.MARKER).exists()
     assert (tmp_path / name).read_bytes() == b"x"
 
@@ -95,27 +95,27 @@ def test_a_folder_that_no_job_wrote_is_refused(job, name, tmp_path):
 @pytest.mark.parametrize("job", ["train", "evaluate", "score"])
 def test_a_strange_file_in_an_own_folder_is_named(job, name, tmp_path):
     """Such as a table copied from another output: it would be deleted, or counted as rows of this one."""
-    output.claim(str(tmp_path), job)
+    output.claim_folder(str(tmp_path), job)
     fill(str(tmp_path), "", [name])
     with pytest.raises(ConfigError, match=rf"contains {name}, which it did not write: jobs/{job}\.py"):
-        output.claim(str(tmp_path), job)
+        output.claim_folder(str(tmp_path), job)
 
 
 def test_hidden_files_and_notes_of_file_managers_are_passed_over(tmp_path):
     hidden = [".DS_Store", ".git/config", "Thumbs.db", "sub/desktop.ini", ".nfs0001"]
     fill(str(tmp_path), "", hidden)
-    owner = output.claim(str(tmp_path), "evaluate")
+    owner = output.claim_folder(str(tmp_path), "evaluate")
     storage.delete_files(str(tmp_path), f"part-{owner}-.*")
     assert all((tmp_path / name).read_bytes() == b"x" for name in hidden)
 
 
 def test_a_prefix_of_a_store_is_a_folder(s3):
-    output.claim(f"{s3}/mine", "score")
+    output.claim_folder(f"{s3}/mine", "score")
     fill(f"{s3}/mine-too", "", ["a.png"])
     fill(f"{s3}/theirs", "", ["deep/below/a.png"])
-    assert output.claim(f"{s3}/mine", "score") == output.check(f"{s3}/mine/", "score")
+    assert output.claim_folder(f"{s3}/mine", "score") == output.read_marker(f"{s3}/mine/", "score")
     with pytest.raises(ConfigError, match=r"s3://bucket/theirs contains deep/below/a.png, and no record"):
-        output.claim(f"{s3}/theirs", "audit")
+        output.claim_folder(f"{s3}/theirs", "audit")
     assert storage.exists(f"{s3}/theirs/deep/below/a.png")
 
 
@@ -123,13 +123,13 @@ def test_a_prefix_of_a_store_is_a_folder(s3):
 def test_a_damaged_marker_proves_nothing(content, tmp_path):
     (tmp_path / output.MARKER).write_bytes(content)
     with pytest.raises(ConfigError, match=r"\.bcd-output\.json is damaged .* choose another --output"):
-        output.claim(str(tmp_path), "score")
+        output.claim_folder(str(tmp_path), "score")
 
 
 def test_a_job_that_no_one_knows_is_no_owner(tmp_path):
     storage.write_bytes(str(tmp_path / output.MARKER), b'{"job": "later", "id": "1"}')
     with pytest.raises(ConfigError, match=r"is the output of jobs/later\.py"):
-        output.check(str(tmp_path), "train")
+        output.read_marker(str(tmp_path), "train")
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +161,8 @@ def test_jobs_leave_what_is_not_theirs(job, model_uri, tree, tmp_path, monkeypat
     monkeypatch.setattr(cluster, "connect", lambda **_: pytest.fail("Ray was started"))
     theirs, other, own = (tmp_path / name for name in ("theirs", "other", "own"))
     fill(str(theirs), "", ["predictions/notes.txt"])
-    fill(str(other), output.claim(str(other), "audit" if job == "score" else "score"), ["config.json"])
-    output.claim(str(own), job)
+    fill(str(other), output.claim_folder(str(other), "audit" if job == "score" else "score"), ["config.json"])
+    output.claim_folder(str(own), job)
     fill(str(own), "", ["predictions/notes.txt"])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     refusals = {theirs: "notes.txt, and no record", other: r"is the output of jobs/", own: "did not write"}

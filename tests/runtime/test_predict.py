@@ -57,10 +57,12 @@ def test_every_row_gives_one_row_a_result_or_an_error(joined, model_uri, tmp_pat
     bad = {f"benign/p/{name}.png": content for name, (content, _) in pictures.broken().items()}
     for name, content in (good | bad).items():
         storage.write_bytes(storage.join(str(tmp_path / "in"), name), content)
-    table, _ = index.read(str(tmp_path / "in"))
+    table, _ = index.read_index(str(tmp_path / "in"))
     uri = str(tmp_path / "out")
     job = settings(model_uri, batch_size=4)
-    predict.write(predict.predictions(datasets.rows(schema.fill(table, schema.READING)), job), uri, "0")
+    predict.write_predictions(
+        predict.score_rows(datasets.row_dataset(schema.fill(table, schema.READING)), job), uri, "0"
+    )
     result = predict.read_back(uri, schema.predictions(2, 3).names)
     assert result.schema.equals(schema.predictions(2, 3))
     assert result[schema.IMAGE_ID].to_pylist() == sorted(good | bad)
@@ -258,7 +260,7 @@ def test_a_worker_with_another_model_scores_nothing(model_uri, tmp_path):
     with pytest.raises(BundleError, match=f"was 0123456789abcdef, now it is {late._bundle.model_id}"):
         late(rows)
     with pytest.raises(BundleError, match="has changed since the start"):
-        predict.predictions(None, late._settings)
+        predict.score_rows(None, late._settings)
 
 
 def test_a_job_whose_model_changed_says_so(tmp_path):
@@ -310,10 +312,12 @@ def test_writing_replaces_the_same_table_and_nothing_else(joined, model_uri, tmp
     other = tmp_path / "out/part-0001-00000.parquet"
     storage.write_bytes(str(other), b"of another archive")
     storage.write_bytes(str(tmp_path / "in/benign/p/a.png"), pictures.encode(pictures.gradient()))
-    table, _ = index.read(str(tmp_path / "in"))
+    table, _ = index.read_index(str(tmp_path / "in"))
     rows, job = schema.fill(table, schema.READING), settings(model_uri, batch_size=4)
     for _ in range(2):
-        predict.write(predict.predictions(datasets.rows(rows), job), str(tmp_path / "out"), "0")
+        predict.write_predictions(
+            predict.score_rows(datasets.row_dataset(rows), job), str(tmp_path / "out"), "0"
+        )
     assert other.read_bytes() == b"of another archive"
     other.unlink()
     assert len(predict.read_back(str(tmp_path / "out"), [schema.IMAGE_ID])) == 1

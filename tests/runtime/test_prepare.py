@@ -42,8 +42,8 @@ def test_every_row_goes_to_one_part_and_no_case_to_two(joined, tree):
     table, facts = prepare.prepare(small(tree))
     assert len(table) == 8 * 3 * 2
     assert table.schema == schema.SPLIT
-    assert split.audit(table, "case") == []
-    lines = prepare.describe(small(tree), table, facts)
+    assert split.crossings_forbidden(table, "case") == []
+    lines = prepare.describe_split(small(tree), table, facts)
     assert any(line.startswith("train: ") and " patients (" in line for line in lines)
     assert [f"warning: {text}" for text in facts.warnings] == [s for s in lines if s.startswith("warning: ")]
 
@@ -80,7 +80,7 @@ def test_without_quarantine_a_picture_on_two_sides_cannot_pass(joined, tmp_path)
         [["train", "test"] * (len(table) // 2)],
     )
     with pytest.raises(LeakageError):
-        split.check(moved, "case")
+        split.require_no_leak(moved, "case")
 
 
 def test_too_few_patients_are_refused_with_their_number(joined, tmp_path):
@@ -96,7 +96,7 @@ def divided(tmp_path, test_patient="Q"):
             path = f"{part}/{('benign', 'malignant')[i % 2]}/P{i}/0.png"
             storage.write_bytes(f"{tmp_path}/{path}", path.encode())
     storage.write_bytes(f"{tmp_path}/test/benign/{test_patient}/0.png", b"")
-    table, warnings = prepare.index.read(str(tmp_path))
+    table, warnings = prepare.index.read_index(str(tmp_path))
     told = {"synthetic": False, "warnings": warnings, "broken": [], "quarantined": []}
     return table, prepare.DatasetFacts(data_fingerprint="", field_height_px=0, field_width_px=0, **told)
 
@@ -142,7 +142,7 @@ def test_subtypes_cannot_be_used_where_some_are_unknown(joined, tmp_path, flag):
 
 
 def test_missing_fold_files_are_found_before_pixels_are_read(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.inspection, "inspect", lambda table: pytest.fail("pixels were read"))
+    monkeypatch.setattr(prepare.inspection, "inspect_images", lambda table: pytest.fail("pixels were read"))
     config = TrainConfig(data=tree, protocol="official", folds=str(tmp_path), fold=2)
     with pytest.raises(StorageError, match=r"dsfold2.txt: cannot read it"):
         prepare.prepare(config)

@@ -12,21 +12,21 @@ from tests.cluster import read_json
 
 def test_a_run_is_begun_claimed_and_finished(tmp_path):
     config, uri = TrainConfig(data="d"), f"{tmp_path}/run"
-    assert run_directory.begin(config, uri) is False
-    run_directory.claim(config, uri)
-    assert run_directory.begin(config, uri) is False
+    assert run_directory.begin_run(config, uri) is False
+    run_directory.claim_run(config, uri)
+    assert run_directory.begin_run(config, uri) is False
     assert read_json(f"{uri}/run.json")["status"] == "started"
-    run_directory.finish(config, uri, {"train_s": 1.5})
-    assert run_directory.begin(config, uri) is True
+    run_directory.finish_run(config, uri, {"train_s": 1.5})
+    assert run_directory.begin_run(config, uri) is True
     run = read_json(f"{uri}/run.json")
     assert (run["timings"], run["seed"]) == ({"train_s": 1.5}, 0)
     assert read_json(f"{uri}/config.json") == config.model_dump(mode="json")
 
 
 def test_other_settings_are_named_and_refused(tmp_path):
-    run_directory.claim(CrossvalConfig(data="d"), str(tmp_path))
+    run_directory.claim_run(CrossvalConfig(data="d"), str(tmp_path))
     with pytest.raises(ConfigError, match=r"--k 5 -> 3; --protocol case -> case,image"):
-        run_directory.begin(CrossvalConfig(data="d", k=3, protocol="case,image"), str(tmp_path))
+        run_directory.begin_run(CrossvalConfig(data="d", k=3, protocol="case,image"), str(tmp_path))
 
 
 def test_the_split_comes_back_as_it_was(tmp_path):

@@ -61,12 +61,12 @@ def test_failures_are_named_by_kind():
 def test_the_end_in_lines_for_people():
     counts = finish._counts(TABLE, FAILED_INPUTS, DESCRIBED, ["a.png"])
     told = {"errors": {"truncated": 1, "missing_mpp": 1}, "warnings": {"unlike_training_data": 12}}
-    lines = finish.summary_lines("/out", counts | told)
+    lines = finish.closing_lines("/out", counts | told)
     assert lines[0] == "4 inputs = 2 results + 2 errors; 5 rows, 2 of them tiles"
     assert lines[1:3] == ["  missing_mpp: 1", "  truncated: 1"]
     assert lines[3] == "  warned of unlike_training_data: 12 rows"
     assert lines[-1].endswith("/out/summary.json")
-    blind = finish.summary_lines("/out", counts | told | {"warnings": None})
+    blind = finish.closing_lines("/out", counts | told | {"warnings": None})
     assert blind[3] == "  the model has no statistics that tell what is unlike its training data"
 
 

@@ -57,7 +57,7 @@ def hashes_without_ray(monkeypatch):
 
 def settle(output, found):
     """What a job does first; returns the books and what is to be scored again."""
-    ours, _ = ledger.begin(str(output), SETTINGS)
+    ours, _ = ledger.open_ledger(str(output), SETTINGS)
     changed = inputs.settle(ours, ledger.merged(ours), ledger.committed(ours), found)
     return ours, changed
 
@@ -196,5 +196,5 @@ def test_a_slide_that_is_replaced_while_its_tiles_are_read_is_not_merged():
 
 
 def test_changed_inputs_are_counted_and_the_first_named():
-    found = inputs.sentence(["a", "b", "c", "d", "e"], "since")
+    found = inputs.changed_text(["a", "b", "c", "d", "e"], "since")
     assert found == "5 inputs have changed since (a, b, c and 2 more)"

@@ -53,13 +53,13 @@ def test_compiling_is_decided_once_for_an_output(tmp_path, monkeypatch):
     assert score._compiles(config, inputs("a.svs", size_bytes=score.COMPILE_FROM_SLIDE_BYTES))
     assert score._compiles(config.model_copy(update={"compile": "on"}), few)
     assert not score._compiles(config.model_copy(update={"compile": "off"}), many)
-    ledger.begin(str(tmp_path), {"compile": False})
+    ledger.open_ledger(str(tmp_path), {"compile": False})
     assert not score._compiles(config, many)
 
 
 def test_without_a_compiler_auto_does_not_compile(tmp_path, monkeypatch):
     monkeypatch.setattr(score.shutil, "which", lambda name: None)
-    monkeypatch.setattr(score.cluster, "capacity", lambda: {"CPU": 2.0, "GPU": 0.0})
+    monkeypatch.setattr(score.cluster, "total_resources", lambda: {"CPU": 2.0, "GPU": 0.0})
     config = ScoreConfig(model="m", input="i", output=str(tmp_path))
     assert not score._compiles(config, inputs("a.svs", size_bytes=score.COMPILE_FROM_SLIDE_BYTES))
 

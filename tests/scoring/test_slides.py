@@ -16,6 +16,7 @@ from bcd.imaging import image
 from bcd.scoring import ledger, slides, tiling
 from bcd.slides import slide_cache
 from tests import pictures
+from tests.model.test_bundle import card
 
 NAME = "CMU-1-Small-Region.svs"
 SYNTHETIC = tiling.Tiling(tile_mpp=0.5, tile_width_px=40, tile_height_px=30, mpp=None, min_tissue=0.25)
@@ -32,7 +33,7 @@ def here(monkeypatch):
 
     monkeypatch.setattr(slides, "ray", SimpleNamespace(remote=remote, get=lambda results: results))
     yield
-    slide_cache.open_slide.cache_clear()
+    slide_cache.open_staged.cache_clear()
 
 
 def planned(folder, contents, tile_settings, generation=1):
@@ -40,7 +41,7 @@ def planned(folder, contents, tile_settings, generation=1):
     for name, content in contents.items():
         storage.write_bytes(f"{folder}/in/{name}", content)
     ours = ledger.Ledger(f"{folder}/out", generation, "0")
-    inputs = archive.read(f"{folder}/in").table
+    inputs = archive.list_inputs(f"{folder}/in").table
     inputs = inputs.filter(pa.array([name in contents for name in inputs[schema.IMAGE_ID].to_pylist()]))
     tiles = pa.concat_tables(tiling.expand(inputs, tile_settings, ours.plans_uri, frozenset()))
     return ours, tiles, [tiling.read_plan(ours.plans_uri, name) for name in contents]
@@ -117,7 +118,7 @@ def check(ours, plan, tiles, row, probability, log_odds):
 def test_a_slide_is_told_by_its_tiles(tmp_path):
     ours, tiles, plans = planned(tmp_path, {"a/s.tif": stained()}, SYNTHETIC)
     rows, probability, log_odds = scored(ours, tiles)
-    table = slides.write(ours, plans, none(), 0.5)
+    table = slides.write_slides(ours, plans, none(), card())
     assert table.schema == schema.SLIDES
     check(ours, plans[0], rows, *table.to_pylist(), probability, log_odds)
     assert pq.read_table(f"{ours.uri}/slides.parquet").equals(table)
@@ -128,7 +129,7 @@ def test_tiles_lie_for_qupath_where_it_shows_them(tmp_path):
     ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
     rows, _, _ = scored(ours, tiles)
     plans = [plans[0].model_copy(update={"bounds_x_px": 30, "bounds_y_px": 20})]
-    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    (row,) = slides.write_slides(ours, plans, none(), card()).to_pylist()
     assert (row[schema.BOUNDS_X_LEVEL0_PX], row[schema.BOUNDS_Y_LEVEL0_PX]) == (30, 20)
     corners = [feature["geometry"]["coordinates"][0][0] for feature in features(ours, "s.tif")]
     assert corners == [[tile[schema.X_LEVEL0_PX] - 30, tile[schema.Y_LEVEL0_PX] - 20] for tile in rows]
@@ -148,9 +149,9 @@ def test_tiles_unlike_the_training_data_are_counted_hatched_and_measured(tmp_pat
     ]
     write(ours, rows)
     drawn = []
-    real = slides.heatmap.draw
-    monkeypatch.setattr(slides.heatmap, "draw", lambda *given: drawn.append(given[-1]) or real(*given))
-    (told,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    real = slides.heatmap.draw_tiles
+    monkeypatch.setattr(slides.heatmap, "draw_tiles", lambda *given: drawn.append(given[-1]) or real(*given))
+    (told,) = slides.write_slides(ours, plans, none(), card()).to_pylist()
     assert told[schema.WARNED_TILES] == sum(far) > 0
     assert drawn[0].tolist() == far
     measured = [feature["properties"]["measurements"] for feature in features(ours, "s.tif")]
@@ -163,7 +164,7 @@ def test_tiles_have_the_size_of_each_axis(tmp_path):
     pixels = np.full((150, 200, 3), (230, 150, 180), np.uint8)
     ours, tiles, plans = planned(tmp_path, {"s.tif": pictures.tiled_tiff(pixels, (0.5, 0.25))}, SYNTHETIC)
     scored(ours, tiles)
-    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    (row,) = slides.write_slides(ours, plans, none(), card()).to_pylist()
     assert (row[schema.MPP], row[schema.MPP_Y]) == (0.5, 0.25)
     (ring,) = features(ours, "s.tif")[-1]["geometry"]["coordinates"]
     assert ring == [[160, 120], [200, 120], [200, 180], [160, 180], [160, 120]]
@@ -174,7 +175,7 @@ def test_a_real_slide_is_told_by_its_tiles(tmp_path, real_data):
     content = (real_data / "slides" / NAME).read_bytes()
     ours, tiles, plans = planned(tmp_path, {NAME: content}, FIELD)
     rows, probability, log_odds = scored(ours, tiles)
-    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    (row,) = slides.write_slides(ours, plans, none(), card()).to_pylist()
     check(ours, plans[0], rows, row, probability, log_odds)
     known = (schema.WIDTH_PX, schema.HEIGHT_PX, schema.TISSUE_AREA_MM2, schema.URI)
     uri = str(tmp_path / "in" / NAME)
@@ -201,11 +202,18 @@ def test_slides_of_a_manifest_are_told_whatever_their_uri(tmp_path, kind, reques
     storage.write_bytes(f"{at['remote'] or f'{tmp_path}/in'}/s.tif", stained())
     storage.write_bytes(f"{tmp_path}/lists/m.csv", f"uri\n{at[kind]}/s.tif\n".encode())
     ours = ledger.Ledger(f"{tmp_path}/out", 1, "0")
-    inputs = archive.read(f"{tmp_path}/lists/m.csv").table
+    inputs = archive.list_inputs(f"{tmp_path}/lists/m.csv").table
     tiles = pa.concat_tables(tiling.expand(inputs, SYNTHETIC, ours.plans_uri, frozenset()))
     plan = tiling.read_plan(ours.plans_uri, f"{at[kind]}/s.tif")
     rows, probability, log_odds = scored(ours, tiles)
-    check(ours, plan, rows, *slides.write(ours, [plan], none(), 0.5).to_pylist(), probability, log_odds)
+    check(
+        ours,
+        plan,
+        rows,
+        *slides.write_slides(ours, [plan], none(), card()).to_pylist(),
+        probability,
+        log_odds,
+    )
     written = [path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("heatmap.png")]
     assert written == [("out", "slides")]
 
@@ -215,7 +223,7 @@ def test_the_heat_map_lies_on_the_tissue(tmp_path):
     ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
     rows, *_ = scored(ours, tiles)
     write(ours, [row | {schema.PROBABILITY_MALIGNANT: float(i > 0)} for i, row in enumerate(rows)])
-    slides.write(ours, plans, none(), 0.5)
+    slides.write_slides(ours, plans, none(), card())
     page = image.decode(storage.read_bytes(f"{slides.folder(ours.uri, 's.tif')}/heatmap.png"))
     left = (page.shape[1] - 200) // 2
     first, second, glass = (page[15, left + x].astype(int) for x in (20, 60, 180))
@@ -231,7 +239,7 @@ def test_tiles_in_error_are_counted_and_keep_their_place(tmp_path):
     lost += [schema.WIDTH_PX, schema.HEIGHT_PX]
     broken = [row | dict.fromkeys(lost) | {schema.ERROR: "unreadable"} for row in rows[:4]]
     write(ours, broken + rows[4:])
-    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    (row,) = slides.write_slides(ours, plans, none(), card()).to_pylist()
     assert (row[schema.TILES], row[schema.ERROR_TILES]) == (15, 4)
     assert row[schema.MALIGNANT_TILE_SHARE] == pytest.approx(np.mean(probability[4:] >= 0.5))
     assert row[ORDER[2]] == pytest.approx(np.median(probability[4:]))
@@ -239,18 +247,21 @@ def test_tiles_in_error_are_counted_and_keep_their_place(tmp_path):
     assert [set(feature["properties"]) for feature in found[:4]] == [{"objectType", "measurements"}] * 4
     assert found[1]["geometry"]["coordinates"][0][:3] == [[40, 0], [80, 0], [80, 30]]
     write(ours, [row | dict.fromkeys(lost) | {schema.ERROR: "unreadable"} for row in rows])
-    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    (row,) = slides.write_slides(ours, plans, none(), card()).to_pylist()
     assert (row[schema.ERROR_TILES], row[schema.MALIGNANT_TILE_SHARE], row[ORDER[0]]) == (15, None, None)
 
 
-def test_subtypes_have_no_log_odds(tmp_path):
+def test_tiles_of_a_model_of_subtypes_have_its_classes_and_log_odds(tmp_path):
     ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
-    scored(ours, tiles, ("A", "DC", "F"))
-    (row,) = slides.write(ours, plans, none(), 0.5).to_pylist()
+    _, _, odds = scored(ours, tiles, ("A", "DC", "F"))
+    subtypes = card(target="subtype", classes=("A", "DC", "F"))
+    (row,) = slides.write_slides(ours, plans, none(), subtypes).to_pylist()
     found = Counter(feature["properties"]["classification"]["name"] for feature in features(ours, "s.tif"))
     assert found.keys() == {"A", "DC"}
     assert row[schema.MALIGNANT_TILE_SHARE] == pytest.approx(found["DC"] / 15)
-    assert features(ours, "s.tif")[0]["properties"]["measurements"].keys() == {schema.PROBABILITY_MALIGNANT}
+    # Two benign classes with logit 0 beside the malignant one.
+    told = [feature["properties"]["measurements"]["log_odds"] for feature in features(ours, "s.tif")]
+    assert told == pytest.approx(odds - np.log(2), rel=1e-5)
 
 
 def test_a_second_generation_keeps_the_rows_of_the_first(tmp_path):
@@ -264,14 +275,14 @@ def test_a_second_generation_keeps_the_rows_of_the_first(tmp_path):
     }
     broken |= {schema.ERROR_MESSAGE: "m", schema.MODEL_ID: "m", schema.BCD_VERSION: "1"}
     failed = pa.Table.from_pylist([broken], schema=schema.predictions(2, 3))
-    first = slides.write(ours, plans, failed, 0.5)
+    first = slides.write_slides(ours, plans, failed, card())
     assert first[schema.SLIDE].to_pylist() == ["s.tif", "t.svs"]
     assert first[schema.ERROR].to_pylist() == [None, "too_coarse"]
     assert first[schema.TILES].to_pylist() == [15, None]
     later, tiles, plans = planned(tmp_path, {"a.tif": stained()}, SYNTHETIC, generation=2)
     scored(later, tiles)
-    both = slides.write(later, plans, failed, 0.5)
+    both = slides.write_slides(later, plans, failed, card())
     assert both[schema.SLIDE].to_pylist() == ["a.tif", "s.tif", "t.svs"]
     assert both.slice(1).to_pylist() == first.to_pylist()
-    assert slides.write(later, plans, failed, 0.5).equals(both)
+    assert slides.write_slides(later, plans, failed, card()).equals(both)
     assert Image.open(io.BytesIO(storage.read_bytes(f"{slides.folder(ours.uri, 's.tif')}/heatmap.png")))

@@ -25,7 +25,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache for each test."""
     monkeypatch.setattr(slide_cache, "CACHE", tmp_path / "cache")
     yield
-    slide_cache.open_slide.cache_clear()
+    slide_cache.open_staged.cache_clear()
 
 
 def stained(width=100, mpp=0.5):
@@ -37,7 +37,7 @@ def stained(width=100, mpp=0.5):
 
 def expanded(folder, tile_settings=TILING, done=NOTHING):
     """The rows for the archive in FOLDER/in; plans go to FOLDER/plans."""
-    inputs = archive.read(f"{folder}/in").table
+    inputs = archive.list_inputs(f"{folder}/in").table
     return pa.concat_tables(tiling.expand(inputs, tile_settings, f"{folder}/plans", done))
 
 
@@ -109,13 +109,13 @@ def test_a_slide_that_dies_after_some_tiles_keeps_its_books(tmp_path):
     write(tmp_path, {"s.tif": stained()})
     before = expanded(tmp_path)
     write(tmp_path, {"s.tif": b"dead"})
-    slide_cache.open_slide.cache_clear()
+    slide_cache.open_staged.cache_clear()
     ids = before[schema.IMAGE_ID].to_pylist()
     rest = expanded(tmp_path, done=frozenset(ids[:4]))
     assert rest.equals(before.slice(4))
     assert read.pixels(rest, 30, 40, [])[schema.ERROR].tolist() == ["unreadable"] * 11
     (tmp_path / "in/s.tif").unlink()
-    slide_cache.open_slide.cache_clear()
+    slide_cache.open_staged.cache_clear()
     inputs = pa.Table.from_pylist([{schema.IMAGE_ID: "s.tif", schema.URI: str(tmp_path / "in/s.tif")}])
     (again,) = tiling.expand(schema.fill(inputs, schema.INDEX), TILING, f"{tmp_path}/plans", NOTHING)
     assert again.equals(before)
@@ -159,7 +159,7 @@ def test_a_slide_without_tissue_says_which_setting_decides(tmp_path):
 def test_a_slide_without_scale_takes_that_of_the_flag(tmp_path):
     write(tmp_path, {"s.tif": stained(mpp=None)})
     assert expanded(tmp_path, replace(TILING, mpp=0.9))[schema.ERROR].to_pylist() == ["too_coarse"]
-    slide_cache.open_slide.cache_clear()
+    slide_cache.open_staged.cache_clear()
     assert len(expanded(tmp_path, replace(TILING, mpp=0.5))) == 15
 
 
@@ -184,10 +184,10 @@ def test_the_mpp_of_a_manifest_row_is_that_of_its_slide(tmp_path):
     sources = {"a.tif": stained(mpp=None), "b.tif": stained(mpp=None), "c.tif": stained(mpp=0.25)}
     write(tmp_path, sources | {"d.tif": stained(mpp=0.003)})
     (tmp_path / "m.csv").write_text("uri,mpp\nin/a.tif,0.5\nin/b.tif,\nin/c.tif,0.5\nin/d.tif,0.5")
-    inputs = archive.read(str(tmp_path / "m.csv")).table
+    inputs = archive.list_inputs(str(tmp_path / "m.csv")).table
 
     def found(tile_settings):
-        slide_cache.open_slide.cache_clear()
+        slide_cache.open_staged.cache_clear()
         plans = f"{tmp_path}/{uuid.uuid4().hex}"
         tables = tiling.expand(inputs, tile_settings, plans, NOTHING)
         return [table[schema.ERROR][0].as_py() or len(table) for table in tables]
@@ -229,7 +229,7 @@ def test_fields_stay_one_row_and_keep_what_is_known(tmp_path):
         write(tmp_path, {f"f.{kind}": content})
     rows = ["uri,patient,slide,mpp", "in/f.png,7,s,0.5", "in/f.tiff,,,", "in/f.jpg,,,", "no.tif,,,"]
     (tmp_path / "m.csv").write_text("\n".join(rows))
-    inputs = archive.read(str(tmp_path / "m.csv")).table
+    inputs = archive.list_inputs(str(tmp_path / "m.csv")).table
     rows = pa.concat_tables(tiling.expand(inputs, TILING, str(tmp_path / "plans"), NOTHING)).to_pylist()
     found = {row[schema.IMAGE_ID]: row for row in rows}
     assert {name: row[schema.ERROR] for name, row in found.items() if row[schema.ERROR]} == {

@@ -599,16 +599,16 @@ def test_an_empty_token_file_is_no_token(models, tmp_path):
     (tmp_path / "token").write_text("\n")
     config = ServiceConfig(model=models[0], token_file=str(tmp_path / "token"))
     with pytest.raises(ConfigError, match="is empty"):
-        serve.build(config, None)
+        serve.create_application(config, None)
     (tmp_path / "token").write_text("two words")
     with pytest.raises(ConfigError, match="no spaces"):
-        serve.build(config, None)
+        serve.create_application(config, None)
 
 
 def test_the_token_is_bound_as_a_digest(models, tmp_path, monkeypatch):
     """What Ray keeps of an application can be read by who can read the cluster."""
     monkeypatch.setenv(middleware.TOKEN_VARIABLE, TOKEN)
-    application = serve.build(ServiceConfig(model=models[0]), "0.0.0.0")
+    application = serve.create_application(ServiceConfig(model=models[0]), "0.0.0.0")
     bound = repr(application._bound_deployment.init_args)
     assert middleware.digest(TOKEN) in bound
     assert TOKEN not in bound
@@ -616,7 +616,7 @@ def test_the_token_is_bound_as_a_digest(models, tmp_path, monkeypatch):
 
 def test_replicas_are_as_many_and_as_large_as_asked_for(models):
     def deployed(**settings):
-        return serve.build(ServiceConfig(model=models[0], **settings), None)._bound_deployment
+        return serve.create_application(ServiceConfig(model=models[0], **settings), None)._bound_deployment
 
     fixed, elastic = deployed(min_replicas=2, max_replicas=2), deployed(max_replicas=3, num_gpus=0.25)
     assert fixed.num_replicas == 2

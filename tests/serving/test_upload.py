@@ -40,7 +40,7 @@ class Engine:
 @pytest.fixture(scope="module")
 def client():
     with (
-        serving(api.build(Engine(), middleware.Limits(), max_images=4)) as url,
+        serving(api.create_app(Engine(), middleware.Limits(), max_images=4)) as url,
         httpx.Client(base_url=url) as opened,
     ):
         yield opened

@@ -54,26 +54,26 @@ def test_the_series_is_that_of_the_object_itself(explicit, defined):
     other = element(0x20, 0xE, "UI", "9.9.9", explicit)
     nested = sequence(sequence(other, explicit, defined) + other, explicit, defined)
     syntax = EXPLICIT if explicit else dicom.IMPLICIT
-    found = dicom.parse(dicom_file("1.2.33", syntax=syntax, before=nested))
+    found = dicom.read_header(dicom_file("1.2.33", syntax=syntax, before=nested))
     assert found == dicom.Header(dicom.WHOLE_SLIDE, "1.2.33")
     assert found.is_slide
 
 
 @pytest.mark.parametrize("kind", OTHERS.values())
 def test_other_objects_are_no_slides(kind):
-    assert not dicom.parse(dicom_file("1.1", kind)).is_slide
+    assert not dicom.read_header(dicom_file("1.1", kind)).is_slide
 
 
 def test_of_a_cut_file_is_told_what_stands_there():
     whole = dicom_file("1.2.33")
-    found = [dicom.parse(whole[:n]) for n in range(132, len(whole))]
+    found = [dicom.read_header(whole[:n]) for n in range(132, len(whole))]
     assert set(found) == {
         dicom.Header("", ""),
         dicom.Header(dicom.WHOLE_SLIDE, ""),
         dicom.Header(dicom.WHOLE_SLIDE, "1.2.33"),
     }
     assert all(header.is_slide for header in found)
-    assert dicom.parse(dicom_file("1.2.33", syntax="1.2.840.10008.1.2.2")).series == ""
+    assert dicom.read_header(dicom_file("1.2.33", syntax="1.2.840.10008.1.2.2")).series == ""
 
 
 def test_a_series_behind_much_else_is_found(tmp_path):

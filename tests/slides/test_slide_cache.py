@@ -16,7 +16,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache for each test."""
     monkeypatch.setattr(slide_cache, "CACHE", tmp_path / "cache")
     yield tmp_path / "cache"
-    slide_cache.open_slide.cache_clear()
+    slide_cache.open_staged.cache_clear()
 
 
 @pytest.fixture
@@ -198,12 +198,12 @@ def test_the_last_slides_stay_open(real_data, folder, fetched):
     uris = [f"{folder}/{i}.svs" for i in range(3)]
     for uri in uris:
         storage.write_bytes(uri, content)
-    opened, staged = slide_cache.open_slide(uris[0], pixel_size.UNKNOWN)
-    assert slide_cache.open_slide(uris[0], pixel_size.UNKNOWN)[0] is opened
+    opened, staged = slide_cache.open_staged(uris[0], pixel_size.UNKNOWN)
+    assert slide_cache.open_staged(uris[0], pixel_size.UNKNOWN)[0] is opened
     assert (opened.width_px, opened.height_px, staged.path.name) == (16, 16, "0.svs")
     for uri in uris:
-        slide_cache.open_slide(uri, pixel_size.UNKNOWN)
-    assert slide_cache.open_slide.cache_info().currsize == slide_cache.OPEN_SLIDES == 2
+        slide_cache.open_staged(uri, pixel_size.UNKNOWN)
+    assert slide_cache.open_staged.cache_info().currsize == slide_cache.OPEN_SLIDES == 2
     assert fetched == uris
 
 
@@ -211,5 +211,5 @@ def test_a_broken_slide_is_not_kept_open(folder, fetched):
     slide = put(folder, "a.svs")
     for _ in range(2):
         with pytest.raises(image.ImageError, match="unreadable"):
-            slide_cache.open_slide(*slide, pixel_size.UNKNOWN)
+            slide_cache.open_staged(*slide, pixel_size.UNKNOWN)
     assert len(fetched) == 1

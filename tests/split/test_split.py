@@ -105,7 +105,7 @@ def test_no_group_crosses_and_shares_hold_on_all_published_names(
     seen = set()
     for seed in SEEDS:
         assigned = split.assign(kept, protocol, seed)
-        split.check(assigned, protocol)
+        split.require_no_leak(assigned, protocol)
         assert all(len(sides) == 1 for sides in groups_of(assigned, column).values())
         seen.add(split.fingerprint(assigned))
         for part, fraction in zip(split.PARTS, (0.65, 0.15, 0.20), strict=True):
@@ -124,7 +124,7 @@ def test_the_official_folds_are_reproduced_row_for_row(
     kept = split.quarantine(published).kept
     for fold in folds:
         assigned = split.assign(kept, "official", seed=0, fold=fold)
-        split.check(assigned, "official")
+        split.require_no_leak(assigned, "official")
         assert assigned.drop_columns(schema.PART) == kept
         for name, part in parts(assigned).items():
             assert (part == split.TEST) == (fold[name] == "test")
@@ -140,23 +140,23 @@ def test_the_audit_names_14_13412_in_folds_1_3_and_5(
 ) -> None:
     for number, fold in enumerate(folds, start=1):
         raw = with_parts(published, *(fold[name] for name in published[schema.IMAGE_ID].to_pylist()))
-        findings = split.audit(raw, "official")
+        findings = split.crossings_forbidden(raw, "official")
         if number in (1, 3, 5):
             assert len(findings) == 1
             assert findings[0].startswith("patient, slide 14-13412 stands in train (as SOB_M_")
             with pytest.raises(LeakageError, match="14-13412"):
-                split.check(split.assign(published, "official", 0, fold=fold), "official")
+                split.require_no_leak(split.assign(published, "official", 0, fold=fold), "official")
         else:
             assert findings == []
-            split.check(split.assign(published, "official", 0, fold=fold), "official")
+            split.require_no_leak(split.assign(published, "official", 0, fold=fold), "official")
 
 
 @pytest.mark.real
 def test_by_image_shares_are_exact_and_patients_leak(published: pa.Table) -> None:
     assigned = split.assign(published, "image", seed=0)
-    split.check(assigned, "image")
+    split.require_no_leak(assigned, "image")
     assert "image" in split.LEAKY
-    assert len(split.audit(assigned, "patient")) == 81
+    assert len(split.crossings_forbidden(assigned, "patient")) == 81
     for part in split.PARTS:
         here = shares(part_of(assigned, part))
         assert here == pytest.approx(shares(published), abs=0.002)
@@ -170,7 +170,7 @@ def test_by_image_shares_are_exact_and_patients_leak(published: pa.Table) -> Non
 def test_no_group_crosses_and_both_classes_stand_in_every_part(protocol: split.Protocol, seed: int) -> None:
     rows = cohort(seed)
     assigned = split.assign(rows, protocol, seed)
-    split.check(assigned, protocol)
+    split.require_no_leak(assigned, protocol)
     assert assigned.schema == schema.SPLIT
     assert assigned.drop_columns(schema.PART) == rows
     for part in split.PARTS:
@@ -417,7 +417,7 @@ def test_official_keeps_the_test_part_and_divides_the_rest() -> None:
         f"{s}{p}-{i}": "test" if p < 3 else "train" for s in ("A", "DC") for p in range(9) for i in range(4)
     }
     assigned = split.assign(rows, "official", seed=3, validation_fraction=1 / 3, fold=fold)
-    split.check(assigned, "case")
+    split.require_no_leak(assigned, "case")
     assert {name for name, part in parts(assigned).items() if part == split.TEST} == (
         {f"x/{name}" for name, role in fold.items() if role == "test"}
     )
@@ -489,12 +489,12 @@ def test_what_may_not_cross_is_found(
     rows = table(*(row(name, f"p{name}", "A") | {column: "shared"} for name in "abc"), row("d", "pd", "A"))
     crossing = with_parts(rows, split.TRAIN, split.TEST, split.TEST, split.VALIDATION)
     if protocol not in forbidden_by:
-        split.check(crossing, protocol)
+        split.require_no_leak(crossing, protocol)
         return
     expected = f"{column} shared stands in train (as a) and in test (as b and 1 more)"
-    assert split.audit(crossing, protocol) == [expected]
+    assert split.crossings_forbidden(crossing, protocol) == [expected]
     with pytest.raises(LeakageError) as caught:
-        split.check(crossing, protocol)
+        split.require_no_leak(crossing, protocol)
     assert str(caught.value) == f"the split by {protocol} leaks: {expected}"
 
 
@@ -508,7 +508,7 @@ def test_crossings_are_named_for_the_columns_that_are_asked_for() -> None:
 
 def test_one_case_on_one_side_is_no_leak() -> None:
     rows = table(row("a", "p", "A"), row("b", "p", "A"))
-    split.check(with_parts(rows, split.TRAIN, split.TRAIN), "case")
+    split.require_no_leak(with_parts(rows, split.TRAIN, split.TRAIN), "case")
 
 
 def test_fingerprints_tell_splits_and_data_apart() -> None:

@@ -38,7 +38,7 @@ def divide(sizes: np.ndarray, k: int, seed: int) -> np.ndarray:
 def test_sizes_by_hand() -> None:
     table, owner = rows((2, "benign", "A"), (3, "malignant", "DC"), (1, "malignant", "LC"))
     # Columns: benign, malignant, all, then A, DC, LC in order of appearance.
-    assert stratify.sizes(table, owner).tolist() == [
+    assert stratify.image_counts(table, owner).tolist() == [
         [2, 0, 2, 2, 0, 0],
         [0, 3, 3, 0, 3, 0],
         [0, 1, 1, 0, 0, 1],
@@ -49,27 +49,29 @@ def test_sizes_by_hand() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_equal_groups_make_equal_folds(k: int, seed: int) -> None:
     groups = [(4, "benign", "A"), (4, "malignant", "DC")] * (2 * k)
-    sizes = stratify.sizes(*rows(*groups))
+    sizes = stratify.image_counts(*rows(*groups))
     parts = divide(sizes, k, seed)
     assert [sizes[parts == part, :3].sum(axis=0).tolist() for part in range(k)] == [[8, 8, 16]] * k
     assert (parts == divide(sizes, k, seed)).all()
 
 
 def test_seeds_give_other_folds() -> None:
-    sizes = stratify.sizes(*rows(*[(4, "benign", "A"), (4, "malignant", "DC")] * 10))
+    sizes = stratify.image_counts(*rows(*[(4, "benign", "A"), (4, "malignant", "DC")] * 10))
     found = {tuple(divide(sizes, 5, seed)) for seed in range(10)}
     assert len(found) == 10
 
 
 def test_a_class_with_fewer_groups_than_folds_goes_to_as_many_as_it_has() -> None:
-    sizes = stratify.sizes(*rows(*[(4, "benign", None)] * 3, *[(4, "malignant", None)] * 12))
+    sizes = stratify.image_counts(*rows(*[(4, "benign", None)] * 3, *[(4, "malignant", None)] * 12))
     parts = divide(sizes, 5, 0)
     assert len(set(parts[:3])) == 3
     assert np.bincount(parts, sizes[:, 2], 5).tolist() == [12] * 5
 
 
 def test_training_misses_no_stratum_before_the_others() -> None:
-    sizes = stratify.sizes(*rows((4, "benign", "A"), *[(4, "benign", "F"), (4, "malignant", "DC")] * 6))
+    sizes = stratify.image_counts(
+        *rows((4, "benign", "A"), *[(4, "benign", "F"), (4, "malignant", "DC")] * 6)
+    )
     for seed in range(5):
         parts = stratify.divide(sizes, NOBODY[:13], np.array([0.6, 0.2, 0.2]), [2, 0, 1], seed)
         assert parts[0] == 0
@@ -90,7 +92,7 @@ def test_patients_by_hand() -> None:
         for i, (who, name) in enumerate(known)
     ]
     table = schema.fill(pa.Table.from_pylist(found), schema.INDEX)
-    assert stratify.patients(table, np.array([0, 0, 0, 1, 1, 1])).tolist() == [[2, 0], [1, 1]]
+    assert stratify.patient_counts(table, np.array([0, 0, 0, 1, 1, 1])).tolist() == [[2, 0], [1, 1]]
 
 
 def cohort(random: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:

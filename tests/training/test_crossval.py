@@ -99,7 +99,7 @@ def test_every_image_is_tested_once_by_a_model_that_was_not_trained_on_it(noise,
     for fold in range(1, K + 1):
         run_uri = f"{uri}/{protocol}/repeat-1-fold-{fold}"
         parts = run_directory.read_split(run_uri)
-        assert split.audit(parts, protocol) == []
+        assert split.crossings_forbidden(parts, protocol) == []
         rows = parts.to_pylist()
         tested += [row[schema.IMAGE_ID] for row in rows if row[schema.PART] == split.TEST]
         card = bundle.read_card(f"{run_uri}/model")
@@ -159,8 +159,8 @@ def test_a_killed_study_goes_on_with_the_folds_that_are_missing(cluster, tree, t
     assert not is_finished(second)
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     uri = crossval.run(CrossvalConfig(**settings, parallel=1))
-    assert output.check(uri, output.CROSSVAL)
-    assert output.check(str(second), output.TRAIN)
+    assert output.read_marker(uri, output.CROSSVAL)
+    assert output.read_marker(str(second), output.TRAIN)
     assert f"{first} is finished" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
     measured = read_json(f"{uri}/metrics.json")
@@ -188,7 +188,7 @@ def test_a_study_does_not_go_on_with_other_data(cluster, tree, tmp_path):
     )
     fold = next(crossval._folds(config, f"{tmp_path}/crossval", "case"))
     parts, facts = prepare.prepare(fold.config)
-    output.claim(f"{tmp_path}/crossval", output.CROSSVAL)
+    output.claim_folder(f"{tmp_path}/crossval", output.CROSSVAL)
     run_directory.write_json(fold.uri, run_directory.DATA, facts.model_dump())
     run_directory.write_split(fold.uri, with_one_more(parts))
     with pytest.raises(DataError, match=r"is not what it was when .*repeat-1-fold-1 was split"):

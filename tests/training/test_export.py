@@ -91,12 +91,12 @@ def test_a_card_that_could_not_be_written_is_found_before_the_training():
     )
     rows = validation(4)[1]
     table = rows.append_column(schema.SPLIT.field(schema.PART), pa.array(["train"] * 4))
-    export.check(TrainConfig(data="d"), table, facts)
+    export.require_valid_card(TrainConfig(data="d"), table, facts)
     fine = table.set_column(
         table.schema.get_field_index(schema.MPP), schema.MPP, pa.array([0.01] * 4, pa.float32())
     )
     with pytest.raises(BundleError, match=r"mpp.0: Input should be greater than or equal to 0.05"):
-        export.check(TrainConfig(data="d"), fine, facts)
+        export.require_valid_card(TrainConfig(data="d"), fine, facts)
 
 
 def test_a_finished_run_whose_bundle_is_of_another_format_says_why(tmp_path):

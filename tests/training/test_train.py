@@ -52,7 +52,7 @@ def test_the_run_directory_is_as_promised(run_uri, config):
     assert run["status"] == "finished"
     assert run["versions"]["ray"]
     assert run["timings"]["train_s"] > 0
-    assert output.check(run_uri, output.TRAIN)  # every file in it is one that it may contain
+    assert output.read_marker(run_uri, output.TRAIN)  # every file in it is one that it may contain
 
 
 def test_every_epoch_is_balanced_and_saw_no_held_out_image(run_uri):
@@ -169,7 +169,7 @@ def test_too_many_workers_fail_at_once(cluster, tree, tmp_path):
 
 def test_a_damaged_run_directory_says_so(tree, tmp_path):
     config = small(tree, output=str(tmp_path), name="x")
-    output.claim(f"{tmp_path}/x", output.TRAIN)
+    output.claim_folder(f"{tmp_path}/x", output.TRAIN)
     storage.write_bytes(f"{tmp_path}/x/config.json", json.dumps(config.model_dump(mode="json")).encode()[:-9])
     with pytest.raises(train.BcdError, match=r"config.json is damaged"):
         train.run(config)
@@ -180,7 +180,7 @@ def test_a_finished_run_whose_bundle_cannot_be_used_goes_on(monkeypatch, capsys,
     def stop(*_):
         raise BundleError("goes on")
 
-    monkeypatch.setattr(train.run_directory, "begin", lambda *_: True)
+    monkeypatch.setattr(train.run_directory, "begin_run", lambda *_: True)
     monkeypatch.setattr(train.export, "fault", lambda _: fault)
     monkeypatch.setattr(train.weights, "pretrained", stop)
     if goes_on:
@@ -203,7 +203,7 @@ def test_what_the_workers_return_instead_of_a_history_ends_the_run(monkeypatch):
     trained = SimpleNamespace(fit=lambda: SimpleNamespace(return_value=error))
     monkeypatch.setattr(train, "TorchTrainer", lambda *_, **__: trained)
     with pytest.raises(DivergedError, match="from step 25 on"):
-        train.fit(small("d"), "/tmp/run", None, None, None)
+        train.train_model(small("d"), "/tmp/run", None, None, None)
 
 
 @pytest.mark.parametrize(
