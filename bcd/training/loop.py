@@ -25,13 +25,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.models import ResNet
 
 from bcd import schema, storage
 from bcd.config.training import TrainConfig
 from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
 from bcd.metrics import measures
-from bcd.model import preprocessing, resnet, train_step, weights
+from bcd.model import resnet, train_step, weights
+from bcd.model.network import ResNet, normalise
 from bcd.runtime import cluster, inspection
 from bcd.taxonomy import TRAIN, VALIDATION
 
@@ -161,7 +161,7 @@ def _train(task: Task) -> list[dict[str, Any]]:
         # an argument torch 2.11 only takes it by this name, and torch 2.13 warns about it.
         network.broadcast_buffers = False
     height, width = config.input_height_px, config.input_width_px
-    augmentation = preprocessing.augmentation(height, width) if config.augment else None
+    augmentation = train_step.augmentation(height, width) if config.augment else None
     step = train_step.Step(network, state.optimizer, device, config.precision, augmentation)
     stream = Stream(TRAIN, max(1, config.batch_size // context.get_world_size()))
     with tempfile.TemporaryDirectory() as folder:
@@ -343,7 +343,7 @@ def _validate(task: Task, network: ResNet, device: torch.device) -> Seen:
     network.eval()
     for batch in Stream(VALIDATION, task.config.batch_size).batches():
         images, target = _tensors(batch)
-        inputs = preprocessing.normalise(images.to(device).permute(0, 3, 1, 2))
+        inputs = normalise(images.to(device).permute(0, 3, 1, 2))
         with resnet.autocast(device, task.config.precision):
             logit = resnet.forward(network, inputs.contiguous(memory_format=torch.channels_last)).logit
         loss_sum = nn.functional.cross_entropy(logit, target.to(device), reduction="sum")
