@@ -38,6 +38,8 @@ from bcd.taxonomy import TRAIN, VALIDATION
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "state.pt"
+# Folder of the run with a table for every finished epoch: which images it trained on.
+EXPOSURE = "exposure"
 DIGEST = "weights_sha256"
 SCORE = "validation_balanced_accuracy"
 # Chooses the best epoch: the score, and of equal scores the lower loss. On a small validation part many
@@ -152,9 +154,9 @@ def _train(task: Task) -> list[dict[str, Any]]:
     resnet.set_precision(config.precision)
     if device.type == "cpu":
         cluster.share_cores(context.get_local_world_size() * task.runs_per_node)
-    # Every worker augments differently, every epoch anew, all from one seed.
-    torch.manual_seed(config.seed * 1_000 + context.get_world_rank())
     state = _state(task, device)
+    # Every worker augments differently, and a resumed run not as it began, all from one seed.
+    torch.manual_seed(config.seed * 1_000 + context.get_world_rank() + 1_000_000 * len(state.history))
     network = ray.train.torch.prepare_model(state.network, False)
     if isinstance(network, DistributedDataParallel):
         # Running statistics are the same on all workers, or `train_step.average_batch_norm` makes them so. As
@@ -387,7 +389,7 @@ def _log_exposure(task: Task, seen: Seen, epoch: int) -> None:
     if ray.train.get_context().get_world_rank() != 0:
         return
     columns = {schema.EPOCH: [epoch] * len(seen.image_ids), schema.IMAGE_ID: seen.image_ids}
-    uri = storage.join(task.run_uri, "exposure", f"epoch-{epoch:04d}.parquet")
+    uri = storage.join(task.run_uri, EXPOSURE, f"epoch-{epoch:04d}.parquet")
     storage.write_table(uri, pa.table(columns, schema=schema.EXPOSURE))
 
 
