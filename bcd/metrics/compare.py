@@ -15,13 +15,11 @@ from scipy.stats import t as student
 from bcd import schema
 from bcd.errors import DataError
 from bcd.metrics import bootstrap, measures
-from bcd.text import counted
+from bcd.text import counted, some
 
 METHOD = "paired bootstrap over patients, Student's t"
 # The calibration error has no test: it is biased upwards, the more the fewer the images.
 METRICS = tuple(name for name in bootstrap.INTERVALS if name != "ece")
-# Number of images that an error names.
-NAMED = 3
 
 
 def paired(
@@ -72,7 +70,9 @@ def _check(first: pd.DataFrame, second: pd.DataFrame) -> None:
     more = one.sub(other, fill_value=0)
     lacking = {"second": more.index[more > 0], "first": more.index[more < 0]}
     if faults := [
-        f"the {name} lacks {len(ids):,} ({_some(ids)})" for name, ids in lacking.items() if len(ids)
+        f"the {name} lacks {len(ids):,} ({some(sorted(set(ids)))})"
+        for name, ids in lacking.items()
+        if len(ids)
     ]:
         raise DataError(
             f"two models are compared on the same images, each as often by both: {' and '.join(faults)}; "
@@ -82,16 +82,11 @@ def _check(first: pd.DataFrame, second: pd.DataFrame) -> None:
         one, other = first[column], second[column]
         differ = (one != other) & ~(one.isna() & other.isna())
         if differ.any():
-            n, names = counted(differ.sum(), "image"), _some(first.loc[differ, schema.IMAGE_ID])
+            n, names = counted(differ.sum(), "image"), some(sorted(set(first.loc[differ, schema.IMAGE_ID])))
             raise DataError(
                 f"two models are compared on the same patients: the {column} of {n} differs ({names}); "
                 "evaluate both with the same index"
             )
-
-
-def _some(ids: pd.Series | pd.Index) -> str:
-    names = sorted(set(ids))
-    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
 def _spreads(

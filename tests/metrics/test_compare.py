@@ -169,7 +169,7 @@ def test_nothing_at_all_is_compared_without_a_word() -> None:
 
 def test_images_that_one_model_lacks_are_named() -> None:
     table = images()
-    with pytest.raises(DataError, match=r"the second lacks 5 \(p0/0, p0/1, p0/2, \.\.\.\).*same split"):
+    with pytest.raises(DataError, match=r"the second lacks 5 \(p0/0, p0/1, p0/2, and 2 more\).*same split"):
         compare.paired(table, table[5:])
     with pytest.raises(DataError, match=r"the second lacks 1 \(p0/0\) and the first lacks 1 \(p9/9\)"):
         compare.paired(table[table[schema.IMAGE_ID] != "p9/9"], table[1:])
