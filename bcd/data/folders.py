@@ -163,8 +163,8 @@ def _place(data: str, file: storage.File, labels: Mapping[int, Label]) -> _Place
 def _contradiction(data: str, file: storage.File, named: Sequence[str]) -> DataError:
     folders = " and ".join(dict.fromkeys(named))
     return DataError(
-        f"{data}: {file.path}: its folders {folders} name different classes; move the image, rename a folder, or "
-        "write a manifest with uri, tumor_class and patient"
+        f"{data}: {file.path}: its folders {folders} name different classes; move the image, rename a "
+        "folder, or write a manifest with uri, tumor_class and patient"
     )
 
 
