@@ -22,60 +22,55 @@ from bcd.text import counted, listed, some
 
 # A leak ends the job with exit code 1, a warning requires a decision before training, a note is informative.
 Severity = Literal["leak", "warning", "note"]
-# Severity and next step of every kind of finding, in the order of the report.
+# What to do about every kind of finding, by severity, in the order of the report.
+_NEXT_STEPS: Mapping[Severity, Mapping[str, str]] = {
+    "leak": {
+        "leak": (
+            "Trust no result on this split. For data without a split jobs/train.py makes one that does not "
+            "leak, with --protocol case."
+        ),
+    },
+    "warning": {
+        "label_conflict": (
+            "One of the labels is wrong. jobs/train.py quarantines such slides, unless --no-quarantine."
+        ),
+        "duplicate_across": (
+            "A patient or label is wrong. jobs/train.py quarantines all copies, unless --no-quarantine."
+        ),
+        "near_duplicate_crossing": (
+            "Look at each pair: the same tissue in two parts makes results too good. Keep one of the two."
+        ),
+        "near_duplicate_across": (
+            "Look at each pair: the same tissue under two patients or labels is an error. Remove or correct"
+            " it."
+        ),
+        "case_crossing": (
+            "Slides of a case may be of one person. For BreaKHis that is unpublished, so it fails no audit."
+            " --protocol case keeps them together."
+        ),
+        "broken": "Download them again. jobs/train.py skips them, up to --max-bad-fraction.",
+        "blank": "Look at them: a field without tissue teaches glass as a sign of its label.",
+        "stain_outlier": (
+            "Look at them: another stain or scanner, pen, blood, blur? Keep what archives will also contain."
+        ),
+        "no_patient": "Name the patients: without them no split can be trusted, and no leak detected.",
+        "reading": (
+            "Rename the folders or columns, or write a manifest with uri, tumor_class and patient, unless "
+            "that is right."
+        ),
+        "published_counts": "Download what is missing, or state with every result what it is based on.",
+    },
+    "note": {
+        "duplicate_within": "jobs/train.py keeps the first copy, unless --no-quarantine.",
+        "near_duplicate_within": (
+            "Neighbouring fields may overlap: harmless while a patient is in one part only."
+        ),
+        "size": "Images are fitted whole into the network's input: only another µm/px would matter.",
+        "coverage": "Images that are not in both were not checked for leaks.",
+    },
+}
 KINDS: Mapping[str, tuple[Severity, str]] = {
-    "leak": (
-        "leak",
-        "Trust no result on this split. For data without a split jobs/train.py makes one that does not leak, "
-        "with --protocol case.",
-    ),
-    "label_conflict": (
-        "warning",
-        "One of the labels is wrong. jobs/train.py quarantines such slides, unless --no-quarantine.",
-    ),
-    "duplicate_across": (
-        "warning",
-        "A patient or label is wrong. jobs/train.py quarantines all copies, unless --no-quarantine.",
-    ),
-    "near_duplicate_crossing": (
-        "warning",
-        "Look at each pair: the same tissue in two parts makes results too good. Keep one of the two.",
-    ),
-    "near_duplicate_across": (
-        "warning",
-        "Look at each pair: the same tissue under two patients or labels is an error. Remove or correct it.",
-    ),
-    "case_crossing": (
-        "warning",
-        "Slides of a case may be of one person. For BreaKHis that is unpublished, so it fails no audit. "
-        "--protocol case keeps them together.",
-    ),
-    "broken": ("warning", "Download them again. jobs/train.py skips them, up to --max-bad-fraction."),
-    "blank": ("warning", "Look at them: a field without tissue teaches glass as a sign of its label."),
-    "stain_outlier": (
-        "warning",
-        "Look at them: another stain or scanner, pen, blood, blur? Keep what archives will also contain.",
-    ),
-    "no_patient": (
-        "warning",
-        "Name the patients: without them no split can be trusted, and no leak detected.",
-    ),
-    "reading": (
-        "warning",
-        "Rename the folders or columns, or write a manifest with uri, tumor_class and patient, unless that "
-        "is right.",
-    ),
-    "published_counts": (
-        "warning",
-        "Download what is missing, or state with every result what it is based on.",
-    ),
-    "duplicate_within": ("note", "jobs/train.py keeps the first copy, unless --no-quarantine."),
-    "near_duplicate_within": (
-        "note",
-        "Neighbouring fields may overlap: harmless while a patient is in one part only.",
-    ),
-    "size": ("note", "Images are fitted whole into the network's input: only another µm/px would matter."),
-    "coverage": ("note", "Images that are not in both were not checked for leaks."),
+    kind: (severity, step) for severity, steps in _NEXT_STEPS.items() for kind, step in steps.items()
 }
 # Number of instances of a finding that are kept; all are counted.
 MOST_DETAILS = 100
@@ -156,10 +151,7 @@ def near_duplicates(
 ) -> list[Finding]:
     """Near duplicates: in several parts of a split, across patients, and within one.
 
-    Args:
-        table: rows with schema `schema.AUDIT`.
-        parts: of every row, for each given split.
-        pairs: (n, 3) from `duplicates.near`.
+    `parts` are those of every row, for each given split; `pairs` (n, 3) are from `duplicates.near`.
     """
     columns = (schema.IMAGE_ID, schema.PATIENT, schema.SUBTYPE, schema.TUMOR_CLASS)
     ids, patients, subtypes, classes = (table[name].to_pylist() for name in columns)

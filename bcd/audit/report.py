@@ -54,10 +54,8 @@ def thumbnail(pixels: np.ndarray) -> str:
 def render_audit(audit: Audit, thumbnails: Mapping[str, str], facts: Mapping[str, Any]) -> str:
     """The page as self-contained HTML.
 
-    Args:
-        audit: the result.
-        thumbnails: data URIs of the `shown` images by id; missing ones are skipped.
-        facts: settings and versions, and whether the data are `synthetic`.
+    `thumbnails` are data URIs of the `shown` images by id, missing ones are skipped; `facts` are settings and
+    versions, and whether the data are `synthetic`.
     """
     values = {"audit": audit, "kinds": kinds(audit), "thumbnails": thumbnails, "facts": facts}
     limits = {"lines": LINES, "listed": NAMES, "drawn": DRAWN}

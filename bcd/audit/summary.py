@@ -164,8 +164,7 @@ def _file_names(table: pa.Table) -> list[str]:
 def read_roles(given: Manifest) -> dict[str, str]:
     """Part of every image of a split file, by image id (or URI, or file name).
 
-    Raises:
-        DataError: a column is missing, a part unknown, or an image in two parts.
+    Raises `DataError` if a column is missing, a part unknown, or an image in two parts.
     """
     key = next((column for column in (schema.IMAGE_ID, schema.URI) if column in given.columns), None)
     if key is None or schema.PART not in given.columns:
@@ -189,8 +188,7 @@ def read_roles(given: Manifest) -> dict[str, str]:
 def place_rows(table: pa.Table, roles: Mapping[str, str], name: str) -> Split:
     """The part of every row in a split, by image id, by URI, or by file name if it is unique.
 
-    Raises:
-        DataError: no row has a part.
+    Raises `DataError` if no row has a part.
     """
     file_names = _file_names(table)
     times = Counter(file_names)

@@ -8,12 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
 from bcd import schema
 from bcd.errors import DataError
+from bcd.storage import File
 from bcd.taxonomy import BENIGN, MAGNIFICATIONS, MALIGNANT, MPP_BY_MAGNIFICATION, SUBTYPES, TUMOR_CLASSES
 from bcd.text import counted, folded, some
 
@@ -60,17 +61,6 @@ KNOWN_ANOMALIES: Mapping[str, str] = {
 }
 
 
-class FieldName(Protocol):
-    """A listed file, as `storage.File`: URI, path below the input root, and size in bytes."""
-
-    @property
-    def uri(self) -> str: ...
-    @property
-    def path(self) -> str: ...
-    @property
-    def size_bytes(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class ImageName:
     """Fields of a BreaKHis file name: `SOB_B_A-14-22549AB-40-001.png` is an adenosis at 40X."""
@@ -113,8 +103,7 @@ class ImageName:
 def parse_path(path: str) -> ImageName:
     """Parse a BreaKHis path, with or without its folders.
 
-    Raises:
-        DataError: the file name breaks the grammar, contradicts itself, or is contradicted by a folder.
+    Raises `DataError` if the file name breaks the grammar or contradicts itself or a folder.
     """
     *folders, file_name = path.split("/")
     match = _NAME.fullmatch(file_name)
@@ -141,8 +130,7 @@ def published(path: str) -> str:
     return f"{name.rpartition('.')[0]}.png" if _NAME.fullmatch(name) else name
 
 
-def index_row(file: FieldName) -> dict[str, Any]:
-    """One row of `schema.INDEX`, without the hash. Raises `DataError` as `parse_path` does."""
+def _index_row(file: File) -> dict[str, Any]:
     name = parse_path(file.path)
     return {
         schema.IMAGE_ID: file.path,
@@ -158,17 +146,16 @@ def index_row(file: FieldName) -> dict[str, Any]:
     }
 
 
-def index(files: Iterable[FieldName]) -> pa.Table:
+def index(files: Iterable[File]) -> pa.Table:
     """Table of image rows with schema `schema.INDEX`, in the order of the files.
 
-    Raises:
-        DataError: names are invalid; says how many and shows the first five.
+    Raises `DataError` if names are invalid, with their number and the first five.
     """
     rows: list[dict[str, Any]] = []
     invalid: list[str] = []
     for file in files:
         try:
-            rows.append(index_row(file))
+            rows.append(_index_row(file))
         except DataError as error:
             invalid.append(str(error))
     if invalid:
@@ -204,9 +191,8 @@ def _tally(counts: Counter[tuple[str, int]]) -> str:
 def read_fold(text: str, name: str) -> dict[str, str]:
     """Role of every image, `"train"` or `"test"`, by file name, from the text of an official fold file.
 
-    Raises:
-        DataError: a line is not `file name|magnification|fold|train or test`, repeats an image or names
-            another fold; the message has `name`, the file's, and the line number.
+    Raises `DataError`, with the file's `name` and the line, if a line is not
+    `file name|magnification|fold|train or test`, repeats an image or names another fold.
     """
     roles: dict[str, str] = {}
     folds: set[str] = set()

@@ -72,13 +72,8 @@ def rows_of_tree(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """A row per image of a tree with class folders, and warnings.
 
-    Args:
-        data: name of the tree in errors.
-        files: its images.
-        given: tumour class by other (folded) names of class folders, from `taxonomy.given_names`.
-
-    Raises:
-        DataError: an image is in no class folder or in several, or no folder can be its patient.
+    `given` has tumour classes by other (folded) names of class folders, from `taxonomy.given_names`. Raises
+    `DataError` if an image is in no class folder or in several, or no folder can be its patient.
     """
     places = [_place(data, *found) for found in zip(files, _labels(data, files, given), strict=True)]
     _strip_sites(places)
@@ -90,8 +85,7 @@ def rows_of_tree(
 def parts_of(data: str, images: Sequence[tuple[str, Sequence[str]]]) -> list[str | None]:
     """Part of every image, from its path and the folders that may name a part (train, val, test, ...).
 
-    Raises:
-        DataError: an image is in several parts, or the tree has several divisions.
+    Raises `DataError` if an image is in several parts, or the tree has several divisions.
     """
     found = [{part for name in folders if (part := part_named(name))} for _, folders in images]
     for (path, _), of_image in zip(images, found, strict=True):

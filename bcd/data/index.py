@@ -26,15 +26,10 @@ UNREAD_SUFFIXES = (
 
 
 def read_index(data: str, classes: Sequence[str] = ()) -> tuple[pa.Table, list[str]]:
-    """Index of a training data set.
+    """Index of a training data set, sorted by `image_id`, and warnings.
 
-    Args:
-        data: URI of a tree or of a manifest.
-        classes: other names of the classes, such as `benign=0` and `malignant=1`.
-
-    Returns:
-        A table with schema `schema.INDEX`, or `schema.SPLIT` if the data have parts, sorted by `image_id`;
-        and warnings.
+    The schema is `schema.INDEX`, or `schema.SPLIT` if the data have parts; `classes` are other names of the
+    classes, such as `benign=0` and `malignant=1`.
 
     Raises:
         DataError: a row, a name or a folder cannot be used; the message names it.

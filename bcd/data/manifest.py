@@ -203,13 +203,10 @@ def _cells(name: str, column: pa.ChunkedArray) -> list[str]:
 def inputs(manifest: Manifest, copies: bool) -> list[dict[str, Any]]:
     """A row per image with columns of `schema.INDEX`, without labels.
 
-    Args:
-        manifest: with a column `uri`, and optionally `image_id` (by default the uri as written), `patient`,
-            `case`, `slide` and `mpp`.
-        copies: whether rows with an `image_id` each may name the same file.
+    Requires a column `uri`; `image_id` (by default the uri as written), `patient`, `case`, `slide` and `mpp`
+    are optional. With `copies`, rows with an `image_id` each may name the same file.
 
-    Raises:
-        DataError: an id or a file occurs twice, or a cell is invalid; names the line.
+    Raises `DataError`, with the line, if an id or a file occurs twice or a cell is invalid.
     """
     if schema.URI not in manifest.columns:
         raise DataError(f"{manifest.uri}: no column {schema.URI!r}; {names.instead(manifest.columns)}")
@@ -261,8 +258,7 @@ def _mpp(row: Row) -> float | None:
 def magnification(row: Row) -> int | None:
     """The magnification of a row, such as 40, `40x` or `400.0`.
 
-    Raises:
-        DataError: BreaKHis has no such magnification, so that its scale is unknown.
+    Raises `DataError` if BreaKHis has no such magnification, so that its scale is unknown.
     """
     if (text := row.cells.get(schema.MAGNIFICATION)) is None:
         return None

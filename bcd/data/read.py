@@ -22,19 +22,11 @@ Picture = tuple[np.ndarray, int, int]
 def pixels(
     batch: pa.Table, height_px: int, width_px: int, keep: Sequence[str], threads: int = 1
 ) -> dict[str, Any]:
-    """Read, decode and fit the image of every row into the network's input.
+    """Read, decode (in `threads`) and fit the image of every row into the network's input.
 
-    Args:
-        batch: rows with a `uri`; tiles also with the columns of `schema.READING`.
-        height_px: of the network's input.
-        width_px: of the network's input.
-        keep: columns to copy.
-        threads: number that decode.
-
-    Returns:
-        The kept columns, `image` uint8 (n, height, width, 3), black if broken, `height_px` and `width_px` of
-        the original, `sha256` of the file's bytes, empty for a tile, and `error` and `error_message`, empty
-        for a good image.
+    Rows have a `uri`, tiles also the columns of `schema.READING`. Returns the columns `keep`, `image` uint8
+    (n, height, width, 3), black if broken, `height_px` and `width_px` of the original, `sha256` of the file's
+    bytes, empty for a tile, and `error` and `error_message`, empty for a good image.
     """
     n = len(batch)
     images = np.zeros((n, height_px, width_px, 3), np.uint8)
@@ -86,14 +78,10 @@ def _fit(
 
 
 def picture(row: dict[str, Any], content: bytes | image.ImageError | None = None) -> np.ndarray:
-    """The image of a row as stored: uint8 (h, w, 3) RGB.
+    """The image of a row as stored: uint8 (h, w, 3) RGB; raises `ImageError` if it cannot be used.
 
-    Args:
-        row: of `schema.READING`, or of the predictions table.
-        content: of the file, if it has been read.
-
-    Raises:
-        ImageError: it cannot be used.
+    The row is of `schema.READING` or of the predictions table; `content` is that of its file, if it has been
+    read.
     """
     if error := row.get(schema.ERROR):
         raise image.ImageError(error, row[schema.ERROR_MESSAGE])

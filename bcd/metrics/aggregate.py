@@ -42,8 +42,7 @@ def image_table(predictions: pd.DataFrame | pa.Table, threshold: float = 0.5) ->
         negative for every benign call), `predicted_class` (benign or malignant, for any target) and
         `correct`. Tables of models with different thresholds may be joined: groups are called by the margin.
 
-    Raises:
-        DataError: a row has neither an error nor a probability, or no truth.
+    Raises `DataError` if a row has neither an error nor a probability, or no truth.
     """
     frame = _frame(predictions)
     frame = frame[frame[schema.ERROR].isna()].drop(columns=schema.ERROR).reset_index(drop=True)
@@ -75,11 +74,7 @@ def unscored(predictions: pd.DataFrame | pa.Table) -> pd.DataFrame:
 
 
 def groups(images: pd.DataFrame, level: str) -> pd.DataFrame:
-    """One row per slide, case or patient.
-
-    Args:
-        images: from `image_table`; images without an id at this level are in no group.
-        level: `schema.SLIDE`, `schema.CASE` or `schema.PATIENT`.
+    """One row per slide, case or patient (`level`); images without an id at this level are in no group.
 
     Returns:
         Sorted by id: the id, `patient` and `tumor_class` (null where a group's images differ in it),

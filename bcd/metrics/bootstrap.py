@@ -102,13 +102,9 @@ class Tally:
 def tally(
     truth_malignant: np.ndarray, probability_malignant: np.ndarray, called: np.ndarray, patient: np.ndarray
 ) -> Tally:
-    """Count what a bootstrap needs; patients are numbered in order of appearance.
+    """Count what a bootstrap needs, from truth, probability, call and patient of every image, (n,) each.
 
-    Args:
-        truth_malignant: bool (n,).
-        probability_malignant: float (n,).
-        called: bool (n,), called malignant.
-        patient: id of each image's patient (n,).
+    Patients are numbered in order of appearance.
     """
     truth, called = np.asarray(truth_malignant, bool), np.asarray(called, bool)
     probability = np.asarray(probability_malignant, float)

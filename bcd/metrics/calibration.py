@@ -83,13 +83,7 @@ def expected_error(truth_malignant: np.ndarray, probability: np.ndarray) -> floa
 
 
 def reliability_table(truth_malignant: np.ndarray, probability: np.ndarray) -> list[dict[str, Any]]:
-    """Reliability diagram as a table: `n`, `stated` (mean probability) and `share_malignant` of each bin in
-    use.
-
-    Args:
-        truth_malignant: bool (n,).
-        probability: float (n,) of malignancy.
-    """
+    """`n`, `stated` (mean probability) and `share_malignant` of each bin in use, from (n,) each."""
     place = bootstrap.bins(probability)
     return [
         {

@@ -41,8 +41,7 @@ def paired(
         Values are `None` where undefined; interval and p also where `bootstrap.deviation` is, as between a
         model and itself.
 
-    Raises:
-        DataError: the images are not the same, or differ in patient or class.
+    Raises `DataError` if the images are not the same, or differ in patient or class.
     """
     first, second = _ordered(first), _ordered(second)
     _check(first, second)

@@ -73,12 +73,9 @@ def _thresholds(probability: np.ndarray) -> np.ndarray:
 def abstention_curve(table: pd.DataFrame) -> pd.DataFrame:
     """Accuracy of what the model keeps when it hands the least certain to a pathologist.
 
-    Args:
-        table: images or groups from `aggregate`; rows of unknown truth are left out, and certainty is the
-            distance of the margin from 0.
-
-    Returns:
-        A row for each number kept, the largest first: `handed_over` (share), `n_kept`, `accuracy`.
+    The table has images or groups from `aggregate`; certainty is the distance of the margin from 0. Returns a
+    row for each number of rows of known truth kept, the largest first: `handed_over` (share), `n_kept`,
+    `accuracy`.
     """
     known = table[table[schema.TUMOR_CLASS].notna()]
     correct = (known[schema.TUMOR_CLASS] == known[schema.PREDICTED_CLASS]).to_numpy()

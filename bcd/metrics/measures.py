@@ -21,12 +21,7 @@ LEVELS = (schema.SLIDE, schema.CASE, schema.PATIENT)
 def measure(
     images: pd.DataFrame, class_names: Sequence[str] = TUMOR_CLASSES, seed: int = 0
 ) -> dict[str, Any]:
-    """All metrics of an image table; finite and JSON-serialisable.
-
-    Args:
-        images: from `aggregate.image_table`, of one model or of several joined.
-        class_names: the models' classes in the order of `probability`.
-        seed: of the bootstrap.
+    """All metrics of an image table, of one model or of several joined; finite and JSON-serialisable.
 
     Returns:
         `n_images` (distinct), `n_judgements` (more, if several models judged an image), `n_patients`,
@@ -34,7 +29,7 @@ def measure(
         `interval`; as `with_intervals`: `pooled`, `by_magnification` ("40", ...; empty without
         magnifications) and `by_level` ("slide", "case", "patient", if ids are known); `calibration` (`after`
         and `before` the temperature), `recall_by_subtype`, `classification_report`, and `multiclass` for a
-        model of subtypes.
+        model of subtypes, whose `class_names` are in the order of `probability`.
     """
     report: dict[str, Any] = {
         "n_images": int(images[schema.IMAGE_ID].nunique()),
@@ -135,16 +130,10 @@ def _calibrated(images: pd.DataFrame, seed: int) -> dict[str, Any]:
 def binary(
     truth_malignant: np.ndarray, probability_malignant: np.ndarray, called: np.ndarray
 ) -> dict[str, Any]:
-    """Metrics of benign against malignant.
+    """Metrics of benign against malignant, from truth, probability and call of malignancy, (n,) each.
 
-    Args:
-        truth_malignant: bool (n,).
-        probability_malignant: float (n,).
-        called: bool (n,), called malignant.
-
-    Returns:
-        Counts, rates, Brier score, expected calibration error (`ece`) and `confusion_matrix`
-        [[tn, fp], [fn, tp]]; `balanced_accuracy` is the mean of sensitivity and specificity.
+    Counts, rates, Brier score, expected calibration error (`ece`) and `confusion_matrix` [[tn, fp], [fn,
+    tp]]; `balanced_accuracy` is the mean of sensitivity and specificity.
     """
     truth = np.asarray(truth_malignant, bool)
     matrix = _confusion_matrix(truth, called, 2)
@@ -171,16 +160,10 @@ def binary(
 
 
 def multiclass(truth: np.ndarray, probability: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """Metrics of several classes; the most probable class is the prediction.
+    """Metrics of several classes, from positions in `class_names`, int (n,), and probabilities (n, k).
 
-    Args:
-        truth: int (n,), positions in `class_names`.
-        probability: float (n, k).
-        class_names: k names.
-
-    Returns:
-        `balanced_accuracy` is the mean recall of the classes that occur, as in scikit-learn;
-        `confusion_matrix` has the truth in rows and the prediction in columns.
+    The most probable class is the prediction. `balanced_accuracy` is the mean recall of the classes that
+    occur, as in scikit-learn; `confusion_matrix` has the truth in rows and the prediction in columns.
     """
     predicted = np.asarray(probability).reshape(-1, len(class_names)).argmax(axis=1)
     matrix = _confusion_matrix(truth, predicted, len(class_names))

@@ -14,11 +14,7 @@ Balance = Literal["tumor_class", "subtype", "none"]
 
 
 def counts(table: pa.Table, by: taxonomy.Target) -> dict[str, int]:
-    """Rows of every class, in the taxonomy's order, zeros included.
-
-    Raises:
-        DataError: a label is missing or unknown.
-    """
+    """Rows of every class, in the taxonomy's order; raises `DataError` if a label is missing or unknown."""
     classes = taxonomy.classes(by)
     found = Counter(table[by].to_pylist())  # a target and its column have the same name
     if n := sum(found[name] for name in found.keys() - set(classes)):
@@ -27,15 +23,12 @@ def counts(table: pa.Table, by: taxonomy.Target) -> dict[str, int]:
 
 
 def upsample(table: pa.Table, by: Balance, seed: int) -> pa.Table:
-    """Repeat rows until every class that occurs has as many as the largest.
+    """Repeat rows until every class that occurs has as many as the largest; `none` returns the table
+    unchanged.
 
-    Every row of a class occurs equally often or once more: the remainder is drawn without replacement.
-    Repetitions are adjacent, so shuffle before use.
-
-    Args:
-        table: rows of the training part only.
-        by: which classes; `none` returns the table unchanged.
-        seed: of the draw (raw PCG64 words: the same rows on every platform and version).
+    Every row of a class occurs equally often or once more: the remainder is drawn without replacement, by raw
+    PCG64 words (the same rows on every platform and version). Repetitions are adjacent, so shuffle before
+    use.
 
     Raises:
         LeakageError: the table has a part other than training.

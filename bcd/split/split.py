@@ -100,7 +100,7 @@ def assign(
     test_fraction: float = 0.20,
     fold: Mapping[str, str] | None = None,
 ) -> pa.Table:
-    """Assign every row to a part: `train`, `validation` or `test`.
+    """Assign every row of an index to a part (schema `schema.SPLIT`, rows in their old order).
 
     Groups are never divided, subtypes (tumour classes where there are none) are spread as evenly as the
     groups allow, and every part has both tumour classes.
@@ -112,9 +112,6 @@ def assign(
         validation_fraction: share of the images; under `official`, of the fold's training images.
         test_fraction: share of the images; not used under `official`.
         fold: role by file name, from `breakhis.read_fold`.
-
-    Returns:
-        The table with schema `schema.SPLIT`, rows in their old order.
 
     Raises:
         ConfigError: the fractions leave a part empty, or the fold is missing.
@@ -137,7 +134,9 @@ def assign(
 def assign_fold(
     table: pa.Table, protocol: Protocol, seed: int, k: int, fold: int, validation_fraction: float = 0.15
 ) -> pa.Table:
-    """Assign every row to a part of one of k folds; over all folds each row is tested once.
+    """`assign` for one of k folds; over all folds each row is tested once.
+
+    A class with fewer groups than folds is missing from some test parts, never from training or validation.
 
     Args:
         table: rows with schema `schema.INDEX`.
@@ -146,10 +145,6 @@ def assign_fold(
         k: number of folds, at least 2.
         fold: the one to test on, 1 to k.
         validation_fraction: share of all images, taken from those that are not tested on.
-
-    Returns:
-        The table with schema `schema.SPLIT`, rows in their old order. A class with fewer groups than folds is
-        missing from some test parts, never from training or validation.
 
     Raises:
         ConfigError: the fraction leaves nothing to train on.
@@ -172,16 +167,9 @@ def assign_fold(
 
 
 def keep(table: pa.Table, protocol: Protocol, seed: int, validation_fraction: float = 0.15) -> pa.Table:
-    """Keep the given part of every row; without a validation part, take one from training, by groups.
+    """Keep the given part of every row (columns of `schema.SPLIT`), rows in their old order.
 
-    Args:
-        table: rows with the columns of `schema.SPLIT`.
-        protocol: defines the groups of the training rows.
-        seed: selects the validation part, if none is given.
-        validation_fraction: share of the training images, if no validation part is given.
-
-    Returns:
-        The table with schema `schema.SPLIT`, rows in their old order.
+    Without a validation part, one with the share `validation_fraction` is taken from training, by groups.
 
     Raises:
         DataError: a row has no part or no patient, or a part lacks a class.
@@ -210,11 +198,8 @@ def keep(table: pa.Table, protocol: Protocol, seed: int, validation_fraction: fl
 
 def share_warnings(table: pa.Table, wanted: Mapping[str, float] | None = None) -> list[str]:
     """A sentence for each part and class with less than half of its share of images or of patients, or with
-    fewer than `FEW_PATIENTS` patients.
-
-    Args:
-        table: rows with schema `schema.SPLIT`.
-        wanted: intended share of the images of each part; by default its actual share.
+    fewer than `FEW_PATIENTS` patients; `wanted` is the intended share of each part, by default its actual
+    one.
     """
     rows = table.select([schema.PART, schema.TUMOR_CLASS, schema.PATIENT]).to_pandas()
     shares = wanted or {part: (rows[schema.PART] == part).mean() for part in PARTS}
@@ -264,12 +249,7 @@ def require_no_leak(table: pa.Table, protocol: Protocol) -> None:
 
 
 def changes(before: pa.Table, now: pa.Table) -> list[str]:
-    """Differences between two versions of a data set, as sentences.
-
-    Args:
-        before: rows with schema `schema.SPLIT`.
-        now: rows with the columns of `schema.INDEX`, and with `part` if it must be equal, too.
-    """
+    """Differences between two versions of a data set, as sentences; compares `part` if `now` has one."""
     old, new = ({row[schema.IMAGE_ID]: row for row in table.to_pylist()} for table in (before, now))
     patients = [{row[schema.PATIENT] for row in rows.values()} - {None} for rows in (old, new)]
     said = []

@@ -17,6 +17,7 @@ from bcd import schema
 from bcd.taxonomy import TUMOR_CLASSES
 
 Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 # A balanced split: the share of each subtype in every part is within 5 points of that in the whole, and parts
 # are within 10 % of the wanted size.
@@ -61,9 +62,7 @@ def patient_counts(rows: pa.Table, groups: Integers) -> Integers:
     return counts
 
 
-def divide(
-    sizes: Integers, patients: Integers, shares: NDArray[np.float64], wanted: Sequence[int], seed: int
-) -> Integers:
+def divide(sizes: Integers, patients: Integers, shares: Floats, wanted: Sequence[int], seed: int) -> Integers:
     """Part of every group: a random division balanced by images and, as far as these allow, in each class.
 
     Args:
@@ -86,11 +85,7 @@ def divide(
 
 
 def _search(
-    sizes: Integers,
-    shares: NDArray[np.float64],
-    wanted: Sequence[int],
-    seed: int,
-    owed: Integers | None = None,
+    sizes: Integers, shares: Floats, wanted: Sequence[int], seed: int, owed: Integers | None = None
 ) -> Integers:
     """Part of every group: a random balanced division, found by local search; `owed` as in `_Division`.
 
@@ -132,7 +127,7 @@ class _Division:
     def __init__(
         self,
         sizes: Integers,
-        shares: NDArray[np.float64],
+        shares: Floats,
         wanted: Sequence[int],
         part: Integers,
         owed: Integers | None = None,
