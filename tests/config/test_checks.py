@@ -23,7 +23,7 @@ def doctor(purpose, **settings):
         ({"for": "score", "data": "d"}, "--data requires --for train, not --for score"),
         ({"for": "serve", "output": "o"}, "--output requires --for train, score, not --for serve"),
         ({"for": "train", "num_workers": "0"}, "--num-workers requires a number, MIN-MAX or auto"),
-        ({"for": "score", "num_workers": "2"}, "--num-workers: jobs/score.py has no such flag; it uses the whole cluster"),
+        ({"for": "score", "num_workers": "2"}, "--num-workers: jobs/score.py has no such flag; it uses the"),
         ({"for": "serve", "num_workers": "2-3"}, "--num-workers 2-3: expected a number of replicas"),
         ({"for": "train", "timeout_s": 0}, "--timeout-s input should be greater than 0"),
         ({"for": "train", "epochs": 3}, "--epochs extra inputs are not permitted"),
