@@ -14,8 +14,8 @@ from bcd.metrics import aggregate, bootstrap, compare, measures
 from tests.studies import Cohort, one_thread, planted, predictions
 
 N_RESAMPLES = 300
-# An event of 95 % happens in fewer than 90 or in all of 100 studies with a chance of 2 %, in fewer than 465 or
-# more than 485 of 500 with one of 3 %.
+# An event of 95 % happens in fewer than 90 or in all of 100 studies with a chance of 2 %, in fewer than 465
+# or more than 485 of 500 with one of 3 %.
 MANY = pytest.mark.parametrize(
     ("n_studies", "low", "high"), [(100, 0.9, 0.99), pytest.param(500, 0.93, 0.97, marks=pytest.mark.trial)]
 )
