@@ -29,6 +29,7 @@ FACTS: dict[str, Any] = {
     "precision": "bfloat16",
 }
 PROBABILITIES = np.linspace(0, 1, 2_001)
+PIXELS = pictures.gradient(460, 700)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,9 +49,8 @@ def _the_same_figure_is_drawn_once() -> Iterator[None]:
 
 
 def example(name: str = "a/b.png", p: float = 0.9, value: float = 2.0) -> Example:
-    pixels = pictures.gradient(460, 700)
     called = "malignant" if p >= 0.5 else "benign"
-    return Example(name, p, called, float(np.log(p / (1 - p))), pixels, np.full((7, 11), value))
+    return Example(name, p, called, float(np.log(p / (1 - p))), PIXELS, np.full((7, 11), value))
 
 
 def page(**other: Any) -> str:
