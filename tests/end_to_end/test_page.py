@@ -14,6 +14,7 @@ import re
 import shutil
 import urllib.request
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,7 +51,7 @@ def launch(playwright: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """One browser for all tests; each gets a profile of its own."""
+    """One browser for all tests."""
     expect.set_options(timeout=PATIENCE_MS)
     with sync_api.sync_playwright() as playwright:
         found = launch(playwright)
@@ -58,7 +59,14 @@ def browser() -> Iterator[Any]:
         found.close()
 
 
-@pytest.fixture(scope="module", params=["mock", "service"])
+# A real service answers as the mock does: some tests see it each time, the others as trials.
+REAL = pytest.param("service", marks=pytest.mark.trial)
+on_a_real_service_too = pytest.mark.parametrize(
+    "page_url", ["mock", "service"], indirect=True, scope="module"
+)
+
+
+@pytest.fixture(scope="module", params=["mock", REAL])
 def page_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where the page is served, without a token: by the mock, and by the service around a real network."""
     if request.param == "mock":
@@ -203,6 +211,7 @@ def head(page: Page, name: str) -> Any:
 # ---- on any service: the page says what the API says -------------------------------------------------------
 
 
+@on_a_real_service_too
 def test_the_page_names_the_model_and_what_it_is_for(page: Page, page_url: str, shot: Any) -> None:
     about = get_json(f"{page_url}/v1/model")
     visit(page, page_url)
@@ -300,6 +309,7 @@ def test_the_table_sorts_both_ways_by_each_column(page: Page, page_url: str, sho
     shot()
 
 
+@on_a_real_service_too
 def test_the_csv_holds_the_numbers_of_the_api(page: Page, page_url: str) -> None:
     files = [*SEVERAL, BROKEN]
     visit(page, page_url)
@@ -345,6 +355,7 @@ def test_broken_files_do_not_hold_up_the_good_ones(page: Page, page_url: str, sh
     expect(page.locator("#again")).to_be_hidden()
 
 
+@on_a_real_service_too
 def test_a_tiff_is_shown_through_the_service(page: Page, page_url: str, shot: Any) -> None:
     one = file("scan.tif", 92, 140, kind="TIFF")
     sent: list[str] = []
@@ -361,9 +372,17 @@ def test_a_tiff_is_shown_through_the_service(page: Page, page_url: str, shot: An
     shot()
 
 
+SIZES = [(300, 200, "PNG"), (46, 70, "PNG"), (3, 1_000, "PNG"), (4, 5, "PNG"), (460, 700, "JPEG")]
+
+
 @pytest.mark.parametrize(
-    ("height", "width", "kind"),
-    [(46, 70, "PNG"), (300, 200, "PNG"), (3, 1_000, "PNG"), (4, 5, "PNG"), (460, 700, "JPEG")],
+    ("page_url", "height", "width", "kind"),
+    [
+        *(("mock", *size) for size in SIZES),
+        ("service", *SIZES[0]),
+        *(pytest.param("service", *size, marks=pytest.mark.trial) for size in SIZES[1:]),
+    ],
+    indirect=["page_url"],
 )
 def test_the_canvas_equals_the_overlay_of_the_archive_job(
     page: Page, page_url: str, height: int, width: int, kind: str
@@ -745,11 +764,11 @@ def test_a_proxys_page_and_a_lost_network_are_errors_of_one_file(
 
 
 def test_a_file_that_is_too_large_is_not_sent(page: Page, mock: page_mock.Mock) -> None:
+    most = mock.about["limits"]["max_body_bytes"] = 2**19
     visit(page, mock.url)
-    most = mock.about["limits"]["max_body_bytes"]
     upload(page, {"name": "large.png", "mimeType": "image/png", "buffer": bytes(most + 1)}, SEVERAL[0])
     expect(row(page, "large.png")).to_contain_text("The file is too large")
-    expect(row(page, "large.png")).to_contain_text("4 MiB")
+    expect(row(page, "large.png")).to_contain_text("0.5 MiB")
     assert sum("POST" in line for line in mock.asked) == 1
 
 
@@ -791,15 +810,19 @@ def test_a_whole_slide_is_told_where_it_belongs(page: Page, mock: page_mock.Mock
     assert sum("POST" in line for line in mock.asked) == 1
 
 
+@cache
+def reports() -> tuple[str, str]:
+    """A gallery and a report of a model."""
+    facts = test_gallery.FACTS | {"synthetic": True, "leaky": True}
+    report = test_model_report.without_figures(test_model_report.of(1, 3))
+    return test_gallery.page(facts=facts), report
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_reports_and_galleries_are_readable(browser: Any, scheme: str) -> None:
     context = browser.new_context(color_scheme=scheme, viewport={"width": 400, "height": 800})
     page = context.new_page()
-    marks = {"synthetic": True, "leaky": True}
-    for html in (
-        test_gallery.page(facts=test_gallery.FACTS | marks),
-        test_model_report.without_figures(test_model_report.of(1, 3)),
-    ):
+    for html in reports():
         page.set_content(html)
         assert not [(round(ratio, 2), what) for ratio, what in page.evaluate(CONTRAST) if ratio < 4.5]
         # On a phone, what is most important is seen without scrolling sideways.

@@ -8,7 +8,7 @@ import pytest
 from bcd.metrics import bootstrap, measures
 from tests.studies import Arrays, Cohort, arrays, one_thread, planted, predictions
 
-N_STUDIES, N_RESAMPLES = 500, 300
+N_RESAMPLES = 300
 
 
 def plain(study: Arrays, rows: np.ndarray | slice = slice(None)) -> dict[str, float]:
@@ -203,11 +203,15 @@ def coverage(n_studies: int, tally: Callable[[Arrays], bootstrap.Tally]) -> dict
     return {name: n / n_studies for name, n in held.items()}
 
 
-def test_intervals_cover_the_planted_truth() -> None:
-    """95 % intervals contain the truth in 93 to 97 % of 500 studies, the sampling error of 500."""
-    covered = coverage(N_STUDIES, Arrays.tally)
+@pytest.mark.parametrize(
+    ("n_studies", "low", "high"), [(100, 0.9, 0.99), pytest.param(500, 0.93, 0.97, marks=pytest.mark.trial)]
+)
+def test_intervals_cover_the_planted_truth(n_studies: int, low: float, high: float) -> None:
+    """95 % intervals contain the truth in 90 to 99 % of 100 studies and in 93 to 97 % of 500: the sampling
+    error, exceeded by chance in 2 and 3 % of cases."""
+    covered = coverage(n_studies, Arrays.tally)
     assert set(covered) == {"accuracy", "balanced_accuracy", "auc"}
-    assert all(0.93 <= share <= 0.97 for share in covered.values()), covered
+    assert all(low <= share <= high for share in covered.values()), covered
 
 
 @pytest.mark.trial

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,12 +29,28 @@ FACTS: dict[str, Any] = {
     "precision": "bfloat16",
 }
 PROBABILITIES = np.linspace(0, 1, 2_001)
+PIXELS = pictures.gradient(460, 700)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_same_figure_is_drawn_once() -> Iterator[None]:
+    drawn: dict[tuple[Any, ...], Any] = {}
+    real = gallery._histogram
+
+    def histogram(probabilities: np.ndarray, facts: Mapping[str, Any]) -> Any:
+        key = probabilities.tobytes(), facts["threshold"], facts.get("synthetic")
+        if key not in drawn:
+            drawn[key] = real(probabilities, facts)
+        return drawn[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gallery, "_histogram", histogram)
+        yield
 
 
 def example(name: str = "a/b.png", p: float = 0.9, value: float = 2.0) -> Example:
-    pixels = pictures.gradient(460, 700)
     called = "malignant" if p >= 0.5 else "benign"
-    return Example(name, p, called, float(np.log(p / (1 - p))), pixels, np.full((7, 11), value))
+    return Example(name, p, called, float(np.log(p / (1 - p))), PIXELS, np.full((7, 11), value))
 
 
 def page(**other: Any) -> str:

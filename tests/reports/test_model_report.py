@@ -1,6 +1,7 @@
 """The page and its figures: the right numbers, the marks, nothing from outside, the same bytes twice."""
 
 import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +92,32 @@ def example(image: pd.Series) -> Example:
     )
 
 
+def saving(names: Collection[str]) -> Callable[..., str]:
+    """`_save` for the figures named, and nothing in place of others."""
+    real = model_report._save
+    return lambda figure, path, marks: real(figure, path, marks) if path.name in names else ""
+
+
 def write(
     folder: Path,
     frame: pd.DataFrame,
     n_epochs: int = 0,
     facts: dict[str, Any] | None = None,
     classes: tuple[str, ...] = TUMOR_CLASSES,
+    draws: Collection[str] | None = None,
     **more: Any,
 ) -> str:
+    """The page as text, with all figures or those named: they take all the time."""
     images = aggregate.image_table(frame)
     examples = {place: example(images.iloc[place]) for place in model_report.choose_examples(images).all()}
     unscored = aggregate.unscored(frame).to_dict("records")
     measured = studies.measured(frame, class_names=classes) | more
-    page = model_report.write_report(
-        folder, measured, history(n_epochs), images, facts or {}, examples, unscored
-    )
+    with pytest.MonkeyPatch.context() as patched:
+        if draws is not None:
+            patched.setattr(model_report, "_save", saving(draws))
+        page = model_report.write_report(
+            folder, measured, history(n_epochs), images, facts or {}, examples, unscored
+        )
     assert page == folder / "report.html"
     return page.read_text(encoding="utf-8")
 
@@ -193,28 +205,42 @@ def test_the_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path) -> No
         assert path.read_bytes() == (tmp_path / path.relative_to(folder)).read_bytes(), path.name
 
 
-@pytest.mark.parametrize(
-    ("fact", "mark"),
-    [
-        ("synthetic", "synthetic data"),
-        ("leaky", "leaky: patients stand on both sides"),
-        ("forced", "forced: may have been trained on"),
-    ],
-)
-def test_a_mark_stands_wherever_numbers_do(fact: str, mark: str, page: str, tmp_path: Path) -> None:
+MARKS = {
+    "synthetic": "synthetic data",
+    "leaky": "leaky: patients stand on both sides",
+    "forced": "forced: may have been trained on",
+}
+
+
+@pytest.fixture(scope="module")
+def marked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with every mark at once."""
+    folder = tmp_path_factory.mktemp("marked")
+    write(folder, predictions(), 1, dict.fromkeys(MARKS, True))
+    return folder
+
+
+@pytest.mark.parametrize(("fact", "mark"), MARKS.items())
+def test_a_mark_stands_wherever_numbers_do(
+    fact: str, mark: str, page: str, marked_folder: Path, tmp_path: Path
+) -> None:
     assert mark.upper() not in page.upper()
-    marked = write(tmp_path, predictions(), 1, {fact: True})
-    cards = re.findall(r'<div class="card">.*?</small>.*?</div>', marked, flags=re.S)
-    assert len(cards) == 5
-    assert all(mark in card for card in cards)
+    alone = write(tmp_path, predictions(), 1, {fact: True}, draws=())
+    marked = (marked_folder / "report.html").read_text(encoding="utf-8")
+    for found, marks in ((alone, {mark}), (marked, {*MARKS.values()})):
+        cards = re.findall(r'<div class="card">.*?</small>.*?</div>', found, flags=re.S)
+        assert len(cards) == 5
+        assert all({other for other in MARKS.values() if other in card} == marks for card in cards)
     svgs = re.findall(r"<svg.*?</svg>", marked, flags=re.S)
     assert len(svgs) == len(FIGURES) - 1
     assert all(mark.upper() in svg for svg in svgs)
-    assert all(mark.upper() in path.read_text() for path in (tmp_path / "figures").glob("*.svg"))
-    assert ("that it had never seen" in text(marked)) == (fact == "synthetic")
+    assert all(mark.upper() in path.read_text() for path in (marked_folder / "figures").glob("*.svg"))
+    assert ("that it had never seen" in text(alone)) == (fact == "synthetic")
 
 
 def test_one_patient_one_class_and_no_run(tmp_path: Path) -> None:
+    """Drawing leaves matplotlib as it was, too."""
+    before = dict(matplotlib.rcParams)
     page = write(tmp_path, predictions(1))
     assert "0 malignant patients are too few" in text(page).replace("1 benign and ", "")
     assert "image recognition rate 66.7 %" in text(page)
@@ -229,6 +255,7 @@ def test_one_patient_one_class_and_no_run(tmp_path: Path) -> None:
         "patients",
         "patient_strip",
     }
+    assert dict(matplotlib.rcParams) == before
 
 
 def of(n_benign: int, n_malignant: int) -> pd.DataFrame:
@@ -310,7 +337,7 @@ def test_images_without_patients_and_with_errors(tmp_path: Path) -> None:
 def test_a_model_of_subtypes_has_both_matrices(tmp_path: Path) -> None:
     frame, names = predictions(), tuple(SUBTYPES)
     frame[schema.PROBABILITY] = [np.eye(8)[names.index(code)] for code in frame[schema.SUBTYPE]]
-    page = write(tmp_path, frame, classes=names)
+    page = write(tmp_path, frame, classes=names, draws={"confusion_matrix_subtype"})
     assert "Accuracy 100.0 %, balanced accuracy 100.0 % over 24 images" in text(page)
     assert (tmp_path / "figures" / "confusion_matrix_subtype.svg").exists()
 
@@ -318,7 +345,7 @@ def test_a_model_of_subtypes_has_both_matrices(tmp_path: Path) -> None:
 def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
     frame = predictions()
     frame.loc[frame[schema.PATIENT] == "p0", schema.PATIENT] = "<b>$x^$"
-    page = write(tmp_path, frame)
+    page = write(tmp_path, frame, draws={"patients", "patient_strip"})
     assert "<b>$x" not in page
     assert page.count("&lt;b&gt;$x^$") == 4  # in the table, over its picture and below two columns
 
@@ -344,7 +371,7 @@ def test_every_wrong_prediction_is_shown_by_patient_and_the_rest_as_samples(page
 def test_what_it_costs_is_said_in_missed_cancers(tmp_path: Path) -> None:
     point = {"threshold": 0.5, "rule": "sensitivity", "target_sensitivity": 0.95, "sensitivity": 0.96}
     point |= {"specificity": 0.8, "n_malignant": 50, "n_benign": 20, "n_patients": 9}
-    page = text(write(tmp_path, predictions(), operating_point=point, temperature=1.7))
+    page = text(write(tmp_path, predictions(), draws=(), operating_point=point, temperature=1.7))
     assert "Missed cancers: 2 of 12 malignant images (16.7 %), 0 of 4 malignant patients as a whole" in page
     assert "chosen on validation (50 malignant and 20 benign images of 9 patients) for a sensitivity" in page
     assert "Temperature 1.70, fitted on validation only: above 1, the network was too sure of itself" in page
@@ -364,7 +391,8 @@ def test_a_cross_validation_shows_its_folds_and_what_a_leak_adds(tmp_path: Path)
     unclear = row | {"interval": [-0.1, 0.9]}
     leak = {"leaky": "image", "honest": "case", "n_left_out": 3}
     leak["metrics"] = dict.fromkeys(model_report.MEASURES, row) | {"auc": unclear}
-    page = write(tmp_path, frame, folds=rows, spread=spread, leak=leak, threshold=None)
+    drawn = {"folds", "histories", "leak"}
+    page = write(tmp_path, frame, draws=drawn, folds=rows, spread=spread, leak=leak, threshold=None)
     said = text(page)
     assert "each judged by a model that had not seen the patient, 2 models tell" in said
     assert "Its mean over the folds is 90.0 ± 4.0 %" in said
@@ -373,7 +401,7 @@ def test_a_cross_validation_shows_its_folds_and_what_a_leak_adds(tmp_path: Path)
     assert "The leak adds +47.0 points of balanced accuracy: split by image, with patients on both" in said
     assert "and 0.990 AUC instead of 0.520 (95 % interval of the difference \u22120.100 to +0.900)" in said
     assert "instead of 52.0 % (95 % interval of the difference +40.0 to +54.0 points)" in said
-    assert {"folds", "histories", "leak"} <= {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {path.stem for path in (tmp_path / "figures").iterdir()}
     spread["auc"] |= {"n": 1}
     lines = model_report.summary_lines(studies.measured(frame) | {"spread": spread, "folds": rows})
     assert lines[1].endswith("mean ± SD of folds")
@@ -381,7 +409,10 @@ def test_a_cross_validation_shows_its_folds_and_what_a_leak_adds(tmp_path: Path)
     assert lines[5].endswith("0.900 ± 0.040 (1 of 2 folds)")
 
 
-def test_several_models_of_an_image_are_told_from_several_images(tmp_path: Path) -> None:
+def test_several_models_of_an_image_are_told_from_several_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_report, "_save", saving(()))
     frame = predictions()
     tables = [aggregate.image_table(frame).assign(**{aggregate.DRAW: n}) for n in (1, 2)]
     measured = measures.measure(joined := pd.concat(tables, ignore_index=True)) | {"n_errors": 0}
@@ -393,7 +424,7 @@ def test_several_models_of_an_image_are_told_from_several_images(tmp_path: Path)
 
 def test_colours_speak_for_the_predicted_subtype_where_there_are_eight(tmp_path: Path) -> None:
     targets = ("tumor_class", "subtype")
-    pages = [text(write(tmp_path, predictions(), facts={"target": target})) for target in targets]
+    pages = [text(write(tmp_path, predictions(), facts={"target": target}, draws=())) for target in targets]
     assert "vermilion speaks for malignant, blue for benign" in pages[0]
     assert "vermilion speaks for the predicted subtype, blue against it" in pages[1]
     assert "vermilion speaks for malignant" not in pages[1]
@@ -427,11 +458,3 @@ def test_summary_lines() -> None:
     assert len(lines) == 2 + len(model_report.MEASURES)
     marked = model_report.summary_lines(studies.measured(predictions()) | {"leaky": True, "forced": True})
     assert marked[0].endswith("[leaky: patients stand on both sides] [forced: may have been trained on]")
-
-
-def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
-    import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    write(tmp_path, predictions(1))
-    assert dict(matplotlib.rcParams) == before

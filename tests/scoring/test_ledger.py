@@ -64,6 +64,12 @@ def output(request, tmp_path):
     return f"{request.getfixturevalue('s3')}/{uuid.uuid4().hex}"
 
 
+# Many requests, of kinds that other tests make on S3 each time.
+seldom_on_s3 = pytest.mark.parametrize(
+    "output", ["disk", pytest.param("s3", marks=pytest.mark.trial)], indirect=True
+)
+
+
 @pytest.fixture
 def small_files(monkeypatch):
     """As many files as there are inputs."""
@@ -196,7 +202,9 @@ def test_merging_holds_one_segment_at_a_time(tmp_path, monkeypatch, small_files)
     assert most == [0] * 9
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(n, marks=pytest.mark.trial) for n in range(4, 20))]
+)
 def test_any_rows_in_any_overlapping_segments_give_each_row_once(tmp_path, monkeypatch, seed):
     draw = random.Random(seed)
     rows = [row(f"{draw.random():.4f}.png") for _ in range(draw.randrange(40))]
@@ -250,6 +258,7 @@ def test_killed_anywhere_the_next_run_has_each_row_once(tmp_path, small_files, s
         assert rows_in(output) == expected(rows)
 
 
+@seldom_on_s3
 def test_killed_in_the_middle_of_merging_while_files_were_added(output, small_files):
     """The table was to be cut otherwise: what stands of the other cut must go."""
     list(attempt(output, ROWS[:2]))
@@ -337,6 +346,7 @@ def begun(output, **flags):
     return ledger.open_ledger(output, SETTINGS | {"mpp": None} | flags, REMEDIES)[0]
 
 
+@seldom_on_s3
 @pytest.mark.parametrize("merged", [True, False])
 def test_a_flag_that_an_error_asked_for_scores_its_rows_again_and_no_other(output, small_files, merged):
     """Of the table or of the segments: each input has one row in the end, good ones are untouched."""
