@@ -258,8 +258,8 @@ def plot_probabilities(values: np.ndarray, threshold: float) -> Figure:
     figure, (axes,) = canvas(3.1)
     below = np.zeros(50, int)
     for name, count in zip(TUMOR_CLASSES, counts, strict=True):
-        look = {"color": CLASS_COLOR[name], "label": f"called {name}"}
-        axes.bar(edges[:-1], count, 0.0184, below, align="edge", **look)
+        label, color = f"called {name}", CLASS_COLOR[name]
+        axes.bar(edges[:-1], count, 0.0184, below, align="edge", color=color, label=label)
         below = below + count
     axes.axvline(threshold, color=INK, ls=DASHED, lw=1, label=f"threshold {threshold:.2g}")
     axes.set(xlim=(0, 1), ylim=(0, 1.04 * max(1, *below)))

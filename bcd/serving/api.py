@@ -1,4 +1,4 @@
-"""The HTTP interface as a FastAPI app: its routes and errors. What computes is an `Engine`."""
+"""The HTTP interface as a FastAPI app: its routes and errors. An `Engine` computes."""
 
 import asyncio
 from importlib.resources import files
@@ -42,7 +42,7 @@ STATUS = {
     bundle.NOT_FINITE: 500,
     "too_large": 413,
 }
-# The page loads nothing but itself, and sends nothing but to where it came from.
+# The page loads nothing from other hosts, and sends nothing to them.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -50,20 +50,20 @@ PAGE_POLICY = (
 
 
 class Engine(Protocol):
-    """What computes: a replica, or a bundle alone in tests."""
+    """A replica, or a bundle alone in tests."""
 
     card: Card
     model_id: str
 
     async def look(self, content: bytes) -> tuple[np.ndarray, Prediction]:
-        """An encoded picture to its pixels, uint8 (h, w, 3) RGB, and a prediction of one row.
+        """Pixels, uint8 (h, w, 3) RGB, and a prediction of one row for an encoded image.
 
         Raises:
             ImageError: it cannot be decoded.
         """
 
     async def ready(self) -> bool:
-        """Whether a forward pass has succeeded a moment ago."""
+        """Whether a forward pass has succeeded recently."""
 
 
 def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
@@ -71,7 +71,7 @@ def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
-PICTURE_TYPES = ("image/png", "image/jpeg", "image/tiff", "application/octet-stream")
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/tiff", "application/octet-stream")
 
 
 def _multipart(name: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _multipart(name: str, schema: dict[str, Any]) -> dict[str, Any]:
 ONE_BODY = {
     "requestBody": {
         "required": True,
-        "content": dict.fromkeys(PICTURE_TYPES, BINARY) | _multipart(upload.ONE, BINARY["schema"]),
+        "content": dict.fromkeys(IMAGE_TYPES, BINARY) | _multipart(upload.ONE, BINARY["schema"]),
     }
 }
 MANY_BODY = {
@@ -95,7 +95,7 @@ WORK_ERRORS = _errors(400, 401, 408, 413, 415, 422, 500, 503, 504)
 
 
 def create_app(engine: Engine, limits: Limits, max_images: int) -> FastAPI:
-    """The app around an engine; authentication and limits are `guard.Guard`'s."""
+    """The app around an engine, without authentication and limits, which are `middleware.Guard`'s."""
     app = FastAPIOffline(
         title="bcd",
         version=provenance.own_version(),
@@ -114,32 +114,27 @@ def _handle_errors(app: FastAPI) -> None:
         return JSONResponse(error.document(), error.status, error.headers)
 
     @app.exception_handler(image.ImageError)
-    async def broken(_: Request, error: image.ImageError) -> Response:
-        return JSONResponse(
-            {"error": {"code": error.code, "message": error.message}}, STATUS.get(error.code, 422)
-        )
+    async def broken(request: Request, error: image.ImageError) -> Response:
+        status = STATUS.get(error.code, 422)
+        return await refused(request, RefusedError(status, error.code, error.message))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = f"{where}: {first['msg']}"
+        message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         if first["type"] == "bool_parsing":
             message = f"the option `{first['loc'][-1]}` is {first['input']!r:.60}; expected true or false"
-        return JSONResponse({"error": {"code": "invalid_request", "message": message}}, 422)
+        return await refused(request, RefusedError(422, "invalid_request", message))
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
+    async def http(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        return JSONResponse(
-            {"error": {"code": code, "message": f"{error.detail}; see /docs"}},
-            error.status_code,
-            error.headers,
-        )
+        message = f"{error.detail}; see /docs"
+        return await refused(request, RefusedError(error.status_code, code, message, error.headers))
 
 
 def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
-    # Stands in the OpenAPI document; the guard does the work.
+    # Documents the token in OpenAPI; the guard checks it.
     bearer = Depends(HTTPBearer(auto_error=False, description="the service's token"))
 
     @app.post(
@@ -154,15 +149,13 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         overlay: Annotated[bool, Query(description="with `overlay_png`, base64")] = False,
         preview: Annotated[bool, Query(description="with `preview_png`, base64, at most 1024 px")] = False,
     ) -> Any:
-        """One picture (PNG, JPEG or TIFF) as raw body, or as multipart field `file`.
+        """One image (PNG, JPEG or TIFF) as raw body, or as multipart field `file`.
 
-        With `Accept: image/png` the answer is the picture with its evidence laid over it; the header
-        `X-Evidence-Limit` says at how many log-odds per cell a colour is full.
+        With `Accept: image/png` the answer is the image with its evidence drawn over it; the header
+        `X-Evidence-Limit` is the number of log-odds per cell at full colour.
         """
-        sent = await upload.one(request)
-        as_picture = request.headers.get("accept", "").lower().startswith("image/png")
-        pixels, prediction = await _look(engine, sent)
-        if as_picture:
+        pixels, prediction = await _look(engine, await upload.one(request))
+        if request.headers.get("accept", "").lower().startswith("image/png"):
             png = await asyncio.to_thread(drawn, engine.card, pixels, prediction)
             headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{LIMIT:g}"}
             return Response(png, media_type="image/png", headers=headers)
@@ -178,10 +171,9 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         dependencies=[bearer, Depends(upload.options())],
     )
     async def predict_batch(request: Request) -> Any:
-        """Several pictures as multipart field `files`: an answer or an error for each."""
-        found = await upload.many(request, max_images)
-        results = await asyncio.gather(*(_item(engine, sent) for sent in found))
-        return BatchAnswer(results=list(results))
+        """Several images as multipart field `files`: an answer or an error for each."""
+        files = await upload.many(request, max_images)
+        return BatchAnswer(results=await asyncio.gather(*(_item(engine, sent) for sent in files)))
 
 
 def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) -> None:
@@ -190,7 +182,7 @@ def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) ->
     @app.get(
         "/v1/model",
         response_model=ModelDocument,
-        # Thousands of numbers that nobody looks at.
+        # Thousands of numbers that no client uses.
         response_model_exclude={"card": {"feature_statistics"}},
         responses=_errors(401, 422, 503, 504),
         dependencies=[bearer, Depends(upload.options())],
@@ -211,7 +203,7 @@ def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) ->
 
     @app.get("/readyz", response_model=Health, responses=_errors(503))
     async def ready() -> Any:
-        """Whether a forward pass has succeeded a moment ago."""
+        """Whether a forward pass has succeeded recently."""
         if not await engine.ready():
             raise RefusedError(503, "not_ready", "no forward pass has succeeded yet", {"Retry-After": "1"})
         return Health(status="ready")
@@ -230,7 +222,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 async def _look(engine: Engine, sent: upload.Sent) -> tuple[np.ndarray, Prediction]:
-    # A slide may have to be written to disk to be known.
+    # In a thread: recognising a slide may require a file on disk.
     return await engine.look(await asyncio.to_thread(upload.field_of, sent))
 
 
