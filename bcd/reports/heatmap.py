@@ -42,7 +42,7 @@ def draw_tiles(
     threshold: float,
     unlike: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Colour tiles by probability, blue below and vermilion above the threshold, over the slide in grey.
+    """Colour tiles over the slide in grey, blue below and vermilion above the threshold: uint8 (h, w, 3) RGB.
 
     Args:
         thumbnail: uint8 (h, w, 3) RGB.
@@ -51,9 +51,6 @@ def draw_tiles(
         probability: float (n,) of malignancy; a tile with NaN has no colour.
         threshold: probability from which a tile is called malignant.
         unlike: bool (n,), tiles unlike the training data, which are hatched: their colour may mean nothing.
-
-    Returns:
-        uint8 (h, w, 3) RGB.
     """
     grey = np.asarray(Image.fromarray(thumbnail).convert("L"), np.float32) / 255
     tint = np.ones(thumbnail.shape, np.float32)

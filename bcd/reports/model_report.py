@@ -39,6 +39,12 @@ MEASURES = {
     "accuracy": "image recognition rate",
     "patient_recognition_rate": "patient recognition rate",
 }
+# Warnings on every number of the report, by fact.
+MARKS = {
+    "synthetic": "synthetic data",
+    "leaky": "leaky: patients in several parts",
+    "forced": "forced: may have been trained on",
+}
 # More wrong predictions would make the page too large for a browser; the table has all.
 MAX_WRONG = 200
 N_CLEAREST, N_CORRECT = 3, 12
@@ -125,11 +131,9 @@ def _pictures(
     images: pd.DataFrame, choice: Choice, examples: Mapping[int, Example], facts: Facts
 ) -> dict[str, Any]:
     """The chosen images for which there is an example, drawn on the scale of all pages."""
+    look = overlay.LIMIT, facts.get("input_size_px"), PICTURE_WIDTH_PX
     drawn = {
-        place: thumbnails.draw_example(
-            examples[place], overlay.LIMIT, facts.get("input_size_px"), PICTURE_WIDTH_PX
-        )
-        | {"row": images.iloc[place].to_dict()}
+        place: thumbnails.draw_example(examples[place], *look) | {"row": images.iloc[place].to_dict()}
         for place in choice.all()
         if place in examples
     }
@@ -231,13 +235,7 @@ def _spread(measured: Metrics, name: str) -> str:
 
 
 def _marks(facts: Facts) -> list[str]:
-    """Warnings on every number of the report."""
-    marks = {
-        "synthetic": "synthetic data",
-        "leaky": "leaky: patients in several parts",
-        "forced": "forced: may have been trained on",
-    }
-    return [text for name, text in marks.items() if facts.get(name)]
+    return [text for name, text in MARKS.items() if facts.get(name)]
 
 
 def _page(
@@ -304,9 +302,8 @@ def _draw(
         drawn["abstention"] = trust_plots.plot_abstention(_abstention_curves(images))
     if measured["by_magnification"]:
         drawn["by_magnification"] = plots.plot_by_magnification(measured)
-        drawn["magnification_strip"] = trust_plots.plot_strip(
-            images, schema.MAGNIFICATION, "Magnifications", threshold
-        )
+        strip = trust_plots.plot_strip(images, schema.MAGNIFICATION, "Magnifications", threshold)
+        drawn["magnification_strip"] = strip
     if len(patients):
         drawn["patients"] = trust_plots.plot_patients(patients)
         drawn["patient_strip"] = trust_plots.plot_strip(images, schema.PATIENT, "Patients", threshold)

@@ -35,7 +35,7 @@ def overlay(
     input_height_px: int | None = None,
     input_width_px: int | None = None,
 ) -> np.ndarray:
-    """Draw a signed evidence map over its image: blue for benign, vermilion for malignant.
+    """Draw a signed evidence map over its image, blue benign and vermilion malignant: uint8 (H, W, 3).
 
     Args:
         pixels: uint8 (H, W, 3) RGB, the decoded image at any size.
@@ -44,9 +44,6 @@ def overlay(
         limit: log-odds at full colour; 0 is transparent, values beyond the limit saturate.
         input_height_px: of the network's input; by default the map covers the image alone.
         input_width_px: likewise.
-
-    Returns:
-        uint8 (H, W, 3).
     """
     height, width = pixels.shape[:2]
     enlarged = _enlarge(evidence, height, width, input_height_px or height, input_width_px or width)
@@ -64,7 +61,7 @@ def overlay_of_row(
     input_height_px: int | None = None,
     input_width_px: int | None = None,
 ) -> np.ndarray:
-    """Draw the evidence of one row of the predictions table over its image.
+    """Draw the evidence of one row of the predictions table over its image: uint8 (H, W, 3).
 
     Args:
         row: of the table, as from `to_pylist` or pandas.
@@ -73,9 +70,6 @@ def overlay_of_row(
         input_height_px: of the network's input, from the model's card; by default 32 per cell, which fits a
             map of the last layer where the input is a multiple of 32.
         input_width_px: likewise.
-
-    Returns:
-        uint8 (H, W, 3), see `overlay`.
 
     Raises:
         DataError: the row is an error, or a tile without `pixels`, or the image has changed size.

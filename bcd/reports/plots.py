@@ -46,16 +46,13 @@ DASHED = (0, (4, 3))
 LEGEND_WIDTH = 0.82
 PNG_DPI = 200
 STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     "font.family": "sans-serif",
     "font.size": 9,
-    "text.color": INK,
     "text.parse_math": False,  # a $ in a patient's id is a $
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
     "axes.facecolor": "none",
     "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -63,9 +60,6 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "grid.color": PALE,
     "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
     "legend.fontsize": 8.5,
     "legend.handlelength": 1.2,
     "legend.columnspacing": 1.2,

@@ -51,12 +51,8 @@ def draw_example(
 ) -> dict[str, Any]:
     """The example with image and overlay as data URIs, at most `max_width_px` wide.
 
-    Args:
-        example: to draw.
-        limit: log-odds per cell at full colour.
-        input_size_px: height and width of the network's input, which the evidence covers; by default it
-            covers the image alone.
-        max_width_px: of image and overlay.
+    `limit` is in log-odds per cell at full colour; the evidence covers the network's input of `input_size_px`
+    (height and width), by default the image alone.
     """
     pixels = image.shrink(example.pixels, 2 * max_width_px, max_width_px)
     drawn = overlay.overlay(pixels, example.evidence, limit, *(input_size_px or (None, None)))
@@ -71,19 +67,12 @@ def data_uri(pixels: np.ndarray, kind: str = "JPEG") -> str:
 
 
 def of_images(images: pd.DataFrame, class_names: Sequence[str]) -> list[Example]:
-    """The examples of some images, in their order.
-
-    Args:
-        images: `image_id`, and in `source` the URI of the predictions table with that image.
-        class_names: classes of the logits.
-    """
+    """The examples of images, each with `image_id` and in `source` the URI of its predictions table."""
     found: dict[tuple[str, str], Example] = {}
     for source, rows in images.groupby(aggregate.SOURCE):
         wanted = pc.field(schema.IMAGE_ID).isin(rows[schema.IMAGE_ID].tolist())
-        table = storage.dataset(str(source)).to_table(filter=wanted)
-        found |= {
-            (str(source), row[schema.IMAGE_ID]): example_of_row(row, class_names) for row in table.to_pylist()
-        }
+        for row in storage.dataset(str(source)).to_table(filter=wanted).to_pylist():
+            found[str(source), row[schema.IMAGE_ID]] = example_of_row(row, class_names)
     return [found[key] for key in zip(images[aggregate.SOURCE], images[schema.IMAGE_ID], strict=True)]
 
 
@@ -92,10 +81,7 @@ def example_of_row(
 ) -> Example:
     """The example of one row of the predictions table without an error.
 
-    Args:
-        row: of schema `schema.predictions`.
-        class_names: classes of the logits.
-        slide_mpp: horizontal and vertical µm per level-0 pixel that its slide was tiled with.
+    `slide_mpp` is the horizontal and vertical µm per level-0 pixel with which its slide was tiled.
     """
     pixels, missing = _pixels(row, slide_mpp)
     maps = np.reshape(row[schema.EVIDENCE], (row[schema.EVIDENCE_HEIGHT], row[schema.EVIDENCE_WIDTH]))

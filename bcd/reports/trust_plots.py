@@ -107,11 +107,7 @@ def plot_abstention(curves: Mapping[str, pd.DataFrame]) -> Figure:
 def plot_strip(images: pd.DataFrame, column: str, title: str, threshold: float | None) -> Figure:
     """The probability of every image as a dot, in a column per patient or magnification.
 
-    Args:
-        images: from `aggregate.image_table`; rows without a value in the column are left out.
-        column: `schema.PATIENT` or `schema.MAGNIFICATION`.
-        title: of the figure.
-        threshold: drawn as a line; None where the images have several.
+    Images without a value in `column` are left out; `threshold` is None where the images have several.
     """
     known = images[images[column].notna()]
     order = known.groupby(column)[schema.TUMOR_CLASS].first().reset_index()
@@ -171,12 +167,7 @@ def plot_histories(records: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
 
 
 def plot_folds(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) -> Figure:
-    """Every fold as a dot, a row per metric, with the mean as a bar.
-
-    Args:
-        rows: the `pooled` metrics of each fold.
-        measures: name and label of each metric, from the top.
-    """
+    """The `pooled` metrics of each fold as dots, a row per metric (name to label), with the mean as a bar."""
     figure, (axes,) = canvas(1.2 + 0.45 * len(measures))
     for y, name in enumerate(measures):
         values = np.array([row["pooled"][name] for row in rows if row["pooled"][name] is not None], float)

@@ -72,25 +72,16 @@ def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/tiff", "application/octet-stream")
+SEVERAL = {"type": "array", "items": BINARY["schema"], "minItems": 1}
 
 
-def _multipart(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    form = {"type": "object", "required": [name], "properties": {name: schema}}
-    return {"multipart/form-data": {"schema": form}}
+def _body(field: str, schema: dict[str, Any], *raw: str) -> dict[str, Any]:
+    """A request body in OpenAPI: a form with one field, or one of the raw content types."""
+    form = {"schema": {"type": "object", "required": [field], "properties": {field: schema}}}
+    content = dict.fromkeys(raw, BINARY) | {"multipart/form-data": form}
+    return {"requestBody": {"required": True, "content": content}}
 
 
-ONE_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": dict.fromkeys(IMAGE_TYPES, BINARY) | _multipart(upload.ONE, BINARY["schema"]),
-    }
-}
-MANY_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": _multipart(upload.MANY, {"type": "array", "items": BINARY["schema"], "minItems": 1}),
-    }
-}
 WORK_ERRORS = _errors(400, 401, 408, 413, 415, 422, 500, 503, 504)
 
 
@@ -141,7 +132,7 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         "/v1/predict",
         response_model=Answer,
         responses=WORK_ERRORS | {200: {"content": {"image/png": BINARY}, "model": Answer}},
-        openapi_extra=ONE_BODY,
+        openapi_extra=_body(upload.ONE, BINARY["schema"], *IMAGE_TYPES),
         dependencies=[bearer, Depends(upload.options("overlay", "preview"))],
     )
     async def predict(
@@ -159,15 +150,14 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
             png = await asyncio.to_thread(drawn, engine.card, pixels, prediction)
             headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{LIMIT:g}"}
             return Response(png, media_type="image/png", headers=headers)
-        return await asyncio.to_thread(
-            answer, engine.card, engine.model_id, pixels, prediction, overlay, preview
-        )
+        given = engine.card, engine.model_id, pixels, prediction
+        return await asyncio.to_thread(answer, *given, overlay, preview)
 
     @app.post(
         "/v1/predict/batch",
         response_model=BatchAnswer,
         responses=WORK_ERRORS,
-        openapi_extra=MANY_BODY,
+        openapi_extra=_body(upload.MANY, SEVERAL),
         dependencies=[bearer, Depends(upload.options())],
     )
     async def predict_batch(request: Request) -> Any:
@@ -189,11 +179,8 @@ def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) ->
     )
     async def about_model() -> Any:
         """The model card, its identity, the limits, and the scale of the overlays."""
-        numbers = {
-            "max_body_bytes": limits.max_body_bytes,
-            "max_images": max_images,
-            "max_pixels": image.MAX_PIXELS,
-        }
+        numbers = {"max_body_bytes": limits.max_body_bytes, "max_images": max_images}
+        numbers["max_pixels"] = image.MAX_PIXELS
         return ModelDocument(model_id=engine.model_id, version=app.version, card=engine.card, limits=numbers)
 
     @app.get("/healthz", response_model=Health)

@@ -132,15 +132,10 @@ def answer(
     with_overlay: bool = False,
     with_preview: bool = False,
 ) -> Answer:
-    """The document of one image.
+    """The document of one decoded image, uint8 (h, w, 3) RGB, and its prediction of one row.
 
-    Args:
-        card: of the model.
-        model_id: of the model.
-        pixels: uint8 (h, w, 3) RGB, the decoded image.
-        prediction: of one row.
-        with_overlay: include the image with its evidence drawn over it.
-        with_preview: include the image, for clients that cannot decode the file.
+    With the overlay it includes the image under its evidence, with the preview the image itself, for clients
+    that cannot decode the file.
 
     Raises:
         ImageError: the logits are not finite.
@@ -148,6 +143,8 @@ def answer(
     prediction.require_finite()
     distance = float(prediction.novelty[0])
     cutoff = card.feature_statistics.cutoff if card.feature_statistics else None
+    overlay_png = drawn(card, pixels, prediction) if with_overlay else None
+    preview_png = image.encode_png(image.shrink(pixels, PREVIEW_PX, PREVIEW_PX)) if with_preview else None
     return Answer(
         predicted_class=str(prediction.predicted_class[0]),
         probability_malignant=float(prediction.probability_malignant[0]),
@@ -164,19 +161,15 @@ def answer(
             for code in novelty.warning_codes(distance, cutoff)
             if cutoff is not None
         ],
-        overlay_png=_base64(drawn(card, pixels, prediction)) if with_overlay else None,
-        preview_png=_base64(_preview(pixels)) if with_preview else None,
+        overlay_png=_base64(overlay_png),
+        preview_png=_base64(preview_png),
         model_id=model_id,
         version=provenance.own_version(),
     )
 
 
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-def _preview(pixels: np.ndarray) -> bytes:
-    return image.encode_png(image.shrink(pixels, PREVIEW_PX, PREVIEW_PX))
+def _base64(content: bytes | None) -> str | None:
+    return base64.b64encode(content).decode() if content else None
 
 
 def drawn(card: Card, pixels: np.ndarray, prediction: Prediction) -> bytes:

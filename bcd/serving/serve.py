@@ -48,7 +48,7 @@ Seen = tuple[np.ndarray, Prediction]
 
 
 class Gate:
-    """Lets requests through to the batcher only while the model is idle, one batch at a time.
+    """Admits requests to the batcher only while the model is idle, one batch at a time.
 
     `@serve.batch` closes a batch when its time is up, even while the model is busy: without a gate most
     batches under load would have one request.
@@ -106,7 +106,9 @@ class Replica:
     """
 
     def __init__(self, config: ServiceConfig, token_digest: str | None, model_id: str) -> None:
-        threads = _threads(config)
+        threads = min(cluster.CPUS_PER_MODEL, cluster.cores())
+        if config.max_replicas > 1:  # together they use no more cores than they reserve
+            threads = max(1, int(config.num_cpus))
         cluster.use_threads(threads)
         self._config, self._token_digest = config, token_digest
         # Ray shows all GPUs to a process that reserves none: every replica would use the first.
@@ -186,13 +188,6 @@ class Replica:
         except image.ImageError as error:
             return error
         return pixels, self._bundle.fit(pixels)
-
-
-def _threads(config: ServiceConfig) -> int:
-    """Threads of one replica: several replicas together use no more cores than they reserve."""
-    if config.max_replicas > 1:
-        return max(1, int(config.num_cpus))
-    return min(cluster.CPUS_PER_MODEL, cluster.cores())
 
 
 def app(config: ServiceConfig) -> Application:
