@@ -1,7 +1,7 @@
-"""The service's contract with the page, without a model: made-up answers that depend on the bytes alone.
+"""The service's contract with the page, without a model: fake answers that depend on the bytes alone.
 
-What a real service does only under stress (overload, a token that has run out, a proxy's own page) happens
-here to pictures of certain heights: see `TRICKS`.
+What a real service does only under stress (overload, an expired token, a proxy's own page) happens here to
+images of certain heights: see `TRICKS`.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 STATUS = {"unsupported_format": 415, "empty": 422, "truncated": 422, "too_many_pixels": 422}
-# Height in pixels of a picture -> what happens to it, for as many times as the list is long.
+# Height in pixels of an image, and the statuses of its first answers.
 TRICKS: dict[int, list[int]] = {31: [503, 503], 32: [503] * 99, 33: [502], 34: [401]}
 
 CARD: dict[str, Any] = {
@@ -100,7 +100,7 @@ def model_document() -> dict[str, Any]:
 
 
 def evidence(pixels: np.ndarray) -> np.ndarray:
-    """A map (7, 11) as a model might give it: dark, crowded places speak for malignant, pale ones against."""
+    """A map (7, 11) as of a model: dark, crowded places are evidence for malignant, pale ones against."""
     fitted = image.fit(pixels, INPUT_HEIGHT_PX, INPUT_WIDTH_PX).astype(float).mean(-1)
     rows, columns = (
         np.array_split(np.arange(INPUT_HEIGHT_PX), 7),
@@ -111,7 +111,7 @@ def evidence(pixels: np.ndarray) -> np.ndarray:
 
 
 def document(content: bytes, with_overlay: bool, with_preview: bool) -> dict[str, Any]:
-    """The answer for a picture; raises ImageError as the service's decoder does."""
+    """The answer for an image; raises ImageError as the service's decoder does."""
     pixels = image.decode(content)
     height, width = pixels.shape[:2]
     values = evidence(pixels)
@@ -120,7 +120,7 @@ def document(content: bytes, with_overlay: bool, with_preview: bool) -> dict[str
     into = INPUT_HEIGHT_PX, INPUT_WIDTH_PX
     top, left, inner_height, inner_width = image.placement(height, width, *into)
     novelty = 0.8 + (len(content) % 97) / 120
-    strange = f"This picture does not look like the training data (distance {novelty:.2f})."
+    strange = f"This image does not look like the training data (distance {novelty:.2f})."
     return {
         "predicted_class": "malignant" if malignant >= CARD["threshold"] else "benign",
         "probability_malignant": malignant,
@@ -164,14 +164,14 @@ def _error(status: int, code: str, message: str, headers: dict[str, str] | None 
 
 @dataclass
 class Mock:
-    """A running mock: where it is, who may come in, and what it was asked."""
+    """A running mock: its URL, its token, and the requests that it received."""
 
     url: str = ""
     token: str | None = None
     about: dict[str, Any] = field(default_factory=lambda: model_document())
     asked: list[str] = field(default_factory=list)
     most_at_once: int = 0
-    # Held answers: the test sees what the page does meanwhile, and lets go.
+    # Cleared to hold answers, so that a test sees what the page does meanwhile.
     gate: threading.Event = field(default_factory=threading.Event)
     _open: int = 0
     _tricks: Counter[int] = field(default_factory=Counter)

@@ -1,8 +1,7 @@
-"""A scored archive as one page that a person opens in a browser: pictures, maps, slides, and what failed.
+"""The page of a scored archive: example images with evidence maps, slides, tables, and what failed.
 
-The page is self-contained, needs no server, and stays small: it shows a few pictures, however long the
-archive is. What it shows is collected by the pipeline; all pictures share one stated colour scale, which is
-that of the report and of the service.
+The page is self-contained, requires no server, and stays small, however large the archive is. All its images
+share one stated colour scale, which is that of the report and of the service.
 """
 
 from collections import defaultdict
@@ -19,29 +18,30 @@ from bcd.imaging import image
 from bcd.reports import overlay, plots, style, thumbnails
 from bcd.reports.thumbnails import Example
 
-# The groups of examples, in the order of the page, and what each shows.
+# The groups of examples and their descriptions, in the order of the page.
 GROUPS = {
     "most certainly malignant": "The highest probabilities of malignancy of the archive.",
     "most certainly benign": "The lowest probabilities of malignancy of the archive.",
-    "least certain": "The pictures nearest to the threshold: a second look is worth most here.",
-    "unlike the training data": "The pictures furthest from those of the training: what the model says of "
-    "them may mean nothing. They stand in no other group.",
+    "least certain": "The images closest to the threshold, where a second look is worth most.",
+    "unlike the training data": "The images furthest from the training data: the model's output for them may "
+    "mean nothing. They are in no other group.",
 }
 MALIGNANT, BENIGN, UNCERTAIN_GROUP, UNLIKE = GROUPS
-# So many of a slide and of a patient, at most, stand in a group.
+# Most images of one slide or patient in a group.
 PER_OWNER = 2
-# So many images have a row in the table of the page.
+# Most rows in the table of images.
 MAX_ROWS = 2_000
 PER_GROUP = 8
 MAX_SLIDES = 24
 MAX_SLIDE_WIDTH_PX = 840
-# Probabilities in between count as uncertain in the text below the histogram.
+# Probabilities in between count as uncertain in the text beside the histogram.
 UNCERTAIN = (0.1, 0.9)
+MARKS = {"synthetic": "synthetic data", "leaky": "leaky model"}
 
 
 @dataclass(frozen=True)
 class Failures:
-    """Inputs that failed in the same way: how many, and the first few with their messages."""
+    """Inputs with the same error code: how many, and names and messages of the first few."""
 
     count: int
     first: Sequence[tuple[str, str]]
@@ -49,7 +49,7 @@ class Failures:
 
 @dataclass(frozen=True)
 class GallerySlide:
-    """One whole slide: its heat map as an encoded picture, and where its tiles lie beside the page.
+    """One whole slide: its heat map as an encoded image, and the path of its tiles as GeoJSON.
 
     `n_warned` tiles are unlike the training data; `error` is the code of a slide that was not scored.
     """
@@ -68,7 +68,7 @@ class GallerySlide:
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """One image in the table of the page; what is not known is None, and `warned` is of a novelty."""
+    """One image in the table of the page; unknown values are None, and `warned` is of its novelty."""
 
     name: str
     link: str | None = None
@@ -82,7 +82,7 @@ class GalleryRow:
 
 @dataclass(frozen=True)
 class Images:
-    """The table of the images: its rows, and of how many images they are the first."""
+    """The table of images: its rows, which are the first of `total` images."""
 
     rows: Sequence[GalleryRow] = ()
     total: int = 0
@@ -96,16 +96,16 @@ def choose_groups(
     unlike: np.ndarray | None = None,
     owners: Sequence[np.ndarray] = (),
 ) -> dict[str, list[int]]:
-    """Which pictures to show in each of `GROUPS`; none stands in two of them.
+    """Choose the images of each of `GROUPS`; every image is in at most one.
 
     Args:
         probabilities: float (n,) of malignancy.
-        threshold: from which a picture is called malignant.
-        count: most pictures in a group.
-        novelty: float (n,), how unlike the training data; needed with `unlike`.
-        unlike: bool (n,), pictures that are warned of.
-        owners: object (n,) each, such as slides and patients, None where unknown: at most `PER_OWNER`
-            pictures of each stand in a group.
+        threshold: probability from which an image is called malignant.
+        count: most images in a group.
+        novelty: float (n,); required with `unlike`.
+        unlike: bool (n,), images unlike the training data.
+        owners: object (n,) each, such as slides and patients, None where unknown: a group has at most
+            `PER_OWNER` images of each.
 
     Returns:
         Positions in `probabilities` by group, the clearest case of each group first.
@@ -119,16 +119,19 @@ def choose_groups(
     benign = _spread(rising[~called], owners)[:count_usual]
     rest = rising[~np.isin(rising, np.concatenate([malignant, benign]))]
     nearest = rest[np.argsort(np.abs(probabilities[rest] - threshold), kind="stable")]
-    found = {MALIGNANT: malignant, BENIGN: benign, UNCERTAIN_GROUP: _spread(nearest, owners)[:count_usual]}
     furthest = np.flatnonzero(strange)
     if novelty is not None:
         furthest = furthest[np.argsort(-novelty[furthest], kind="stable")]
-    found[UNLIKE] = _spread(furthest, owners)[:count]
-    return {group: places.tolist() for group, places in found.items()}
+    return {
+        MALIGNANT: malignant.tolist(),
+        BENIGN: benign.tolist(),
+        UNCERTAIN_GROUP: _spread(nearest, owners)[:count_usual].tolist(),
+        UNLIKE: _spread(furthest, owners)[:count].tolist(),
+    }
 
 
 def _spread(places: np.ndarray, owners: Sequence[np.ndarray]) -> np.ndarray:
-    """The same places in their order, without those beyond the first `PER_OWNER` of an owner."""
+    """Drop the places beyond the first `PER_OWNER` of each owner."""
     for owner in owners:
         names = pd.Series(owner[places], dtype=object)
         nth = names.groupby(names, dropna=False).cumcount()
@@ -145,60 +148,48 @@ def render_gallery(
     input_size_px: tuple[int, int] | None = None,
     images: Images = Images(),
 ) -> str:
-    """The page as HTML; it shows nothing from outside itself, and links to the files and the GeoJSON.
+    """The page as HTML; it loads nothing, and links to the files and the GeoJSON.
 
     Args:
-        facts: what is known about the run. `threshold` is needed; optional are title, input, output, model,
-            model_id, precision, cam, cam_layer, target (as on the card), seconds, rows_per_s, synthetic,
-            leaky, bcd_version, and the counts n_inputs, n_images, n_slides, n_tiles, n_errors,
-            n_ignored_files, and `warnings`: results by code, None where the model cannot tell.
+        facts: about the run. `threshold` is required; optional are title, input, output, model, model_id,
+            precision, cam, cam_layer, target (as on the card), seconds, rows_per_s, synthetic, leaky,
+            bcd_version, the counts n_inputs, n_images, n_slides, n_tiles, n_errors, n_ignored_files, and
+            `warnings`: results by code, None where the model has no statistics for them.
         probabilities: float (n,) of malignancy, of every result.
         examples: by group (`choose_groups`), in the order of the page, at most `PER_GROUP` of each.
         errors: by typed code.
-        slides: the first `MAX_SLIDES` that have a heat map are shown with it, all stand in the table.
+        slides: all are in the table; the first `MAX_SLIDES` with a heat map are shown with it.
         input_size_px: height and width of the network's input, which the evidence covers; by default it
-            covers each picture alone.
-        images: the table of the images that are no slides.
+            covers each image alone.
+        images: the table of the images that are not slides.
     """
     shown = {group: list(found[:PER_GROUP]) for group, found in examples.items() if found}
-    limit = _limit(shown, facts.get("cam"))
-    return (
-        style.templates()
-        .get_template("gallery.html")
-        .render(
-            facts=defaultdict(lambda: None, facts),
-            marks=[mark for mark in ("synthetic", "leaky") if facts.get(mark)],
-            called=_called(probabilities, facts["threshold"]),
-            histogram=_histogram(probabilities, facts) if len(probabilities) else None,
-            uncertain=UNCERTAIN,
-            descriptions=GROUPS,
-            examples={
-                group: [thumbnails.draw_example(one, limit, input_size_px) for one in found]
-                for group, found in shown.items()
-            },
-            limit=limit,
-            legend=thumbnails.data_uri(overlay.legend(), "PNG"),
-            errors=dict(sorted(errors.items(), key=lambda item: -item[1].count)),
-            images=images,
-            slides=[(slide, picture) for slide, picture in zip(slides, _heat_maps(slides), strict=True)],
-        )
-    )
-
-
-def _limit(shown: Mapping[str, Sequence[Example]], method: str | None) -> float:
-    """Log-odds per cell at full colour; maps of other methods have no unit, and so a scale of this page."""
-    if method in (None, "evidence"):
-        return overlay.LIMIT
-    return overlay.scale(one.evidence for found in shown.values() for one in found)
-
-
-def _called(probabilities: np.ndarray, threshold: float) -> dict[str, int]:
+    # Maps of other methods than the closed form have no unit, so the page has a scale of its own.
+    closed_form = facts.get("cam") in (None, "evidence")
+    maps = (one.evidence for found in shown.values() for one in found)
+    limit = overlay.LIMIT if closed_form else overlay.scale(maps)
     low, high = UNCERTAIN
-    return {
-        "n": len(probabilities),
-        "malignant": int((probabilities >= threshold).sum()),
-        "uncertain": int(((probabilities > low) & (probabilities < high)).sum()),
-    }
+    return style.render(
+        "gallery.html",
+        facts=defaultdict(lambda: None, facts),
+        marks=[mark for name, mark in MARKS.items() if facts.get(name)],
+        n=len(probabilities),
+        n_malignant=int((probabilities >= facts["threshold"]).sum()),
+        n_uncertain=int(((probabilities > low) & (probabilities < high)).sum()),
+        uncertain=UNCERTAIN,
+        histogram=_histogram(probabilities, facts) if len(probabilities) else None,
+        descriptions=GROUPS,
+        examples={
+            group: [thumbnails.draw_example(one, limit, input_size_px) for one in found]
+            for group, found in shown.items()
+        },
+        limit=limit,
+        legend=thumbnails.data_uri(overlay.legend(), "PNG"),
+        errors=dict(sorted(errors.items(), key=lambda item: -item[1].count)),
+        images=images,
+        slides=slides,
+        drawn_slides=_drawn(slides),
+    )
 
 
 def _histogram(probabilities: np.ndarray, facts: Mapping[str, Any]) -> Markup:
@@ -208,17 +199,11 @@ def _histogram(probabilities: np.ndarray, facts: Mapping[str, Any]) -> Markup:
         return plots.inline(plots.svg(figure), "probabilities")
 
 
-def _heat_maps(slides: Sequence[GallerySlide]) -> list[str | None]:
-    """Data URIs of the first heat maps."""
-    left, found = MAX_SLIDES, list[str | None]()
-    for slide in slides:
-        drawn = slide.heat_map is not None and left > 0
-        left -= drawn
-        found.append(_heat_map(slide.heat_map) if drawn and slide.heat_map else None)
-    return found
-
-
-def _heat_map(content: bytes) -> str:
-    return thumbnails.data_uri(
-        image.shrink(image.decode(content), 2 * MAX_SLIDE_WIDTH_PX, MAX_SLIDE_WIDTH_PX)
-    )
+def _drawn(slides: Sequence[GallerySlide]) -> list[tuple[GallerySlide, str]]:
+    """The first slides that have a heat map, with the heat map as a data URI."""
+    size_px = 2 * MAX_SLIDE_WIDTH_PX, MAX_SLIDE_WIDTH_PX
+    contents = [(slide, slide.heat_map) for slide in slides if slide.heat_map][:MAX_SLIDES]
+    return [
+        (slide, thumbnails.data_uri(image.shrink(image.decode(content), *size_px)))
+        for slide, content in contents
+    ]

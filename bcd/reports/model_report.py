@@ -1,6 +1,6 @@
-"""What a model reaches, as pictures: one self-contained HTML page, and each figure as PNG and SVG.
+"""The report of an evaluation: one self-contained HTML page, and each figure as PNG and SVG.
 
-A new figure costs two edits: a function in `figures` or `curves` that is called in `_draw`, and its place in
+A new figure requires two edits: a function in `plots` or `trust_plots` that `_draw` calls, and its place in
 the template. Marks (synthetic, leaky) are put on every figure and every block of the page from one place.
 """
 
@@ -21,12 +21,12 @@ from bcd import schema
 from bcd.metrics import aggregate, decision
 from bcd.model import novelty
 from bcd.reports import overlay, plots, style, thumbnails, trust_plots
-from bcd.reports.plots import PERCENT
+from bcd.reports.style import PERCENT, format_difference, format_interval, format_metric
 from bcd.reports.thumbnails import Example
 from bcd.taxonomy import BENIGN, MALIGNANT, SUBTYPES, TUMOR_CLASSES
 from bcd.text import counted
 
-# What was measured, a record per epoch, and what is known about the run: see `write_report`.
+# See `write_report`.
 Metrics = Mapping[str, Any]
 History = Sequence[Mapping[str, Any]]
 Facts = Mapping[str, Any]
@@ -39,10 +39,16 @@ MEASURES = {
     "accuracy": "image recognition rate",
     "patient_recognition_rate": "patient recognition rate",
 }
-# More wrong predictions than this would make a page that no browser likes; the table has them all.
+# Warnings on every number of the report, by fact.
+MARKS = {
+    "synthetic": "synthetic data",
+    "leaky": "leaky: patients in several parts",
+    "forced": "forced: may have been trained on",
+}
+# More wrong predictions would make the page too large for a browser; the table has all.
 MAX_WRONG = 200
 N_CLEAREST, N_CORRECT = 3, 12
-# Of a class: with fewer there is no interval, or one that says nothing, and so no headline.
+# Of a class: fewer give no interval, or a meaningless one, and so no headline.
 MIN_PATIENTS = 3
 PICTURE_WIDTH_PX = 300
 
@@ -56,29 +62,25 @@ def write_report(
     examples: Mapping[int, Example] = MappingProxyType({}),
     unscored: Sequence[Mapping[str, str]] = (),
 ) -> Path:
-    """Write `report.html` and `figures/*.png`, `*.svg` below a local directory.
+    """Write `report.html` and `figures/*.png`, `*.svg` into a local directory; returns the path of the page.
 
     Args:
-        directory: is made if it does not exist.
+        directory: created if it does not exist.
         measured: from `metrics.measure`; with `n_errors`, and optionally `threshold`, `temperature` and
             `operating_point` as on the card, `folds`, `spread` and `leak` of a cross-validation, and
             `comparison` with another model.
         history: a record per epoch (epoch, train_loss, validation_loss, validation_balanced_accuracy,
             validation_accuracy, learning_rate, seconds, images_per_s, class_counts); may be empty.
-        images: from `aggregate.image_table`, what was measured.
-        facts: what is known about the run, all optional: title, model_id, data, protocol, fold, seed,
-            target, weights, synthetic, leaky, forced, external, warnings, broken, quarantined, best_epoch,
-            command, git_commit, versions, data_fingerprint, split_fingerprint, input_size_px (height and
-            width, which the evidence covers), `parts` (images per class in each part) and `balanced`
-            (training rows per class after upsampling).
-        examples: pictures of images by their position in the table; `choose_examples` says of which.
+        images: from `aggregate.image_table`.
+        facts: about the run, all optional: title, model_id, data, protocol, fold, seed, target, weights,
+            synthetic, leaky, forced, external, warnings, broken, quarantined, best_epoch, command,
+            git_commit, versions, data_fingerprint, split_fingerprint, input_size_px (height and width, which
+            the evidence covers), `parts` (images per class in each part) and `balanced` (training rows per
+            class after upsampling).
+        examples: by position in `images`, for the positions of `choose_examples`.
         unscored: `image_id` and `error` of what could not be scored.
-
-    Returns:
-        Path of the page; it refers to nothing outside itself.
     """
-    patients = aggregate.groups(images, schema.PATIENT)
-    patients = patients.fillna({schema.TUMOR_CLASS: plots.MIXED})
+    patients = aggregate.groups(images, schema.PATIENT).fillna({schema.TUMOR_CLASS: plots.MIXED})
     folder = directory / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(plots.STYLE):
@@ -92,7 +94,7 @@ def write_report(
 
 @dataclass(frozen=True)
 class Choice:
-    """Which images to show, as positions in the table."""
+    """The images to show, as positions in the table."""
 
     wrong: list[int]
     clearest: list[int]
@@ -104,15 +106,12 @@ class Choice:
 
 
 def choose_examples(images: pd.DataFrame) -> Choice:
-    """The images that the report shows.
-
-    Args:
-        images: from `aggregate.image_table`.
+    """Choose the images that the report shows, from `aggregate.image_table`.
 
     Returns:
-        `wrong`: all wrong predictions, at most `MAX_WRONG`, patients with most of them first, of a patient
-        the surest first; `clearest`: of each class the `N_CLEAREST` surest right ones; `correct`: a random
-        sample of the other right ones, at most `N_CORRECT`.
+        `wrong`: all wrong predictions, at most `MAX_WRONG`, patients with most of them first, within a
+        patient the most certain first; `clearest`: the `N_CLEAREST` most certain correct ones of each class;
+        `correct`: a random sample of the other correct ones, at most `N_CORRECT`.
     """
     correct = images[aggregate.CORRECT].to_numpy(bool)
     sure = images[aggregate.MARGIN].abs().to_numpy()
@@ -131,12 +130,12 @@ def choose_examples(images: pd.DataFrame) -> Choice:
 def _pictures(
     images: pd.DataFrame, choice: Choice, examples: Mapping[int, Example], facts: Facts
 ) -> dict[str, Any]:
-    """What the page shows of each chosen image that there is an example of, all on the scale of all pages."""
-    found = {place: examples[place] for place in choice.all() if place in examples}
+    """The chosen images for which there is an example, drawn on the scale of all pages."""
+    look = overlay.LIMIT, facts.get("input_size_px"), PICTURE_WIDTH_PX
     drawn = {
-        place: thumbnails.draw_example(one, overlay.LIMIT, facts.get("input_size_px"), PICTURE_WIDTH_PX)
-        | {"row": images.iloc[place].to_dict()}
-        for place, one in found.items()
+        place: thumbnails.draw_example(examples[place], *look) | {"row": images.iloc[place].to_dict()}
+        for place in choice.all()
+        if place in examples
     }
     patient = images[schema.PATIENT].astype(object).fillna("").to_numpy(str)
     wrong: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -157,29 +156,27 @@ def summary(measured: Metrics) -> list[tuple[str, str, str]]:
     """Name, value and 95 % interval of the main metrics, as text; a dash where one is undefined."""
     pooled = measured["pooled"]
     return [
-        (label, _value(pooled[name], name), _interval(pooled["intervals"][name], name))
+        (label, format_metric(pooled[name], name), format_interval(pooled["intervals"][name], name))
         for name, label in MEASURES.items()
     ]
 
 
 def too_few_patients(measured: Metrics) -> str | None:
-    """Why no single number can stand for what was measured, in words; `None` where one can, and where nobody
-    knows the patients."""
-    found = measured["patients_by_class"]
-    if found is None or min(found.values()) >= MIN_PATIENTS:
+    """A sentence where there are too few patients for a headline; None otherwise, or without patient ids."""
+    by_class = measured["patients_by_class"]
+    if by_class is None or min(by_class.values()) >= MIN_PATIENTS:
         return None
-    last = counted(found[MALIGNANT], f"{MALIGNANT} patient")
+    last = counted(by_class[MALIGNANT], f"{MALIGNANT} patient")
     return (
-        f"{found[BENIGN]:,} {BENIGN} and {last} are too few to tell how often the model is right on others: "
-        f"at least {MIN_PATIENTS} of each class are needed"
+        f"{by_class[BENIGN]:,} {BENIGN} and {last} are too few to estimate how often the model is right on "
+        f"others: at least {MIN_PATIENTS} of each class are required"
     )
 
 
 def summary_lines(measured: Metrics) -> list[str]:
     """`summary` as a table for a terminal, with the spread over folds where there are any."""
-    patients = (
-        "patients unknown" if measured["n_patients"] is None else counted(measured["n_patients"], "patient")
-    )
+    n_patients = measured["n_patients"]
+    patients = "patients unknown" if n_patients is None else counted(n_patients, "patient")
     images = counted(measured["n_images"], "image")
     title = f"test part: {images}, {patients}, {measured['n_errors']:,} not scored"
     if unlike := (measured.get("warnings") or {}).get(novelty.CODE):
@@ -195,33 +192,34 @@ def summary_lines(measured: Metrics) -> list[str]:
 
 
 def leak_sentence(leak: Mapping[str, Any]) -> str:
-    """What the same model seems to gain when patients stand on both sides, in words.
+    """What the same model appears to gain when patients are in several parts, in words.
 
-    Beside the balanced accuracy stands the AUC: it does not depend on thresholds, which are chosen on few
-    validation images and scatter more than a leak adds.
+    It states the AUC too, which does not depend on thresholds: these are chosen on few validation images and
+    vary more than a leak adds.
     """
     rows = {name: leak["metrics"][name] for name in ("balanced_accuracy", "auc")}
     known = {name: row for name, row in rows.items() if row["difference"] is not None}
     if not known:
-        return "What a leak would add cannot be told: a class is missing."
+        return "The effect of a leak is undefined: a class is missing."
     seen = [name for name, row in known.items() if row["interval"] and row["interval"][0] > 0]
     added = " and ".join(f"{_gain(known[name]['difference'], name)} of {MEASURES[name]}" for name in seen)
     reached = " and ".join(_reached(row, name) for name, row in known.items())
-    start = f"The leak adds {added}" if seen else "No leak is seen"
-    sides = f"split by {leak['leaky']}, with patients on both sides"
-    return f"{start}: {sides}, the same model seems to reach {reached}."
+    start = f"The leak adds {added}" if seen else "No effect of a leak is seen"
+    how = f"split by {leak['leaky']}, with patients in several parts"
+    return f"{start}: {how}, the same model appears to reach {reached}."
 
 
 def _reached(row: Mapping[str, Any], name: str) -> str:
-    told = f"{_value(row['first'], name)} {MEASURES[name]} instead of {_value(row['second'], name)}"
+    first, second = format_metric(row["first"], name), format_metric(row["second"], name)
     if not row["interval"]:
-        return told
-    low, high = row["interval"]
-    return f"{told} (95{PERCENT} interval of the difference {_points(low, name)} to {_gain(high, name)})"
+        return f"{first} {MEASURES[name]} instead of {second}"
+    low, high = format_difference(row["interval"][0], name), _gain(row["interval"][1], name)
+    interval = f"95{PERCENT} interval of the difference {low} to {high}"
+    return f"{first} {MEASURES[name]} instead of {second} ({interval})"
 
 
 def _gain(difference: float, name: str) -> str:
-    return _points(difference, name) + ("" if name == "auc" else " points")
+    return format_difference(difference, name) + ("" if name == "auc" else " points")
 
 
 def _spread(measured: Metrics, name: str) -> str:
@@ -229,42 +227,15 @@ def _spread(measured: Metrics, name: str) -> str:
     row = measured["spread"][name]
     if row["mean"] is None:
         return "–"
-    deviation = "" if row["sd"] is None else f" ± {_value(row['sd'], name)}"
+    deviation = "" if row["sd"] is None else f" ± {format_metric(row['sd'], name)}"
     # A fold of one class has no balanced accuracy.
     n_folds = len(measured["folds"])
     some = "" if row["n"] == n_folds else f" ({row['n']} of {n_folds} folds)"
-    return f"{_value(row['mean'], name).removesuffix(PERCENT)}{deviation}{some}"
-
-
-def _value(value: float | None, name: str = "") -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if name == "auc" else f"{100 * value:.1f}{PERCENT}"
-
-
-def _points(difference: float | None, name: str = "") -> str:
-    """A difference of two values, with its sign: in points of a percentage."""
-    if difference is None:
-        return "–"
-    text = f"{difference:+.3f}" if name == "auc" else f"{100 * difference:+.1f}"
-    return text.replace("-", "−")
-
-
-def _interval(interval: Sequence[float] | None, name: str = "") -> str:
-    if interval is None:
-        return "–"
-    low, high = (_value(end, name) for end in interval)
-    return f"{low.removesuffix(PERCENT)} to {high}"
+    return f"{format_metric(row['mean'], name).removesuffix(PERCENT)}{deviation}{some}"
 
 
 def _marks(facts: Facts) -> list[str]:
-    """What a reader must know before believing any number here."""
-    marks = {
-        "synthetic": "synthetic data",
-        "leaky": "leaky: patients stand on both sides",
-        "forced": "forced: may have been trained on",
-    }
-    return [text for name, text in marks.items() if facts.get(name)]
+    return [text for name, text in MARKS.items() if facts.get(name)]
 
 
 def _page(
@@ -276,10 +247,9 @@ def _page(
     plates: Mapping[str, Markup],
     pictures: Mapping[str, Any],
 ) -> str:
-    environment = style.templates()
-    environment.filters |= {"value": _value, "interval": _interval, "points": _points}
     pooled = measured["pooled"]
-    return environment.get_template("report.html").render(
+    return style.render(
+        "report.html",
         metrics=defaultdict(lambda: None, measured),
         pooled=pooled,
         measures=MEASURES,
@@ -289,7 +259,7 @@ def _page(
         history=history,
         best=_best(history, facts),
         patients=patients.sort_values(aggregate.SHARE_CORRECT, kind="stable").to_dict("records"),
-        errors=list(unscored),
+        errors=[f"{row[schema.IMAGE_ID]}: {row[schema.ERROR]}" for row in unscored],
         subtypes={code: subtype.name.replace("_", " ") for code, subtype in SUBTYPES.items()},
         facts=defaultdict(lambda: None, facts),
         marks=_marks(facts),
@@ -300,13 +270,13 @@ def _page(
 
 
 def _best(history: History, facts: Facts) -> Mapping[str, Any] | None:
-    """The record of the epoch that the bundle holds: as told, else the first best on validation."""
-    told = [row for row in history if row["epoch"] == facts.get("best_epoch")]
-    return max(told or history, key=lambda row: row["validation_balanced_accuracy"], default=None)
+    """The record of the bundle's epoch: the `best_epoch` of the facts, else the first best on validation."""
+    stated = [row for row in history if row["epoch"] == facts.get("best_epoch")]
+    return max(stated or history, key=lambda row: row["validation_balanced_accuracy"], default=None)
 
 
 def _save(figure: Figure, path: Path, marks: Sequence[str]) -> Markup:
-    """Write PNG and SVG files and return the SVG for the inside of a page."""
+    """Write PNG and SVG files, and return the SVG to embed in the page."""
     plots.mark(figure, marks)
     figure.savefig(path.with_suffix(".png"), dpi=plots.PNG_DPI, metadata={"Software": None})
     path.with_suffix(".svg").write_text(svg := plots.svg(figure), encoding="utf-8")
@@ -316,26 +286,24 @@ def _save(figure: Figure, path: Path, marks: Sequence[str]) -> Markup:
 def _draw(
     measured: Metrics, history: History, images: pd.DataFrame, patients: pd.DataFrame, facts: Facts
 ) -> dict[str, Figure]:
-    """Every figure that there is data for, by the name of its file."""
+    """Every figure for which there are data, by file name."""
     pooled, threshold = measured["pooled"], measured.get("threshold")
     drawn = {"confusion_matrix": plots.plot_confusion_matrix(pooled["confusion_matrix"], TUMOR_CLASSES)}
     if best := _best(history, facts):
         drawn["history"] = plots.plot_history(history, best)
     if facts.get("parts"):
-        drawn["class_distribution"] = plots.plot_class_distribution(
-            facts["parts"], facts.get("balanced") or {}
-        )
+        balanced = facts.get("balanced") or {}
+        drawn["class_distribution"] = plots.plot_class_distribution(facts["parts"], balanced)
     if pooled["auc"] is not None:
         drawn["roc"] = trust_plots.plot_roc(images, pooled)
         drawn["precision_recall"] = trust_plots.plot_precision_recall(images, pooled)
     if len(images):
         drawn["reliability"] = trust_plots.plot_reliability(measured["calibration"], len(images))
-        drawn["abstention"] = trust_plots.plot_abstention(_handing_over(images))
+        drawn["abstention"] = trust_plots.plot_abstention(_abstention_curves(images))
     if measured["by_magnification"]:
         drawn["by_magnification"] = plots.plot_by_magnification(measured)
-        drawn["magnification_strip"] = trust_plots.plot_strip(
-            images, schema.MAGNIFICATION, "Magnifications", threshold
-        )
+        strip = trust_plots.plot_strip(images, schema.MAGNIFICATION, "Magnifications", threshold)
+        drawn["magnification_strip"] = strip
     if len(patients):
         drawn["patients"] = trust_plots.plot_patients(patients)
         drawn["patient_strip"] = trust_plots.plot_strip(images, schema.PATIENT, "Patients", threshold)
@@ -351,9 +319,9 @@ def _draw(
     return drawn
 
 
-def _handing_over(images: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Abstention curves of the images, and of the patients where there are some."""
+def _abstention_curves(images: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Abstention curves of the images, and of the patients where there are several."""
     patients = aggregate.groups_of_draws(images, schema.PATIENT)
-    whole = patients[patients[schema.TUMOR_CLASS].notna()]
-    found = {"images": decision.abstention_curve(images)}
-    return found | ({"patients": decision.abstention_curve(whole)} if len(whole) > 1 else {})
+    patients = patients[patients[schema.TUMOR_CLASS].notna()]
+    curves = {"images": decision.abstention_curve(images)}
+    return curves | ({"patients": decision.abstention_curve(patients)} if len(patients) > 1 else {})

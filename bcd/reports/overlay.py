@@ -1,7 +1,7 @@
-"""Evidence laid over the picture: colour says which class a place speaks for, strength how much.
+"""Evidence maps over their images: the colour is the class, its strength the evidence for it.
 
-The scale is stated and symmetric, never stretched to the picture's own range: an empty map looks empty, and
-two pictures on the same scale can be compared.
+The scale is stated and symmetric, never stretched to the range of an image: an empty map looks empty, and two
+images on the same scale can be compared.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,14 +17,14 @@ from bcd.imaging import image
 from bcd.model import card
 from bcd.reports.style import BLUE, VERMILION
 
-# Log-odds per cell at full colour, the same on every page, in the API and in every table: a picture of such
-# cells alone would be called with about 98 % certainty.
+# Log-odds per cell at full colour, the same on every page, in the API and in every table: an image with this
+# evidence everywhere has a probability of about 98 %.
 LIMIT = 4.0
-# At full colour the tissue shows through: as 0.2 of itself, and as light and dark of half its contrast in the
-# colour, which stays the same over pale and over vivid stains.
+# At full colour the tissue stays visible: 0.2 of its own colour, and half its contrast as light and dark of
+# the overlay's colour, which is the same over pale and over vivid stains.
 OPACITY, CONTRAST = 0.8, 0.5
-# Mixing takes some 50 bytes a pixel. A white picture of 64 megapixels is a PNG of 100 kB, so that a few of
-# them drawn whole would take all memory of a service.
+# Mixing uses some 50 bytes a pixel. A white image of 64 megapixels is a PNG of 100 kB, so a few of them drawn
+# whole would use all memory of a service.
 BLOCK_PX = 2**18
 
 
@@ -35,18 +35,15 @@ def overlay(
     input_height_px: int | None = None,
     input_width_px: int | None = None,
 ) -> np.ndarray:
-    """Lay a signed evidence map over its picture: blue speaks for benign, vermilion for malignant.
+    """Draw a signed evidence map over its image, blue benign and vermilion malignant: uint8 (H, W, 3).
 
     Args:
-        pixels: uint8 (H, W, 3) RGB, the picture as decoded, at any size.
-        evidence: float (h, w) in log-odds per cell; covers the network's input, in which `image.fit` put the
-            picture whole. What lies beside the picture is cut off.
-        limit: log-odds at which the colour is full; 0 is transparent, values beyond saturate.
-        input_height_px: of the network's input; by default the map is taken to cover the picture alone.
+        pixels: uint8 (H, W, 3) RGB, the decoded image at any size.
+        evidence: float (h, w) in log-odds per cell over the network's input, into which `image.fit` placed
+            the whole image; what it covers beside the image is cut off.
+        limit: log-odds at full colour; 0 is transparent, values beyond the limit saturate.
+        input_height_px: of the network's input; by default the map covers the image alone.
         input_width_px: likewise.
-
-    Returns:
-        uint8 (H, W, 3).
     """
     height, width = pixels.shape[:2]
     enlarged = _enlarge(evidence, height, width, input_height_px or height, input_width_px or width)
@@ -64,23 +61,20 @@ def overlay_of_row(
     input_height_px: int | None = None,
     input_width_px: int | None = None,
 ) -> np.ndarray:
-    """Draw the evidence of one row of the predictions table over its picture.
+    """Draw the evidence of one row of the predictions table over its image: uint8 (H, W, 3).
 
     Args:
         row: of the table, as from `to_pylist` or pandas.
-        pixels: uint8 (H, W, 3) RGB; by default read from the row's URI. A slide's tile needs them.
-        limit: log-odds per cell at full colour; say it beside the picture.
-        input_height_px: of the network's input, from the model's card; by default 32 for each cell, which
-            fits a map of the last layer where the input is a multiple of 32.
+        pixels: uint8 (H, W, 3) RGB; by default read from the row's URI. Tiles of slides require them.
+        limit: log-odds per cell at full colour; state it beside the image.
+        input_height_px: of the network's input, from the model's card; by default 32 per cell, which fits a
+            map of the last layer where the input is a multiple of 32.
         input_width_px: likewise.
 
-    Returns:
-        uint8 (H, W, 3), see `overlay`.
-
     Raises:
-        DataError: the row is an error, or a tile without `pixels`, or the picture has changed since.
-        ImageError: the picture cannot be decoded.
-        StorageError: it cannot be read.
+        DataError: the row is an error, or a tile without `pixels`, or the image has changed size.
+        ImageError: the image cannot be decoded.
+        StorageError: the image cannot be read.
     """
     if not pd.isna(row[schema.ERROR]):
         raise DataError(f"{row[schema.IMAGE_ID]}: was not scored ({row[schema.ERROR]}), so has no evidence")
@@ -95,7 +89,6 @@ def overlay_of_row(
 
 
 def _read(row: Mapping[str, Any]) -> np.ndarray:
-    """Decode the picture of a row, uint8 (H, W, 3)."""
     if not pd.isna(row[schema.X_LEVEL0_PX]):
         raise DataError(f"{row[schema.IMAGE_ID]}: is a tile of a slide; give its pixels")
     pixels = image.decode(storage.read_bytes(row[schema.URI]))
@@ -108,7 +101,7 @@ def _read(row: Mapping[str, Any]) -> np.ndarray:
 
 
 def _blocks(height: int, width: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of blocks that cover a picture, however long and thin it is."""
+    """Rows and columns of blocks of at most `BLOCK_PX` that cover an image."""
     step = max(1, BLOCK_PX // width)
     for top in range(0, height, step):
         for left in range(0, width, BLOCK_PX):
@@ -116,7 +109,7 @@ def _blocks(height: int, width: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _mix(pixels: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """A block (h, w, 3) under the colours of strengths (h, w, 1) in [-1, 1]."""
+    """Colour a block (h, w, 3) by strengths (h, w, 1) in [-1, 1]."""
     blue, vermilion = (np.array(ImageColor.getrgb(name), np.float32) for name in (BLUE, VERMILION))
     light = 1 - CONTRAST * (1 - np.asarray(Image.fromarray(pixels).convert("L"), np.float32)[..., None] / 255)
     colour = light * np.where(strength < 0, blue, vermilion)
@@ -125,7 +118,7 @@ def _mix(pixels: np.ndarray, strength: np.ndarray) -> np.ndarray:
 
 
 def _enlarge(evidence: np.ndarray, height: int, width: int, into_height: int, into_width: int) -> Image.Image:
-    """The part of the map (h, w) that covers the picture, at its size, float32, bilinear."""
+    """The part of the map over the image, enlarged bilinearly to the image's size, float32."""
     top, left, inner_height, inner_width = image.placement(height, width, into_height, into_width)
     field = Image.fromarray(np.asarray(evidence, np.float32))
     x, y = field.width / into_width, field.height / into_height
@@ -135,16 +128,12 @@ def _enlarge(evidence: np.ndarray, height: int, width: int, into_height: int, in
 
 
 def scale(maps: Iterable[np.ndarray]) -> float:
-    """One limit for several maps whose method has no unit, unlike the closed form, which has `LIMIT`.
-
-    Returns:
-        The 99th percentile of the absolute values per cell; 1 without any.
-    """
+    """A common limit for maps whose method has no unit: the 99th percentile of the absolute values, or 1."""
     values = np.abs(np.concatenate([np.zeros(0), *(np.ravel(one) for one in maps)]))
     return float(np.percentile(values, 99)) or 1.0 if values.size else 1.0
 
 
 def legend(width_px: int = 256, height_px: int = 12) -> np.ndarray:
-    """The colours from -limit on the left to +limit on the right over white, uint8 (height, width, 3)."""
+    """Colours from -limit on the left to +limit on the right over white, uint8 (height, width, 3)."""
     ramp = np.linspace(-1, 1, width_px)[None].repeat(height_px, 0)
     return overlay(np.full((height_px, width_px, 3), 255, np.uint8), ramp, limit=1)

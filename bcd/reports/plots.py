@@ -1,4 +1,4 @@
-"""Figures: how they all look, and one function for each. They are drawn without pyplot: nothing global."""
+"""Style of all figures, and those of a training, a test and an archive; without pyplot's global state."""
 
 import io
 import re
@@ -13,12 +13,26 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from bcd.reports.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, SOFT, VERMILION, WARN, ink_on
+from bcd.reports import style
+from bcd.reports.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    PERCENT,
+    PURPLE,
+    SKY,
+    SOFT,
+    VERMILION,
+    WARN,
+)
 from bcd.taxonomy import BENIGN, MALIGNANT, SUBTYPES, TUMOR_CLASSES
 from bcd.text import counted
 
 BLUES = LinearSegmentedColormap.from_list("blues", ["#f4f8fb", SKY, BLUE])
-# Inside a page the colours of text become the page's own, light or dark.
+# On a page, text takes the colours of the page, light or dark.
 ON_PAGE = {INK: "currentColor", SOFT: "var(--soft)", WARN: "var(--warn)"}
 MIXED = "mixed"
 CLASS_COLOR = {BENIGN: BLUE, MALIGNANT: VERMILION, MIXED: PURPLE}
@@ -26,22 +40,19 @@ PART_COLOR = {"train": BLUE, "validation": SKY, "test": ORANGE}
 UPSAMPLED = "upsampled"
 # Bars of each magnification: offset, metric, label, colour.
 BARS = ((-0.2, "accuracy", "of images", BLUE), (0.2, "patient_recognition_rate", "of patients", SKY))
-PERCENT = "\N{NO-BREAK SPACE}%"
 WIDTH_IN = 5.4
-# Of the figure's width, what the labels of the vertical axis leave.
+DASHED = (0, (4, 3))
+# Share of the figure's width beside the labels of the vertical axis.
 LEGEND_WIDTH = 0.82
 PNG_DPI = 200
 STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     "font.family": "sans-serif",
     "font.size": 9,
-    "text.color": INK,
     "text.parse_math": False,  # a $ in a patient's id is a $
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
     "axes.facecolor": "none",
     "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -49,9 +60,6 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "grid.color": PALE,
     "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
     "legend.fontsize": 8.5,
     "legend.handlelength": 1.2,
     "legend.columnspacing": 1.2,
@@ -62,20 +70,20 @@ STYLE: dict[Any, Any] = {
 
 
 def mark(figure: Figure, marks: Sequence[str]) -> None:
-    """Write over a figure what a reader must know before believing it."""
+    """Write warnings such as "synthetic data" over a figure."""
     if marks:
         figure.suptitle(" · ".join(marks).upper(), x=0.99, ha="right", size=8, weight="bold", color=WARN)
 
 
 def svg(figure: Figure) -> str:
-    """A stand-alone SVG; the same figure gives the same text."""
+    """A figure as an SVG file; equal figures give equal text."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return buffer.getvalue()
 
 
 def inline(svg: str, name: str) -> Markup:
-    """Make a stand-alone SVG fit for a page: no declarations, ids of its own, the colours of the page."""
+    """Prepare an SVG file for a page: no declarations, unique ids, the colours of the page."""
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{name.replace("_", " ")}"', 1)
@@ -92,14 +100,14 @@ def canvas(height_in: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def percent_axis(axes: Axes, label: str) -> None:
-    """0 to 100 % upwards."""
+    """Set the vertical axis to 0 to 100 %."""
     axes.set(ylim=(0, 1.02), ylabel=label, yticks=np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
     axes.grid(axis="y")
 
 
 def legend_above(axes: Axes) -> None:
-    """A legend between data and title, which must be there already: over neither, however long they are."""
+    """Place the legend between the data and the title, which must be set before; it overlaps neither."""
     n = len(axes.get_legend_handles_labels()[0])
     for columns in range(n, 0, -1):
         legend = axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=columns, borderaxespad=0.3)
@@ -110,28 +118,42 @@ def legend_above(axes: Axes) -> None:
             break
 
 
+def history_panels(
+    histories: Sequence[Sequence[Mapping[str, Any]]], **look: Any
+) -> tuple[Figure, Axes, Axes]:
+    """Two panels over the epochs, loss and validation balanced accuracy, with a line for each history."""
+    figure, (loss, rate) = canvas(4.8, rows=2)
+    for number, records in enumerate(histories):
+        epochs = [row["epoch"] for row in records]
+        for axes, key, label, color in (
+            (loss, "train_loss", "training", ORANGE),
+            (loss, "validation_loss", "validation", BLUE),
+            (rate, "validation_balanced_accuracy", "validation", BLUE),
+        ):
+            values = [row[key] for row in records]
+            axes.plot(epochs, values, color=color, label=None if number else label, **look)
+    for axes in (loss, rate):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    loss.set_ylabel("cross-entropy per image")
+    loss.grid(axis="y")
+    rate.set_xlabel("epoch")
+    percent_axis(rate, "on validation")
+    return figure, loss, rate
+
+
 def plot_history(records: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> Figure:
     """Loss and balanced accuracy over the epochs, with the best epoch marked."""
-    figure, (loss, rate) = canvas(4.8, rows=2)
+    figure, loss, rate = history_panels([records], marker="o", ms=3.5)
     epochs = [row["epoch"] for row in records]
-    for axes, key, label, color in (
-        (loss, "train_loss", "training", ORANGE),
-        (loss, "validation_loss", "validation", BLUE),
-        (rate, "validation_balanced_accuracy", "validation", BLUE),
-    ):
-        axes.plot(epochs, [row[key] for row in records], color=color, label=label, marker="o", ms=3.5)
     for axes in (loss, rate):
-        axes.axvline(best["epoch"], color=GREEN, ls=(0, (4, 3)), lw=1.2, label="best epoch", zorder=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.axvline(best["epoch"], color=GREEN, ls=DASHED, lw=1.2, label="best epoch", zorder=0)
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-    # Room for half a dot above the highest.
+    # Leaves room for half a dot above the highest.
     highest = max(max(row["train_loss"], row["validation_loss"]) for row in records)
-    loss.set(title="Loss", ylabel="cross-entropy per image", ylim=(0, 1.06 * highest))
-    loss.grid(axis="y")
+    loss.set(title="Loss", ylim=(0, 1.06 * highest))
     legend_above(loss)
-    reached = f"{100 * best['validation_balanced_accuracy']:.1f}{PERCENT}"
-    rate.set(title=f"Balanced accuracy, best {reached} at epoch {best['epoch']}", xlabel="epoch")
-    percent_axis(rate, "on validation")
+    reached = style.format_metric(best["validation_balanced_accuracy"])
+    rate.set_title(f"Balanced accuracy, best {reached} at epoch {best['epoch']}")
     return figure
 
 
@@ -145,13 +167,12 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], names: Sequence[str])
     figure, (axes,) = canvas(height_in)
     axes.pcolormesh(shares, cmap=BLUES, vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
     for (row, column), share in np.ndenumerate(shares):
-        ink = ink_on(to_hex(BLUES(float(share))))
+        ink = style.ink_on(to_hex(BLUES(float(share))))
         count = f"{counts[row, column]:,}"
         text = f"{count}\n{100 * share:.0f}{PERCENT}" if rows[row] else count
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, size=size)
-    axes.set(
-        title=f"Confusion matrix, n = {counted(counts.sum(), 'image')}", xlabel="predicted", ylabel="truth"
-    )
+    title = f"Confusion matrix, n = {counted(counts.sum(), 'image')}"
+    axes.set(title=title, xlabel="predicted", ylabel="truth")
     axes.set_xticks(np.arange(k) + 0.5, names)
     axes.set_yticks(np.arange(k) + 0.5, [f"{name}\nn = {n:,}" for name, n in zip(names, rows, strict=True)])
     axes.invert_yaxis()
@@ -203,10 +224,14 @@ def plot_by_magnification(metrics: Mapping[str, Any]) -> Figure:
     groups["pooled"] = metrics["pooled"]
     figure, (axes,) = canvas(3.9)
     for offset, name, label, color in BARS:
-        for x, values in enumerate(groups.values()):
-            _bar(axes, x + offset, values[name], values["intervals"][name], color)
+        known = {x + offset: row for x, row in enumerate(groups.values()) if row[name] is not None}
+        for x, row in known.items():
+            axes.bar(x, row[name], width=0.38, color=color)
+            axes.text(x, 0.02, f"{100 * row[name]:.0f}", ha="center", size=7.5, color=style.ink_on(color))
+            if row["intervals"][name]:
+                axes.vlines(x, *row["intervals"][name], color=INK, lw=1.4)
         axes.bar(0, 0, color=color, label=label)
-    axes.set_xticks(range(len(groups)), [_sizes(label, values) for label, values in groups.items()])
+    axes.set_xticks(range(len(groups)), [_sizes(name, row) for name, row in groups.items()])
     axes.tick_params(axis="x", length=0, labelsize=8)
     axes.set_title("By magnification")
     percent_axis(axes, "recognition rate")
@@ -214,35 +239,25 @@ def plot_by_magnification(metrics: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _sizes(label: str, values: Mapping[str, Any]) -> str:
-    patients = "" if values["n_patients"] is None else f"\n{counted(values['n_patients'], 'patient')}"
-    return f"{label}\n{counted(values['n'], 'image')}{patients}"
-
-
-def _bar(axes: Axes, x: float, value: float | None, interval: Sequence[float] | None, color: str) -> None:
-    if value is None:
-        return
-    axes.bar(x, value, width=0.38, color=color)
-    axes.text(x, 0.02, f"{100 * value:.0f}", ha="center", size=7.5, color=ink_on(color))
-    if interval:
-        axes.vlines(x, interval[0], interval[1], color=INK, lw=1.4)
+def _sizes(name: str, row: Mapping[str, Any]) -> str:
+    patients = "" if row["n_patients"] is None else f"\n{counted(row['n_patients'], 'patient')}"
+    return f"{name}\n{counted(row['n'], 'image')}{patients}"
 
 
 def plot_probabilities(values: np.ndarray, threshold: float) -> Figure:
-    """Histogram of probabilities of malignancy (n,), in the colours of the class that each is called."""
+    """Histogram of probabilities of malignancy (n,), in the colour of the class that each is called."""
     edges = np.linspace(0, 1, 51)
     called = values >= threshold
     counts = [np.histogram(values[mask], edges)[0] for mask in (~called, called)]
     figure, (axes,) = canvas(3.1)
     below = np.zeros(50, int)
     for name, count in zip(TUMOR_CLASSES, counts, strict=True):
-        axes.bar(
-            edges[:-1], count, 0.0184, below, align="edge", color=CLASS_COLOR[name], label=f"called {name}"
-        )
+        label, color = f"called {name}", CLASS_COLOR[name]
+        axes.bar(edges[:-1], count, 0.0184, below, align="edge", color=color, label=label)
         below = below + count
-    axes.axvline(threshold, color=INK, ls=(0, (4, 3)), lw=1, label=f"threshold {threshold:.2g}")
+    axes.axvline(threshold, color=INK, ls=DASHED, lw=1, label=f"threshold {threshold:.2g}")
     axes.set(xlim=(0, 1), ylim=(0, 1.04 * max(1, *below)))
-    axes.set(xlabel="probability of malignancy", ylabel=f"pictures (n = {len(values):,})")
+    axes.set(xlabel="probability of malignancy", ylabel=f"images (n = {len(values):,})")
     axes.grid(axis="y")
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -1,11 +1,13 @@
-"""The look of every page, figure and map, in one place: colours and templates.
+"""The look of all pages, figures and maps: colours, number formats and templates.
 
-Blue speaks for benign and vermilion for malignant (Okabe and Ito 2008, "Color Universal Design": told apart
-under every common colour blindness). As text both are darker, so that they can be read: at least 4.5:1
-(WCAG 2.2, success criterion 1.4.3). `page/palette.css` is what `css` says, for the page of the service.
+Blue is benign and vermilion malignant (Okabe and Ito 2008, "Color Universal Design": distinguishable with
+every common colour blindness). As text both are darker, for a contrast of at least 4.5:1 (WCAG 2.2, success
+criterion 1.4.3). `page/palette.css` of the service is the output of `css`.
 """
 
-from types import MappingProxyType
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -14,54 +16,32 @@ from bcd import text
 
 BLUE, VERMILION = "#0072b2", "#d55e00"
 SKY, GREEN, ORANGE, PURPLE = "#56b4e9", "#009e73", "#e69f00", "#cc79a7"
-# Text and lines of figures; on a page they take its own colours, light or dark: see `plots.inline`.
+# Text and lines of figures; `plots.inline` replaces them by the colours of the page, light or dark.
 INK, SOFT, WARN = "#1f2328", "#59636e", "#b34a00"
 GREY, PALE = "#8c959f", "#8c959f66"
-# Custom properties of the pages. `-fill` is for areas, `on-accent` for text on the accent.
-LIGHT = MappingProxyType(
-    {
-        "paper": "#ffffff",
-        "sheet": "#f6f8fa",
-        "ink": INK,
-        "soft": SOFT,
-        "line": "#d1d9e0",
-        "accent": "#0067a3",
-        "accent-paper": "#eaf4fb",
-        "on-accent": "#ffffff",
-        "warn": WARN,
-        "warn-line": VERMILION,
-        "warn-paper": "#fff1e8",
-        "bad": "#b3261e",
-        "bad-paper": "#fdeeed",
-        "benign": "#0067a3",
-        "malignant": WARN,
-        "benign-fill": BLUE,
-        "malignant-fill": VERMILION,
-        "range": SKY,
-    }
-)
-DARK = MappingProxyType(
-    {
-        "paper": "#12161b",
-        "sheet": "#1a2028",
-        "ink": "#e6edf3",
-        "soft": "#9aa6b2",
-        "line": "#313a44",
-        "accent": "#62bdf0",
-        "accent-paper": "#16293a",
-        "on-accent": "#0b1520",
-        "warn": "#f29a5c",
-        "warn-line": "#e07a33",
-        "warn-paper": "#33231a",
-        "bad": "#ff9a92",
-        "bad-paper": "#3a1f1e",
-        "benign": "#62bdf0",
-        "malignant": "#f29a5c",
-        "benign-fill": "#3f9fd8",
-        "malignant-fill": "#e07a33",
-        "range": "#2f7cae",
-    }
-)
+# Custom properties of the pages, light and dark. `-fill` is for areas, `on-accent` for text on the accent.
+PALETTE = {
+    "paper": ("#ffffff", "#12161b"),
+    "sheet": ("#f6f8fa", "#1a2028"),
+    "ink": (INK, "#e6edf3"),
+    "soft": (SOFT, "#9aa6b2"),
+    "line": ("#d1d9e0", "#313a44"),
+    "accent": ("#0067a3", "#62bdf0"),
+    "accent-paper": ("#eaf4fb", "#16293a"),
+    "on-accent": ("#ffffff", "#0b1520"),
+    "warn": (WARN, "#f29a5c"),
+    "warn-line": (VERMILION, "#e07a33"),
+    "warn-paper": ("#fff1e8", "#33231a"),
+    "bad": ("#b3261e", "#ff9a92"),
+    "bad-paper": ("#fdeeed", "#3a1f1e"),
+    "benign": ("#0067a3", "#62bdf0"),
+    "malignant": (WARN, "#f29a5c"),
+    "benign-fill": (BLUE, "#3f9fd8"),
+    "malignant-fill": (VERMILION, "#e07a33"),
+    "range": (SKY, "#2f7cae"),
+}
+LIGHT, DARK = ({name: colors[i] for name, colors in PALETTE.items()} for i in (0, 1))
+PERCENT = "\N{NO-BREAK SPACE}%"
 
 
 def css() -> str:
@@ -77,7 +57,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def ink_on(background: str) -> str:
-    """Black or white, whichever reads better on a colour; at least 4.58:1 on any."""
+    """Black or white, whichever has more contrast on a colour; at least 4.58:1 on any."""
     return max("#000000", "#ffffff", key=lambda ink: contrast(ink, background))
 
 
@@ -87,11 +67,45 @@ def _luminance(color: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+def format_metric(value: float | None, name: str = "") -> str:
+    """A metric as a percentage, the AUC as a number, an undefined one as a dash."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if name == "auc" else f"{100 * value:.1f}{PERCENT}"
+
+
+def format_difference(difference: float | None, name: str = "") -> str:
+    """A signed difference of two values of a metric, in percentage points or of the AUC."""
+    if difference is None:
+        return "–"
+    text = f"{difference:+.3f}" if name == "auc" else f"{100 * difference:+.1f}"
+    return text.replace("-", "−")
+
+
+def format_interval(interval: Sequence[float] | None, name: str = "") -> str:
+    """Both ends of an interval of a metric."""
+    if interval is None:
+        return "–"
+    low, high = (format_metric(end, name) for end in interval)
+    return f"{low.removesuffix(PERCENT)} to {high}"
+
+
+@cache
 def templates() -> jinja2.Environment:
-    """The templates of the pages; they know the `palette`, and `3 | counted("patient")`."""
-    found = jinja2.Environment(
+    """The environment of all HTML templates, with the `palette` and filters for counts and metrics."""
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bcd.reports"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    found.globals["palette"] = Markup(css())
-    found.filters["counted"] = text.counted
-    return found
+    environment.globals["palette"] = Markup(css())
+    environment.filters |= {
+        "counted": text.counted,
+        "value": format_metric,
+        "interval": format_interval,
+        "points": format_difference,
+    }
+    return environment
+
+
+def render(template: str, **context: Any) -> str:
+    """A page from one of the templates."""
+    return templates().get_template(template).render(context)

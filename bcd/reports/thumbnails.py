@@ -1,4 +1,4 @@
-"""Pictures for the pages: the pixels of a few rows of a predictions table, beside their maps."""
+"""Example images for the pages: pixels and evidence maps of a few rows of a predictions table."""
 
 import base64
 import hashlib
@@ -20,17 +20,17 @@ from bcd.reports import overlay
 
 MAX_WIDTH_PX = 420
 JPEG_QUALITY = 82
-# Why a picture is not shown.
-GONE = "The picture can no longer be read."
-CHANGED = "The file has changed since it was scored: its new picture is not that of this result."
+# Why an image is not shown.
+GONE = "The image can no longer be read."
+CHANGED = "The file has changed since it was scored: its new image does not belong to this result."
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture: pixels uint8 (H, W, 3), evidence float (h, w) over the network's input.
+    """One image: pixels uint8 (H, W, 3), evidence float (h, w) over the network's input.
 
-    Where the picture itself cannot be shown, `missing` says why: the pixels are grey, and no map is drawn.
-    `warnings` are codes, and `link` leads to the file.
+    Where the image cannot be shown, `missing` is the reason: the pixels are grey, and no map is drawn.
+    `warnings` are codes, and `link` is a link to the file.
     """
 
     image_id: str
@@ -49,14 +49,10 @@ class Example:
 def draw_example(
     example: Example, limit: float, input_size_px: tuple[int, int] | None, max_width_px: int = MAX_WIDTH_PX
 ) -> dict[str, Any]:
-    """The example with its two pictures as data URIs, drawn at the size in which they are shown.
+    """The example with image and overlay as data URIs, at most `max_width_px` wide.
 
-    Args:
-        example: to draw.
-        limit: log-odds per cell at full colour; stated beside the picture.
-        input_size_px: height and width of the network's input, which the evidence covers; by default it
-            covers the picture alone.
-        max_width_px: of each picture.
+    `limit` is in log-odds per cell at full colour; the evidence covers the network's input of `input_size_px`
+    (height and width), by default the image alone.
     """
     pixels = image.shrink(example.pixels, 2 * max_width_px, max_width_px)
     drawn = overlay.overlay(pixels, example.evidence, limit, *(input_size_px or (None, None)))
@@ -64,38 +60,28 @@ def draw_example(
 
 
 def data_uri(pixels: np.ndarray, kind: str = "JPEG") -> str:
-    """A picture, uint8 (H, W, 3), for the inside of a page."""
+    """An image, uint8 (H, W, 3), to embed in a page."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, quality=JPEG_QUALITY)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def of_images(images: pd.DataFrame, class_names: Sequence[str]) -> list[Example]:
-    """The examples of some images, in their order.
-
-    Args:
-        images: `image_id`, and in `source` the URI of the predictions table that each stands in.
-        class_names: of their logits, in their order.
-    """
+    """The examples of images, each with `image_id` and in `source` the URI of its predictions table."""
     found: dict[tuple[str, str], Example] = {}
     for source, rows in images.groupby(aggregate.SOURCE):
         wanted = pc.field(schema.IMAGE_ID).isin(rows[schema.IMAGE_ID].tolist())
-        table = storage.dataset(str(source)).to_table(filter=wanted)
-        found |= {
-            (str(source), row[schema.IMAGE_ID]): example_of_row(row, class_names) for row in table.to_pylist()
-        }
+        for row in storage.dataset(str(source)).to_table(filter=wanted).to_pylist():
+            found[str(source), row[schema.IMAGE_ID]] = example_of_row(row, class_names)
     return [found[key] for key in zip(images[aggregate.SOURCE], images[schema.IMAGE_ID], strict=True)]
 
 
 def example_of_row(
     row: dict[str, Any], class_names: Sequence[str], slide_mpp: tuple[float, float] | None = None
 ) -> Example:
-    """The example of a whole row of the predictions table that has no error.
+    """The example of one row of the predictions table without an error.
 
-    Args:
-        row: of schema `schema.predictions`.
-        class_names: of its logits, in their order.
-        slide_mpp: µm per pixel of level 0 that its slide was planned with, across and down.
+    `slide_mpp` is the horizontal and vertical µm per level-0 pixel with which its slide was tiled.
     """
     pixels, missing = _pixels(row, slide_mpp)
     maps = np.reshape(row[schema.EVIDENCE], (row[schema.EVIDENCE_HEIGHT], row[schema.EVIDENCE_WIDTH]))
@@ -114,7 +100,7 @@ def example_of_row(
 
 
 def _pixels(row: dict[str, Any], slide_mpp: tuple[float, float] | None) -> tuple[np.ndarray, str | None]:
-    """The picture of a row; grey, and why, where it is no longer there or no longer the same."""
+    """The image of a row; grey pixels and the reason where it is missing or has changed."""
     scale = dict(zip((schema.SLIDE_MPP_X, schema.SLIDE_MPP_Y), slide_mpp or (), strict=False))
     try:
         content = next(read.contents([row[schema.URI]])) if row[schema.X_LEVEL0_PX] is None else None

@@ -1,4 +1,4 @@
-"""Figures of how far a model can be trusted; `figures` says how all of them look."""
+"""Figures of how far a model can be trusted."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,26 +12,24 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from bcd import schema
 from bcd.metrics import aggregate
-from bcd.reports.plots import CLASS_COLOR, PERCENT, canvas, legend_above, percent_axis
-from bcd.reports.style import BLUE, GREY, INK, ORANGE, PALE, VERMILION
+from bcd.reports.plots import CLASS_COLOR, DASHED, canvas, history_panels, legend_above, percent_axis
+from bcd.reports.style import BLUE, GREY, INK, PALE, PERCENT, VERMILION
 from bcd.taxonomy import MALIGNANT
 from bcd.text import counted
 
-DASHED = (0, (4, 3))
-# With more patients than this their names are left out.
+# With more patients, their names are left out.
 MAX_NAMES = 36
 
 
 def plot_roc(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Figure:
-    """Sensitivity against false alarms, with the operating point in use."""
+    """ROC curve with the operating point in use."""
     truth = images[schema.TUMOR_CLASS] == MALIGNANT
     false_positive, true_positive, _ = roc_curve(truth, images[schema.PROBABILITY_MALIGNANT])
     figure, (axes,) = canvas(4.2)
-    axes.plot([0, 1], [0, 1], color=GREY, ls=DASHED, lw=1.2, label="chance")
+    _diagonal(axes, (0, 1), "chance")
     axes.plot(false_positive, true_positive, color=BLUE, label=f"AUC {pooled['auc']:.3f}")
     _point(axes, 1 - pooled["specificity"], pooled["sensitivity"])
-    axes.set(title=f"ROC, n = {counted(pooled['n'], 'image')}", xlim=(0, 1), xlabel="1 − specificity")
-    _square(axes, "sensitivity")
+    _square(axes, "ROC", pooled["n"], "1 − specificity", "sensitivity")
     return figure
 
 
@@ -42,68 +40,62 @@ def plot_precision_recall(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Fi
     precision, recall, _ = precision_recall_curve(truth, probability)
     figure, (axes,) = canvas(4.2)
     share = truth.mean()
-    axes.plot(
-        [0, 1], [share, share], color=GREY, ls=DASHED, lw=1.2, label=f"chance, {100 * share:.0f}{PERCENT}"
-    )
+    _diagonal(axes, (share, share), f"chance, {100 * share:.0f}{PERCENT}")
     axes.plot(recall, precision, color=BLUE, label=f"mean {average_precision_score(truth, probability):.3f}")
     (_, false_positive), (_, true_positive) = pooled["confusion_matrix"]
     if called := false_positive + true_positive:
         _point(axes, pooled["sensitivity"], true_positive / called)
-    axes.set(
-        title=f"Precision and recall, n = {counted(pooled['n'], 'image')}",
-        xlim=(0, 1),
-        xlabel="sensitivity (recall)",
-    )
-    _square(axes, "precision")
+    _square(axes, "Precision and recall", pooled["n"], "sensitivity (recall)", "precision")
     return figure
 
 
-def _square(axes: Axes, label: str) -> None:
-    """0 to 100 % both ways, below title and legend."""
-    percent_axis(axes, label)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
-    axes.set_aspect("equal")
-    legend_above(axes)
-
-
-def _point(axes: Axes, x: float, y: float) -> None:
-    axes.scatter(x, y, s=50, color=VERMILION, clip_on=False, zorder=3, label="in use")
-
-
 def plot_reliability(calibration: Mapping[str, Any], n: int) -> Figure:
-    """Share of malignant images against the probability stated, before and after the temperature."""
+    """Share of malignant images against the stated probability, before and after the temperature."""
     figure, (axes,) = canvas(4.2)
-    axes.plot([0, 1], [0, 1], color=GREY, ls=DASHED, lw=1.2, label="as stated")
-    looks = {"before": (GREY, "s", "before"), "after": (BLUE, "o", "after the temperature")}
-    if "before" not in calibration:
-        looks["after"] = (BLUE, "o", "the model")
-    for name, (color, marker, label) in looks.items():
+    _diagonal(axes, (0, 1), "as stated")
+    after = "after the temperature" if "before" in calibration else "the model"
+    for name, color, marker, label in (("before", GREY, "s", "before"), ("after", BLUE, "o", after)):
         if name not in calibration:
             continue
         rows = calibration[name]["reliability"]
         x, y = ([row[key] for row in rows] for key in ("stated", "share_malignant"))
         axes.plot(x, y, color=color, lw=1, alpha=0.6)
         areas = [12 + 160 * row["n"] / max(1, n) for row in rows]
-        said = f"{label}, error {100 * calibration[name]['ece']:.1f}{PERCENT}"
-        axes.scatter(x, y, areas, color=color, marker=marker, label=said, clip_on=False, zorder=3)
-    axes.set(title=f"Reliability, n = {counted(n, 'image')}", xlim=(0, 1))
-    axes.set_xlabel("stated probability of malignancy")
-    _square(axes, "malignant images")
+        label = f"{label}, error {100 * calibration[name]['ece']:.1f}{PERCENT}"
+        axes.scatter(x, y, areas, color=color, marker=marker, label=label, clip_on=False, zorder=3)
+    _square(axes, "Reliability", n, "stated probability of malignancy", "malignant images")
     return figure
 
 
+def _diagonal(axes: Axes, ends: tuple[float, float], label: str) -> None:
+    axes.plot([0, 1], ends, color=GREY, ls=DASHED, lw=1.2, label=label)
+
+
+def _point(axes: Axes, x: float, y: float) -> None:
+    axes.scatter(x, y, s=50, color=VERMILION, clip_on=False, zorder=3, label="in use")
+
+
+def _square(axes: Axes, title: str, n: int, xlabel: str, ylabel: str) -> None:
+    """Both axes from 0 to 100 %, below title and legend."""
+    axes.set(title=f"{title}, n = {counted(n, 'image')}", xlim=(0, 1), xlabel=xlabel)
+    percent_axis(axes, ylabel)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
+    axes.set_aspect("equal")
+    legend_above(axes)
+
+
 def plot_abstention(curves: Mapping[str, pd.DataFrame]) -> Figure:
-    """Accuracy of what the model keeps against the share referred: `decision.abstention_curve`."""
+    """Accuracy of the decided cases against the share referred, from `decision.abstention_curve`."""
     figure, (axes,) = canvas(3.6)
     lowest = 1.0
     for (name, curve), color in zip(curves.items(), (BLUE, VERMILION), strict=False):
-        # The last few kept tell little and jump: the curve ends at one in twenty.
+        # Accuracy over very few cases jumps: the curve ends where one in twenty is decided.
         shown = curve[curve["handed_over"] <= 0.95]
         label = f"{name} (n = {len(curve):,})"
         axes.plot(shown["handed_over"], shown["accuracy"], color=color, label=label, drawstyle="steps-post")
         lowest = min(lowest, shown["accuracy"].min())
-    axes.set(title="Abstention", xlim=(0, 1), xlabel="handed to a person, least certain first")
-    percent_axis(axes, "of those kept, correct")
+    axes.set(title="Abstention", xlim=(0, 1), xlabel="referred to a person, least certain first")
+    percent_axis(axes, "correct among the decided")
     axes.set_ylim(max(0, np.floor(10 * lowest - 0.5) / 10), 1.01)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     for axis in (axes.xaxis, axes.yaxis):
@@ -113,13 +105,9 @@ def plot_abstention(curves: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def plot_strip(images: pd.DataFrame, column: str, title: str, threshold: float | None) -> Figure:
-    """The probability of every image as a dot, a column per patient or magnification.
+    """The probability of every image as a dot, in a column per patient or magnification.
 
-    Args:
-        images: from `aggregate.image_table`; rows without a value in the column are left out.
-        column: `schema.PATIENT` or `schema.MAGNIFICATION`.
-        title: of the figure.
-        threshold: drawn as a line, where all images share it.
+    Images without a value in `column` are left out; `threshold` is None where the images have several.
     """
     known = images[images[column].notna()]
     order = known.groupby(column)[schema.TUMOR_CLASS].first().reset_index()
@@ -130,7 +118,7 @@ def plot_strip(images: pd.DataFrame, column: str, title: str, threshold: float |
         rows = known[known[schema.TUMOR_CLASS] == name]
         if rows.empty:
             continue
-        # Golden-ratio steps spread the dots of a column evenly, and alike every time.
+        # Golden-ratio steps spread the dots of a column evenly and reproducibly.
         spread = (np.arange(len(rows)) * 0.618 % 1 - 0.5) * 0.3
         side = (0.2 if number else -0.2) if column == schema.MAGNIFICATION else 0
         x = rows[column].map(place).to_numpy(float) + side + spread
@@ -148,12 +136,11 @@ def plot_strip(images: pd.DataFrame, column: str, title: str, threshold: float |
 
 
 def plot_patients(table: pd.DataFrame) -> Figure:
-    """Share of images classified correctly, a column per patient, from `aggregate.groups`."""
-    kind = table[schema.TUMOR_CLASS]
+    """Share of images classified correctly, a bar per patient, from `aggregate.groups`."""
     figure, (axes,) = canvas(3.9)
     start, ticks = 0, dict[int, str]()
     for name, color in CLASS_COLOR.items():
-        group = table[kind == name].sort_values(aggregate.SHARE_CORRECT, kind="stable")
+        group = table[table[schema.TUMOR_CLASS] == name].sort_values(aggregate.SHARE_CORRECT, kind="stable")
         if group.empty:
             continue
         x, share = np.arange(len(group)) + start, group[aggregate.SHARE_CORRECT].to_numpy()
@@ -172,51 +159,30 @@ def plot_patients(table: pd.DataFrame) -> Figure:
 
 def plot_histories(records: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
     """Loss and validation balanced accuracy over the epochs, a thin line for each fold."""
-    figure, (loss, rate) = canvas(4.8, rows=2)
-    for number, rows in enumerate(records):
-        epochs = [row["epoch"] for row in rows]
-        for axes, key, label, color in (
-            (loss, "train_loss", "training", ORANGE),
-            (loss, "validation_loss", "validation", BLUE),
-            (rate, "validation_balanced_accuracy", "validation", BLUE),
-        ):
-            values = [row[key] for row in rows]
-            axes.plot(epochs, values, color=color, lw=1, alpha=0.7, label=None if number else label)
-    for axes in (loss, rate):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    loss.set(title=f"Loss, {counted(len(records), 'fold')}", ylabel="cross-entropy per image", ylim=(0, None))
-    loss.grid(axis="y")
+    figure, loss, rate = history_panels(records, lw=1, alpha=0.7)
+    loss.set(title=f"Loss, {counted(len(records), 'fold')}", ylim=(0, None))
     legend_above(loss)
-    rate.set(title="Balanced accuracy", xlabel="epoch")
-    percent_axis(rate, "on validation")
+    rate.set_title("Balanced accuracy")
     return figure
 
 
 def plot_folds(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) -> Figure:
-    """Every fold as a dot, a line of dots per metric, with the mean as a bar.
-
-    Args:
-        rows: one for each fold: its `pooled` metrics.
-        measures: name and label of each metric, from the top.
-    """
+    """The `pooled` metrics of each fold as dots, a row per metric (name to label), with the mean as a bar."""
     figure, (axes,) = canvas(1.2 + 0.45 * len(measures))
     for y, name in enumerate(measures):
         values = np.array([row["pooled"][name] for row in rows if row["pooled"][name] is not None], float)
         if len(values):
             axes.vlines(values.mean(), y - 0.28, y + 0.28, color=INK, lw=2.2)
         axes.scatter(values, np.full(len(values), y), 42, color=BLUE, alpha=0.55, lw=0, clip_on=False)
-    axes.set_yticks(range(len(measures)), list(measures.values()))
-    axes.set(title=f"Folds, n = {len(rows):,}", xlim=(0, 1), ylim=(len(measures) - 0.5, -0.5))
-    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x")
+    axes.set(title=f"Folds, n = {len(rows):,}", xlim=(0, 1))
+    _rows(axes, list(measures.values()))
     return figure
 
 
 def plot_leak(
     comparisons: Mapping[str, Mapping[str, Any]], measures: Mapping[str, str], names: tuple[str, str]
 ) -> Figure:
-    """What the same model reaches under a leaky and an honest protocol (their names, in this order)."""
+    """Metrics of the same model under a leaky and an honest protocol (their names, in this order)."""
     figure, (axes,) = canvas(1.2 + 0.5 * len(measures))
     shown = [name for name in measures if comparisons[name]["difference"] is not None]
     for y, name in enumerate(shown):
@@ -224,10 +190,16 @@ def plot_leak(
         axes.plot([honest, leaky], [y, y], color=PALE, lw=5, solid_capstyle="round", zorder=1)
         for x, color, label in ((honest, BLUE, names[1]), (leaky, VERMILION, names[0])):
             axes.scatter(x, y, 52, color=color, clip_on=False, zorder=2, label=None if y else label)
-    axes.set_yticks(range(len(shown)), [measures[name] for name in shown])
-    axes.set(title="What leaks", xlim=(0, 1.01), ylim=(len(shown) - 0.5, -0.5))
+    axes.set(title="Effect of the leak", xlim=(0, 1.01))
+    _rows(axes, [measures[name] for name in shown])
+    legend_above(axes)
+    return figure
+
+
+def _rows(axes: Axes, labels: Sequence[str]) -> None:
+    """A row per metric from the top, with values from 0 to 100 %."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
-    legend_above(axes)
-    return figure

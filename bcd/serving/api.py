@@ -1,4 +1,4 @@
-"""The HTTP interface as a FastAPI app: its routes and errors. What computes is an `Engine`."""
+"""The HTTP interface as a FastAPI app: its routes and errors. An `Engine` computes."""
 
 import asyncio
 from importlib.resources import files
@@ -42,7 +42,7 @@ STATUS = {
     bundle.NOT_FINITE: 500,
     "too_large": 413,
 }
-# The page loads nothing but itself, and sends nothing but to where it came from.
+# The page loads nothing from other hosts, and sends nothing to them.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -50,20 +50,20 @@ PAGE_POLICY = (
 
 
 class Engine(Protocol):
-    """What computes: a replica, or a bundle alone in tests."""
+    """A replica, or a bundle alone in tests."""
 
     card: Card
     model_id: str
 
     async def look(self, content: bytes) -> tuple[np.ndarray, Prediction]:
-        """An encoded picture to its pixels, uint8 (h, w, 3) RGB, and a prediction of one row.
+        """Pixels, uint8 (h, w, 3) RGB, and a prediction of one row for an encoded image.
 
         Raises:
             ImageError: it cannot be decoded.
         """
 
     async def ready(self) -> bool:
-        """Whether a forward pass has succeeded a moment ago."""
+        """Whether a forward pass has succeeded recently."""
 
 
 def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
@@ -71,31 +71,22 @@ def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
-PICTURE_TYPES = ("image/png", "image/jpeg", "image/tiff", "application/octet-stream")
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/tiff", "application/octet-stream")
+SEVERAL = {"type": "array", "items": BINARY["schema"], "minItems": 1}
 
 
-def _multipart(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    form = {"type": "object", "required": [name], "properties": {name: schema}}
-    return {"multipart/form-data": {"schema": form}}
+def _body(field: str, schema: dict[str, Any], *raw: str) -> dict[str, Any]:
+    """A request body in OpenAPI: a form with one field, or one of the raw content types."""
+    form = {"schema": {"type": "object", "required": [field], "properties": {field: schema}}}
+    content = dict.fromkeys(raw, BINARY) | {"multipart/form-data": form}
+    return {"requestBody": {"required": True, "content": content}}
 
 
-ONE_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": dict.fromkeys(PICTURE_TYPES, BINARY) | _multipart(upload.ONE, BINARY["schema"]),
-    }
-}
-MANY_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": _multipart(upload.MANY, {"type": "array", "items": BINARY["schema"], "minItems": 1}),
-    }
-}
 WORK_ERRORS = _errors(400, 401, 408, 413, 415, 422, 500, 503, 504)
 
 
 def create_app(engine: Engine, limits: Limits, max_images: int) -> FastAPI:
-    """The app around an engine; authentication and limits are `guard.Guard`'s."""
+    """The app around an engine, without authentication and limits, which are `middleware.Guard`'s."""
     app = FastAPIOffline(
         title="bcd",
         version=provenance.own_version(),
@@ -114,39 +105,34 @@ def _handle_errors(app: FastAPI) -> None:
         return JSONResponse(error.document(), error.status, error.headers)
 
     @app.exception_handler(image.ImageError)
-    async def broken(_: Request, error: image.ImageError) -> Response:
-        return JSONResponse(
-            {"error": {"code": error.code, "message": error.message}}, STATUS.get(error.code, 422)
-        )
+    async def broken(request: Request, error: image.ImageError) -> Response:
+        status = STATUS.get(error.code, 422)
+        return await refused(request, RefusedError(status, error.code, error.message))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = f"{where}: {first['msg']}"
+        message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         if first["type"] == "bool_parsing":
             message = f"the option `{first['loc'][-1]}` is {first['input']!r:.60}; expected true or false"
-        return JSONResponse({"error": {"code": "invalid_request", "message": message}}, 422)
+        return await refused(request, RefusedError(422, "invalid_request", message))
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
+    async def http(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        return JSONResponse(
-            {"error": {"code": code, "message": f"{error.detail}; see /docs"}},
-            error.status_code,
-            error.headers,
-        )
+        message = f"{error.detail}; see /docs"
+        return await refused(request, RefusedError(error.status_code, code, message, error.headers))
 
 
 def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
-    # Stands in the OpenAPI document; the guard does the work.
+    # Documents the token in OpenAPI; the guard checks it.
     bearer = Depends(HTTPBearer(auto_error=False, description="the service's token"))
 
     @app.post(
         "/v1/predict",
         response_model=Answer,
         responses=WORK_ERRORS | {200: {"content": {"image/png": BINARY}, "model": Answer}},
-        openapi_extra=ONE_BODY,
+        openapi_extra=_body(upload.ONE, BINARY["schema"], *IMAGE_TYPES),
         dependencies=[bearer, Depends(upload.options("overlay", "preview"))],
     )
     async def predict(
@@ -154,34 +140,30 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         overlay: Annotated[bool, Query(description="with `overlay_png`, base64")] = False,
         preview: Annotated[bool, Query(description="with `preview_png`, base64, at most 1024 px")] = False,
     ) -> Any:
-        """One picture (PNG, JPEG or TIFF) as raw body, or as multipart field `file`.
+        """One image (PNG, JPEG or TIFF) as raw body, or as multipart field `file`.
 
-        With `Accept: image/png` the answer is the picture with its evidence laid over it; the header
-        `X-Evidence-Limit` says at how many log-odds per cell a colour is full.
+        With `Accept: image/png` the answer is the image with its evidence drawn over it; the header
+        `X-Evidence-Limit` is the number of log-odds per cell at full colour.
         """
-        sent = await upload.one(request)
-        as_picture = request.headers.get("accept", "").lower().startswith("image/png")
-        pixels, prediction = await _look(engine, sent)
-        if as_picture:
+        pixels, prediction = await _look(engine, await upload.one(request))
+        if request.headers.get("accept", "").lower().startswith("image/png"):
             png = await asyncio.to_thread(drawn, engine.card, pixels, prediction)
             headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{LIMIT:g}"}
             return Response(png, media_type="image/png", headers=headers)
-        return await asyncio.to_thread(
-            answer, engine.card, engine.model_id, pixels, prediction, overlay, preview
-        )
+        given = engine.card, engine.model_id, pixels, prediction
+        return await asyncio.to_thread(answer, *given, overlay, preview)
 
     @app.post(
         "/v1/predict/batch",
         response_model=BatchAnswer,
         responses=WORK_ERRORS,
-        openapi_extra=MANY_BODY,
+        openapi_extra=_body(upload.MANY, SEVERAL),
         dependencies=[bearer, Depends(upload.options())],
     )
     async def predict_batch(request: Request) -> Any:
-        """Several pictures as multipart field `files`: an answer or an error for each."""
-        found = await upload.many(request, max_images)
-        results = await asyncio.gather(*(_item(engine, sent) for sent in found))
-        return BatchAnswer(results=list(results))
+        """Several images as multipart field `files`: an answer or an error for each."""
+        files = await upload.many(request, max_images)
+        return BatchAnswer(results=await asyncio.gather(*(_item(engine, sent) for sent in files)))
 
 
 def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) -> None:
@@ -190,18 +172,15 @@ def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) ->
     @app.get(
         "/v1/model",
         response_model=ModelDocument,
-        # Thousands of numbers that nobody looks at.
+        # Thousands of numbers that no client uses.
         response_model_exclude={"card": {"feature_statistics"}},
         responses=_errors(401, 422, 503, 504),
         dependencies=[bearer, Depends(upload.options())],
     )
     async def about_model() -> Any:
         """The model card, its identity, the limits, and the scale of the overlays."""
-        numbers = {
-            "max_body_bytes": limits.max_body_bytes,
-            "max_images": max_images,
-            "max_pixels": image.MAX_PIXELS,
-        }
+        numbers = {"max_body_bytes": limits.max_body_bytes, "max_images": max_images}
+        numbers["max_pixels"] = image.MAX_PIXELS
         return ModelDocument(model_id=engine.model_id, version=app.version, card=engine.card, limits=numbers)
 
     @app.get("/healthz", response_model=Health)
@@ -211,7 +190,7 @@ def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) ->
 
     @app.get("/readyz", response_model=Health, responses=_errors(503))
     async def ready() -> Any:
-        """Whether a forward pass has succeeded a moment ago."""
+        """Whether a forward pass has succeeded recently."""
         if not await engine.ready():
             raise RefusedError(503, "not_ready", "no forward pass has succeeded yet", {"Retry-After": "1"})
         return Health(status="ready")
@@ -230,7 +209,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 async def _look(engine: Engine, sent: upload.Sent) -> tuple[np.ndarray, Prediction]:
-    # A slide may have to be written to disk to be known.
+    # In a thread: recognising a slide may require a file on disk.
     return await engine.look(await asyncio.to_thread(upload.field_of, sent))
 
 

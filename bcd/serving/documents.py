@@ -1,7 +1,4 @@
-"""The documents of the service: what it says about a picture, and what it says where it cannot.
-
-The document of a picture holds what the archive job would write for the same bytes.
-"""
+"""The JSON documents of the service; that of an image has the values of the archive job for equal bytes."""
 
 import base64
 
@@ -16,25 +13,25 @@ from bcd.model.bundle import Card, Prediction
 from bcd.reports import overlay
 
 NOTICE = "Research use only. Not a medical device, and not for diagnosis."
-# Longest side of the picture that a browser is given where it cannot decode the file itself.
+# Longest side of the image for browsers that cannot decode the file.
 PREVIEW_PX = 1024
 
 
 class ErrorBody(BaseModel):
-    """Code for programs, sentence for people."""
+    """A stable code for programs, and a sentence."""
 
     code: str
     message: str
 
 
 class ErrorDocument(BaseModel):
-    """The body of every answer that is no success."""
+    """The body of every error."""
 
     error: ErrorBody
 
 
 class Covers(BaseModel):
-    """The part of a map that lies on the picture, as fractions; what is beside it covers the padding."""
+    """The part of a map that covers the image, as fractions; the rest covers the padding."""
 
     top: float
     left: float
@@ -43,9 +40,9 @@ class Covers(BaseModel):
 
 
 class Evidence(BaseModel):
-    """The evidence map: log-odds per cell; the mean of all values plus the bias is the log-odds.
+    """The evidence map in log-odds per cell: the mean of all values plus the bias is the log-odds.
 
-    Wherever it is drawn, the colour is full at `limit`.
+    Drawn at full colour from `limit`.
     """
 
     height: int
@@ -58,14 +55,14 @@ class Evidence(BaseModel):
 
 
 class Warn(BaseModel):
-    """Something to know before this answer is believed."""
+    """A reason not to trust the answer."""
 
     code: str
     message: str
 
 
 class Answer(BaseModel):
-    """What the model says about one picture."""
+    """The prediction for one image."""
 
     predicted_class: str
     probability_malignant: float
@@ -86,7 +83,7 @@ class Answer(BaseModel):
 
 
 class BatchItem(BaseModel):
-    """One picture of a batch: an answer or an error."""
+    """One image of a batch: an answer or an error."""
 
     name: str
     answer: Answer | None = None
@@ -94,13 +91,13 @@ class BatchItem(BaseModel):
 
 
 class BatchAnswer(BaseModel):
-    """The pictures of a batch, in the order in which they came."""
+    """The images of a batch, in the order of the request."""
 
     results: list[BatchItem]
 
 
 class Scale(BaseModel):
-    """How evidence is drawn: one scale for all pictures."""
+    """How evidence is drawn: one scale for all images."""
 
     limit: float = overlay.LIMIT
     unit: str = "log-odds per cell"
@@ -111,7 +108,7 @@ class Scale(BaseModel):
 
 
 class ModelDocument(BaseModel):
-    """Which model answers, what it was trained on, and what may be sent."""
+    """The model, its card, and the limits of requests."""
 
     model_id: str
     version: str
@@ -122,7 +119,7 @@ class ModelDocument(BaseModel):
 
 
 class Health(BaseModel):
-    """A word about the service."""
+    """The state of the service."""
 
     status: str
 
@@ -135,26 +132,22 @@ def answer(
     with_overlay: bool = False,
     with_preview: bool = False,
 ) -> Answer:
-    """What the model says about one picture.
+    """The document of one decoded image, uint8 (h, w, 3) RGB, and its prediction of one row.
 
-    Args:
-        card: of the model.
-        model_id: of the model.
-        pixels: uint8 (h, w, 3) RGB, the picture as decoded.
-        prediction: of one row.
-        with_overlay: the picture with its evidence laid over it as well.
-        with_preview: the picture as well, for those who cannot decode the file.
+    With the overlay it includes the image under its evidence, with the preview the image itself, for clients
+    that cannot decode the file.
 
     Raises:
-        ImageError: the model gives no finite numbers for it.
+        ImageError: the logits are not finite.
     """
     prediction.require_finite()
-    malignant = float(prediction.probability_malignant[0])
     distance = float(prediction.novelty[0])
     cutoff = card.feature_statistics.cutoff if card.feature_statistics else None
+    overlay_png = drawn(card, pixels, prediction) if with_overlay else None
+    preview_png = image.encode_png(image.shrink(pixels, PREVIEW_PX, PREVIEW_PX)) if with_preview else None
     return Answer(
         predicted_class=str(prediction.predicted_class[0]),
-        probability_malignant=malignant,
+        probability_malignant=float(prediction.probability_malignant[0]),
         probabilities=dict(zip(card.classes, prediction.probability[0].tolist(), strict=True)),
         log_odds=float(calibration.log_odds(prediction.logit, card.classes)[0]),
         threshold=card.threshold,
@@ -163,27 +156,27 @@ def answer(
         evidence=_evidence(card, pixels, prediction),
         novelty=None if cutoff is None else distance,
         novelty_cutoff=cutoff,
-        warnings=_warnings(distance, cutoff),
-        overlay_png=_base64(drawn(card, pixels, prediction)) if with_overlay else None,
-        preview_png=_base64(_preview(pixels)) if with_preview else None,
+        warnings=[
+            Warn(code=code, message=novelty.warning_text(distance, cutoff))
+            for code in novelty.warning_codes(distance, cutoff)
+            if cutoff is not None
+        ],
+        overlay_png=_base64(overlay_png),
+        preview_png=_base64(preview_png),
         model_id=model_id,
         version=provenance.own_version(),
     )
 
 
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-def _preview(pixels: np.ndarray) -> bytes:
-    return image.encode_png(image.shrink(pixels, PREVIEW_PX, PREVIEW_PX))
+def _base64(content: bytes | None) -> str | None:
+    return base64.b64encode(content).decode() if content else None
 
 
 def drawn(card: Card, pixels: np.ndarray, prediction: Prediction) -> bytes:
-    """A PNG of the picture with its evidence laid over it.
+    """A PNG of the image with its evidence drawn over it.
 
     Raises:
-        ImageError: the model gives no finite numbers for it.
+        ImageError: the logits are not finite.
     """
     prediction.require_finite()
     size = {"input_height_px": card.input_height_px, "input_width_px": card.input_width_px}
@@ -192,29 +185,25 @@ def drawn(card: Card, pixels: np.ndarray, prediction: Prediction) -> bytes:
 
 def _evidence(card: Card, pixels: np.ndarray, prediction: Prediction) -> Evidence:
     values = prediction.evidence[0]
-    two = len(card.classes) == 2
-    explained = prediction.predicted_class[0]
+    first, *others = card.classes
+    explains = (
+        f"{others[0]} against {first}"
+        if len(others) == 1
+        else f"{prediction.predicted_class[0]} against the rest"
+    )
+    input_height, input_width = card.input_height_px, card.input_width_px
+    height_px, width_px = pixels.shape[:2]
+    top, left, height, width = image.placement(height_px, width_px, input_height, input_width)
     return Evidence(
         height=values.shape[0],
         width=values.shape[1],
         values=values.tolist(),
         bias=float(prediction.evidence_bias[0]),
-        explains=f"{card.classes[1]} against {card.classes[0]}" if two else f"{explained} against the rest",
-        covers=_covers(card, *pixels.shape[:2]),
+        explains=explains,
+        covers=Covers(
+            top=top / input_height,
+            left=left / input_width,
+            bottom=(top + height) / input_height,
+            right=(left + width) / input_width,
+        ),
     )
-
-
-def _covers(card: Card, height_px: int, width_px: int) -> Covers:
-    into = card.input_height_px, card.input_width_px
-    top, left, height, width = image.placement(height_px, width_px, *into)
-    return Covers(
-        top=top / into[0],
-        left=left / into[1],
-        bottom=(top + height) / into[0],
-        right=(left + width) / into[1],
-    )
-
-
-def _warnings(distance: float, cutoff: float | None) -> list[Warn]:
-    sentence = novelty.warning_text(distance, cutoff) if cutoff is not None else ""
-    return [Warn(code=code, message=sentence) for code in novelty.warning_codes(distance, cutoff)]

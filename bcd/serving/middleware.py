@@ -1,9 +1,8 @@
-"""What stands before the service: who comes in, with how much, for how long. Pure ASGI.
+"""Authentication, limits and uniform errors of the service, as pure ASGI.
 
-It stands twice: around the app in every replica, where it always holds; and in the cluster's HTTP proxy,
-where a body that is too large, too slow or without the token ends before it costs the replicas anything.
-The proxy finds it through an environment variable of Ray Serve (`PROXY_VARIABLE`) that `jobs/serve.py` sets.
-No torch in here: the proxy must stay small.
+The guard runs around the app in every replica, and in the cluster's HTTP proxy, which rejects a body that is
+too large, too slow or without the token before it reaches a replica. The proxy imports it through a
+variable of Ray Serve (`PROXY_VARIABLE`) that `jobs/serve.py` sets. No torch here: the proxy must stay small.
 """
 
 import asyncio
@@ -20,18 +19,18 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TOKEN_VARIABLE, DIGEST_VARIABLE = "BCD_API_TOKEN", "BCD_API_TOKEN_SHA256"
-# Ray Serve calls what this variable names when it starts an HTTP proxy.
+# Names the function that Ray Serve calls when it starts an HTTP proxy.
 PROXY_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 PROXY_CALLBACK = "bcd.serving.middleware:proxy_middlewares"
-# Read by the proxy; set by `jobs/serve.py` where its settings are not the defaults.
+# The limits of the proxy as JSON, set by `jobs/serve.py`.
 LIMITS_VARIABLE = "BCD_SERVE_LIMITS"
-# `/-/healthz` is the proxy's own, for load balancers; its `/-/routes` tells what runs, so needs the token.
+# `/-/healthz` of the proxy is for load balancers; its `/-/routes` lists applications and requires the token.
 PUBLIC = ("/", "/healthz", "/readyz", "/docs", "/redoc", "/openapi.json", "/-/healthz")
 PUBLIC_FOLDERS = ("/page/", "/static-offline-docs/")
 
 
 class RefusedError(Exception):
-    """An answer that is an error: its HTTP status, a stable code for programs, a sentence for people."""
+    """An error answer: its HTTP status, a stable code for programs, and a sentence."""
 
     def __init__(
         self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
@@ -40,11 +39,11 @@ class RefusedError(Exception):
         self.status, self.code, self.message, self.headers = status, code, message, dict(headers or {})
 
     def document(self) -> dict[str, Any]:
-        """What stands in the body of the answer."""
+        """The body of the answer."""
         return {"error": {"code": self.code, "message": self.message}}
 
     async def send(self, send: Send) -> None:
-        """The answer as ASGI messages."""
+        """Send the answer as ASGI messages."""
         body = json.dumps(self.document()).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body))} | self.headers
         pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
@@ -53,13 +52,13 @@ class RefusedError(Exception):
 
 
 def overloaded(why: str) -> RefusedError:
-    """The service has as much to do as it takes on: come again."""
+    """The error of a service at its limit of requests."""
     return RefusedError(503, "overloaded", f"{why}; try again in a second", {"Retry-After": "1"})
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much and how long; the field names are the flags of `serving_config.ServeConfig`."""
+    """Limits of requests, as in `bcd.config.serving.ServiceConfig`."""
 
     max_body_bytes: int = 32 * 2**20
     max_requests: int = 64
@@ -68,12 +67,12 @@ class Limits:
 
 
 def digest(token: str) -> str:
-    """What is kept of a token: SHA-256 in hexadecimal digits."""
+    """SHA-256 of a token in hexadecimal digits; the token itself is not kept."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def is_loopback(host: str | None) -> bool:
-    """Whether an address is reached from this machine only."""
+    """Whether only this machine reaches an address."""
     if host == "localhost":
         return True
     try:
@@ -83,7 +82,7 @@ def is_loopback(host: str | None) -> bool:
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """For Ray Serve's HTTP proxy: limits and, where its environment has a token, authentication."""
+    """The guard of Ray Serve's HTTP proxy, with token and limits from its environment."""
     limits = Limits(**json.loads(os.environ.get(LIMITS_VARIABLE, "{}")))
     token = os.environ.get(TOKEN_VARIABLE)
     known = os.environ.get(DIGEST_VARIABLE) or (digest(token) if token else None)
@@ -92,7 +91,7 @@ def proxy_middlewares() -> list[Middleware]:
 
 @dataclass
 class _Answer:
-    """What has been sent so far; turns texts of the framework into our errors."""
+    """Sends an answer, with plain-text errors of the framework replaced by ours."""
 
     send: Send
     started: bool = False
@@ -110,13 +109,13 @@ class _Answer:
 
 
 def _translate(message: Message) -> RefusedError | None:
-    """Our error in place of one that is plain text: of Ray Serve, or of a fault."""
+    """Our error for a plain-text one of Ray Serve or of a fault."""
     headers = {name.lower(): value for name, value in message["headers"]}
     status = message["status"]
     if status < 400 or headers.get(b"content-type", b"").startswith(b"application/json"):
         return None
     if status == 404:
-        return RefusedError(404, "not_found", "nothing is served here; see /docs")
+        return RefusedError(404, "not_found", "there is nothing at this address; see /docs")
     if status == 408:
         return RefusedError(504, "timeout", "no answer in time; try again")
     if status in (429, 503):
@@ -126,13 +125,13 @@ def _translate(message: Message) -> RefusedError | None:
 
 @dataclass
 class Guard:
-    """ASGI middleware.
+    """ASGI middleware with authentication and limits.
 
     Args:
-        app: what it stands before.
-        limits: how much and how long.
-        token_digest: `digest` of the token that `/v1/*` asks for; None lets everybody in.
-        loopback_only: without a token, refuse what came in by another address than loopback.
+        app: the guarded app.
+        limits: of requests.
+        token_digest: `digest` of the token that `/v1/*` requires; None requires none.
+        loopback_only: without a token, reject requests that arrive at another address than loopback.
     """
 
     app: ASGIApp
@@ -142,7 +141,7 @@ class Guard:
     _open: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Answer one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         answer = _Answer(send)
@@ -156,7 +155,7 @@ class Guard:
             finally:
                 self._open -= 1
         except RefusedError as refused:
-            # An answer that has begun cannot be taken back; the client sees that it is cut off.
+            # An answer that has begun cannot be replaced; the client sees that it is cut off.
             if not answer.started:
                 await refused.send(send)
         return None
@@ -168,20 +167,15 @@ class Guard:
         if self.token_digest is None:
             host = (scope.get("server") or (None,))[0]
             if self.loopback_only and not is_loopback(host):
-                raise RefusedError(
-                    403, "no_token_set", f"this service has no token ({TOKEN_VARIABLE}): loopback only"
-                )
+                why = f"this service has no token ({TOKEN_VARIABLE}), so it answers this machine only"
+                raise RefusedError(403, "no_token_set", why)
             return
         headers = dict(scope["headers"])
         kind, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        # Digests of one length, compared in constant time: nothing about the token can be learnt by timing.
+        # Digests of equal length, compared in constant time: timing reveals nothing about the token.
         if kind.lower() != "bearer" or not hmac.compare_digest(digest(given.strip()), self.token_digest):
-            raise RefusedError(
-                401,
-                "unauthorized",
-                "the header `Authorization: Bearer TOKEN` is missing or its token is wrong",
-                {"WWW-Authenticate": "Bearer"},
-            )
+            why = "the header `Authorization: Bearer TOKEN` is missing or its token is wrong"
+            raise RefusedError(401, "unauthorized", why, {"WWW-Authenticate": "Bearer"})
 
     async def _answered(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         body = await self._body(scope, receive) if scope["method"] in ("POST", "PUT", "PATCH") else b""
@@ -189,24 +183,19 @@ class Guard:
             async with asyncio.timeout(self.limits.answer_timeout_s):
                 await self.app(scope, _replay(body, receive), answer)
         except TimeoutError:
-            raise RefusedError(
-                504, "timeout", f"no answer within {self.limits.answer_timeout_s:g} s; try again"
-            ) from None
+            why = f"no answer within {self.limits.answer_timeout_s:g} s; try again"
+            raise RefusedError(504, "timeout", why) from None
         if not answer.started:
-            # Ray Serve says nothing at all where the replica died under the request.
-            raise RefusedError(
-                503, "replica_lost", "what answered this request has ended; try again", {"Retry-After": "1"}
-            )
+            # Ray Serve sends nothing where the replica died during the request.
+            why = "the replica that computed the answer has ended; try again"
+            raise RefusedError(503, "replica_lost", why, {"Retry-After": "1"})
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body, counted while it is read: no more than allowed is ever held."""
+        """The whole body, counted while it is read: memory never holds more than allowed."""
         most = self.limits.max_body_bytes
         # The connection stays open: the server drops the rest, and the client sees the answer, not a reset.
-        refused = RefusedError(
-            413,
-            "body_too_large",
-            f"the body is larger than {most:,} bytes; whole slides are scored by jobs/score.py",
-        )
+        why = f"the body is larger than {most:,} bytes; score whole slides with jobs/score.py"
+        refused = RefusedError(413, "body_too_large", why)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > most:
             raise refused
@@ -216,7 +205,7 @@ class Guard:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise RefusedError(400, "disconnected", "the client left while sending")
+                        raise RefusedError(400, "disconnected", "the client disconnected while sending")
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > most:
@@ -224,16 +213,12 @@ class Guard:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            raise RefusedError(
-                408,
-                "slow_upload",
-                f"the body was not there within {self.limits.upload_timeout_s:g} s",
-                {"Connection": "close"},
-            ) from None
+            why = f"the body did not arrive within {self.limits.upload_timeout_s:g} s"
+            raise RefusedError(408, "slow_upload", why, {"Connection": "close"}) from None
 
 
 def _replay(body: bytes, receive: Receive) -> Callable[[], Any]:
-    """A `receive` that gives a body that was read before, then what comes after it."""
+    """A `receive` that returns a body that was read before, then the later messages."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -1,9 +1,9 @@
-"""Serve a model over HTTP with Ray Serve: `app` builds the application, `run` is the door of `jobs/serve.py`.
+"""Serve a model over HTTP with Ray Serve: `app` builds the application, `run` is called by `jobs/serve.py`.
 
-A replica decodes and computes off the event loop. While a batch is computed, requests gather before the
-gate; when it is done they form the next one. So nobody waits for a timer: a lonely request is computed at
-once, and under load batches fill by themselves. On CPUs decoding is part of the batch, because threads that
-decode beside it fight with the network's for the cores; in front of a GPU it happens before the gate.
+A replica decodes and computes off the event loop. While it computes a batch, requests wait at the gate and
+then form the next batch. So no request waits for a timer: a single one is computed at once, and under load
+batches fill by themselves. On CPUs decoding is part of the batch, because threads that decode meanwhile
+compete with the network's for the cores; in front of a GPU it happens before the gate.
 """
 
 import asyncio
@@ -17,11 +17,9 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from ray import serve
@@ -39,22 +37,21 @@ from bcd.runtime import cluster
 from bcd.serving import api, middleware
 
 NAME = "bcd"
-# A forward pass that succeeded so long ago still shows that the replica works.
+# A replica is ready if a forward pass succeeded at most this long ago.
 READY_FOR_S = 10.0
 READY_TIMEOUT_S = 20.0
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
-Result = TypeVar("Result")
-# The picture as it was sent and as the network sees it, or what is wrong with it.
+# The image as sent and as input of the network, or why it cannot be decoded.
 Decoded = tuple[np.ndarray, np.ndarray] | image.ImageError
-# The picture as it was sent, and what the model says of it.
+# The image as sent, and its prediction.
 Seen = tuple[np.ndarray, Prediction]
 
 
 class Gate:
-    """Lets requests through to the batcher only while the model is idle, one batch at a time.
+    """Admits requests to the batcher only while the model is idle, one batch at a time.
 
-    `@serve.batch` closes a batch once its time is up, even while the model is busy: without a gate most
-    batches under load would be of one.
+    `@serve.batch` closes a batch when its time is up, even while the model is busy: without a gate most
+    batches under load would have one request.
     """
 
     def __init__(self, size: int) -> None:
@@ -74,19 +71,19 @@ class Gate:
                 raise
 
     def pass_on(self) -> None:
-        """One that was let in has left.
+        """Admit the next request in place of one that was admitted and has left.
 
-        Ray drops a batch that all have left before it begins: it never ends either, so it opens no gate.
+        Ray drops a batch that all requests have left before it begins: it never ends, so it opens no gate.
         """
         if not self._busy:
             self._let_in(1)
 
     def close(self) -> None:
-        """A batch begins."""
+        """Begin a batch."""
         self._busy = True
 
     def open(self) -> None:
-        """A batch has ended."""
+        """End a batch."""
         self._busy = False
         self._let_in(self._size)
 
@@ -104,15 +101,17 @@ class Replica:
 
     Args:
         config: of the service.
-        token_digest: `guard.digest` of the token; None answers this machine only.
-        model_id: of the model that was deployed; a replica that starts later answers with no other.
+        token_digest: `middleware.digest` of the token; None answers requests from this machine only.
+        model_id: of the deployed model; a replica that starts later rejects any other.
     """
 
     def __init__(self, config: ServiceConfig, token_digest: str | None, model_id: str) -> None:
-        threads = _threads(config)
+        threads = min(cluster.CPUS_PER_MODEL, cluster.cores())
+        if config.max_replicas > 1:  # together they use no more cores than they reserve
+            threads = max(1, int(config.num_cpus))
         cluster.use_threads(threads)
         self._config, self._token_digest = config, token_digest
-        # Ray lets a process that reserves no GPU see them all: every replica would sit on the first.
+        # Ray shows all GPUs to a process that reserves none: every replica would use the first.
         device = None if config.num_gpus else "cpu"
         self._bundle = bundle.load(config.model, device, config.precision)
         bundle.require_same(config.model, model_id, self._bundle.model_id)
@@ -124,7 +123,7 @@ class Replica:
         self._succeeded = -READY_FOR_S
         canary = np.zeros((self.card.input_height_px, self.card.input_width_px, 3), np.uint8)
         self._canary = image.encode_png(canary)
-        for n in {1, config.max_batch_size}:  # a replica that cannot compute never becomes healthy
+        for n in {1, config.max_batch_size}:  # a replica that cannot compute does not become healthy
             prediction = self._computer.submit(self._bundle.predict, np.stack([canary] * n)).result()
             if not prediction.finite.all():
                 raise BundleError(f"{config.model}: {bundle.NOT_FINITE_MESSAGE}")
@@ -140,13 +139,13 @@ class Replica:
         given = await self._decode(content) if self._decodes_ahead else content
         await self._gate.enter()
         try:
-            found = await self._forward(given)
+            seen = await self._forward(given)
         except asyncio.CancelledError:
             self._gate.pass_on()
             raise
-        if isinstance(found, image.ImageError):
-            raise found
-        return found
+        if isinstance(seen, image.ImageError):
+            raise seen
+        return seen
 
     async def ready(self) -> bool:
         """See `api.Engine`."""
@@ -174,56 +173,42 @@ class Replica:
     async def _predict(self, fitted: list[np.ndarray]) -> list[Prediction]:
         if not fitted:
             return []
-        predict = partial(self._bundle.predict, np.stack(fitted))
-        prediction = await self._off_the_loop(self._computer, predict)
-        # The weights were finite when they were loaded: a replica that gives no numbers now is broken.
+        loop = asyncio.get_running_loop()
+        prediction = await loop.run_in_executor(self._computer, self._bundle.predict, np.stack(fitted))
+        # The weights were finite when they were loaded: a replica with other logits now is broken.
         self._succeeded = time.monotonic() if prediction.finite.all() else -READY_FOR_S
         return prediction.rows()
 
     async def _decode(self, content: bytes) -> Decoded:
-        return await self._off_the_loop(self._decoders, partial(_decoded, self._bundle, content))
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decoded, content)
 
-    async def _off_the_loop(self, pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(pool, work)
-
-
-def _threads(config: ServiceConfig) -> int:
-    """Of one replica: where there may be several, together no more than the cores that they reserve."""
-    if config.max_replicas > 1:
-        return max(1, int(config.num_cpus))
-    return min(cluster.CPUS_PER_MODEL, cluster.cores())
-
-
-def _decoded(loaded: bundle.Bundle, content: bytes) -> Decoded:
-    try:
-        pixels = image.decode(content)
-    except image.ImageError as error:
-        return error
-    return pixels, loaded.fit(pixels)
+    def _decoded(self, content: bytes) -> Decoded:
+        try:
+            pixels = image.decode(content)
+        except image.ImageError as error:
+            return error
+        return pixels, self._bundle.fit(pixels)
 
 
 def app(config: ServiceConfig) -> Application:
-    """The application, for `serve run bcd.serving.serve:app model=URI` and for serve.yaml.
-
-    Raises:
-        BcdError: what the user can put right, before any replica is started.
-    """
-    return create_application(config, _listening_on())
+    """`create_application` for `serve run bcd.serving.serve:app model=URI` and for serve.yaml."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return create_application(config, client.http_config.host if client else None)
 
 
 def create_application(config: ServiceConfig, host: str | None) -> Application:
-    """The application behind an address; `None` where that is not known yet.
+    """The application behind an address, None where that is not known yet.
 
     Raises:
-        ConfigError: the address is reached from elsewhere, and there is no token.
+        ConfigError: other machines reach the address, and there is no token.
         BundleError: there is no model.
     """
     identity = bundle.model_id(bundle.read_card(config.model))
     token_digest = _token_digest(config)
     if token_digest is None and host is not None and not middleware.is_loopback(host):
         raise ConfigError(
-            f"listening on {host} lets others in: set the variable {middleware.TOKEN_VARIABLE} or "
-            "--token-file, or listen on 127.0.0.1"
+            f"listening on {host} requires a token, because other machines reach it: set the variable "
+            f"{middleware.TOKEN_VARIABLE} or --token-file, or listen on 127.0.0.1"
         )
     settings = config.model_dump(include=set(ServiceConfig.model_fields))
     service = ServiceConfig(**settings | {"model": storage.absolute(config.model)})
@@ -238,7 +223,7 @@ def create_application(config: ServiceConfig, host: str | None) -> Application:
             "num_gpus": config.num_gpus,
             "runtime_env": cluster.MODEL_ENV,
         },
-        # One batch is computed while the next one gathers and is decoded.
+        # The next batch gathers and is decoded while one is computed.
         max_ongoing_requests=2 * config.max_batch_size,
         max_queued_requests=config.max_queued,
     )
@@ -261,55 +246,47 @@ def _token_digest(config: ServiceConfig) -> str | None:
         if not token:
             raise ConfigError(f"--token-file {config.token_file} is empty")
     if not re.fullmatch(r"[!-~]*", token):  # what a header can carry
-        raise ConfigError("the token may have letters, digits and signs of ASCII only, and no spaces")
+        raise ConfigError(
+            "the token may contain only letters, digits and punctuation of ASCII, and no spaces"
+        )
     return middleware.digest(token) if token else None
 
 
-def _listening_on() -> str | None:
-    """The address of a Serve instance that runs already."""
-    client = _get_global_client(raise_if_no_controller_running=False)
-    return client.http_config.host if client else None
-
-
 def run(config: ServeConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what was accepted.
-
-    Raises:
-        BcdError: what the user can put right.
-    """
+    """Serve until SIGTERM or SIGINT, then finish the accepted requests."""
     application = create_application(config, config.host)
     _require_free(config.host, config.port)
-    # For the proxy, which is a process of the cluster that we start; one that runs already has its own.
+    # For the proxy of a cluster that we start; the proxy of a running cluster has its own environment.
     os.environ[middleware.PROXY_VARIABLE] = middleware.PROXY_CALLBACK
     os.environ[middleware.LIMITS_VARIABLE] = json.dumps(asdict(_limits(config)))
     if token_digest := _token_digest(config):
         os.environ[middleware.DIGEST_VARIABLE] = token_digest
     cluster.connect()
     _require_capacity(config)
-    # Ray Serve tells of every step; what people want to know, we print.
+    # Ray Serve logs every step; we print what users need.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     http = HTTPOptions(host=config.host, port=config.port)
     serve.start(http_options=http, logging_config=QUIET)
     serve.run(application, name=NAME, logging_config=QUIET)
     stop = threading.Event()
-    # Only now: Ray sets handlers of its own when it starts.
+    # After the start of Ray, which sets handlers of its own.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    print(f"serving {config.model} at http://{config.host}:{config.port} (Ctrl-C ends it)", flush=True)
+    print(f"serving {config.model} at http://{config.host}:{config.port} (stop with Ctrl-C)", flush=True)
     stop.wait()
-    print("finishing what was accepted", flush=True)
+    print("finishing accepted requests", flush=True)
     serve.delete(NAME)
     serve.shutdown()
 
 
 def _require_capacity(config: ServeConfig) -> None:
-    """Serve would wait for ever."""
+    """Reject what the cluster does not have: Serve would wait for ever."""
     have = cluster.total_resources()
     for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
         if each * config.min_replicas > have[kind]:
             raise ResourceError(
-                f"{config.min_replicas} replicas of {each:g} {kind} each were asked for, but the cluster "
-                f"has {have[kind]:g}; lower --min-replicas or --num-{kind.lower()}s"
+                f"--min-replicas {config.min_replicas} of {each:g} {kind} each do not fit: the cluster has "
+                f"{have[kind]:g}; lower --min-replicas or --num-{kind.lower()}s"
             )
 
 
@@ -318,4 +295,6 @@ def _require_free(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        raise ResourceError(f"--host {host} --port {port} cannot be listened on: {error}") from None
+        raise ResourceError(
+            f"cannot listen on --host {host} --port {port}: {error}; choose another host or port"
+        ) from None

@@ -1,12 +1,12 @@
-"""What callers send: the pictures in a request, and what to send instead of anything else.
+"""The images in a request, and errors that name what to send instead of anything else.
 
-Nothing is guessed and nothing passed over: an option or a field that is not known, a part of a form that is
-no file, a picture wrapped in text and a whole slide are told by name.
+Nothing is guessed or ignored: unknown options and fields, parts of a form that are not files, images wrapped
+in text and whole slides are errors.
 """
 
 import re
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from python_multipart.multipart import parse_options_header
@@ -24,16 +24,16 @@ FORM = "multipart/form-data"
 ONE, MANY = "file", "files"
 EXAMPLES = {ONE: "curl -F file=@field.png", MANY: "curl -F files=@a.png -F files=@b.png"}
 SEND = "send the bytes of the file itself, as the body (curl --data-binary @field.png) or in a form"
-# What OpenSlide may know: TIFF, DICOM after its preamble, Sakura's SQLite. Where first bytes are, and which.
+# Position and first bytes of files that may be slides: TIFF, DICOM after its preamble, Sakura's SQLite.
 SLIDE_STARTS = ((0, b"II"), (0, b"MM"), (128, b"DICM"), (0, b"SQLite format 3\0"))
-# First bytes of text or packing around a picture -> what it is.
+# First bytes of text or compression around an image, and what it is.
 WRAPPINGS = {
     rb"[{\[\"]": "JSON",
     rb"(?i)data:": "a data URI",
-    rb"(?i)(https?|s3|gs|file)://": "an address, and no address is ever fetched",
+    rb"(?i)(https?|s3|gs|file)://": "an address, and the service fetches none",
     rb"\x1f\x8b|PK\x03\x04|7z\xbc\xaf|BZh|\xfd7zXZ": "a compressed file",
     rb"--[^\r\n]+\r?\n(?i:content-)": f"a form, but its Content-Type is not {FORM} with a boundary",
-    rb"iVBORw0K|[/_]9j[/_]|SUk[qr]|TU0AK": "a picture in base64",
+    rb"iVBORw0K|[/_]9j[/_]|SUk[qr]|TU0AK": "an image in base64",
     rb"[\w.\[\]-]{1,40}=": "a form in URL encoding",
 }
 # Parts of a form; its size is bounded before it comes here.
@@ -42,22 +42,20 @@ MAX_PARTS, MAX_PART_BYTES = 1_000, 2**40
 
 @dataclass(frozen=True)
 class Sent:
-    """One picture of a request: the name that it came with, and its bytes or what is wrong with it."""
+    """One image of a request: its file name, and its bytes or an error."""
 
     name: str
     content: bytes | ImageError
 
 
 def options(*known: str) -> Callable[[Request], Awaitable[None]]:
-    """A dependency of a route: its query has these options only, each at most once."""
+    """A dependency of a route that rejects other options and repeated ones."""
 
     async def check(request: Request) -> None:
         names = [name for name, _ in request.query_params.multi_items()]
         if unknown := sorted(set(names) - set(known)):
-            has = f"expected {listed([f'`{name}`' for name in known])}" if known else "it has no options"
-            raise RefusedError(
-                422, "unknown_option", f"{_quoted(unknown)} is no option of this address; {has}"
-            )
+            has = f"expected {_quoted(known)}" if known else "this address has no options"
+            raise RefusedError(422, "unknown_option", f"unknown option {_quoted(unknown)}; {has}")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise RefusedError(422, "invalid_request", f"the option {_quoted(twice)} is given more than once")
 
@@ -65,52 +63,47 @@ def options(*known: str) -> Callable[[Request], Awaitable[None]]:
 
 
 async def one(request: Request) -> Sent:
-    """The picture of a request, as raw body or as form field `file`.
+    """The image of a request, as raw body or as form field `file`.
 
     Raises:
         RefusedError: it has none, or something else, or more than one.
     """
     if not _is_form(request):
         return Sent("", await request.body())
-    found = await _parts(request, ONE)
-    if len(found) > 1:
-        several = (
-            f"{len(found)} files, and one is answered here; send several to /v1/predict/batch as `{MANY}`"
+    first, *others = await _parts(request, ONE)
+    if others:
+        raise RefusedError(
+            400,
+            "invalid_form",
+            f"the form has {1 + len(others)} files, but this address accepts one; send several to "
+            f"/v1/predict/batch as `{MANY}`",
         )
-        raise RefusedError(400, "invalid_form", f"the form has {several}")
-    return found[0]
+    return first
 
 
 async def many(request: Request, most: int) -> list[Sent]:
-    """The pictures of a request as form field `files`, in their order; those that are none have an error.
-
-    Args:
-        request: of HTTP.
-        most: pictures in it.
+    """The files of a request in form field `files`, in their order, each with bytes or an error.
 
     Raises:
-        RefusedError: it has none, or something else, or too many.
+        RefusedError: it has none, or something else, or more than `most`.
     """
     if not _is_form(request):
+        why = f"expected {FORM} with a file in `{MANY}` for each image ({EXAMPLES[MANY]})"
+        raise RefusedError(415, "unsupported_format", why)
+    files = await _parts(request, MANY)
+    if len(files) > most:
         raise RefusedError(
-            415,
-            "unsupported_format",
-            f"expected {FORM} with a file in `{MANY}` for each picture ({EXAMPLES[MANY]})",
+            400, "invalid_form", f"the form has {len(files)} files; at most {most} in one form"
         )
-    found = await _parts(request, MANY)
-    if len(found) > most:
-        raise RefusedError(
-            400, "invalid_form", f"the form has {len(found)} files; at most {most} in one form"
-        )
-    return found
+    return files
 
 
 def field_of(sent: Sent) -> bytes:
-    """The bytes of what may be a field of view; `image.decode` says whether it is.
+    """The bytes of a possible field of view, for `image.decode`.
 
     Raises:
-        ImageError: what came with it; `whole_slide`, decided by the content as in an archive;
-            `unsupported_format` for a picture that is wrapped in text or packed.
+        ImageError: the error of the part; `whole_slide`, recognised by the content as in an archive;
+            `unsupported_format` for an image that is wrapped in text or compressed.
     """
     if isinstance(sent.content, ImageError):
         raise sent.content
@@ -118,11 +111,11 @@ def field_of(sent: Sent) -> bytes:
     for start, what in WRAPPINGS.items():
         if re.match(start, head):
             raise ImageError("unsupported_format", f"it is {what}; {SEND}")
-    # The picture in a MIRAX file is a small one of the whole slide, whose pixels are in a folder beside it.
+    # A MIRAX file contains a small image of the slide; the slide's pixels are in a folder beside it.
     if sent.name.lower().endswith(slide.MRXS) or _is_slide(sent.content):
         raise ImageError(
             "whole_slide",
-            "it is a whole slide, and single fields of view are answered here; score slides with "
+            "it is a whole slide, but this address accepts single fields of view; score slides with "
             "jobs/score.py, or send one field as PNG, JPEG or TIFF",
         )
     return sent.content
@@ -138,7 +131,7 @@ def _is_slide(content: bytes) -> bool:
 
 
 def _is_form(request: Request) -> bool:
-    """Whether the body is a form; refuses bodies that are something else by their headers."""
+    """Whether the body is a form; rejects bodies that their headers declare as something else."""
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise RefusedError(415, "unsupported_format", f"the body is compressed (Content-Encoding); {SEND}")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -148,28 +141,23 @@ def _is_form(request: Request) -> bool:
 
 
 async def _parts(request: Request, field: str) -> list[Sent]:
-    """All files of a form, which has nothing but them in this field."""
-    body, boundary = (
-        await request.body(),
-        parse_options_header(request.headers["content-type"])[1].get(b"boundary"),
-    )
+    """All files of a form, which has nothing else."""
+    body = await request.body()
+    boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary")
+    limits = {"max_files": MAX_PARTS, "max_fields": MAX_PARTS, "max_part_size": MAX_PART_BYTES}
     try:
-        async with request.form(
-            max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=MAX_PART_BYTES
-        ) as form:
+        async with request.form(**limits) as form:
             _require_end(body, boundary)
             _require_field_names(form, field)
             return [await _sent(part) for _, part in form.multi_items()]
-    # Starlette hides its own errors behind HTTPException where an app is around it.
+    # Inside an app, Starlette raises HTTPException for its own errors.
     except (MultiPartException, HTTPException) as error:
-        message = error.message if isinstance(error, MultiPartException) else error.detail
-        raise RefusedError(
-            400, "invalid_form", f"{message} Expected a form as from {EXAMPLES[field]}"
-        ) from None
+        why = error.message if isinstance(error, MultiPartException) else error.detail
+        raise RefusedError(400, "invalid_form", f"{why} Expected a form as from {EXAMPLES[field]}") from None
 
 
 def _require_end(body: bytes, boundary: bytes | None) -> None:
-    """The parser forgets a part that does not end."""
+    """Reject a form that is cut short: the parser drops a part that does not end."""
     if boundary is None or b"--" + boundary + b"--" not in body:
         raise MultiPartException("The form has no end: its last boundary is missing.")
 
@@ -178,26 +166,20 @@ def _require_field_names(form: FormData, field: str) -> None:
     others = sorted(set(form.keys()) - {field})
     if field not in form:
         has = f"it has {_quoted(others)}" if others else "it is empty"
-        raise RefusedError(
-            422,
-            "no_picture",
-            f"the form has no file in its field `{field}`, {has}; send it so: {EXAMPLES[field]}",
-        )
+        why = f"the form has no file in its field `{field}`, {has}; send it with {EXAMPLES[field]}"
+        raise RefusedError(422, "no_picture", why)
     if others:
-        raise RefusedError(
-            422,
-            "unknown_field",
-            f"the form also has {_quoted(others)}; expected `{field}` only, and options in the address",
-        )
+        why = f"the form also has {_quoted(others)}; expected `{field}` only, and options in the address"
+        raise RefusedError(422, "unknown_field", why)
 
 
 async def _sent(part: UploadFile | str) -> Sent:
     if isinstance(part, UploadFile):
         return Sent(part.filename or "", await part.read())
-    why = "the part has no filename, so that it is text and no file; send it as a file (with @ in curl -F)"
+    why = "the part has no filename, so it is text and not a file; send it as a file (with @ in curl -F)"
     return Sent("", ImageError("no_filename", why))
 
 
-def _quoted(names: list[str]) -> str:
-    """Names that a caller made up, cut where they would fill the answer."""
+def _quoted(names: Sequence[str]) -> str:
+    """Names from a request, cut where they would fill the answer."""
     return listed([f"`{name[:40]}`" for name in names[:5]])

@@ -100,7 +100,7 @@ def test_counts_are_shown_with_the_published_ones() -> None:
     index = breakhis.index(File(uri=name, path=name, size_bytes=1) for name in names)
     said = text(page(audited(schema.fill(index, schema.AUDIT), warnings=("3 of 7,909",)), pixels=False))
     assert "F 3 of 253 0 of 260 0 of 264 0 of 237 3 of 1,014" in said
-    assert "no picture was opened" in said
+    assert "no image was opened" in said
     assert "perceptual" not in said
 
 
@@ -109,7 +109,7 @@ def test_nothing_found_is_a_short_page() -> None:
     assert "0 findings to decide on" in text(html)
     assert "No split was given" in text(html)
     assert not re.search(r"\b(nan|None|inf)\b", text(html))
-    assert "made up" in text(page(audited(CLEAN), synthetic=True))
+    assert "The images are synthetic" in text(page(audited(CLEAN), synthetic=True))
 
 
 def test_the_page_needs_nothing_from_outside_and_names_are_text() -> None:

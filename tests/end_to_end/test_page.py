@@ -44,7 +44,7 @@ File = dict[str, Any]
 
 
 def launch(playwright: Any) -> Any:
-    """Debian's browser, which asks nobody outside."""
+    """Debian's browser, without requests of its own."""
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     return playwright.chromium.launch(executable_path=CHROMIUM, args=flags, timeout=PATIENCE_MS)
 
@@ -73,7 +73,7 @@ def page_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         with page_mock.running() as found:
             yield found.url
         return
-    # Maps that are seen, and a cut-off that some pictures pass.
+    # Visible maps, and a cut-off that some images exceed.
     network = untrained(std=1)
     facts = card(
         feature_statistics=statistics(cutoff=0.6),
@@ -97,7 +97,7 @@ def mock() -> Iterator[page_mock.Mock]:
 
 @pytest.fixture
 def page(browser: Any, request: pytest.FixtureRequest) -> Iterator[Page]:
-    """A page that must stay without script errors, and must ask nobody but its own service."""
+    """A page that must have no script errors, and send requests to its own service only."""
     options = {"viewport": {"width": 1280, "height": 900}} | getattr(request, "param", {})
     context = browser.new_context(**options)
     context.set_default_timeout(PATIENCE_MS)
@@ -125,7 +125,7 @@ def shot(page: Page, request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 
 def file(name: str, height: int = 46, width: int = 70, shade: float = 1.0, kind: str = "PNG") -> File:
-    """A picture for the browser; `shade` makes the answers differ."""
+    """An image for the browser; `shade` makes the answers differ."""
     pixels = (pictures.gradient(height, width) * shade).astype(np.uint8)
     content = pictures.encode(pixels, kind)
     return {"name": name, "mimeType": f"image/{kind.lower()}", "buffer": content}
@@ -133,7 +133,7 @@ def file(name: str, height: int = 46, width: int = 70, shade: float = 1.0, kind:
 
 SEVERAL = [file(f"field {n}.png", 46, 70 + n, shade) for n, shade in enumerate((0.9, 0.2, 0.6, 1.0, 0.4))]
 BROKEN = {"name": "cut.png", "mimeType": "image/png", "buffer": file("", 200, 300)["buffer"][:400]}
-TEXT = {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"not a picture at all"}
+TEXT = {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"not an image at all"}
 HOSTILE = ["<img src=x onerror=alert(1)>.png", "=cmd|'calc'!A1.png", '-1,"two".png', "@sum.png", "+44 20.png"]
 
 
@@ -164,7 +164,7 @@ def visit(page: Page, url: str) -> None:
 
 
 def settle(page: Page) -> None:
-    """Wait until all is answered, and the chosen picture drawn."""
+    """Wait until all is answered, and the chosen image drawn."""
     expect(page.locator("#progress")).to_be_hidden()
     expect(page.locator("#viewer")).to_have_attribute("aria-busy", "false")
 
@@ -187,7 +187,7 @@ def chooser(page: Page) -> Any:
 
 
 def pixels(page: Page, canvas: str = "#evidence") -> np.ndarray:
-    """What stands on a canvas, uint8 (height, width, 3)."""
+    """The pixels of a canvas, uint8 (height, width, 3)."""
     url = page.locator(canvas).evaluate("canvas => canvas.toDataURL()")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
 
@@ -230,7 +230,7 @@ def test_the_page_names_the_model_and_what_it_is_for(page: Page, page_url: str, 
     shot("-more")
 
 
-def test_one_picture(page: Page, page_url: str, shot: Any) -> None:
+def test_one_image(page: Page, page_url: str, shot: Any) -> None:
     one = file("field.png", 92, 140)
     said = answer(page_url, one)
     visit(page, page_url)
@@ -254,7 +254,7 @@ def test_one_picture(page: Page, page_url: str, shot: Any) -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.004, 0.5, 0.996])
-def test_threshold_stands_in_one_line_between_the_ends(
+def test_threshold_is_in_one_line_between_the_ends(
     page: Page, mock: page_mock.Mock, monkeypatch: pytest.MonkeyPatch, threshold: float
 ) -> None:
     monkeypatch.setitem(page_mock.CARD, "threshold", threshold)
@@ -267,20 +267,20 @@ def test_threshold_stands_in_one_line_between_the_ends(
     assert mark["x"] + mark["width"] < high["x"]
 
 
-def test_many_pictures_stand_in_a_table(page: Page, page_url: str, shot: Any) -> None:
+def test_many_images_are_in_a_table(page: Page, page_url: str, shot: Any) -> None:
     said = {one["name"]: answer(page_url, one) for one in SEVERAL}
     visit(page, page_url)
     upload(page, *SEVERAL)
     assert names(page) == list(said)
     assert column(page, 3) == [probability(one["probability_malignant"]) for one in said.values()]
     assert column(page, 4) == [signed(one["log_odds"]) for one in said.values()]
-    expect(page.locator("#totals")).to_contain_text("5 pictures")
+    expect(page.locator("#totals")).to_contain_text("5 images")
     shot()
     row(page, "field 3.png").locator("td").nth(3).click()
     expect(page.locator("#shown")).to_have_text("field 3.png")
     expect(page.locator("#verdict .number")).to_have_text(column(page, 3)[3])
     expect(page.locator("#place")).to_have_text("4 of 5")
-    page.get_by_role("button", name="Next picture").click()
+    page.get_by_role("button", name="Next image").click()
     expect(page.locator("#shown")).to_have_text("field 4.png")
 
 
@@ -288,7 +288,7 @@ def test_the_table_sorts_both_ways_by_each_column(page: Page, page_url: str, sho
     said = {one["name"]: answer(page_url, one) for one in SEVERAL}
     visit(page, page_url)
     upload(page, *SEVERAL, BROKEN)
-    values = {"picture": {name: int(name[6]) for name in said}}
+    values = {"image": {name: int(name[6]) for name in said}}
     for title, key in (("probability", "probability_malignant"), ("log-odds", "log_odds")):
         values[title] = {name: one[key] for name, one in said.items()}
     for title, of in values.items():
@@ -299,8 +299,8 @@ def test_the_table_sorts_both_ways_by_each_column(page: Page, page_url: str, sho
             expect(at).to_have_attribute("aria-sort", direction)
             found = [of[name] for name in names(page) if name in of]
             assert found == pytest.approx(sorted(of.values(), reverse=direction == "descending")), title
-            if title != "picture":
-                # What has no number stands last either way.
+            if title != "image":
+                # What has no number is last in both directions.
                 assert names(page)[-1] == "cut.png"
     for title in ("class", "novelty", "warnings and errors"):
         head(page, title).click()
@@ -343,7 +343,7 @@ def test_broken_files_do_not_hold_up_the_good_ones(page: Page, page_url: str, sh
     upload(page, SEVERAL[0], BROKEN, SEVERAL[1], TEXT, empty, SEVERAL[2])
     expect(page.locator("#totals")).to_contain_text("3 not scored")
     expect(row(page, "cut.png")).to_contain_text("Damaged or cut short")
-    expect(row(page, "notes.txt")).to_contain_text("Not a picture that can be read")
+    expect(row(page, "notes.txt")).to_contain_text("Not a readable image")
     expect(row(page, "empty.png")).to_contain_text("An empty file")
     assert sum(bool(text) for text in column(page, 3)) == 3
     page.get_by_role("button", name="cut.png").click()
@@ -420,7 +420,7 @@ def test_the_slider_sets_the_strength_of_all_overlays(page: Page, page_url: str,
     page.get_by_role("slider", name="Evidence").fill("0")
     expect(page.locator("#opacity-text")).to_have_text("0 %")
     decoded = image.decode(one["buffer"])
-    wait_for(lambda: (pixels(page) == decoded).all(), 60, "the picture without colour")
+    wait_for(lambda: (pixels(page) == decoded).all(), 60, "the image without colour")
     assert (strong != decoded).any()
     wait_for(lambda: (pixels(page, "#scale") == 255).all(), 60, "a legend without colour")
     assert (pixels(page, "#rows tr:nth-child(2) canvas") != thumb).any()
@@ -435,7 +435,7 @@ def test_the_slider_sets_the_strength_of_all_overlays(page: Page, page_url: str,
     expect(page.locator("#high")).to_have_text(f"+{about['limit']:g}")
     page.get_by_role("slider", name="Evidence").fill("100")
     wait_for(lambda: (pixels(page) != strong).any(), 60, "stronger colours")
-    # The strength belongs to all pictures.
+    # The strength is common to all images.
     page.get_by_role("button", name="other.png").click()
     expect(page.locator("#opacity")).to_have_value("100")
     settle(page)
@@ -476,7 +476,7 @@ def test_hostile_names_stay_text(page: Page, page_url: str, shot: Any) -> None:
     shot()
 
 
-def test_pictures_are_dropped_and_pasted(page: Page, page_url: str) -> None:
+def test_images_are_dropped_and_pasted(page: Page, page_url: str) -> None:
     visit(page, page_url)
     give = """([type, content]) => {
         const data = new DataTransfer();
@@ -508,7 +508,7 @@ def test_clear_all(page: Page, page_url: str) -> None:
         expect(page.locator(part)).to_be_hidden()
     expect(page.locator("#files")).to_be_focused()
     assert not names(page)
-    # The same file may come again.
+    # The same file may be added twice.
     upload(page, SEVERAL[0])
     expect(page.locator("#verdict .number")).to_be_visible()
 
@@ -585,7 +585,7 @@ def test_a_narrow_window(page: Page, page_url: str, shot: Any) -> None:
     expect(page.locator("#verdict .failure")).to_be_visible()
     assert page.evaluate(width) <= 360
     assert page.locator("#table-box").evaluate("box => box.scrollWidth <= box.clientWidth")
-    # Class and probability of each picture, and what to know of it, are seen without scrolling sideways.
+    # Class, probability and notes of each image are seen without scrolling sideways.
     for number in (2, 3, 6):
         for cell in page.locator(f"#rows tr td:nth-child({number}):not(:empty)").all():
             box = cell.bounding_box()
@@ -677,7 +677,7 @@ def test_the_token_is_asked_for_and_kept_in_the_tab(page: Page, shot: Any) -> No
         expect(token).to_be_visible()
 
 
-def test_a_token_that_has_run_out_is_asked_for_again(page: Page, mock: page_mock.Mock, shot: Any) -> None:
+def test_a_token_that_has_expired_is_requested(page: Page, mock: page_mock.Mock, shot: Any) -> None:
     visit(page, mock.url)
     page.set_input_files("#files", [SEVERAL[0], file("refused.png", 34), *SEVERAL[1:]])
     expect(page.locator("#access-error")).to_have_text("The service no longer accepts the token.")
@@ -686,11 +686,11 @@ def test_a_token_that_has_run_out_is_asked_for_again(page: Page, mock: page_mock
     page.keyboard.press("Enter")
     expect(page.locator("#access")).to_be_hidden()
     settle(page)
-    # Nothing that was under way is lost.
+    # Nothing in flight is lost.
     assert all(column(page, 3))
 
 
-def test_an_overloaded_service_is_asked_again(page: Page, mock: page_mock.Mock, shot: Any) -> None:
+def test_requests_to_an_overloaded_service_are_retried(page: Page, mock: page_mock.Mock, shot: Any) -> None:
     visit(page, mock.url)
     upload(page, file("twice.png", 31), SEVERAL[0])
     assert all(column(page, 3))
@@ -735,7 +735,7 @@ def test_four_at_once_progress_and_stop(page: Page, mock: page_mock.Mock, shot: 
     assert mock.most_at_once <= 8, "four new ones beside four that the service had not yet let go"
 
 
-def test_clearing_while_pictures_are_sent_leaves_nothing_behind(page: Page, mock: page_mock.Mock) -> None:
+def test_clearing_while_images_are_sent_leaves_nothing(page: Page, mock: page_mock.Mock) -> None:
     visit(page, mock.url)
     mock.gate.clear()
     page.set_input_files("#files", SEVERAL)
@@ -793,8 +793,8 @@ def test_leaky_and_unmeasured_models_say_so(page: Page, mock: page_mock.Mock, sh
     shot()
 
 
-def test_too_few_patients_stand_in_place_of_the_accuracy(page: Page, mock: page_mock.Mock) -> None:
-    why = "2 benign and 9 malignant patients are too few to tell how often the model is right on others"
+def test_too_few_patients_replace_the_accuracy(page: Page, mock: page_mock.Mock) -> None:
+    why = "2 benign and 9 malignant patients are too few to estimate how often the model is right on others"
     mock.about["card"]["metrics"]["too_few_patients"] = why
     visit(page, mock.url)
     expect(page.locator("#facts")).to_contain_text("too few patients")
@@ -802,7 +802,7 @@ def test_too_few_patients_stand_in_place_of_the_accuracy(page: Page, mock: page_
     expect(page.locator("#facts")).not_to_contain_text("91.7")
 
 
-def test_a_whole_slide_is_told_where_it_belongs(page: Page, mock: page_mock.Mock) -> None:
+def test_the_error_of_a_whole_slide_names_the_job_for_it(page: Page, mock: page_mock.Mock) -> None:
     visit(page, mock.url)
     upload(page, SEVERAL[0], SEVERAL[1] | {"name": "slide.MRXS"})
     expect(row(page, "slide.MRXS")).to_contain_text("A whole slide")

@@ -14,7 +14,7 @@ def decoded(uri: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
 
 
-def test_a_picture_survives_its_way_into_a_page():
+def test_an_image_is_unchanged_in_a_page():
     pixels = pictures.gradient(92, 140)
     uri = thumbnails.data_uri(pixels, "PNG")
     assert uri.startswith("data:image/png;base64,")

@@ -1,4 +1,4 @@
-"""The page of a scored archive: the right pictures and numbers, nothing from outside, names as text."""
+"""The page of a scored archive: the right images and numbers, nothing from outside, names as text."""
 
 import base64
 import re
@@ -91,7 +91,7 @@ def without_script(html: str) -> str:
 
 
 def shown(html: str) -> list[np.ndarray]:
-    """The embedded pictures in the order of the page."""
+    """The embedded images in the order of the page."""
     found = re.findall(r'src="data:image/\w+;base64,([^"]+)"', html)
     return [image.decode(base64.b64decode(content)) for content in found]
 
@@ -101,13 +101,13 @@ def test_the_numbers_of_the_archive_are_on_the_page() -> None:
     for fact in (
         "Scored archive: &lt;s3://archive&gt;",
         "Research use only. Not a medical device, and not for diagnosis.",
-        "2,001 pictures scored",
-        "1,001 pictures (50.0 %) are called malignant , from a probability of 0.5 on",
+        "2,001 images scored",
+        "1,001 images (50.0 %) are called malignant , with a probability of at least 0.5",
         "1 input could not be scored; it is named below",
-        "inputs 2,003 6 other files passed over",
+        "inputs 2,003 6 other files ignored",
         "whole slides 3 412 tiles",
-        "pictures per second 27.3 in 10 minutes",
-        "1,599 of 2,001 (79.9 %) lie between 0.1 and 0.9",
+        "images per second 27.3 in 10 minutes",
+        "1,599 of 2,001 (79.9 %) are between 0.1 and 0.9",
         "0.900 malignant log-odds +2.20",
         "0.100 benign log-odds −2.20",
         "one.svs",
@@ -122,7 +122,7 @@ def test_the_numbers_of_the_archive_are_on_the_page() -> None:
     assert "x/5.png" not in said
 
 
-def test_a_picture_stands_beside_its_map_on_the_scale_that_is_stated() -> None:
+def test_an_image_is_beside_its_map_on_the_stated_scale() -> None:
     evidence = np.zeros((7, 11))
     evidence[:, 5:] = 6
     marked = Example("a", 0.9, "malignant", 2.2, np.full((460, 700, 3), 255, np.uint8), evidence)
@@ -175,25 +175,25 @@ def test_names_are_text_and_never_markup() -> None:
 def test_an_archive_without_results_errors_or_slides(seconds: float | None) -> None:
     facts = {"threshold": 0.5, "n_errors": 0, "n_inputs": 0, "rows_per_s": None, "seconds": seconds}
     html = gallery.render_gallery(facts, np.zeros(0), {}, {}, [])
-    assert "0 pictures scored" in text(html)
+    assert "0 images scored" in text(html)
     assert "Nothing could be scored." in text(html)
     assert not re.search(r"\b(nan|None|inf)\b", text(html))
     assert "<svg" not in html
 
 
-def test_a_mark_stands_on_every_block_with_numbers() -> None:
+def test_every_block_with_numbers_has_the_marks() -> None:
     assert "synthetic data" not in page()
     html = page(facts=FACTS | {"synthetic": True})
     heads = re.findall(r"<h2>.*?</h2>", html, flags=re.S)
     assert sum("synthetic data" in head for head in heads) == 5
     assert "SYNTHETIC DATA" in re.findall(r"<svg.*?</svg>", html, flags=re.S)[0]
-    assert "made-up pictures" in text(html)
-    assert "Pictures of the same patient stood on both sides" in text(page(facts=FACTS | {"leaky": True}))
+    assert "synthetic images" in text(html)
+    assert "Images of the same patient were in several parts" in text(page(facts=FACTS | {"leaky": True}))
 
 
 def test_other_targets_and_methods_are_said() -> None:
     said = text(page(facts=FACTS | {"target": "subtype", "cam": "layercam"}))
-    assert "layercam map laid over it: vermilion speaks for the predicted class, blue against it" in said
+    assert "under its layercam map: vermilion for the predicted class, blue against it" in said
     assert "in the method&#39;s own units" in said or "in the method's own units" in said
 
 
@@ -250,7 +250,7 @@ def test_at_most_two_of_a_slide_or_patient_are_in_a_group() -> None:
             assert all(names.count(name) <= 2 for name in names), group
 
 
-def test_a_warning_stands_beside_its_picture_and_is_counted() -> None:
+def test_a_warning_is_beside_its_image_and_counted() -> None:
     one = replace(example(), novelty=3.2, novelty_cutoff=1.27, warnings=("unlike_training_data",))
     usual = replace(example(), novelty=0.9, novelty_cutoff=1.27)
     groups = {"unlike the training data": [one], "least certain": [usual]}
@@ -259,8 +259,8 @@ def test_a_warning_stands_beside_its_picture_and_is_counted() -> None:
     facts = FACTS | {"warnings": {"unlike_training_data": 240}}
     said = text(page(facts=facts, examples=groups, images=gallery.Images(rows, 1), slides=[slide]))
     for fact in (
-        "240 pictures (12.0 %) do not look like the training data",
-        "unlike the training 240 12.0 % of the pictures scored",
+        "240 images (12.0 %) do not look like the training data",
+        "unlike the training 240 12.0 % of the images scored",
         "Unlike the training data (novelty 3.20, usual up to 1.27): the result may mean nothing.",
         "novelty 0.90, usual up to 1.27",
         "far.png p 0.999 malignant unlike the training data 3.20",
@@ -271,7 +271,7 @@ def test_a_warning_stands_beside_its_picture_and_is_counted() -> None:
     assert "do not look like" not in none
     assert "unlike the training 0 0.0 %" in none
     unknown = text(page(facts=FACTS | {"warnings": None}))
-    assert "nobody knows which of these are unlike them" in unknown
+    assert "it is unknown which of these images are unlike them" in unknown
 
 
 def test_the_table_lists_images_and_slides_with_links() -> None:
@@ -290,7 +290,7 @@ def test_the_table_lists_images_and_slides_with_links() -> None:
     ]
     said = text(html)
     for fact in (
-        "The 2 images with the highest probability of 3,000; all of them stand in the Parquet table.",
+        "The 2 images with the highest probability of 3,000; the Parquet table contains all of them.",
         "a.png p1 0.910 malignant 1.20",
         "cut.png – not scored: truncated –",
         "b.svs p2 0 – – – missing mpp",

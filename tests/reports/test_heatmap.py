@@ -104,7 +104,7 @@ def test_a_threshold_at_an_end_leaves_one_colour(threshold, signs):
 
 @pytest.mark.parametrize("threshold", [0.004, 0.31, 0.5, 0.996])
 def test_the_legend_states_the_threshold(threshold):
-    """The bar is white at the threshold, and a dark line stands there; the words stay on the page."""
+    """The bar is white at the threshold, and with a dark line; the words stay on the page."""
     strip = np.asarray(heatmap._footer(2000, 0.01, threshold).convert("RGB")).astype(int)
     bar = strip[int(strip.shape[0] * 0.46)]
     left, right = 0.03 * 2000, 0.33 * 2000
@@ -163,14 +163,14 @@ def test_tiles_lie_on_the_thumbnail_of_the_real_slide(real_data):
     small = np.asarray(Image.fromarray(read).resize((right - left, bottom - top), Image.Resampling.BOX), int)
     shown = thumbnail[top:bottom, left:right].astype(int)
     assert np.corrcoef(small.ravel(), shown.ravel())[0, 1] > 0.97
-    # the page keeps the picture pixel for pixel
+    # the page keeps the thumbnail pixel for pixel
     np.testing.assert_array_equal(np.asarray(page)[:1000, : thumbnail.shape[1]], thumbnail)
     # the polygon in QuPath is the tile that was read
     (ring,) = heatmap.geojson(["a"], boxes, ["benign"], {})["features"][0]["geometry"]["coordinates"]
     assert ring == [[687, 903], [1374, 903], [1374, 1355], [687, 1355], [687, 903]]
 
 
-def test_a_narrow_picture_stands_in_the_middle_of_a_page_wide_enough_to_read():
+def test_a_narrow_slide_is_centred_on_a_page_wide_enough_to_read():
     picture = pictures.gradient(400, 100)
     page = np.asarray(Image.open(io.BytesIO(heatmap.heatmap_png(picture, 0.05, 0.25, 0.5))))
     left = (heatmap.MIN_WIDTH_PX - 100) // 2
@@ -237,7 +237,7 @@ def test_subtypes_have_the_colour_of_their_tumour_class():
 
 
 def test_tiles_unlike_the_training_data_are_hatched_and_no_others() -> None:
-    """One in three pixels is darker, along diagonals that go on from tile to tile; small tiles too."""
+    """One in three pixels is darker, along diagonals that continue from tile to tile; small tiles too."""
     thumbnail = np.full((40, 60, 3), 255, np.uint8)
     boxes = np.array([[0, 0, 20, 20], [20, 0, 20, 20], [40, 0, 3, 3]])
     plain = heatmap.draw_tiles(thumbnail, 1, boxes, np.array([0.9, 0.9, 0.1]), 0.5)
@@ -251,5 +251,5 @@ def test_tiles_unlike_the_training_data_are_hatched_and_no_others() -> None:
     assert not darker.any()
     unscored = heatmap.draw_tiles(thumbnail, 1, boxes, np.array([np.nan] * 3), 0.5, np.array([True] * 3))
     assert (unscored == 255).all()
-    legends = [heatmap.heatmap_png(hatched, 1, 0.5, 0.5, told) for told in (True, False)]
+    legends = [heatmap.heatmap_png(hatched, 1, 0.5, 0.5, some) for some in (True, False)]
     assert legends[0] != legends[1]

@@ -1,4 +1,4 @@
-"""Colours of the evidence over a picture: which, how strong, and in the right place."""
+"""Colours of the evidence over an image: which, how strong, and in the right place."""
 
 import subprocess
 import sys
@@ -61,12 +61,12 @@ def test_a_cell_is_drawn_where_the_network_saw_it() -> None:
     # The field covers rows 1 and 2 of the map; a cell of it is 50 x 50 px here.
     np.testing.assert_allclose(drawn[25, 175], mixed(VERMILION, 1), atol=3)
     np.testing.assert_array_equal(drawn[60:75, :120], 255)
-    # Stretched over the field instead, the cell would stand at half this height.
+    # Stretched over the field instead, the cell would be at half this height.
     assert (drawn[:, 175, 0] > drawn[:, 175, 2]).nonzero()[0].mean() == pytest.approx(25, abs=12)
 
 
 def test_an_input_that_is_no_multiple_of_the_cells() -> None:
-    """80 px have 3 cells of 26.7 px, not of 32: the picture's last column is the end of the last cell."""
+    """80 px have 3 cells of 26.7 px, not of 32: the image's last column is the end of the last cell."""
     drawn = overlay.overlay(white(80, 80), np.array([[0.0, 0, 1]] * 3), 1, 80, 80)
     first = int(np.argmax(drawn[40, :, 2] < mixed(VERMILION, 0.5)[2]))
     assert first == pytest.approx(80 * 2 / 3, abs=1)  # half strength at the border of the cells
@@ -103,7 +103,7 @@ overlay.overlay(pixels, np.ones((7, 11)), 4, 224, 336)
 
 @pytest.mark.parametrize(("height", "width"), [(2_000, 4_000), (8_000, 1_000)])
 @pytest.mark.parametrize(("bytes_per_pixel", "enough"), [(16, True), (4, False)])
-def test_a_large_picture_needs_little_more_than_itself(
+def test_a_large_image_needs_little_more_memory_than_itself(
     height: int, width: int, bytes_per_pixel: int, enough: bool
 ) -> None:
     """3 bytes a pixel for the result and 4 for the enlarged map; drawn whole it would be some 50."""
@@ -149,7 +149,7 @@ def picture(tmp_path) -> Path:
     return path
 
 
-def test_a_row_is_drawn_over_the_picture_it_names(picture):
+def test_a_row_is_drawn_over_the_image_it_names(picture):
     evidence = np.reshape(row(picture)[schema.EVIDENCE], (3, 5))
     expected = overlay.overlay(pictures.gradient(), evidence, 4, 96, 160)
     np.testing.assert_array_equal(overlay.overlay_of_row(row(picture)), expected)
@@ -173,6 +173,6 @@ def test_a_tile_is_drawn_over_the_pixels_given(picture):
     ("change", "reason"),
     [({schema.ERROR: "truncated"}, r"not scored \(truncated\)"), ({schema.WIDTH_PX: 71}, "71 x 46 px were")],
 )
-def test_a_row_without_its_map_or_picture_is_named(change, reason, picture):
+def test_a_row_without_its_map_or_image_is_named(change, reason, picture):
     with pytest.raises(DataError, match=f"a.png: .*{reason}"):
         overlay.overlay_of_row(row(picture) | change)

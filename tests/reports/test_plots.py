@@ -34,7 +34,7 @@ def test_every_probability_is_in_one_bar_of_the_class_it_is_called() -> None:
     assert min(np.flatnonzero(above)) == 15
     assert above[15] == 4  # 0.30, three times, and 0.31
     assert above[49] == 4  # 0.98, 0.99 and 1.00, twice
-    assert "pictures (n = 104)" in texts(figure)
+    assert "images (n = 104)" in texts(figure)
     assert "threshold 0.3" in texts(figure)
 
 
@@ -56,7 +56,7 @@ def test_the_confusion_matrix_says_counts_and_shares_of_the_row() -> None:
     assert "n = 15 images" in texts(figure)
 
 
-def test_the_classes_are_stacked_by_part_and_repeats_are_told_apart() -> None:
+def test_the_classes_are_stacked_by_part_with_repeats_hatched() -> None:
     figure = plots.plot_class_distribution(
         {"train": {"A": 3, "DC": 7}, "test": {"A": 1, "DC": 2}}, {"A": 7, "DC": 7}
     )
@@ -88,7 +88,7 @@ def test_the_highest_loss_is_drawn_whole(losses: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize("marks", [[], ["synthetic data", "leaky"]])
-def test_marks_stand_over_a_figure(marks: list[str]) -> None:
+def test_marks_are_above_a_figure(marks: list[str]) -> None:
     figure = plots.plot_probabilities(np.array([0.5]), 0.5)
     plots.mark(figure, marks)
     assert ("SYNTHETIC DATA · LEAKY" in texts(figure)) == bool(marks)
@@ -121,7 +121,7 @@ def legends(figure: Figure) -> list[tuple[Any, list[Any]]]:
 )
 @pytest.mark.parametrize("title", ["Loss", "Balanced accuracy, best 81.2 % at epoch 2 of a long run"])
 @pytest.mark.parametrize("square", [False, True])
-def test_a_legend_lies_on_nothing(labels: list[str], title: str, square: bool) -> None:
+def test_a_legend_covers_nothing(labels: list[str], title: str, square: bool) -> None:
     with matplotlib.rc_context(plots.STYLE):
         figure, panels = plots.canvas(4.2 if square else 4.8, rows=1 if square else 2)
         for axes in panels:

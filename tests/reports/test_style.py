@@ -18,7 +18,7 @@ RULES = [
     if path.suffix in (".css", ".html")
     for selector, body in re.findall(r"([^{}<>]+)\{([^{}%]*)\}", path.read_text(encoding="utf-8"))
 ]
-# What text lies on. Other backgrounds are bars and lines without text, unless a rule gives both.
+# Backgrounds of text. Other backgrounds are bars and lines without text, unless a rule gives both.
 PAPERS = ("paper", "sheet", "accent-paper", "warn-paper", "bad-paper")
 # WCAG 2.2, 1.4.3: for text of any size.
 ENOUGH = 4.5

@@ -14,7 +14,7 @@ from tests import pictures
 
 
 def write(folder, names, log_odds):
-    """A predictions table of pictures that are there, and its URI."""
+    """A predictions table of images that exist, and its URI."""
     rows = []
     for name, odds in zip(names, log_odds, strict=True):
         path = folder / name
@@ -52,7 +52,7 @@ def test_examples_come_in_the_order_asked_for_from_several_tables(tmp_path):
     np.testing.assert_allclose(found[1].evidence, np.full((2, 3), 1.5))
 
 
-def test_a_picture_that_has_gone_is_grey(tmp_path):
+def test_a_missing_image_is_grey(tmp_path):
     source = write(tmp_path, ["a.png"], [1.0])
     (tmp_path / "a.png").unlink()
     (one,) = thumbnails.of_images(

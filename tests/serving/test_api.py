@@ -30,7 +30,7 @@ FIELD = pictures.encode(pictures.gradient(92, 200))
 
 
 def statistics(**changes):
-    """Feature statistics around the pictures of the tests."""
+    """Feature statistics around the images of the tests."""
     facts = {
         "mean": (0.0,) * 512,
         "spread": (1.0,) * 512,
@@ -83,7 +83,7 @@ def test_the_answer_is_what_the_bundle_says(client, loaded):
     assert (answer["model_id"], answer["notice"]) == (loaded.model_id, NOTICE)
 
 
-def test_where_the_map_lies_on_the_picture(client, loaded):
+def test_the_map_covers_a_stated_part_of_the_image(client, loaded):
     """A field of 200 x 92 in an input of 96 x 64: bars of 10 px above and below."""
     answer = client.post("/v1/predict", content=FIELD).json()
     assert answer["evidence"]["covers"] == {"top": 10 / 64, "left": 0.0, "bottom": 54 / 64, "right": 1.0}
@@ -107,7 +107,7 @@ def test_overlay_and_preview(client, loaded):
     np.testing.assert_array_equal(np.asarray(preview), pictures.gradient(92, 200))
 
 
-def test_a_picture_unlike_the_training_data_is_warned_of(loaded):
+def test_an_image_unlike_the_training_data_has_a_warning(loaded):
     near = card(feature_statistics=statistics(cutoff=1e-9))
     strange = bundle.from_state(resnet.build(2, seed=1, architecture="resnet18").state_dict(), near)
     with serving(guarded(LocalEngine(strange), token=None)) as url:
@@ -124,7 +124,7 @@ def test_without_statistics_there_is_no_novelty():
 
 
 @pytest.mark.parametrize("name", sorted(pictures.broken()))
-def test_broken_pictures_have_the_archive_jobs_codes(client, name):
+def test_broken_images_have_the_archive_jobs_codes(client, name):
     content, code = pictures.broken()[name]
     answer = client.post("/v1/predict", content=content)
     assert (answer.status_code, answer.json()["error"]["code"]) == (api.STATUS[code], code)
@@ -132,7 +132,7 @@ def test_broken_pictures_have_the_archive_jobs_codes(client, name):
 
 
 @pytest.mark.parametrize("name", sorted(archives.odd()))
-def test_odd_pictures_are_answered(client, loaded, name):
+def test_odd_images_are_answered(client, loaded, name):
     answer = client.post("/v1/predict", content=archives.odd()[name]).json()
     expected = loaded.predict_files([archives.odd()[name]])
     assert answer["probability_malignant"] == pytest.approx(
@@ -170,7 +170,7 @@ def test_a_batch_has_an_answer_or_an_error_for_each(client):
         ("/v1/model", {"content": FIELD}, (405, "method_not_allowed")),
     ],
 )
-def test_wrong_requests_are_told_what_is_wrong(client, path, request_, expected):
+def test_errors_name_what_is_wrong_with_a_request(client, path, request_, expected):
     answer = client.post(path, **request_)
     assert (answer.status_code, answer.json()["error"]["code"]) == expected
     assert answer.json()["error"]["message"]
@@ -210,7 +210,7 @@ def test_health(client, engine):
 
 
 def test_no_numbers_no_answer(loaded):
-    """A model that gives no numbers: an error for a picture alone, as a picture, and in a batch."""
+    """Logits that are not finite: an error for one image, for its overlay, and in a batch."""
 
     def features(batch):
         return torch.full((len(batch), 512, 2, 3), torch.nan)

@@ -36,7 +36,7 @@ def test_of_eight_classes_the_map_explains_the_predicted_one(eight):
 
 
 def test_the_map_covers_what_the_overlay_draws(eight):
-    """Enlarging the covered part over the picture is what `bcd.reports.overlay` does."""
+    """Enlarging the covered part over the image is what `bcd.reports.overlay` does."""
     prediction = eight.predict(eight.fit(PIXELS)[None])
     covers = documents.answer(eight.card, "id", PIXELS, prediction).evidence.covers
     values = prediction.evidence[0]
@@ -47,7 +47,7 @@ def test_the_map_covers_what_the_overlay_draws(eight):
     np.testing.assert_array_equal(overlay.overlay(PIXELS, np.asarray(enlarged), 1.0), expected)
 
 
-def test_a_large_picture_is_shown_small(eight):
+def test_a_large_image_has_a_small_preview(eight):
     large = pictures.gradient(1_100, 2_200)
     prediction = eight.predict(eight.fit(large)[None])
     found = documents.answer(eight.card, "id", large, prediction, with_preview=True)

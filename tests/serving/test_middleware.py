@@ -137,7 +137,7 @@ def test_every_failure_is_json_with_a_code(url, path, expected, retry):
     assert "secret" not in answer.text
 
 
-def test_more_requests_than_allowed_are_told_to_come_again():
+def test_more_requests_than_allowed_are_asked_to_retry():
     waiting = Echo()
     with serving(Guard(waiting, Limits(max_requests=2, answer_timeout_s=60))) as address:
 

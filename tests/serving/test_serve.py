@@ -1,6 +1,6 @@
 """The service as a cluster runs it: `serve deploy`, the HTTP proxy, replicas; and the door `jobs/serve.py`.
 
-The two tests that change what is deployed stand last.
+The two tests that change what is deployed are last.
 """
 
 import asyncio
@@ -147,7 +147,7 @@ def test_clients_that_leave_at_any_moment_hold_up_nobody(make_batch_queue, size)
 
 
 def contents():
-    """Name -> bytes of the pictures: real ones where they are at hand."""
+    """Bytes of images by name: real ones where they are available."""
     found = {}
     if folder := os.environ.get("BCD_REAL_DATA"):
         files = sorted((Path(folder) / "breakhis").rglob("*.png"))
@@ -285,7 +285,7 @@ def test_a_batch_request_has_the_same_numbers(service, archived, models, files):
 
 @pytest.mark.ray
 def test_a_load_balancer_sees_that_the_proxy_is_well(service):
-    """Without the token; which applications run is told to nobody who has none."""
+    """Without the token; the list of applications requires it."""
     answer = httpx.get(f"{service.url}/-/healthz", timeout=60)
     assert (answer.status_code, answer.text) == (200, "success")
     assert httpx.get(f"{service.url}/-/routes", timeout=60).status_code == 401
@@ -373,7 +373,7 @@ def test_bad_bodies_of_every_kind_do_no_harm(service, cluster, files):
     once()
     settled = memory()
     for answer in once():
-        # Some damage leaves a picture that is whole: it is answered.
+        # Some damage leaves a complete image: it is answered.
         assert answer.status_code in (200, 400, 415, 422), answer.text
         assert answer.status_code == 200 or answer.json()["error"]["code"]
     assert memory() - settled < 100
@@ -446,7 +446,7 @@ def test_the_page_works_with_the_services_token(service, archived, models, files
         page.goto(service.url)
         page.get_by_label("Token").fill(TOKEN)
         page.get_by_role("button", name="Continue").click()
-        # Until the token is accepted the page takes no pictures.
+        # The page accepts images after the token.
         sync_api.expect(page.locator("#work")).to_be_visible(timeout=PATIENCE_MS)
         page.set_input_files("#files", [{"name": name, "mimeType": "image/png", "buffer": content}])
         verdict = page.locator("#verdict")
@@ -580,7 +580,7 @@ def test_the_door_serves_with_a_token_and_ends_on_sigterm(models, files, tmp_pat
             results = accepted.result().json()["results"]
         assert [item["error"] for item in results] == [None] * 16
         assert job.wait(PATIENCE_S) == 0, log()
-        assert "finishing what was accepted" in log()
+        assert "finishing accepted requests" in log()
         assert "Traceback" not in log()
         assert TOKEN not in log()
     psutil.wait_procs(children, timeout=60)
@@ -590,7 +590,7 @@ def test_the_door_serves_with_a_token_and_ends_on_sigterm(models, files, tmp_pat
 def test_without_a_token_only_loopback(models, monkeypatch):
     monkeypatch.delenv(middleware.TOKEN_VARIABLE, raising=False)
     with pytest.raises(
-        ConfigError, match=r"listening on 0.0.0.0 lets others in: set the variable BCD_API_TOKEN"
+        ConfigError, match=r"listening on 0.0.0.0 requires a token.*: set the variable BCD_API_TOKEN"
     ):
         serve.run(ServeConfig(model=models[0], host="0.0.0.0", port=free_port()))
 
@@ -691,10 +691,10 @@ def test_a_replica_without_numbers_is_not_ready(models, monkeypatch):
         serve.Replica.__base__(ServiceConfig(model=models[0], max_batch_size=1), None, broken.model_id)
 
 
-def test_a_port_in_use_and_a_missing_model_are_told(models, tmp_path):
+def test_a_port_in_use_and_a_missing_model_are_errors(models, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ResourceError, match=f"--port {port} cannot be listened on"):
+        with pytest.raises(ResourceError, match=f"cannot listen on --host 127.0.0.1 --port {port}"):
             serve.run(ServeConfig(model=models[0], port=port))
     with pytest.raises(BundleError, match="no model bundle there"):
         serve.run(ServeConfig(model=str(tmp_path)))

@@ -1,4 +1,4 @@
-"""What callers send, in all the ways that they get it wrong; the model behind is a stand-in."""
+"""Requests with every kind of mistake; the model is a fake."""
 
 import base64
 import gzip
@@ -23,7 +23,7 @@ BASE64 = base64.b64encode(FIELD)
 
 
 class Engine:
-    """Decodes, and says the same of every picture."""
+    """Decodes, and predicts the same for every image."""
 
     card, model_id = card(), "m"
 
@@ -46,7 +46,7 @@ def client():
         yield opened
 
 
-def told(answer):
+def refusal(answer):
     return answer.status_code, answer.json()["error"]["code"], answer.json()["error"]["message"]
 
 
@@ -92,15 +92,15 @@ WRAPPED = {
     "JSON": (json.dumps({"image": BASE64.decode()}).encode(), "JSON"),
     "a list in JSON": (b'\xef\xbb\xbf  ["' + BASE64 + b'"]', "JSON"),
     "a string in JSON": (b'"' + BASE64 + b'"', "JSON"),
-    "base64 of PNG": (BASE64, "a picture in base64"),
-    "base64 with line breaks": (b"\n" + base64.encodebytes(FIELD), "a picture in base64"),
-    "base64 of JPEG": (base64.b64encode(pictures.encode(pictures.gradient(), "JPEG")), "a picture in base64"),
-    "base64 for addresses": (base64.urlsafe_b64encode(b"\xff\xd8\xff\xe0"), "a picture in base64"),
-    "base64 of TIFF": (base64.b64encode(pictures.encode(pictures.gradient(), "TIFF")), "a picture in base64"),
-    "base64 of big-endian TIFF": (base64.b64encode(b"MM\0*" + bytes(9)), "a picture in base64"),
+    "base64 of PNG": (BASE64, "an image in base64"),
+    "base64 with line breaks": (b"\n" + base64.encodebytes(FIELD), "an image in base64"),
+    "base64 of JPEG": (base64.b64encode(pictures.encode(pictures.gradient(), "JPEG")), "an image in base64"),
+    "base64 for addresses": (base64.urlsafe_b64encode(b"\xff\xd8\xff\xe0"), "an image in base64"),
+    "base64 of TIFF": (base64.b64encode(pictures.encode(pictures.gradient(), "TIFF")), "an image in base64"),
+    "base64 of big-endian TIFF": (base64.b64encode(b"MM\0*" + bytes(9)), "an image in base64"),
     "a data URI": (b"data:image/png;base64," + BASE64, "a data URI"),
-    "an address": (b"https://example.org/a.png", "an address, and no address is ever fetched"),
-    "an object": (b"s3://bucket/a.png\n", "an address, and no address is ever fetched"),
+    "an address": (b"https://example.org/a.png", "an address, and the service fetches none"),
+    "an object": (b"s3://bucket/a.png\n", "an address, and the service fetches none"),
     "gzip": (gzip.compress(FIELD), "a compressed file"),
     "ZIP": (b"PK\x03\x04" + FIELD, "a compressed file"),
     "URL encoding": (b"file=%89PNG%0D%0A", "a form in URL encoding"),
@@ -112,10 +112,10 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_a_picture_wrapped_in_something_is_told_what_to_send(client, name):
+def test_the_error_of_a_wrapped_image_names_what_to_send(client, name):
     content, what = WRAPPED[name]
     headers = {"Content-Type": "application/json" if "JSON" in name else "application/octet-stream"}
-    status, code, message = told(client.post("/v1/predict", content=content, headers=headers))
+    status, code, message = refusal(client.post("/v1/predict", content=content, headers=headers))
     assert (status, code) == (415, "unsupported_format")
     assert message.startswith(f"it is {what}")
     assert "send the bytes of the file itself, as the body (curl --data-binary @field.png)" in message
@@ -125,7 +125,7 @@ def test_a_picture_wrapped_in_something_is_told_what_to_send(client, name):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
-def test_no_picture_is_taken_for_something_wrapped(client, kind):
+def test_no_image_is_mistaken_for_a_wrapped_one(client, kind):
     for mode in ("RGB", "L", "1", "CMYK"):
         if (kind, mode) != ("PNG", "CMYK"):
             buffer = io.BytesIO()
@@ -138,8 +138,8 @@ def test_a_packed_body_is_refused_by_its_header(client):
         answer = client.post(
             "/v1/predict", content=gzip.compress(FIELD), headers={"Content-Encoding": encoding}
         )
-        assert told(answer)[:2] == (415, "unsupported_format")
-        assert "Content-Encoding" in told(answer)[2]
+        assert refusal(answer)[:2] == (415, "unsupported_format")
+        assert "Content-Encoding" in refusal(answer)[2]
     assert (
         client.post("/v1/predict", content=FIELD, headers={"Content-Encoding": "Identity"}).status_code == 200
     )
@@ -147,10 +147,10 @@ def test_a_packed_body_is_refused_by_its_header(client):
 
 def test_a_whole_slide_is_refused_with_a_pointer(client):
     for request in ({"content": SLIDE}, {"files": {"file": ("a.png", SLIDE)}}):
-        assert told(client.post("/v1/predict", **request)) == (
+        assert refusal(client.post("/v1/predict", **request)) == (
             415,
             "whole_slide",
-            "it is a whole slide, and single fields of view are answered here; score slides with "
+            "it is a whole slide, but this address accepts single fields of view; score slides with "
             "jobs/score.py, or send one field as PNG, JPEG or TIFF",
         )
 
@@ -179,7 +179,7 @@ FIELDS = {
 def test_the_content_says_what_is_a_slide_as_in_an_archive(client, name):
     answer = client.post("/v1/predict", content=(SLIDES | FIELDS)[name])
     if name in SLIDES:
-        assert told(answer)[:2] == (415, "whole_slide")
+        assert refusal(answer)[:2] == (415, "whole_slide")
     else:
         assert (answer.status_code, answer.json()["width_px"]) == (200, 130)
 
@@ -196,16 +196,16 @@ def test_a_slide_in_a_batch_leaves_the_others_their_answers(client):
 @pytest.mark.parametrize("name", ["slides/CMU-1-Small-Region.svs", "slides/boxes.tiff", "cases/dicom/p1.dcm"])
 def test_real_slides_are_refused(client, real_data, name):
     content = (real_data / name).read_bytes()
-    assert told(client.post("/v1/predict", content=content))[:2] == (415, "whole_slide")
+    assert refusal(client.post("/v1/predict", content=content))[:2] == (415, "whole_slide")
 
 
 QUERIES = [
     (
         "/v1/predict?overlays=true",
         "unknown_option",
-        "`overlays` is no option of this address; expected `overlay` and `preview`",
+        "unknown option `overlays`; expected `overlay` and `preview`",
     ),
-    ("/v1/predict?Overlay=true&a=1", "unknown_option", "`Overlay` and `a` is no option"),
+    ("/v1/predict?Overlay=true&a=1", "unknown_option", "unknown option `Overlay` and `a`"),
     (
         "/v1/predict?overlay=maybe",
         "invalid_request",
@@ -225,7 +225,7 @@ QUERIES = [
     (
         "/v1/predict/batch?overlay=true",
         "unknown_option",
-        "`overlay` is no option of this address; it has no options",
+        "unknown option `overlay`; this address has no options",
     ),
 ]
 
@@ -233,13 +233,13 @@ QUERIES = [
 @pytest.mark.parametrize(("path", "code", "message"), QUERIES)
 def test_options_are_known_and_given_once(client, path, code, message):
     files = {"files" if "batch" in path else "file": ("a.png", FIELD)}
-    found = told(client.post(path, files=files))
+    found = refusal(client.post(path, files=files))
     assert found[:2] == (422, code)
     assert found[2].startswith(message)
 
 
 def test_the_model_has_no_options(client):
-    assert told(client.get("/v1/model?full=1"))[:2] == (422, "unknown_option")
+    assert refusal(client.get("/v1/model?full=1"))[:2] == (422, "unknown_option")
     assert client.get("/v1/model").status_code == client.get("/healthz?now=1").status_code == 200
 
 
@@ -258,7 +258,7 @@ FORMS = [
         form(FILE, FILE),
         400,
         "invalid_form",
-        "2 files, and one is answered here; send several to /v1/predict/batch",
+        "2 files, but this address accepts one; send several to /v1/predict/batch",
     ),
     (form((b'name="file"', FIELD)), 422, "no_filename", "no filename"),
     (form((b'name="file"', BASE64)), 422, "no_filename", "no filename"),
@@ -271,8 +271,8 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("request_", "status", "code", "message"), FORMS)
-def test_forms_are_told_what_is_wrong(client, request_, status, code, message):
-    found = told(client.post("/v1/predict", **request_))
+def test_the_error_of_a_form_names_what_is_wrong(client, request_, status, code, message):
+    found = refusal(client.post("/v1/predict", **request_))
     assert found[:2] == (status, code)
     assert message in found[2]
 
@@ -290,18 +290,18 @@ def test_nothing_of_a_batch_is_dropped(client):
         "empty",
     ]
     cut = form(*parts[:1], (b'name="files"; filename="b.png"', FIELD), end=False)
-    assert told(client.post("/v1/predict/batch", **cut))[:2] == (400, "invalid_form")
+    assert refusal(client.post("/v1/predict/batch", **cut))[:2] == (400, "invalid_form")
     wrong = form(*parts[:1], (b'name="file"; filename="b.png"', FIELD))
-    assert told(client.post("/v1/predict/batch", **wrong))[:2] == (422, "unknown_field")
-    five = told(client.post("/v1/predict/batch", **form(*parts[:1] * 5)))
+    assert refusal(client.post("/v1/predict/batch", **wrong))[:2] == (422, "unknown_field")
+    five = refusal(client.post("/v1/predict/batch", **form(*parts[:1] * 5)))
     assert five == (400, "invalid_form", "the form has 5 files; at most 4 in one form")
 
 
 @pytest.mark.parametrize("kind", ["image/png", "application/json", "multipart/mixed; boundary=x", ""])
 def test_a_batch_is_a_form(client, kind):
     answer = client.post("/v1/predict/batch", content=FIELD, headers={"Content-Type": kind} if kind else {})
-    assert told(answer)[:2] == (415, "unsupported_format")
-    assert "multipart/form-data" in told(answer)[2]
+    assert refusal(answer)[:2] == (415, "unsupported_format")
+    assert "multipart/form-data" in refusal(answer)[2]
     assert (
         client.post("/v1/predict", content=FIELD, headers={"Content-Type": "multipart/related"}).status_code
         == 415
@@ -310,5 +310,5 @@ def test_a_batch_is_a_form(client, kind):
 
 def test_names_of_callers_do_not_fill_the_answer(client):
     files = {f"{n:03}{'a' * 500}": ("a.png", FIELD) for n in range(50)}
-    assert len(told(client.post("/v1/predict", files=files))[2]) < 500
+    assert len(refusal(client.post("/v1/predict", files=files))[2]) < 500
     assert upload.MAX_PARTS >= 50

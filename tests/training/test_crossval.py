@@ -73,8 +73,8 @@ def test_a_leak_is_seen_and_said_where_the_class_stands_in_no_picture(noise):
     assert row["interval"][0] > 0.15
     page = storage.read_bytes(f"{uri}/report.html").decode()
     assert "The leak adds +" in page
-    assert "split by image, with patients on both sides, the same model seems to reach" in page
-    mark = "leaky: patients stand on both sides"
+    assert "split by image, with patients in several parts, the same model appears to reach" in page
+    mark = "leaky: patients in several parts"
     assert mark in storage.read_bytes(f"{uri}/image/report.html").decode()
     assert mark not in page
 
@@ -89,7 +89,7 @@ def test_no_leak_is_seen_where_the_class_stands_in_every_picture(signal):
     assert low <= 0 <= high
     assert abs(row["difference"]) < 0.1
     assert measured["leak"]["n_left_out"] == 0
-    assert "No leak is seen" in storage.read_bytes(f"{uri}/report.html").decode()
+    assert "No effect of a leak is seen" in storage.read_bytes(f"{uri}/report.html").decode()
 
 
 @trial

@@ -1,4 +1,4 @@
-// The page: takes pictures, asks the service about each, shows what it says.
+// The page: sends images to the service and shows its answers.
 
 import { showModel } from "./model.js";
 import { decode, draw, drawLegend, laidOver, pixelsOf, pngOf, strengthsOf } from "./picture.js";
@@ -10,8 +10,8 @@ const IN_FLIGHT = 4;
 const THUMB_PX = 96;
 const STEPS = { ArrowLeft: -1, ArrowRight: 1 };
 
-// Of an item, `status` is one of waiting, sending, held (until the service lets us in), done and failed; `source` is
-// what can be drawn: the file, or the service's picture of it.
+// The `status` of an item is waiting, sending, held (until there is a valid token), done or failed; its `source` is the
+// file, or the service's preview of it.
 const state = { about: null, items: [], chosen: null, shown: null, loading: null, active: 0, abort: new AbortController() };
 
 const opacity = () => element("opacity").valueAsNumber / 100;
@@ -22,7 +22,7 @@ const say = (text) => (element("status").textContent = text);
 function add(files) {
   if (!files.length) return;
   const first = state.items.length;
-  // What is dropped before the model is known is not lost.
+  // Files that are dropped before the model is known wait.
   const status = state.about ? "waiting" : "held";
   for (const file of files) {
     const number = state.items.length + 1;
@@ -56,7 +56,7 @@ async function send(item, signal) {
   } catch (error) {
     fail(item, signal.aborted ? signal.reason : error);
   }
-  // After "clear all" the picture is no longer ours.
+  // "Clear all" may have removed the item.
   if (!state.items.includes(item)) return;
   fill(item);
   if (state.chosen === item) renderViewer();
@@ -65,7 +65,7 @@ async function send(item, signal) {
 function fail(item, error) {
   if (error.code === "unauthorized") {
     item.status = "held";
-    // The first of several that are refused at once asks; the rest were stopped by it.
+    // The first of several rejected requests opens the form and stops the others.
     if (element("access").hidden) {
       askForToken("The service no longer accepts the token.");
       stop(error);
@@ -79,14 +79,14 @@ function fail(item, error) {
 async function predict(item, signal) {
   const most = state.about.limits.max_body_bytes;
   if (item.file.size > most) {
-    const both = `${mebibytes(item.file.size)}; the service takes ${mebibytes(most)}`;
-    throw new ServiceError("body_too_large", `${both}. Whole slides are scored by jobs/score.py`);
+    const both = `${mebibytes(item.file.size)}; the service accepts ${mebibytes(most)}`;
+    throw new ServiceError("body_too_large", `${both}. Score whole slides with jobs/score.py`);
   }
   if (/\.mrxs$/i.test(item.name)) {
-    // What it holds is a small picture of the slide, whose pixels are in a folder beside it.
-    throw new ServiceError("whole_slide", "single fields of view are answered here; score slides with jobs/score.py");
+    // It contains a small image of the slide; the slide's pixels are in a folder beside it.
+    throw new ServiceError("whole_slide", "this page accepts single fields of view; score slides with jobs/score.py");
   }
-  // Read first: a folder, or a file that has gone, would look like a lost network.
+  // Read first: a folder or a missing file would look like a lost network.
   const body = await item.file.arrayBuffer().catch(() => {
     throw new ServiceError("unreadable", "it is a folder, or was moved or changed since it was chosen");
   });
@@ -100,7 +100,7 @@ async function predict(item, signal) {
   return answer;
 }
 
-/** Make the small picture for the table; false where this browser cannot decode the file. */
+/** Make the thumbnail for the table; false where this browser cannot decode the file. */
 async function makeThumb(item) {
   const bitmap = await decode(item.source);
   if (!bitmap) return false;
@@ -109,7 +109,7 @@ async function makeThumb(item) {
   return true;
 }
 
-/** End what is under way and hold back what waits. */
+/** Stop the requests in flight and fail the waiting ones. */
 function stop(reason) {
   state.abort.abort(reason);
   state.abort = new AbortController();
@@ -138,7 +138,7 @@ function clearAll() {
   arrange(state.items);
   renderViewer();
   renderProgress();
-  say("All pictures are cleared.");
+  say("All images are cleared.");
 }
 
 // ---- progress and the table -----------------------------------------------------------------------------------
@@ -170,10 +170,10 @@ function renderProgress() {
 function totals(failed, coming) {
   const answers = state.items.map((item) => item.answer).filter(Boolean);
   const malignant = answers.filter((answer) => side(answer) === "malignant").length;
-  const parts = [plural(state.items.length, "picture")];
+  const parts = [plural(state.items.length, "image")];
   if (answers.length > 1) parts.push(`${malignant} called malignant`, `${answers.length - malignant} benign`);
   if (failed) parts.push(`${failed} not scored`);
-  if (coming) parts.push(`${coming} to come`);
+  if (coming) parts.push(`${coming} pending`);
   return parts.join(" · ");
 }
 
@@ -189,11 +189,11 @@ function drawThumb(item) {
 function download() {
   const url = URL.createObjectURL(new Blob([csv(state.items)], { type: "text/csv;charset=utf-8" }));
   make("a", "", { href: url, download: `bcd-${state.about.model_id}.csv` }).click();
-  // The browser has taken hold of it by the next turn of the event loop.
+  // The browser has opened it by the next turn of the event loop.
   setTimeout(() => URL.revokeObjectURL(url));
 }
 
-// ---- the chosen picture ---------------------------------------------------------------------------------------
+// ---- the chosen image -----------------------------------------------------------------------------------------
 
 function choose(item, scroll = false) {
   const before = state.chosen;
@@ -221,7 +221,7 @@ function renderViewer() {
   drawChosen();
 }
 
-/** Decode what is to be shown; without it the last picture would stand under a name that is not its own. */
+/** Decode and show an image; until then the canvas is hidden, so that no image has a wrong name. */
 async function load(source) {
   if (state.loading === source) return;
   state.loading = source;
@@ -247,8 +247,8 @@ function drawChosen() {
   if (!shown.pixels) return;
   draw(element("plain"), shown.pixels);
   draw(element("evidence"), withEvidence(shown, chosen.answer));
-  element("evidence-caption").textContent = chosen.answer ? "the picture with its evidence" : "the picture";
-  element("evidence").setAttribute("aria-label", chosen.answer ? spoken(chosen.answer) : "The picture");
+  element("evidence-caption").textContent = chosen.answer ? "the image with its evidence" : "the image";
+  element("evidence").setAttribute("aria-label", chosen.answer ? spoken(chosen.answer) : "The image");
 }
 
 function withEvidence(shown, answer) {
@@ -259,11 +259,11 @@ function withEvidence(shown, answer) {
   return laidOver(pixels, shown.strengths, overlay, opacity());
 }
 
-const spoken = (answer) => `The picture with its evidence, ${answer.evidence.explains}`;
+const spoken = (answer) => `The image with its evidence, ${answer.evidence.explains}`;
 
 function noVerdict(item) {
   if (!item.error) {
-    return [make("p", item.status === "held" ? "Waits for the access token." : "Asking the model …", { class: "quiet" })];
+    return [make("p", item.status === "held" ? "Waiting for the access token." : "Waiting for the model …", { class: "quiet" })];
   }
   const inside = [make("h3", item.error.title), make("p", sentence(item.error.message))];
   return [wrap("div", { class: "failure" }, ...inside)];
@@ -288,7 +288,7 @@ function numbers(answer) {
     ["evidence bias", signed(answer.evidence.bias)],
     ...(novelty === null ? [] : [["novelty", `${novelty.toFixed(2)} (usual up to ${cutoff.toFixed(2)})`]]),
     ["size", `${answer.width_px} × ${answer.height_px} px`],
-    // Of two classes the first is known already; of eight it is not.
+    // The probability of one of two classes gives the other; that of one of eight does not.
     ...(classes.length > 2 ? classes.map(([name, value]) => [words(name), probability(value)]) : []),
   ];
 }
@@ -299,7 +299,7 @@ function rail(answer) {
   const mark = make("span", `threshold ${brief(answer.threshold)}`);
   bar.style.width = `${100 * answer.probability_malignant}%`;
   tick.style.left = `${100 * answer.threshold}%`;
-  // The words are wider than the tick and stay between the ends.
+  // The label is wider than the tick and stays between the ends.
   mark.style.left = `${100 * Math.min(0.75, Math.max(0.25, answer.threshold))}%`;
   return wrap(
     "div",
@@ -313,7 +313,7 @@ let frame = 0;
 
 function slide() {
   element("opacity-text").textContent = `${element("opacity").value} %`;
-  // A slider speaks more often than a screen shows.
+  // A slider sends more events than a screen has frames.
   cancelAnimationFrame(frame);
   frame = requestAnimationFrame(() => {
     if (!state.about) return;
@@ -323,7 +323,7 @@ function slide() {
   });
 }
 
-// ---- coming in ------------------------------------------------------------------------------------------------
+// ---- access ---------------------------------------------------------------------------------------------------
 
 function askForToken(why = "") {
   show("access", true);
@@ -335,8 +335,8 @@ function askForToken(why = "") {
 async function enter(event) {
   event.preventDefault();
   const given = element("token").value.trim();
-  // A header takes no other letters, and no token has them.
-  if (!/^[\x21-\x7e]+$/.test(given)) return askForToken("That is no token: it has letters that no token has.");
+  // A header accepts no other characters, and no token has them.
+  if (!/^[\x21-\x7e]+$/.test(given)) return askForToken("This is not a token: it has characters that no token has.");
   token.keep(given);
   await connect();
 }
@@ -389,7 +389,7 @@ function takeDrops() {
   const mark = (on) => element("drop").classList.toggle("over", on);
   document.addEventListener("dragover", (event) => {
     if (!event.dataTransfer.types.includes("Files")) return;
-    // Wherever it falls: a browser would leave this page to show a file that misses the zone.
+    // On the whole page: a browser would leave the page for a file that misses the zone.
     event.preventDefault();
     mark(true);
   });

@@ -1,17 +1,17 @@
-// Which model answers: what its card says, in words.
+// The model: its card in words.
 
 import { brief, element, make, mebibytes, plural, show, wrap, words } from "./text.js";
 
 const SPLITS = {
-  case: "no case is on two sides",
-  patient: "no patient is on two sides",
+  case: "no case is in two parts",
+  patient: "no patient is in two parts",
   official: "a published fold",
-  image: "patients are on both sides",
+  image: "patients are in several parts",
 };
 const SYNTHETIC =
-  "It was trained on made-up pictures: what it says shows that the software works, and nothing about tissue.";
+  "It was trained on synthetic images: its output shows that the software works, and says nothing about tissue.";
 const LEAKY =
-  "Pictures of the same patient stood on both sides of its split: the accuracy on its card is far too good, and it may do much worse here.";
+  "Images of the same patient were in several parts of its split: the accuracy on its card is far too high, and it may perform much worse here.";
 
 function banner(name, text) {
   return wrap("p", { class: "banner" }, make("strong", name), ` ${text}`);
@@ -32,7 +32,7 @@ function split({ protocol, fold }) {
   return [name, SPLITS[protocol] ?? ""];
 }
 
-/** Balanced accuracy, or what there is instead, with its interval and what it was measured on. */
+/** Balanced accuracy or its substitute, with its interval and the images that it was measured on. */
 function accuracy({ metrics, leaky }) {
   const rows = metrics.summary ?? [];
   const row = [rows.find(([name]) => name === "balanced accuracy"), rows.find(([name]) => name === "image recognition rate")].find(
@@ -41,12 +41,12 @@ function accuracy({ metrics, leaky }) {
   if (!row) return ["test part", "not measured", "this model has not been evaluated"];
   const [name, value, interval] = row;
   if (metrics.too_few_patients) return [`${name}, test part`, "too few patients", metrics.too_few_patients];
-  const seen = leaky ? "of patients that it may have seen" : "of patients never seen";
-  const on = metrics.n_images ? `on ${plural(metrics.n_images, "picture")} ${seen}` : "on its test part";
+  const seen = leaky ? "of patients that it may have seen" : "of unseen patients";
+  const on = metrics.n_images ? `on ${plural(metrics.n_images, "image")} ${seen}` : "on its test part";
   return [`${name}, test part`, value, interval === "–" ? on : `95 % interval ${interval}, ${on}`];
 }
 
-/** Facts, warnings and measures of the model; `about` is the document of /v1/model. */
+/** Show facts, warnings and metrics of the model; `about` is the document of /v1/model. */
 export function showModel(about) {
   const { card, limits } = about;
   const marks = [card.synthetic && banner("Synthetic model.", SYNTHETIC), card.leaky && banner("Leaky model.", LEAKY)];
@@ -62,7 +62,7 @@ export function showModel(about) {
   showMeasures(card);
   showDetails(about);
   const most = mebibytes(limits.max_body_bytes);
-  element("drop-limits").textContent = `PNG, JPEG or TIFF · one field of view each · up to ${most} a file`;
+  element("drop-limits").textContent = `PNG, JPEG or TIFF · one field of view each · up to ${most} per file`;
   showScale(about);
 }
 
@@ -78,7 +78,7 @@ function showMeasures({ metrics }) {
 function showDetails({ card, limits }) {
   const facts = {
     classes: card.classes.map(words).join(", "),
-    "called malignant": `from a probability of ${brief(card.threshold)} on`,
+    "called malignant": `from a probability of ${brief(card.threshold)}`,
     architecture: card.architecture,
     "network's input": `${card.input_width_px} × ${card.input_height_px} px`,
     "usual field": `${card.field_width_px} × ${card.field_height_px} px`,
@@ -86,13 +86,13 @@ function showDetails({ card, limits }) {
     seed: String(card.seed),
     "data fingerprint": card.data_fingerprint.slice(0, 12),
     commit: card.git_commit?.slice(0, 12),
-    limits: `${mebibytes(limits.max_body_bytes)} and ${limits.max_pixels.toLocaleString("en")} pixels a picture`,
+    limits: `${mebibytes(limits.max_body_bytes)} and ${limits.max_pixels.toLocaleString("en")} pixels per image`,
   };
   const known = Object.entries(facts).filter(([, value]) => value);
   element("details").replaceChildren(...known.flatMap(([name, value]) => [make("dt", name), make("dd", value)]));
 }
 
-/** Words of the legend: what the two ends of the scale speak for. */
+/** The legend: the classes at both ends of the scale. */
 function showScale({ card, overlay }) {
   const two = card.classes.length === 2;
   const [against, towards] = two ? card.classes.map(words) : ["against", "for the predicted class"];
@@ -103,8 +103,8 @@ function showScale({ card, overlay }) {
   element("unit").textContent = overlay.unit;
   const label = `Colours from blue for ${against} over none to vermilion for ${towards}`;
   element("scale").setAttribute("aria-label", label);
-  const ends = two ? `Vermilion speaks for ${towards}, blue for ${against}` : "Vermilion speaks for the predicted class, blue against it";
+  const ends = two ? `Vermilion is evidence for ${towards}, blue for ${against}` : "Vermilion is evidence for the predicted class, blue against it";
   element("reading").textContent =
-    `${ends}; where no colour lies the model saw nothing either way. All pictures share this scale; beyond its ends the colour is full. The mean over the map plus the bias is the log-odds.`;
+    `${ends}; uncoloured places are evidence for neither. All images share this scale; colours saturate beyond its ends. The mean over the map plus the bias is the log-odds.`;
   show("reading", true);
 }

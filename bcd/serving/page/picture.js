@@ -1,19 +1,19 @@
-// Pictures in the browser: decoded, fitted, and with evidence laid over them exactly as bcd/overlay.py does it.
+// Images in the browser: decoded, shrunk, and with evidence drawn over them exactly as in bcd/reports/overlay.py.
 
-// Longest side of what is drawn: as fine as a screen shows, and quick enough to follow the slider.
+// Longest side of drawn images: as fine as a screen, and fast enough to follow the slider.
 const LARGEST_PX = 1280;
 
-/** The picture as a bitmap, or null where this browser cannot read the format (TIFF) or the file is damaged. */
+/** The image as a bitmap, or null where this browser cannot read the format (TIFF) or the file is damaged. */
 export async function decode(blob) {
   try {
-    // In sRGB, as the model reads it: a colour profile in the file is followed here too.
+    // In sRGB, as the model reads it: the browser applies a colour profile too.
     return await createImageBitmap(blob);
   } catch {
     return null;
   }
 }
 
-/** The bitmap's pixels within a size, aspect ratio kept, never enlarged; transparency is laid over white. */
+/** The pixels of a bitmap, shrunk to a size, over white where it is transparent. */
 export function pixelsOf(bitmap, side = LARGEST_PX) {
   const shrink = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
   const canvas = document.createElement("canvas");
@@ -27,7 +27,7 @@ export function pixelsOf(bitmap, side = LARGEST_PX) {
   return context.getImageData(0, 0, canvas.width, canvas.height);
 }
 
-/** Which cells each of `count` pixels reads, and with which shares: Pillow's bilinear filter over a box. */
+/** Cells and weights of each of `count` pixels: Pillow's bilinear filter over a box. */
 function shares(cells, from, to, count) {
   const step = (to - from) / count;
   const reach = Math.max(1, step);
@@ -48,7 +48,7 @@ function blend(row, { first, values }) {
   return values.reduce((sum, share, k) => sum + share * row[first + k], 0);
 }
 
-/** Evidence over a picture, Float32Array in -1 ... 1: the part of the map that covers it, enlarged. */
+/** Evidence over an image, Float32Array in -1 ... 1: the part of the map that covers it, enlarged. */
 export function strengthsOf(evidence, limit, width, height) {
   const { covers, values } = evidence;
   const across = shares(evidence.width, covers.left * evidence.width, covers.right * evidence.width, width);
@@ -69,13 +69,13 @@ function rgb(hex) {
   return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
 }
 
-/** Pixels under their evidence; `scale` is the `overlay` of /v1/model, `opacity` the slider's 0 ... 1. */
+/** Pixels under their evidence; `scale` is `overlay` of /v1/model, `opacity` is 0 ... 1. */
 export function laidOver(pixels, strengths, scale, opacity) {
   const [against, towards] = [rgb(scale.against_colour), rgb(scale.towards_colour)];
   const result = new ImageData(pixels.width, pixels.height);
   const [from, to] = [pixels.data, result.data];
   for (let i = 0, at = 0; i < strengths.length; i++, at += 4) {
-    // Pillow's grey, in its own integers.
+    // Pillow's conversion to grey, in integers.
     const grey = (from[at] * 19595 + from[at + 1] * 38470 + from[at + 2] * 7471 + 32768) >> 16;
     const light = 1 - scale.contrast * (1 - grey / 255);
     const colour = strengths[i] < 0 ? against : towards;
@@ -86,9 +86,9 @@ export function laidOver(pixels, strengths, scale, opacity) {
   return result;
 }
 
-/** Put pixels on a canvas, which takes their size. */
+/** Draw pixels on a canvas of their size. */
 export function draw(canvas, pixels) {
-  // Setting a size clears the canvas: only where it changes, or the slider flickers.
+  // Setting a size clears the canvas: set it only where it changes, so that the slider does not flicker.
   if (canvas.width !== pixels.width) canvas.width = pixels.width;
   if (canvas.height !== pixels.height) canvas.height = pixels.height;
   canvas.getContext("2d").putImageData(pixels, 0, 0);
@@ -102,7 +102,7 @@ export function drawLegend(canvas, scale, opacity) {
   draw(canvas, laidOver(paper, ramp, scale, opacity));
 }
 
-/** PNG in base64 as a blob; fetch("data:...") would need a wider content policy. */
+/** PNG in base64 as a blob; fetch("data:...") would require a wider content policy. */
 export function pngOf(base64) {
   return new Blob([Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0))], { type: "image/png" });
 }

@@ -1,12 +1,12 @@
-// The HTTP API: the token, waiting where the service is busy, and one kind of error for all that goes wrong.
+// The HTTP API: the token, retries while the service is busy, and one class for all errors.
 
 const ATTEMPTS = 6;
-// What is waited where a busy service names no time, and the longest that it may ask for, in seconds.
+// Seconds to wait where a busy service names none, and the most that it may name.
 const [PAUSE_S, LONGEST_PAUSE_S] = [1, 60];
 const TOKEN = "bcd-token";
 const BY_STATUS = { 401: "unauthorized", 408: "slow_upload", 413: "body_too_large", 503: "overloaded", 504: "timeout" };
 const TITLES = {
-  unsupported_format: "Not a picture that can be read",
+  unsupported_format: "Not a readable image",
   whole_slide: "A whole slide",
   truncated: "Damaged or cut short",
   too_many_pixels: "Too many pixels",
@@ -19,7 +19,7 @@ const TITLES = {
   unreadable: "The file cannot be read",
   stopped: "Stopped",
 };
-// Of the file itself: sending it again would not help.
+// Errors of the file itself: a retry would not help.
 const LASTING = new Set(["unsupported_format", "whole_slide", "truncated", "too_many_pixels", "empty", "body_too_large", "unreadable"]);
 
 export class ServiceError extends Error {
@@ -57,11 +57,11 @@ async function reply(path, options) {
     return await fetch(path, { ...options, headers, cache: "no-store", redirect: "error" });
   } catch (error) {
     if (options.signal?.aborted) throw options.signal.reason;
-    throw new ServiceError("unreachable", "it has stopped, or the network is gone");
+    throw new ServiceError("unreachable", "it has stopped, or there is no network");
   }
 }
 
-/** The error in an answer. A proxy on the way answers with a page of its own, not with our JSON. */
+/** The error in an answer; a proxy in between may answer without our JSON. */
 async function failure(response) {
   const { code, message } = (await response.json().catch(() => null))?.error ?? {};
   if (typeof code === "string" && typeof message === "string") return new ServiceError(code, message);
@@ -73,17 +73,17 @@ async function content(response, signal) {
   try {
     return await response.json();
   } catch {
-    throw signal?.aborted ? signal.reason : new ServiceError("unreachable", "its answer broke off");
+    throw signal?.aborted ? signal.reason : new ServiceError("unreachable", "its answer ended early");
   }
 }
 
-/** JSON from the service; where it is busy, wait as long as it says and ask again. */
+/** JSON from the service; while it is busy, wait as long as it states and retry. */
 export async function ask(path, options = {}) {
   for (let attempt = 1; ; attempt++) {
     const response = await reply(path, options);
     if (response.ok) return content(response, options.signal);
     if (response.status !== 503 || attempt === ATTEMPTS) throw await failure(response);
-    const told = parseFloat(response.headers.get("Retry-After"));
-    await pause(told >= 0 ? Math.min(told, LONGEST_PAUSE_S) : PAUSE_S, options.signal);
+    const stated = parseFloat(response.headers.get("Retry-After"));
+    await pause(stated >= 0 ? Math.min(stated, LONGEST_PAUSE_S) : PAUSE_S, options.signal);
   }
 }

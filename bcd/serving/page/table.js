@@ -1,9 +1,9 @@
-// The table of all pictures: its columns, their order, and the same as CSV.
+// The table of all images: its columns, its order, and its CSV.
 
 import { chip, element, make, probability, signed, wrap } from "./text.js";
 
 const COLUMNS = [
-  { key: "name", name: "picture", of: (item) => item.name },
+  { key: "name", name: "image", of: (item) => item.name },
   { key: "class", name: "class", of: (item) => item.answer?.predicted_class },
   { key: "probability", name: "probability", of: (item) => item.answer?.probability_malignant, digits: true },
   { key: "log_odds", name: "log-odds", of: (item) => item.answer?.log_odds, digits: true },
@@ -21,7 +21,7 @@ function compare(a, b) {
   return typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b;
 }
 
-/** The pictures in the table's order; those without a value stand last either way. */
+/** The images in the table's order; those without a value are last in both directions. */
 export function sorted(items) {
   const { of } = order.column;
   return [...items].sort((one, other) => {
@@ -31,7 +31,7 @@ export function sorted(items) {
   });
 }
 
-/** The heads, each a button; `sort` is called when the order has changed. */
+/** Build the heads, each a button; `sort` is called when the order has changed. */
 export function buildHeads(sort) {
   for (const column of COLUMNS) {
     const button = make("button", column.name, { type: "button" });
@@ -53,25 +53,25 @@ function markOrder() {
   }
 }
 
-/** Put the rows into the table's order. */
+/** Sort the rows. */
 export function arrange(items) {
   const focused = document.activeElement;
   element("rows").replaceChildren(...sorted(items).map((item) => item.row));
-  // A row that is moved loses the focus.
+  // A moved row loses the focus.
   if (element("rows").contains(focused)) focused.focus({ preventScroll: true });
 }
 
-/** A new row at the end; `choose` is called when it is clicked. */
+/** Append a row; `choose` is called when it is clicked. */
 export function addRow(item, choose) {
   item.canvas = make("canvas", "", { "aria-hidden": "true", width: 3, height: 2 });
   item.button = make("button", item.name, { type: "button" });
   item.row = wrap("tr", {}, wrap("td", {}, wrap("div", { class: "name" }, item.canvas, item.button)));
-  // The whole row is there for the mouse, the button for the keyboard.
+  // The whole row is for the mouse, the button for the keyboard.
   item.row.addEventListener("click", () => choose(item));
   element("rows").append(item.row);
 }
 
-/** What is known about a picture, in its row. */
+/** Update the row of an image. */
 export function fillRow(item, chosen) {
   const { answer, error } = item;
   if (chosen) item.button.setAttribute("aria-current", "true");
@@ -83,7 +83,7 @@ export function fillRow(item, chosen) {
     answer ? signed(answer.log_odds) : "",
     answer?.novelty?.toFixed(2) ?? "",
   ];
-  // The first cell stays: its button may have the focus.
+  // Keep the first cell: its button may have the focus.
   while (item.row.children.length > 1) item.row.lastChild.remove();
   item.row.append(
     wrap("td", {}, call),
@@ -108,7 +108,7 @@ const CSV = {
   model_id: (item) => item.answer?.model_id,
 };
 
-/** One field as RFC 4180 has it; text that a spreadsheet would run as a formula begins with an apostrophe. */
+/** One field of RFC 4180; an apostrophe before text that a spreadsheet would run as a formula. */
 function field(value) {
   if (value === null || value === undefined) return "";
   if (typeof value === "number") return String(value);
@@ -116,7 +116,7 @@ function field(value) {
   return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 
-/** All pictures in the table's order, numbers in full precision. */
+/** All images in the table's order, with numbers in full precision. */
 export function csv(items) {
   const lines = [Object.keys(CSV), ...sorted(items).map((item) => Object.values(CSV).map((of) => of(item)))];
   return lines.map((line) => `${line.map(field).join(",")}\r\n`).join("");

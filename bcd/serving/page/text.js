@@ -1,10 +1,10 @@
-// Words and numbers as people read them.
+// Elements, texts and number formats.
 
 const MINUS = "\u2212";
 
 export const element = (id) => document.getElementById(id);
 
-/** An element with text, never markup: file names and messages come from anywhere. */
+/** An element with text, never markup: file names and messages are untrusted. */
 export function make(tag, text = "", attributes = {}) {
   const made = document.createElement(tag);
   made.textContent = text;
@@ -31,7 +31,7 @@ export const probability = (p) => (p > 0.999 ? "> 0.999" : p < 0.001 ? "< 0.001"
 export const mebibytes = (bytes) => `${brief(bytes / 2 ** 20)} MiB`;
 export const words = (name) => name.replaceAll("_", " ");
 
-/** On which side of the threshold an answer lies; subtypes take the colour of their side. */
+/** The class at the threshold; subtypes have the colour of this class. */
 export const side = (answer) => (answer.probability_malignant >= answer.threshold ? "malignant" : "benign");
 
 export const chip = (answer) => make("span", words(answer.predicted_class), { class: `chip ${side(answer)}` });
