@@ -411,14 +411,10 @@ def test_a_cross_validation_shows_its_folds_and_what_a_leak_adds(tmp_path: Path)
     assert lines[5].endswith("0.900 ± 0.040 (1 of 2 folds)")
 
 
-<<<<<<< HEAD
-def test_several_models_of_an_image_are_told_from_several_images(
+def test_several_models_of_an_image_are_not_several_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_report, "_save", saving(()))
-=======
-def test_several_models_of_an_image_are_not_several_images(tmp_path: Path) -> None:
->>>>>>> h4
     frame = predictions()
     tables = [aggregate.image_table(frame).assign(**{aggregate.DRAW: n}) for n in (1, 2)]
     measured = measures.measure(joined := pd.concat(tables, ignore_index=True)) | {"n_errors": 0}
@@ -430,17 +426,10 @@ def test_several_models_of_an_image_are_not_several_images(tmp_path: Path) -> No
 
 def test_colours_speak_for_the_predicted_subtype_where_there_are_eight(tmp_path: Path) -> None:
     targets = ("tumor_class", "subtype")
-<<<<<<< HEAD
     pages = [text(write(tmp_path, predictions(), facts={"target": target}, draws=())) for target in targets]
-    assert "vermilion speaks for malignant, blue for benign" in pages[0]
-    assert "vermilion speaks for the predicted subtype, blue against it" in pages[1]
-    assert "vermilion speaks for malignant" not in pages[1]
-=======
-    pages = [text(write(tmp_path, predictions(), facts={"target": target})) for target in targets]
     assert "vermilion for malignant, blue for benign" in pages[0]
     assert "vermilion for the predicted subtype, blue against it" in pages[1]
     assert "vermilion for malignant" not in pages[1]
->>>>>>> h4
 
 
 @pytest.mark.parametrize(
@@ -470,16 +459,4 @@ def test_summary_lines() -> None:
     assert re.fullmatch(r"  balanced accuracy +83.3\s% +\d+\.\d to \d+\.\d\s%", lines[2])
     assert len(lines) == 2 + len(model_report.MEASURES)
     marked = model_report.summary_lines(studies.measured(predictions()) | {"leaky": True, "forced": True})
-<<<<<<< HEAD
-    assert marked[0].endswith("[leaky: patients stand on both sides] [forced: may have been trained on]")
-=======
     assert marked[0].endswith("[leaky: patients in several parts] [forced: may have been trained on]")
-
-
-def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
-    import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    write(tmp_path, predictions(1))
-    assert dict(matplotlib.rcParams) == before
->>>>>>> h4
