@@ -206,7 +206,7 @@ def _fault(path: Path) -> ImageError | None:
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         try:
-            for page in tiff.pages(file, size_bytes):
+            for page in tiff.iterate_pages(file, size_bytes):
                 _require_tiles(page, size_bytes)
         except ImageError as error:
             is_damage, message = error.code == "truncated", error.message

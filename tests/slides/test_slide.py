@@ -279,6 +279,21 @@ def test_a_mirax_slide_needs_its_folder():
     assert slide.companions(paths, "a/bb.mrxs") == ["a/bb/Index.dat"]
 
 
+@pytest.mark.parametrize("name", ["a.mrxs", "a.dcm"])
+def test_a_file_that_is_no_tiff_is_left_to_openslide(tmp_path, monkeypatch, name):
+    """MIRAX is a JPEG beside a folder, DICOM a format of its own."""
+    path = tmp_path / name
+    path.write_bytes(pictures.encode(pictures.gradient(), "JPEG"))
+    handle = SimpleNamespace(
+        dimensions=(64, 48),
+        properties={"openslide.mpp-x": "0.5", "openslide.mpp-y": "0.5"},
+        level_downsamples=(1.0,),
+        color_profile=None,
+    )
+    monkeypatch.setattr(slide.openslide, "OpenSlide", lambda path: handle)
+    assert slide.open_slide(path).width_px == 64
+
+
 def test_which_names_say_nothing():
     names = ["a", "d.x/IM0001", "1.2.840.113619", "a.", "a.7", "b.svs", "c.txt", "e.TIF", ".x.png"]
     assert [slide.is_unnamed(name) for name in names] == [True] * 5 + [False] * 4
