@@ -28,8 +28,8 @@ MAX_FILE_BYTES = 2**28
 # ImageNet statistics, RGB in [0, 1]: the input that torchvision's weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# The margin of a field in the network's input has the mean colour: zero after normalising, as the zero padding
-# of the convolutions.
+# Colour of the margin around a field in the network's input: the mean, which is zero after normalising, like
+# the zero padding of the convolutions.
 FILL = tuple(round(255 * value) for value in IMAGENET_MEAN)
 
 # Code of a transient error of storage. No finished table contains it.

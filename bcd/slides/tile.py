@@ -57,12 +57,7 @@ def grid(
     step_x, step_y = tile_width_px * tile_mpp / mpp_x, tile_height_px * tile_mpp / mpp_y
     x, y = _starts(width_px, step_x), _starts(height_px, step_y)
     return Grid(
-        np.tile(x, len(y)),
-        np.repeat(y, len(x)),
-        max(1, round(step_x)),
-        max(1, round(step_y)),
-        len(x),
-        len(y),
+        np.tile(x, len(y)), np.repeat(y, len(x)), max(1, round(step_x)), max(1, round(step_y)), len(x), len(y)
     )
 
 

@@ -108,8 +108,8 @@ def test_twelve_bits_are_scaled_where_the_file_says_so(changes):
         (DEEP, {"t284": [2]}, "16-bit samples in separate planes"),
         (PIXELS, {"meaning": 6}, "YCbCr with subsampling"),
         (GREY, {"meaning": 3, "t320": [*range(256)] * 3}, "palette has 8 bits where TIFF has 16"),
-        (GREY, {"meaning": 1, "t270": IMAGEJ % b"grayscale"}, "tells of 3 planes and has 1"),
-        (GREY, {"meaning": 1, "t270": OME % (3, 8)}, "tells of 3 planes and has 1"),
+        (GREY, {"meaning": 1, "t270": IMAGEJ % b"grayscale"}, "states 3 planes and has 1"),
+        (GREY, {"meaning": 1, "t270": OME % (3, 8)}, "states 3 planes and has 1"),
         (PIXELS, {"t254": [1]}, "thumbnails or masks only"),
     ],
 )
