@@ -1,11 +1,11 @@
-"""Evidence maps: where in the picture the log-odds come from, in closed form.
+"""Evidence maps: the contribution of each place to the log-odds, in closed form.
 
 For a network that ends in global average pooling and one linear layer, Grad-CAM on the last convolution
-equals CAM up to a positive factor (Selvaraju et al., arXiv 1610.02391). So one product over the features
-of the forward pass gives the map, without a backward pass. Maps are kept raw and signed: their mean plus
-the bias is the log-odds, which makes every row check itself.
+equals CAM up to a positive factor (Selvaraju et al., arXiv 1610.02391). So one product over the features of
+the forward pass gives the map, without a backward pass. Maps are raw and signed: their mean plus the bias is
+the log-odds, so that every row can be checked by itself.
 
-Every other method and layer goes through pytorch-grad-cam, which costs a backward pass or many forward ones.
+Other methods and layers use pytorch-grad-cam, which requires a backward pass or many forward passes.
 """
 
 from functools import partial
@@ -15,8 +15,8 @@ from torch import Tensor
 from torchvision.models import ResNet
 
 # Name for `--cam` -> class of pytorch_grad_cam. Signed are gradcam, hirescam, xgradcam and ablationcam.
-# gradcam++, layercam and scorecam show only what speaks for the explained class (of two: malignant), and
-# eigencam the strongest pattern of the features, whatever it speaks for and with a sign by chance.
+# gradcam++, layercam and scorecam show only evidence for the explained class (of two: malignant), eigencam
+# the strongest pattern of the features, unrelated to a class and of arbitrary sign.
 METHODS = {
     "gradcam": "GradCAM",
     "gradcam++": "GradCAMPlusPlus",
@@ -33,7 +33,7 @@ LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
 def evidence(features: Tensor, weight: Tensor, bias: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
-    """Evidence maps of a batch.
+    """Evidence maps (n, h, w) of a batch, in log-odds, and their biases (n,).
 
     Two classes: the map of `w_1 - w_0`, so that mean + bias is the log-odds of class 1 (malignant).
     More classes: the map of the predicted class with centred weights, so that mean + bias is its logit
@@ -44,9 +44,6 @@ def evidence(features: Tensor, weight: Tensor, bias: Tensor, predicted: Tensor) 
         weight: (classes, channels) of the linear layer.
         bias: (classes,) of the linear layer.
         predicted: (n,) index of the predicted class; used with more than two classes.
-
-    Returns:
-        maps (n, h, w) in units of log-odds, and biases (n,).
     """
     if len(weight) == 2:
         contrast, offset = (weight[1] - weight[0])[None], (bias[1] - bias[0])[None]
@@ -58,21 +55,18 @@ def evidence(features: Tensor, weight: Tensor, bias: Tensor, predicted: Tensor) 
 
 
 def explain(network: ResNet, images: Tensor, method: str, layer: str, predicted: Tensor) -> Tensor:
-    """Maps of a batch by a method of pytorch-grad-cam, for the same target as `evidence`.
+    """Maps by a method of pytorch-grad-cam, for the target of `evidence`: float32 (n, h, w) on the CPU.
 
     Raw: before ReLU, min-max scaling and enlarging. `gradcam` on `layer4` is `evidence` over h * w.
 
     Args:
-        network: from `bcd.model.resnet.build`, in evaluation mode; is left as it was.
+        network: in evaluation mode; remains unchanged.
         images: (n, 3, height, width), normalised.
         method: one of `METHODS`.
-        layer: one of `LAYERS`.
+        layer: one of `LAYERS`; h and w are those of its features.
         predicted: (n,) index of the predicted class; used with more than two classes.
-
-    Returns:
-        float32 (n, h, w) on the CPU, as large as the features of the layer.
     """
-    # Score-CAM holds a masked copy of the picture for every channel: 2 GB for one field.
+    # Score-CAM has a masked copy of the image for every channel: 2 GB for one field.
     size = 1 if method == "scorecam" else len(images)
     parts = zip(images.split(size), predicted.split(size), strict=True)
     return torch.cat([_explain(network, part, method, layer, chosen) for part, chosen in parts])
@@ -88,8 +82,8 @@ def _explain(network: ResNet, images: Tensor, method: str, layer: str, predicted
     hooks.detach = False
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            # The features need a graph even below frozen weights; autograd goes back to them and no further,
-            # and leaves no gradients in the weights.
+            # The features need a graph even with frozen weights. Autograd stops at them and leaves no
+            # gradients in the weights.
             images = images.clone().requires_grad_()
             logit = hooks(images)
             features = hooks.activations[0]
@@ -102,11 +96,11 @@ def _explain(network: ResNet, images: Tensor, method: str, layer: str, predicted
     found = tool.get_cam_image(images.detach(), target_layer, targets, activations, gradients, False)
     maps = torch.from_numpy(found).float()
     if method == "ablationcam":
-        # It weighs by the lost share of the score; times the score, the sign is that of the evidence.
+        # Its weights are relative losses of the score; times the score, the sign is that of the evidence.
         maps *= scores.detach().cpu()[:, None, None]
     return maps
 
 
 def _score(logit: Tensor, predicted: int) -> Tensor:
-    """What a map explains, from the logits (classes,) of one image: see `evidence`."""
+    """The quantity that a map explains, from the logits (classes,) of one image: see `evidence`."""
     return logit[1] - logit[0] if len(logit) == 2 else logit[predicted] - logit.mean()

@@ -5,9 +5,10 @@ sequences).
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import PurePosixPath
 
 from bcd import storage
@@ -49,11 +50,22 @@ def is_dicom(start: bytes) -> bool:
 
 def read_header(start: bytes) -> Header:
     """Read the header from the first bytes of a file; "" for what they do not contain."""
-    meta = _values(start, 132, True, (SOP_CLASS, SYNTAX))
-    syntax = meta.get(SYNTAX, "")
-    begin = _data_set(start)
-    known = {} if syntax in OTHER_SYNTAXES else _values(start, begin, syntax != IMPLICIT, (SERIES,))
-    return Header(meta.get(SOP_CLASS, ""), known.get(SERIES, ""))
+    meta = list(takewhile(lambda element: element[0][0] == SYNTAX[0], _elements(start, 132, True)))
+    texts = _texts(start, meta)
+    syntax = texts.get(SYNTAX, "")
+    if syntax not in OTHER_SYNTAXES:
+        data_set = _elements(start, meta[-1][2] if meta else 132, syntax != IMPLICIT)
+        texts |= _texts(start, takewhile(lambda element: element[0] <= SERIES, data_set))
+    return Header(texts.get(SOP_CLASS, ""), texts.get(SERIES, ""))
+
+
+def _texts(data: bytes, elements: Iterable[tuple[Tag, int, int]]) -> dict[Tag, str]:
+    """Texts of the wanted elements among the given ones, as far as there are bytes."""
+    return {
+        tag: data[begin:end].decode("ascii", "replace").strip("\0 ")
+        for tag, begin, end in elements
+        if tag in (SOP_CLASS, SYNTAX, SERIES) and end <= len(data)
+    }
 
 
 def headers(files: Sequence[storage.File]) -> dict[str, Header | None]:
@@ -93,30 +105,6 @@ def slides(found: dict[str, Header | None]) -> dict[str, list[str]]:
             key = PurePosixPath(path).parent, header.series or f"of {path}"
             result.setdefault(first.setdefault(key, path), []).append(path)
     return result
-
-
-def _data_set(start: bytes) -> int:
-    """Position of the elements after the file's meta information."""
-    at = 132
-    try:
-        while True:
-            tag, begin, length = _element(start, at, True)
-            if tag[0] != 0x0002:
-                return at
-            at = begin + length
-    except struct.error:
-        return len(start)
-
-
-def _values(data: bytes, at: int, explicit: bool, wanted: Sequence[Tag]) -> dict[Tag, str]:
-    """Texts of the wanted elements at the top level of a data set."""
-    found = {}
-    for tag, begin, end in _elements(data, at, explicit):
-        if tag in wanted and end <= len(data):
-            found[tag] = data[begin:end].decode("ascii", "replace").strip("\0 ")
-        if tag >= max(wanted):  # elements are in order
-            break
-    return found
 
 
 def _elements(data: bytes, at: int, explicit: bool) -> Iterator[tuple[Tag, int, int]]:

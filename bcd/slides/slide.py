@@ -7,6 +7,7 @@ used raises `ImageError` with code `unreadable`, `missing_mpp`, `bad_mpp`, `too_
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
@@ -147,28 +148,23 @@ def open_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -
     Raises:
         ImageError: `unreadable`, `too_many_pixels`, or `missing_mpp` and `bad_mpp` of `level0_mpp`.
     """
-    with boundary(*UNREADABLE):
+    with boundary(*UNREADABLE), ExitStack() as stack:
         if fault := _fault(Path(path)):
             raise fault
         handle = openslide.OpenSlide(path)
+        stack.callback(handle.close)
         (width, height), properties = handle.dimensions, dict(handle.properties)
-        downsamples = tuple(handle.level_downsamples)
-        profile = handle.color_profile
-    if width * height > MAX_SLIDE_PIXELS:
-        handle.close()
-        raise ImageError("too_many_pixels", f"a slide of {width:,} x {height:,} px cannot be")
+        if width * height > MAX_SLIDE_PIXELS:
+            raise ImageError("too_many_pixels", f"a slide of {width:,} x {height:,} px is impossible")
+        mpp = pixel_size.level0_mpp(properties, (width, height), given)
+        downsamples, profile = tuple(handle.level_downsamples), handle.color_profile
+        stack.pop_all()
     icc = profile.tobytes() if profile else None
-    try:
-        with boundary(*UNREADABLE):
-            mpp = pixel_size.level0_mpp(properties, (width, height), given)
-    except ImageError:
-        handle.close()
-        raise
     return Slide(handle, width, height, *mpp, downsamples, icc, *_bounds(properties))
 
 
 def _bounds(properties: Mapping[str, str]) -> tuple[int, int]:
-    """Upper left corner at level 0 of the region that QuPath shows: as there, all four numbers are used or none.
+    """Upper left corner at level 0 of the region that QuPath shows: as there, all four numbers count or none.
 
     https://github.com/qupath/qupath, OpenslideImageServer.java
     """
@@ -183,18 +179,20 @@ def _fault(path: Path) -> ImageError | None:
     """The reason not to open a file with OpenSlide, which ends the process where it cannot allocate as much
     memory as tags and tiles claim."""
     size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        try:
+    try:
+        with path.open("rb") as file:
             for page in tiff.iterate_pages(file, size_bytes):
                 _require_tiles(page, size_bytes)
-        except ImageError as error:
-            is_damage, message = error.code == "truncated", error.message
-            fault = ImageError("unreadable", f"{UNREADABLE[1]}: {message}") if is_damage else error
-        except struct.error:
-            is_damage, fault = True, ImageError("unreadable", f"{UNREADABLE[1]}: it ends within its tags")
-        else:
-            return None
-    return None if is_damage and size_bytes >= NDPI_BYTES else fault
+        return None
+    except ImageError as error:
+        if error.code != "truncated":
+            return error
+        damage = error.message
+    except struct.error:
+        damage = "it ends within its tags"
+    if size_bytes >= NDPI_BYTES:
+        return None
+    return ImageError("unreadable", f"{UNREADABLE[1]}: {damage}")
 
 
 def _require_tiles(page: tiff.Page, size_bytes: int) -> None:
