@@ -94,8 +94,9 @@ def pretrained(weights: str, architecture: Architecture = "resnet50") -> dict[st
         "renamed from HuggingFace's names": anchor == HUGGINGFACE,
         f"left out {some(left_out)}": left_out,
     }
-    if steps := [step for step, is_done in steps.items() if is_done]:
-        print(f"--weights {weights}: {', '.join(steps)}", flush=True)
+    if any(steps.values()):
+        done = ", ".join(step for step, is_done in steps.items() if is_done)
+        print(f"--weights {weights}: {done}", flush=True)
     try:
         fitting(skeleton(2, architecture).state_dict(), inside, architecture)
     except BundleError as error:

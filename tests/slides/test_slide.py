@@ -63,7 +63,7 @@ def one_tile(resolution_unit, x_resolution, y_resolution, side=16):
     return header + directory + struct.pack("<IIIII", 0, x_resolution, 1, y_resolution, 1)
 
 
-def test_a_slide_tells_its_size_and_scale(slides):
+def test_a_slide_has_its_size_and_scale(slides):
     with slide.open_slide(slides / NAME) as opened:
         assert (opened.width_px, opened.height_px) == (2220, 2967)
         assert (opened.mpp_x, opened.mpp_y) == (0.499, 0.499)
@@ -245,7 +245,7 @@ def test_a_small_slide_is_its_own_thumbnail(slides):
     np.testing.assert_array_equal(small, flattened(slides / "boxes.tiff", (0, 0), 0, (300, 250)))
 
 
-def test_a_name_tells_a_slide_and_a_tiff_its_content(slides, tmp_path):
+def test_a_slide_is_known_by_name_and_a_tiff_by_content(slides, tmp_path):
     picture = tmp_path / "field.tif"
     picture.write_bytes(pictures.encode(pictures.gradient(), "TIFF"))
     assert not slide.is_slide(picture)
