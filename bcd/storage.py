@@ -89,11 +89,7 @@ def _local(uri: str) -> str:
 
 def absolute_uri(uri: str, root: str) -> str:
     """The absolute form of a URI in a table; a relative one is below the table's folder `root`, an `absolute`
-    URI.
-
-    Raises:
-        StorageError: it is on another machine.
-    """
+    URI. Raises StorageError where it is on another machine."""
     # The folder is resolved once, not for each of a million rows.
     return uri if is_remote(uri) else posixpath.join(root, _local(uri))
 
@@ -220,11 +216,8 @@ class Listing:
 
 
 def list_folder(uri: str) -> Listing:
-    """List every entry below a folder; hidden files and folders are only counted.
-
-    Raises:
-        StorageError: the folder does not exist or cannot be read.
-    """
+    """List every entry below a folder; hidden files and folders are only counted. Raises StorageError where
+    the folder does not exist or cannot be read."""
     filesystem, root = resolve(uri)
     with _naming(uri, "list it"):
         _require_folder(filesystem, uri, root)
@@ -272,10 +265,7 @@ def list_files_if_any(uri: str) -> list[File]:
 
 def first_file(uri: str, suffixes: tuple[str, ...]) -> File | None:
     """A file below a folder whose name ends with one of the suffixes, found without listing all of them.
-
-    Raises:
-        StorageError: the folder does not exist or cannot be read.
-    """
+    Raises StorageError where the folder does not exist or cannot be read."""
     filesystem, root = resolve(uri)
     with _naming(uri, "list it"):
         _require_folder(filesystem, uri, root)
@@ -311,11 +301,8 @@ def _info(uri: str) -> fs.FileInfo:
 
 
 def version(uri: str) -> str:
-    """Size and time of the last change of one file, as text that changes with its content.
-
-    Raises:
-        StorageError: there is no such file, or no access to it.
-    """
+    """Size and time of the last change of one file, as text that changes with its content. Raises
+    StorageError where there is no such file, or no access to it."""
     info = _info(uri)
     if info.type != fs.FileType.File:
         raise StorageError(f"{uri}: cannot read it: there is no such file", True)
@@ -359,11 +346,8 @@ def _persistent(read: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
 @_persistent
 def read_bytes(uri: str, most_bytes: int | None = None) -> bytes:
-    """The whole content of one file, which may be a pipe.
-
-    Raises:
-        TooLargeError: it has more than `most_bytes`; of a regular file nothing has been read.
-    """
+    """The whole content of one file, which may be a pipe. Raises TooLargeError where it has more than
+    `most_bytes`; of a regular file nothing has been read."""
     filesystem, path = resolve(uri)
     with _naming(uri, "read it"):
         # A stream requests 16 KiB at a time from a store, a file all of it at once.

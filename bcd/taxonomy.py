@@ -77,11 +77,8 @@ def malignant_mask(class_names: tuple[str, ...]) -> tuple[bool, ...]:
 
 
 def given_names(pairs: Sequence[str]) -> dict[str, str]:
-    """Tumour class by the (folded) name that a data set has for it, from `benign=0`, `malignant=1`.
-
-    Raises:
-        ConfigError: a pair is malformed, or a name has two classes.
-    """
+    """Tumour class by the (folded) name that a data set has for it, from `benign=0`, `malignant=1`. Raises
+    ConfigError where a pair is malformed, or a name has two classes."""
     named: dict[str, str] = {}
     subtypes = {folded(s.name): s.tumor_class for s in SUBTYPES.values()}
     fixed = {name: name for name in TUMOR_CLASSES} | subtypes

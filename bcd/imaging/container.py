@@ -63,11 +63,8 @@ def require_size(width: int, height: int) -> None:
 
 
 def png_content(data: bytes) -> Content:
-    """Extract the parts of a PNG that its pixels depend on.
-
-    Raises:
-        ImageError: `truncated`, `too_many_pixels` or `unsupported_format`.
-    """
+    """Extract the parts of a PNG that its pixels depend on. Raises ImageError `truncated`, `too_many_pixels`
+    or `unsupported_format`."""
     kept, colors, notes = [PNG], dict[bytes, bytes](), dict[bytes, bytes]()
     for name, chunk in _chunks(data):
         content = bytes(chunk[8:-4])
@@ -168,11 +165,8 @@ def _require_srgb(colors: dict[bytes, bytes]) -> None:
 
 
 def jpeg(data: bytes) -> Content:
-    """Extract the first image of a JPEG file, up to its end, without metadata.
-
-    Raises:
-        ImageError: `truncated`, `too_many_pixels` or `unsupported_format`.
-    """
+    """Extract the first image of a JPEG file, up to its end, without metadata. Raises ImageError `truncated`,
+    `too_many_pixels` or `unsupported_format`."""
     kept, profile, layers, has_adobe, exif, xmp = [data[:2]], dict[int, bytes](), 0, False, b"", b""
     for marker, start, end in _segments(data):
         content = data[start + 4 : end]

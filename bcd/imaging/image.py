@@ -210,11 +210,8 @@ def _finished(image: Image.Image, profile: bytes | None) -> np.ndarray:
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert an image from its ICC profile, None for sRGB, to mode RGB in sRGB.
-
-    Raises:
-        ImageError: `unsupported_format` where the profile is damaged or describes other pixels.
-    """
+    """Convert an image from its ICC profile, None for sRGB, to mode RGB in sRGB. Raises ImageError
+    `unsupported_format` where the profile is damaged or describes other pixels."""
     if image.mode == "LAB":
         return _converted(image, _from_lab())
     if image.mode not in ("L", "CMYK"):

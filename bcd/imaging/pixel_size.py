@@ -27,13 +27,8 @@ DESCRIPTION = "tiff.ImageDescription"
 
 @dataclass(frozen=True)
 class Given:
-    """The user's statements of a slide's µm per pixel at level 0.
-
-    Attributes:
-        manifest: of its row; used, but has to agree with the file.
-        fallback: used where neither file nor manifest states it.
-        override: across and down, used in any case.
-    """
+    """The user's statements of a slide's µm per pixel at level 0: that of its row, which has to agree with
+    the file; one for slides without any; and one, across and down, that overrides all."""
 
     manifest: float | None = None
     fallback: float | None = None
@@ -44,15 +39,10 @@ UNKNOWN = Given()
 
 
 def level0_mpp(properties: Mapping[str, str], size: tuple[int, int], given: Given) -> Pair:
-    """µm per pixel of level 0, across and down.
+    """µm per pixel of level 0, across and down, from OpenSlide's properties and the user's statements.
 
-    Args:
-        properties: OpenSlide's.
-        size: width and height of level 0 in pixels, which identify the image in OME-XML.
-        given: the user's statements.
-
-    Raises:
-        ImageError: `missing_mpp` where none is stated, `bad_mpp` for an impossible one or a contradiction.
+    Width and height of level 0 identify the image in OME-XML. Raises ImageError `missing_mpp` where none is
+    stated, `bad_mpp` for an impossible one or a contradiction.
     """
     if given.override:
         return given.override

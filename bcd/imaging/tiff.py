@@ -38,21 +38,9 @@ NUMBERS |= {PALETTE, TILE_WIDTH, TILE_HEIGHT, ORIENTATION, EXTRA, FORMAT, SUBSAM
 # every line, and old-style JPEG was never specified.
 UNCOMPRESSED = 1
 COMPRESSIONS = {UNCOMPRESSED, 5, 7, 8, 32773, 32946, 34925, 50000}
-NAMES = {
-    2: "CCITT fax",
-    3: "CCITT fax",
-    4: "CCITT fax",
-    6: "old-style JPEG",
-    32809: "ThunderScan",
-    33003: "Aperio JPEG 2000",
-    33005: "Aperio JPEG 2000",
-    34661: "JBIG",
-    34676: "SGI LogLuv",
-    34712: "JPEG 2000",
-    34887: "LERC",
-    50001: "WebP",
-    50002: "JPEG XL",
-}
+NAMES = dict.fromkeys((2, 3, 4), "CCITT fax") | dict.fromkeys((33003, 33005), "Aperio JPEG 2000")
+NAMES |= {6: "old-style JPEG", 32809: "ThunderScan", 34661: "JBIG", 34676: "SGI LogLuv", 34712: "JPEG 2000"}
+NAMES |= {34887: "LERC", 50001: "WebP", 50002: "JPEG XL"}
 WHITE_IS_ZERO, GREY, RGB, PALETTED, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
 # Samples of a pixel, without extra ones, by photometric interpretation.
 CHANNELS = {WHITE_IS_ZERO: 1, GREY: 1, RGB: 3, PALETTED: 1, CMYK: 4, YCBCR: 3, LAB: 3}
@@ -92,11 +80,8 @@ class Page:
 
 
 def pages(file: BinaryIO, size_bytes: int) -> list[Page]:
-    """The pages of a file in their order, at least one.
-
-    Raises:
-        ImageError: `truncated` where tags are outside the file or overlap, `unsupported_format`.
-    """
+    """The pages of a file in their order, at least one. Raises ImageError `truncated` where tags are outside
+    the file or overlap, `unsupported_format`."""
     found = list(iterate_pages(file, size_bytes))
     if not found:
         raise ImageError("truncated", "the file has no page")
@@ -169,11 +154,8 @@ def _value(file: BinaryIO, order: str, kind: int, count: int, n_read: int, value
 
 
 def main_page(found: Sequence[Page]) -> Page:
-    """The page that is the image: the only one that is no thumbnail, mask or smaller copy.
-
-    Raises:
-        ImageError: `unsupported_format` where several could be it.
-    """
+    """The page that is the image: the only one that is no thumbnail, mask or smaller copy. Raises ImageError
+    `unsupported_format` where several could be it."""
     whole = [p for p in found if not p.one(SUBFILE) & REDUCED_OR_MASK and p.one(OLD_SUBFILE) != OLD_REDUCED]
     if not whole:
         raise ImageError("unsupported_format", "its pages are thumbnails or masks only; save the image alone")
@@ -207,11 +189,8 @@ def composite(found: Sequence[Page]) -> Sequence[Page]:
 
 
 def require_read(page: Page, n_pages: int) -> None:
-    """Reject a page that the decoder reads wrongly or not at all.
-
-    Raises:
-        ImageError: `unsupported_format`, `truncated` or `too_many_pixels`.
-    """
+    """Reject a page that the decoder reads wrongly or not at all. Raises ImageError `unsupported_format`,
+    `truncated` or `too_many_pixels`."""
     require_size(*page.size)
     if fault := _fault(page) or _fault_of_samples(page) or _fault_of_planes(page, n_pages):
         raise ImageError("unsupported_format", f"{fault}; save it as an ordinary 8-bit TIFF or PNG")

@@ -28,7 +28,7 @@ from bcd.model.card import STRIDE_PX, Card, dump, model_id, parse_card
 
 WEIGHTS, CARD, README = "model.safetensors", "card.json", "README.md"
 NOT_FINITE = "not_finite"
-NOT_FINITE_MESSAGE = "the model's logits are not finite; use --precision float32, or another model"
+NOT_FINITE_MESSAGE = "the model's logits are not finite numbers; use --precision float32, or another model"
 # The canary's logits may differ from those in the card by this share of their summands' size: a thousand
 # times the differences of kernels, threads, folding and compiling on CPUs, a third of that of bfloat16.
 TOLERANCE = 1e-4
@@ -117,11 +117,8 @@ class Bundle:
         )
 
     def predict_files(self, contents: Sequence[bytes]) -> Prediction:
-        """Predict encoded images (PNG, JPEG, TIFF), as one batch.
-
-        Raises:
-            ImageError: one of them cannot be decoded; the message says which.
-        """
+        """Predict encoded images (PNG, JPEG, TIFF), as one batch. Raises ImageError where one of them cannot
+        be decoded; the message says which."""
         return self.predict(np.stack([self.fit(one) for one in _decoded(contents)]))
 
     @torch.inference_mode()
@@ -178,11 +175,8 @@ def _decoded(contents: Sequence[bytes]) -> Iterator[np.ndarray]:
 
 
 def save(network: ResNet, card: Card, uri: str) -> str:
-    """Write a bundle and return its `model_id`.
-
-    Raises:
-        BundleError: it could not be loaded again: weights or logits are not finite, or the card is invalid.
-    """
+    """Write a bundle and return its `model_id`. Raises BundleError where it could not be loaded again:
+    weights or logits are not finite, or the card is invalid."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     content = save_safetensors(state)
     logit, _ = from_state(state, card)._canary()
@@ -268,11 +262,8 @@ def _ready(
 
 
 def read_card(uri: str) -> Card:
-    """Read and validate `card.json`.
-
-    Raises:
-        BundleError: there is no bundle, or it has no valid card of this format.
-    """
+    """Read and validate `card.json`. Raises BundleError where there is no bundle, or it has no valid card of
+    this format."""
     if not is_complete(uri):
         raise BundleError(f"{uri}: no model bundle there; expected {CARD}, {WEIGHTS} and {README}")
     card = parse_card(storage.read_bytes(storage.join(uri, CARD)), uri)
@@ -282,11 +273,8 @@ def read_card(uri: str) -> Card:
 
 
 def identify(uri: str) -> str:
-    """The `model_id` of the bundle at a URI, after a check of card and weights.
-
-    Raises:
-        BundleError: there is no bundle, or it is damaged.
-    """
+    """The `model_id` of the bundle at a URI, after a check of card and weights. Raises BundleError where
+    there is no bundle, or it is damaged."""
     card = read_card(uri)
     _read_weights(uri, card)
     return model_id(card)

@@ -17,37 +17,24 @@ from torchvision.models import ResNet
 # Name for `--cam` -> class of pytorch_grad_cam. Signed are gradcam, hirescam, xgradcam and ablationcam.
 # gradcam++, layercam and scorecam show only evidence for the explained class (of two: malignant), eigencam
 # the strongest pattern of the features, unrelated to a class and of arbitrary sign.
-METHODS = {
-    "gradcam": "GradCAM",
-    "gradcam++": "GradCAMPlusPlus",
-    "layercam": "LayerCAM",
-    "eigencam": "EigenCAM",
-    "xgradcam": "XGradCAM",
-    "hirescam": "HiResCAM",
-    "scorecam": "ScoreCAM",
-    "ablationcam": "AblationCAM",
-}
+METHODS = {"gradcam": "GradCAM", "gradcam++": "GradCAMPlusPlus", "layercam": "LayerCAM"}
+METHODS |= {"eigencam": "EigenCAM", "xgradcam": "XGradCAM", "hirescam": "HiResCAM"}
+METHODS |= {"scorecam": "ScoreCAM", "ablationcam": "AblationCAM"}
 # The name of our own method, `evidence`, in `--cam`.
 CLOSED_FORM = "evidence"
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
 def evidence(features: Tensor, weight: Tensor, bias: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
-    """Evidence maps (n, h, w) of a batch, in log-odds, and their biases (n,).
+    """Evidence maps (n, h, w), in log-odds, of features (n, channels, h, w), and their biases (n,).
 
     Two classes: the map of `w_1 - w_0`, so that mean + bias is the log-odds of class 1 (malignant).
-    More classes: the map of the predicted class with centred weights, so that mean + bias is its logit
-    minus the mean logit.
-
-    Args:
-        features: (n, channels, h, w), the output of the last convolution.
-        weight: (classes, channels) of the linear layer.
-        bias: (classes,) of the linear layer.
-        predicted: (n,) index of the predicted class; used with more than two classes.
+    More classes: the map of the predicted class (n,) with centred weights, so that mean + bias is its logit
+    minus the mean logit. `weight` (classes, channels) and `bias` (classes,) are those of the linear layer.
     """
     if len(weight) == 2:
-        contrast, offset = (weight[1] - weight[0])[None], (bias[1] - bias[0])[None]
-        contrast, offset = contrast.expand(len(features), -1), offset.expand(len(features))
+        contrast = (weight[1] - weight[0]).expand(len(features), -1)
+        offset = (bias[1] - bias[0]).expand(len(features))
     else:
         contrast = weight[predicted] - weight.mean(0)
         offset = bias[predicted] - bias.mean()
@@ -57,14 +44,9 @@ def evidence(features: Tensor, weight: Tensor, bias: Tensor, predicted: Tensor) 
 def explain(network: ResNet, images: Tensor, method: str, layer: str, predicted: Tensor) -> Tensor:
     """Maps by a method of pytorch-grad-cam, for the target of `evidence`: float32 (n, h, w) on the CPU.
 
-    Raw: before ReLU, min-max scaling and enlarging. `gradcam` on `layer4` is `evidence` over h * w.
-
-    Args:
-        network: in evaluation mode; remains unchanged.
-        images: (n, 3, height, width), normalised.
-        method: one of `METHODS`.
-        layer: one of `LAYERS`; h and w are those of its features.
-        predicted: (n,) index of the predicted class; used with more than two classes.
+    Raw: before ReLU, min-max scaling and enlarging. `gradcam` on `layer4` is `evidence` over h * w. The
+    images (n, 3, height, width) are normalised, h and w are those of the layer's features, and the network,
+    in evaluation mode, remains unchanged. `predicted` (n,) is used with more than two classes.
     """
     # Score-CAM has a masked copy of the image for every channel: 2 GB for one field.
     size = 1 if method == "scorecam" else len(images)

@@ -21,10 +21,8 @@ def build(
     n_classes: int, given: State | None = None, seed: int = 0, architecture: Architecture = "resnet50"
 ) -> ResNet:
     """A network from the given weights or from random ones, with a new head unless theirs fits `n_classes`.
-
-    Raises:
-        BundleError: the weights are not exactly those of the architecture; names the first that are not.
-    """
+    Raises BundleError where the weights are not exactly those of the architecture; names the first that are
+    not."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = torchvision.models.get_model(architecture, num_classes=n_classes)
@@ -34,11 +32,8 @@ def build(
 
 
 def assembled(n_classes: int, state: State, architecture: Architecture = "resnet50") -> ResNet:
-    """The network of a bundle, which shares these tensors, in evaluation mode.
-
-    Raises:
-        BundleError: they are not exactly those of the architecture.
-    """
+    """The network of a bundle, which shares these tensors, in evaluation mode. Raises BundleError where they
+    are not exactly those of the architecture."""
     network = weights.skeleton(n_classes, architecture)
     fitted = weights.fitting(network.state_dict(), state, architecture, whole=True)
     network.load_state_dict(fitted, assign=True)

@@ -56,8 +56,7 @@ def even_tail(
     batch: Mapping[str, np.ndarray] | None
     for batch in batches:
         if held is not None:
-            short = len(next(iter(batch.values()))) < batch_size
-            if short:
+            if len(next(iter(batch.values()))) < batch_size:
                 joined = {name: np.concatenate([held[name], batch[name]]) for name in held}
                 n = len(next(iter(joined.values())))
                 # Three rows are one batch: half of them would be a single image.
@@ -125,16 +124,8 @@ class _Normalise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        total: Tensor,
-        eps: float,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, mean, var, total, eps = inputs
         ctx.save_for_backward(x, weight, mean, var, total)
         ctx.eps = eps
         return functional.batch_norm(x, mean, var, weight, bias, eps=eps)

@@ -9,7 +9,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Mapping
-from pickle import UnpicklingError as _Unpickling
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -30,20 +30,8 @@ State = Mapping[str, Tensor]
 
 # A pickle that is damaged or contains code fails in many ways, all of them before any code runs.
 DAMAGED = (
-    SafetensorError,
-    struct.error,
-    _Unpickling,
-    zipfile.BadZipFile,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
+    *(SafetensorError, struct.error, UnpicklingError, zipfile.BadZipFile, ArithmeticError, AssertionError),
+    *(AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError),
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Modules besides a trunk, replaced by our last layer.
@@ -117,11 +105,7 @@ def _download(architecture: Architecture) -> dict[str, Tensor]:
 
 def read_weights(content: bytes, name: str) -> Any:
     """The content of a file of weights, recognised by its bytes and not by its suffix; no code in it ever
-    runs.
-
-    Raises:
-        BundleError: it has no tensors; says what it contains instead.
-    """
+    runs. Raises BundleError where it has no tensors; says what it contains instead."""
     try:
         if content[8:9] == b"{":  # after the length of the header
             return load_safetensors(content)

@@ -18,7 +18,6 @@ from typing import Any
 import grpc
 import ray
 import torch
-from ray._common.utils import get_system_memory
 from ray._private.utils import estimate_available_memory, get_shared_memory_bytes
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -153,7 +152,6 @@ class Examiner:
         """Facts about this node."""
         return Machine(
             provenance.versions(),
-            get_system_memory(),
             estimate_available_memory(),
             get_shared_memory_bytes(),
             _disk(Path(ray.get_runtime_context().get_temp_dir())),

@@ -25,11 +25,10 @@ class Disk:
 
 @dataclass(frozen=True)
 class Machine:
-    """Facts that a node reports: package versions, memory within its container's limit, shared memory, the
+    """Facts that a node reports: package versions, free memory within its container's limit, shared memory,
     disks of Ray and of the slide cache, and the number of GPUs that torch can use."""
 
     versions: Mapping[str, str]
-    memory_bytes: int
     free_memory_bytes: int
     shm_bytes: int
     ray_disk: Disk

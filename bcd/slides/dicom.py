@@ -69,11 +69,8 @@ def _texts(data: bytes, elements: Iterable[tuple[Tag, int, int]]) -> dict[Tag, s
 
 
 def headers(files: Sequence[storage.File]) -> dict[str, Header | None]:
-    """The headers of files by path; None for those that are no DICOM or have a permanent error.
-
-    Raises:
-        StorageError: a transient error.
-    """
+    """The headers of files by path; None for those that are no DICOM or have a permanent error. Raises
+    StorageError for a transient error."""
     with ThreadPoolExecutor(storage.READ_THREADS) as pool:
         return dict(zip((file.path for file in files), pool.map(_header, files), strict=True))
 

@@ -43,13 +43,9 @@ UNREADABLE = "unreadable", "the slide cannot be read"
 class Slide:
     """An open slide, and a context manager that closes it.
 
-    Attributes:
-        handle: of OpenSlide.
-        width_px: of level 0, as are `height_px`, `mpp_x` (µm per pixel across) and `mpp_y` (down).
-        downsamples: level-0 pixels per pixel of each level.
-        profile: ICC profile of its pixels, None for sRGB.
-        bounds_x_px: left edge at level 0 of the scanned region, to which QuPath crops a slide.
-        bounds_y_px: upper edge of that region.
+    Size and µm per pixel (across and down) are those of level 0, `downsamples` are level-0 pixels per pixel
+    of each level, the ICC profile is None for sRGB, and the bounds are the upper left corner at level 0 of
+    the scanned region, to which QuPath crops a slide.
     """
 
     handle: openslide.OpenSlide
@@ -69,11 +65,8 @@ class Slide:
         self.handle.close()
 
     def level_for(self, target_mpp: float) -> int:
-        """The smallest level that has the detail of `target_mpp` µm/px, across and down.
-
-        Raises:
-            ImageError: `too_coarse` where even level 0 is much coarser.
-        """
+        """The smallest level that has the detail of `target_mpp` µm/px, across and down. Raises ImageError
+        `too_coarse` where even level 0 is much coarser."""
         coarser = max(self.mpp_x, self.mpp_y)
         if coarser > MAX_ENLARGING * target_mpp:
             raise ImageError(
@@ -90,16 +83,12 @@ class Slide:
         """Read a rectangle as uint8 (height_px, width_px, 3) sRGB, white where the slide has no pixels.
 
         Left and upper edge are in pixels of level 0 at every level, width and height in pixels of `level`.
-
-        Raises:
-            ImageError: `unreadable`, or `too_many_pixels` for one read.
+        Raises ImageError `unreadable`, or `too_many_pixels` for one read.
         """
         place, size = (int(x_level0_px), int(y_level0_px)), (int(width_px), int(height_px))
         if size[0] * size[1] > MAX_READ_PIXELS:
-            raise ImageError(
-                "too_many_pixels",
-                f"a tile needs {size[0]:,} x {size[1]:,} px of the slide; at most {MAX_READ_PIXELS:,} fit",
-            )
+            needed = f"a tile needs {size[0]:,} x {size[1]:,} px of the slide"
+            raise ImageError("too_many_pixels", f"{needed}; at most {MAX_READ_PIXELS:,} fit")
         with boundary(*UNREADABLE):
             region = self.handle.read_region(place, level, size)
             paper = Image.new("RGB", size, "white")
@@ -139,14 +128,10 @@ class Slide:
 
 
 def open_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -> Slide:
-    """Open a slide on the local disk.
+    """Open a slide on the local disk, with the user's statements of its µm per pixel.
 
-    Args:
-        path: of the file; `.mrxs` and `.dcm` require their `companions` where they were in the archive.
-        given: the user's statements of its µm per pixel.
-
-    Raises:
-        ImageError: `unreadable`, `too_many_pixels`, or `missing_mpp` and `bad_mpp` of `level0_mpp`.
+    `.mrxs` and `.dcm` require their `companions` where they were in the archive. Raises ImageError
+    `unreadable`, `too_many_pixels`, or `missing_mpp` and `bad_mpp` of `level0_mpp`.
     """
     with boundary(*UNREADABLE), ExitStack() as stack:
         if fault := _fault(Path(path)):

@@ -37,22 +37,15 @@ class Staged:
 
 @lru_cache(maxsize=OPEN_SLIDES)
 def open_staged(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged]:
-    """Open a slide at any URI; the last ones stay open.
-
-    Raises:
-        ImageError: see `slide.open_slide`.
-        StorageError: it cannot be fetched.
-    """
+    """Open a slide at any URI; the last ones stay open. Raises ImageError as `slide.open_slide` does, and
+    StorageError where it cannot be fetched."""
     staged = stage(uri)
     return slide.open_slide(staged.path, given), staged
 
 
 def stage(uri: str) -> Staged:
-    """Fetch a slide and its companion files to the local disk, once per machine, whole or not at all.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
+    """Fetch a slide and its companion files to the local disk, once per machine, whole or not at all. Raises
+    StorageError where it cannot be read."""
     if not storage.is_remote(uri):
         return Staged(Path(storage.absolute(uri)), None)
     # The version distinguishes a slide from one that it replaced under the same name.
@@ -70,7 +63,7 @@ def stage(uri: str) -> Staged:
             if not target.exists():
                 _make_room()
                 _fetch(uri, folder)
-                _grown.n_bytes += _size(folder)
+                _fetched["bytes"] += _size(folder)
 
 
 @contextmanager
@@ -116,14 +109,8 @@ def _series(files: tuple[storage.File, ...]) -> list[list[str]]:
     return list(dicom.slides(dicom.headers(files)).values())
 
 
-@dataclass
-class _Grown:
-    """Bytes that this process has fetched since it last measured the cache; unknown at first."""
-
-    n_bytes: float = math.inf
-
-
-_grown = _Grown()
+# By this process since it last measured the cache; unknown at first.
+_fetched = {"bytes": math.inf}
 
 
 def _make_room() -> None:
@@ -131,9 +118,9 @@ def _make_room() -> None:
 
     Measuring a cache of many small files at each fetch would cost more than the fetch.
     """
-    if _grown.n_bytes <= CACHE_BYTES / LOOKS_PER_CACHE:
+    if _fetched["bytes"] <= CACHE_BYTES / LOOKS_PER_CACHE:
         return
-    _grown.n_bytes = 0
+    _fetched["bytes"] = 0
     folders = sorted(CACHE.iterdir(), key=lambda folder: folder.stat().st_mtime)
     sizes = [_size(folder) for folder in folders]
     total = sum(sizes)

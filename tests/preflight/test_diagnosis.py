@@ -12,7 +12,6 @@ from bcd.preflight.node import Attempt, Capacity, Clock, ClusterFacts, Disk, Mac
 VERSIONS = {"python": "3.12.3", "bcd": "0.2.0", "ray": "2.60.0", "torch": "2.11.0", "numpy": "2.2.0"}
 MACHINE = Machine(
     versions=VERSIONS,
-    memory_bytes=64 * GIB,
     free_memory_bytes=50 * GIB,
     shm_bytes=32 * GIB,
     ray_disk=Disk("/tmp/ray", 150 * GIB, 90 * GIB),
