@@ -6,7 +6,7 @@ __all__ = ["load"]
 
 
 def __getattr__(name: str) -> Any:
-    """What the package offers, imported when it is asked for: torch takes seconds."""
+    """Import `load` on first use: torch takes seconds."""
     if name == "load":
         from bcd.model.bundle import load
 

@@ -1,4 +1,4 @@
-"""From the command line to one job: `bcd train ...`, the same as `python jobs/train.py ...`."""
+"""The command line of the jobs: `bcd train ...`, the same as `python jobs/train.py ...`."""
 
 import sys
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from bcd.config.serving import ServeConfig
 from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
 from bcd.errors import BcdError
 
-# The settings of each job, and the module below `bcd` whose `run` takes them: named and not imported, so that
-# Ray and torch, seconds of work, are imported only once the flags are known to be right.
+# The settings of each job, and the module below `bcd` with its `run`: not imported yet, because Ray and torch
+# take seconds, and flags may be wrong.
 JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
     {
         "demo": (DemoConfig, "demo"),
@@ -38,23 +38,18 @@ def console() -> None:
         sys.argv[0] = f"bcd {job}"
         main(job)
         return
-    asked = sys.argv[1:] in (["--help"], ["-h"])
-    print(_usage(), end="", file=sys.stdout if asked else sys.stderr)
-    sys.exit(0 if asked else 2)
-
-
-def _usage() -> str:
-    summaries = {name: (config.__doc__ or "").splitlines()[0] for name, (config, _) in JOBS.items()}
-    lines = [f"  {name:<10}{summary}" for name, summary in summaries.items()]
-    return "\n".join(["usage: bcd JOB [FLAGS]", "", *lines, "", "bcd JOB --help lists its flags.", ""])
+    is_help = sys.argv[1:] in (["--help"], ["-h"])
+    lines = [f"  {job:<10}{(config.__doc__ or '').splitlines()[0]}" for job, (config, _) in JOBS.items()]
+    usage = ["usage: bcd JOB [FLAGS]", "", *lines, "", "bcd JOB --help lists its flags."]
+    print("\n".join(usage), file=sys.stdout if is_help else sys.stderr)
+    sys.exit(0 if is_help else 2)
 
 
 def main(job: str, doc: str | None = None) -> None:
     """Parse `sys.argv` into the settings of a job, run it, and exit.
 
-    Exit code 0 on success; 2 with one sentence on anything that the user can put right; 1 where inputs lack a
-    result, an audited split leaks or a check of the cluster found a fault. Other faults keep their stack
-    trace.
+    Exit code 0 on success; 2 with one sentence on errors that the user can correct; 1 where inputs lack a
+    result, an audited split leaks or a check of the cluster found a fault. Bugs keep their stack trace.
     """
     config_type, pipeline = JOBS[job]
     config = tyro.cli(config_type, description=doc)

@@ -1,4 +1,4 @@
-"""The whole way on made-up pictures, small enough for two cores."""
+"""The demo: all jobs on synthetic images, small enough for two cores."""
 
 import sys
 from pathlib import Path
@@ -13,13 +13,13 @@ from bcd.training import train
 
 
 def run(config: DemoConfig) -> str:
-    """Generate pictures, train on them, evaluate, score an archive; returns the URI of the run."""
+    """Generate images, train on them, evaluate, score an archive; returns the URI of the run."""
     folder = Path(config.output)
     output.claim_folder(str(folder), output.DEMO)
     plan = synthetic.PatientPlan(patients_per_subtype=config.patients_per_subtype, seed=config.seed)
     paths = synthetic.write_tree(folder, plan)
     print(
-        f"made {len(paths):,} synthetic pictures in {folder}; their numbers say nothing about tissue",
+        f"wrote {len(paths):,} synthetic images to {folder}; results on them say nothing about tissue",
         flush=True,
     )
     training = TrainConfig(
@@ -38,15 +38,14 @@ def run(config: DemoConfig) -> str:
     archive = _archive(folder / "archive", config.seed + 1)
     model_uri = storage.join(run_uri, run_directory.MODEL)
     score.run(ScoreConfig(model=model_uri, input=archive, output=str(folder / "scores")))
-    print(f"to ask the model in a browser: {sys.executable} jobs/serve.py --model {model_uri}", flush=True)
+    print(f"to use the model in a browser: {sys.executable} jobs/serve.py --model {model_uri}", flush=True)
     return run_uri
 
 
 def _archive(folder: Path, seed: int) -> str:
-    """Pictures of patients that the model has never seen, and one file that broke on its way."""
-    paths = synthetic.write_tree(
-        folder, synthetic.PatientPlan(patients_per_subtype=1, images_per_magnification=1, seed=seed)
-    )
+    """Write images of other patients than those of the training, and one truncated file."""
+    plan = synthetic.PatientPlan(patients_per_subtype=1, images_per_magnification=1, seed=seed)
+    paths = synthetic.write_tree(folder, plan)
     (folder / "cut short.png").write_bytes(paths[0].read_bytes()[:20_000])
-    print(f"made an archive of {len(paths) + 1} files in {folder}, one of them cut short", flush=True)
+    print(f"wrote an archive of {len(paths) + 1} files to {folder}, one of them truncated", flush=True)
     return str(folder)

@@ -1,60 +1,58 @@
-"""Everything that a user can put right, as one tree of exceptions.
+"""Exceptions that a user can correct. Any other is a bug, and keeps its stack trace.
 
-    BcdError              one readable sentence; jobs print it and exit with code 2
-    ├── ConfigError       settings that contradict each other or a finished run
-    ├── DataError         an input that is missing, empty or not what it should be
-    ├── LeakageError      the same patient, case, slide or picture on two sides of a split
-    ├── BundleError       weights or a model bundle that cannot be used
-    ├── DivergedError     a training whose loss or weights stopped being finite numbers
-    ├── ResourceError     more CPUs or GPUs asked for than there are
-    ├── StorageError      a place that cannot be read or written
-    │   └── TooLargeError a file of more bytes than are read
-    ├── IncompleteError   inputs that ended in neither a result nor an error; exit code 1
-    ├── AuditError        a finished audit found that a given split leaks; exit code 1
-    └── DiagnosisError    a finished diagnosis found what would break the job; exit code 1
-
-Anything else is a fault of ours and keeps its stack trace.
+BcdError              jobs print its sentence and exit with code 2
+├── ConfigError
+├── DataError
+├── LeakageError
+├── BundleError
+├── DivergedError
+├── ResourceError
+├── StorageError
+│   └── TooLargeError
+├── IncompleteError   exit code 1
+├── AuditError        exit code 1
+└── DiagnosisError    exit code 1
 """
 
 
 class BcdError(Exception):
-    """A sentence for the user: names the offender and says what was expected."""
+    """One readable sentence: what failed, what was expected, what to do."""
 
     exit_code = 2
 
 
 class ConfigError(BcdError, ValueError):
-    """Settings contradict each other, or those of the run they would continue.
+    """Settings contradict each other, or those of the run that they would continue.
 
-    A `ValueError` too, so that the command-line parser shows it as a usage error.
+    A `ValueError`, too, so that the command-line parser shows it as a usage error.
     """
 
 
 class DataError(BcdError):
-    """An input is missing, empty, or breaks the form it should have."""
+    """An input is missing, empty or invalid."""
 
 
 class LeakageError(BcdError):
-    """A group or a picture stands on more than one side of a split."""
+    """The same patient, case, slide or image is in more than one part of a split."""
 
 
 class BundleError(BcdError):
-    """Weights or a model bundle cannot be used as asked."""
+    """Weights or a model bundle cannot be used."""
 
 
 class DivergedError(BcdError):
-    """The loss or the weights of a training stopped being finite numbers."""
+    """The loss or the weights of a training are no longer finite."""
 
 
 class ResourceError(BcdError):
-    """The cluster does not have what was asked for."""
+    """The cluster has fewer CPUs or GPUs than the settings require."""
 
 
 class StorageError(BcdError):
     """A URI cannot be read or written.
 
-    `lasting` where another try would fail too: there is no such file, or it is not for us. All else, such as
-    an expired token, a store that asks to slow down or a full disk, may be over when the job runs again.
+    `lasting` marks a permanent error: there is no such file, or access is denied. Others are transient, such
+    as an expired token, a throttling store or a full disk: another run may succeed.
     """
 
     def __init__(self, message: str, lasting: bool = False) -> None:
@@ -66,31 +64,31 @@ class StorageError(BcdError):
 
 
 class IncompleteError(BcdError):
-    """A job ran to its end and its books do not balance: the same command goes on."""
+    """A job ended with inputs that have neither a result nor an error: the same command resumes it."""
 
     exit_code = 1
 
 
 class AuditError(BcdError):
-    """An audit ran to its end, and a split that it was given leaks."""
+    """A completed audit found a leak in the given split."""
 
     exit_code = 1
 
 
 class DiagnosisError(BcdError):
-    """A diagnosis ran to its end, and found what would break the job."""
+    """A completed diagnosis found a fault that would break the job."""
 
     exit_code = 1
 
 
 class TooLargeError(StorageError):
-    """A file has more bytes than are read into memory."""
+    """A file has more bytes than are read."""
 
 
 class ImageError(Exception):
-    """One image that cannot be used: a row or an answer, and no end of anything, so no `BcdError`.
+    """One image cannot be used. It becomes a row or an answer and ends no job, so it is no `BcdError`.
 
-    `code` is stable and typed, the message is for people.
+    Programs may rely on `code`, not on the message.
     """
 
     def __init__(self, code: str, message: str) -> None:

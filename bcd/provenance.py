@@ -1,4 +1,4 @@
-"""Which code made a result: versions, git commit, command."""
+"""The code behind a result: versions, git commit, command."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers."""
+    """Versions of Python, `bcd`, and the packages that numbers depend on."""
     own = {"python": platform.python_version(), "bcd": own_version()}
     return own | {name: version(name) for name in PACKAGES}
 
@@ -25,7 +25,7 @@ def own_version() -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of this code, with `+` where it was changed since; None outside a checkout."""
+    """Commit of this code, with `+` for uncommitted changes; None outside a checkout."""
     folder = Path(__file__).parent
     try:
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")

@@ -1,74 +1,48 @@
 """The Arrow schema of every table, and the only place that spells a column name.
 
-`INDEX` holds one row per image without pixels; `predictions()` one row per scored input.
+`INDEX` has one row per image, without pixels; `predictions()` one row per scored input.
 """
 
 import pyarrow as pa
 
-# Of the files in which a table is given: manifests and splits.
+# Suffixes of manifests and of tables of splits.
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 
-IMAGE_ID = "image_id"
-URI = "uri"
-PATIENT = "patient"
-CASE = "case"
-SLIDE = "slide"
-TUMOR_CLASS = "tumor_class"
-SUBTYPE = "subtype"
-MAGNIFICATION = "magnification"
-MPP = "mpp"
-SHA256 = "sha256"
-SIZE_BYTES = "size_bytes"
-PART = "part"
-IMAGE = "image"
-TARGET = "target"
-MPP_Y = "mpp_y"
-SLIDE_MPP_X = "slide_mpp_x"
-SLIDE_MPP_Y = "slide_mpp_y"
-BOUNDS_X_LEVEL0_PX = "bounds_x_level0_px"
-BOUNDS_Y_LEVEL0_PX = "bounds_y_level0_px"
-X_LEVEL0_PX = "x_level0_px"
-Y_LEVEL0_PX = "y_level0_px"
-WIDTH_PX = "width_px"
-HEIGHT_PX = "height_px"
-LOGIT = "logit"
-PROBABILITY = "probability"
-PROBABILITY_MALIGNANT = "probability_malignant"
-PREDICTED_CLASS = "predicted_class"
-EVIDENCE = "evidence"
-EVIDENCE_HEIGHT = "evidence_height"
-EVIDENCE_WIDTH = "evidence_width"
-EVIDENCE_BIAS = "evidence_bias"
-NOVELTY = "novelty"
-NOVELTY_CUTOFF = "novelty_cutoff"
-WARNINGS = "warnings"
-ERROR = "error"
-ERROR_MESSAGE = "error_message"
-MODEL_ID = "model_id"
-ENGINE = "engine"
-PRECISION = "precision"
-BCD_VERSION = "bcd_version"
-OVERLAY = "overlay"
-EPOCH = "epoch"
-TILES = "tiles"
-BACKGROUND_TILES = "background_tiles"
-ERROR_TILES = "error_tiles"
-WARNED_TILES = "warned_tiles"
-TISSUE_AREA_MM2 = "tissue_area_mm2"
+# Identity of an image, and its labels.
+IMAGE_ID, URI, VERSION, SHA256, SIZE_BYTES = "image_id", "uri", "version", "sha256", "size_bytes"
+PATIENT, CASE, SLIDE, PART = "patient", "case", "slide", "part"
+TUMOR_CLASS, SUBTYPE, MAGNIFICATION, TARGET = "tumor_class", "subtype", "magnification", "target"
+# Pixels, size and scale; place of a tile; region of a slide that QuPath shows.
+IMAGE, WIDTH_PX, HEIGHT_PX = "image", "width_px", "height_px"
+MPP, MPP_Y, SLIDE_MPP_X, SLIDE_MPP_Y = "mpp", "mpp_y", "slide_mpp_x", "slide_mpp_y"
+X_LEVEL0_PX, Y_LEVEL0_PX = "x_level0_px", "y_level0_px"
+BOUNDS_X_LEVEL0_PX, BOUNDS_Y_LEVEL0_PX = "bounds_x_level0_px", "bounds_y_level0_px"
+# Predictions.
+LOGIT, PROBABILITY, PROBABILITY_MALIGNANT = "logit", "probability", "probability_malignant"
+PREDICTED_CLASS, EVIDENCE, EVIDENCE_BIAS = "predicted_class", "evidence", "evidence_bias"
+EVIDENCE_HEIGHT, EVIDENCE_WIDTH, OVERLAY = "evidence_height", "evidence_width", "overlay"
+NOVELTY, NOVELTY_CUTOFF, WARNINGS = "novelty", "novelty_cutoff", "warnings"
+# Errors and provenance.
+ERROR, ERROR_MESSAGE, MODEL_ID, EPOCH = "error", "error_message", "model_id", "epoch"
+ENGINE, PRECISION, BCD_VERSION = "engine", "precision", "bcd_version"
+# Slides.
+TILES, BACKGROUND_TILES, ERROR_TILES = "tiles", "background_tiles", "error_tiles"
+WARNED_TILES, TISSUE_AREA_MM2 = "warned_tiles", "tissue_area_mm2"
 MALIGNANT_TILE_SHARE = "malignant_tile_share"
-VERSION = "version"
-PHASH = "phash"
-HEMATOXYLIN_OD_MEAN = "hematoxylin_od_mean"
-HEMATOXYLIN_OD_STD = "hematoxylin_od_std"
-EOSIN_OD_MEAN = "eosin_od_mean"
-EOSIN_OD_STD = "eosin_od_std"
-TISSUE_FRACTION = "tissue_fraction"
-IMAGE_ID_A = "image_id_a"
-IMAGE_ID_B = "image_id_b"
-HAMMING_DISTANCE = "hamming_distance"
 QUANTILES = {f"probability_q{round(100 * q):02}": q for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+# Appearance, and pairs of similar images.
+PHASH, TISSUE_FRACTION = "phash", "tissue_fraction"
+HEMATOXYLIN_OD_MEAN, HEMATOXYLIN_OD_STD = "hematoxylin_od_mean", "hematoxylin_od_std"
+EOSIN_OD_MEAN, EOSIN_OD_STD = "eosin_od_mean", "eosin_od_std"
+IMAGE_ID_A, IMAGE_ID_B, HAMMING_DISTANCE = "image_id_a", "image_id_b", "hamming_distance"
 
-# The frame of a tile's place, in the table itself: Parquet keeps what is said of a column.
+
+def _columns(kind: pa.DataType, *names: str, required: bool = False) -> list[pa.Field]:
+    return [pa.field(name, kind, nullable=not required) for name in names]
+
+
+_TEXT = pa.string()
+# The frame of a tile's place, in the table itself: Parquet keeps the metadata of a column.
 _FRAME = {
     "description": "pixels of level 0 as OpenSlide counts them, from the upper left of the whole slide; "
     "QuPath shows a slide from its bounds on: subtract those in slides.parquet, as tiles.geojson does"
@@ -76,158 +50,120 @@ _FRAME = {
 # Upper left of a tile; null for a field.
 PLACE = tuple(pa.field(name, pa.int64(), metadata=_FRAME) for name in (X_LEVEL0_PX, Y_LEVEL0_PX))
 
-# Rows, not pixels. `size_bytes` comes free with a listing: only files of equal size can be equal,
-# so exact duplicates are found by hashing a handful of files instead of the whole archive.
+# Rows, not pixels. `size_bytes` comes with a listing: only files of equal size can be equal, so exact
+# duplicates are found by hashing a handful of files instead of the whole archive. `phash` and
+# `tissue_fraction` are those of `appearance.hashed`, once the image has been read.
 INDEX = pa.schema(
     [
-        pa.field(IMAGE_ID, pa.string(), nullable=False),
-        pa.field(URI, pa.string(), nullable=False),
-        (PATIENT, pa.string()),
-        (CASE, pa.string()),
-        (SLIDE, pa.string()),
-        (TUMOR_CLASS, pa.string()),
-        (SUBTYPE, pa.string()),
-        (MAGNIFICATION, pa.int16()),
-        (MPP, pa.float32()),
-        (SHA256, pa.string()),
-        (SIZE_BYTES, pa.int64()),
-        # By `appearance.hashed`, once the picture has been read.
-        (PHASH, pa.string()),
-        (TISSUE_FRACTION, pa.float32()),
+        *_columns(_TEXT, IMAGE_ID, URI, required=True),
+        *_columns(_TEXT, PATIENT, CASE, SLIDE, TUMOR_CLASS, SUBTYPE),
+        *_columns(pa.int16(), MAGNIFICATION),
+        *_columns(pa.float32(), MPP),
+        *_columns(_TEXT, SHA256),
+        *_columns(pa.int64(), SIZE_BYTES),
+        *_columns(_TEXT, PHASH),
+        *_columns(pa.float32(), TISSUE_FRACTION),
     ]
 )
 
-# What an archive is to score; an entry that cannot be read has an error already.
-INPUTS = pa.schema([*INDEX, (ERROR, pa.string()), (ERROR_MESSAGE, pa.string())])
+# Inputs of an archive; one that cannot be read has an error already.
+INPUTS = pa.schema([*INDEX, *_columns(_TEXT, ERROR, ERROR_MESSAGE)])
 
-# Which part of a split each row went to; `part` is one of split.PARTS.
-SPLIT = pa.schema([*INDEX, pa.field(PART, pa.string(), nullable=False)])
+# The part, one of `taxonomy.PARTS`, of each row of a split.
+SPLIT = pa.schema([*INDEX, *_columns(_TEXT, PART, required=True)])
 
-# How each image of a data set looks (`appearance.measure_appearance`). A broken one has an error, no numbers.
+# The appearance of each image (`appearance.measure_appearance`). A damaged one has an error, no numbers.
 AUDIT = pa.schema(
     [
         *INDEX,
-        (WIDTH_PX, pa.int32()),
-        (HEIGHT_PX, pa.int32()),
-        (HEMATOXYLIN_OD_MEAN, pa.float32()),
-        (HEMATOXYLIN_OD_STD, pa.float32()),
-        (EOSIN_OD_MEAN, pa.float32()),
-        (EOSIN_OD_STD, pa.float32()),
-        (ERROR, pa.string()),
-        (ERROR_MESSAGE, pa.string()),
+        *_columns(pa.int32(), WIDTH_PX, HEIGHT_PX),
+        *_columns(pa.float32(), HEMATOXYLIN_OD_MEAN, HEMATOXYLIN_OD_STD, EOSIN_OD_MEAN, EOSIN_OD_STD),
+        *_columns(_TEXT, ERROR, ERROR_MESSAGE),
     ]
 )
 
-# Two pictures that look alike, and in how many bits their perceptual hashes differ.
+# Pairs of similar images, and the number of bits in which their perceptual hashes differ.
 NEAR_DUPLICATES = pa.schema(
-    [(IMAGE_ID_A, pa.string()), (IMAGE_ID_B, pa.string()), (HAMMING_DISTANCE, pa.int16())]
+    [*_columns(_TEXT, IMAGE_ID_A, IMAGE_ID_B), *_columns(pa.int16(), HAMMING_DISTANCE)]
 )
 
-# Which images an epoch showed to the training workers, once per showing.
-EXPOSURE = pa.schema([(EPOCH, pa.int32()), (IMAGE_ID, pa.string())])
+# The images that each epoch used, once per use.
+EXPOSURE = pa.schema([*_columns(pa.int32(), EPOCH), *_columns(_TEXT, IMAGE_ID)])
 
-# One row per picture that the network is to see: a whole field, or a tile of a slide (x and y are set).
-# A row that already has an error is not read; it goes through to the predictions. `slide_mpp_x` and `_y` are
-# µm per pixel of a tile's slide at level 0, as it was planned.
+# One row per input of the network: a whole field, or a tile of a slide (x and y are set). A row that already
+# has an error is not read; it is passed on to the predictions. `slide_mpp_x` and `_y` are µm per pixel of a
+# tile's slide at level 0 when the tiles were planned.
 READING = pa.schema(
     [
-        pa.field(IMAGE_ID, pa.string(), nullable=False),
-        pa.field(URI, pa.string(), nullable=False),
-        (SLIDE, pa.string()),
-        (PATIENT, pa.string()),
+        *_columns(_TEXT, IMAGE_ID, URI, required=True),
+        *_columns(_TEXT, SLIDE, PATIENT),
         *PLACE,
-        (SLIDE_MPP_X, pa.float64()),
-        (SLIDE_MPP_Y, pa.float64()),
-        (MPP, pa.float32()),
-        (WIDTH_PX, pa.int32()),
-        (HEIGHT_PX, pa.int32()),
-        (ERROR, pa.string()),
-        (ERROR_MESSAGE, pa.string()),
+        *_columns(pa.float64(), SLIDE_MPP_X, SLIDE_MPP_Y),
+        *_columns(pa.float32(), MPP),
+        *_columns(pa.int32(), WIDTH_PX, HEIGHT_PX),
+        *_columns(_TEXT, ERROR, ERROR_MESSAGE),
     ]
 )
 
-# What the inputs of an archive were when they were last looked at: a row depends on these, and on the pixels.
+# The inputs of an archive when they were scored: a row depends on these, and on the pixels.
 SEEN_INPUTS = pa.schema(
     [
-        pa.field(IMAGE_ID, pa.string(), nullable=False),
-        pa.field(URI, pa.string(), nullable=False),
-        (PATIENT, pa.string()),
-        (SLIDE, pa.string()),
-        (MPP, pa.float32()),
-        (VERSION, pa.string()),
+        *_columns(_TEXT, IMAGE_ID, URI, required=True),
+        *_columns(_TEXT, PATIENT, SLIDE),
+        *_columns(pa.float32(), MPP),
+        *_columns(_TEXT, VERSION),
     ]
 )
 
-# One row per whole slide of an archive. `tiles` are those with tissue, scored or in error. The bounds are
-# where QuPath begins to show the slide; `mpp` is µm per pixel of level 0 across, `mpp_y` down.
+# One row per whole slide of an archive. `tiles` are those with tissue, scored or in error. The bounds are the
+# upper left of the region that QuPath shows; `mpp` is µm per pixel of level 0 across, `mpp_y` down.
 SLIDES = pa.schema(
     [
-        pa.field(SLIDE, pa.string(), nullable=False),
-        pa.field(URI, pa.string(), nullable=False),
-        (PATIENT, pa.string()),
-        (WIDTH_PX, pa.int64()),
-        (HEIGHT_PX, pa.int64()),
-        (MPP, pa.float64()),
-        (MPP_Y, pa.float64()),
-        (BOUNDS_X_LEVEL0_PX, pa.int64()),
-        (BOUNDS_Y_LEVEL0_PX, pa.int64()),
-        (TILES, pa.int64()),
-        (BACKGROUND_TILES, pa.int64()),
-        (ERROR_TILES, pa.int64()),
-        (WARNED_TILES, pa.int64()),
-        (TISSUE_AREA_MM2, pa.float64()),
-        (MALIGNANT_TILE_SHARE, pa.float64()),
-        *[(name, pa.float32()) for name in QUANTILES],
-        (ERROR, pa.string()),
-        (ERROR_MESSAGE, pa.string()),
+        *_columns(_TEXT, SLIDE, URI, required=True),
+        *_columns(_TEXT, PATIENT),
+        *_columns(pa.int64(), WIDTH_PX, HEIGHT_PX),
+        *_columns(pa.float64(), MPP, MPP_Y),
+        *_columns(pa.int64(), BOUNDS_X_LEVEL0_PX, BOUNDS_Y_LEVEL0_PX),
+        *_columns(pa.int64(), TILES, BACKGROUND_TILES, ERROR_TILES, WARNED_TILES),
+        *_columns(pa.float64(), TISSUE_AREA_MM2, MALIGNANT_TILE_SHARE),
+        *_columns(pa.float32(), *QUANTILES),
+        *_columns(_TEXT, ERROR, ERROR_MESSAGE),
     ]
 )
 
 
 def predictions(evidence_height: int, evidence_width: int, overlays: bool = False) -> pa.Schema:
-    """Schema of the predictions table for evidence maps of the given size (cells, not pixels).
+    """Schema of the predictions table for evidence maps of the given size in cells.
 
-    `novelty_cutoff` and `warnings` (codes, often none) are of results; null in a row with an error. `sha256`
-    is of the file's bytes wherever they were read; null for a tile, whose slide is never read whole.
-    `engine` and `precision` say what computed a row. With overlays, a last column holds a PNG of each picture
-    with its map laid over it.
+    `novelty_cutoff` and `warnings` (codes, often none) are null in a row with an error. `sha256` is of the
+    file's bytes; null for a tile, because a slide is never read whole. `engine` and `precision` describe the
+    computation of a row. With overlays, the last column has a PNG of each image under its map.
     """
-    evidence = pa.list_(pa.float32(), evidence_height * evidence_width)
     return pa.schema(
         [
-            pa.field(IMAGE_ID, pa.string(), nullable=False),
-            pa.field(URI, pa.string(), nullable=False),
-            (SLIDE, pa.string()),
-            (PATIENT, pa.string()),
+            *_columns(_TEXT, IMAGE_ID, URI, required=True),
+            *_columns(_TEXT, SLIDE, PATIENT),
             *PLACE,
-            (MPP, pa.float32()),
-            (WIDTH_PX, pa.int32()),
-            (HEIGHT_PX, pa.int32()),
-            (LOGIT, pa.list_(pa.float32())),
-            (PROBABILITY, pa.list_(pa.float32())),
-            (PROBABILITY_MALIGNANT, pa.float32()),
-            (PREDICTED_CLASS, pa.string()),
-            (EVIDENCE, evidence),
-            (EVIDENCE_HEIGHT, pa.int16()),
-            (EVIDENCE_WIDTH, pa.int16()),
-            (EVIDENCE_BIAS, pa.float32()),
-            (NOVELTY, pa.float32()),
-            (NOVELTY_CUTOFF, pa.float32()),
-            (WARNINGS, pa.list_(pa.string())),
-            (SHA256, pa.string()),
-            (ERROR, pa.string()),
-            (ERROR_MESSAGE, pa.string()),
-            pa.field(MODEL_ID, pa.string(), nullable=False),
-            (ENGINE, pa.string()),
-            (PRECISION, pa.string()),
-            pa.field(BCD_VERSION, pa.string(), nullable=False),
-            *([(OVERLAY, pa.binary())] if overlays else []),
+            *_columns(pa.float32(), MPP),
+            *_columns(pa.int32(), WIDTH_PX, HEIGHT_PX),
+            *_columns(pa.list_(pa.float32()), LOGIT, PROBABILITY),
+            *_columns(pa.float32(), PROBABILITY_MALIGNANT),
+            *_columns(_TEXT, PREDICTED_CLASS),
+            *_columns(pa.list_(pa.float32(), evidence_height * evidence_width), EVIDENCE),
+            *_columns(pa.int16(), EVIDENCE_HEIGHT, EVIDENCE_WIDTH),
+            *_columns(pa.float32(), EVIDENCE_BIAS, NOVELTY, NOVELTY_CUTOFF),
+            *_columns(pa.list_(_TEXT), WARNINGS),
+            *_columns(_TEXT, SHA256, ERROR, ERROR_MESSAGE),
+            *_columns(_TEXT, MODEL_ID, required=True),
+            *_columns(_TEXT, ENGINE, PRECISION),
+            *_columns(_TEXT, BCD_VERSION, required=True),
+            *(_columns(pa.binary(), OVERLAY) if overlays else []),
         ]
     )
 
 
 def fill(table: pa.Table, form: pa.Schema) -> pa.Table:
-    """The table in another schema: columns by name, null where it has none, others dropped."""
+    """Convert a table to another schema: columns by name, null where it has none, others dropped."""
     known = {name: table[name] for name in form.names if name in table.column_names}
     columns = [known.get(field.name, pa.nulls(len(table), field.type)).cast(field.type) for field in form]
     return pa.Table.from_arrays(columns, schema=form)

@@ -1,9 +1,9 @@
 """URIs: local paths, `s3://` and `gs://`, through pyarrow's filesystems.
 
-Credentials, region and endpoint are taken as the AWS SDK takes them (`AWS_ENDPOINT_URL`,
-`AWS_ACCESS_KEY_ID`, ...), so MinIO and other S3-compatible stores need no setting of ours; one that wants
-BUCKET.HOST needs `AWS_S3_ADDRESSING_STYLE=virtual` or the same in AWS's config file. Every function
-turns an operating system or network error into a `StorageError` that names the URI.
+Credentials, region and endpoint are those of the AWS SDK (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...), so
+MinIO and other S3-compatible stores need no other setting; one that requires BUCKET.HOST needs
+`AWS_S3_ADDRESSING_STYLE=virtual` or the same in AWS's config file. Every function turns an operating system
+or network error into a `StorageError` that names the URI.
 """
 
 import io
@@ -36,31 +36,30 @@ from bcd import walk
 from bcd.errors import StorageError, TooLargeError
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# With one slash, too, as the standard allows.
+# The standard allows one slash, too.
 FILE_SCHEME = re.compile(r"file:/", re.IGNORECASE)
 ADDRESSING_STYLES = ("auto", "path", "virtual")
-# Requests in flight per process: hides the latency of an object store, and is harmless on a disk.
-READ_THREADS = 8
-# The same where nothing is read: an object store takes its time for each look.
-LOOK_THREADS = 32
-# Of what tells no size, so much is read at a time.
+# Concurrent requests per process: hides the latency of an object store, and is harmless on a disk. More where
+# nothing is read, since an object store has a latency for each request.
+READ_THREADS, LOOK_THREADS = 8, 32
+# A file of unknown size is read in pieces of this size.
 PIECE_BYTES = 2**16
-# Ends the name of a file that is being written; one that a kill left behind is nobody's.
+# Suffix of a file that is being written; one that a killed process left behind is unused.
 ASIDE = ".part"
-# Tries of a request that a store does not answer or puts off (503), with growing pauses: 7 to 10 s in all.
+# Attempts of a request that a store does not answer or defers (503), with growing pauses: 7 to 10 s in all.
 ATTEMPTS = 5
-# The AWS SDK asks no second time where the text of an error did not fit into the buffer of a small file.
+# The AWS SDK does not retry where the text of an error did not fit into the buffer of a small file.
 OVERFULL = "Failed to flush response stream"
-# What stores answer, besides to one who may not read a file, to one whose token has expired.
+# Errors of a store where a file must not be read, and also where a token has expired.
 DENIED = ("ACCESS_DENIED", "PERMISSION_DENIED")
 
-Asked = ParamSpec("Asked")
-Found = TypeVar("Found")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class File:
-    """One stored file: its URI, its path below the listed root, its size in bytes, and its `version`."""
+    """One stored file: its URI, path below the listed root, size and `version`."""
 
     uri: str
     path: str
@@ -69,12 +68,12 @@ class File:
 
 
 def is_remote(uri: str) -> bool:
-    """Whether the URI names an object store instead of this machine's disk."""
+    """Whether the URI names an object store, not a local file."""
     return SCHEME.match(uri) is not None and not FILE_SCHEME.match(uri)
 
 
 def absolute(uri: str) -> str:
-    """The URI without a trailing slash; a local path made absolute, so that a worker can use it too."""
+    """The URI without a trailing slash; a local path becomes absolute, so that workers can use it, too."""
     return uri.rstrip("/") if is_remote(uri) else os.path.realpath(_local(uri))
 
 
@@ -89,12 +88,9 @@ def _local(uri: str) -> str:
 
 
 def absolute_uri(uri: str, root: str) -> str:
-    """The URI of what a table in the folder `root`, an `absolute` one, names: if relative, below that folder.
-
-    Raises:
-        StorageError: it lies on another machine.
-    """
-    # The folder is resolved once and not for each of a million rows.
+    """The absolute form of a URI in a table; a relative one is below the table's folder `root`, an `absolute`
+    URI. Raises StorageError where it is on another machine."""
+    # The folder is resolved once, not for each of a million rows.
     return uri if is_remote(uri) else posixpath.join(root, _local(uri))
 
 
@@ -104,7 +100,7 @@ def join(uri: str, *parts: str) -> str:
 
 
 def parent(uri: str) -> str:
-    """The URI of the folder that holds this one."""
+    """The URI of the folder above."""
     return posixpath.dirname(absolute(uri))
 
 
@@ -123,7 +119,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 @lru_cache(maxsize=4)
 def _s3(variables: tuple[tuple[str, str], ...]) -> fs.S3FileSystem:
-    """The client for these AWS variables. One is shared: each asks for credentials and holds connections."""
+    """The client for these AWS variables, shared because each requests credentials and opens connections."""
     known = dict(variables)
     endpoint = known.get("AWS_ENDPOINT_URL_S3") or known.get("AWS_ENDPOINT_URL")
     region = known.get("AWS_REGION") or known.get("AWS_DEFAULT_REGION")
@@ -141,15 +137,15 @@ def _s3(variables: tuple[tuple[str, str], ...]) -> fs.S3FileSystem:
 
 
 def _addressing(known: Mapping[str, str]) -> str:
-    """How a bucket is addressed: `virtual` (BUCKET.HOST) where the variable `AWS_S3_ADDRESSING_STYLE` or, as
-    AWS's own tools have it, `s3 = addressing_style` of the profile says so, else HOST/BUCKET."""
+    """Addressing style of buckets: `virtual` (BUCKET.HOST) where the variable `AWS_S3_ADDRESSING_STYLE` or,
+    as in AWS's tools, `s3 = addressing_style` of the profile says so, else HOST/BUCKET."""
     profile = known.get("AWS_PROFILE") or known.get("AWS_DEFAULT_PROFILE") or "default"
     config = ConfigParser(strict=False, interpolation=None)
     with suppress(OSError, ConfigError, UnicodeDecodeError):
         config.read(Path(known.get("AWS_CONFIG_FILE") or "~/.aws/config").expanduser())
     section = "default" if profile == "default" else f"profile {profile}"
-    said = re.search(r"addressing_style\s*=\s*(\w+)", config.get(section, "s3", fallback=""))
-    style = known.get("AWS_S3_ADDRESSING_STYLE") or (said[1] if said else "auto")
+    given = re.search(r"addressing_style\s*=\s*(\w+)", config.get(section, "s3", fallback=""))
+    style = known.get("AWS_S3_ADDRESSING_STYLE") or (given[1] if given else "auto")
     if style not in ADDRESSING_STYLES:
         raise StorageError(f"S3 addressing style {style!r}: expected one of {', '.join(ADDRESSING_STYLES)}")
     return style
@@ -162,7 +158,7 @@ def _gs() -> fs.GcsFileSystem:
 
 @contextmanager
 def _naming(uri: str, action: str) -> Iterator[None]:
-    """Turn what pyarrow raises (OSError and its kin) into a StorageError that names the URI."""
+    """Convert pyarrow's exceptions into a StorageError that names the URI."""
     try:
         yield
     except (OSError, pa.ArrowInvalid) as error:
@@ -172,22 +168,22 @@ def _naming(uri: str, action: str) -> Iterator[None]:
 
 
 def failure(uri: str, action: str, error: OSError | pa.ArrowInvalid) -> StorageError:
-    """What pyarrow raised, as a sentence that names the URI and what could not be done there."""
+    """An exception of pyarrow as a sentence that names the URI and the failed action."""
     reason = str(error).split("; Details")[0].strip()
-    return StorageError(f"{uri}: cannot {action}: {reason}", _lasts(uri, error))
+    return StorageError(f"{uri}: cannot {action}: {reason}", _is_permanent(uri, error))
 
 
-def _lasts(uri: str, error: Exception) -> bool:
-    """Whether an error is about this file, and not about the network, the store, the disk or our token."""
+def _is_permanent(uri: str, error: Exception) -> bool:
+    """Whether an error is caused by this file, and not by the network, the store, the disk or our token."""
     if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | pa.ArrowInvalid):
         return True
     if not is_remote(uri):
         return getattr(error, "errno", None) == ENAMETOOLONG or Path(absolute(uri)).is_dir()
-    return any(answer in str(error) for answer in DENIED) and _is_let_in(uri)
+    return any(code in str(error) for code in DENIED) and _may_list_bucket(uri)
 
 
-def _is_let_in(uri: str) -> bool:
-    """Whether the store still lets us look into the bucket: then it is the file that is not for us."""
+def _may_list_bucket(uri: str) -> bool:
+    """Whether the store still permits access to the bucket: then access to this file alone is denied."""
     filesystem, path = resolve(uri)
     try:
         return filesystem.get_file_info(path.partition("/")[0]).type == fs.FileType.Directory
@@ -196,23 +192,23 @@ def _is_let_in(uri: str) -> bool:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder stands at the URI."""
+    """Whether there is a file or folder at the URI."""
     return _info(uri).type != fs.FileType.NotFound
 
 
 def is_file(uri: str) -> bool:
-    """Whether a file stands at the URI."""
+    """Whether there is a file at the URI."""
     return _info(uri).type == fs.FileType.File
 
 
 def is_folder(uri: str) -> bool:
-    """Whether a folder stands at the URI."""
+    """Whether there is a folder at the URI."""
     return _info(uri).type == fs.FileType.Directory
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What is below a folder: files sorted by path, why others cannot be read, and kinds passed over."""
+    """Content of a folder: files sorted by path, faults of unreadable entries, and counts of skipped ones."""
 
     files: list[File]
     faults: dict[str, str] = field(default_factory=dict)
@@ -220,11 +216,8 @@ class Listing:
 
 
 def list_folder(uri: str) -> Listing:
-    """Every entry below a folder; hidden files and folders are counted alone.
-
-    Raises:
-        StorageError: the folder does not exist or cannot be read.
-    """
+    """List every entry below a folder; hidden files and folders are only counted. Raises StorageError where
+    the folder does not exist or cannot be read."""
     filesystem, root = resolve(uri)
     with _naming(uri, "list it"):
         _require_folder(filesystem, uri, root)
@@ -238,7 +231,7 @@ def list_folder(uri: str) -> Listing:
 def _walk_store(filesystem: fs.FileSystem, root: str) -> walk.Entries:
     found = walk.Entries()
     for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True)):
-        # As it is: to an object store, a//b and a/b are two names.
+        # Not normalised: to an object store, a//b and a/b are two names.
         path = info.path.removeprefix(root.rstrip("/") + "/")
         if info.type != fs.FileType.File:
             continue
@@ -250,11 +243,7 @@ def _walk_store(filesystem: fs.FileSystem, root: str) -> walk.Entries:
 
 
 def list_files(uri: str) -> list[File]:
-    """The files of `list_folder`.
-
-    Raises:
-        StorageError: as there, and where an entry cannot be read.
-    """
+    """The files of `list_folder`; raises StorageError where an entry cannot be read, too."""
     found = list_folder(uri)
     for path, fault in found.faults.items():
         raise StorageError(f"{join(uri, path)}: {fault}", True)
@@ -270,28 +259,22 @@ def _require_folder(filesystem: fs.FileSystem, uri: str, path: str) -> None:
 
 
 def list_files_if_any(uri: str) -> list[File]:
-    """The same, and nothing where there is no such folder."""
-    filesystem, root = resolve(uri)
-    with _naming(uri, "list it"):
-        found = filesystem.get_file_info(root).type == fs.FileType.Directory
-    return list_files(uri) if found else []
+    """The files of `list_folder`, none where there is no such folder."""
+    return list_files(uri) if is_folder(uri) else []
 
 
 def first_file(uri: str, suffixes: tuple[str, ...]) -> File | None:
     """A file below a folder whose name ends with one of the suffixes, found without listing all of them.
-
-    Raises:
-        StorageError: the folder does not exist or cannot be read.
-    """
+    Raises StorageError where the folder does not exist or cannot be read."""
     filesystem, root = resolve(uri)
     with _naming(uri, "list it"):
         _require_folder(filesystem, uri, root)
         folders, listed = [root], set[str]()
-        while folders:  # depth first: in a tree few folders are opened
+        while folders:  # depth first: few folders of a tree are opened
             folder = folders.pop()
             real = folder if is_remote(uri) else os.path.realpath(folder)
             if real in listed:
-                continue  # a link that leads back
+                continue  # a link to a folder above
             listed.add(real)
             infos = filesystem.get_file_info(fs.FileSelector(folder))
             infos.sort(key=lambda info: info.path)
@@ -305,7 +288,7 @@ def first_file(uri: str, suffixes: tuple[str, ...]) -> File | None:
 
 
 def sizes(uris: Sequence[str]) -> list[int | None]:
-    """Size of each file in bytes, `None` where there is no file."""
+    """Size of each file in bytes, None where there is no file."""
     with ThreadPoolExecutor(READ_THREADS) as pool:
         infos = pool.map(_info, uris)
         return [info.size if info.type == fs.FileType.File else None for info in infos]
@@ -313,16 +296,13 @@ def sizes(uris: Sequence[str]) -> list[int | None]:
 
 def _info(uri: str) -> fs.FileInfo:
     filesystem, path = resolve(uri)
-    with _naming(uri, "look there"):
+    with _naming(uri, "access it"):
         return filesystem.get_file_info(path)
 
 
 def version(uri: str) -> str:
-    """Size and time of the last change of one file, as text that changes with its content.
-
-    Raises:
-        StorageError: there is no such file, or it cannot be looked at.
-    """
+    """Size and time of the last change of one file, as text that changes with its content. Raises
+    StorageError where there is no such file, or no access to it."""
     info = _info(uri)
     if info.type != fs.FileType.File:
         raise StorageError(f"{uri}: cannot read it: there is no such file", True)
@@ -334,7 +314,7 @@ def _version(info: fs.FileInfo) -> str:
 
 
 def file_versions(uris: Iterable[str]) -> dict[str, str | None]:
-    """`version` of each file, `None` where there is none or it cannot be looked at."""
+    """`version` of each file, None where there is no file or no access to it."""
     distinct = list(dict.fromkeys(uris))
     with ThreadPoolExecutor(LOOK_THREADS) as pool:
         return dict(zip(distinct, pool.map(_version_if_any, distinct), strict=True))
@@ -347,11 +327,11 @@ def _version_if_any(uri: str) -> str | None:
         return None
 
 
-def _persistent(read: Callable[Asked, Found]) -> Callable[Asked, Found]:
-    """Read again, as often and with the pauses as the AWS SDK does, where that gives up at once."""
+def _persistent(read: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Retry with the number and pauses of the AWS SDK where that does not."""
 
     @wraps(read)
-    def again(*arguments: Asked.args, **options: Asked.kwargs) -> Found:
+    def retried(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
         for attempt in range(1, ATTEMPTS):
             try:
                 return read(*arguments, **options)
@@ -361,26 +341,23 @@ def _persistent(read: Callable[Asked, Found]) -> Callable[Asked, Found]:
             time.sleep(0.5 * 2**attempt * random.random())
         return read(*arguments, **options)
 
-    return again
+    return retried
 
 
 @_persistent
 def read_bytes(uri: str, most_bytes: int | None = None) -> bytes:
-    """The whole content of one file; of a local one up to its end, as it may be a pipe.
-
-    Raises:
-        TooLargeError: it has more than `most_bytes`; of a regular file nothing has been read.
-    """
+    """The whole content of one file, which may be a pipe. Raises TooLargeError where it has more than
+    `most_bytes`; of a regular file nothing has been read."""
     filesystem, path = resolve(uri)
     with _naming(uri, "read it"):
-        # A stream asks a store for 16 KiB at a time, a file for all of it at once.
+        # A stream requests 16 KiB at a time from a store, a file all of it at once.
         file = filesystem.open_input_file(path) if is_remote(uri) else _stream(filesystem, path)
         with file:
             return file.read() if most_bytes is None else _limited(file, uri, path, most_bytes)
 
 
 def _limited(file: pa.NativeFile, uri: str, path: str, most_bytes: int) -> bytes:
-    """The same, in pieces where the size is not known: a device gives bytes without end."""
+    """The content, in pieces where the size is not known: a device has no end."""
     size_bytes = file.size() if is_remote(uri) else os.stat(path).st_size
     pieces, left = list[bytes](), most_bytes - size_bytes
     if left >= 0:
@@ -394,13 +371,13 @@ def _limited(file: pa.NativeFile, uri: str, path: str, most_bytes: int) -> bytes
 
 
 def _stream(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
-    """The bytes of a file as they are: by itself, pyarrow would unpack what is called `.gz`."""
+    """A stream of a file's own bytes: by default pyarrow decompresses files named `.gz`."""
     return filesystem.open_input_stream(path, compression=None)
 
 
 @_persistent
 def read_start(uri: str, n_bytes: int) -> bytes:
-    """The first bytes of one file, as many as it has."""
+    """The first bytes of one file, fewer where it is shorter."""
     filesystem, path = resolve(uri)
     with _naming(uri, "read it"), _stream(filesystem, path) as stream:
         return stream.read(n_bytes)
@@ -415,16 +392,16 @@ def download(uri: str, path: Path) -> None:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write one file whole or not at all: aside and moved on a disk, one PUT on an object store."""
+    """Write one file whole or not at all: a temporary file, then renamed, on a disk; one PUT on a store."""
     filesystem, path = resolve(uri)
-    aside = path if is_remote(uri) else f"{path}.{uuid.uuid4().hex}{ASIDE}"
+    temporary = path if is_remote(uri) else f"{path}.{uuid.uuid4().hex}{ASIDE}"
     with _naming(uri, "write it"):
         if not is_remote(uri):
             filesystem.create_dir(posixpath.dirname(path), recursive=True)
-        with filesystem.open_output_stream(aside, compression=None) as stream:
+        with filesystem.open_output_stream(temporary, compression=None) as stream:
             stream.write(data)
-        if aside != path:
-            filesystem.move(aside, path)
+        if temporary != path:
+            filesystem.move(temporary, path)
 
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> None:
@@ -436,32 +413,29 @@ def write_table(uri: str, table: pa.Table, **options: Any) -> None:
 
 @_persistent
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """One Parquet file, or some of its columns.
-
-    Raises:
-        StorageError: it cannot be read, or is no Parquet file.
-    """
+    """One Parquet file, or some of its columns."""
     filesystem, path = resolve(uri)
     with _naming(uri, "read it"), filesystem.open_input_file(path) as file:
         return pq.read_table(file, columns=columns)
 
 
 def dataset(uri: str) -> pads.Dataset:
-    """The Parquet files below a folder as one table, of which only what is asked for is read."""
+    """The Parquet files below a folder as one table, read lazily."""
     filesystem, path = resolve(uri)
     with _naming(uri, "read it"):
         return pads.dataset(path, filesystem=filesystem, format="parquet")
 
 
 def upload_folder(folder: Path, uri: str, last: str | None = None) -> None:
-    """Copy every file below a local folder; the file named `last` is written last, as the success marker."""
+    """Copy every file below a local folder; the file at the path `last`, the success marker, is written
+    last."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in sorted(paths, key=lambda path: path.relative_to(folder).as_posix() == last):
         write_bytes(join(uri, path.relative_to(folder).as_posix()), path.read_bytes())
 
 
 def delete_folder(uri: str) -> None:
-    """Remove a folder and all below it; nothing happens where there is none."""
+    """Delete a folder and everything below it, if it exists."""
     filesystem, path = resolve(uri)
     with _naming(uri, "delete it"):
         if filesystem.get_file_info(path).type == fs.FileType.Directory:
@@ -469,30 +443,27 @@ def delete_folder(uri: str) -> None:
 
 
 def delete_files(uri: str, pattern: str) -> None:
-    """Remove the files below a folder whose path below it matches a regular expression as a whole, and the
-    folders that are then empty; all else stays, and nothing happens where there is no such folder."""
+    """Delete the files below a folder, if it exists, whose relative path matches a regular expression as a
+    whole, and the folders that are then empty."""
     found = [file.uri for file in list_files_if_any(uri) if re.fullmatch(pattern, file.path)]
     with ThreadPoolExecutor(READ_THREADS) as pool:
         list(pool.map(delete_file, found))
     if not is_remote(uri):
         for folder, _, _ in os.walk(absolute(uri), topdown=False):
-            with suppress(OSError):  # something is still in it
+            with suppress(OSError):  # not empty
                 os.rmdir(folder)
 
 
 def delete_file(uri: str) -> None:
-    """Remove one file."""
+    """Delete one file."""
     filesystem, path = resolve(uri)
     with _naming(uri, "delete it"):
         filesystem.delete_file(path)
 
 
 def check_writable(uri: str) -> None:
-    """Write and delete a small file below the URI, so that a run fails before its work and not after.
-
-    Raises:
-        StorageError: nothing can be written there.
-    """
+    """Write and delete a small file below the URI, so that a run fails before its work; raises
+    StorageError."""
     probe = join(uri, f".bcd-write-test-{uuid.uuid4().hex}")
     write_bytes(probe, b"bcd")
     delete_file(probe)

@@ -44,15 +44,14 @@ SUBTYPES: Mapping[str, Subtype] = {
 # (the labels 40X..400X are total magnifications of the 4x..40x objectives).
 MPP_BY_MAGNIFICATION: Mapping[int, float] = {40: 0.49, 100: 0.20, 200: 0.10, 400: 0.05}
 MAGNIFICATIONS = tuple(MPP_BY_MAGNIFICATION)
-# Published divisions of BreaKHis into training and test images (Spanhol et al. 2016).
+# Published splits of BreaKHis into training and test images (Spanhol et al. 2016).
 N_FOLDS = 5
-# What a microscope gives, in µm per pixel: the finest BreaKHis fields have 0.05, overview scans end near 10.
-# TIFF's 72 to 1200 dpi, written by software that knew no scale, are 353 to 21.
+# Range of µm per pixel of microscopes: the finest BreaKHis fields have 0.05, overview scans up to about 10.
+# TIFF's 72 to 1200 dpi, the default of software without a scale, are 353 to 21.
 MIN_MPP, MAX_MPP = 0.05, 20.0
 
-# A data set is divided into these.
+# Parts of a split, and their names in the folders or columns of data sets.
 TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
-# What people call them, in the folders of a data set or in a column.
 _SYNONYMS = {
     TRAIN: ("train", "training", "trn"),
     VALIDATION: ("validation", "valid", "val", "dev"),
@@ -73,18 +72,13 @@ def classes(target: Target) -> tuple[str, ...]:
 
 def malignant_mask(class_names: tuple[str, ...]) -> tuple[bool, ...]:
     """For each class name (tumour class or subtype code): whether it is malignant."""
-    return tuple(
-        name == MALIGNANT or (name in SUBTYPES and SUBTYPES[name].tumor_class == MALIGNANT)
-        for name in class_names
-    )
+    malignant = {MALIGNANT} | {code for code, s in SUBTYPES.items() if s.tumor_class == MALIGNANT}
+    return tuple(name in malignant for name in class_names)
 
 
 def given_names(pairs: Sequence[str]) -> dict[str, str]:
-    """Tumour class by the (folded) name that a data set has for it, from `benign=0`, `malignant=1`.
-
-    Raises:
-        ConfigError: a pair breaks the form, or names say two things.
-    """
+    """Tumour class by the (folded) name that a data set has for it, from `benign=0`, `malignant=1`. Raises
+    ConfigError where a pair is malformed, or a name has two classes."""
     named: dict[str, str] = {}
     subtypes = {folded(s.name): s.tumor_class for s in SUBTYPES.values()}
     fixed = {name: name for name in TUMOR_CLASSES} | subtypes
@@ -94,10 +88,10 @@ def given_names(pairs: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--classes {pair}: expected benign=NAME malignant=NAME")
         if named.setdefault(name, tumor_class) != tumor_class or fixed.get(name, tumor_class) != tumor_class:
             other = next(c for c in TUMOR_CLASSES if c != tumor_class)
-            raise ConfigError(f"--classes {pair}: {name} is {other}; a name is of one class")
+            raise ConfigError(f"--classes {pair}: {name} is {other}; a name has one class")
     return named
 
 
 def part_named(name: str) -> str | None:
-    """The part that people mean by a name, such as `val`, `Training` or `test_set`; None where it is none."""
+    """The part that a name such as `val`, `Training` or `test_set` denotes, or None."""
     return _PART_NAMES.get(folded(name))

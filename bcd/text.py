@@ -1,4 +1,4 @@
-"""Words: numbers with their nouns, lists, and names in the form in which they are compared."""
+"""Text: numbers with their nouns, lists, and names normalised for comparison."""
 
 import re
 import unicodedata
@@ -16,19 +16,19 @@ def listed(names: Sequence[str]) -> str:
 
 
 def some(items: Iterable[str], most: int = 3, separator: str = ", ") -> str:
-    """The first of some names, and how many more there are: `a, b, c, and 2 more`."""
+    """The first of some names, and the number of the others: `a, b, c, and 2 more`."""
     names = list(items)
     more = [f"and {len(names) - most:,} more"] if len(names) > most else []
     return separator.join([*names[:most], *more])
 
 
 def folded(name: str) -> str:
-    """A name as classes, folders and columns are compared: ` Ductal Carcinoma` is `ductal_carcinoma`."""
+    """Normalise the name of a class, folder or column: ` Ductal Carcinoma` is `ductal_carcinoma`."""
     return re.sub(r"[\s_-]+", "_", visible(name).casefold())
 
 
 def visible(name: str) -> str:
-    """NFKC, without what cannot be seen, with one blank where there are several."""
-    # A byte-order mark, a zero-width space or a soft hyphen is of Unicode's category Cf.
+    """NFKC without invisible characters, and with single blanks."""
+    # Byte-order marks, zero-width spaces and soft hyphens are in Unicode's category Cf.
     seen = (c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
     return " ".join("".join(seen).split())

@@ -1,7 +1,7 @@
-"""Every entry below a folder of this machine: files, what cannot be read, and what is passed over, counted.
+"""Every entry below a local folder: files, unreadable entries, and counts of skipped ones.
 
-A link to a folder is followed once and never into a loop: folders come before links to them, so that a file
-has its own path wherever it has one.
+A link to a folder is followed once, and never in a loop. Folders are listed before links, so that a file
+below both has its own path.
 """
 
 import errno
@@ -10,15 +10,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-# What is passed over, and not by its suffix.
+# Reasons to skip an entry, besides its suffix.
 HIDDEN, SPECIAL = "hidden", "no regular file"
 LOOP, AGAIN = "link to a folder above it", "link to a folder that is listed already"
 
 
 @dataclass
 class Entries:
-    """What is below a folder, by path: sizes of files in bytes, and their versions (see `storage.version`);
-    reasons of faults; kinds passed over."""
+    """Content of a folder: by path, sizes of files in bytes, their versions (`storage.version`), and faults;
+    by reason, numbers of skipped entries."""
 
     sizes: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -27,16 +27,12 @@ class Entries:
 
 
 def entries(root: str) -> Entries:
-    """List a folder.
-
-    Raises:
-        OSError: the folder itself cannot be listed, or the disk fails.
-    """
+    """List a folder; raises OSError where the folder itself cannot be listed, or the disk fails."""
     found = Entries()
     seen = {_identity(root)}
     folders, links = [""], list[str]()
     while folders or links:
-        # The shortest way to a folder first, and among equals the first by name.
+        # The shortest path to a folder first, and among equals the first by name.
         links.sort(key=lambda path: (path.count("/"), path), reverse=True)
         path = folders.pop() if folders else links.pop()
         if path and not _is_new(os.path.join(root, path), seen, found):
@@ -48,7 +44,7 @@ def entries(root: str) -> Entries:
 
 
 def _is_new(path: str, seen: set[tuple[int, int]], found: Entries) -> bool:
-    """Whether a folder was not listed before; links back are counted."""
+    """Whether a folder was not listed before; counts it otherwise."""
     real, holder = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
     if os.path.islink(path) and PurePosixPath(holder).is_relative_to(real):
         found.passed[LOOP] += 1
@@ -67,9 +63,8 @@ def _identity(path: str) -> tuple[int, int]:
 
 
 def _list(root: str, folder: str, found: Entries) -> tuple[list[str], list[str]]:
-    """Folders of one folder, and links to folders; all else goes into `found`."""
-    folders: list[str] = []
-    links: list[str] = []
+    """Folders in one folder, and links to folders; adds other entries to `found`."""
+    folders, links = list[str](), list[str]()
     try:
         entries = list(os.scandir(os.path.join(root, folder)))
     except PermissionError as error:
@@ -89,7 +84,7 @@ def _list(root: str, folder: str, found: Entries) -> tuple[list[str], list[str]]
 
 
 def _is_folder(entry: "os.DirEntry[str]", path: str, found: Entries) -> bool:
-    """Whether an entry is a folder, or a link to one. A file goes into `found`."""
+    """Whether an entry is a folder, or a link to one; adds others to `found`."""
     try:
         status = entry.stat()
         if entry.is_file():
@@ -106,9 +101,9 @@ def _is_folder(entry: "os.DirEntry[str]", path: str, found: Entries) -> bool:
             found.faults[path] = f"a link to {target}: {error.strerror}"
         elif error.errno == errno.EACCES:
             found.faults[path] = f"it cannot be read: {error.strerror}"
-        return False  # else it has gone meanwhile
+        return False  # also without a fault, where it was removed meanwhile
 
 
 def _text(name: str) -> str:
-    """A name as text, with escapes for bytes that are none."""
+    """A name as text, with escapes for bytes that are not UTF-8."""
     return os.fsencode(name).decode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Say what is wrong with a data set before anyone trains on it: copies, leaks, labels, broken pictures.
+"""Find the faults of a data set before a training: duplicates, leaks, labels, damaged images.
 
 On a cluster:
     ray job submit --working-dir . -- python jobs/audit.py \\

@@ -1,4 +1,4 @@
-"""Train and evaluate one model for each fold, and report over all of them; show what a leak would add.
+"""Train and evaluate one model for each fold, and report on all of them and on the effect of a leak.
 
 On a cluster:
     ray job submit --working-dir . -- python jobs/crossval.py \\

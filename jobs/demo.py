@@ -1,5 +1,5 @@
-"""Try everything on made-up pictures: generate, train, evaluate, report, score an archive.
-Needs no data and no download.
+"""Run all jobs on synthetic images: generate, train, evaluate, report, score an archive.
+Requires no data and no download.
 
 On this machine (the same as `make demo`):
     python jobs/demo.py

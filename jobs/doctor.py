@@ -1,4 +1,4 @@
-"""Examine a cluster before a long job, and say what would break it. Exit code 1 where something would.
+"""Examine a cluster before a long job, and report what would break it. Exit code 1 for a fault.
 
 On a cluster, with the flags of the job that is to run:
     ray job submit --working-dir . -- python jobs/doctor.py --for train \\

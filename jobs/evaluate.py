@@ -1,4 +1,4 @@
-"""Score a model's held-out test part and say how good it is.
+"""Score a model's held-out test part, and report metrics with intervals.
 
 On a cluster:
     ray job submit --working-dir . -- python jobs/evaluate.py \\

@@ -1,4 +1,4 @@
-"""Score every image and slide of an archive once, with an evidence map on each row, to Parquet.
+"""Score every image and slide of an archive exactly once, with evidence maps, to Parquet.
 
 On a cluster:
     ray job submit --working-dir . -- python jobs/score.py \\

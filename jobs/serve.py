@@ -1,8 +1,8 @@
-"""Serve a model over HTTP: an API for programs, and a page for people. Stays until SIGTERM or Ctrl-C.
+"""Serve a model over HTTP: an API and a page. Runs until SIGTERM or Ctrl-C.
 
 On this machine:
     python jobs/serve.py --model runs/train/model
-On a cluster, for as long as the job runs (`serve deploy serve.yaml` is for what must last):
+On a cluster, until the job ends (for a permanent service: `serve deploy serve.yaml`):
     ray job submit --working-dir . -- python jobs/serve.py --model s3://bucket/runs/first/model
 """
 

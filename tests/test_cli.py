@@ -55,7 +55,7 @@ def test_what_a_user_can_put_right_is_one_line_and_exit_code_2(monkeypatch, caps
     assert capsys.readouterr().err == "error: x.csv: no column 'uri'\n"
 
 
-def test_books_that_do_not_balance_exit_1(monkeypatch, capsys):
+def test_inputs_without_a_result_exit_1(monkeypatch, capsys):
     def pipeline(config):
         raise IncompleteError("3 of 9 inputs have neither a result nor an error")
 

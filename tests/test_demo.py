@@ -3,7 +3,7 @@ from bcd.config.training import DemoConfig
 
 
 def test_the_demo_trains_on_what_it_made_and_scores_an_archive(tmp_path, monkeypatch, capsys):
-    """The run itself is `make demo`; here: that it asks for what the pictures are."""
+    """The run itself is `make demo`; here: the settings of its jobs."""
     asked = []
     monkeypatch.setattr(demo.train, "run", lambda config: asked.append(config) or "the run")
     monkeypatch.setattr(demo.score, "run", asked.append)

@@ -186,7 +186,7 @@ def refused(uri):
 
 
 @pytest.mark.parametrize("fault", [faults.DENIED, faults.EXPIRED])
-def test_who_is_let_in_nowhere_may_be_later(s3, faulty, fault):
+def test_denied_access_to_the_bucket_is_transient(s3, faulty, fault):
     uri = f"{s3}/a.png"
     faulty.fault = lambda method, path: fault
     assert not refused(uri).lasting
@@ -217,7 +217,7 @@ def test_a_store_that_is_slow_or_silent_is_asked_again(s3, faulty, monkeypatch):
 
 @pytest.mark.parametrize("read", [storage.read_bytes, lambda uri: storage.read_start(uri, 3), downloaded])
 def test_an_answer_longer_than_the_file_is_no_end(s3, faulty, read):
-    """The AWS SDK does not ask again itself when the text of "slow down" does not fit the file's buffer."""
+    """The AWS SDK does not retry itself when the text of "slow down" does not fit the file's buffer."""
     answers = [faults.SLOW_DOWN]
     faulty.fault = lambda method, path: answers.pop() if answers and method == "GET" else None
     assert read(f"{s3}/a.png") == b"123"
@@ -328,11 +328,11 @@ def test_sizes_of_many_files_hold_few_connections(s3):
 
 def test_sizes_name_the_uri_of_an_error(s3, faulty):
     faulty.fault = lambda method, path: faults.DENIED
-    with pytest.raises(StorageError, match=r"bucket/a.png: cannot look there"):
+    with pytest.raises(StorageError, match=r"bucket/a.png: cannot access it"):
         storage.sizes([f"{s3}/a.png"])
 
 
-def test_an_entry_that_cannot_be_read_is_told(tmp_path):
+def test_an_entry_that_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "b.png").write_bytes(b"123")
     (tmp_path / "c.png").symlink_to("/nowhere")
     with open(os.path.join(os.fsencode(tmp_path), b"a\xff.png"), "wb"):
@@ -385,4 +385,4 @@ def test_no_more_is_read_than_allowed(tmp_path, s3):
         with pytest.raises(TooLargeError, match="has more than 4 bytes, the most that are read"):
             storage.read_bytes(uri, 4)
     with pytest.raises(TooLargeError):
-        storage.read_bytes("/dev/zero", 1_000_000)  # which tells no size and has no end
+        storage.read_bytes("/dev/zero", 1_000_000)  # which has no size and no end

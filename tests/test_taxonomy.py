@@ -41,7 +41,7 @@ def test_given_names_of_classes():
         (["benign"], "--classes benign: expected benign=NAME malignant=NAME"),
         (["cancer=1"], "--classes cancer=1: expected benign=NAME malignant=NAME"),
         (["benign= "], "--classes benign= : expected"),
-        (["benign=0", "malignant=0"], "--classes malignant=0: 0 is benign; a name is of one class"),
+        (["benign=0", "malignant=0"], "--classes malignant=0: 0 is benign; a name has one class"),
         (["benign=Malignant"], "--classes benign=Malignant: malignant is malignant"),
         (["malignant=adenosis"], "--classes malignant=adenosis: adenosis is benign"),
     ],

@@ -1,6 +1,6 @@
-"""How a picture looks, in a few numbers: a perceptual hash, its stain, and how much of it is tissue.
+"""The appearance of an image in a few numbers: perceptual hash, stain, fraction of tissue.
 
-Every number is taken from the picture shrunk to at most `SIDE_PX`, so that a large one costs no more memory.
+All of them are measured on the image shrunk to at most `SIDE_PX`, so that a large one costs no more memory.
 """
 
 from typing import Any
@@ -13,9 +13,10 @@ from bcd import schema
 from bcd.imaging import image
 
 SIDE_PX = 256
-# 16 x 16 coefficients of the cosine transform, one bit each. On 190 real H&E fields strangers differ in 98
-# bits or more; a copy saved as JPEG, brightened by a tenth or halved differs in 20 or fewer, one moved by 1 %
-# of its width in 34, by 2 % in 54. With the usual 64 bits strangers come down to 16, and copies go up to 12.
+# 16 x 16 coefficients of the cosine transform, one bit each. On 190 real H&E fields, different images differ
+# in 98 bits or more; a copy saved as JPEG, brightened by a tenth or halved differs in 20 or fewer, one moved
+# by 1 % of its width in 34, by 2 % in 54. With the usual 64 bits, different images differ in as few as 16 and
+# copies in up to 12.
 HASH_SIDE = 16
 HASH_BITS = HASH_SIDE**2
 # Optical density of haematoxylin and of eosin in red, green and blue: Ruifrok and Johnston 2001,
@@ -25,12 +26,12 @@ STAIN_COLUMNS = (
     (schema.HEMATOXYLIN_OD_MEAN, schema.HEMATOXYLIN_OD_STD),
     (schema.EOSIN_OD_MEAN, schema.EOSIN_OD_STD),
 )
-# A median deviation below this optical density is noise of the camera.
+# A median deviation below this optical density is camera noise.
 LEAST_DEVIATION = 0.005
 # 8-bit value -> optical density, -log10(I / 255); black counts as 1.
 _DENSITY = -np.log10(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
-# Tissue has texture and glass has none: squares of so many pixels whose grey values (0 to 255) have at least
-# this standard deviation. Saturation, which finds tissue on a slide's thumbnail, misses half of a pale field.
+# Tissue has texture and glass has none: a square of this side is tissue where its grey values (0 to 255) have
+# at least this standard deviation. Saturation, which finds tissue on thumbnails, misses half of a pale field.
 _SQUARE_PX, _TEXTURE = 8, 4.0
 
 
@@ -52,14 +53,10 @@ def _is_tissue(squares: np.ndarray) -> np.ndarray:
 
 
 def measure_appearance(pixels: np.ndarray) -> dict[str, Any]:
-    """Size, perceptual hash, stain and tissue of a picture, by column of `schema.AUDIT`.
+    """Size, perceptual hash, stain and tissue of uint8 (h, w, 3) RGB, by column of `schema.AUDIT`.
 
-    Args:
-        pixels: uint8 (h, w, 3) RGB.
-
-    Returns:
-        `phash`, `HASH_BITS` bits as hexadecimal; `tissue_fraction`, 0 to 1; mean and standard deviation of
-        the optical density of haematoxylin and of eosin over the tissue, absent where there is none.
+    `phash` has `HASH_BITS` bits in hexadecimal. Mean and standard deviation of the optical density of each
+    stain are measured over the tissue, and are absent where there is none.
     """
     small = image.shrink(pixels, SIDE_PX, SIDE_PX)
     squares = _squares(small)
@@ -74,20 +71,16 @@ def measure_appearance(pixels: np.ndarray) -> dict[str, Any]:
 
 
 def _squares(pixels: np.ndarray) -> np.ndarray:
-    """uint8 (n, pixels, 3): the whole squares of a picture, row by row."""
+    """uint8 (n, pixels, 3): the whole squares of an image, row by row."""
     side, (rows, columns) = _SQUARE_PX, (size // _SQUARE_PX for size in pixels.shape[:2])
     whole = pixels[: rows * side, : columns * side].reshape(rows, side, columns, side, 3)
     return whole.swapaxes(1, 2).reshape(rows * columns, side * side, 3)
 
 
 def stain_density(pixels: np.ndarray) -> np.ndarray:
-    """Optical density of haematoxylin and of eosin.
+    """Optical density (..., 2) of haematoxylin and of eosin in uint8 (..., 3) RGB.
 
-    Args:
-        pixels: uint8 (..., 3) RGB.
-
-    Returns:
-        float (..., 2). What neither stain explains goes to a third, at right angles to both, and is dropped.
+    The remainder, at right angles to both stains, is dropped.
     """
     unit = STAINS / np.linalg.norm(STAINS, axis=1, keepdims=True)
     rest = np.cross(*unit)
@@ -96,12 +89,9 @@ def stain_density(pixels: np.ndarray) -> np.ndarray:
 
 
 def robust_z(values: np.ndarray) -> np.ndarray:
-    """How far each value lies from the median, in standard deviations as the median deviation tells them.
+    """Modified z-score of optical densities (n,), from the median absolute deviation; NaN stays NaN.
 
-    The modified z-score of Iglewicz and Hoaglin 1993, "How to Detect and Handle Outliers".
-
-    Args:
-        values: float (n,), optical densities; NaN stays NaN.
+    Iglewicz and Hoaglin 1993, "How to Detect and Handle Outliers".
     """
     from_median = values - np.nanmedian(values)
     return 0.6745 * from_median / max(np.nanmedian(np.abs(from_median)), LEAST_DEVIATION)

@@ -1,8 +1,8 @@
-"""What a PNG or JPEG file says before its pixels are decoded.
+"""The container of a PNG or JPEG file, checked before its pixels are decoded.
 
-`png_content` and `jpeg` check the frame of a file (size, checksums, end, features that are not read) and hand
-only those parts of it to the decoder that pixels depend on: a broken note, a huge text or a second image
-behind the first can neither spoil an image nor cost memory.
+`png_content` and `jpeg` check size, checksums, end and features of a file, and pass to the decoder only the
+parts that pixels depend on: broken metadata, a huge text or a second image after the first can neither spoil
+an image nor cost memory.
 """
 
 import re
@@ -14,37 +14,31 @@ from dataclasses import dataclass
 
 from bcd.errors import ImageError
 
-# A field of view has well under a megapixel; a larger image belongs to the slide reader. 64 million pixels
-# are 256 MB in Pillow, and a few times that while they are converted.
+# A field of view has well under a megapixel; larger images are for the slide reader. 64 million pixels take
+# 256 MB in Pillow, and a few times that during conversion.
 MAX_PIXELS = 64_000_000
-# Of one colour profile; those of presses have 0.5 to 3 MB.
-MAX_PROFILE_BYTES = 2**24
-# Of one note that may tell the orientation.
-MAX_NOTE_BYTES = 2**20
+# Of one colour profile (those of printing presses have 0.5 to 3 MB), and of one text with the orientation.
+MAX_PROFILE_BYTES, MAX_NOTE_BYTES = 2**24, 2**20
 # Encoders write 8 KiB or more to a chunk, and at most 20 scans; each costs a pass over the image.
 MAX_CHUNKS, MAX_SCANS = 100_000, 100
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
-# Chunks without which the pixels are others. https://www.w3.org/TR/png-3/#4Concepts.FormatTypes
+# Chunks that pixels depend on. https://www.w3.org/TR/png-3/#4Concepts.FormatTypes
 PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 COLOR_CHUNKS = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP")
-# Notes that may tell the orientation; the second one is of ImageMagick: three lines, then EXIF data in hex.
-XMP_KEYWORD, EXIF_KEYWORD, TEXT_CHUNKS = (
-    b"XML:com.adobe.xmp",
-    b"Raw profile type exif",
-    (b"tEXt", b"zTXt", b"iTXt"),
-)
+# Texts that may contain the orientation. ImageMagick writes the second: three lines, then EXIF data in hex.
+XMP_KEYWORD, EXIF_KEYWORD = b"XML:com.adobe.xmp", b"Raw profile type exif"
+TEXT_CHUNKS = b"tEXt", b"zTXt", b"iTXt"
 # sRGB in units of 1/100,000: gamma; x and y of white, red, green and blue. cICP: BT.709 primaries, sRGB
 # curve, RGB, full range.
 SRGB_GAMMA, SRGB_PRIMARIES = 45_455, (31_270, 32_900, 64_000, 33_000, 30_000, 60_000, 15_000, 6_000)
 SRGB_CICP = b"\1\x0d\0\1"
-# Start of frame -> what it is called, where the decoder reads it: SOF0 to 3, 9 and 10 of T.81.
-SEGMENTS_READ = {0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA}
-SOF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+# Starts of frames, and those that the decoder reads: SOF0 to 3, 9 and 10 of T.81.
+SOF, SEGMENTS_READ = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}, {0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA}
 SOS, EOI = 0xDA, 0xD9
 # The next marker after compressed data, where FF 00 is a byte and FF D0 to D7 restart the decoder.
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-# What may stand between scans: tables, restart interval, number of lines, notes, a scan.
+# Segments allowed between scans: tables, restart interval, number of lines, metadata, a scan.
 BETWEEN = {0xC4, 0xCC, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}
 JFIF, EXIF, ICC, ADOBE = 0xE0, 0xE1, 0xE2, 0xEE
 EXIF_START, XMP_START, ICC_START = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
@@ -52,7 +46,7 @@ EXIF_START, XMP_START, ICC_START = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0
 
 @dataclass(frozen=True)
 class Content:
-    """What the decoder is given of a file; its colour profile, None for sRGB; notes on its orientation."""
+    """Input of the decoder, colour profile (None for sRGB), and metadata that may contain the orientation."""
 
     data: bytes
     profile: bytes | None
@@ -61,11 +55,7 @@ class Content:
 
 
 def require_size(width: int, height: int) -> None:
-    """Refuse an image by what its header claims, before anything is decoded.
-
-    Raises:
-        ImageError: `too_many_pixels`, or `truncated` where it has none.
-    """
+    """Raise ImageError `too_many_pixels`, or `truncated` for no pixels, by the header's claim alone."""
     if width < 1 or height < 1:
         raise ImageError("truncated", f"the header claims {width} x {height} px")
     if width * height > MAX_PIXELS:
@@ -73,11 +63,8 @@ def require_size(width: int, height: int) -> None:
 
 
 def png_content(data: bytes) -> Content:
-    """The parts of a PNG that its pixels depend on.
-
-    Raises:
-        ImageError: `truncated`, `too_many_pixels` or `unsupported_format`.
-    """
+    """Extract the parts of a PNG that its pixels depend on. Raises ImageError `truncated`, `too_many_pixels`
+    or `unsupported_format`."""
     kept, colors, notes = [PNG], dict[bytes, bytes](), dict[bytes, bytes]()
     for name, chunk in _chunks(data):
         content = bytes(chunk[8:-4])
@@ -86,19 +73,19 @@ def png_content(data: bytes) -> Content:
         elif name in COLOR_CHUNKS:
             colors[name] = content
         elif name == b"acTL" and (n := int.from_bytes(content[:4], "big")) > 1:
-            raise ImageError("unsupported_format", f"an animation of {n} images; save the one that is meant")
+            raise ImageError("unsupported_format", f"an animation of {n} images; save the intended one alone")
         elif name == b"eXIf":
             notes[EXIF_KEYWORD] = content.removeprefix(EXIF_START)
         elif name in TEXT_CHUNKS:
             _note(name, content, notes)
         elif not name[0] & 0x20:
-            raise ImageError("unsupported_format", f"its chunk {name.decode()} is of no PNG that is read")
+            raise ImageError("unsupported_format", f"its PNG chunk {name.decode()} is not supported")
     exif, xmp = notes.get(EXIF_KEYWORD, b""), notes.get(XMP_KEYWORD, b"")
     return Content(b"".join(kept), _png_profile(colors), exif, xmp)
 
 
 def _note(name: bytes, content: bytes, notes: dict[bytes, bytes]) -> None:
-    """Keep a text that may tell the orientation; EXIF data in a chunk of their own come first."""
+    """Keep a text that may contain the orientation; an eXIf chunk has priority."""
     if content.startswith(XMP_KEYWORD + b"\0"):
         notes[XMP_KEYWORD] = _text(name, content)
     elif content.startswith(EXIF_KEYWORD + b"\0"):
@@ -108,7 +95,7 @@ def _note(name: bytes, content: bytes, notes: dict[bytes, bytes]) -> None:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Name and bytes of each chunk up to the end; notes with a wrong checksum are passed over."""
+    """Yield name and bytes of each chunk up to the end; skip metadata with a wrong checksum."""
     view, place = memoryview(data), len(PNG)
     for _ in range(MAX_CHUNKS):
         length, name = struct.unpack_from(">I4s", data.ljust(place + 8, b"\0"), place)
@@ -131,26 +118,26 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _text(name: bytes, content: bytes) -> bytes:
-    """The text of a note, empty where it is packed and broken or too large."""
+    """The text of a chunk; empty where it is compressed and damaged or too large."""
     rest = content.partition(b"\0")[2]
     if name == b"tEXt":
         return rest
-    packed = name == b"zTXt" or rest[:1] == b"\1"
+    is_compressed = name == b"zTXt" or rest[:1] == b"\1"
     text = rest[1:] if name == b"zTXt" else rest[2:].split(b"\0", 2)[-1]
-    return (_inflated(text, MAX_NOTE_BYTES) or b"") if packed else text
+    return (_inflated(text, MAX_NOTE_BYTES) or b"") if is_compressed else text
 
 
-def _inflated(packed: bytes, most_bytes: int) -> bytes | None:
-    """Unpacked bytes; None where they are damaged or more than that."""
+def _inflated(compressed: bytes, most_bytes: int) -> bytes | None:
+    """Decompressed bytes; None where they are damaged or more than `most_bytes`."""
     try:
-        found = zlib.decompressobj().decompress(packed, most_bytes + 1)
+        found = zlib.decompressobj().decompress(compressed, most_bytes + 1)
     except zlib.error:
         return None
     return found if len(found) <= most_bytes else None
 
 
 def _png_profile(colors: dict[bytes, bytes]) -> bytes | None:
-    """By the order of precedence of the specification."""
+    """The colour profile, in the specification's order of precedence."""
     if b"cICP" in colors:
         if colors[b"cICP"] != SRGB_CICP:
             raise ImageError("unsupported_format", "its colours (cICP) are not sRGB; save as sRGB")
@@ -166,12 +153,11 @@ def _png_profile(colors: dict[bytes, bytes]) -> bytes | None:
 
 
 def _require_srgb(colors: dict[bytes, bytes]) -> None:
-    """Without a profile, gamma and primaries say what the colours are."""
+    """Check gamma and primaries, which define the colours where there is no profile."""
     gamma = int.from_bytes(colors.get(b"gAMA", b"")[:4], "big") or SRGB_GAMMA
     if abs(gamma - SRGB_GAMMA) > 0.05 * SRGB_GAMMA:
-        raise ImageError(
-            "unsupported_format", f"its gamma is {gamma / 1e5:g}, that of sRGB 0.45455; save as sRGB"
-        )
+        message = f"its gamma is {gamma / 1e5:g}, that of sRGB 0.45455; save as sRGB"
+        raise ImageError("unsupported_format", message)
     if len(primaries := colors.get(b"cHRM", b"")) == 32:
         found = struct.unpack(">8I", primaries)
         if any(abs(a - b) > 1_000 for a, b in zip(found, SRGB_PRIMARIES, strict=True)):
@@ -179,11 +165,8 @@ def _require_srgb(colors: dict[bytes, bytes]) -> None:
 
 
 def jpeg(data: bytes) -> Content:
-    """The first image of a JPEG file, up to its end, without notes.
-
-    Raises:
-        ImageError: `truncated`, `too_many_pixels` or `unsupported_format`.
-    """
+    """Extract the first image of a JPEG file, up to its end, without metadata. Raises ImageError `truncated`,
+    `too_many_pixels` or `unsupported_format`."""
     kept, profile, layers, has_adobe, exif, xmp = [data[:2]], dict[int, bytes](), 0, False, b"", b""
     for marker, start, end in _segments(data):
         content = data[start + 4 : end]
@@ -207,7 +190,7 @@ def jpeg(data: bytes) -> Content:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of each segment of the header; bytes between them are passed over."""
+    """Yield marker, start and end of each segment of the header; skip bytes between them."""
     place = 2
     for _ in range(MAX_CHUNKS):
         if not (found := MARKER.search(data, place)):
@@ -221,20 +204,17 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _require_read(marker: int, content: bytes) -> int:
-    """Check a start of frame; the number of its components."""
+    """Check a start of frame and return the number of its components."""
     bits, height, width, layers = struct.unpack(">BHHB", content[:6].ljust(6, b"\0"))
     if marker not in SEGMENTS_READ or bits != 8 or layers not in (1, 3, 4) or not height:
-        raise ImageError(
-            "unsupported_format",
-            f"a JPEG of {layers} components of {bits} bits, coded as SOF{marker - 0xC0}; save as an ordinary "
-            "JPEG of 8 bits, or as PNG",
-        )
+        found = f"a JPEG of {layers} components of {bits} bits, coded as SOF{marker - 0xC0}"
+        raise ImageError("unsupported_format", f"{found}; save as an ordinary JPEG of 8 bits, or as PNG")
     require_size(width, height)
     return layers
 
 
 def _end(data: bytes, place: int) -> int:
-    """Where the image ends whose first scan begins there."""
+    """Position of the end of the image whose first scan begins at `place`."""
     for _ in range(MAX_SCANS):
         found = MARKER.search(data, place)
         while found and data[found.start() + 1] in BETWEEN - {SOS}:
@@ -251,7 +231,7 @@ def _end(data: bytes, place: int) -> int:
 
 
 def _joined(parts: dict[int, bytes]) -> bytes | None:
-    """A profile from its parts: `{1: number of parts and first bytes, 2: ...}`."""
+    """The profile from its parts: `{1: number of parts and first bytes, 2: ...}`."""
     if not parts:
         return None
     numbers = sorted(parts)

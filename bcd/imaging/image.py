@@ -1,7 +1,7 @@
 """From bytes to pixels to the size of the network's input.
 
-The same `decode` and `fit` serve training, archives and the service, so that all see the same pixels. No
-torch in here: a process that only reads images starts in a second and stays small.
+Training, archives and the service use the same `decode` and `fit`, so that all see the same pixels. Without
+torch, a process that only reads images starts in a second and stays small.
 """
 
 import io
@@ -19,29 +19,29 @@ from bcd.errors import BcdError, ImageError
 from bcd.imaging import container, tiff
 from bcd.imaging.container import MAX_PIXELS as MAX_PIXELS
 
-# What Pillow may open, by content and not by name: fewer parsers, less to attack.
+# Formats that Pillow may open, by content and not by name: fewer parsers, less to attack.
 FORMATS = ("PNG", "JPEG", "TIFF")
-# Goes up whenever `decode` or `fit` gives other pixels for some file. 2: colour profiles, 16 bits exactly.
+# Incremented when `decode` or `fit` changes the pixels of any file. 2: colour profiles, 16 bits exactly.
 DECODER_VERSION: Literal[2] = 2
-# A file is in memory as a whole: 64 million pixels of 8-bit RGB, uncompressed, have 192 MB.
+# A file is read whole: 64 million pixels of 8-bit RGB, uncompressed, have 192 MB.
 MAX_FILE_BYTES = 2**28
 # ImageNet statistics, RGB in [0, 1]: the input that torchvision's weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Space that a field leaves in the network's input is filled with the mean colour, zero after normalising:
-# what the convolutions' own zero padding looks like.
+# Colour of the margin around a field in the network's input: the mean, which is zero after normalising, like
+# the zero padding of the convolutions.
 FILL = tuple(round(255 * value) for value in IMAGENET_MEAN)
 
-# Code of a picture that storage did not give, and may give later. No finished table holds it.
+# Code of a transient error of storage. No finished table contains it.
 UNAVAILABLE = "unavailable"
 
-# Pillow's names of 16-bit samples of which it keeps the high byte; read in the other byte order, the low one.
+# Pillow's names of 16-bit samples of which it keeps the high byte; in the other byte order, the low one.
 DEEP = re.compile(r"(RGB|RGBX|RGBA|CMYK);16([BLN])")
 OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
-# A bright-field image reaches a quarter of its scale. Cameras of 10, 12 and 14 bits whose values were stored
-# in 16 bits as they came do not.
+# A bright-field image reaches a quarter of its scale. Values of 10, 12 and 14-bit cameras, stored unscaled in
+# 16 bits, do not.
 LEAST_BRIGHTEST = 2**14
-# EXIF's orientation -> what turns the image upright.
+# EXIF's orientation -> the transposition that turns the image upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,20 +54,16 @@ UPRIGHT = {
 XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 # Colour space of a profile -> mode of the pixels that it describes.
 SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-# A profile that changes no colour of a grid by more than this is sRGB, whatever it is called.
+# A profile that changes no colour of a grid by more than this counts as sRGB.
 SRGB_TOLERANCE = 1
 
 
 @contextmanager
 def boundary(code: str, action: str) -> Iterator[None]:
-    """Turn whatever a foreign decoder raises for one image into an `ImageError`.
+    """Convert any exception of a foreign decoder into an `ImageError` with a code and the failed action.
 
-    Decoders of files from anywhere may raise anything: besides their own errors OverflowError,
-    RecursionError, MemoryError and more. One image must end neither a job nor a service.
-
-    Args:
-        code: of the error.
-        action: what cannot be done, for the message: "the image cannot be decoded".
+    For a damaged file, decoders may raise anything: besides their own errors OverflowError, RecursionError,
+    MemoryError and more. One image must end neither a job nor a service.
     """
     try:
         yield
@@ -78,21 +74,18 @@ def boundary(code: str, action: str) -> Iterator[None]:
     except UnidentifiedImageError:
         raise ImageError(code, f"{action}: its header is damaged") from None
     except Exception as error:
-        # Too little memory is no damage: what a decoder asks for may follow from nonsense in a header.
+        # A lack of memory is no proof of damage: a header's nonsense may have asked for it.
         found = "unreadable" if isinstance(error, MemoryError | RecursionError) else code
         raise ImageError(found, f"{action}: {str(error) or type(error).__name__}") from error
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Decode a PNG, JPEG or TIFF as its own metadata specify, or say why not.
+    """Decode a PNG, JPEG or TIFF, following its metadata, to uint8 (height, width, 3) RGB.
 
-    Grey, CMYK, Lab and palette images are converted, 16 bits become 8; other colour profiles than sRGB are
-    converted to sRGB (relative colorimetric, black point compensated); transparency is laid over white; a
-    camera's note on orientation (EXIF) is followed; of the pages of a TIFF the one that is no smaller copy
-    counts. CMYK without a profile is converted by subtraction.
-
-    Returns:
-        uint8 array (height, width, 3), RGB.
+    Grey, CMYK, Lab and palette images are converted, 16 bits become 8; colour profiles other than sRGB are
+    converted to sRGB (relative colorimetric, black point compensated); transparency is blended over white;
+    the orientation of EXIF is applied; of the pages of a TIFF, the one that is no smaller copy is decoded.
+    CMYK without a profile is converted by subtraction.
 
     Raises:
         ImageError: with code `empty`, `too_large`, `unsupported_format`, `too_many_pixels`, `truncated` or
@@ -104,39 +97,29 @@ def decode(data: bytes) -> np.ndarray:
         raise ImageError("too_large", f"{len(data):,} bytes; at most {MAX_FILE_BYTES:,} are read")
     with boundary("truncated", "the image cannot be decoded"):
         if container.PNG.startswith(data[:8]):
-            return _finished(*_png(data))
+            return _framed(container.png_content(data), "PNG")
         if container.JPEG.startswith(data[:3]):
-            return _finished(*_jpeg(data))
+            return _framed(container.jpeg(data), "JPEG")
         if data[:4] in tiff.STARTS:
-            return _finished(*_tiff(data))
-    raise ImageError("unsupported_format", f"not a {', '.join(FORMATS)} picture")
+            return _tiff(data)
+    raise ImageError("unsupported_format", f"not a {', '.join(FORMATS)} image")
 
 
-Decoded = tuple[Image.Image, bytes | None]
+def _framed(content: container.Content, kind: str) -> np.ndarray:
+    return _finished(_upright(_eight_bits(content.data, kind), content), content.profile)
 
 
-def _png(data: bytes) -> Decoded:
-    content = container.png_content(data)
-    return _upright(_eight_bits(content.data, "PNG"), content), content.profile
-
-
-def _jpeg(data: bytes) -> Decoded:
-    content = container.jpeg(data)
-    return _upright(_load(content.data, "JPEG")[0], content), content.profile
-
-
-def _tiff(data: bytes) -> Decoded:
-    """Pillow turns it upright itself."""
+def _tiff(data: bytes) -> np.ndarray:
+    """Decode a TIFF, which Pillow turns upright itself."""
     pages = tiff.pages(io.BytesIO(data), len(data))
     chosen = tiff.composite(pages) or [tiff.main_page(pages)]
     try:
         channels = [_tiff_page(data, page, len(pages)) for page in chosen]
     except UnidentifiedImageError:
-        raise ImageError(
-            "unsupported_format", f"a TIFF of {tiff.describe_samples(chosen[0])} is not read"
-        ) from None
-    profile = channels[0].info.get("icc_profile")
-    return (Image.merge("RGB", channels) if len(channels) > 1 else channels[0]), profile
+        message = f"a TIFF of {tiff.describe_samples(chosen[0])} is not supported"
+        raise ImageError("unsupported_format", message) from None
+    merged = Image.merge("RGB", channels) if len(channels) > 1 else channels[0]
+    return _finished(merged, channels[0].info.get("icc_profile"))
 
 
 def _tiff_page(data: bytes, page: tiff.Page, n_pages: int) -> Image.Image:
@@ -146,43 +129,43 @@ def _tiff_page(data: bytes, page: tiff.Page, n_pages: int) -> Image.Image:
 
 
 def _load(data: bytes, kind: str, number: int = 0, swapped: bool = False) -> tuple[Image.Image, str]:
-    """A page and Pillow's name of its samples; with those of 16 bits in the other byte order if asked for."""
-    picture = Image.open(io.BytesIO(data), formats=(kind,))
+    """A page and Pillow's name of its samples, those of 16 bits in the other byte order if `swapped`."""
+    image = Image.open(io.BytesIO(data), formats=(kind,))
     if number:
-        picture.seek(number)
-    container.require_size(*picture.size)
-    # Arguments are a name, or begin with it; each tile of a file has its own.
-    given = [tile.args or "" for tile in picture.tile]
+        image.seek(number)
+    container.require_size(*image.size)
+    # The arguments of each tile are a name, or begin with it.
+    given = [tile.args or "" for tile in image.tile]
     named = [(one,) if isinstance(one, str) else one for one in given]
     if swapped:
         other = [(name[:-1] + OTHER_ORDER[name[-1]], *rest) for name, *rest in named]
-        picture.tile = [tile._replace(args=args) for tile, args in zip(picture.tile, other, strict=True)]
-    picture.load()
-    return picture, str(named[0][0])
+        image.tile = [tile._replace(args=args) for tile, args in zip(image.tile, other, strict=True)]
+    image.load()
+    return image, str(named[0][0])
 
 
 def _eight_bits(
     data: bytes, kind: str, number: int = 0, bits: int | None = None, is_inverted: bool = False
 ) -> Image.Image:
-    """A page with samples of 8 bits; of more than 8, `bits` are in use, where that is known."""
-    picture, raw = _load(data, kind, number)
-    if picture.mode.startswith("I;16"):
-        deep = np.asarray(picture)[..., None]
+    """A page with samples of 8 bits; `bits` of a deeper sample are in use, where that is known."""
+    image, raw = _load(data, kind, number)
+    if image.mode.startswith("I;16"):
+        deep = np.asarray(image)[..., None]
     elif DEEP.fullmatch(raw):
         low = np.asarray(_load(data, kind, number, swapped=True)[0])
-        deep = np.asarray(picture).astype(np.uint16) << 8 | low
-    elif ";16" in raw:  # grey with alpha, or alpha that is multiplied in: the high bytes will do
-        _largest(np.asarray(picture)[..., :3].astype(np.uint16) << 8, bits)
-        return picture
+        deep = np.asarray(image).astype(np.uint16) << 8 | low
+    elif ";16" in raw:  # grey with alpha, or premultiplied alpha: the high bytes suffice
+        _largest(np.asarray(image)[..., :3].astype(np.uint16) << 8, bits)
+        return image
     else:
-        return picture
-    colors = deep[..., : 4 if picture.mode == "CMYK" else 3]
+        return image
+    colors = deep[..., : 4 if image.mode == "CMYK" else 3]
     table = (np.arange(2**16) * (255 / _largest(colors, bits))).round().clip(0, 255).astype(np.uint8)
-    return _with_mask(table[::-1][deep] if is_inverted else table[deep], deep, picture)
+    return _with_mask(table[::-1][deep] if is_inverted else table[deep], deep, image)
 
 
 def _largest(deep: np.ndarray, bits: int | None) -> int:
-    """What full intensity is in these samples of at most 16 bits."""
+    """Full intensity of these samples of at most 16 bits."""
     brightest = int(deep.max())
     if bits is None and 0 < brightest < LEAST_BRIGHTEST:
         raise ImageError(
@@ -195,79 +178,71 @@ def _largest(deep: np.ndarray, bits: int | None) -> int:
     return 2 ** (bits or 16) - 1
 
 
-def _with_mask(pixels: np.ndarray, deep: np.ndarray, picture: Image.Image) -> Image.Image:
-    """An image of 8-bit samples (h, w, channels); the one deep colour that PNG calls transparent is."""
-    size = picture.size
-    mode = "L" if pixels.shape[-1] == 1 else picture.mode
-    result = Image.frombytes(mode, size, pixels.tobytes())
-    result.info = {key: value for key, value in picture.info.items() if key == "icc_profile"}
-    if (color := picture.info.get("transparency")) is not None:
+def _with_mask(pixels: np.ndarray, deep: np.ndarray, image: Image.Image) -> Image.Image:
+    """An image of 8-bit samples (h, w, channels), transparent where PNG says so of one deep colour."""
+    mode = "L" if pixels.shape[-1] == 1 else image.mode
+    result = Image.frombytes(mode, image.size, pixels.tobytes())
+    result.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
+    if (color := image.info.get("transparency")) is not None:
         is_seen = (deep != np.array(color, np.uint16)).any(-1)
         result.putalpha(Image.fromarray(is_seen.astype(np.uint8) * 255))
     return result
 
 
-def _upright(picture: Image.Image, content: container.Content) -> Image.Image:
-    """By its EXIF data, else by its XMP; broken ones say nothing."""
+def _upright(image: Image.Image, content: container.Content) -> Image.Image:
+    """Turn an image upright by its EXIF data, else by its XMP; damaged metadata is ignored."""
     orientation = tiff.orientation(content.exif)
     if not orientation and (found := XMP_ORIENTATION.search(content.xmp)):
         orientation = int(found[1])
-    return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
-def _finished(picture: Image.Image, profile: bytes | None) -> np.ndarray:
-    if picture.mode in ("La", "RGBa"):
-        picture = picture.convert(picture.mode.upper())
-    if picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        colors = to_srgb(picture.convert("RGB"), profile)
-        colors.putalpha(picture.getchannel("A"))
-        white = Image.new("RGBA", picture.size, "white")
+def _finished(image: Image.Image, profile: bytes | None) -> np.ndarray:
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        colors = to_srgb(image.convert("RGB"), profile)
+        colors.putalpha(image.getchannel("A"))
+        white = Image.new("RGBA", image.size, "white")
         return np.asarray(Image.alpha_composite(white, colors).convert("RGB"))
-    return np.asarray(to_srgb(picture, profile))
+    return np.asarray(to_srgb(image, profile))
 
 
-def to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert an image from its ICC profile, None for sRGB, to mode RGB in sRGB.
-
-    Raises:
-        ImageError: `unsupported_format` where the profile is damaged or of other pixels.
-    """
-    if picture.mode == "LAB":
-        return _converted(picture, _from_lab())
-    if picture.mode not in ("L", "CMYK"):
-        picture = picture.convert("RGB")
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert an image from its ICC profile, None for sRGB, to mode RGB in sRGB. Raises ImageError
+    `unsupported_format` where the profile is damaged or describes other pixels."""
+    if image.mode == "LAB":
+        return _converted(image, _from_lab())
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
     if profile is None:
-        return picture.convert("RGB")
+        return image.convert("RGB")
     transform, mode = _transform(profile)
-    if picture.mode == "L" and mode == "RGB":
-        picture = picture.convert("RGB")
-    if picture.mode != mode:
-        raise ImageError(
-            "unsupported_format", f"its colour profile is of {mode}, its pixels are {picture.mode}"
-        )
-    return picture if transform is None else _converted(picture, transform)
+    if image.mode == "L" and mode == "RGB":
+        image = image.convert("RGB")
+    if image.mode != mode:
+        message = f"its colour profile is of {mode}, its pixels are {image.mode}"
+        raise ImageError("unsupported_format", message)
+    return image if transform is None else _converted(image, transform)
 
 
 @lru_cache(maxsize=1)
 def _from_lab() -> ImageCms.ImageCmsTransform:
-    return ImageCms.buildTransform(
-        ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
-    )
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
 
 
 @lru_cache(maxsize=4)
 def _transform(profile: bytes) -> tuple[ImageCms.ImageCmsTransform | None, str]:
-    """What converts pixels of a profile to sRGB, None where that changes nothing, and their mode."""
+    """The transformation of a profile's pixels to sRGB, None where it changes nothing, and their mode."""
     if len(profile) > container.MAX_PROFILE_BYTES:
         raise ImageError("unsupported_format", f"a colour profile of {len(profile):,} bytes; save as sRGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = SPACES.get(source.profile.xcolor_space.strip())
-        if mode is None:
-            raise ImageError(
-                "unsupported_format", f"a colour profile of {source.profile.xcolor_space}; save as sRGB"
-            )
+        space = source.profile.xcolor_space
+        if (mode := SPACES.get(space.strip())) is None:
+            raise ImageError("unsupported_format", f"a colour profile of {space}; save as sRGB")
         transform = ImageCms.buildTransform(
             source,
             ImageCms.createProfile("sRGB"),
@@ -277,15 +252,14 @@ def _transform(profile: bytes) -> tuple[ImageCms.ImageCmsTransform | None, str]:
             ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
     except (ImageCms.PyCMSError, OSError) as error:
-        raise ImageError(
-            "unsupported_format", f"its colour profile cannot be used: {error}; save as sRGB"
-        ) from None
+        message = f"its colour profile cannot be used: {error}; save as sRGB"
+        raise ImageError("unsupported_format", message) from None
     return (None if mode == "RGB" and _changes_nothing(transform) else transform), mode
 
 
-def _converted(picture: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
-    converted = ImageCms.applyTransform(picture, transform)
-    assert converted is not None  # it is None only where the picture is changed in place
+def _converted(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None  # None only where the image is changed in place
     return converted
 
 
@@ -297,16 +271,7 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
 
 
 def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize a picture into the network's input, whole and with its aspect ratio kept.
-
-    Args:
-        pixels: uint8 (h, w, 3) RGB.
-        height: of the result in pixels.
-        width: of the result in pixels.
-
-    Returns:
-        uint8 (height, width, 3), the picture in the middle.
-    """
+    """Fit uint8 (h, w, 3) RGB into the network's input, (height, width, 3): whole, centred, aspect kept."""
     top, left, inner_height, inner_width = placement(pixels.shape[0], pixels.shape[1], height, width)
     resized = Image.fromarray(pixels).resize((inner_width, inner_height), Image.Resampling.BILINEAR)
     result = np.empty((height, width, 3), np.uint8)
@@ -316,10 +281,10 @@ def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def shrink(pixels: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
-    """A picture for people: uint8 (h, w, 3) within a size, aspect ratio kept, never enlarged."""
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((width_px, height_px), Image.Resampling.LANCZOS)
-    return np.asarray(picture)
+    """Shrink uint8 (h, w, 3) to within a size; the aspect ratio is kept, and nothing is enlarged."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((width_px, height_px), Image.Resampling.LANCZOS)
+    return np.asarray(image)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -330,7 +295,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def placement(height: int, width: int, into_height: int, into_width: int) -> tuple[int, int, int, int]:
-    """Where `fit` puts a picture: top, left, height and width in pixels of the input."""
+    """Where `fit` puts an image: top, left, height and width in pixels of the input."""
     scale = min(into_height / height, into_width / width)
     inner_height = max(1, min(into_height, round(height * scale)))
     inner_width = max(1, min(into_width, round(width * scale)))

@@ -1,12 +1,12 @@
-"""µm per pixel of a whole slide: what its file states, what people state, and which of it counts.
+"""µm per pixel of a whole slide: stated by its file or by the user, and which of them is used.
 
 A file states it in OpenSlide's properties, and an OME-TIFF in the XML of its description
-(https://docs.openmicroscopy.org/ome-model/latest/ome-tiff/). Statements that cannot both be true give no
-scale but an error, as does a value that no microscope gives.
+(https://docs.openmicroscopy.org/ome-model/latest/ome-tiff/). Contradictory statements are an error, and so is
+a value that no microscope has.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -16,20 +16,10 @@ from bcd.imaging.image import ImageError
 from bcd.taxonomy import MAX_MPP, MIN_MPP
 
 Pair = tuple[float, float]
-# Two statements up to 2 % apart are one, since scanners round: 0.499 is a 0.5 and a 0.49.
+# Statements up to 2 % apart agree, since scanners round: 0.499 agrees with 0.5 and with 0.49.
 TOLERANCE = 1.02
-# µm of a unit of length, by its symbol in OME-XML; without one it is µm. µ has two code points.
-UNITS_UM = {
-    "nm": 1e-3,
-    "µm": 1.0,
-    "μm": 1.0,
-    "um": 1.0,
-    "mm": 1e3,
-    "cm": 1e4,
-    "m": 1e6,
-    "Å": 1e-4,
-    "in": 25_400,
-}
+# µm of a unit of length, by its symbol in OME-XML; µm is the default. µ has two code points.
+UNITS_UM = {"nm": 1e-3, "µm": 1, "μm": 1, "um": 1, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4, "in": 25_400}
 SLIDE, OME, MANIFEST, FLAG = "the slide", "its OME-XML", "the manifest", "--mpp"
 OVERRIDE = "--mpp-override says what is right"
 DESCRIPTION = "tiff.ImageDescription"
@@ -37,13 +27,8 @@ DESCRIPTION = "tiff.ImageDescription"
 
 @dataclass(frozen=True)
 class Given:
-    """What people say of a slide's µm per pixel at level 0.
-
-    Attributes:
-        manifest: of its row; counts, but has to agree with the file.
-        fallback: where neither file nor manifest says it.
-        override: across and down, whatever else is stated.
-    """
+    """The user's statements of a slide's µm per pixel at level 0: that of its row, which has to agree with
+    the file; one for slides without any; and one, across and down, that overrides all."""
 
     manifest: float | None = None
     fallback: float | None = None
@@ -54,15 +39,10 @@ UNKNOWN = Given()
 
 
 def level0_mpp(properties: Mapping[str, str], size: tuple[int, int], given: Given) -> Pair:
-    """µm per pixel of level 0, across and down.
+    """µm per pixel of level 0, across and down, from OpenSlide's properties and the user's statements.
 
-    Args:
-        properties: OpenSlide's.
-        size: width and height of level 0 in pixels, by which OME-XML's image is found.
-        given: what people say.
-
-    Raises:
-        ImageError: `missing_mpp` where nobody says it, `bad_mpp` where it cannot be, or two say otherwise.
+    Width and height of level 0 identify the image in OME-XML. Raises ImageError `missing_mpp` where none is
+    stated, `bad_mpp` for an impossible one or a contradiction.
     """
     if given.override:
         return given.override
@@ -83,16 +63,16 @@ def level0_mpp(properties: Mapping[str, str], size: tuple[int, int], given: Give
 
 
 def is_stated(properties: Mapping[str, str], size: tuple[int, int], given: Given) -> bool:
-    """Whether anybody states a scale, if only a wrong one: arguments as of `level0_mpp`.
+    """Whether file or user state a scale, even a wrong one; arguments as of `level0_mpp`.
 
-    What is coarser than any slide is the resolution for print that software writes by itself.
+    A value coarser than any slide is a print resolution that software writes by default.
     """
     stated = (*_of_openslide(properties), *_of_ome(properties.get(DESCRIPTION, ""), size))
     return given != UNKNOWN or any(0 < mpp <= MAX_MPP for mpp in stated)
 
 
 def is_possible(mpp: float) -> bool:
-    """Whether a microscope gives so many µm per pixel; what is computed from a resolution may be rounded."""
+    """Whether a microscope has this many µm per pixel, up to the rounding of a stated resolution."""
     return math.isfinite(mpp) and MIN_MPP <= round(mpp, 6) <= MAX_MPP
 
 
@@ -101,7 +81,7 @@ def _possible() -> str:
 
 
 def _lack(stated: Mapping[str, Pair]) -> ImageError:
-    """The error of a slide of which nobody states what can be."""
+    """The error of a slide without a possible statement."""
     remedy = "--mpp gives it"
     named = [(name, pair) for name, pair in stated.items() if any(map(math.isfinite, pair))]
     if not named:
@@ -114,22 +94,18 @@ def _lack(stated: Mapping[str, Pair]) -> ImageError:
 
 
 def _require_agreement(stated: Mapping[str, Pair]) -> None:
-    """What is possible may differ by the tolerance at most, on each axis."""
-    for axis in (0, 1):
+    """Require that on each axis the possible statements differ by the tolerance at most."""
+    for axis, direction in enumerate(("across", "down")):
         values = {name: pair[axis] for name, pair in stated.items() if is_possible(pair[axis])}
         low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
         if values[high] > TOLERANCE * values[low]:
-            raise ImageError(
-                "bad_mpp",
-                f"{low} states {values[low]:.4g} µm/px {('across', 'down')[axis]}, {high} "
-                f"{values[high]:.4g}; {OVERRIDE}",
-            )
+            both = f"{low} states {values[low]:.4g} µm/px {direction}, {high} {values[high]:.4g}"
+            raise ImageError("bad_mpp", f"{both}; {OVERRIDE}")
 
 
 def _of_openslide(properties: Mapping[str, str]) -> Pair:
-    names = openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y
-    across, down = (_number(properties.get(name)) for name in names)
-    return across, down
+    across, down = openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y
+    return _number(properties.get(across)), _number(properties.get(down))
 
 
 def _number(text: str | None) -> float:
@@ -143,23 +119,19 @@ def _number(text: str | None) -> float:
 
 def _of_ome(description: str, size: tuple[int, int]) -> Pair:
     """PhysicalSizeX and Y of the image of this size; NaN where there is none."""
-    for pixels in _ome_pixels(description):
-        if (pixels.get("SizeX"), pixels.get("SizeY")) == tuple(map(str, size)):
-            across, down = (
-                _number(pixels.get(f"PhysicalSize{axis}"))
-                * UNITS_UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"), math.nan)
-                for axis in "XY"
-            )
-            return across, down
-    return math.nan, math.nan
-
-
-def _ome_pixels(description: str) -> Iterator[ElementTree.Element]:
-    # No document type: entities are not expanded.
+    # Without a document type no entity is expanded.
     if "<OME" not in description or "<!DOCTYPE" in description:
-        return
+        return math.nan, math.nan
     try:
         root = ElementTree.fromstring(description.strip())
     except (ElementTree.ParseError, ValueError):
-        return
-    yield from root.iterfind(".//{*}Pixels")
+        return math.nan, math.nan
+    for pixels in root.iterfind(".//{*}Pixels"):
+        if (pixels.get("SizeX"), pixels.get("SizeY")) == tuple(map(str, size)):
+            return _physical_size_um(pixels, "X"), _physical_size_um(pixels, "Y")
+    return math.nan, math.nan
+
+
+def _physical_size_um(pixels: ElementTree.Element, axis: str) -> float:
+    unit = pixels.get(f"PhysicalSize{axis}Unit", "µm")
+    return _number(pixels.get(f"PhysicalSize{axis}")) * UNITS_UM.get(unit, math.nan)

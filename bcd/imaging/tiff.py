@@ -1,7 +1,7 @@
-"""What a TIFF file says of its pages: which one is the image, and what its samples mean.
+"""The pages of a TIFF file: which one is the image, and what its samples mean.
 
-Read from the file's own tags before a decoder sees it. Memory is bounded by the size of the file, whatever
-the tags claim. https://www.itu.int/itudoc/itu-t/com16/tiff-fx/docs/tiff6.pdf
+Read from the file's tags before a decoder sees it. Memory is bounded by the size of the file, whatever the
+tags claim. https://www.itu.int/itudoc/itu-t/com16/tiff-fx/docs/tiff6.pdf
 """
 
 import io
@@ -22,11 +22,11 @@ STARTS = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True),
 _TYPES = {1: (1, 2, 6, 7), 2: (3, 8), 4: (4, 9, 11, 13), 8: (5, 10, 12, 16, 17, 18)}
 SIZES = {kind: n_bytes for n_bytes, kinds in _TYPES.items() for kind in kinds}
 LETTERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
-# Bytes of each strip, and of each tile.
+# Tags: bytes of each strip, and of each tile.
 PART_BYTES = (279, 325)
 # Real files have some dozens of tags and, where their pages are focus planes or frames, hundreds of pages.
 MAX_TAGS, MAX_PAGES = 4_096, 1_000
-# Of numbers that are read of a tag, one for each sample of a pixel; a palette has red, green and blue.
+# Numbers read from a tag, one for each sample of a pixel; a palette has red, green and blue.
 MAX_NUMBERS, PALETTE_NUMBERS = 64, 3 * 256
 
 SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 255, 256, 257, 258, 259, 262
@@ -34,43 +34,29 @@ DESCRIPTION, SAMPLES, MAX_SAMPLE, PLANAR, PALETTE, TILE_WIDTH, TILE_HEIGHT = 270
 ORIENTATION, EXTRA, FORMAT, SUBSAMPLING, IMAGEJ = 274, 338, 339, 530, 50839
 NUMBERS = {SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, MAX_SAMPLE, PLANAR}
 NUMBERS |= {PALETTE, TILE_WIDTH, TILE_HEIGHT, ORIENTATION, EXTRA, FORMAT, SUBSAMPLING}
-# Others are left out: not every build of libtiff has them, fax decoders go on after damage as if nothing were
-# and tell of every line, and what old-style JPEG means was never written down.
+# Others are rejected: not every build of libtiff has them, fax decoders ignore damage and print a message for
+# every line, and old-style JPEG was never specified.
 UNCOMPRESSED = 1
 COMPRESSIONS = {UNCOMPRESSED, 5, 7, 8, 32773, 32946, 34925, 50000}
-NAMES = {
-    2: "CCITT fax",
-    3: "CCITT fax",
-    4: "CCITT fax",
-    6: "old-style JPEG",
-    32809: "ThunderScan",
-    33003: "Aperio JPEG 2000",
-    33005: "Aperio JPEG 2000",
-    34661: "JBIG",
-    34676: "SGI LogLuv",
-    34712: "JPEG 2000",
-    34887: "LERC",
-    50001: "WebP",
-    50002: "JPEG XL",
-}
+NAMES = dict.fromkeys((2, 3, 4), "CCITT fax") | dict.fromkeys((33003, 33005), "Aperio JPEG 2000")
+NAMES |= {6: "old-style JPEG", 32809: "ThunderScan", 34661: "JBIG", 34676: "SGI LogLuv", 34712: "JPEG 2000"}
+NAMES |= {34887: "LERC", 50001: "WebP", 50002: "JPEG XL"}
 WHITE_IS_ZERO, GREY, RGB, PALETTED, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
-# Samples of a pixel before extra ones, by what they mean.
+# Samples of a pixel, without extra ones, by photometric interpretation.
 CHANNELS = {WHITE_IS_ZERO: 1, GREY: 1, RGB: 3, PALETTED: 1, CMYK: 4, YCBCR: 3, LAB: 3}
 UNSIGNED = 1
 FORMATS = {2: "signed", 3: "floating-point", 5: "complex", 6: "complex"}
-# Bits of a reduced-resolution image and of a mask in SUBFILE; the same in OLD_SUBFILE.
+# A reduced-resolution image or a mask in SUBFILE (bits), and the former in OLD_SUBFILE (value).
 REDUCED_OR_MASK, OLD_REDUCED = 5, 2
-# What OME and ImageJ write into the description.
+# Descriptions by OME and ImageJ.
 DEPTH_OME, PLANES_OME = re.compile(rb'SignificantBits="(\d+)"'), re.compile(rb'Size[CZT]="(\d+)"')
 IMAGEJ_START, PLANES_IMAGEJ = b"ImageJ=", re.compile(rb"^images=(\d+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Page:
-    """One page: its place in the file, from 0, numbers by tag, and of the first one the description.
-
-    `largest_part_bytes` is what its largest strip or tile claims to have.
-    """
+    """One page: its index in the file, numbers by tag, description (first page only), and the claimed size of
+    its largest strip or tile."""
 
     number: int
     tags: Mapping[int, tuple[int, ...]]
@@ -89,16 +75,13 @@ class Page:
 
     @property
     def bits(self) -> int:
-        """Of one sample."""
+        """Bits of one sample."""
         return self.one(BITS, 1)
 
 
 def pages(file: BinaryIO, size_bytes: int) -> list[Page]:
-    """The pages of a file in their order, at least one.
-
-    Raises:
-        ImageError: `truncated` where tags lie outside the file or over each other, `unsupported_format`.
-    """
+    """The pages of a file in their order, at least one. Raises ImageError `truncated` where tags are outside
+    the file or overlap, `unsupported_format`."""
     found = list(iterate_pages(file, size_bytes))
     if not found:
         raise ImageError("truncated", "the file has no page")
@@ -106,7 +89,7 @@ def pages(file: BinaryIO, size_bytes: int) -> list[Page]:
 
 
 def iterate_pages(file: BinaryIO, size_bytes: int) -> Iterator[Page]:
-    """The same one by one, and none where the file is no TIFF."""
+    """Yield the same pages one by one, none where the file is no TIFF."""
     order, is_big = STARTS.get(file.read(4), ("", False))
     if not order:
         return
@@ -139,7 +122,9 @@ def _page(file: BinaryIO, order: str, is_big: bool, size_bytes: int, number: int
     entries = list(struct.iter_unpack(form, file.read(n * struct.calcsize(form))))
     if len(entries) < n:
         raise ImageError("truncated", "the file ends within its table of tags")
-    _require_apart(entries, size_bytes)
+    # Values do not overlap; tags that claim more than the file has would fill memory.
+    if sum(SIZES.get(kind, 1) * count for _, kind, count, _ in entries) > size_bytes:
+        raise ImageError("truncated", "its tags claim more bytes than the file has")
     tags, description, largest = dict[int, tuple[int, ...]](), b"", 0
     for tag, kind, count, value in entries:
         if tag in NUMBERS and kind in LETTERS:
@@ -156,14 +141,8 @@ def _page(file: BinaryIO, order: str, is_big: bool, size_bytes: int, number: int
     return Page(number, tags, description, has_lookup_tables, largest)
 
 
-def _require_apart(entries: Sequence[tuple[int, int, int, bytes]], size_bytes: int) -> None:
-    """Values of tags lie beside each other: those that claim more than the file has would fill memory."""
-    if sum(SIZES.get(kind, 1) * count for _, kind, count, _ in entries) > size_bytes:
-        raise ImageError("truncated", "its tags claim more bytes than the file has")
-
-
 def _value(file: BinaryIO, order: str, kind: int, count: int, n_read: int, value: bytes) -> bytes:
-    """The first values of a tag: in the table where all of them fit there, else where that points to."""
+    """The first values of a tag: from the table where all of them fit in there, else from where it points."""
     if SIZES[kind] * count <= len(value):
         return value[: SIZES[kind] * n_read]
     place = struct.unpack(order + ("Q" if len(value) == 8 else "I"), value)[0]
@@ -175,12 +154,9 @@ def _value(file: BinaryIO, order: str, kind: int, count: int, n_read: int, value
 
 
 def main_page(found: Sequence[Page]) -> Page:
-    """The page that is the image: the only one that is no thumbnail, mask or smaller copy.
-
-    Raises:
-        ImageError: `unsupported_format` where several could be it.
-    """
-    whole = [page for page in found if not _is_marked_reduced(page)]
+    """The page that is the image: the only one that is no thumbnail, mask or smaller copy. Raises ImageError
+    `unsupported_format` where several could be it."""
+    whole = [p for p in found if not p.one(SUBFILE) & REDUCED_OR_MASK and p.one(OLD_SUBFILE) != OLD_REDUCED]
     if not whole:
         raise ImageError("unsupported_format", "its pages are thumbnails or masks only; save the image alone")
     largest = max(whole, key=lambda page: (page.size, -page.number))
@@ -192,20 +168,16 @@ def main_page(found: Sequence[Page]) -> Page:
     return largest
 
 
-def _is_marked_reduced(page: Page) -> bool:
-    return bool(page.one(SUBFILE) & REDUCED_OR_MASK) or page.one(OLD_SUBFILE) == OLD_REDUCED
-
-
 def _is_copy(page: Page, largest: Page) -> bool:
-    """Whether a page has the shape of a smaller copy, as in pyramids that mark nothing; up to 2 px."""
+    """Whether a page has, to 2 px, the shape of a smaller copy, as in pyramids without marks."""
     (width, height), (full_width, full_height) = page.size, largest.size
     return width < full_width and abs(height - width * full_height / full_width) <= 2
 
 
 def composite(found: Sequence[Page]) -> Sequence[Page]:
-    """The pages that are red, green and blue of one image as ImageJ stores a composite; else none.
+    """The red, green and blue pages of an ImageJ composite, empty for any other file.
 
-    Without lookup tables of its own, ImageJ shows the channels of a composite in these colours.
+    These are the colours of its channels unless the file has lookup tables.
     https://imagej.net/ij/docs/guide/146-28.html#sub:Make-Composite
     """
     lines = found[0].description.split(b"\n")
@@ -217,14 +189,10 @@ def composite(found: Sequence[Page]) -> Sequence[Page]:
 
 
 def require_read(page: Page, n_pages: int) -> None:
-    """Refuse what the decoder reads wrongly or not at all, by its name.
-
-    Raises:
-        ImageError: `unsupported_format`, `truncated` or `too_many_pixels`.
-    """
+    """Reject a page that the decoder reads wrongly or not at all. Raises ImageError `unsupported_format`,
+    `truncated` or `too_many_pixels`."""
     require_size(*page.size)
-    fault = _fault(page) or _fault_of_samples(page) or _fault_of_planes(page, n_pages)
-    if fault:
+    if fault := _fault(page) or _fault_of_samples(page) or _fault_of_planes(page, n_pages):
         raise ImageError("unsupported_format", f"{fault}; save it as an ordinary 8-bit TIFF or PNG")
 
 
@@ -256,7 +224,7 @@ def _fault_of_samples(page: Page) -> str | None:
 
 
 def _fault_of_planes(page: Page, n_pages: int) -> str | None:
-    """Channels or slices that OME or ImageJ tell of and that no page holds."""
+    """The fault that no page contains some of the channels or slices that OME or ImageJ state."""
     planes = 1
     if page.description.startswith(IMAGEJ_START):
         planes = int(b"".join(PLANES_IMAGEJ.findall(page.description)[:1]) or 1)
@@ -264,11 +232,11 @@ def _fault_of_planes(page: Page, n_pages: int) -> str | None:
         for size in PLANES_OME.findall(page.description.partition(b"</Pixels>")[0]):
             planes *= int(size)
         planes = planes // max(1, page.one(SAMPLES, 1)) or 1
-    return f"it tells of {planes} planes and has {n_pages}" if planes > n_pages else None
+    return f"it states {planes} planes and has {n_pages}" if planes > n_pages else None
 
 
 def orientation(exif: bytes) -> int:
-    """What EXIF data, a small TIFF, say of it: 1 to 8, or 0 where they say nothing or are broken."""
+    """The orientation in EXIF data, a small TIFF: 1 to 8, or 0 where they are damaged or have none."""
     try:
         page = next(iterate_pages(io.BytesIO(exif), len(exif)), None)
     except (ImageError, struct.error):
@@ -277,18 +245,20 @@ def orientation(exif: bytes) -> int:
 
 
 def describe_samples(page: Page) -> str:
-    """Its samples, for people."""
-    bits = "+".join(map(str, page.tags.get(BITS, (1,))))
-    return (
-        f"{page.one(SAMPLES, 1)} samples of {bits} bits, photometric interpretation {page.one(PHOTOMETRIC)}"
+    """Number, bits and meaning of a page's samples, as text."""
+    n, bits, meaning = (
+        page.one(SAMPLES, 1),
+        "+".join(map(str, page.tags.get(BITS, (1,)))),
+        page.one(PHOTOMETRIC),
     )
+    return f"{n} samples of {bits} bits, photometric interpretation {meaning}"
 
 
 def significant_bits(page: Page) -> int | None:
-    """How many bits of a 16-bit sample are in use, where the file says so.
+    """The number of bits of a 16-bit sample that are in use, where the file states it.
 
-    OME's SignificantBits, or a largest sample that is 2^k - 1. Any other largest sample is a statistic of
-    the image, by the specification, and ImageJ's `max` is how somebody set the display.
+    OME's SignificantBits, or a largest sample of 2^k - 1. By the specification, any other largest sample is a
+    statistic of the image, and ImageJ's `max` is a setting of the display.
     """
     if page.bits != 16:
         return page.bits

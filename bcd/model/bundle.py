@@ -1,11 +1,11 @@
-"""The model bundle: weights, a card that machines read, and a README that people read.
+"""The model bundle: weights, a machine-readable card, and the same card as a README.
 
     <uri>/model.safetensors   float32 tensors, names of torchvision's network
-    <uri>/README.md           the card for people
+    <uri>/README.md           the card as text
     <uri>/card.json           written last: without it there is no bundle
 
-What training decided (classes, input size, mean and std, threshold) stands in the card, so that training,
-archives and the service cannot drift apart. Nothing in a bundle is ever unpickled.
+The card contains what training decided (classes, input size, mean and std, threshold), so that training,
+archives and the service cannot diverge. Nothing in a bundle is ever unpickled.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from bcd import storage
-from bcd.errors import BundleError
+from bcd.errors import BundleError, ImageError
 from bcd.imaging import image
 from bcd.model import cam, novelty, resnet, weights
 from bcd.model.card import STRIDE_PX, Card, dump, model_id, parse_card
@@ -28,23 +28,19 @@ from bcd.model.network import ResNet, normalise
 
 WEIGHTS, CARD, README = "model.safetensors", "card.json", "README.md"
 NOT_FINITE = "not_finite"
-NOT_FINITE_MESSAGE = (
-    "the model's logits are not finite numbers, so there is no answer; use --precision float32, or another "
-    "model"
-)
+NOT_FINITE_MESSAGE = "the model's logits are not finite numbers; use --precision float32, or another model"
 # The canary's logits may differ from those in the card by this share of their summands' size: a thousand
-# times what kernels, threads, folding and compiling differ by on CPUs, and a third of what bfloat16 does.
+# times the differences of kernels, threads, folding and compiling on CPUs, a third of that of bfloat16.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about a batch; float32 arrays.
+    """The prediction for a batch; float32 arrays.
 
     logit (n, classes) and probability (n, classes) in card order, probability_malignant (n,),
-    predicted_class (n,) names, evidence (n, h, w) and evidence_bias (n,) as in `bcd.model.cam`, novelty (n,)
-    as in `bcd.model.novelty`, NaN where the card has no statistics for it. Where a logit is not finite there
-    is no class.
+    predicted_class (n,) names, None where a logit is not finite, evidence (n, h, w) and evidence_bias (n,) as
+    in `bcd.model.cam`, novelty (n,) as in `bcd.model.novelty`, NaN where the card has no statistics for it.
     """
 
     logit: np.ndarray
@@ -57,23 +53,23 @@ class Prediction:
 
     @property
     def finite(self) -> np.ndarray:
-        """Bool (n,): whether all logits of a picture are numbers; without that there is no answer."""
+        """Bool (n,): whether all logits of an image are finite."""
         return np.isfinite(self.logit).all(1)
 
     def require_finite(self) -> None:
-        """Raises ImageError `not_finite` unless every picture has an answer."""
+        """Raise ImageError `not_finite` unless all logits are finite."""
         if not self.finite.all():
-            raise image.ImageError(NOT_FINITE, NOT_FINITE_MESSAGE)
+            raise ImageError(NOT_FINITE, NOT_FINITE_MESSAGE)
 
     def rows(self) -> list["Prediction"]:
-        """One prediction for each picture, still as arrays of one row."""
+        """One prediction for each image, as arrays of one row."""
         columns = [getattr(self, field.name) for field in fields(self)]
         return [Prediction(*(column[i : i + 1] for column in columns)) for i in range(len(self.logit))]
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model ready to predict: `load` makes one. Batch norms are folded into the convolutions, and the
+    """A model ready to predict, from `load`. Batch norms are folded into the convolutions, and the
     temperature into the last layer."""
 
     card: Card
@@ -84,25 +80,22 @@ class Bundle:
     precision: str
 
     def evidence_size(self, layer: str = cam.LAYERS[-1]) -> tuple[int, int]:
-        """Height and width in cells of the maps over a layer's features."""
+        """Height and width, in cells, of the maps over a layer's features."""
         stride = STRIDE_PX >> (len(cam.LAYERS) - 1 - cam.LAYERS.index(layer))
         return -(-self.card.input_height_px // stride), -(-self.card.input_width_px // stride)
 
     def fit(self, pixels: np.ndarray) -> np.ndarray:
-        """Bring a decoded picture (h, w, 3) into the input size (height, width, 3); both uint8 RGB."""
+        """Fit a decoded image (h, w, 3) into the input size (height, width, 3); both uint8 RGB."""
         return image.fit(pixels, self.card.input_height_px, self.card.input_width_px)
 
     @torch.inference_mode()
     def predict(
         self, images: np.ndarray, method: str = cam.CLOSED_FORM, layer: str = cam.LAYERS[-1]
     ) -> Prediction:
-        """Predict a batch.
+        """Predict a batch of uint8 (n, height, width, 3) RGB from `fit`.
 
-        Args:
-            images: uint8 (n, height, width, 3) RGB from `fit`.
-            method: of the evidence: the closed form, or one of `cam.METHODS`; with these `evidence_bias` is
-                NaN, because their maps do not add up to the log-odds.
-            layer: whose features a method of `cam.METHODS` explains.
+        `method` of the evidence is the closed form, or one of `cam.METHODS`: these explain the features of
+        `layer`, and `evidence_bias` is NaN, because their maps do not add up to the log-odds.
         """
         batch = self._normalised(images)
         output = self._output(batch)
@@ -124,11 +117,8 @@ class Bundle:
         )
 
     def predict_files(self, contents: Sequence[bytes]) -> Prediction:
-        """Predict encoded pictures (PNG, JPEG, TIFF), as one batch.
-
-        Raises:
-            ImageError: one of them cannot be decoded; the message says which.
-        """
+        """Predict encoded images (PNG, JPEG, TIFF), as one batch. Raises ImageError where one of them cannot
+        be decoded; the message says which."""
         return self.predict(np.stack([self.fit(one) for one in _decoded(contents)]))
 
     @torch.inference_mode()
@@ -155,17 +145,15 @@ class Bundle:
     def _decide(
         self, logit: torch.Tensor, probability: torch.Tensor, malignant: torch.Tensor
     ) -> list[str | None]:
-        # The operating threshold belongs to the two-class decision; among subtypes the likeliest wins.
-        if self.card.target == "tumor_class":
-            chosen = (malignant >= self.card.threshold).long()
-        else:
-            chosen = probability.argmax(1)
+        # The threshold is for two classes; of the subtypes the most probable is predicted.
+        is_binary = self.card.target == "tumor_class"
+        chosen = (malignant >= self.card.threshold).long() if is_binary else probability.argmax(1)
         known = logit.isfinite().all(1).tolist()
         return [self.card.classes[i] if ok else None for i, ok in zip(chosen.tolist(), known, strict=True)]
 
     @torch.inference_mode()
     def _canary(self) -> tuple[np.ndarray, float]:
-        """Logits (classes,) of `canary` in float32, and the largest sum of their summands' sizes."""
+        """Logits (classes,) of `canary` in float32, and the largest sum of their absolute summands."""
         with torch.backends.cudnn.flags(allow_tf32=False):
             output = resnet.forward(self.network, self._normalised(canary()[None]))
         summand = (output.pooled.abs() @ self.network.fc.weight.abs().T).max()
@@ -173,7 +161,7 @@ class Bundle:
 
 
 def canary() -> np.ndarray:
-    """An image, uint8 (64, 96, 3) RGB, of whole numbers by a formula: the same everywhere and always."""
+    """A test image, uint8 (64, 96, 3) RGB, from an integer formula: the same on every machine."""
     y, x, channel = np.ogrid[:64, :96, :3]
     return ((3 * y + 2 * x + (7 * channel + 5) * (x * y // 16)) % 256).astype(np.uint8)
 
@@ -182,18 +170,13 @@ def _decoded(contents: Sequence[bytes]) -> Iterator[np.ndarray]:
     for i, content in enumerate(contents):
         try:
             yield image.decode(content)
-        except image.ImageError as error:
-            message = f"image {i + 1} of {len(contents)}: {error.message}"
-            raise image.ImageError(error.code, message) from error
+        except ImageError as error:
+            raise ImageError(error.code, f"image {i + 1} of {len(contents)}: {error.message}") from error
 
 
 def save(network: ResNet, card: Card, uri: str) -> str:
-    """Write a bundle and return its `model_id`.
-
-    Raises:
-        BundleError: it could not be loaded again: weights or logits are not finite, or the card says what
-            cannot be.
-    """
+    """Write a bundle and return its `model_id`. Raises BundleError where it could not be loaded again:
+    weights or logits are not finite, or the card is invalid."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     content = save_safetensors(state)
     logit, _ = from_state(state, card)._canary()
@@ -208,13 +191,13 @@ def save(network: ResNet, card: Card, uri: str) -> str:
 
 
 def write_card(card: Card, uri: str) -> None:
-    """Write the card for people, then the one for machines, which makes the bundle complete."""
+    """Write the README, then the card, which makes the bundle complete."""
     storage.write_bytes(storage.join(uri, README), _readme(card).encode())
     storage.write_bytes(storage.join(uri, CARD), dump(card))
 
 
 def is_complete(uri: str) -> bool:
-    """Whether a whole bundle stands at the URI."""
+    """Whether there is a complete bundle at the URI."""
     return storage.exists(storage.join(uri, CARD))
 
 
@@ -226,12 +209,12 @@ def load(
     Args:
         uri: of the bundle.
         device: by default the GPU where there is one.
-        precision: `float32` (the same numbers everywhere), `bfloat16`, or `auto`.
-        compiled: spend a minute on compiling, at the first batch, for batches of one size.
+        precision: `float32` (the same numbers on every machine), `bfloat16`, or `auto`.
+        compiled: compile for batches of one size, which takes a minute at the first batch.
 
     Raises:
-        BundleError: no bundle is there, it is not as it was written, or this machine does not compute with
-            it what the machine did that wrote it.
+        BundleError: there is no bundle, it was changed, or this machine computes other logits than the one
+            that wrote it.
         StorageError: the URI cannot be read.
     """
     card = read_card(uri)
@@ -249,8 +232,7 @@ def load(
 def _require_canary(loaded: Bundle, uri: str) -> None:
     logit, summand = loaded._canary()
     expected = np.array(loaded.card.canary_logit)
-    difference = float(np.abs(logit - expected).max())
-    if not difference <= TOLERANCE * summand:  # NaN is no agreement
+    if not np.abs(logit - expected).max() <= TOLERANCE * summand:  # NaN is no agreement
         raise BundleError(
             f"{uri}: for the bundle's canary image this machine computes the logits {logit.tolist()}, "
             f"expected {expected.tolist()} to within {TOLERANCE * summand:.2g}; try another device or "
@@ -259,19 +241,17 @@ def _require_canary(loaded: Bundle, uri: str) -> None:
 
 
 def from_state(state: weights.State, card: Card) -> Bundle:
-    """A bundle from weights in memory, in float32; it has no identity."""
-    return _ready(
-        resnet.assembled(len(card.classes), state, card.architecture), card, "", None, "float32", False
-    )
+    """A bundle from weights in memory, in float32, without a `model_id`."""
+    return _ready(resnet.assembled(len(card.classes), state, card.architecture), card)
 
 
 def _ready(
     network: ResNet,
     card: Card,
-    identity: str,
-    device: str | torch.device | None,
-    precision: str,
-    compiled: bool,
+    identity: str = "",
+    device: str | torch.device | None = None,
+    precision: str = "float32",
+    compiled: bool = False,
 ) -> Bundle:
     resnet.set_precision(precision)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -282,11 +262,8 @@ def _ready(
 
 
 def read_card(uri: str) -> Card:
-    """Read and validate `card.json`.
-
-    Raises:
-        BundleError: no bundle is there, or it has no valid card of this format.
-    """
+    """Read and validate `card.json`. Raises BundleError where there is no bundle, or it has no valid card of
+    this format."""
     if not is_complete(uri):
         raise BundleError(f"{uri}: no model bundle there; expected {CARD}, {WEIGHTS} and {README}")
     card = parse_card(storage.read_bytes(storage.join(uri, CARD)), uri)
@@ -296,29 +273,22 @@ def read_card(uri: str) -> Card:
 
 
 def identify(uri: str) -> str:
-    """The `model_id` of the bundle at a URI, whose card and weights are as they were written.
-
-    Raises:
-        BundleError: no bundle is there, or it is damaged.
-    """
+    """The `model_id` of the bundle at a URI, after a check of card and weights. Raises BundleError where
+    there is no bundle, or it is damaged."""
     card = read_card(uri)
     _read_weights(uri, card)
     return model_id(card)
 
 
 def read_same(uri: str, identity: str) -> Card:
-    """The card of the bundle that a job began with.
-
-    Raises:
-        BundleError: the URI contains another model now.
-    """
+    """The card at a URI; raises BundleError where it is no longer that of the given `model_id`."""
     card = read_card(uri)
     require_same(uri, identity, model_id(card))
     return card
 
 
 def require_same(uri: str, began: str, now: str) -> None:
-    """Raises BundleError where the model that a job began with is no longer the one at the URI."""
+    """Raise BundleError where the model at the URI is no longer the one that a job began with."""
     if now != began:
         raise BundleError(
             f"{uri} has changed since the start: the model was {began}, now it is {now}. Restore the first "

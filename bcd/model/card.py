@@ -1,7 +1,6 @@
-"""The model card: everything that decides a prediction, and where it comes from; sealed, and within bounds.
+"""The model card: everything that a prediction depends on, and its provenance, with bounds and a checksum.
 
-A card is written with a checksum over its content. One that was cut, changed or written by hand is rejected,
-as is one whose numbers cannot be those of a model, because every answer rests on them.
+A card that was truncated or edited is rejected, and so is one with numbers that no model has.
 """
 
 import hashlib
@@ -33,14 +32,14 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Card(BaseModel):
-    """What is known about a model; everything that decides a prediction, and where it comes from."""
+    """Everything that a prediction depends on, and its provenance."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     format_version: Literal[2] = FORMAT_VERSION
     architecture: Architecture = "resnet50"
     weights_sha256: Digest | None = None
-    """Of the file of weights; None before the bundle is written."""
+    """SHA-256 of the file of weights; None before the bundle is written."""
     canary_logit: tuple[float, ...] = ()
     """Logits of `bundle.canary`, in float32 on the machine that wrote the bundle."""
     target: Target
@@ -49,46 +48,46 @@ class Card(BaseModel):
     input_height_px: InputSize
     input_width_px: InputSize
     decoder_version: Literal[2] = image.DECODER_VERSION
-    """How images become pixels, in training as later: among others, colour profiles are converted to sRGB."""
+    """Version of the conversion of images to pixels; it converts colour profiles to sRGB, for example."""
     mean: tuple[Share, Share, Share] = image.IMAGENET_MEAN
     std: tuple[Deviation, Deviation, Deviation] = image.IMAGENET_STD
     field_height_px: FieldSize
-    """Height of the usual training field in its own pixels: slides are tiled alike."""
+    """Height of the usual training field in its own pixels; slides are cut into tiles of this size."""
     field_width_px: FieldSize
     """Width of the usual training field in its own pixels."""
     mpp: tuple[Annotated[float, Field(ge=MIN_MPP, le=MAX_MPP)], ...]
-    """µm per pixel of the fields seen in training, where known."""
+    """µm per pixel of the training fields, where known."""
     magnifications: tuple[int, ...]
-    """BreaKHis magnifications seen in training, where known."""
+    """BreaKHis magnifications of the training fields, where known."""
     temperature: float = Field(default=1.0, ge=0.01, le=100)
-    """Divides the logits of the weights, so that probabilities mean what they say; fitted on validation."""
+    """Divisor of the logits that calibrates the probabilities; fitted on validation."""
     threshold: Share = 0.5
-    """Probability of malignancy from which a picture is called malignant; chosen on validation."""
+    """Probability from which an image is called malignant; chosen on validation."""
     operating_point: dict[str, Any] = {}
-    """How the threshold was chosen, and what it reaches on validation: `decision.choose_threshold`."""
+    """How the threshold was chosen, and its metrics on validation: `decision.choose_threshold`."""
     calibration: dict[str, float] = {}
     """On validation, before and after the temperature: cross-entropy, Brier score, calibration error."""
     protocol: Protocol
     fold: int | None = Field(default=None, ge=1)
     seed: int = Field(ge=0)
     data_fingerprint: Digest
-    """Hash over the ids, sizes and classes of the images that the split was made from."""
+    """Hash over the ids, sizes and classes of the images before the split."""
     split_fingerprint: Digest
     """Hash over the part of every image."""
     leaky: bool
-    """Whether patients may stand on two sides of the split: such numbers mislead."""
+    """Whether patients may be in more than one part of the split, which makes the metrics misleading."""
     synthetic: bool
-    """Whether the training images are made up: such numbers say nothing about tissue."""
+    """Whether the training images are synthetic: the metrics say nothing about tissue."""
     warnings: tuple[str, ...] = ()
-    """About the training data and their split: what to know before believing the numbers."""
+    """Limitations of the training data and their split."""
     feature_statistics: FeatureStatistics | None = None
-    """Of the pooled features over the training pictures: they tell how unlike those a new picture is."""
+    """Statistics of the pooled features over the training images, for the novelty of other images."""
     training: dict[str, Any]
-    """All settings of the training run; an evaluation makes the split from them again."""
+    """All settings of the training run, from which an evaluation reproduces the split."""
     validation: dict[str, float]
-    """The best epoch, and what it reached on the validation part."""
+    """The best epoch, and its metrics on the validation part."""
     metrics: dict[str, Any] = {}
-    """Measured on the test part, with intervals."""
+    """Metrics on the test part, with intervals."""
     versions: dict[str, str]
     git_commit: str | None
 
@@ -113,11 +112,7 @@ class Card(BaseModel):
 
 
 def make(**facts: Any) -> Card:
-    """A card of these fields.
-
-    Raises:
-        BundleError: they cannot be those of a model.
-    """
+    """Create a card; raises BundleError for invalid fields."""
     try:
         return Card(**facts)
     except ValidationError as error:
@@ -125,21 +120,13 @@ def make(**facts: Any) -> Card:
 
 
 def dump(card: Card) -> bytes:
-    """The card as JSON, sealed.
-
-    Raises:
-        BundleError: it is none that could be read again.
-    """
+    """The card as JSON with its checksum; raises BundleError where it could not be read again."""
     content = json.loads(make(**card.model_dump()).model_dump_json())
     return json.dumps(content | {CHECKSUM: _seal(content)}, indent=2).encode()
 
 
 def parse_card(content: bytes, uri: str) -> Card:
-    """The card in a file of the bundle at a URI.
-
-    Raises:
-        BundleError: it is none, of another format, damaged, or says what cannot be.
-    """
+    """Parse the card of the bundle at a URI; raises BundleError for an invalid one or another format."""
     try:
         found = json.loads(content, object_pairs_hook=_unique)
         if not isinstance(found, dict):
@@ -153,14 +140,14 @@ def parse_card(content: bytes, uri: str) -> Card:
         return Card.model_validate_json(json.dumps(found), strict=True)
     except ValidationError as error:
         raise BundleError(f"{uri}: not a valid model card: {_first(error)}") from None
-    # Too deep a nesting is a RecursionError; text that is no UTF-8, and NaN, are ValueErrors.
+    # Nesting too deep is a RecursionError; text not in UTF-8, and NaN, are ValueErrors.
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{uri}: not a valid model card: {error}") from error
 
 
 def model_id(card: Card) -> str:
-    """Hash over all that decides a prediction: the weights' own hash is in the card. The metrics are measured
-    later, warnings are for people, and the canary's logits differ in rounding from one machine to another."""
+    """Hash over everything that a prediction depends on, with the hash of the weights. Metrics and warnings
+    do not change it, nor do the canary's logits, whose rounding depends on the machine."""
     facts = card.model_dump_json(exclude={"metrics", "warnings", "canary_logit"})
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
@@ -177,7 +164,7 @@ def _require_format(version: Any, uri: str) -> None:
 
 
 def _seal(content: dict[str, Any]) -> str:
-    """Hash over the content, however it is set out."""
+    """Hash over the content, independent of its layout."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -191,7 +178,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, as a sentence."""
+    """The first fault, as a sentence."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{where}{': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"

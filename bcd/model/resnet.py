@@ -1,4 +1,4 @@
-"""ResNet50 and its siblings: the forward pass, and logit to probability."""
+"""ResNet50 and its siblings: construction, forward pass, logit to probability, precision."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +19,9 @@ from bcd.taxonomy import malignant_mask
 def build(
     n_classes: int, given: State | None = None, seed: int = 0, architecture: Architecture = "resnet50"
 ) -> ResNet:
-    """A network with a new head, from the given weights or from random ones.
-
-    Weights of a head for as many classes are kept; any other head is replaced.
-
-    Raises:
-        BundleError: the weights are not exactly those of the architecture; names the first that are not.
-    """
+    """A network from the given weights or from random ones, with a new head unless theirs fits `n_classes`.
+    Raises BundleError where the weights are not exactly those of the architecture; names the first that are
+    not."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = ResNet(architecture, n_classes)
@@ -35,15 +31,11 @@ def build(
 
 
 def assembled(n_classes: int, state: State, architecture: Architecture = "resnet50") -> ResNet:
-    """The network of exactly these tensors, which it then holds; for a bundle, in evaluation mode.
-
-    Raises:
-        BundleError: they are not exactly those of one.
-    """
+    """The network of a bundle, which shares these tensors, in evaluation mode. Raises BundleError where they
+    are not exactly those of the architecture."""
     network = weights.skeleton(n_classes, architecture)
-    network.load_state_dict(
-        weights.fitting(network.state_dict(), state, architecture, whole=True), assign=True
-    )
+    fitted = weights.fitting(network.state_dict(), state, architecture, whole=True)
+    network.load_state_dict(fitted, assign=True)
     return network.eval()
 
 
@@ -67,9 +59,9 @@ def _fold_pair(parent: nn.Module, convolution: str, norm: str) -> None:
 
 
 def compiled_features(network: ResNet) -> Callable[[Tensor], Tensor]:
-    """The convolutions as one compiled function, weights frozen into it: worth a minute on a long archive.
+    """The convolutions as one compiled function with frozen weights, for long archives.
 
-    Needs a C++ compiler on CPUs. The first call compiles, for the shape it is given.
+    Requires a C++ compiler on CPUs. The first call compiles for the shape of its batch, in about a minute.
     """
     function = torch.compile(partial(features, network), dynamic=False, options={"freezing": True})
     return cast(Callable[[Tensor], Tensor], function)
@@ -77,11 +69,8 @@ def compiled_features(network: ResNet) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Output:
-    """What one forward pass says about a batch; all float32.
-
-    logit (n, classes), evidence (n, h, w) and evidence_bias (n,), see `bcd.model.cam`, and pooled (n,
-    channels), the mean of each feature over the picture.
-    """
+    """Output of one forward pass, all float32: logit (n, classes), evidence (n, h, w) and evidence_bias (n,)
+    as in `bcd.model.cam`, and pooled (n, channels), the mean of each feature over the image."""
 
     logit: Tensor
     evidence: Tensor
@@ -90,20 +79,15 @@ class Output:
 
 
 def forward(network: ResNet, images: Tensor) -> Output:
-    """Logits and evidence maps from one forward pass.
-
-    Args:
-        network: from `build`, in evaluation mode.
-        images: (n, 3, height, width), normalised.
-    """
+    """Logits and evidence maps of normalised (n, 3, height, width); the network is in evaluation mode."""
     return explained(network, features(network, images))
 
 
 def explained(network: ResNet, maps: Tensor) -> Output:
     """Logits and evidence from the features (n, channels, h, w).
 
-    The head is computed in float32 whatever the precision of the convolutions, so that mean of the
-    evidence plus bias equals the log-odds closely.
+    The head is always computed in float32, so that mean of the evidence plus bias equals the log-odds
+    closely.
     """
     with torch.autocast(maps.device.type, enabled=False):
         maps = maps.float()
@@ -123,8 +107,8 @@ def features(network: ResNet, images: Tensor) -> Tensor:
 
 
 def temper(network: ResNet, temperature: float) -> ResNet:
-    """Divide the last layer by the temperature: logits, log-odds, evidence and probabilities are
-    then calibrated alike, and the evidence still adds up to the log-odds. For evaluation only."""
+    """Divide the last layer by the temperature: this calibrates logits, log-odds, evidence and probabilities,
+    and the evidence still adds up to the log-odds. For evaluation only."""
     with torch.no_grad():
         network.fc.weight = nn.Parameter(network.fc.weight / temperature)
         network.fc.bias = nn.Parameter(network.fc.bias / temperature)
@@ -149,14 +133,14 @@ def bfloat16_is_fast(device: torch.device) -> bool:
 
 
 def set_precision(precision: str) -> None:
-    """Let `float32` mean float32 in this process: on GPUs cuDNN computes convolutions in TF32 by default,
-    with 10 bits of mantissa, and the numbers would not be those of other machines."""
+    """Disable TF32 in this process for `float32`: by default cuDNN computes convolutions on GPUs with 10 bits
+    of mantissa, and the numbers differ from those of other machines."""
     if precision == "float32":
         torch.backends.cudnn.allow_tf32 = False
 
 
 def effective_precision(device: torch.device, precision: str) -> str:
-    """What `--precision auto|float32|bfloat16` computes in on this device: float32 or bfloat16."""
+    """The precision, float32 or bfloat16, of `--precision auto|float32|bfloat16` on this device."""
     if precision != "auto":
         return precision
     return "bfloat16" if bfloat16_is_fast(device) else "float32"

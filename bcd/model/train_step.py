@@ -1,7 +1,7 @@
 """The optimiser, its learning rate, augmentation, and one training step, on one device or many. Pure torch.
 
-Batch norm goes over the batches of all workers, so that a model does not depend on their number: with 32
-images a step on eight workers, plain batch norm would normalise by four images each.
+Batch norm uses the batches of all workers, so that a model does not depend on their number: with 32 images a
+step on eight workers, plain batch norm would normalise by four images each.
 """
 
 import math
@@ -40,8 +40,8 @@ def optimizer(
 def learning_rate(peak: float, progress: float, warmup_fraction: float) -> float:
     """Linear warm-up, then a cosine to zero.
 
-    A function of the share of training done (0 to 1) and of nothing else, so that it goes on smoothly when
-    a run is resumed with another number of workers.
+    Depends only on the fraction of training done, so that it is continuous where a run is resumed with
+    another number of workers.
     """
     if progress < warmup_fraction:
         return peak * progress / warmup_fraction
@@ -52,24 +52,19 @@ def learning_rate(peak: float, progress: float, warmup_fraction: float) -> float
 def even_tail(
     batches: Iterable[Mapping[str, np.ndarray]], batch_size: int
 ) -> Iterator[Mapping[str, np.ndarray]]:
-    """Share the rows of a short last batch evenly with the batch before it; no row is dropped.
+    """Distribute the rows of the last two batches evenly where the last has fewer than `batch_size`.
 
-    Batch norm over the one or two images that an epoch may end with spoils the running statistics just
-    before they are validated and kept: it cost up to 25 points of balanced accuracy on a set of 112 images.
-
-    Args:
-        batches: columns of equal length, `batch_size` rows each but for the last.
-        batch_size: rows of a whole batch.
+    Batch norm over the one or two images at the end of an epoch spoils the running statistics just before
+    they are validated and kept: it cost up to 25 points of balanced accuracy on a set of 112 images.
     """
     held: Mapping[str, np.ndarray] | None = None
     batch: Mapping[str, np.ndarray] | None
     for batch in batches:
         if held is not None:
-            short = len(next(iter(batch.values()))) < batch_size
-            if short:
+            if len(next(iter(batch.values()))) < batch_size:
                 joined = {name: np.concatenate([held[name], batch[name]]) for name in held}
                 n = len(next(iter(joined.values())))
-                # Of three, one would be alone.
+                # Three rows are one batch: half of them would be a single image.
                 half = n if n < 4 else -(-n // 2)
                 held = {name: rows[:half] for name, rows in joined.items()}
                 batch = {name: rows[half:] for name, rows in joined.items()} if half < n else None
@@ -80,15 +75,15 @@ def even_tail(
 
 
 def first_not_finite(losses: Sequence[Tensor]) -> Tensor:
-    """Position of the first loss that is no finite number, and how many there are where all are: int64, on
-    their device, so that nobody waits for it here."""
+    """Index of the first loss that is not finite, or their number where all are: int64, on their device, so
+    that nothing waits for it here."""
     bad = ~torch.stack([*losses, losses[0].new_tensor(torch.nan)]).isfinite()
     return bad.int().argmax()
 
 
 def weights_as_loss(network: nn.Module) -> Tensor:
-    """Zero where all weights and running statistics are finite numbers, else NaN: to stand behind the losses
-    in `first_not_finite`."""
+    """Zero where all weights and running statistics are finite, else NaN, as a last loss for
+    `first_not_finite`."""
     tensors = filter(torch.is_floating_point, network.state_dict().values())
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
     return torch.where(finite, 0.0, torch.nan)
@@ -137,7 +132,7 @@ def augment(images: torch.Tensor, transform: v2.Transform) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step on batches of uint8 images, wherever the network lives."""
+    """One optimiser step on batches of uint8 images, on the device of the network."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
@@ -146,12 +141,7 @@ class Step:
     augmentation: v2.Transform | None
 
     def __call__(self, images: Tensor, target: Tensor, rate: float) -> Tensor:
-        """Train on one batch.
-
-        Args:
-            images: uint8 (n, height, width, 3) RGB.
-            target: int64 (n,) class indices.
-            rate: learning rate of this step.
+        """Train on uint8 (n, height, width, 3) RGB and int64 (n,) class indices, at a learning rate.
 
         Returns:
             The mean loss, a scalar on the device, detached.
@@ -172,24 +162,16 @@ class Step:
 
 
 class _Normalise(torch.autograd.Function):
-    """Normalise by the mean and variance of all workers' batches; the gradient goes through both.
+    """Normalise by the mean and variance of all workers' batches, and propagate the gradient through both.
 
-    With the kernels of plain batch norm, because written out as sums and products it makes a whole training
-    step twice as long on a CPU. They are those of evaluation, which take mean and variance as given; what is
-    lacking then in the gradient, how both depend on x, is linear in x within a channel.
+    Uses the kernels of plain batch norm, because sums and products double the time of a training step on a
+    CPU. They are those of evaluation, which treat mean and variance as constants; the missing part of the
+    gradient, the dependence of both on x, is linear in x within a channel.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        total: Tensor,
-        eps: float,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, mean, var, total, eps = inputs
         ctx.save_for_backward(x, weight, mean, var, total)
         ctx.eps = eps
         return functional.batch_norm(x, mean, var, weight, bias, eps=eps)
@@ -208,11 +190,11 @@ class _Normalise(torch.autograd.Function):
 
 
 class SharedBatchNorm(nn.BatchNorm2d):
-    """What torch's SyncBatchNorm, which refuses CPUs, does on GPUs."""
+    """torch's SyncBatchNorm for CPUs, which it does not support."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (n, channels, height, width) by mean and variance over all workers' batches; the gradient
-        goes through both. Collective: every worker has to call it. In evaluation plain batch norm."""
+        """Normalise (n, channels, height, width) by mean and variance over all workers' batches. Collective:
+        every worker has to call it. In evaluation, plain batch norm."""
         if not self.training:
             return super().forward(x)
         mean, var, total = _over_all(x.detach(), self.weight.dtype)
@@ -228,8 +210,8 @@ class SharedBatchNorm(nn.BatchNorm2d):
 
 
 def _over_all(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance (channels,) over the batches of all workers, and over how many values, in float64."""
-    # The kernel calculates as precisely as the running statistics are that it is given, not used here.
+    """Mean and variance (channels,) over the batches of all workers, and the number of values, in float64."""
+    # The kernel has the precision of the running statistics that it is given, which are not used here.
     unused = torch.zeros(2, x.shape[1], dtype=dtype)
     mean, var = (v.double() for v in torch.ops.aten.batch_norm_update_stats(x, *unused, 0.0))
     n = x.numel() // x.shape[1]
@@ -242,19 +224,19 @@ def _over_all(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def share_batch_norm(network: nn.Module, device: torch.device) -> nn.Module:
-    """Let the batch norms of a network count the batches of all workers of the process group, in place."""
+    """Make the batch norms of a network use the batches of all workers of the process group, in place."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
-            # All that differs is `forward`; parameters and buffers stay those that the optimiser knows.
+            # Only `forward` differs; parameters and buffers remain those of the optimiser.
             module.__class__ = SharedBatchNorm
     return network
 
 
 def average_batch_norm(network: nn.Module) -> None:
-    """Give every worker the mean of all workers' running statistics, in place: after steps in which each
-    counted its own images alone, they would validate different models. Collective."""
+    """Average the running statistics of all workers, in place: after steps in which each used its own images
+    alone, they would validate different models. Collective."""
     for buffer in filter(torch.is_floating_point, network.buffers()):
         dist.all_reduce(buffer)
         buffer.div_(dist.get_world_size())

@@ -1,7 +1,7 @@
-"""Weights from users' files: unwrapped, renamed to torchvision's names, rejected unless complete.
+"""Weights from users' files: unwrapped, renamed to torchvision's names, rejected unless complete and finite.
 
-A tensor too many or too few is another network, and a number that is none makes every answer meaningless. So
-trunk tensors have to be exactly those of the architecture; only the head, which is new anyway, may differ.
+The tensors of the trunk have to be exactly those of the architecture; only the head, which is replaced, may
+differ.
 """
 
 import io
@@ -9,7 +9,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Mapping
-from pickle import UnpicklingError as _Unpickling
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,34 +23,22 @@ from bcd.errors import BundleError
 from bcd.model.network import ResNet
 from bcd.text import some
 
-# What `--weights` may name beside a URI: torchvision's download, and random ones.
+# Values of `--weights` besides a URI: torchvision's download, and random weights.
 IMAGENET, RANDOM = "imagenet", "none"
 State = Mapping[str, Tensor]
 
-# A pickle that is damaged or carries code fails in many ways, all of them before any code runs.
+# A pickle that is damaged or contains code fails in many ways, all of them before any code runs.
 DAMAGED = (
-    SafetensorError,
-    struct.error,
-    _Unpickling,
-    zipfile.BadZipFile,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
+    *(SafetensorError, struct.error, UnpicklingError, zipfile.BadZipFile, ArithmeticError, AssertionError),
+    *(AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError),
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# What stands beside a trunk and is replaced by our last layer.
+# Modules besides a trunk, replaced by our last layer.
 HEADS = ("fc", "head", "classifier", "last_linear", "projection_head", "projector", "prototypes", "predictor")
-# A tensor that every ResNet has, as torchvision and timm name it, and as HuggingFace does.
+# A tensor of every ResNet, as torchvision and timm name it, and as HuggingFace does.
 TORCHVISION = "layer1.0.conv1.weight"
 HUGGINGFACE = "encoder.stages.0.layers.0.layer.0.convolution.weight"
-# MoCo keeps two networks, of which the second only follows: https://github.com/facebookresearch/moco-v3
+# MoCo has two networks, of which the second is an average: https://github.com/facebookresearch/moco-v3
 LEADS, FOLLOWS = {"encoder_q", "base_encoder"}, {"encoder_k", "momentum_encoder"}
 EXPECTED = "expected a state dict of tensors in .safetensors or plain .pth form"
 STARTS = {
@@ -68,10 +56,10 @@ _IN_BLOCK = re.compile(
 
 
 def pretrained(weights: str, architecture: Architecture = "resnet50") -> dict[str, Tensor] | None:
-    """The state dict that `--weights` names: `imagenet`, `none` (None), or the URI of a file.
+    """The state dict of `--weights`: `imagenet`, `none` (None), or the URI of a file.
 
-    One level of wrapping (`state_dict`, `model`, ...) and one prefix (`module.`, `_orig_mod.`, ...) are taken
-    off and told in a line; names of HuggingFace's ResNet become torchvision's.
+    One level of wrapping (`state_dict`, `model`, ...) and one prefix (`module.`, `_orig_mod.`, ...) are
+    removed, names of HuggingFace's ResNet become torchvision's, and a line is printed about it.
 
     Raises:
         BundleError: the file is no state dict of the architecture, or the download of `imagenet` failed.
@@ -87,13 +75,15 @@ def pretrained(weights: str, architecture: Architecture = "resnet50") -> dict[st
     left_out = [name for name in state if not name.startswith(prefix)]
     if anchor == HUGGINGFACE:
         inside = {_as_torchvision(name): tensor for name, tensor in inside.items()}
-    steps = [f"took {level!r} out of the file"] * bool(level) + [f"removed the prefix {prefix!r}"] * bool(
-        prefix
-    )
-    steps += ["renamed from HuggingFace's names"] * (anchor == HUGGINGFACE)
-    steps += [f"left out {some(left_out)}"] * bool(left_out)
-    if steps:
-        print(f"--weights {weights}: {', '.join(steps)}", flush=True)
+    steps = {
+        f"took {level!r} out of the file": level,
+        f"removed the prefix {prefix!r}": prefix,
+        "renamed from HuggingFace's names": anchor == HUGGINGFACE,
+        f"left out {some(left_out)}": left_out,
+    }
+    if any(steps.values()):
+        done = ", ".join(step for step, is_done in steps.items() if is_done)
+        print(f"--weights {weights}: {done}", flush=True)
     try:
         fitting(skeleton(2, architecture).state_dict(), inside, architecture)
     except BundleError as error:
@@ -116,11 +106,8 @@ def _download(architecture: Architecture) -> dict[str, Tensor]:
 
 
 def read_weights(content: bytes, name: str) -> Any:
-    """What a file of weights contains, by its bytes whatever its suffix; no code in it ever runs.
-
-    Raises:
-        BundleError: it cannot be read as tensors; says what it contains instead.
-    """
+    """The content of a file of weights, recognised by its bytes and not by its suffix; no code in it ever
+    runs. Raises BundleError where it has no tensors; says what it contains instead."""
     try:
         if content[8:9] == b"{":  # after the length of the header
             return load_safetensors(content)
@@ -132,7 +119,8 @@ def read_weights(content: bytes, name: str) -> Any:
 
 
 def is_as_written(content: bytes) -> bool:
-    """Whether the checksums in a file of `torch.save` are right; a flipped bit loads as another number."""
+    """Whether the checksums in a file of `torch.save` are right; torch loads flipped bits as other
+    numbers."""
     try:
         return zipfile.ZipFile(io.BytesIO(content)).testzip() is None
     except DAMAGED:
@@ -140,7 +128,7 @@ def is_as_written(content: bytes) -> bool:
 
 
 def _guess(content: bytes, error: Exception | None = None) -> str:
-    """What a file that is not plain tensors contains, in words; torch's own advice is to trust it."""
+    """The content of a file without plain tensors, in words; torch's own message advises to trust it."""
     if not content:
         return "an empty file"
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
@@ -171,13 +159,12 @@ def _guess_zip(content: bytes) -> str:
 
 
 def _unwrapped(found: Any, name: str) -> tuple[str, State]:
-    """The tensors by name, and the key of the level that they were taken from, '' for the first."""
+    """The key of the level with the tensors, '' for the top level, and the tensors by name."""
     if _is_state(found):
         return "", found
     if not isinstance(found, Mapping):
-        raise BundleError(
-            f"{name}: not a state dict, but an object of type {type(found).__name__}; {EXPECTED}"
-        )
+        content = f"an object of type {type(found).__name__}"
+        raise BundleError(f"{name}: not a state dict, but {content}; {EXPECTED}")
     below = {str(key): value for key, value in found.items() if _is_state(value)}
     networks = {key: state for key, state in below.items() if any(map(_anchor_of, state))} or below
     if len(networks) == 1:
@@ -197,12 +184,12 @@ def _is_state(found: Any) -> bool:
 
 
 def _anchor_of(name: str) -> str | None:
-    """Which of the two anchors a name ends with, as whole components."""
+    """The anchor that a name ends with, as whole components."""
     return next((anchor for anchor in (TORCHVISION, HUGGINGFACE) if f".{name}".endswith(f".{anchor}")), None)
 
 
 def _prefix(state: State, name: str) -> tuple[str, str]:
-    """What stands before the names of the one network among these tensors, and the anchor that shows it."""
+    """The prefix of the names of the one network among these tensors, and its anchor."""
     found = {key.removesuffix(anchor): anchor for key in state if (anchor := _anchor_of(key))}
     last = {prefix: prefix.rstrip(".").rpartition(".")[2] for prefix in found}
     if len(found) == 2 and set(last.values()) & LEADS and set(last.values()) & FOLLOWS:
@@ -213,7 +200,7 @@ def _prefix(state: State, name: str) -> tuple[str, str]:
 
 
 def _as_torchvision(name: str) -> str:
-    """The name in torchvision's ResNet of a tensor of HuggingFace's, such as microsoft/resnet-50."""
+    """The torchvision name of a tensor of HuggingFace's ResNet, such as microsoft/resnet-50."""
     if found := _IN_BLOCK.fullmatch(name):
         stage, block, part, number, kind, rest = found.groups()
         is_norm = kind == "normalization"
@@ -225,7 +212,7 @@ def _as_torchvision(name: str) -> str:
 
 
 def skeleton(n_classes: int, architecture: Architecture = "resnet50") -> ResNet:
-    """A network whose tensors have names, shapes and dtypes, but no numbers yet."""
+    """A network whose tensors have names, shapes and dtypes, but no data."""
     with torch.device("meta"):
         return ResNet(architecture, n_classes)
 
@@ -233,13 +220,10 @@ def skeleton(n_classes: int, architecture: Architecture = "resnet50") -> ResNet:
 def fitting(
     own: State, given: State, architecture: Architecture = "resnet50", whole: bool = False
 ) -> dict[str, Tensor]:
-    """The given tensors in the dtypes of `own`, with its head where the given one is of other classes.
+    """The given tensors in the dtypes of `own`, those of the network, with its head where theirs does not
+    fit.
 
-    Args:
-        own: what the network has.
-        given: what was read.
-        architecture: of the network, for the message.
-        whole: head, counters and dtypes have to fit as well, as in a bundle.
+    With `whole`, head, counters and dtypes have to fit as well, as in a bundle.
 
     Raises:
         BundleError: they are not exactly those of the network; names the first that are not.
@@ -260,14 +244,15 @@ def _is_head(name: str) -> bool:
 
 
 def _replaceable(own: State, given: State) -> set[str]:
-    """What is our own where the given network lacks it: the whole head, and counters that nothing reads."""
+    """Tensors that need not be given: the head if any part of it does not fit, and counters, which are
+    unused."""
     lacking = {name for name in own if name not in given or given[name].shape != own[name].shape}
     head = {name for name in own if _is_head(name)}
     return (head if head & lacking else set()) | {n for n in lacking if n.endswith("num_batches_tracked")}
 
 
 def _fault(name: str, own: Tensor, given: Tensor | None, whole: bool) -> str | None:
-    """What is wrong with a tensor, as a sentence, where something is."""
+    """The fault of a tensor as a sentence, None for no fault."""
     if given is None:
         return f"{name} is missing, expected {tuple(own.shape)}"
     if given.shape != own.shape:
@@ -285,6 +270,6 @@ def _fault(name: str, own: Tensor, given: Tensor | None, whole: bool) -> str | N
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers of a tensor are finite as float32."""
-    # NaN and infinity survive a sum, which takes half the time of a look at each number.
+    # NaN and infinity propagate to a sum, which takes half the time of a check of each number.
     tensor = tensor.float()
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

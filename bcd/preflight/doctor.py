@@ -1,7 +1,7 @@
-"""Examine a cluster before a long job: ask every node, look at the places that the job will use, and tell.
+"""Examine a cluster before a long job: every node, and the places that the job will use.
 
-An actor without a CPU of its own on each node answers, so that a busy node and a head without CPUs are asked,
-too. Whatever fails or hangs there becomes a line of the table, and the other questions are still asked.
+An actor that requires no CPU runs on each node, so that busy nodes and a head without CPUs are examined, too.
+A failure or timeout there becomes a line of the table, and the other checks still run.
 """
 
 import os
@@ -10,16 +10,14 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import ray
 import torch
-from ray._common.utils import get_system_memory
 from ray._private.utils import estimate_available_memory, get_shared_memory_bytes
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -30,40 +28,36 @@ from bcd.config.options import Architecture
 from bcd.data import archive, index, manifest
 from bcd.errors import BcdError, DataError, DiagnosisError, ResourceError
 from bcd.model import bundle, resnet, weights
-from bcd.preflight import diagnosis, diagnosis_report
+from bcd.preflight import diagnosis
 from bcd.preflight.diagnosis import Check
 from bcd.preflight.node import Action, Attempt, Capacity, Clock, ClusterFacts, Disk, Machine, Node
 from bcd.runtime import cluster
 from bcd.slides import slide_cache
 from bcd.text import counted
 
-# Begins the name of the folder that is written and deleted again; hidden, so that no job sees it.
+# Prefix of the temporary folder in the output; hidden, so that no job reads it.
 PROBE = ".bcd-doctor-"
 PROBE_BYTES = 4 * 2**20
-# Of so many round trips the fastest tells the clock.
+# Round trips, of which the fastest measures the clock.
 PINGS = 5
-# A small question that Ray's control service refuses to answer without a token, where tokens are on.
+# A small request that Ray's control service rejects without a token, where tokens are required.
 QUESTION = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 STRANGER_TIMEOUT_S = 10
 KINDS = ("CPU", "GPU")
-# A node's id, and what it answered.
+# By node id.
 Attempts = dict[str, Attempt]
 
 
 def run(config: DoctorConfig) -> list[Check]:
-    """Examine, print the table, and return its checks.
-
-    Raises:
-        DiagnosisError: something would break the job.
-    """
+    """Examine, print the table, and return its checks; raises DiagnosisError for a fault."""
     checks = examine(config)
     job = f"jobs/{config.purpose}.py"
-    width = shutil.get_terminal_size((diagnosis_report.WIDEST, 24)).columns
+    width = shutil.get_terminal_size((diagnosis.WIDEST, 24)).columns
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print("\n".join(["", *diagnosis_report.table_lines(checks, width, coloured), ""]))
+    print("\n".join(["", *diagnosis.table_lines(checks, width, coloured), ""]))
     if without := config.not_given():
-        print(f"not looked at, because not given: {', '.join(without)}")
-    sentence = diagnosis_report.verdict(checks, job)
+        print(f"not checked, because not given: {', '.join(without)}")
+    sentence = diagnosis.verdict(checks, job)
     if any(check.verdict == "fault" for check in checks):
         raise DiagnosisError(sentence)
     print(sentence)
@@ -71,17 +65,17 @@ def run(config: DoctorConfig) -> list[Check]:
 
 
 def examine(config: DoctorConfig) -> list[Check]:
-    """All checks; one alone where no cluster can be joined."""
+    """All checks; only one where no cluster can be joined."""
     try:
         cluster.connect()
     except BcdError as error:
-        step = "Start the cluster, or look whether RAY_ADDRESS and the token are those of this one."
+        step = "Start the cluster, or check that RAY_ADDRESS and the token are those of this one."
         return [Check("cluster", "fault", str(error), step)]
     return diagnosis.diagnose(gather(config))
 
 
 def gather(config: DoctorConfig) -> ClusterFacts:
-    """Ask every node that Ray holds for alive."""
+    """Examine every node that Ray considers alive."""
     known = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     print(f"examining {counted(len(known), 'node')} for jobs/{config.purpose}.py", flush=True)
     everyone = Party({name: _examiner(name, config.architecture) for name in known}, config.timeout_s)
@@ -117,13 +111,13 @@ def gather(config: DoctorConfig) -> ClusterFacts:
 
 @dataclass(frozen=True)
 class Party:
-    """Examiners by node id, and how long each may take to answer."""
+    """Examiners by node id, and the timeout of an answer."""
 
     members: Mapping[str, Any]
     timeout_s: float
 
     def call(self, calls: Mapping[str, ray.ObjectRef]) -> tuple[dict[str, Any], dict[str, str]]:
-        """What the nodes answered, and why the others did not."""
+        """The answers by node, and the troubles of nodes without one."""
         answers, troubles = {}, {}
         done = set(ray.wait(list(calls.values()), num_returns=len(calls), timeout=self.timeout_s)[0])
         for name, call in calls.items():
@@ -137,7 +131,7 @@ class Party:
         return answers, troubles
 
     def attempt(self, flag: str, action: Action, uris: Mapping[str, str]) -> Attempts:
-        """Let nodes try something, each at its URI, at the same time."""
+        """Let nodes attempt an action, each at its URI, at the same time."""
         if not uris:
             return {}
         calls = {name: self.members[name].attempt.remote(flag, action, uri) for name, uri in uris.items()}
@@ -149,16 +143,15 @@ class Party:
 
 
 class Examiner:
-    """Answers on one node."""
+    """The actor on one node."""
 
     def __init__(self, architecture: Architecture = "resnet50") -> None:
-        self._work = WORK | {"load": partial(_load, architecture)}
+        self._architecture = architecture
 
     def machine(self) -> Machine:
-        """What this node is."""
+        """Facts about this node."""
         return Machine(
             provenance.versions(),
-            get_system_memory(),
             estimate_available_memory(),
             get_shared_memory_bytes(),
             _disk(Path(ray.get_runtime_context().get_temp_dir())),
@@ -171,17 +164,35 @@ class Examiner:
         return time.time()
 
     def attempt(self, flag: str, action: Action, uri: str) -> Attempt:
-        """Try it, and measure."""
+        """Attempt an action, and measure its duration."""
         started = time.perf_counter()
         try:
-            place, n_bytes = self._work[action](flag, uri)
+            place, n_bytes = self._perform(flag, action, uri)
         except BcdError as error:
             return Attempt(flag, action, uri, error=_naming(uri, str(error)))
         return Attempt(flag, action, place, time.perf_counter() - started, n_bytes)
 
+    def _perform(self, flag: str, action: Action, uri: str) -> tuple[str, int]:
+        """The URI that was used, and the bytes read or written."""
+        match action:
+            case "find":
+                return _find(flag, uri), 0
+            case "read" | "see":
+                return uri, len(storage.read_start(uri, PROBE_BYTES))
+            case "write":
+                storage.write_bytes(uri, os.urandom(PROBE_BYTES))
+                return uri, PROBE_BYTES
+            case "delete":
+                storage.delete_folder(uri)
+            case "load":
+                _load(self._architecture, flag, uri)
+            case _:
+                raise KeyError(action)
+        return uri, 0
+
 
 def _naming(uri: str, error: str) -> str:
-    # The request's id would make the same trouble of many nodes look like many troubles.
+    # With the request's id, the same error on many nodes would be many errors.
     error = re.sub(r" \(Request ID: \w+\)", "", error)
     return error if uri in error else f"{uri}: {error}"
 
@@ -192,60 +203,36 @@ def _disk(path: Path) -> Disk:
     return Disk(str(path), usage.total, usage.free)
 
 
-def _find(flag: str, uri: str) -> tuple[str, int]:
-    """One of the pictures that a flag names."""
+def _find(flag: str, uri: str) -> str:
+    """One of the images that a flag names."""
     if manifest.is_one(uri):
-        return manifest.inputs(manifest.read_manifest(uri), copies=True)[0][schema.URI], 0
+        return manifest.inputs(manifest.read_manifest(uri), copies=True)[0][schema.URI]
     if storage.is_file(uri):
-        return uri, 0
+        return uri
     suffixes = archive.SUFFIXES if flag == "--input" else index.IMAGE_SUFFIXES
     found = storage.first_file(uri, suffixes)
     if found is None:
         raise DataError(f"{uri}: nothing to read below it; expected {', '.join(suffixes)} files")
-    return found.uri, 0
+    return found.uri
 
 
-def _read(flag: str, uri: str) -> tuple[str, int]:
-    return uri, len(storage.read_start(uri, PROBE_BYTES))
-
-
-def _write(flag: str, uri: str) -> tuple[str, int]:
-    storage.write_bytes(uri, os.urandom(PROBE_BYTES))
-    return uri, PROBE_BYTES
-
-
-def _delete(flag: str, uri: str) -> tuple[str, int]:
-    storage.delete_folder(uri)
-    return uri, 0
-
-
-def _load(architecture: Architecture, flag: str, uri: str) -> tuple[str, int]:
+def _load(architecture: Architecture, flag: str, uri: str) -> None:
     if flag == "--weights":
         given = weights.pretrained(uri, architecture)
         resnet.build(len(taxonomy.TUMOR_CLASSES), given, architecture=architecture)
     else:
         bundle.load(uri, "cpu")
-    return uri, 0
-
-
-WORK: dict[Action, Callable[[str, str], tuple[str, int]]] = {
-    "find": _find,
-    "read": _read,
-    "write": _write,
-    "see": _read,
-    "delete": _delete,
-}
 
 
 def _examiner(node_id: str, architecture: Architecture = "resnet50") -> Any:
     where = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    # Threads: a question that hangs holds up none of the others.
+    # Threads: a request that hangs does not block the others.
     options = {"num_cpus": 0, "max_concurrency": 8, "scheduling_strategy": where}
     return ray.remote(Examiner).options(**options).remote(architecture)
 
 
 def _clock(examiner: Any, timeout_s: float) -> Clock:
-    """A node's clock beside ours, known to half of a round trip."""
+    """A node's clock relative to ours, to within half a round trip."""
     best = Clock(error_s=timeout_s)
     for _ in range(PINGS):
         sent = time.time()
@@ -260,12 +247,12 @@ def _clock(examiner: Any, timeout_s: float) -> Clock:
 
 
 def _attempts(party: Party, flag: str, uri: str) -> list[Attempts]:
-    """What the nodes met at the place that a flag names."""
+    """The nodes' attempts at the place that a flag names."""
     if not party.members or (flag == "--weights" and uri == weights.RANDOM):
         return []
     place = uri if flag == "--weights" and uri == weights.IMAGENET else storage.absolute(uri)
     everywhere = dict.fromkeys(party.members, place)
-    # What one node does for all is done where the job is started.
+    # Actions for all nodes run on the node where the job is started.
     here = ray.get_runtime_context().get_node_id()
     one = {here if here in everywhere else next(iter(everywhere)): place}
     match flag:
@@ -281,7 +268,7 @@ def _attempts(party: Party, flag: str, uri: str) -> list[Attempts]:
 
 
 def _probe(party: Party, flag: str, uri: str) -> list[Attempts]:
-    """Every node writes a file, every node reads that of another, and all are deleted again."""
+    """Every node writes a file and reads that of another; then all are deleted."""
     folder = storage.join(uri, f"{PROBE}{uuid.uuid4().hex}")
     files = {name: storage.join(folder, name) for name in party.members}
     seen: Attempts = {}
@@ -289,20 +276,20 @@ def _probe(party: Party, flag: str, uri: str) -> list[Attempts]:
     try:
         written = party.attempt(flag, "write", files)
         whole = [name for name, one in written.items() if not one.error]
-        # Each reads what the next one wrote; a lonely one its own.
+        # Each reads the file of the next one; a single node its own.
         others = {name: files[other] for name, other in zip(whole, whole[1:] + whole[:1], strict=True)}
         seen = party.attempt(flag, "see", others)
     finally:
-        # One after the other: on a shared disk two would delete the same files under each other's hands.
-        # Everywhere, because a write that failed may leave something; told where the write did not fail.
+        # In turn, because on a shared disk concurrent nodes would delete the same files. On every node,
+        # because a failed write may leave something; reported for nodes whose write succeeded.
         for name in party.members:
             deleted |= party.attempt(flag, "delete", {name: folder})
-    told = [written, seen, {name: deleted[name] for name in whole}]
-    return [{name: _of_output(one, uri, folder) for name, one in some.items()} for some in told]
+    reported = [written, seen, {name: deleted[name] for name in whole}]
+    return [{name: _of_output(one, uri, folder) for name, one in some.items()} for some in reported]
 
 
 def _of_output(attempt: Attempt, uri: str, folder: str) -> Attempt:
-    """The attempt as one on OUTPUT itself: the probe's own name would tell nobody anything."""
+    """The attempt as one on OUTPUT itself, without the name of the temporary folder."""
     below = folder.removeprefix(uri)
     error = attempt.error
     for file in (attempt.uri.removeprefix(uri), below):
@@ -323,7 +310,7 @@ def _capacity(config: DoctorConfig) -> Capacity:
 
 
 def _plan(config: DoctorConfig) -> tuple[str, dict[str, float]]:
-    """What the job would start, and the least that it needs, as the job itself reckons."""
+    """What the job would start, and its least resources, by the job's own calculation."""
     wants_gpu = float(config.device == "gpu")
     if config.purpose == "train":
         scaling = cluster.scaling(config.training())
@@ -341,7 +328,7 @@ def _plan(config: DoctorConfig) -> tuple[str, dict[str, float]]:
 
 
 def refuses_strangers(address: str) -> bool | None:
-    """Whether a cluster's control port refuses who shows no token; None where that cannot be told."""
+    """Whether a cluster's control port rejects requests without a token; None where it does not answer."""
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             channel.unary_unary(QUESTION)(b"", timeout=STRANGER_TIMEOUT_S)
@@ -351,7 +338,7 @@ def refuses_strangers(address: str) -> bool | None:
 
 
 def _names(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A node's address; where several share one, with the start of its id."""
+    """The address of each node; where several share one, with the start of its id."""
     addresses = [node["NodeManagerAddress"] for node in nodes.values()]
     return {
         name: address if addresses.count(address) == 1 else f"{address} ({name[:6]})"
@@ -360,5 +347,5 @@ def _names(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _reason(error: RayError) -> str:
-    """The last line of what Ray tells, which names the cause."""
+    """The last line of Ray's message, which names the cause."""
     return str(error).strip().splitlines()[-1].strip()

@@ -1,11 +1,11 @@
-"""What is known of a cluster and its nodes: plain facts, gathered by `bcd.preflight.doctor`, judged by
+"""Facts about a cluster and its nodes, gathered by `bcd.preflight.doctor`, judged by
 `bcd.preflight.diagnosis`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-# find: look for one picture below a folder; see: read what another node wrote.
+# find: search one image below a folder; see: read what another node wrote.
 Action = Literal["find", "read", "write", "see", "delete", "load"]
 
 
@@ -19,17 +19,16 @@ class Disk:
 
     @property
     def used(self) -> float:
-        """Share in use."""
+        """Fraction in use."""
         return 1 - self.free_bytes / max(1, self.total_bytes)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a node says of itself: package versions, memory within its container's limit, shared memory, the
-    disks of Ray and of the slide cache, and the GPUs that torch can use."""
+    """Facts that a node reports: package versions, free memory within its container's limit, shared memory,
+    disks of Ray and of the slide cache, and the number of GPUs that torch can use."""
 
     versions: Mapping[str, str]
-    memory_bytes: int
     free_memory_bytes: int
     shm_bytes: int
     ray_disk: Disk
@@ -39,7 +38,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try of a node to use what a flag names: how long it took, over how many bytes, or why it failed."""
+    """One attempt of a node to use the place that a flag names: its duration and bytes, or the error."""
 
     flag: str
     action: Action
@@ -56,26 +55,26 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Clock:
-    """By how many seconds a clock is ahead of ours, and how exactly that is known."""
+    """By how many seconds a clock is ahead of ours, and the error of this measurement."""
 
     ahead_s: float = 0.0
     error_s: float = 0.0
 
     @property
     def surely_s(self) -> float:
-        """Seconds by which it differs at least."""
+        """Least possible difference in seconds."""
         return max(0.0, abs(self.ahead_s) - self.error_s)
 
     @property
     def perhaps_s(self) -> float:
-        """Seconds by which it differs at most."""
+        """Largest possible difference in seconds."""
         return abs(self.ahead_s) + self.error_s
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node: what Ray knows of it, what it says of itself (None: nothing, and `trouble` tells why), and what
-    it tried."""
+    """A node: facts from Ray, facts from the node (None: no answer, for the reason in `trouble`), and what it
+    attempted."""
 
     name: str
     cpus: float
@@ -88,14 +87,14 @@ class Node:
 
     @property
     def works(self) -> bool:
-        """Whether work can be scheduled on it; a head often has no CPU to offer."""
+        """Whether work can be scheduled on it; a head often offers no CPU."""
         return self.cpus + self.gpus > 0
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """CPUs and GPUs by kind: there, at most with what an autoscaler may add, free; what the job needs at
-    least, the plan in words, or why the job would refuse to start."""
+    """CPUs and GPUs by name: present, at most with an autoscaler, free, and needed by the job at least; the
+    plan in words, or the reason why the job would not start."""
 
     there: Mapping[str, float]
     limit: Mapping[str, float]
@@ -107,8 +106,9 @@ class Capacity:
 
 @dataclass(frozen=True)
 class ClusterFacts:
-    """All that was gathered: where the cluster answers, whether it refuses who shows no token (None: it could
-    not be told), versions of the asking process, whether the job may use GPUs."""
+    """All facts: address of the cluster, whether it rejects requests without a token (None: unknown),
+    versions of this process, whether the job may use GPUs, bytes of slides that it stages, capacity and
+    nodes."""
 
     address: str
     refuses_strangers: bool | None

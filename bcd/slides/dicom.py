@@ -1,28 +1,30 @@
-"""What the header of a DICOM file says: which kind of object it is, and of which series. No pixel is read.
+"""Class of object and series of a DICOM file, from its header alone.
 
-The parts of the standard that this takes: PS3.10 section 7 (file), PS3.5 section 7 (elements, sequences).
+Implements the parts of the standard that this requires: PS3.10 section 7 (file), PS3.5 section 7 (elements,
+sequences).
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import PurePosixPath
 
 from bcd import storage
 from bcd.errors import StorageError
 
-# VL Whole Slide Microscopy Image: the only kind of object that OpenSlide opens.
+# VL Whole Slide Microscopy Image: the only objects that OpenSlide opens.
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 IMPLICIT = "1.2.840.10008.1.2"
-# Not read: big endian and deflated, both retired or unknown for slides.
+# Not supported: big endian and deflated, both retired or unknown for slides.
 OTHER_SYNTAXES = ("1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99")
 SOP_CLASS, SYNTAX, SERIES = (0x0002, 0x0002), (0x0002, 0x0010), (0x0020, 0x000E)
 ITEM_END, SEQUENCE_END = (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
 UNDEFINED = 0xFFFFFFFF
 # Value representations with a length of 32 bits.
 LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
-# The series stands within some hundred bytes; large private elements may precede it.
+# The series is within some hundred bytes; large private elements may precede it.
 HEAD_BYTES, LONG_HEAD_BYTES = 2**14, 2**22
 
 Tag = tuple[int, int]
@@ -30,37 +32,45 @@ Tag = tuple[int, int]
 
 @dataclass(frozen=True)
 class Header:
-    """The kind of object (a UID of the standard) and its series; "" where the file does not say."""
+    """UIDs of the object's class and series; "" where unknown."""
 
     sop_class: str
     series: str
 
     @property
     def is_slide(self) -> bool:
-        """Whether the file holds pixels of a whole slide, or is cut before it says what it holds."""
+        """Whether the file contains pixels of a whole slide, or is cut before it states its class."""
         return self.sop_class in (WHOLE_SLIDE, "")
 
 
 def is_dicom(start: bytes) -> bool:
-    """Whether the first bytes are those of a DICOM file."""
+    """Whether a file that starts like this is DICOM."""
     return start[128:132] == b"DICM"
 
 
 def read_header(start: bytes) -> Header:
-    """The header of a file, from its first bytes. What does not stand in them is ""."""
-    meta = _values(start, 132, True, (SOP_CLASS, SYNTAX))
-    syntax = meta.get(SYNTAX, "")
-    begin = _data_set(start)
-    known = {} if syntax in OTHER_SYNTAXES else _values(start, begin, syntax != IMPLICIT, (SERIES,))
-    return Header(meta.get(SOP_CLASS, ""), known.get(SERIES, ""))
+    """Read the header from the first bytes of a file; "" for what they do not contain."""
+    meta = list(takewhile(lambda element: element[0][0] == SYNTAX[0], _elements(start, 132, True)))
+    texts = _texts(start, meta)
+    syntax = texts.get(SYNTAX, "")
+    if syntax not in OTHER_SYNTAXES:
+        data_set = _elements(start, meta[-1][2] if meta else 132, syntax != IMPLICIT)
+        texts |= _texts(start, takewhile(lambda element: element[0] <= SERIES, data_set))
+    return Header(texts.get(SOP_CLASS, ""), texts.get(SERIES, ""))
+
+
+def _texts(data: bytes, elements: Iterable[tuple[Tag, int, int]]) -> dict[Tag, str]:
+    """Texts of the wanted elements among the given ones, as far as there are bytes."""
+    return {
+        tag: data[begin:end].decode("ascii", "replace").strip("\0 ")
+        for tag, begin, end in elements
+        if tag in (SOP_CLASS, SYNTAX, SERIES) and end <= len(data)
+    }
 
 
 def headers(files: Sequence[storage.File]) -> dict[str, Header | None]:
-    """The headers of files by path; None for those that are no DICOM or cannot be read for good.
-
-    Raises:
-        StorageError: storage does not give one, and may give it later.
-    """
+    """The headers of files by path; None for those that are no DICOM or have a permanent error. Raises
+    StorageError for a transient error."""
     with ThreadPoolExecutor(storage.READ_THREADS) as pool:
         return dict(zip((file.path for file in files), pool.map(_header, files), strict=True))
 
@@ -81,9 +91,9 @@ def _header(file: storage.File) -> Header | None:
 
 
 def slides(found: dict[str, Header | None]) -> dict[str, list[str]]:
-    """The paths of each whole slide, by the first of them: those of one series in one folder.
+    """The paths of each whole slide (one series in one folder), by the first of them.
 
-    A file whose series is not known is a slide of its own.
+    A file of unknown series is a slide by itself.
     """
     first: dict[tuple[PurePosixPath, str], str] = {}
     result: dict[str, list[str]] = {}
@@ -94,32 +104,8 @@ def slides(found: dict[str, Header | None]) -> dict[str, list[str]]:
     return result
 
 
-def _data_set(start: bytes) -> int:
-    """Where the elements after those of the file itself begin."""
-    at = 132
-    try:
-        while True:
-            tag, begin, length = _element(start, at, True)
-            if tag[0] != 0x0002:
-                return at
-            at = begin + length
-    except struct.error:
-        return len(start)
-
-
-def _values(data: bytes, at: int, explicit: bool, wanted: Sequence[Tag]) -> dict[Tag, str]:
-    """Texts of the wanted elements at the top of a data set."""
-    found = {}
-    for tag, begin, end in _elements(data, at, explicit):
-        if tag in wanted and end <= len(data):
-            found[tag] = data[begin:end].decode("ascii", "replace").strip("\0 ")
-        if tag >= max(wanted):  # they stand in order
-            break
-    return found
-
-
 def _elements(data: bytes, at: int, explicit: bool) -> Iterator[tuple[Tag, int, int]]:
-    """Tag, begin and end of the value of each element, as far as there are bytes."""
+    """Yield tag, begin and end of the value of each element, as far as there are bytes."""
     try:
         while True:
             tag, begin, length = _element(data, at, explicit)
@@ -140,7 +126,7 @@ def _element(data: bytes, at: int, explicit: bool) -> tuple[Tag, int, int]:
 
 
 def _end(data: bytes, at: int, explicit: bool) -> int:
-    """End of a value of undefined length: sequences and items close what they opened."""
+    """End of a value of undefined length, after the items and sequences nested in it."""
     depth = 1
     while depth:
         tag, begin, length = _element(data, at, explicit)

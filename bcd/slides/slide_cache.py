@@ -1,5 +1,4 @@
-"""Slides where OpenSlide can open them: on the local disk, in a cache of bounded size where they come from
-an object store."""
+"""Slides on the local disk, where OpenSlide can open them: a cache of bounded size over object stores."""
 
 import fcntl
 import hashlib
@@ -18,19 +17,19 @@ from bcd import storage
 from bcd.imaging import pixel_size
 from bcd.slides import dicom, slide
 
-# Slides of one machine, shared by all its processes. A large slide has 5 GB.
+# Shared by all processes of a machine. A large slide has 5 GB.
 CACHE = Path(tempfile.gettempdir()) / f"bcd-slides-{os.getuid()}"
 CACHE_BYTES = 20 * 2**30
-# Open slides of one process. Tiles come in runs of one slide.
+# Open slides of one process. Tiles of one slide follow each other.
 OPEN_SLIDES = 2
 LOCK = ".lock"
-# Each process looks through the cache once it has fetched so small a part of what the cache may hold.
+# A process measures the cache each time it has fetched this fraction of its capacity: 1 / 64.
 LOOKS_PER_CACHE = 64
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A file on the local disk. As long as the object lives, the cache does not let the file go."""
+    """A file on the local disk. The cache keeps the file as long as this object exists."""
 
     path: Path
     lock: BufferedRandom | None
@@ -38,31 +37,24 @@ class Staged:
 
 @lru_cache(maxsize=OPEN_SLIDES)
 def open_staged(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged]:
-    """A slide at any URI, opened; the last ones stay open.
-
-    Raises:
-        ImageError: see `slide.open_slide`.
-        StorageError: it cannot be fetched.
-    """
+    """Open a slide at any URI; the last ones stay open. Raises ImageError as `slide.open_slide` does, and
+    StorageError where it cannot be fetched."""
     staged = stage(uri)
     return slide.open_slide(staged.path, given), staged
 
 
 def stage(uri: str) -> Staged:
-    """The file and what belongs to it, on the local disk; fetched once per machine, whole or not at all.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
+    """Fetch a slide and its companion files to the local disk, once per machine, whole or not at all. Raises
+    StorageError where it cannot be read."""
     if not storage.is_remote(uri):
         return Staged(Path(storage.absolute(uri)), None)
-    # A slide that was replaced under the same name is another one.
+    # The version distinguishes a slide from one that it replaced under the same name.
     folder = CACHE / hashlib.sha256(f"{uri} {storage.version(uri)}".encode()).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / LOCK).open("a+b")  # held as long as the slide is used
     target = folder / "slide" / uri.rpartition("/")[2]
     while True:
-        # Many may hold a slide. Only who fetches or removes it waits until nobody does.
+        # Many processes may use a slide. Fetching or removing it waits until none does.
         fcntl.flock(lock, fcntl.LOCK_SH)
         if target.exists():
             os.utime(folder)
@@ -71,7 +63,7 @@ def stage(uri: str) -> Staged:
             if not target.exists():
                 _make_room()
                 _fetch(uri, folder)
-                _grown.n_bytes += _size(folder)
+                _fetched["bytes"] += _size(folder)
 
 
 @contextmanager
@@ -84,13 +76,13 @@ def _locked(lock: BufferedRandom) -> Iterator[None]:
 
 
 def _fetch(uri: str, folder: Path) -> None:
-    aside = folder / "aside"
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = folder / "aside"
+    shutil.rmtree(temporary, ignore_errors=True)
     root, name = storage.parent(uri), uri.rpartition("/")[2]
-    _download(root, name, aside)
-    for other in _companions(root, name, aside / name):
-        _download(root, other, aside)
-    aside.rename(folder / "slide")
+    _download(root, name, temporary)
+    for other in _companions(root, name, temporary / name):
+        _download(root, other, temporary)
+    temporary.rename(folder / "slide")
 
 
 def _download(root: str, name: str, folder: Path) -> None:
@@ -99,7 +91,7 @@ def _download(root: str, name: str, folder: Path) -> None:
 
 
 def _companions(root: str, name: str, fetched: Path) -> list[str]:
-    """Files beside a fetched one without which it cannot be opened: its MIRAX folder, its DICOM series."""
+    """Files that a fetched one requires: its MIRAX folder, its DICOM series."""
     if name.lower().endswith(slide.MRXS):
         return slide.companions([file.path for file in storage.list_files(root)], name)
     with fetched.open("rb") as file:
@@ -113,28 +105,22 @@ def _companions(root: str, name: str, fetched: Path) -> list[str]:
 
 @lru_cache(maxsize=2)
 def _series(files: tuple[storage.File, ...]) -> list[list[str]]:
-    """The slides of one folder. Read once per process: each of its slides asks."""
+    """The slides of one folder; cached, because each of them requires it."""
     return list(dicom.slides(dicom.headers(files)).values())
 
 
-@dataclass
-class _Grown:
-    """Bytes that this process has fetched since it last looked through the cache; at first nobody knows."""
-
-    n_bytes: float = math.inf
-
-
-_grown = _Grown()
+# By this process since it last measured the cache; unknown at first.
+_fetched = {"bytes": math.inf}
 
 
 def _make_room() -> None:
-    """Remove the slides not used for longest, but none that a process holds, until the rest fits.
+    """Remove the least recently used slides that no process uses, until the rest fits.
 
-    Looking through a cache of many small files at each fetch would cost more than the fetching.
+    Measuring a cache of many small files at each fetch would cost more than the fetch.
     """
-    if _grown.n_bytes <= CACHE_BYTES / LOOKS_PER_CACHE:
+    if _fetched["bytes"] <= CACHE_BYTES / LOOKS_PER_CACHE:
         return
-    _grown.n_bytes = 0
+    _fetched["bytes"] = 0
     folders = sorted(CACHE.iterdir(), key=lambda folder: folder.stat().st_mtime)
     sizes = [_size(folder) for folder in folders]
     total = sum(sizes)
@@ -147,7 +133,7 @@ def _size(folder: Path) -> int:
     paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
     total = 0
     for path in paths:
-        with suppress(FileNotFoundError):  # another process has moved or removed it meanwhile
+        with suppress(FileNotFoundError):  # moved or removed by another process
             total += os.path.getsize(path)
     return total
 
@@ -158,7 +144,7 @@ def _remove_unused(folder: Path) -> bool:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        # The lock stays: another process may be waiting for it.
+        # The lock remains: another process may be waiting for it.
         for name in ("slide", "aside"):
             shutil.rmtree(folder / name, ignore_errors=True)
     return True

@@ -1,4 +1,4 @@
-"""The tile grid of a slide, in level-0 pixels, and what a tile is called."""
+"""The tile grid of a slide in level-0 pixels, and the identifiers of tiles."""
 
 import math
 from dataclasses import dataclass
@@ -8,15 +8,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Grid:
-    """Tiles side by side over a whole slide, row by row from the upper left.
+    """Adjacent tiles of equal size over a whole slide, row by row from the upper left.
 
-    Attributes:
-        x_level0_px: int64 (n,), left edges.
-        y_level0_px: int64 (n,), upper edges.
-        width_level0_px: of every tile.
-        height_level0_px: of every tile.
-        columns: tiles in a row.
-        rows: tiles in a column.
+    `x_level0_px` and `y_level0_px`, int64 (n,), are their left and upper edges.
     """
 
     x_level0_px: np.ndarray
@@ -43,36 +37,25 @@ def grid(
     tile_width_px: int,
     tile_height_px: int,
 ) -> Grid:
-    """Cover a slide with tiles. Those at the right and lower edges may stick out: no tissue falls away.
+    """Cover a slide of a size at level 0 with tiles of a size at `tile_mpp`, the µm per pixel of the model.
 
-    Args:
-        width_px: of the slide at level 0.
-        height_px: of the slide at level 0.
-        slide_mpp: µm per pixel of level 0, across and down.
-        tile_mpp: µm per pixel of a tile as the model sees it.
-        tile_width_px: of a tile at `tile_mpp`.
-        tile_height_px: of a tile at `tile_mpp`.
+    They may extend beyond the right and lower edge: no tissue is lost.
     """
     mpp_x, mpp_y = slide_mpp
     step_x, step_y = tile_width_px * tile_mpp / mpp_x, tile_height_px * tile_mpp / mpp_y
     x, y = _starts(width_px, step_x), _starts(height_px, step_y)
     return Grid(
-        np.tile(x, len(y)),
-        np.repeat(y, len(x)),
-        max(1, round(step_x)),
-        max(1, round(step_y)),
-        len(x),
-        len(y),
+        np.tile(x, len(y)), np.repeat(y, len(x)), max(1, round(step_x)), max(1, round(step_y)), len(x), len(y)
     )
 
 
 def _starts(side_px: int, step: float) -> np.ndarray:
-    # The step is no whole number: it is summed before rounding, so that the last tile is not pixels off.
-    # Half a pixel left over is no tile of its own.
+    # Multiples of a fractional step are rounded, so that no error accumulates. A remainder of half a pixel is
+    # no tile.
     count = max(1, math.ceil((side_px - 0.5) / step))
     return (np.arange(count) * step).round().astype(np.int64)
 
 
 def tile_id(image_id: str, x_level0_px: int, y_level0_px: int, mpp: float) -> str:
-    """The `image_id` of a tile: that of its slide, then place at level 0 and µm/px of the tile."""
+    """The `image_id` of a tile: that of its slide, the position at level 0, and µm/px of the tile."""
     return f"{image_id}#{x_level0_px},{y_level0_px},{mpp:g}"

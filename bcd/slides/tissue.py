@@ -1,53 +1,44 @@
-"""Tissue against the glass of the same slide, on the thumbnail of an H&E slide.
+"""Separation of tissue from glass on the thumbnail of an H&E slide.
 
-Glass is what is bright and common and has not the colour of a stain. Divided by its colour the thumbnail
-shows what was absorbed on the way through the section, whatever lamp, age and scanner gave the glass (Beer
-and Lambert's law, as in Ruifrok and Johnston 2001, "Quantification of histochemical staining by color
-deconvolution"). There stained tissue has colour and glass has none: Otsu's threshold on the saturation, held
-within bounds, since Otsu's method finds two classes in everything, in an empty slide as in one full of
-tissue.
+Glass is bright, common, and without the colour of a stain. Division by its colour leaves the absorption of
+the section, independent of lamp, age and scanner (Beer-Lambert law, as in Ruifrok and Johnston 2001,
+"Quantification of histochemical staining by color deconvolution"). Stained tissue then has a saturation above
+Otsu's threshold, which is kept within bounds, since Otsu's method finds two classes in any image, even in an
+empty slide or one full of tissue.
 
-Haematoxylin and eosin both absorb green most, the ink of pens absorbs red most (blue, green), blue most
-(yellow, brown), or green and blue alike and hardly any red (red).
+Haematoxylin and eosin both absorb mostly green. Pen ink absorbs mostly red (blue, green pens), mostly blue
+(yellow, brown), or green and blue equally and hardly any red (red).
 """
 
 import numpy as np
 from scipy import ndimage
 
 LEVELS = 256
-# Saturation, 0 to 1. Below the first nothing is stain: white glass after JPEG has up to 0.03. Above the
-# second nothing is glass: pale collagen begins near 0.15, and Otsu would split it from the nuclei.
+# Bounds of the threshold on the saturation, 0 to 1. White glass after JPEG has up to 0.03; pale collagen
+# begins near 0.15, and Otsu would split it from the nuclei.
 MIN_SATURATION, MAX_SATURATION = 0.05, 0.12
-# Pen, cover-slip edges and the black outside of a scan; the darkest nuclei have a channel above 60.
+# Pen, cover-slip edges and the black margin of a scan; the darkest nuclei have a channel above 60.
 MAX_BLACK = 50
-# Specks and holes up to this many pixels of the thumbnail, or this share of a small one, are no tissue and
-# no gap: at 12 µm/px, a slide of 25 mm, a square of 0.1 mm.
+# Specks and holes up to this many pixels of the thumbnail, or this share of a small one, are ignored: at 12
+# µm/px, a slide of 25 mm, a square of 0.1 mm.
 SMALL_PX, SMALL_SHARE = 64, 0.001
-# Glass is at least so bright, as a share of the brightest hundredth of what may be glass, and covers at least
-# this share of the slide; where none is seen, white stands for it.
+# Glass has at least this share of the brightness of the brightest hundredth of what may be glass, and covers
+# at least this share of the slide; otherwise white is used.
 GLASS_BRIGHT, GLASS_SHARE = 0.8, 0.005
 GLASS_SATURATION = 0.5
-# Bits of a channel that count for which colour is the most common.
+# Bits of a channel that define the most common colour.
 GLASS_BITS = 5
 # Optical density of red and of blue over that of green, above which it is ink. On 78 BreaKHis and 38 GlaS
 # fields red stays below 1.1 and blue below 0.8 in 99 % of the stained pixels of every field with white glass.
 INK_RED, INK_BLUE = 1.25, 1.0
-# Ink is a stroke of at least this share of the slide; smaller is dye in the tissue, such as that of its
-# margins.
+# A stroke of ink has at least this share of the slide; less is dye in the tissue, such as at its margins.
 INK_SHARE = 0.001
-# Red ink: blue over green above, red over green below, and green itself above this. Blood comes near it.
+# Red ink: blue over green above, red over green below, and green itself above this. Blood is close to it.
 RED_INK_BLUE, RED_INK_RED, RED_INK_GREEN = 0.8, 0.25, 0.5
 
 
 def mask(thumbnail: np.ndarray) -> np.ndarray:
-    """Where there is tissue.
-
-    Args:
-        thumbnail: uint8 (h, w, 3) RGB.
-
-    Returns:
-        bool (h, w).
-    """
+    """Tissue mask, bool (h, w), of a thumbnail, uint8 (h, w, 3) RGB."""
     seen = thumbnail.max(-1) > MAX_BLACK
     through = np.minimum(thumbnail * ((LEVELS - 1) / glass(thumbnail)), LEVELS - 1).round().astype(np.uint8)
     saturation = _saturation(through)
@@ -60,13 +51,9 @@ def mask(thumbnail: np.ndarray) -> np.ndarray:
 
 
 def glass(thumbnail: np.ndarray) -> np.ndarray:
-    """Colour of the glass, float64 (3,) RGB, 0 to 255; white where no glass is seen.
-
-    Args:
-        thumbnail: uint8 (h, w, 3) RGB.
-    """
+    """Colour of the glass, float64 (3,), 0 to 255, on uint8 (h, w, 3) RGB; white where no glass is found."""
     white = np.full(3, LEVELS - 1.0)
-    # White itself says nothing: what was not scanned is filled with it, an overexposed pixel has no colour.
+    # White is left out: regions not scanned are filled with it, and overexposed pixels have no colour.
     pixels = thumbnail[(thumbnail.max(-1) > MAX_BLACK) & (thumbnail.min(-1) < LEVELS - 1)]
     no_stain = pixels[:, 1] > np.minimum(pixels[:, 0], pixels[:, 2])
     limits = np.where(no_stain, GLASS_SATURATION, MAX_SATURATION)
@@ -89,7 +76,7 @@ def _saturation(pixels: np.ndarray) -> np.ndarray:
 
 
 def _ink(through: np.ndarray) -> np.ndarray:
-    """Where a colour is none of haematoxylin and eosin: bool (h, w) of what came through, uint8 (h, w, 3)."""
+    """Mask, bool (h, w), of the transmission, uint8 (h, w, 3): colours of neither haematoxylin nor eosin."""
     red, green, blue = np.moveaxis(_DENSITY[through], -1, 0)
     pen = (red > INK_RED * green) | (blue > INK_BLUE * green)
     return pen | ((blue > RED_INK_BLUE * green) & (red < RED_INK_RED * green) & (green > RED_INK_GREEN))
@@ -100,15 +87,10 @@ _DENSITY = -np.log10((np.arange(LEVELS, dtype=np.float32) + 1) / LEVELS)
 
 
 def otsu(values: np.ndarray) -> int:
-    """Threshold that parts values into two classes with the largest variance between them.
+    """Threshold between two classes of integers from 0 to 255: the largest value of the lower class.
 
-    Otsu 1979, "A Threshold Selection Method from Gray-Level Histograms", equation 18.
-
-    Args:
-        values: integers from 0 to 255, any shape; may be empty.
-
-    Returns:
-        The largest value of the lower class.
+    Maximises the variance between the classes: Otsu 1979, "A Threshold Selection Method from Gray-Level
+    Histograms", equation 18. `values` may be empty.
     """
     share = np.bincount(values.ravel(), minlength=LEVELS) / max(1, values.size)
     lower, moment = share.cumsum(), (share * np.arange(LEVELS)).cumsum()
@@ -125,16 +107,11 @@ def _without_small(region: np.ndarray, small_px: int) -> np.ndarray:
 
 
 def fraction(tissue: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Share of tissue in each box, exact for boxes of any size, fractions of a pixel included.
+    """Fraction of tissue, float64 (n,), in boxes of the mask; exact, fractions of a pixel included.
 
-    Args:
-        tissue: bool (h, w).
-        boxes: float (n, 4): x, y, width and height in pixels of the mask. What lies outside is no tissue.
-
-    Returns:
-        float64 (n,), 0 to 1.
+    `boxes`, float (n, 4), are x, y, width and height in pixels; outside the mask there is no tissue.
     """
-    # Between whole pixels the integral of a picture made of squares is bilinear.
+    # Between whole pixels the integral of an image of squares is bilinear.
     integral = np.pad(tissue.cumsum(0).cumsum(1, dtype=np.float64), ((1, 0), (1, 0)))
     x, y, width, height = np.asarray(boxes, np.float64).reshape(-1, 4).T
 
@@ -143,5 +120,5 @@ def fraction(tissue: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
     right, bottom = x + width, y + height
     area = upto(right, bottom) - upto(x, bottom) - upto(right, y) + upto(x, y)
-    # Rounded, so that an empty box has exactly none.
+    # Rounded, so that an empty box has exactly 0.
     return np.clip(area / (width * height), 0, 1).round(9)

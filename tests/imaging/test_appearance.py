@@ -1,4 +1,4 @@
-"""Numbers of a picture: known densities, hashes that forgive what eyes forgive."""
+"""Numbers of an image: known densities, hashes that tolerate invisible changes."""
 
 import io
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_glass_has_no_stain() -> None:
     assert appearance.measure_appearance(np.full((5, 7, 3), 200, np.uint8))[schema.TISSUE_FRACTION] == 0
 
 
-def test_copies_differ_in_few_bits_and_strangers_in_many() -> None:
+def test_copies_differ_in_few_bits_and_others_in_many() -> None:
     original = tissue(0)
     compressed = io.BytesIO(pictures.encode(original, "JPEG", quality=60))
     copies = {
@@ -92,7 +92,7 @@ def test_robust_z_is_that_of_iglewicz_and_hoaglin() -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.trial)])
-def test_on_real_fields_copies_lie_below_the_cut_off_and_strangers_above(real_data: Path, every: int) -> None:
+def test_real_copies_are_below_the_cut_off_and_others_above(real_data: Path, every: int) -> None:
     """Of one field in eight; of each as a trial."""
     paths = sorted((real_data / "breakhis").rglob("*.png")) + sorted((real_data / "glas/images").iterdir())
     fields = [Image.fromarray(image.decode(path.read_bytes())) for path in paths[::every]]

@@ -40,7 +40,7 @@ def refused(content):
     return caught.value.code, caught.value.message
 
 
-# What lies beside the pixels and says nothing of them.
+# Data besides the pixels that do not affect them.
 BESIDE_PNG = {
     "a text of 2 MiB": chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**21))),
     "texts of 70 MiB": chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20 - 1))) * 70,
@@ -62,7 +62,7 @@ BESIDE_PNG = {
 
 
 @pytest.mark.parametrize("name", BESIDE_PNG)
-def test_a_png_is_whole_whatever_lies_beside_its_pixels(name):
+def test_a_png_is_complete_with_any_other_chunks(name):
     np.testing.assert_array_equal(image.decode(with_chunk(BESIDE_PNG[name])), PIXELS)
 
 
@@ -79,7 +79,7 @@ BESIDE_JPEG = {
 
 
 @pytest.mark.parametrize("name", BESIDE_JPEG)
-def test_a_jpeg_is_whole_whatever_lies_beside_its_pixels(name):
+def test_a_jpeg_is_complete_with_any_other_segments(name):
     np.testing.assert_array_equal(image.decode(BESIDE_JPEG[name]), FROM_JPEG)
 
 
@@ -202,7 +202,7 @@ def test_notes_on_orientation_are_followed(content):
 
 
 def test_text_that_pillow_reads_is_no_pixel():
-    """The limit of Pillow that whole files broke: it still stands there."""
+    """The limit of Pillow that whole files broke: it still exists."""
     notes = PngImagePlugin.PngInfo()
     notes.add_text("k", "x" * 2**21, zip=True)
     content = pictures.encode(Image.fromarray(PIXELS), pnginfo=notes)

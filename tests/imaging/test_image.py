@@ -13,7 +13,7 @@ PIXELS = pictures.gradient()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_lossless_pictures_are_decoded_exactly(kind):
+def test_lossless_images_are_decoded_exactly(kind):
     np.testing.assert_array_equal(image.decode(pictures.encode(PIXELS, kind)), PIXELS)
 
 
@@ -62,7 +62,7 @@ def test_few_bits_in_sixteen_are_no_black_image(samples):
     assert caught.value.code == "unsupported_format"
 
 
-def test_the_deep_color_that_is_transparent_lies_over_white():
+def test_the_deep_color_that_is_transparent_becomes_white():
     grey = np.array([[0, 1, 65_535]], np.uint16)
     assert image.decode(deep_png(grey, (b"tRNS", b"\0\1")))[0, :, 0].tolist() == [0, 255, 255]
     colors = np.array([[[0, 0, 0], [1, 2, 3], [9, 9, 65_535]]], np.uint16)
@@ -162,7 +162,7 @@ def test_bytes_are_counted_before_they_are_decoded(monkeypatch):
     assert caught.value.code == "too_large"
 
 
-def test_transparency_lies_over_white():
+def test_transparency_is_blended_over_white():
     picture = Image.fromarray(PIXELS).convert("RGBA")
     picture.putalpha(0)
     assert (image.decode(pictures.encode(picture)) == 255).all()
@@ -212,7 +212,7 @@ def test_fit_keeps_the_whole_field_and_its_aspect_ratio():
     )
 
 
-def test_fit_leaves_a_picture_of_the_right_size_alone():
+def test_fit_does_not_change_an_image_of_the_right_size():
     np.testing.assert_array_equal(image.fit(PIXELS, *PIXELS.shape[:2]), PIXELS)
 
 

@@ -64,7 +64,7 @@ def test_separate_planes_are_one_image():
     ],
     ids=["beside", "multiplied in", "16 bits"],
 )
-def test_alpha_lies_over_white(samples, extra):
+def test_alpha_is_blended_over_white(samples, extra):
     found = decoded(tiff_page(samples, t338=[extra]))
     assert np.abs(found - on_white(PIXELS)).max() <= 2
 
@@ -108,8 +108,8 @@ def test_twelve_bits_are_scaled_where_the_file_says_so(changes):
         (DEEP, {"t284": [2]}, "16-bit samples in separate planes"),
         (PIXELS, {"meaning": 6}, "YCbCr with subsampling"),
         (GREY, {"meaning": 3, "t320": [*range(256)] * 3}, "palette has 8 bits where TIFF has 16"),
-        (GREY, {"meaning": 1, "t270": IMAGEJ % b"grayscale"}, "tells of 3 planes and has 1"),
-        (GREY, {"meaning": 1, "t270": OME % (3, 8)}, "tells of 3 planes and has 1"),
+        (GREY, {"meaning": 1, "t270": IMAGEJ % b"grayscale"}, "states 3 planes and has 1"),
+        (GREY, {"meaning": 1, "t270": OME % (3, 8)}, "states 3 planes and has 1"),
         (PIXELS, {"t254": [1]}, "thumbnails or masks only"),
     ],
 )
@@ -140,7 +140,7 @@ SMALL = PIXELS[::2, ::2].copy()
     ids=["thumbnail", "old thumbnail", "mask", "pyramid that marks nothing"],
 )
 def test_the_page_that_is_the_image_is_found(others):
-    """Wherever it stands."""
+    """At any place."""
     np.testing.assert_array_equal(decoded(tiff_page(PIXELS), *others), PIXELS)
     np.testing.assert_array_equal(decoded(*others, tiff_page(PIXELS)), PIXELS)
 

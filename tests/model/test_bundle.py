@@ -112,7 +112,7 @@ def test_the_threshold_of_the_card_decides(network, threshold, expected):
     assert decided.predict(np.zeros((1, 64, 96, 3), np.uint8)).predicted_class == [expected]
 
 
-def test_the_card_for_people_says_what_must_be_said(tmp_path, network):
+def test_the_readme_says_what_must_be_said(tmp_path, network):
     bundle.save(network, card(leaky=True, synthetic=True, protocol="image"), str(tmp_path))
     text = (tmp_path / "README.md").read_text()
     for words in ("Research use only", "Synthetic", "Leaky split", "benign, malignant", "40X", "0.49 µm/px"):
@@ -120,7 +120,7 @@ def test_the_card_for_people_says_what_must_be_said(tmp_path, network):
 
 
 @pytest.mark.parametrize("few", [None, "2 benign and 9 malignant patients are too few"])
-def test_the_card_for_people_says_where_patients_are_too_few(few):
+def test_the_readme_says_where_patients_are_too_few(few):
     metrics = {"summary": [["AUC", "1.000", "–"]], "n_images": 1, "n_patients": 1, "too_few_patients": few}
     text = bundle._readme(card(metrics=metrics))
     assert ("**Too few patients.** 2 benign and 9" in text) == bool(few)
@@ -211,7 +211,7 @@ def test_no_class_without_finite_logits(network):
     assert raised.value.code == "not_finite"
 
 
-def test_a_bundle_that_changed_is_told(tmp_path, network):
+def test_a_bundle_that_changed_is_reported(tmp_path, network):
     uri = str(tmp_path)
     began = bundle.save(network, card(), uri)
     assert bundle.read_same(uri, began) == bundle.read_card(uri)
@@ -230,7 +230,7 @@ def test_a_bundle_that_changed_is_told(tmp_path, network):
 
 
 def statistics(network, cutoff=1.0):
-    """Such that the pooled features of a black picture are the mean."""
+    """Such that the pooled features of a black image are the mean."""
     black = ready(network).pooled(np.zeros((1, 64, 96, 3), np.uint8))[0][0]
     facts = {"mean": tuple(black.tolist()), "spread": (0.5,) * len(black), "cutoff": cutoff}
     return novelty.FeatureStatistics(**facts, n_training=1, n_validation=1)
@@ -260,7 +260,7 @@ def test_a_temperature_is_in_every_number(network):
     np.testing.assert_allclose(total, log_odds, atol=1e-3)
 
 
-def test_statistics_stand_in_the_card_and_decide_its_identity(tmp_path, network):
+def test_statistics_in_the_card_decide_its_identity(tmp_path, network):
     known = card(feature_statistics=statistics(network))
     bundle.save(network, known, str(tmp_path))
     read = bundle.read_card(str(tmp_path))
@@ -268,7 +268,7 @@ def test_statistics_stand_in_the_card_and_decide_its_identity(tmp_path, network)
     assert bundle.model_id(known) != bundle.model_id(card())
 
 
-def test_rows_are_predictions_of_one_picture(network):
+def test_rows_are_predictions_of_one_image(network):
     images = np.stack([np.full((64, 96, 3), shade, np.uint8) for shade in (0, 90, 255)])
     whole = ready(network).predict(images)
     for i, row in enumerate(whole.rows()):

@@ -19,7 +19,7 @@ def statistics(**changes):
 
 
 def resealed(**changes):
-    """A card whose checksum is right, whatever stands in it."""
+    """A card whose checksum is right, with any content."""
     content = {name: value for name, value in (CONTENT | changes).items() if name != cards.CHECKSUM}
     return json.dumps(content | {cards.CHECKSUM: cards._seal(content)}).encode()
 

@@ -34,7 +34,7 @@ def test_distance_counts_spreads():
     assert found.dtype == np.float32
 
 
-def test_pictures_like_the_training_are_near_and_others_far():
+def test_images_like_the_training_are_near_and_others_far():
     rng = np.random.default_rng(0)
     training = rng.normal(0, 1, (400, 50))
     mean, deviation = novelty.spread(400, training.sum(0), (training**2).sum(0))

@@ -66,7 +66,7 @@ def test_the_first_loss_that_is_no_number(losses, expected):
     assert train_step.first_not_finite([torch.tensor(loss) for loss in losses]) == expected
 
 
-def test_weights_and_running_statistics_stand_behind_the_losses():
+def test_weights_and_running_statistics_follow_the_losses():
     for name, number in (("weight", NAN), ("bias", INFINITE), ("running_var", NAN)):
         network = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
         assert train_step.weights_as_loss(network) == 0

@@ -1,17 +1,17 @@
 """Faults planted, one after the other, into the facts of a healthy cluster of a head and two workers."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from bcd.preflight import diagnosis
-from bcd.preflight.diagnosis import GIB, INSTALL, MIB, NEXT_STEPS, Check
+from bcd.preflight.diagnosis import COLOURS, GIB, INSTALL, MIB, NEXT_STEPS, PLAIN, Check, table_lines, verdict
 from bcd.preflight.node import Attempt, Capacity, Clock, ClusterFacts, Disk, Machine, Node
 
 VERSIONS = {"python": "3.12.3", "bcd": "0.2.0", "ray": "2.60.0", "torch": "2.11.0", "numpy": "2.2.0"}
 MACHINE = Machine(
     versions=VERSIONS,
-    memory_bytes=64 * GIB,
     free_memory_bytes=50 * GIB,
     shm_bytes=32 * GIB,
     ray_disk=Disk("/tmp/ray", 150 * GIB, 90 * GIB),
@@ -38,7 +38,7 @@ HEALTHY = ClusterFacts("10.0.0.1:6379", True, VERSIONS, True, 20 * GIB, CAPACITY
 ALL_WELL = [
     Check("nodes", "ok", "3 answered: 10.0.0.1, 10.0.0.2 and 10.0.0.3"),
     Check("versions", "ok", "python 3.12.3, ray 2.60.0, torch 2.11.0 and bcd 0.2.0 everywhere"),
-    Check("token", "ok", "10.0.0.1:6379 refuses who shows no token"),
+    Check("token", "ok", "10.0.0.1:6379 rejects requests without a token"),
     Check("clocks", "ok", "equal to 3 ms"),
     Check(
         "capacity",
@@ -87,7 +87,7 @@ FAULTS = {
     "a node that is silent": (
         on_two(machine=None, trouble="no answer within 60 s"),
         Check("nodes", "fault", "10.0.0.3: no answer within 60 s",
-              "See `ray status` and the raylet's log there. Nothing more is known of it."),
+              "See `ray status` and the raylet's log there. Nothing else is known of it."),
     ),
     "a node without bcd": (
         on_two(machine=None, trouble="ModuleNotFoundError: No module named 'bcd'"),
@@ -113,47 +113,47 @@ FAULTS = {
     "no token": (
         replace(HEALTHY, refuses_strangers=False),
         Check("token", "fault",
-              "10.0.0.1:6379 answers without a token: whoever reaches that port can run code here",
+              "10.0.0.1:6379 answers without a token: anyone who reaches that port can run code here",
               "Run `ray get-auth-token --generate`, copy ~/.ray/auth_token to every node, and start Ray "
               "there with RAY_AUTH_MODE=token."),
     ),
     "a clock that is wrong by hours": (
         on_two(clock=Clock(-7200.0, 0.001)),
-        Check("clocks", "fault", "10.0.0.3 is 7200.0 s behind: object stores refuse what it signs",
-              "Let a time service run on every node (chrony, systemd-timesyncd)."),
+        Check("clocks", "fault", "10.0.0.3 is 7200.0 s behind: object stores reject its signatures",
+              "Run a time service on every node (chrony, systemd-timesyncd)."),
     ),
     "no GPU where one is asked for": (
         capacity(needed={}, plan="", refusal="1 GPU workers asked for, but the cluster has 0 GPUs"),
         Check("capacity", "fault", "1 GPU workers asked for, but the cluster has 0 GPUs",
-              "Add nodes with GPUs (the group `gpu` of cluster.yaml), or ask for --device cpu."),
+              "Add nodes with GPUs (the group `gpu` of cluster.yaml), or use --device cpu."),
     ),
     "more replicas than CPUs": (
         capacity(needed={"CPU": 40.0, "GPU": 0.0}, plan="a service of 40 replicas"),
         Check("capacity", "fault",
               "a service of 40 replicas: 40 CPUs needed, but the cluster has 32 CPUs and 2 GPUs",
-              "Add nodes, or ask for less. `ray status` tells what is there."),
+              "Add nodes, or use fewer workers. `ray status` lists what the cluster has."),
     ),
     "a GPU that torch cannot use": (
         machine(torch_gpus=0),
-        Check("GPUs", "fault", "10.0.0.3: Ray gives out 1 GPU, torch can use 0",
-              "Look at `nvidia-smi` there: is the driver new enough for the CUDA of this torch?"),
+        Check("GPUs", "fault", "10.0.0.3: Ray offers 1 GPU, torch can use 0",
+              "Run `nvidia-smi` there: is the driver new enough for the CUDA of this torch?"),
     ),
     "no memory left": (
         machine(free_memory_bytes=512 * MIB),
-        Check("memory", "fault", "10.0.0.3: 512 MiB free, 4.0 GiB or more are wanted",
-              "End what else runs there, or take larger nodes: Ray kills workers when memory runs out."),
+        Check("memory", "fault", "10.0.0.3: 512 MiB free, 4.0 GiB or more are recommended",
+              "Stop other programs there, or use larger nodes: Ray kills workers when memory runs out."),
     ),
     "a full disk": (
         machine(ray_disk=Disk("/tmp/ray", 150 * GIB, GIB)),
         Check("disk", "fault", "10.0.0.3: 1.0 GiB free at /tmp/ray, 99 % full",
-              "Make room there, or start Ray with another --temp-dir: at 95 % Ray stores no more objects."),
+              "Free space there, or start Ray with another --temp-dir: at 95 % Ray stores no more objects."),
     ),
     "data that one node cannot read": (
         failed("--data", "read", "s3://bucket/data/a.png", "cannot read it: AWS Error ACCESS_DENIED"),
         Check("data", "fault", "10.0.0.3: s3://bucket/data/a.png: cannot read it: AWS Error ACCESS_DENIED",
               NEXT_STEPS["read"]),
     ),
-    "a folder without pictures": (
+    "a folder without images": (
         failed("--data", "find", "s3://bucket/data", "nothing to read below it"),
         Check("data", "fault", "10.0.0.3: s3://bucket/data: nothing to read below it", NEXT_STEPS["find"]),
     ),
@@ -182,18 +182,18 @@ WARNINGS = {
         version(numpy="2.1.0"),
         Check("versions", "warning", "numpy 2.1.0 on 10.0.0.3, 2.2.0 where this job was started", INSTALL),
     ),
-    "a version that is not told": (
+    "a version that is unknown": (
         machine(versions={name: v for name, v in VERSIONS.items() if name != "numpy"}),
         Check("versions", "warning", "numpy unknown on 10.0.0.3, 2.2.0 where this job was started", INSTALL),
     ),
-    "a token that cannot be told": (
+    "a cluster that may require a token": (
         replace(HEALTHY, refuses_strangers=None),
-        Check("token", "warning", "10.0.0.1:6379: it could not be told whether it asks for a token"),
+        Check("token", "warning", "10.0.0.1:6379: unknown whether it requires a token"),
     ),
     "a clock that is wrong by seconds": (
         on_two(clock=Clock(30.0, 1.0)),
         Check("clocks", "warning", "10.0.0.3 is 30.0 s ahead",
-              "Let a time service run on every node (chrony, systemd-timesyncd)."),
+              "Run a time service on every node (chrony, systemd-timesyncd)."),
     ),
     "nodes that an autoscaler must add": (
         capacity(there={"CPU": 0.0, "GPU": 0.0}, free={"CPU": 0.0, "GPU": 0.0}),
@@ -207,32 +207,32 @@ WARNINGS = {
         Check("capacity", "warning",
               "2 training workers and 1 CPU for reading: 3 CPUs and 2 GPUs needed; 1 of 32 CPUs and "
               "2 of 2 GPUs are free",
-              "Other jobs hold the rest: this one would wait for them."),
+              "Other jobs use the rest: this one would wait for them."),
     ),
     "little memory": (
         machine(free_memory_bytes=3 * GIB),
-        Check("memory", "warning", "10.0.0.3: 3.0 GiB free, 4.0 GiB or more are wanted",
-              "End what else runs there, or take larger nodes: Ray kills workers when memory runs out."),
+        Check("memory", "warning", "10.0.0.3: 3.0 GiB free, 4.0 GiB or more are recommended",
+              "Stop other programs there, or use larger nodes: Ray kills workers when memory runs out."),
     ),
     "a small object store": (
         on_two(object_store_bytes=100 * MIB),
-        Check("object store", "warning", "10.0.0.3: 100 MiB, 512 MiB or more are wanted",
-              "Start Ray there with a larger --object-store-memory: pictures on their way would go to disk."),
+        Check("object store", "warning", "10.0.0.3: 100 MiB, 512 MiB or more are recommended",
+              "Start Ray there with a larger --object-store-memory: images in transit would spill to disk."),
     ),
     "a disk that fills": (
         machine(ray_disk=Disk("/tmp/ray", 100 * GIB, 10 * GIB)),
         Check("disk", "warning", "10.0.0.3: 10.0 GiB free at /tmp/ray, 90 % full",
-              "Make room there, or start Ray with another --temp-dir: at 95 % Ray stores no more objects."),
+              "Free space there, or start Ray with another --temp-dir: at 95 % Ray stores no more objects."),
     ),
     "no room for slides": (
         machine(cache_disk=Disk("/tmp/bcd-slides-0", 50 * GIB, 5 * GIB)),
-        Check("slide cache", "warning", "10.0.0.3: 5.0 GiB free, 20.0 GiB or more are wanted",
-              "Make room, or set TMPDIR to a larger disk on the nodes: whole slides are fetched into it."),
+        Check("slide cache", "warning", "10.0.0.3: 5.0 GiB free, 20.0 GiB or more are recommended",
+              "Free space, or set TMPDIR to a larger disk on the nodes: whole slides are fetched into it."),
     ),
     "slow storage": (
         tried(TRIED[1], replace(TRIED[2], seconds=16.0)),
         Check("output", "warning", "s3://bucket/runs: read at 0.25 MiB/s only, on 10.0.0.3",
-              "Pictures will be waited for: bring storage and nodes closer."),
+              "The job will wait for images: move storage and nodes closer."),
     ),
 }  # fmt: skip
 
@@ -271,7 +271,7 @@ def test_shared_memory_smaller_than_the_object_store():
         "object store",
         "warning",
         "10.0.0.2 and 10.0.0.3: /dev/shm has 64 MiB, the object store 16.0 GiB",
-        "Give containers more (--shm-size, an emptyDir of medium Memory): Ray uses a slow disk instead.",
+        "Enlarge it (--shm-size, an emptyDir of medium Memory): Ray uses a slow disk instead.",
     )
 
 
@@ -305,7 +305,49 @@ def test_those_who_answered_are_counted_beside_all():
     assert list(diagnosis.check_answers(facts.nodes))[1].seen == "2 of 3 answered: 10.0.0.1 and 10.0.0.2"
 
 
-def test_several_faults_are_all_told():
+def test_several_faults_are_all_listed():
     facts = replace(version(torch="2.10.0"), refuses_strangers=False, capacity=CAPACITY)
     both = [check.name for check in diagnosis.diagnose(facts) if check.verdict == "fault"]
     assert both == ["versions", "token"]
+
+
+CHECKS = [
+    Check("nodes", "ok", "3 answered"),
+    Check("disk", "fault", "10.0.0.3: 1.0 GiB free at /tmp/ray, 99 % full", "Free space there."),
+    Check("memory", "warning", "10.0.0.2: 3.0 GiB free", "Stop other programs there."),
+]
+
+
+def test_a_line_for_each_check_and_a_next_step_below_where_there_is_one():
+    assert table_lines(CHECKS, 100, coloured=False) == [
+        "  ok       nodes   3 answered",
+        "  FAULT    disk    10.0.0.3: 1.0 GiB free at /tmp/ray, 99 % full",
+        "                   -> Free space there.",
+        "  WARNING  memory  10.0.0.2: 3.0 GiB free",
+        "                   -> Stop other programs there.",
+    ]
+
+
+def test_colours_add_nothing_but_colour():
+    coloured = "\n".join(table_lines(CHECKS, 100, coloured=True))
+    assert f"{COLOURS['fault']}FAULT  {PLAIN}  disk" in coloured
+    assert re.sub(r"\033\[[\d;]*m", "", coloured).splitlines() == table_lines(CHECKS, 100, coloured=False)
+
+
+def test_long_sentences_are_wrapped_below_themselves_and_what_is_copied_stays_whole():
+    uri = "s3://bucket/" + "deep-folder/" * 8
+    table = table_lines([Check("data", "fault", f"{uri} cannot be read", "Check the path, " * 6)], 80, False)
+    assert table[0] == f"  FAULT    data  {uri}"
+    assert table[1] == " " * 17 + "cannot be read"
+    assert table[2].startswith(" " * 17 + "-> Check the path,")
+    assert all(line.startswith(" " * 20) and line[20] != " " for line in table[3:])
+    assert max(map(len, table[1:])) <= 80
+
+
+def test_the_last_sentence_counts_and_says_whether_to_start():
+    assert (
+        verdict(CHECKS, "jobs/train.py")
+        == "1 fault and 1 warning: jobs/train.py should not be started here yet."
+    )
+    assert verdict(CHECKS[:1], "jobs/score.py") == "nothing found: jobs/score.py can start."
+    assert verdict(CHECKS[2:], "jobs/serve.py") == "1 warning: jobs/serve.py can start."

@@ -1,8 +1,8 @@
 """Faults planted on the real thing: the tests' cluster, its S3 server, disks, and a second node.
 
 a bucket that does not exist         data that do not exist               more workers than CPUs
-an output below a file               a folder without pictures            a GPU where there is none
-a model that does not exist          a manifest without a picture         another torch on one node
+an output below a file               a folder without images              a GPU where there is none
+a model that does not exist          a manifest without an image          another torch on one node
 a folder that is no bundle           weights that do not exist            an output that one node does not see
 a bundle cut short                   weights of another network           a full disk on one node
 a cluster that asks for no token     no cluster where one is named        a node that has stopped answering
@@ -95,7 +95,7 @@ def test_nothing_is_found_on_a_healthy_cluster_with_s3_and_nothing_stays(
     assert everything_below(s3) == before
     seen = {check.name: check.seen for check in checks}
     assert seen["capacity"] == "1 training worker and 1 CPU for reading: 2 CPUs needed; 4 of 4 CPUs are free"
-    assert seen["token"] == f"{gcs()} refuses who shows no token"
+    assert seen["token"] == f"{gcs()} rejects requests without a token"
     said = capsys.readouterr().out
     assert said.startswith("examining 1 node for jobs/train.py\n")
     assert said.endswith("\nnothing found: jobs/train.py can start.\n")
@@ -108,7 +108,7 @@ def test_nothing_is_found_on_a_healthy_cluster_with_local_disks(idle, tree, good
     assert [check.name for check in checks][-3:] == ["input", "output", "model"]
     assert everything_below(str(output)) == []
     assert {check.verdict for check in doctor.run(config("serve"))} == {"ok"}
-    assert "not looked at, because not given: --model\n" in capsys.readouterr().out
+    assert "not checked, because not given: --model\n" in capsys.readouterr().out
 
 
 def gcs():
@@ -118,7 +118,7 @@ def gcs():
 @pytest.fixture
 def planted(tmp_path, good_model):
     """A folder of places that all have something wrong."""
-    storage.write_bytes(str(tmp_path / "empty" / "notes.txt"), b"no picture")
+    storage.write_bytes(str(tmp_path / "empty" / "notes.txt"), b"no image")
     storage.write_bytes(str(tmp_path / "manifest.csv"), b"uri,tumor_class\ngone.png,benign\n")
     storage.write_bytes(str(tmp_path / "vgg.safetensors"), save({"conv.weight": torch.zeros(1)}))
     shutil.copytree(good_model, tmp_path / "cut")
@@ -261,10 +261,10 @@ def test_a_node_with_another_torch_a_full_disk_and_its_own_output_and_then_a_sto
     found = diagnose("train", timeout_s=60)
     assert [(check.name, check.verdict) for check in found] == [("nodes", "fault")]
     assert found[0].seen.startswith(f"{name}: ")
-    assert found[0].next_step == "See `ray status` and the raylet's log there. Nothing more is known of it."
+    assert found[0].next_step == "See `ray status` and the raylet's log there. Nothing else is known of it."
 
 
-def test_a_cluster_that_asks_for_no_token_answers_strangers(tmp_path, joined):
+def test_a_cluster_without_tokens_answers_anyone(tmp_path, joined):
     assert doctor.refuses_strangers(gcs()) is True
     port, folder = free_port(), tempfile.mkdtemp(prefix="bcd-ray-", dir="/tmp")
     assert doctor.refuses_strangers(f"127.0.0.1:{port}") is None
@@ -303,7 +303,7 @@ def test_a_wrong_token_is_a_fault(cluster):
     assert (done.returncode, "FAULT    cluster" in done.stdout) == (1, True)
 
 
-def test_the_door_tells_every_fault_and_exits_1(idle, tmp_path):
+def test_the_door_prints_every_fault_and_exits_1(idle, tmp_path):
     done = door(
         {}, "--for", "train", "--device", "gpu", "--data", str(tmp_path / "none"), "--output", "s3://no/x"
     )

@@ -64,7 +64,7 @@ def test_other_objects_are_no_slides(kind):
     assert not dicom.read_header(dicom_file("1.1", kind)).is_slide
 
 
-def test_of_a_cut_file_is_told_what_stands_there():
+def test_a_cut_file_gives_the_header_that_it_has():
     whole = dicom_file("1.2.33")
     found = [dicom.read_header(whole[:n]) for n in range(132, len(whole))]
     assert set(found) == {

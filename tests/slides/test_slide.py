@@ -63,7 +63,7 @@ def one_tile(resolution_unit, x_resolution, y_resolution, side=16):
     return header + directory + struct.pack("<IIIII", 0, x_resolution, 1, y_resolution, 1)
 
 
-def test_a_slide_tells_its_size_and_scale(slides):
+def test_a_slide_has_its_size_and_scale(slides):
     with slide.open_slide(slides / NAME) as opened:
         assert (opened.width_px, opened.height_px) == (2220, 2967)
         assert (opened.mpp_x, opened.mpp_y) == (0.499, 0.499)
@@ -245,7 +245,7 @@ def test_a_small_slide_is_its_own_thumbnail(slides):
     np.testing.assert_array_equal(small, flattened(slides / "boxes.tiff", (0, 0), 0, (300, 250)))
 
 
-def test_a_name_tells_a_slide_and_a_tiff_its_content(slides, tmp_path):
+def test_a_slide_is_known_by_name_and_a_tiff_by_content(slides, tmp_path):
     picture = tmp_path / "field.tif"
     picture.write_bytes(pictures.encode(pictures.gradient(), "TIFF"))
     assert not slide.is_slide(picture)
@@ -279,6 +279,22 @@ def test_a_mirax_slide_needs_its_folder():
     assert slide.companions(paths, "a/bb.mrxs") == ["a/bb/Index.dat"]
 
 
+@pytest.mark.parametrize("name", ["a.mrxs", "a.dcm"])
+def test_a_file_that_is_no_tiff_is_left_to_openslide(tmp_path, monkeypatch, name):
+    """MIRAX is a JPEG beside a folder, DICOM a format of its own."""
+    path = tmp_path / name
+    path.write_bytes(pictures.encode(pictures.gradient(), "JPEG"))
+    handle = SimpleNamespace(
+        dimensions=(64, 48),
+        properties={"openslide.mpp-x": "0.5", "openslide.mpp-y": "0.5"},
+        level_downsamples=(1.0,),
+        color_profile=None,
+        close=lambda: None,
+    )
+    monkeypatch.setattr(slide.openslide, "OpenSlide", lambda path: handle)
+    assert slide.open_slide(path).width_px == 64
+
+
 def test_which_names_say_nothing():
     names = ["a", "d.x/IM0001", "1.2.840.113619", "a.", "a.7", "b.svs", "c.txt", "e.TIF", ".x.png"]
     assert [slide.is_unnamed(name) for name in names] == [True] * 5 + [False] * 4
@@ -301,7 +317,7 @@ def test_tiles_and_slides_that_cannot_be_are_refused(monkeypatch, tmp_path):
     assert code_of(lambda: slide.open_slide(path)) == "too_many_pixels"
     path.write_bytes(pictures.tiled_tiff(pictures.gradient(), 0.5))
     monkeypatch.setattr(slide, "MAX_SLIDE_PIXELS", 3_000)
-    with pytest.raises(image.ImageError, match="a slide of 70 x 46 px cannot be"):
+    with pytest.raises(image.ImageError, match="a slide of 70 x 46 px is impossible"):
         slide.open_slide(path)
 
 

@@ -12,7 +12,7 @@ def glass(height=200, width=300, color=WHITE):
     return np.clip(color + noise, 0, 255).astype(np.uint8)
 
 
-def test_tissue_is_found_where_it_lies():
+def test_tissue_is_found_where_it_is():
     picture = glass()
     picture[50:150, 100:200] = glass(100, 100, PINK)
     picture[80:120, 120:180] = glass(40, 60, PURPLE)
