@@ -106,7 +106,7 @@ def test_a_tree_that_comes_divided_stays_so(tmp_path):
     table, facts = prepare.prepare(TrainConfig(data="d", validation_fraction=0.25), inspected)
     assert prepare.part_of(table, "test")[schema.PATIENT].to_pylist() == ["P8", "Q", "P9"]
     assert len(prepare.part_of(table, "validation")) == 2
-    assert "the parts are those that the data come with; --test-fraction is not used" in facts.warnings
+    assert "the parts are those given with the data; --test-fraction is not used" in facts.warnings
     again = prepare.prepare(TrainConfig(data="d", validation_fraction=0.25), inspected)[1]
     assert again.split_fingerprint == facts.split_fingerprint == split.fingerprint(table)
 
@@ -115,7 +115,7 @@ def test_folds_are_made_anew_and_it_is_said(tmp_path):
     config = TrainConfig(data="d", cross_folds=2, fold=1, validation_fraction=0.3)
     table, facts = prepare.prepare(config, divided(tmp_path))
     assert table.schema == schema.SPLIT
-    assert any("the data come with are not used: --fold divides" in text for text in facts.warnings)
+    assert any("given with the data are not used: --fold divides" in text for text in facts.warnings)
 
 
 def test_a_tree_that_comes_with_a_leak_is_refused(tmp_path):
@@ -136,7 +136,7 @@ def test_what_an_index_warns_of_is_told_with_the_error(tmp_path, capsys):
 def test_subtypes_cannot_be_used_where_some_are_unknown(joined, tmp_path, flag):
     data = folder_per_class(tmp_path)
     with pytest.raises(
-        DataError, match=rf"--{flag} subtype needs .* but 24 have none, benign/benign-0/0.png"
+        DataError, match=rf"--{flag} subtype needs .* but 24 have none, first benign/benign-0/0.png"
     ):
         prepare.prepare(small(data, **{flag: "subtype"}))
 

@@ -85,7 +85,7 @@ def test_a_run_goes_on_with_the_same_data_wherever_they_lie(tmp_path):
 )
 def test_a_run_does_not_go_on_with_other_data(tmp_path, change, told):
     now = split_of(str(tmp_path))
-    with pytest.raises(DataError, match=rf"^d is not what it was when .* was split: .*{re.escape(told)}"):
+    with pytest.raises(DataError, match=rf"^d has changed since .* was split: .*{re.escape(told)}"):
         run_directory.resume(TrainConfig(data="d"), str(tmp_path), change(now))
 
 
