@@ -47,7 +47,7 @@ def test_images_unlike_the_training_are_counted_where_the_model_can_tell():
 def test_an_image_that_storage_did_not_give_is_not_left_out_of_the_numbers():
     names = ["a.png", "b.png", "c.png"]
     inspection.require_given(names, [None, "unreadable", "truncated: unavailable"])
-    with pytest.raises(StorageError, match=r"storage did not give b.png \(and 1 more"):
+    with pytest.raises(StorageError, match=r"storage failed to deliver b.png \(and 1 more"):
         inspection.require_given(names, [None, "unavailable", "unavailable: /c.png: no"])
 
 

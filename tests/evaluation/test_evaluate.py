@@ -57,7 +57,7 @@ def test_what_was_trained_on_is_refused_or_marked_when_forced(run_uri, fewer, tm
 def test_without_its_split_nobody_knows_what_a_model_has_seen(run_uri, fewer, tmp_path):
     for file in storage.list_files(f"{run_uri}/model"):
         storage.write_bytes(f"{tmp_path}/alone/model/{file.path}", storage.read_bytes(file.uri))
-    with pytest.raises(DataError, match=r"no split.parquet beside the model tells what it has seen"):
+    with pytest.raises(DataError, match=r"there is no split.parquet beside the model to show"):
         evaluate.run(EvaluateConfig(model=f"{tmp_path}/alone/model", data=fewer, output=f"{tmp_path}/out"))
 
 
