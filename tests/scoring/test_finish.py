@@ -67,7 +67,7 @@ def test_the_end_in_lines_for_people():
     assert lines[3] == "  warned of unlike_training_data: 12 rows"
     assert lines[-1].endswith("/out/summary.json")
     blind = finish.closing_lines("/out", counts | told | {"warnings": None})
-    assert blind[3] == "  the model has no statistics that tell what is unlike its training data"
+    assert blind[3] == "  the model has no statistics to identify images unlike its training data"
 
 
 def judged(*rows):

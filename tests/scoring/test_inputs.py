@@ -190,11 +190,11 @@ def test_the_summary_says_that_the_table_is_incomplete_until_it_is_not(tmp_path)
 def test_a_slide_that_is_replaced_while_its_tiles_are_read_is_not_merged():
     inputs.require_same_slides(archive(), archive(versions={"f00.png": "2-1"}), ["s.svs", "a.svs"])
     with pytest.raises(
-        IncompleteError, match=r"1 input has changed during this run \(s.svs\): the same command"
+        IncompleteError, match=r"1 input has changed during this run \(s.svs\): run the same command"
     ):
         inputs.require_same_slides(archive(), archive(versions={"s.svs": "2-1"}), ["s.svs", "a.svs"])
 
 
 def test_changed_inputs_are_counted_and_the_first_named():
     found = inputs.changed_text(["a", "b", "c", "d", "e"], "since")
-    assert found == "5 inputs have changed since (a, b, c and 2 more)"
+    assert found == "5 inputs have changed since (a, b, c, and 2 more)"

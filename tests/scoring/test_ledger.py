@@ -81,7 +81,7 @@ def test_begin_refuses_other_settings_and_names_them(output):
     other = {"model": "xyz", "input": "in", "overlays": "png"}
     with pytest.raises(
         ConfigError,
-        match=r"scored otherwise: --cam evidence -> None; --model abc -> xyz; --overlays None -> png. Repeat",
+        match=r"other settings: --cam evidence -> None; --model abc -> xyz; --overlays None -> png. Repeat",
     ):
         ledger.open_ledger(output, other)
     assert ledger.read_settings(output) == SETTINGS

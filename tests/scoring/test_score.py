@@ -77,15 +77,17 @@ def test_what_decides_a_row_is_part_of_the_books(flag, value, tmp_path):
 @pytest.mark.parametrize("output", ["archive/scores", "archive"])
 def test_an_output_inside_the_input_is_refused(output, tmp_path):
     config = ScoreConfig(model="m", input=str(tmp_path / "archive"), output=str(tmp_path / output))
-    with pytest.raises(ConfigError, match="lies inside --input"):
+    with pytest.raises(ConfigError, match="is inside --input"):
         score.run(config)
 
 
 def test_who_must_go_on_is_told_why():
     score._require_balance(books({"a.png": 1, "s.svs": 3}, older=["b.png"]), "b.png: denied")
-    with pytest.raises(IncompleteError, match=r"2 of 3 inputs have neither .* the same command goes on\.$"):
+    with pytest.raises(
+        IncompleteError, match=r"2 of 3 inputs have neither .* Run the same command again to resume\.$"
+    ):
         score._require_balance(books({"a.png": 1}))
-    with pytest.raises(IncompleteError, match=r"goes on\. Storage did not give all .*b.png: denied"):
+    with pytest.raises(IncompleteError, match=r"to resume\. Storage failed to deliver some .*b.png: denied"):
         score._require_balance(books({"a.png": 1}), "b.png: denied")
 
 
