@@ -1,4 +1,4 @@
-"""Done when 3: what the loss of the head leaves, and that the same command goes on at a new one."""
+"""Done when 3: what the loss of the head leaves, and that the same command resumes at a new one."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_scoring_goes_on_at_a_new_head(hosts, scoring, undisturbed):
     job.wait_for(lambda: segments(job.output), "the first segment")
     new_head(hosts)
     assert not storage.exists(f"{job.output}/summary.json")
-    assert "are scored already, going on with" in job.again().succeed()
+    assert "are already scored, resuming with" in job.again().succeed()
     assert_same(table(job.output), undisturbed)
 
 

@@ -191,7 +191,7 @@ def test_a_study_does_not_go_on_with_other_data(cluster, tree, tmp_path):
     output.claim_folder(f"{tmp_path}/crossval", output.CROSSVAL)
     run_directory.write_json(fold.uri, run_directory.DATA, facts.model_dump())
     run_directory.write_split(fold.uri, with_one_more(parts))
-    with pytest.raises(DataError, match=r"is not what it was when .*repeat-1-fold-1 was split"):
+    with pytest.raises(DataError, match=r"has changed since .*repeat-1-fold-1 was split"):
         crossval.run(config)
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import socket
 import threading
 import zipfile
 from pathlib import Path
@@ -308,3 +309,10 @@ def test_a_picture_that_broke_meanwhile_ends_the_pass_that_was_begun(monkeypatch
     passes.begin()
     with pytest.raises(BcdError, match=f"{broken} became unusable after the run began"):
         ids(passes.batches())
+
+
+def test_an_interface_is_found_by_its_address():
+    """Workers on several hosts use it: see `tests/cluster`."""
+    names = {name for _, name in socket.if_nameindex()}
+    assert loop.interface("127.0.0.1") in names
+    assert loop.interface("192.0.2.1") is None

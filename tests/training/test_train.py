@@ -145,7 +145,7 @@ def test_running_it_again_does_nothing_and_says_so(run_uri, config, capsys):
 def test_other_settings_under_the_same_name_are_refused_by_name(run_uri, config):
     other = config.model_copy(update={"seed": 7, "epochs": 9})
     with pytest.raises(
-        ConfigError, match=r"other settings: --epochs 2 -> 9; --seed 0 -> 7. Repeat them to go on"
+        ConfigError, match=r"other settings: --epochs 2 -> 9; --seed 0 -> 7. Repeat the earlier settings"
     ):
         train.run(other)
 
