@@ -33,7 +33,8 @@ from torchvision.models import ResNet
 from bcd import schema, storage
 from bcd.data import archive
 from bcd.imaging import image
-from bcd.model import bundle, preprocessing, resnet
+from bcd.model import bundle, resnet
+from bcd.model.network import normalise
 from bcd.runtime import cluster, datasets, predict
 from bcd.scoring import ledger
 from bcd.scoring.score import ROWS_PER_BLOCK
@@ -89,7 +90,7 @@ class Loop:
         """Normalised pictures on the device."""
         for images in self.loader:
             on_device = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            batch = preprocessing.normalise(on_device, self.card.mean, self.card.std)
+            batch = normalise(on_device, self.card.mean, self.card.std)
             yield batch.contiguous(memory_format=self.memory_format)
 
 
@@ -177,7 +178,7 @@ def map_costs(model_uri: str, uris: list[str], pairs: int) -> list[float]:
     @torch.inference_mode()
     def without() -> None:
         batch = images.to(ours.device).permute(0, 3, 1, 2)
-        batch = preprocessing.normalise(batch, ours.card.mean, ours.card.std)
+        batch = normalise(batch, ours.card.mean, ours.card.std)
         with resnet.autocast(ours.device, PRECISION):
             ours.network(batch.contiguous(memory_format=torch.channels_last)).float().cpu()
 

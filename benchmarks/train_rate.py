@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from bcd import schema, storage
 from bcd.config.training import TrainConfig
 from bcd.imaging import image
-from bcd.model import preprocessing, resnet, train_step, weights
+from bcd.model import resnet, train_step, weights
 from bcd.runtime import cluster, prepare
 from bcd.split import balance
 from bcd.taxonomy import TRAIN
@@ -56,7 +56,7 @@ class PlainLoop:
             device, memory_format=torch.channels_last
         )
         optimizer = train_step.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
-        preset = preprocessing.augmentation(config.input_height_px, config.input_width_px)
+        preset = train_step.augmentation(config.input_height_px, config.input_width_px)
         self.rate = config.learning_rate
         self.step = train_step.Step(network.train(), optimizer, device, config.precision, preset)
         self.loader = DataLoader(

@@ -153,6 +153,15 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def trained(cluster: Cluster, tree_on_s3: str, s3: str) -> Any:
+    """The one training that many tests look at: see `tests.trained`."""
+    # Imported here: the fast tests do without Ray.
+    from tests.trained import killed_and_resumed
+
+    return killed_and_resumed(cluster, tree_on_s3, f"{s3}/runs")
+
+
+@pytest.fixture(scope="session")
 def tree_on_s3(tree: str, s3: str) -> str:
     """The same tree on the S3 server."""
     storage.upload_folder(Path(tree), f"{s3}/synthetic")

@@ -37,7 +37,7 @@ def test_help_shows_the_command_and_every_flag(monkeypatch, capsys):
         (["--data", "d", "--learning-rate", "-1"], "--learning-rate input should be greater than 0"),
         (["--data", "d", "--epoch", "3"], "--epochs"),
         ([], "--data"),
-        (["--data", "d", "--protocol", "official"], "goes with --folds"),
+        (["--data", "d", "--protocol", "official"], "requires --folds"),
     ],
 )
 def test_bad_flags_exit_2_before_the_pipeline(monkeypatch, capsys, arguments, said):

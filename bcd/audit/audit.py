@@ -1,4 +1,4 @@
-"""The audit job: list, read every picture once on CPU workers, find, and write what was found."""
+"""The audit job: list a data set, read every image once on CPU workers, and write the findings."""
 
 import hashlib
 import re
@@ -21,10 +21,10 @@ PAGE, RESULT, IMAGES, NEAR = "audit.html", "audit.json", "images.parquet", "near
 
 
 def run(config: AuditConfig) -> summary.Audit:
-    """Audit a data set, write the result, and tell it.
+    """Audit a data set, write the result, and print it.
 
     Raises:
-        AuditError: the audit is written, and a given split leaks.
+        AuditError: a given split leaks; the audit has been written.
         BcdError: the data or a split cannot be read.
     """
     table, warnings = index.read_index(config.data, config.classes)
@@ -47,27 +47,24 @@ def run(config: AuditConfig) -> summary.Audit:
     for name in (PAGE, RESULT, IMAGES, NEAR):
         print(storage.join(config.output, name))
     if result.leaking_splits:
-        raise AuditError(
-            f"{', '.join(result.leaking_splits)}: a patient, slide or picture is in several parts"
-        )
+        raise AuditError(f"{', '.join(result.leaking_splits)}: a patient, slide or image is in several parts")
     return result
 
 
 def _given(config: AuditConfig) -> dict[str, dict[str, str]]:
-    """Part by image, of every split that was given."""
+    """Part by image, of every given split."""
     given = {}
     if config.folds is not None:
-        files = [
-            file for file in storage.list_files(config.folds) if re.fullmatch(r"dsfold[1-5]\.txt", file.path)
-        ]
+        listed = storage.list_files(config.folds)
+        files = [file for file in listed if re.fullmatch(r"dsfold[1-5]\.txt", file.path)]
         if not files:
             raise DataError(f"{config.folds}: expected dsfold1.txt to dsfold5.txt, or some of them")
         for file in files:
             text = storage.read_bytes(file.uri).decode(errors="replace")
             given[f"fold {file.path[6]}"] = breakhis.read_fold(text, file.path)
     if config.split is not None:
-        roles = summary.read_roles(manifest.read_manifest(config.split))
-        given[config.split.rpartition("/")[2]] = roles
+        name = config.split.rpartition("/")[2]
+        given[name] = summary.read_roles(manifest.read_manifest(config.split))
     return given
 
 
@@ -99,15 +96,15 @@ def _write(config: AuditConfig, result: summary.Audit, table: pa.Table, pairs: A
         "git_commit": provenance.git_commit(),
         "synthetic": storage.exists(storage.join(config.data, synthetic.MARKER)),
     }
-    # The few pictures of the page are read by a worker and never come to the driver.
-    writing = ray.remote(num_cpus=1, max_retries=-1)(_write_page).remote if shown else _write_page
-    written = writing(storage.join(config.output, PAGE), result, shown, facts)
-    if shown:
-        ray.get(written)
+    page = storage.join(config.output, PAGE), result, shown, facts
+    if shown:  # the few images of the page are read by a worker, never by the driver
+        ray.get(ray.remote(num_cpus=1, max_retries=-1)(_write_page).remote(*page))
+    else:
+        _write_page(*page)
 
 
 def _write_page(uri: str, result: summary.Audit, shown: dict[str, str], facts: dict[str, Any]) -> None:
-    """Draw and write the page; of `shown`, URIs by image id, one that can no longer be read is left out."""
+    """Write the page; of `shown`, URIs by image id, those that can no longer be read are skipped."""
     thumbnails = {}
     for name, content in zip(shown, read.contents(list(shown.values())), strict=True):
         with suppress(image.ImageError):

@@ -1,4 +1,4 @@
-"""An audit for people: lines for a terminal, and a page that needs nothing but a browser."""
+"""An audit as lines for a terminal and as a self-contained HTML page."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -12,27 +12,27 @@ from bcd.imaging import image
 from bcd.reports import style, thumbnails
 from bcd.text import counted
 
-# Instances of a finding that are told at once, names in a cell of a table, instances that are drawn.
+# Instances of a finding that are printed, names in a cell of a table, instances that are shown as images.
 LINES, NAMES, DRAWN = 3, 10, 12
 WIDTH_PX = 320
 
 
 def audit_lines(audit: Audit) -> list[str]:
-    """The audit in lines, the verdict last."""
+    """The audit as lines, the verdict last."""
     facts = audit.facts
-    said = [f"{counted(facts.n_images, 'image')} of {counted(facts.n_patients, 'patient')}"]
+    lines = [f"{counted(facts.n_images, 'image')} of {counted(facts.n_patients, 'patient')}"]
     if facts.n_cases and facts.n_slides:
         slides = f"{counted(facts.n_slides, 'slide id')} under {counted(facts.n_slide_labels, 'label')}"
-        said[0] += f" in {counted(facts.n_cases, 'case')}; {slides}"
+        lines[0] += f" in {counted(facts.n_cases, 'case')}; {slides}"
     for tally in (facts.by_class, facts.by_subtype, facts.by_magnification):
-        said += [f"  {', '.join(f'{n:,} {key}' for key, n in tally.items())}"] if tally else []
+        lines += [f"  {', '.join(f'{n:,} {key}' for key, n in tally.items())}"] if tally else []
     for kind in kinds(audit).values():
         for one in kind:
-            said += ["", f"{one.severity.upper()}: {one.sentence}"]
-            said += [f"  {detail.sentence}" for detail in one.details[:LINES]]
-            said += [f"  and {one.count - LINES:,} more"] if min(one.count, len(one.details)) > LINES else []
-        said.append(f"  -> {kind[-1].next_step}")
-    return [*said, "", f"VERDICT: {audit.verdict}"]
+            lines += ["", f"{one.severity.upper()}: {one.sentence}"]
+            lines += [f"  {detail.sentence}" for detail in one.details[:LINES]]
+            lines += [f"  and {one.count - LINES:,} more"] if min(one.count, len(one.details)) > LINES else []
+        lines.append(f"  -> {kind[-1].next_step}")
+    return [*lines, "", f"VERDICT: {audit.verdict}"]
 
 
 def kinds(audit: Audit) -> dict[str, list[Finding]]:
@@ -41,34 +41,22 @@ def kinds(audit: Audit) -> dict[str, list[Finding]]:
 
 
 def shown(audit: Audit) -> list[str]:
-    """Ids of the pictures that the page shows."""
-    drawn = (name for one in audit.findings for detail in one.details[:DRAWN] for name in detail.images)
-    return list(dict.fromkeys(drawn))
+    """Ids of the images on the page."""
+    ids = (name for one in audit.findings for detail in one.details[:DRAWN] for name in detail.images)
+    return list(dict.fromkeys(ids))
 
 
 def thumbnail(pixels: np.ndarray) -> str:
-    """A picture as it stands on the page, as data URI."""
+    """A small image for the page, as data URI."""
     return thumbnails.data_uri(image.shrink(pixels, WIDTH_PX, WIDTH_PX))
 
 
 def render_audit(audit: Audit, thumbnails: Mapping[str, str], facts: Mapping[str, Any]) -> str:
-    """The page as HTML; it refers to nothing outside itself.
+    """The page as self-contained HTML.
 
-    Args:
-        audit: the result.
-        thumbnails: data URIs of the `shown` pictures by id; one that is missing is passed over.
-        facts: settings and versions, and whether the data are `synthetic`.
+    `thumbnails` are data URIs of the `shown` images by id, missing ones are skipped; `facts` are settings and
+    versions, and whether the data are `synthetic`.
     """
-    return (
-        style.templates()
-        .get_template("audit.html")
-        .render(
-            audit=audit,
-            kinds=kinds(audit),
-            thumbnails=thumbnails,
-            facts=facts,
-            lines=LINES,
-            listed=NAMES,
-            drawn=DRAWN,
-        )
-    )
+    values = {"audit": audit, "kinds": kinds(audit), "thumbnails": thumbnails, "facts": facts}
+    limits = {"lines": LINES, "listed": NAMES, "drawn": DRAWN}
+    return style.templates().get_template("audit.html").render(values | limits)

@@ -1,4 +1,4 @@
-"""An audit of a data set: how much there is, which given split leaks, and every finding, in one result."""
+"""The result of an audit: counts, leaks of the given splits, and every finding."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,16 @@ from bcd.data import breakhis
 from bcd.data.manifest import Manifest
 from bcd.errors import DataError
 from bcd.split import split
-from bcd.text import counted, listed
+from bcd.text import counted, listed, some
 
-# What must stand in one part only: groups of images by name, pictures by content. These fail an audit.
+# What must be in one part only, else the audit fails: groups of images by name, images by content.
 GROUPS, PICTURES = (schema.PATIENT, schema.SLIDE), (schema.SHA256,)
-# Names of cases that stand in a sentence.
+# Largest number of cases that a sentence names.
 MOST_NAMES = 10
 
 
 class SplitFacts(Frozen):
-    """One given split: its images by part, and the names of what stands in more than one part."""
+    """One given split: its images by part, and the names of what is in more than one part."""
 
     name: str
     n_images: dict[str, int]
@@ -36,7 +36,7 @@ class SplitFacts(Frozen):
 
 
 class AuditFacts(Frozen):
-    """How much there is of what. A slide label is a slide under one subtype: a "patient" of BreaKHis."""
+    """Counts of a data set. A slide label is a slide with one subtype: a "patient" of BreaKHis."""
 
     n_images: int
     n_patients: int
@@ -49,7 +49,7 @@ class AuditFacts(Frozen):
 
 
 class Audit(Frozen):
-    """The whole result; `counts` are images here and published, by subtype and magnification."""
+    """The whole result; `counts` are images present and published, by subtype and magnification."""
 
     verdict: str
     leaking_splits: tuple[str, ...]
@@ -60,7 +60,7 @@ class Audit(Frozen):
 
 
 class Split(NamedTuple):
-    """A split that was given: the part of every row (None: in no part), and how many entries have no row."""
+    """A given split: the part of every row (None: in no part), and the number of entries without a row."""
 
     name: str
     parts: list[str | None]
@@ -75,12 +75,12 @@ def summarise(
     outlier_z: float,
     doubts: Sequence[str] = (),
 ) -> Audit:
-    """Everything that is found about a data set, the most serious first.
+    """All facts and findings about a data set, the most serious first.
 
     Args:
         table: rows with schema `schema.AUDIT`.
         warnings: of `index.read_index`, about missing and surplus files.
-        splits: that were given; see `place_rows`.
+        splits: the given ones, from `place_rows`.
         near_pairs: (n, 3) from `duplicates.near`.
         outlier_z: robust z-score beyond which a stain is unusual.
         doubts: of `index.read_index`, about names of folders, columns and patients.
@@ -97,7 +97,7 @@ def summarise(
         findings.stain_outliers(table, outlier_z),
         findings.without_patient(table),
         Finding.of("published_counts", "the files are not those published", plain(warnings)),
-        Finding.of("reading", "names that can be read in another way", plain(doubts)),
+        Finding.of("reading", "names that may have another meaning", plain(doubts)),
         findings.unusual_sizes(table),
         _coverage(facts),
     ]
@@ -145,7 +145,7 @@ def _facts(table: pa.Table) -> AuditFacts:
 
 
 def _counts(table: pa.Table) -> dict[str, dict[str, tuple[int, int]]]:
-    """Empty unless all names are BreaKHis names, of known subtype and magnification."""
+    """Counts present and published; empty unless all names, subtypes and magnifications are of BreaKHis."""
     columns = [table[name] for name in (schema.SUBTYPE, schema.MAGNIFICATION)]
     known = not any(column.null_count for column in columns)
     if not known or not all(name.startswith(breakhis.PREFIX) for name in _file_names(table)):
@@ -164,8 +164,7 @@ def _file_names(table: pa.Table) -> list[str]:
 def read_roles(given: Manifest) -> dict[str, str]:
     """Part of every image of a split file, by image id (or URI, or file name).
 
-    Raises:
-        DataError: a column is missing, a part unknown, or an image stands in two parts.
+    Raises `DataError` if a column is missing, a part unknown, or an image in two parts.
     """
     key = next((column for column in (schema.IMAGE_ID, schema.URI) if column in given.columns), None)
     if key is None or schema.PART not in given.columns:
@@ -187,10 +186,9 @@ def read_roles(given: Manifest) -> dict[str, str]:
 
 
 def place_rows(table: pa.Table, roles: Mapping[str, str], name: str) -> Split:
-    """The place of every row in a split: looked up by image id, by URI, or by file name where it is unique.
+    """The part of every row in a split, by image id, by URI, or by file name if it is unique.
 
-    Raises:
-        DataError: no row has one.
+    Raises `DataError` if no row has a part.
     """
     file_names = _file_names(table)
     times = Counter(file_names)
@@ -201,13 +199,13 @@ def place_rows(table: pa.Table, roles: Mapping[str, str], name: str) -> Split:
         for names in zip(*columns, strict=True)
     ]
     if not any(keys):
-        raise DataError(f"{name}: none of the images stands there, by id, URI or file name")
+        raise DataError(f"{name}: contains none of the images, by id, URI or file name")
     parts = [roles[key] if key else None for key in keys]
     return Split(name, parts, len(roles.keys() - set(keys)))
 
 
 def _examine(table: pa.Table, given: Split) -> tuple[SplitFacts, list[Finding]]:
-    """What crosses between the parts of a split."""
+    """Facts of a split, and findings about what is in several of its parts."""
     parted = table.append_column(schema.PART, pa.array(given.parts, pa.string()))
     groups, pictures, cases = (
         split.crossings(parted, columns) for columns in (GROUPS, PICTURES, (schema.CASE,))
@@ -223,12 +221,12 @@ def _examine(table: pa.Table, given: Split) -> tuple[SplitFacts, list[Finding]]:
         cases=tuple(name for name, _ in cases),
     )
     sentences = [text for _, text in groups]
-    # A hash tells people nothing, and the names of the images follow.
-    sentences += [text.replace(f"{schema.SHA256} {name}", "one picture") for name, text in pictures]
+    # The names of the images follow; a hash would mean nothing to the reader.
+    sentences += [text.replace(f"{schema.SHA256} {name}", "one image") for name, text in pictures]
     what = [counted(len(groups), "patient or slide", "patients or slides")] if groups else []
-    what += [counted(len(pictures), "picture")] if pictures else []
-    leak, case = f"{listed(what)} in several parts", f"{counted(len(cases), 'case')} in several parts"
-    case += f" ({', '.join(facts.cases[:MOST_NAMES])}{', ...' if len(cases) > MOST_NAMES else ''})"
+    what += [counted(len(pictures), "image")] if pictures else []
+    leak = f"{listed(what)} in several parts"
+    case = f"{counted(len(cases), 'case')} in several parts ({some(facts.cases, MOST_NAMES)})"
     return facts, [
         Finding.of("leak", f"{given.name} leaks: {leak}", plain(sentences)),
         Finding.of("case_crossing", f"{given.name}: {case}", plain(text for _, text in cases)),
@@ -239,6 +237,6 @@ def _coverage(facts: Sequence[SplitFacts]) -> Finding:
     sentences = []
     for given in facts:
         n, m = given.n_not_in_split, given.n_not_in_data
-        sentences += [f"{given.name}: {counted(n, 'image')} here without a part"] if n else []
-        sentences += [f"{given.name}: {counted(m, 'entry', 'entries')} without an image here"] if m else []
-    return Finding.of("coverage", "a split and the images here are not the same set", plain(sentences))
+        sentences += [f"{given.name}: {counted(n, 'image')} without a part"] if n else []
+        sentences += [f"{given.name}: {counted(m, 'entry', 'entries')} without an image"] if m else []
+    return Finding.of("coverage", "a split and the data have different images", plain(sentences))

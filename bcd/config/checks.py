@@ -1,4 +1,4 @@
-"""The settings of the jobs that check: a data set (audit) and a cluster (doctor)."""
+"""Settings of the jobs that check a data set (audit) and a cluster (doctor)."""
 
 from typing import Annotated, Literal
 
@@ -19,30 +19,31 @@ PLACES: dict[Purpose, tuple[str, ...]] = {
 
 
 class AuditConfig(LabelledConfig):
-    """Say what is wrong with a data set before anyone trains on it: copies, leaks, labels, broken pictures.
+    """Check a data set before training: duplicates, leaks, labels, broken images.
 
-    Exit code 1 where a given split leaks: a patient, slide or picture stands in several of its parts.
+    Exit code 1 if a given split leaks: a patient, slide or image is in several of its parts.
     """
 
     folds: str | None = None
-    """Folder with the published dsfold1.txt to dsfold5.txt, or some of them, to be checked for leaks."""
+    """Folder with the published dsfold1.txt to dsfold5.txt, or some of them, to check for leaks."""
 
     split: str | None = None
-    """A split to be checked for leaks: CSV, TSV or Parquet with image_id (or uri, or file names in one of
+    """A split to check for leaks: CSV, TSV or Parquet with image_id (or uri, or file names in one of
     them) and part (train, validation or test), such as the split.parquet of a run."""
 
     output: str = "audit"
-    """Folder for audit.html, audit.json, images.parquet and near_duplicates.parquet: local, s3:// or gs://."""
+    """Folder for audit.html, audit.json, images.parquet and near_duplicates.parquet: local, s3:// or
+    gs://."""
 
     pixels: bool = True
-    """Read every picture once. Without, names and file sizes alone are audited, in seconds."""
+    """Read every image once. Without it only names and file sizes are checked, in seconds."""
 
     near_bits: int = Field(default=60, ge=0, le=90)
-    """Pictures whose perceptual hashes differ in at most so many of 256 bits are near duplicates. Strangers
-    differ in 98 or more; a copy moved by 2 % of its width in up to 54."""
+    """Images whose perceptual hashes differ in at most this many of 256 bits are near duplicates. Unrelated
+    images differ in 98 or more; a copy shifted by 2 % of its width in up to 54."""
 
     outlier_z: float = Field(default=3.5, gt=0)
-    """Robust z-score (median, MAD) beyond which a picture's haematoxylin or eosin is unusual; 3.5 is the
+    """Robust z-score (median, MAD) beyond which an image's haematoxylin or eosin is unusual; 3.5 is the
     cut-off of Iglewicz and Hoaglin 1993."""
 
     @model_validator(mode="after")
@@ -55,31 +56,31 @@ class AuditConfig(LabelledConfig):
 
 
 class DoctorConfig(Config):
-    """Examine a cluster before a long job, and say what would break it.
+    """Check a cluster before a long job for everything that would break it.
 
-    Give the job's own flags; what is not given is not looked at. Exit code 1 where the job would break.
+    Pass the job's own flags; only what is passed is checked. Exit code 1 if the job would fail.
     """
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     purpose: Annotated[Purpose, tyro.conf.arg(name="for")] = Field(alias="for")
-    """The job that is to run: train, score or serve."""
+    """The job to check for: train, score or serve."""
 
     data: str | None = None
-    """--data of jobs/train.py: one picture of it is read from every node."""
+    """--data of jobs/train.py: every node reads one of its images."""
 
     input: str | None = None
-    """--input of jobs/score.py: one picture or slide of it is read from every node, 4 MiB at most."""
+    """--input of jobs/score.py: every node reads one of its images or slides, at most 4 MiB."""
 
     output: str | None = None
-    """--output of jobs/train.py or jobs/score.py: 4 MiB are written by every node, read by another, and
+    """--output of jobs/train.py or jobs/score.py: every node writes 4 MiB, another reads them, and they are
     deleted."""
 
     model: str | None = None
-    """--model of jobs/score.py or jobs/serve.py: the bundle is loaded on every node."""
+    """--model of jobs/score.py or jobs/serve.py: every node loads the bundle."""
 
     architecture: Architecture = "resnet50"
-    """--architecture of jobs/train.py, which --weights has to fit."""
+    """--architecture of jobs/train.py, which --weights must match."""
 
     weights: str | None = None
     """--weights of jobs/train.py: loaded where the job is started; imagenet is downloaded there."""
@@ -88,37 +89,32 @@ class DoctorConfig(Config):
     """--num-workers of jobs/train.py, or --min-replicas of jobs/serve.py, of one CPU each."""
 
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """gpu: the job needs GPUs. cpu: it takes none. auto: it takes what is there."""
+    """gpu: the job requires GPUs. cpu: it uses none. auto: it uses those of the cluster."""
 
     timeout_s: float = Field(default=120, gt=0)
-    """Seconds that a node has for each answer."""
+    """Seconds in which a node must answer each request."""
 
     @model_validator(mode="after")
     def _flags_are_those_of_the_job(self) -> "DoctorConfig":
         for name in sorted(set().union(*PLACES.values()) - set(PLACES[self.purpose])):
             if getattr(self, name) is not None:
                 jobs = ", ".join(purpose for purpose, names in PLACES.items() if name in names)
-                raise ValueError(f"--{name} goes with --for {jobs}, not with --for {self.purpose}")
+                raise ValueError(f"--{name} requires --for {jobs}, not --for {self.purpose}")
         if self.purpose == "score" and self.num_workers != "auto":
-            raise ValueError("--num-workers: jobs/score.py uses what is there")
+            raise ValueError("--num-workers: jobs/score.py has no such flag; it uses the whole cluster")
         if self.purpose == "serve" and "-" in self.num_workers:
-            raise ValueError(f"--num-workers {self.num_workers}: a number of replicas is expected")
+            raise ValueError(f"--num-workers {self.num_workers}: expected a number of replicas")
         self.training()
         return self
 
     def training(self) -> TrainConfig:
-        """As much of a training's settings as decides its workers.
-
-        Raises:
-            ConfigError: they are not possible.
-        """
+        """The training settings that determine the workers; raises `ConfigError` if they are invalid."""
         return TrainConfig(data=self.data or "", num_workers=self.num_workers, device=self.device)
 
     def given(self) -> dict[str, str]:
         """The URI of every place that was given, by its flag."""
-        named = {name: getattr(self, name) for name in PLACES[self.purpose]}
-        return {f"--{name}": uri for name, uri in named.items() if uri is not None}
+        return {f"--{name}": uri for name in PLACES[self.purpose] if (uri := getattr(self, name)) is not None}
 
     def not_given(self) -> list[str]:
-        """Flags of the job's places that were not given."""
+        """Flags of the places that were not given."""
         return [f"--{name}" for name in PLACES[self.purpose] if getattr(self, name) is None]

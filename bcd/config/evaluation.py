@@ -1,4 +1,4 @@
-"""The settings of an evaluation."""
+"""Settings of an evaluation."""
 
 from pydantic import Field, model_validator
 
@@ -6,21 +6,21 @@ from bcd.config.options import LabelledConfig, Precision
 
 
 class EvaluateConfig(LabelledConfig):
-    """Score a model's held-out test part, or data that it has never seen, and say how good it is."""
+    """Evaluate a model on its held-out test part, or on data that it has never seen."""
 
     model: str
     """The model bundle: a local folder, s3:// or gs://."""
 
     data: str
-    """The data set that the model was trained on, whose split is read from the model card, or another one,
-    which is scored whole where the run's split.parquet proves that none of its pictures was trained on, no
-    near copy of one, and none of its patients."""
+    """The data set that the model was trained on, whose split is read from the model card; or another one,
+    which is scored whole if the run's split.parquet proves that none of its images, no near duplicate of one
+    and none of its patients was trained on."""
 
     output: str | None = None
-    """Where predictions, metrics and report go; by default beside the bundle, in its run."""
+    """Folder for predictions, metrics and report; by default beside the bundle, in its run."""
 
     force: bool = False
-    """Score data that the model may have been trained on: every number is marked."""
+    """Score data that the model may have been trained on, and mark every number."""
 
     against: str | None = None
     """Output of another evaluation of the same images: the two models are compared on the same patients."""

@@ -1,7 +1,7 @@
-"""What the settings of all jobs share. Their fields are the flags, and the fields' docstrings are the help.
+"""What the settings of all jobs share: fields are the flags, and the fields' docstrings are the help.
 
-A new option costs two edits: the field, and its use. What training decides (classes, input size, µm/px,
-threshold) is frozen into the model bundle; other jobs read it from there and have no such flags.
+What training decides (classes, input size, µm/px, threshold) is fixed in the model bundle; other jobs read it
+from there and have no such flags.
 """
 
 import re
@@ -16,26 +16,19 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Protocol = Literal["case", "patient", "official", "image"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
-Cam = Literal[
-    "evidence",
-    "gradcam",
-    "gradcam++",
-    "layercam",
-    "eigencam",
-    "xgradcam",
-    "hirescam",
-    "scorecam",
-    "ablationcam",
-]
+# fmt: off
+Cam = Literal["evidence", "gradcam", "gradcam++", "layercam", "eigencam", "xgradcam", "hirescam", "scorecam",
+              "ablationcam"]
+# fmt: on
 # Of the network's input: below, the last convolution has no cell; above, no training fits a GPU.
 MIN_INPUT_PX, MAX_INPUT_PX = 32, 4096
-# What every generator takes, repeats of a cross-validation included, which count up from it.
+# Largest seed of every generator, with room for the repeats of a cross-validation, which count up from it.
 MAX_SEED = 2**31 - 1
 WORKERS = re.compile(r"auto|[1-9]\d*|([1-9]\d*)-([1-9]\d*)")
 
 
 class Config(BaseModel):
-    """What all jobs share: frozen, no unknown settings, errors that name the flag."""
+    """Frozen settings that reject unknown names and whose errors name the flag."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -53,12 +46,12 @@ def _sentence(error: Any) -> str:
 
 
 class LabelledConfig(Config):
-    """What names a data set whose classes are known."""
+    """Settings that name a data set whose classes are known."""
 
     data: str
     """A BreaKHis tree, a folder per class with a folder per patient in it, or a CSV, TSV or Parquet manifest
-    (columns uri, tumor_class or subtype, patient, and part where it is divided already): a local path, s3://
-    or gs://."""
+    (columns uri, tumor_class or subtype, patient, and part if it is split already): a local path, s3:// or
+    gs://."""
 
     classes: tuple[str, ...] = ()
     """Other names of the classes in folders or in the column tumor_class, such as benign=0 malignant=1."""
@@ -69,18 +62,18 @@ class LabelledConfig(Config):
         return self
 
 
-# Where and with how much a run is carried out; all other settings decide its result.
+# Where and with which resources a run is carried out; all other settings determine its result.
 OPERATIONAL = frozenset(
     {"output", "name", "num_workers", "device", "max_failures", "max_workers", "parallel", "against"}
 )
 
 
 def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The names of the settings that decide a result and differ."""
+    """Names of the settings that determine a result and differ."""
     keys = sorted((old.keys() | new.keys()) - OPERATIONAL)
     return [key for key in keys if old.get(key) != new.get(key)]
 
 
 def changed_flags(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The same as `--flag old -> new`."""
+    """The settings of `changed`, as `--flag old -> new`."""
     return [f"--{key.replace('_', '-')} {old.get(key)} -> {new.get(key)}" for key in changed(old, new)]

@@ -1,4 +1,4 @@
-"""The settings of the service."""
+"""Settings of the service."""
 
 from pydantic import Field, model_validator
 
@@ -6,20 +6,20 @@ from bcd.config.options import Config, Precision
 
 
 class ServiceConfig(Config):
-    """What a service is made of: `serve run bcd.serving.serve:app model=URI`, or the args in serve.yaml."""
+    """Settings of `serve run bcd.serving.serve:app model=URI`, and the args in serve.yaml."""
 
     model: str
     """The model bundle: a local folder, s3:// or gs://."""
 
     token_file: str | None = None
-    """File whose content is the token that callers of /v1 must show; without it the variable
-    BCD_API_TOKEN. Without either, only this machine is answered."""
+    """File with the token that callers of /v1 must send; by default the variable BCD_API_TOKEN. Without
+    either, only this machine is answered."""
 
     precision: Precision = "float32"
-    """float32 answers what the archive job writes; bfloat16 is several times faster on fitting hardware."""
+    """float32 gives the numbers of the scoring job; bfloat16 is several times faster on fitting hardware."""
 
     max_batch_size: int = Field(default=8, ge=1)
-    """Most pictures in one forward pass. A lonely request never waits for others."""
+    """Largest number of images in one forward pass. A single request never waits for others."""
 
     min_replicas: int = Field(default=1, ge=1)
     """Replicas of the model that always run."""
@@ -28,20 +28,19 @@ class ServiceConfig(Config):
     """Replicas of the model under load."""
 
     num_cpus: float = Field(default=1, gt=0)
-    """CPUs that a replica reserves in the cluster; where --max-replicas is above 1, its threads too."""
+    """CPUs that a replica reserves in the cluster; if --max-replicas is above 1, also its threads."""
 
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of a replica; 0.25 lets four replicas share one, 0 computes on CPUs."""
 
     max_queued: int = Field(default=16, ge=1)
-    """Requests that wait while every replica has two batches of them; more are answered 503 with
-    Retry-After."""
+    """Requests that wait while every replica has two batches; more are answered 503 with Retry-After."""
 
     max_images: int = Field(default=16, ge=1)
-    """Most pictures in one request to /v1/predict/batch."""
+    """Largest number of images in one request to /v1/predict/batch."""
 
     max_body_bytes: int = Field(default=32 * 2**20, ge=1)
-    """Largest request body; a larger one is answered 413 while it is read."""
+    """Largest request body in bytes; a larger one is answered 413 while it is read."""
 
     upload_timeout_s: float = Field(default=30, gt=0)
     """Seconds in which a request body must have arrived, else 408."""
@@ -59,10 +58,10 @@ class ServiceConfig(Config):
 
 
 class ServeConfig(ServiceConfig):
-    """Answer requests over HTTP, and show a page for people. Stays until SIGTERM or Ctrl-C."""
+    """Answer requests over HTTP and serve a web page. Runs until SIGTERM or Ctrl-C."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Another than loopback needs a token."""
+    """Address to listen on. Any other than loopback requires a token."""
 
     port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on."""

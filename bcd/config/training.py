@@ -1,7 +1,7 @@
-"""The settings of a training, of a cross-validation, and of the demo."""
+"""Settings of a training run, a cross-validation and the demo."""
 
 import re
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from pydantic import Field, model_validator
 
@@ -21,20 +21,20 @@ from bcd.taxonomy import MAGNIFICATIONS, N_FOLDS, Target
 
 
 class TrainingConfig(LabelledConfig):
-    """What decides a training, whatever it is tested on."""
+    """Settings of a training run, without those of its test part."""
 
     output: str = "runs"
-    """Where runs are kept: a local folder, s3:// or gs://. The run lands in OUTPUT/NAME."""
+    """Folder of the runs: local, s3:// or gs://. The run is written to OUTPUT/NAME."""
 
     name: str
-    """Name of the run. The same command with the same name goes on where it was stopped."""
+    """Name of the run. Run the same command again to resume."""
 
     architecture: Architecture = "resnet50"
     """The network. resnet18 trains several times faster and is often nearly as good; resnet101 is slower."""
 
     weights: str = "imagenet"
-    """Where training starts: imagenet (downloaded by torchvision), none, or the URI of a
-    state dict of the architecture (.safetensors, or .pth without pickled code)."""
+    """Initial weights: imagenet (downloaded by torchvision), none, or the URI of a state dict of the
+    architecture (.safetensors, or .pth without pickled code)."""
 
     target: Target = "tumor_class"
     """What is predicted: benign or malignant, or the eight subtypes."""
@@ -49,13 +49,13 @@ class TrainingConfig(LabelledConfig):
     """Share of the images that choose the best epoch."""
 
     quarantine: bool = True
-    """Set aside slides published under two labels (14-13412) and pictures that stand twice."""
+    """Quarantine slides published under two labels (14-13412), and duplicates."""
 
     balance: Literal["tumor_class", "subtype", "none"] = "tumor_class"
-    """Upsample training rows until these are equally frequent."""
+    """Upsample training rows until these classes are equally frequent."""
 
     max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
-    """Share of images that may be broken; they are left out and named. More than this ends the run."""
+    """Largest share of broken images; they are excluded and named. A larger share ends the run."""
 
     input_height_px: int = Field(default=224, ge=MIN_INPUT_PX, le=MAX_INPUT_PX)
     """Height of the network's input in pixels; a field is fitted into it whole, aspect ratio kept."""
@@ -73,27 +73,27 @@ class TrainingConfig(LabelledConfig):
     """AdamW, or SGD with Nesterov momentum 0.9."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak learning rate, after warm-up and before the cosine. SGD wants about 1e-2."""
+    """Peak learning rate, between warm-up and cosine decay. SGD needs about 1e-2."""
 
     weight_decay: float = Field(default=1e-2, ge=0)
-    """Weight decay; biases and norms have none."""
+    """Weight decay; biases and norms are exempt."""
 
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Share of all steps in which the learning rate rises linearly."""
+    """Share of all steps over which the learning rate rises linearly."""
 
     target_sensitivity: Fraction | None = None
-    """Share of the malignant validation images that must be called malignant: the threshold follows. Without
-    it the threshold is where sensitivity + specificity is greatest on validation (Youden)."""
+    """Sensitivity on the validation images that the threshold must reach. By default the threshold maximises
+    sensitivity + specificity on validation (Youden)."""
 
     augment: bool = True
     """Flips, quarter rotations, random resized crop and colour jitter on the training images."""
 
     precision: Precision = "auto"
-    """auto: bfloat16 where the hardware computes in it, else float32."""
+    """auto: bfloat16 if the hardware supports it, else float32."""
 
     sync_batchnorm: bool = True
-    """Batch norm counts the images of all workers, so that their number does not change the result. Without
-    it each counts its own: that waits less for the others, but is no good with few images a worker."""
+    """Batch norm over the images of all workers, so that their number does not change the result. Without it
+    each worker uses its own images: faster, but poor with few images per worker."""
 
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seeds the split, the upsampling, the shuffling and the augmentation."""
@@ -102,7 +102,7 @@ class TrainingConfig(LabelledConfig):
     """Training workers: a number, or 2-8 for elastic training. auto: one per GPU, or one CPU worker."""
 
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto: GPUs where the cluster has or can start them."""
+    """auto: GPUs if the cluster has or can start them."""
 
     max_failures: int = Field(default=3, ge=0)
     """How often training restarts from the last epoch after a worker or node is lost."""
@@ -111,7 +111,7 @@ class TrainingConfig(LabelledConfig):
     def _settings_are_possible(self) -> "TrainingConfig":
         workers = WORKERS.fullmatch(self.num_workers)
         if not workers:
-            raise ValueError(f"--num-workers takes a number, MIN-MAX or auto, not {self.num_workers!r}")
+            raise ValueError(f"--num-workers requires a number, MIN-MAX or auto, not {self.num_workers!r}")
         if workers[1] and int(workers[1]) > int(workers[2]):
             raise ValueError(f"--num-workers {self.num_workers}: the minimum exceeds the maximum")
         if unknown := set(self.magnifications) - set(MAGNIFICATIONS):
@@ -124,8 +124,8 @@ class TrainingConfig(LabelledConfig):
         bounds = self.worker_bounds()
         if bounds and not self.sync_batchnorm and self.batch_size < 2 * bounds[1]:
             raise ValueError(
-                f"--no-sync-batchnorm: of --batch-size {self.batch_size} some of {bounds[1]} workers get a "
-                f"single image, which has no variance; at least {2 * bounds[1]} are needed"
+                f"--no-sync-batchnorm: with --batch-size {self.batch_size} some of {bounds[1]} workers get a "
+                f"single image, which has no variance; expected at least {2 * bounds[1]}"
             )
         return self
 
@@ -141,21 +141,21 @@ class TrainConfig(TrainingConfig):
     """Train ResNet50 on breast histopathology and evaluate it on patients that it has never seen."""
 
     name: str = "train"
-    """Name of the run. The same command with the same name goes on where it was stopped."""
+    """Name of the run. Run the same command again to resume."""
 
     protocol: Protocol = "case"
-    """What never stands on two sides of the split. case: all slides of one case number (the safe
-    choice); patient: one slide id; official: the published folds; image: leaks patients, kept only
-    to reproduce the literature."""
+    """What is never divided between parts of the split. case: all slides of one case number (the safe
+    choice); patient: one slide id; official: the published folds; image: leaks patients, only to reproduce
+    the literature."""
 
     test_fraction: Fraction = 0.20
-    """Share of the images that only the final evaluation sees."""
+    """Share of the images that only the final evaluation uses."""
 
     fold: int | None = Field(default=None, ge=1)
-    """Which fold to test on, from 1: of the published five, or of --cross-folds."""
+    """Fold to test on, counted from 1: of the published five, or of --cross-folds."""
 
     cross_folds: int | None = Field(default=None, ge=2)
-    """Cut the groups into so many folds and test on --fold; jobs/crossval.py does this for all of them."""
+    """Divide the groups into this many folds and test on --fold; jobs/crossval.py does this for all folds."""
 
     @model_validator(mode="after")
     def _split_is_possible(self) -> "TrainConfig":
@@ -163,41 +163,41 @@ class TrainConfig(TrainingConfig):
             raise ValueError("--validation-fraction and --test-fraction leave nothing to train on")
         official = self.protocol == "official"
         if official != (self.folds is not None):
-            raise ValueError("--protocol official goes with --folds FOLDER, and that with it")
+            raise ValueError("--protocol official requires --folds FOLDER, and the reverse")
         if official and self.cross_folds:
             raise ValueError("--cross-folds is for the other protocols: official has its own five folds")
         n_folds = N_FOLDS if official else self.cross_folds
         if (n_folds is None) != (self.fold is None):
-            raise ValueError("--fold goes with --protocol official or --cross-folds, and they with it")
+            raise ValueError("--fold requires --protocol official or --cross-folds, and the reverse")
         if n_folds and self.fold and self.fold > n_folds:
             raise ValueError(f"--fold {self.fold}: there are {n_folds} folds")
         return self
 
 
 class CrossvalConfig(TrainingConfig):
-    """Train and evaluate one model for each fold, with the same settings, and report over all of them.
+    """Train and evaluate one model for each fold, with the same settings, and report over all folds.
 
     Several protocols make several arms: `--protocol case,image` shows how much better the same model seems
-    when pictures of a patient stand on both sides. The same command again goes on where it was stopped.
+    when images of a patient are in both training and test part. Run the same command again to resume.
     """
 
     name: str = "crossval"
-    """Name of the study. The same command with the same name goes on where it was stopped."""
+    """Name of the study. Run the same command again to resume."""
 
     protocol: str = "case"
-    """case, patient, official or image (see jobs/train.py), or several with commas between: case,image."""
+    """case, patient, official or image (see jobs/train.py), or several, separated by commas: case,image."""
 
     k: int = Field(default=5, ge=2)
-    """Folds of every protocol but official, which has its five."""
+    """Folds of every protocol but official, which has five."""
 
     repeats: int = Field(default=1, ge=1)
-    """How often, each time with other folds."""
+    """Number of cross-validations, each with other folds."""
 
     parallel: int | None = Field(default=None, ge=1)
-    """Folds trained at a time; by default as many as the cluster has room for."""
+    """Folds trained at a time; by default as many as fit on the cluster."""
 
     against: str | None = None
-    """Another finished study of the same data: the two are compared on the same patients."""
+    """Another finished study of the same data, to compare with on the same patients."""
 
     @model_validator(mode="after")
     def _arms_are_possible(self) -> "CrossvalConfig":
@@ -205,19 +205,18 @@ class CrossvalConfig(TrainingConfig):
         if unknown := set(named) - set(get_args(Protocol)):
             raise ValueError(f"--protocol {min(unknown)!r}: expected some of {', '.join(get_args(Protocol))}")
         if len(set(named)) < len(named):
-            raise ValueError(f"--protocol {self.protocol}: each protocol once")
+            raise ValueError(f"--protocol {self.protocol}: expected each protocol once")
         if ("official" in named) != (self.folds is not None):
-            raise ValueError("--protocol official goes with --folds FOLDER, and that with it")
+            raise ValueError("--protocol official requires --folds FOLDER, and the reverse")
         return self
 
     def protocols(self) -> tuple[Protocol, ...]:
         """The protocol of each arm."""
-        named = self.protocol.split(",")
-        return tuple(protocol for name in named for protocol in get_args(Protocol) if protocol == name)
+        return cast("tuple[Protocol, ...]", tuple(self.protocol.split(",")))
 
 
 class DemoConfig(Config):
-    """Make a small synthetic data set, train on it, evaluate, score an archive, and show the reports."""
+    """Make a small synthetic data set, train on it, evaluate, score an archive, and write the reports."""
 
     output: str = "demo"
     """Folder for the images and the run."""
@@ -229,4 +228,4 @@ class DemoConfig(Config):
     """Passes over the training rows."""
 
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    """Seeds the pictures and the run."""
+    """Seeds the images and the run."""

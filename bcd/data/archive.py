@@ -1,4 +1,5 @@
-"""What an archive holds: a row per field of view and per whole slide, and a count of everything else."""
+"""The inputs of a scoring job: a row per field of view and per whole slide, and a count of everything
+else."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -17,9 +18,9 @@ from bcd.slides import dicom, slide
 from bcd.storage import File, Listing
 
 SUFFIXES = tuple(dict.fromkeys(index.IMAGE_SUFFIXES + slide.SLIDE_SUFFIXES))
-# What is no input and not counted by its suffix.
+# Entries that are no inputs and are not counted by suffix.
 NO_SUFFIX, OTHER_DICOM = "without suffix", "DICOM without a slide"
-# So many kinds are named in a sentence.
+# Largest number of kinds of entries that a sentence names.
 MOST_KINDS = 8
 UNREADABLE = "unreadable"
 # PNG, JPEG, TIFF and BigTIFF.
@@ -28,9 +29,9 @@ IMAGE_STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+
 
 @dataclass(frozen=True)
 class Archive:
-    """The inputs, one row each (schema `schema.INPUTS`, sorted by id), and other entries by kind.
+    """The inputs, one row each (schema `schema.INPUTS`, sorted by id), and a count of other entries by kind.
 
-    `versions` has a text for each id that changes with its files, None where none can be looked at.
+    `versions` has a text for each id that changes with its files, None if none can be read.
     """
 
     table: pa.Table
@@ -39,44 +40,50 @@ class Archive:
 
     @property
     def ignored(self) -> int:
-        """How many entries are no inputs."""
+        """Number of entries that are no inputs."""
         return self.passed.total()
 
 
 def list_inputs(uri: str) -> Archive:
-    """List the inputs below a folder, or of a manifest; or one file.
+    """List the inputs below a folder, of a manifest, or a single file.
 
-    A file counts by its suffix; what it really holds is found out when it is read. One without a suffix, or
-    with a number for it, counts by its first bytes. DICOM files of one series in one folder are one slide.
-    What cannot be read, such as a link to nothing, is an input with an error. A manifest needs a column
-    `uri`; `image_id`, `patient`, `case`, `slide` and `mpp` are carried along.
+    Files are selected by suffix; those without a suffix, or with a number for it, by their first bytes. DICOM
+    files of one series in one folder are one slide. An unreadable entry, such as a broken link, is an input
+    with an error. A manifest requires a column `uri`; `image_id`, `patient`, `case`, `slide` and `mpp` are
+    kept.
 
     Raises:
-        DataError: nothing is there to score.
+        DataError: there is nothing to score.
         StorageError: the URI cannot be read.
     """
     if manifest.is_one(uri):
         table = _from_manifest(uri)
         ids, uris = (table[name].to_pylist() for name in (schema.IMAGE_ID, schema.URI))
-        seen = storage.file_versions(uris)
-        return Archive(table, versions={name: seen[place] for name, place in zip(ids, uris, strict=True)})
+        found = storage.file_versions(uris)
+        return Archive(table, versions={name: found[place] for name, place in zip(ids, uris, strict=True)})
     single = storage.is_file(uri)
     listing = _alone(uri) if single else storage.list_folder(uri)
-    kept, passed = _sort_out(listing)
+    kept, passed = _select(listing)
     if not kept and not listing.faults:
         kinds = (*SUFFIXES, *schema.MANIFEST_SUFFIXES) if single else SUFFIXES
-        what = "is a file of another kind" if single else "no image or slide below it"
-        there = f"; it holds {described(passed)}" if passed and not single else ""
+        what = "unsupported file" if single else "no image or slide below it"
+        there = f"; it contains {described(passed)}" if passed and not single else ""
         raise DataError(f"{uri}: {what}; expected {', '.join(kinds)} files{there}")
+    rows: list[dict[str, Any]]
     rows = [{schema.IMAGE_ID: f.path, schema.URI: f.uri, schema.SIZE_BYTES: f.size_bytes} for f in kept]
-    rows += [_fault(uri, path, why) for path, why in listing.faults.items()]
-    rows.sort(key=lambda row: str(row[schema.IMAGE_ID]))
-    versions: dict[str, str | None] = {file.path: file.version for file in kept}
-    return Archive(pa.Table.from_pylist(rows, schema=schema.INPUTS), passed, versions)
+    for path, why in listing.faults.items():
+        place = {schema.IMAGE_ID: path, schema.URI: f"{storage.absolute(uri)}/{path}"}
+        rows.append(place | {schema.ERROR: UNREADABLE, schema.ERROR_MESSAGE: why})
+    return Archive(_table(rows), passed, {file.path: file.version for file in kept})
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    rows = sorted(rows, key=lambda row: row[schema.IMAGE_ID])
+    return pa.Table.from_pylist(rows, schema=schema.INPUTS)
 
 
 def described(passed: Mapping[str, int]) -> str:
-    """Kinds of entries for a sentence, the most frequent first: `12 .bmp, 3 .czi and 4 others`."""
+    """Kinds of entries, the most frequent first: `12 .bmp, 3 .czi and 4 others`."""
     kinds = sorted(passed.items(), key=lambda kind: (-kind[1], kind[0]))
     named = ", ".join(f"{n:,} {kind}" for kind, n in kinds[:MOST_KINDS])
     rest = sum(n for _, n in kinds[MOST_KINDS:])
@@ -89,13 +96,8 @@ def _alone(uri: str) -> Listing:
     return Listing([File(place, place.rpartition("/")[2], size, version)])
 
 
-def _fault(root: str, path: str, why: str) -> dict[str, Any]:
-    place = f"{storage.absolute(root)}/{path}"
-    return {schema.IMAGE_ID: path, schema.URI: place, schema.ERROR: UNREADABLE, schema.ERROR_MESSAGE: why}
-
-
-def _sort_out(listing: Listing) -> tuple[list[File], Counter[str]]:
-    """Files that are inputs, and how many entries are none, by kind."""
+def _select(listing: Listing) -> tuple[list[File], Counter[str]]:
+    """Files that are inputs, and a count of other entries by kind."""
     passed = listing.passed.copy()
     paths = {file.path: PurePosixPath(file.path) for file in listing.files}
     mirax = {paths[path].with_suffix("") for path in paths if path.lower().endswith(slide.MRXS)}
@@ -108,45 +110,46 @@ def _sort_out(listing: Listing) -> tuple[list[File], Counter[str]]:
             kept.append(file)
         elif not mirax or mirax.isdisjoint(paths[file.path].parents):
             passed[paths[file.path].suffix.lower()] += 1
-    found, others = _look_into([file for file in unsure if mirax.isdisjoint(paths[file.path].parents)])
+    found, others = _inspect([file for file in unsure if mirax.isdisjoint(paths[file.path].parents)])
     return _with_folders(kept, listing.files if mirax else []) + found, passed + others
 
 
 def _with_folders(kept: Sequence[File], files: Sequence[File]) -> list[File]:
-    """The same files, those of MIRAX slides with the version of their folder."""
+    """The same files, MIRAX slides with a version that covers their folder."""
     below: dict[PurePosixPath, list[File]] = defaultdict(list)
     for file in files:
         for folder in PurePosixPath(file.path).parents:
             below[folder].append(file)
-    folders = {path: PurePosixPath(path).with_suffix("") for path in (file.path for file in kept)}
     return [
-        _together([file, *below[folders[file.path]]]) if file.path.lower().endswith(slide.MRXS) else file
+        _joined([file, *below[PurePosixPath(file.path).with_suffix("")]])
+        if file.path.lower().endswith(slide.MRXS)
+        else file
         for file in kept
     ]
 
 
-def _together(parts: Sequence[File]) -> File:
-    """The first of the files of a slide, with a version that changes with each of them."""
-    told = sorted(f"{file.path} {file.version}" for file in parts)
-    return replace(parts[0], version=hashlib.sha256("\n".join(told).encode()).hexdigest())
+def _joined(parts: Sequence[File]) -> File:
+    """The first file of a slide, with a version that changes with each of its files."""
+    versions = sorted(f"{file.path} {file.version}" for file in parts)
+    return replace(parts[0], version=hashlib.sha256("\n".join(versions).encode()).hexdigest())
 
 
-def _look_into(files: Sequence[File]) -> tuple[list[File], Counter[str]]:
-    """The same for files that may be DICOM, or whose names do not say what they are."""
+def _inspect(files: Sequence[File]) -> tuple[list[File], Counter[str]]:
+    """`_select` of files that may be DICOM, or whose names do not identify their format."""
     headers = dicom.headers(files)
     slides = dicom.slides(headers)
     unknown = [file for file in files if headers[file.path] is None]
     with ThreadPoolExecutor(storage.READ_THREADS) as pool:
         images = [file for file, good in zip(unknown, pool.map(_may_be_image, unknown), strict=True) if good]
     by_path = {file.path: file for file in files}
-    firsts = [_together([by_path[path] for path in slides[f.path]]) for f in files if f.path in slides]
+    firsts = [_joined([by_path[path] for path in slides[f.path]]) for f in files if f.path in slides]
     passed = Counter({NO_SUFFIX: len(unknown) - len(images)})
     passed[OTHER_DICOM] = sum(header is not None and not header.is_slide for header in headers.values())
     return firsts + images, +passed
 
 
 def _may_be_image(file: File) -> bool:
-    """Whether a file that is no DICOM begins like an image, or is called `.dcm` all the same."""
+    """Whether a file that is not DICOM begins like an image, or is named `.dcm` nevertheless."""
     if not slide.is_unnamed(file.path):
         return True
     try:
@@ -154,23 +157,18 @@ def _may_be_image(file: File) -> bool:
     except StorageError as error:
         if not error.lasting:
             raise
-        return True  # its row will say why it cannot be read
+        return True  # its row will have the error
 
 
 def _from_manifest(uri: str) -> pa.Table:
+    """Rows of a manifest, which may name one of the DICOM files of each slide."""
     found = manifest.read_manifest(uri)
     rows = manifest.inputs(found, copies=True)
-    _require_whole_slides(rows, [row.where for row in found.rows])
-    rows.sort(key=lambda row: row[schema.IMAGE_ID])
-    return pa.Table.from_pylist(rows, schema=schema.INPUTS)
-
-
-def _require_whole_slides(rows: Sequence[Mapping[str, Any]], wheres: Sequence[str]) -> None:
-    """Of the DICOM files of one slide, a manifest may name one."""
-    named = {row[schema.URI]: where for row, where in zip(rows, wheres, strict=True)}
+    named = {row[schema.URI]: written.where for row, written in zip(rows, found.rows, strict=True)}
     files = [File(uri, uri, dicom.LONG_HEAD_BYTES) for uri in named if uri.lower().endswith(slide.DICOM)]
     for first, paths in dicom.slides(dicom.headers(files)).items():
         if len(paths) > 1:
             raise DataError(
                 f"{named[paths[1]]}: {paths[1]} is of the same slide as {first}; name one of them"
             )
+    return _table(rows)

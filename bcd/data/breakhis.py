@@ -1,4 +1,4 @@
-"""BreaKHis: what a file name says, how many images there should be, and the published folds.
+"""BreaKHis: the grammar of file names, the published counts, and the published folds.
 
 Source of the grammar, the counts and the folds: Spanhol, Oliveira, Petitjean and Heutte 2016, "A Dataset
 for Breast Cancer Histopathological Image Classification", IEEE TBME 63(7), doi:10.1109/TBME.2015.2496264.
@@ -8,16 +8,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
 from bcd import schema
 from bcd.errors import DataError
+from bcd.storage import File
 from bcd.taxonomy import BENIGN, MAGNIFICATIONS, MALIGNANT, MPP_BY_MAGNIFICATION, SUBTYPES, TUMOR_CLASSES
-from bcd.text import folded
+from bcd.text import counted, folded, some
 
-# Begins every published file name.
+# Prefix of every published file name.
 PREFIX = "SOB_"
 GRAMMAR = "SOB_<B|M>_<subtype>-<year>-<slide id>-<40|100|200|400>-<sequence>.png (or .jpg, .tif)"
 
@@ -28,8 +29,8 @@ _NAME = re.compile(
     rf"-(?P<magnification>{'|'.join(map(str, MAGNIFICATIONS))})-(?P<sequence>[0-9]{{3}})"
     r"(?i:\.(?:png|jpe?g|tiff?))"
 )
-# The published folders that repeat what the file name says, in the order of `ImageName.folders`; folded, as
-# case and blanks of a folder do not change what it says.
+# The published folders that repeat the file name, in the order of `ImageName.folders`; compared folded,
+# because case and blanks of a folder have no meaning.
 _FOLDERS = (
     re.compile("|".join(TUMOR_CLASSES)),
     re.compile("|".join(subtype.name for subtype in SUBTYPES.values())),
@@ -50,29 +51,19 @@ EXPECTED_COUNTS: Mapping[str, Mapping[int, int]] = {
     "PC": {40: 145, 100: 142, 200: 135, 400: 138},
 }
 
-# Slides whose published labels cannot all be true. `split.quarantine` finds them by itself, by the rule.
+# Slides whose published labels contradict each other. `split.quarantine` finds them by rule, without this
+# list.
 KNOWN_ANOMALIES: Mapping[str, str] = {
     "14-13412": (
         "published as ductal (DC) and as lobular carcinoma (LC), with the same 32, 33, 32 and 26 images at "
-        "40X to 400X; counted as two of the 82 patients, and on both sides of official folds 1, 3 and 5"
+        "40X to 400X; counted as two of the 82 patients, and in both parts of official folds 1, 3 and 5"
     ),
 }
 
 
-class FieldName(Protocol):
-    """A listed file, as `storage.File`: URI, path below the input root, and size in bytes."""
-
-    @property
-    def uri(self) -> str: ...
-    @property
-    def path(self) -> str: ...
-    @property
-    def size_bytes(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class ImageName:
-    """What a BreaKHis file name says: `SOB_B_A-14-22549AB-40-001.png` is an adenosis at 40X."""
+    """Fields of a BreaKHis file name: `SOB_B_A-14-22549AB-40-001.png` is an adenosis at 40X."""
 
     tumor_class: str
     subtype: str
@@ -84,12 +75,12 @@ class ImageName:
 
     @property
     def case(self) -> str:
-        """`14-22549`: the slide id without its letters. Whether they mean another person is unpublished."""
+        """`14-22549`: the slide id without its letters, whose meaning (another person?) is unpublished."""
         return f"{self.year}-{self.number}"
 
     @property
     def slide(self) -> str:
-        """`14-22549AB`. There are 81 distinct ids; 14-13412 stands under two subtypes, hence "82"."""
+        """`14-22549AB`. There are 81 distinct ids; 14-13412 has two subtypes, hence the published "82"."""
         return f"{self.case}{self.suffix}"
 
     @property
@@ -110,10 +101,9 @@ class ImageName:
 
 
 def parse_path(path: str) -> ImageName:
-    """Read a BreaKHis path, with or without its folders.
+    """Parse a BreaKHis path, with or without its folders.
 
-    Raises:
-        DataError: the file name breaks the grammar, contradicts itself, or is contradicted by a folder.
+    Raises `DataError` if the file name breaks the grammar or contradicts itself or a folder.
     """
     *folders, file_name = path.split("/")
     match = _NAME.fullmatch(file_name)
@@ -124,34 +114,23 @@ def parse_path(path: str) -> ImageName:
         raise DataError(
             f"{path}: {match['subtype']} is {tumor_class}, so expected SOB_{_LETTERS[tumor_class]}_"
         )
-    name = ImageName(
-        tumor_class=tumor_class,
-        subtype=match["subtype"],
-        year=match["year"],
-        number=match["number"],
-        suffix=match["suffix"],
-        magnification=int(match["magnification"]),
-        sequence=int(match["sequence"]),
-    )
+    subtype, year, number, suffix = match.group("subtype", "year", "number", "suffix")
+    magnification, sequence = int(match["magnification"]), int(match["sequence"])
+    name = ImageName(tumor_class, subtype, year, number, suffix, magnification, sequence)
     for folder in folders:
-        _check_folder(path, folder, name)
+        for pattern, expected in zip(_FOLDERS, name.folders, strict=True):
+            if pattern.fullmatch(folded(folder)) and folded(folder) != folded(expected):
+                raise DataError(f"{path}: folder {folder} contradicts the file name; expected {expected}")
     return name
 
 
 def published(path: str) -> str:
-    """The file name of an image as the fold files have it, in whatever format it was saved."""
+    """File name of an image as in the fold files, for any image format."""
     name = path.rpartition("/")[2]
     return f"{name.rpartition('.')[0]}.png" if _NAME.fullmatch(name) else name
 
 
-def _check_folder(path: str, folder: str, name: ImageName) -> None:
-    for pattern, expected in zip(_FOLDERS, name.folders, strict=True):
-        if pattern.fullmatch(folded(folder)) and folded(folder) != folded(expected):
-            raise DataError(f"{path}: folder {folder} contradicts the file name; expected {expected}")
-
-
-def index_row(file: FieldName) -> dict[str, Any]:
-    """One row of `schema.INDEX`, all but the hash. Raises `DataError` as `parse_path` does."""
+def _index_row(file: File) -> dict[str, Any]:
     name = parse_path(file.path)
     return {
         schema.IMAGE_ID: file.path,
@@ -167,28 +146,26 @@ def index_row(file: FieldName) -> dict[str, Any]:
     }
 
 
-def index(files: Iterable[FieldName]) -> pa.Table:
+def index(files: Iterable[File]) -> pa.Table:
     """Table of image rows with schema `schema.INDEX`, in the order of the files.
 
-    Raises:
-        DataError: names are broken; tells how many and shows the first five.
+    Raises `DataError` if names are invalid, with their number and the first five.
     """
     rows: list[dict[str, Any]] = []
-    broken: list[str] = []
+    invalid: list[str] = []
     for file in files:
         try:
-            rows.append(index_row(file))
+            rows.append(_index_row(file))
         except DataError as error:
-            broken.append(str(error))
-    if broken:
-        more = f"; and {len(broken) - 5:,} more" if len(broken) > 5 else ""
-        count = "1 file name is" if len(broken) == 1 else f"{len(broken):,} file names are"
-        raise DataError(f"{count} broken: {'; '.join(broken[:5])}{more}")
+            invalid.append(str(error))
+    if invalid:
+        count = counted(len(invalid), "file name is", "file names are")
+        raise DataError(f"{count} invalid: {some(invalid, 5, '; ')}")
     return pa.Table.from_pylist(rows, schema=schema.INDEX)
 
 
 def count_warnings(table: pa.Table) -> list[str]:
-    """How an index differs from the published counts, as sentences; none where it is complete."""
+    """Differences between an index and the published counts, as sentences."""
     columns = (table[name].to_pylist() for name in (schema.SUBTYPE, schema.MAGNIFICATION))
     found = Counter(zip(*columns, strict=True))
     expected = Counter({(s, m): n for s, counts in EXPECTED_COUNTS.items() for m, n in counts.items()})
@@ -198,37 +175,24 @@ def count_warnings(table: pa.Table) -> list[str]:
         here = f"{(found & expected).total():,} of {expected.total():,} published images are here"
         warnings.append(f"{here}; missing {_tally(missing)}")
     if surplus:
-        images = "1 image" if surplus.total() == 1 else f"{surplus.total():,} images"
-        warnings.append(f"{images} more than published: {_tally(surplus)}")
+        warnings.append(f"{counted(surplus.total(), 'image')} more than published: {_tally(surplus)}")
     return warnings
 
 
 def _tally(counts: Counter[tuple[str, int]]) -> str:
     """`37 at 40X, 2 at 100X; 30 A, 9 DC`, zeros left out."""
-    by_subtype: Counter[str] = Counter()
-    by_magnification: Counter[int] = Counter()
-    for (subtype, magnification), n in counts.items():
-        by_subtype[subtype] += n
-        by_magnification[magnification] += n
-    magnifications = ", ".join(
-        f"{by_magnification[m]:,} at {m}X" for m in MAGNIFICATIONS if by_magnification[m]
-    )
-    subtypes = ", ".join(f"{by_subtype[s]:,} {s}" for s in SUBTYPES if by_subtype[s])
+    by_magnification = {m: sum(counts[s, m] for s in SUBTYPES) for m in MAGNIFICATIONS}
+    by_subtype = {s: sum(counts[s, m] for m in MAGNIFICATIONS) for s in SUBTYPES}
+    magnifications = ", ".join(f"{n:,} at {m}X" for m, n in by_magnification.items() if n)
+    subtypes = ", ".join(f"{n:,} {s}" for s, n in by_subtype.items() if n)
     return f"{magnifications} ({subtypes})"
 
 
 def read_fold(text: str, name: str) -> dict[str, str]:
-    """Parse an official fold file, lines of `file name|magnification|fold|train or test`.
+    """Role of every image, `"train"` or `"test"`, by file name, from the text of an official fold file.
 
-    Args:
-        text: the content of `dsfold1.txt` to `dsfold5.txt`.
-        name: what errors call the file.
-
-    Returns:
-        The role of every image, `"train"` or `"test"`, by file name.
-
-    Raises:
-        DataError: a line breaks the form, repeats an image or names another fold; tells the line number.
+    Raises `DataError`, with the file's `name` and the line, if a line is not
+    `file name|magnification|fold|train or test`, repeats an image or names another fold.
     """
     roles: dict[str, str] = {}
     folds: set[str] = set()
@@ -240,7 +204,7 @@ def read_fold(text: str, name: str) -> dict[str, str]:
         if parse_path(match["name"]).magnification != int(match["magnification"]):
             raise DataError(f"{where}: {match['name']} is not at magnification {match['magnification']}")
         if match["name"] in roles:
-            raise DataError(f"{where}: {match['name']} stands twice; expected every image once")
+            raise DataError(f"{where}: {match['name']} is listed twice; expected every image once")
         folds.add(match["fold"])
         if len(folds) > 1:
             raise DataError(f"{where}: fold {match['fold']}; expected one fold per file")

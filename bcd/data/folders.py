@@ -1,10 +1,9 @@
-"""What the folders above an image tell: its class, its patient, and its part where a tree is divided already.
+"""Class, patient and part of an image from the folders above it.
 
     <site>/<train, val or test>/<class>/<subtype>/<patient>/<anything>/<image>
 
-Only class and image are needed; folders for magnifications, folds and the like may stand between. The label
-is that of the class folder and of no other. What can be read in two ways is refused, or told where it may
-be right.
+Only class and image are required; folders for magnifications, folds and the like may be in between. Only the
+class folder gives the label. An ambiguous tree is rejected, or read with a warning if that may be right.
 """
 
 import re
@@ -26,20 +25,20 @@ _NAMES: Mapping[str, Label] = {
     **{name: (name, None) for name in TUMOR_CLASSES},
     **{folded(s.name): (s.tumor_class, s.code) for s in SUBTYPES.values()},
 }
-# `A` may be a hospital, `DC` a person: the codes count only where they are a whole level of the tree.
+# `A` may be a hospital, `DC` a person: codes count only if they are a whole level of the tree.
 _CODES: Mapping[str, Label] = {folded(s.code): (s.tumor_class, s.code) for s in SUBTYPES.values()}
-# As short a name as a code, such as 0 or B, may be anything, too.
+# The same holds for names as short as a code, such as 0 or B.
 _SHORT = 2
 _FOLD = re.compile(r"(cv_?)?(fold|split)_?[0-9]+")
 _MAGNIFICATION = re.compile(
     r"((mag|magnification)_?)?(1\.25|2|2\.5|4|5|10|20|40|60|63|100|200|400|1000)_?x|(mag|magnification)_?[0-9]+"
 )
-# Folders that hold images of many patients, whatever the data set.
+# Folders that contain images of many patients in any data set.
 _STRUCTURE = re.compile(
     "sob|(images?|imgs?|pictures|photos|tiles|fields|crops)|(data|dataset|all|png|jpe?g|tiff?)"
     "|(raw|originals?|cropped|processed|normali[sz]ed|resized)(_images)?"
 )
-# A person may be number 40, so these are magnifications only where they are a whole level.
+# A patient may have the number 40, so these are magnifications only if they are a whole level.
 _NUMBERS = frozenset(f"{x}{m}" for m in MAGNIFICATIONS for x in ("", "x"))
 EXPECTED = (
     "expected CLASS/PATIENT/IMAGE, such as benign/P1/a.png, or a manifest with uri, tumor_class and patient"
@@ -48,7 +47,7 @@ EXPECTED = (
 
 @dataclass
 class _Place:
-    """An image among its folders: its class, what stands above, and what below may name the patient."""
+    """An image and its folders: the class, those above it, and those below that may name the patient."""
 
     file: storage.File
     tumor_class: str
@@ -60,7 +59,7 @@ class _Place:
     refused: str | None = None
 
     def skip(self, n: int = 0) -> None:
-        """Pass over n folders below the class, and over what is known to be no patient after them."""
+        """Skip n folders below the class, and then those that are known to be no patient."""
         while self.below and (n > 0 or _is_structural(self.below[0])):
             self.structure.append(self.below.pop(0))
             if part_named(self.structure[-1]) is None:
@@ -71,15 +70,10 @@ class _Place:
 def rows_of_tree(
     data: str, files: Sequence[storage.File], given: Mapping[str, str]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row per image of a tree with class folders, and warnings for people.
+    """A row per image of a tree with class folders, and warnings.
 
-    Args:
-        data: what errors call the tree.
-        files: its images.
-        given: tumour class by other (folded) names of class folders, from `taxonomy.given_names`.
-
-    Raises:
-        DataError: an image lies in no class folder or in several, or no folder can be its patient.
+    `given` has tumour classes by other (folded) names of class folders, from `taxonomy.given_names`. Raises
+    `DataError` if an image is in no class folder or in several, or no folder can be its patient.
     """
     places = [_place(data, *found) for found in zip(files, _labels(data, files, given), strict=True)]
     _strip_sites(places)
@@ -89,10 +83,9 @@ def rows_of_tree(
 
 
 def parts_of(data: str, images: Sequence[tuple[str, Sequence[str]]]) -> list[str | None]:
-    """Part of every image, given its path and the folders that may tell it (train, val, test, ...).
+    """Part of every image, from its path and the folders that may name a part (train, val, test, ...).
 
-    Raises:
-        DataError: an image is in several parts, or the tree is divided in several ways.
+    Raises `DataError` if an image is in several parts, or the tree has several divisions.
     """
     found = [{part for name in folders if (part := part_named(name))} for _, folders in images]
     for (path, _), of_image in zip(images, found, strict=True):
@@ -111,7 +104,7 @@ def _folders(file: storage.File) -> list[str]:
 
 
 def _labels(data: str, files: Sequence[storage.File], given: Mapping[str, str]) -> list[dict[int, Label]]:
-    """Which folders of each image name a class; at least one does."""
+    """Labels of each image by the position of their folders; at least one."""
     trees = [[folded(name) for name in _folders(file)] for file in files]
     own: dict[str, Label] = {name: (tumor_class, None) for name, tumor_class in given.items()}
     sure = {name: label for name, label in own.items() if len(name) > _SHORT} | dict(_NAMES)
@@ -123,18 +116,18 @@ def _labels(data: str, files: Sequence[storage.File], given: Mapping[str, str]) 
         levels = [i for i in range(min(map(len, trees))) if all(tree[i] in known for tree in trees)]
         levels = [i for i in levels if any(tree[i] in short for tree in trees)]
         found = [
-            labels | {i: known[tree[i]] for i in levels} for labels, tree in zip(found, trees, strict=True)
+            label | {i: known[tree[i]] for i in levels} for label, tree in zip(found, trees, strict=True)
         ]
     if all(found):
         return found
-    lost = [number for number, labels in enumerate(found) if not labels]
-    # Where short names are no whole level all images are lost: name one without any.
-    worst = next((number for number in lost if not short.keys() & trees[number]), lost[0])
+    unlabelled = [number for number, labels in enumerate(found) if not labels]
+    # If short names are no whole level, all images are unlabelled: name one without any.
+    worst = next((number for number in unlabelled if not short.keys() & trees[number]), unlabelled[0])
     raise DataError(
-        f"{data}: {files[worst].path} lies in no class folder; expected benign/ and malignant/ (or names of "
+        f"{data}: {files[worst].path} is in no class folder; expected benign/ and malignant/ (or names of "
         "subtypes, or --classes benign=NAME malignant=NAME), BreaKHis names, or a manifest with uri, "
         f"tumor_class and patient. Names of one or two letters, such as {min(short or _CODES).upper()}, "
-        "count only where every image has a class at that level"
+        "count only if every image has a class at that level"
     )
 
 
@@ -143,8 +136,9 @@ def _place(data: str, file: storage.File, labels: Mapping[int, Label]) -> _Place
     classes = {tumor_class for tumor_class, _ in labels.values()}
     subtypes = {subtype for _, subtype in labels.values()} - {None}
     others = [name for i, name in enumerate(folders) if i > level and i not in labels]
-    # `malignant_tiles` in a folder of benign images is no patient either.
-    odd = [name for name in others if _words(name) & set(TUMOR_CLASSES) not in (set(), classes)]
+    # `malignant_tiles` below a folder of benign images contradicts it, too.
+    words = ((name, set(re.split(r"[\W\d_]+", folded(name)))) for name in others)
+    odd = [name for name, found in words if found & set(TUMOR_CLASSES) not in (set(), classes)]
     if len(classes) > 1 or len(subtypes) > 1 or odd:
         raise _contradiction(data, file, [*(folders[i] for i in sorted(labels)), *odd])
     place = _Place(
@@ -160,28 +154,24 @@ def _place(data: str, file: storage.File, labels: Mapping[int, Label]) -> _Place
     return place
 
 
-def _words(name: str) -> set[str]:
-    return set(re.split(r"[\W\d_]+", folded(name)))
-
-
-def _contradiction(data: str, file: storage.File, said: Sequence[str]) -> DataError:
-    named = " and ".join(dict.fromkeys(said))
+def _contradiction(data: str, file: storage.File, named: Sequence[str]) -> DataError:
+    folders = " and ".join(dict.fromkeys(named))
     return DataError(
-        f"{data}: {file.path}: its folders {named} name different classes; move the image, rename a folder, "
-        "or write a manifest with uri, tumor_class and patient"
+        f"{data}: {file.path}: its folders {folders} name different classes; move the image, rename a "
+        "folder, or write a manifest with uri, tumor_class and patient"
     )
 
 
 def _is_structural(name: str) -> bool:
-    """Whether a folder of this name holds images of many patients."""
+    """Whether a folder of this name contains images of many patients."""
     plain = folded(name)
     known = any(pattern.fullmatch(plain) for pattern in (_FOLD, _MAGNIFICATION, _STRUCTURE))
     return known or part_named(plain) is not None
 
 
 def _strip_sites(places: Sequence[_Place]) -> None:
-    """Leave of the folders above the classes those that differ: they are hospitals, or the like."""
-    # Levels on which all images lie in the same folder: where the data set was unpacked.
+    """Keep only those folders above the classes that differ between images: hospitals, or the like."""
+    # Levels on which all images share a folder: where the data set was unpacked.
     levels = zip(*(place.sites for place in places), strict=False)
     shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, levels))
     numbers = {folded(name) for place in places for name in place.sites[shared:]}
@@ -190,13 +180,13 @@ def _strip_sites(places: Sequence[_Place]) -> None:
 
 
 def _find_subtypes(data: str, places: Sequence[_Place]) -> list[str]:
-    """Codes below the class folders are subtypes where all folders of that level are."""
+    """Read codes below the class folders as subtypes if all folders of that level are codes."""
     level = {folded(place.below[0]): place for place in places if place.below and place.subtype is None}
     codes = level.keys() & _CODES.keys()
     if codes and codes != level.keys():
         named = some(sorted(level[code].below[0] for code in codes))
         other = level[min(level.keys() - codes)].below[0]
-        return [f"{named}: read as a patient and not as a subtype, as {other} beside it is no subtype"]
+        return [f"{named}: read as a patient and not as a subtype, because {other} beside it is no subtype"]
     for place in places if codes else ():
         if place.below and place.subtype is None:
             tumor_class, place.subtype = _CODES[folded(place.below[0])]
@@ -208,7 +198,7 @@ def _find_subtypes(data: str, places: Sequence[_Place]) -> list[str]:
 
 
 def _find_patients(data: str, places: Sequence[_Place]) -> list[str]:
-    """Pass over what stands between the class folders and the patients; refuse what is no patient."""
+    """Skip folders between the classes and the patients; reject images whose folder is no patient."""
     warnings = []
     first = {place.below[0] for place in places if place.below}
     several = len({place.tumor_class for place in places}) > 1
@@ -216,7 +206,9 @@ def _find_patients(data: str, places: Sequence[_Place]) -> list[str]:
         for place in places:
             place.skip(1)
     elif len(first) == 1 and several and all(_deeper(place) for place in places):
-        warnings.append(f"folder {min(first)} holds all images of every class: patients are those below it")
+        warnings.append(
+            f"folder {min(first)} contains all images of every class: patients are those below it"
+        )
         for place in places:
             place.skip(1)
     for place in places:
@@ -226,18 +218,18 @@ def _find_patients(data: str, places: Sequence[_Place]) -> list[str]:
 
 
 def _deeper(place: _Place) -> str | None:
-    """The folder below the one that would be the patient, where it may be a patient itself."""
+    """The folder below the presumed patient, if it may be a patient itself."""
     return next((name for name in place.below[1:] if not _is_structural(name)), None)
 
 
 def _in_both_classes(data: str, places: Sequence[_Place]) -> list[str]:
-    """Folders that all hold both classes may be hospitals; with folders below them nobody can tell."""
+    """Warn if all presumed patients have both classes; reject if folders below them could be the patients."""
     classes, inside = defaultdict[Any, set[str]](set), defaultdict[Any, set[str | None]](set)
     for place in places:
         who = (*place.sites, *place.below[:1])
         classes[who].add(place.tumor_class)
         inside[who].add(_deeper(place))
-    if not all(place.below for place in places) or any(len(found) == 1 for found in classes.values()):
+    if not all(place.below for place in places) or min(map(len, classes.values())) == 1:
         return []
     named = some(sorted({who[-1] for who in classes}))
     if all(map(all, inside.values())) and any(len(found) > 1 for found in inside.values()):
@@ -263,10 +255,10 @@ def _site_warnings(places: Sequence[_Place]) -> list[str]:
             f"folders above the classes ({some(found)}) may be patients or hospitals: no patient is known; "
             f"{EXPECTED}"
         ]
-    twice = sorted(name for name, where in of_patient.items() if len(where) > 1)
-    told = f"An id of several sites, such as {twice[0]}, counts as several people. " if twice else ""
+    shared = sorted(name for name, sites in of_patient.items() if len(sites) > 1)
+    people = f"An id of several sites, such as {shared[0]}, counts as several people. " if shared else ""
     return [
-        f"folders above the classes ({some(found)}) are read as sites, and patients as SITE/PATIENT. {told}"
+        f"folders above the classes ({some(found)}) are read as sites, and patients as SITE/PATIENT. {people}"
         "If that is wrong, write a manifest with uri, tumor_class and patient"
     ]
 

@@ -1,8 +1,8 @@
-"""A data URI becomes a table of image rows, without opening a single picture.
+"""From the URI of a data set to a table of image rows, without opening an image.
 
-Three forms are understood: a BreaKHis tree as published, a folder per class (see `bcd.data.folders`), and a
-CSV, TSV or Parquet manifest with `uri`, `tumor_class` or `subtype`, and `patient`. A division into parts
-that the data come with, as folders (train, val, test) or as the column `part`, is kept.
+Accepts a BreaKHis tree as published, a folder per class (see `bcd.data.folders`), and a CSV, TSV or Parquet
+manifest with `uri`, `tumor_class` or `subtype`, and `patient`. A given division into parts, as folders
+(train, val, test) or as the column `part`, is kept.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ from bcd.taxonomy import MAX_MPP, MIN_MPP, PARTS, SUBTYPES, TUMOR_CLASSES, given
 from bcd.text import counted, folded
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-# Images of other formats, which people may take for part of the training.
+# Unsupported formats, which a user may expect to be trained on.
 UNREAD_SUFFIXES = (
     *(".bmp", ".gif", ".webp", ".jp2", ".j2k", ".jxl", ".jfif", ".heic", ".avif", ".czi", ".vsi", ".qptiff"),
     *(".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm"),
@@ -26,24 +26,19 @@ UNREAD_SUFFIXES = (
 
 
 def read_index(data: str, classes: Sequence[str] = ()) -> tuple[pa.Table, list[str]]:
-    """Index of a training data set.
+    """Index of a training data set, sorted by `image_id`, and warnings.
 
-    Args:
-        data: URI of a tree or of a manifest.
-        classes: other names of the classes, such as `benign=0` and `malignant=1`.
-
-    Returns:
-        A table with schema `schema.INDEX`, sorted by `image_id`, and warnings for people. Where the data come
-        divided the schema is `schema.SPLIT`.
+    The schema is `schema.INDEX`, or `schema.SPLIT` if the data have parts; `classes` are other names of the
+    classes, such as `benign=0` and `malignant=1`.
 
     Raises:
-        DataError: nothing usable is there; the sentence names the offender.
+        DataError: a row, a name or a folder cannot be used; the message names it.
         StorageError: the URI cannot be read.
     """
-    given = given_names(classes)
-    rows, warnings = _rows(data, given)
+    rows, warnings = _rows(data, given_names(classes))
     warnings += _check_parts(data, rows)
-    table = _table(rows)
+    rows.sort(key=lambda row: row[schema.IMAGE_ID])
+    table = pa.Table.from_pylist(rows, schema=schema.SPLIT if schema.PART in rows[0] else schema.INDEX)
     for column in (schema.PATIENT, schema.CASE, schema.SLIDE):
         warnings += names.doubtful_ids(table[column].to_pylist(), column)
     return table, warnings
@@ -53,26 +48,25 @@ def _rows(data: str, given: Mapping[str, str]) -> tuple[list[dict[str, Any]], li
     if manifest.is_one(data):
         return _from_manifest(data, given)
     if storage.is_file(data):
-        raise DataError(
-            f"{data} is a file; expected a folder or a manifest ({', '.join(schema.MANIFEST_SUFFIXES)})"
-        )
+        suffixes = ", ".join(schema.MANIFEST_SUFFIXES)
+        raise DataError(f"{data} is a file; expected a folder or a manifest ({suffixes})")
     listing = storage.list_folder(data)
     files = [f for f in listing.files if f.path.lower().endswith(IMAGE_SUFFIXES)]
     if not files:
         raise DataError(f"{data}: no image below it; expected {', '.join(IMAGE_SUFFIXES)} files")
     rows, warnings = _rows_of_files(data, files, given)
-    return rows, warnings + _left_out(listing)
+    return rows, warnings + _skipped(listing)
 
 
-def _left_out(listing: storage.Listing) -> list[str]:
-    """Warnings of entries that may have held images."""
-    found = [f"{path} is left out: {fault}" for path, fault in listing.faults.items()]
+def _skipped(listing: storage.Listing) -> list[str]:
+    """Warnings of skipped entries that may be images."""
+    found = [f"skipped {path}: {fault}" for path, fault in listing.faults.items()]
     suffixes = Counter(file.path.lower().rpartition(".")[2] for file in listing.files)
     for suffix in UNREAD_SUFFIXES:
         if n := suffixes[suffix[1:]]:
-            found.append(f"{counted(n, f'{suffix} file')} left out; expected {', '.join(IMAGE_SUFFIXES)}")
+            found.append(f"skipped {counted(n, f'{suffix} file')}; expected {', '.join(IMAGE_SUFFIXES)}")
     if n := listing.passed[walk.AGAIN]:
-        found.append(f"{counted(n, 'link')} to folders that are listed already left out")
+        found.append(f"skipped {counted(n, 'link')} to folders that are already listed")
     return found
 
 
@@ -88,7 +82,7 @@ def _rows_of_files(
 
 
 def _check_parts(data: str, rows: list[dict[str, Any]]) -> list[str]:
-    """Leave the part in the rows only where all have one and there are several; a warning where it goes."""
+    """Remove the part from the rows unless all have one and there are several; a warning if removed."""
     named = {row.get(schema.PART) for row in rows}
     if None in named and len(named) > 1:
         row = next(row for row in rows if row.get(schema.PART) is None)
@@ -100,7 +94,7 @@ def _check_parts(data: str, rows: list[dict[str, Any]]) -> list[str]:
         return []
     for row in rows:
         row.pop(schema.PART, None)
-    return [f"all images stand in the {schema.PART} {part}: this is no split" for part in named - {None}]
+    return [f"all images are in the {schema.PART} {part}: this is no split" for part in named - {None}]
 
 
 def select_magnifications(table: pa.Table, magnifications: Sequence[int]) -> pa.Table:
@@ -109,14 +103,6 @@ def select_magnifications(table: pa.Table, magnifications: Sequence[int]) -> pa.
     if not any(chosen):
         raise DataError(f"no image has a magnification of {list(magnifications)}; see --magnifications")
     return table.filter(pa.array(chosen))
-
-
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    rows = sorted(rows, key=lambda row: row[schema.IMAGE_ID])
-    ids = Counter(row[schema.IMAGE_ID] for row in rows)
-    if doubled := [name for name, n in ids.items() if n > 1]:
-        raise DataError(f"image id {doubled[0]!r} stands {ids[doubled[0]]} times; ids must be unique")
-    return pa.Table.from_pylist(rows, schema=schema.SPLIT if schema.PART in rows[0] else schema.INDEX)
 
 
 def _from_manifest(data: str, given: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -128,20 +114,16 @@ def _from_manifest(data: str, given: Mapping[str, str]) -> tuple[list[dict[str, 
     for row, written in zip(rows, found.rows, strict=True):
         row |= _labels(written, given) | {schema.MAGNIFICATION: manifest.magnification(written)}
         row[schema.PART] = _part(written)
-        _check_mpp(row[schema.MPP], written.where)
+        mpp = row[schema.MPP]
+        if mpp is not None and not MIN_MPP <= mpp <= MAX_MPP:
+            possible = f"between {MIN_MPP:g} and {MAX_MPP:g} µm/px are possible"
+            raise DataError(f"{written.where}: the {schema.MPP} is {mpp:g}; {possible}")
     sizes = storage.sizes([row[schema.URI] for row in rows])
     for row, size, written in zip(rows, sizes, found.rows, strict=True):
         if size is None:
             raise DataError(f"{written.where}: {_why_missing(row[schema.URI])}")
         row[schema.SIZE_BYTES] = size
     return rows, names.unused_columns(found.columns)
-
-
-def _check_mpp(mpp: float | None, where: str) -> None:
-    if mpp is not None and not MIN_MPP <= mpp <= MAX_MPP:
-        raise DataError(
-            f"{where}: the {schema.MPP} is {mpp:g}; between {MIN_MPP:g} and {MAX_MPP:g} µm/px are possible"
-        )
 
 
 def _why_missing(uri: str) -> str:
@@ -153,7 +135,7 @@ def _why_missing(uri: str) -> str:
 
 def _labels(row: manifest.Row, given: Mapping[str, str]) -> dict[str, str | None]:
     """Class and subtype of a manifest row."""
-    # A class of 0.0 is what a spreadsheet or Parquet makes of 0.
+    # `identity`, because a spreadsheet or Parquet may turn the class 0 into 0.0.
     written = names.identity(row.cells.get(schema.TUMOR_CLASS))
     named = names.identity(row.cells.get(schema.SUBTYPE))
     codes = {folded(name): s.code for s in SUBTYPES.values() for name in (s.code, s.name)}
@@ -163,20 +145,17 @@ def _labels(row: manifest.Row, given: Mapping[str, str]) -> dict[str, str | None
     expected = "expected benign or malignant, or --classes benign=NAME malignant=NAME"
     if written is None and subtype is None:
         raise DataError(f"{row.where}: the {schema.TUMOR_CLASS} is empty; {expected}")
-    tumor_class = SUBTYPES[subtype].tumor_class if subtype else ""
-    if written is not None:
-        tumor_class = given.get(folded(written), folded(written))
+    of_subtype = SUBTYPES[subtype].tumor_class if subtype else ""
+    tumor_class = given.get(folded(written), folded(written)) if written is not None else of_subtype
     if tumor_class not in TUMOR_CLASSES:
         raise DataError(f"{row.where}: unknown tumor_class {written!r}; {expected}")
-    if subtype and SUBTYPES[subtype].tumor_class != tumor_class:
-        raise DataError(
-            f"{row.where}: subtype {subtype} is {SUBTYPES[subtype].tumor_class}, not {tumor_class}"
-        )
+    if subtype and of_subtype != tumor_class:
+        raise DataError(f"{row.where}: subtype {subtype} is {of_subtype}, not {tumor_class}")
     return {schema.TUMOR_CLASS: tumor_class, schema.SUBTYPE: subtype}
 
 
 def _part(row: manifest.Row) -> str | None:
-    """Part of a manifest row; None where the cell is empty."""
+    """Part of a manifest row; None if the cell is empty."""
     written = names.identity(row.cells.get(schema.PART))
     part = part_named(written) if written else None
     if written and not part:

@@ -1,8 +1,7 @@
-"""Manifests: tables that people write, read as they are written. Training, archives and audits share it.
+"""Read manifests, tables of images written by users: CSV or TSV, also gzipped, or Parquet.
 
-Text (CSV, TSV, also gzipped) or Parquet, told apart by content. Every cell is text without surrounding
-blanks; an empty one is missing. A uri is relative to the manifest's own folder, absolute, `~/...`, `file://`,
-`s3://` or `gs://`.
+The format is recognised by content. Every cell is text without surrounding blanks; an empty one is missing. A
+uri is relative to the manifest's folder, absolute, `~/...`, `file://`, `s3://` or `gs://`.
 """
 
 import csv
@@ -26,11 +25,11 @@ from bcd.errors import DataError, StorageError
 from bcd.taxonomy import MPP_BY_MAGNIFICATION
 from bcd.text import counted
 
-# Columns that have a meaning here; others are carried along as they are.
+# Columns with a meaning; others are kept as they are.
 KNOWN = frozenset({*schema.INDEX.names, schema.PART})
 SEPARATORS = (",", ";", "\t", "|")
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
-# Byte order marks; the one of UTF-32 begins with that of UTF-16.
+# By byte order mark; that of UTF-32 begins with that of UTF-16.
 ENCODINGS = {
     b"\xff\xfe\x00\x00": "utf-32",
     b"\x00\x00\xfe\xff": "utf-32",
@@ -38,7 +37,7 @@ ENCODINGS = {
     b"\xfe\xff": "utf-16",
     b"\xef\xbb\xbf": "utf-8-sig",
 }
-# Unpacked; ten million rows have about 1 GiB. A gzip file of some MB can claim any size.
+# Uncompressed; ten million rows have about 1 GiB. A gzip file of a few MB can expand to any size.
 MAX_BYTES = 2**32
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 MAGNIFICATION = re.compile(r"([0-9]{1,4})(\.0*)? ?[xX×]?")
@@ -46,7 +45,7 @@ MAGNIFICATION = re.compile(r"([0-9]{1,4})(\.0*)? ?[xX×]?")
 
 @dataclass(frozen=True)
 class Row:
-    """Cells by column, without empty ones, and where they were written: `m.csv, line 3`."""
+    """Non-empty cells by column, and their place: `m.csv, line 3`."""
 
     where: str
     cells: dict[str, str]
@@ -54,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A table as it was written."""
+    """A table as written."""
 
     uri: str
     columns: tuple[str, ...]
@@ -70,7 +69,7 @@ def read_manifest(uri: str) -> Manifest:
     """Read a manifest.
 
     Raises:
-        DataError: it is no table, a row does not fit its header, or there are no rows; names the line.
+        DataError: it is no table, a row does not match the header, or there are no rows; names the line.
         StorageError: the URI cannot be read.
     """
     content = storage.read_bytes(uri)
@@ -120,9 +119,9 @@ def _text(uri: str, text: str) -> Manifest:
 
 
 def _separator(uri: str, text: str) -> tuple[str, int]:
-    """What separates the cells, and how many lines to skip: a spreadsheet's first may be `sep=;`."""
-    if said := re.match(r'"?sep=([;,|\t])"?\r?\n', text, re.IGNORECASE):
-        return said[1], 1
+    """Separator of the cells, and number of lines to skip: spreadsheets may begin with `sep=;`."""
+    if stated := re.match(r'"?sep=([;,|\t])"?\r?\n', text, re.IGNORECASE):
+        return stated[1], 1
     first = "\t" if uri.lower().endswith((".tsv", ".tsv.gz")) else ","
 
     def fitness(separator: str) -> tuple[bool, int, bool]:
@@ -137,9 +136,9 @@ def _separator(uri: str, text: str) -> tuple[str, int]:
 
 
 def _records(uri: str, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """The cells of every record that has any, and the line at which it begins, as an editor counts them.
+    """Cells of every record, and its first line as an editor counts.
 
-    A blank line has none, and neither have those that a spreadsheet adds, of nothing but separators.
+    Blank lines are skipped, and those of separators only, which spreadsheets add.
     """
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
@@ -154,7 +153,7 @@ def _records(uri: str, text: str, separator: str) -> Iterator[tuple[int, list[st
 
 
 def _header(uri: str, written: Sequence[str]) -> list[str]:
-    """Names of the columns, ours as we write them; a separator at the end of the line makes none."""
+    """Names of the columns, known ones normalised; separators at the end of the line add none."""
     header = [names.column(name.strip(), KNOWN) for name in written]
     while header and not header[-1]:
         header.pop()
@@ -194,28 +193,20 @@ def _parquet(uri: str, content: bytes) -> Manifest:
 
 
 def _cells(name: str, column: pa.ChunkedArray) -> list[str]:
-    """A column as text, "" where it is missing."""
+    """A column as text, "" for null."""
     if pa.types.is_nested(column.type):
         raise TypeError(f"column {name!r} has type {column.type}; expected text or numbers")
-    return [_cell(value) for value in column.to_pylist()]
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return (value.decode() if isinstance(value, bytes) else str(value)).strip()
+    values = ("" if value is None else value for value in column.to_pylist())
+    return [(value.decode() if isinstance(value, bytes) else str(value)).strip() for value in values]
 
 
 def inputs(manifest: Manifest, copies: bool) -> list[dict[str, Any]]:
-    """What every row says about its image, whatever it is for: columns of `schema.INDEX`, no labels.
+    """A row per image with columns of `schema.INDEX`, without labels.
 
-    Args:
-        manifest: with a column `uri`; `image_id` (by default the uri as it is written), `patient`, `case`,
-            `slide` and `mpp` are read where they are there.
-        copies: whether rows with an `image_id` each may name the same file.
+    Requires a column `uri`; `image_id` (by default the uri as written), `patient`, `case`, `slide` and `mpp`
+    are optional. With `copies`, rows with an `image_id` each may name the same file.
 
-    Raises:
-        DataError: names the line; an id or a file occurs twice, or a cell cannot be what it should be.
+    Raises `DataError`, with the line, if an id or a file occurs twice or a cell is invalid.
     """
     if schema.URI not in manifest.columns:
         raise DataError(f"{manifest.uri}: no column {schema.URI!r}; {names.instead(manifest.columns)}")
@@ -224,10 +215,8 @@ def inputs(manifest: Manifest, copies: bool) -> list[dict[str, Any]]:
     wheres = [row.where for row in manifest.rows]
     _require_once([row[schema.IMAGE_ID] for row in result], wheres, "image id")
     named = [copies and schema.IMAGE_ID in row.cells for row in manifest.rows]
-    files = [
-        None if one else posixpath.normpath(row[schema.URI]) for one, row in zip(named, result, strict=True)
-    ]
-    _require_once(files, wheres, "file")
+    files = [posixpath.normpath(row[schema.URI]) for row in result]
+    _require_once([None if of else file for of, file in zip(named, files, strict=True)], wheres, "file")
     return result
 
 
@@ -256,7 +245,6 @@ def _input(row: Row, root: str) -> dict[str, Any]:
 
 
 def _mpp(row: Row) -> float | None:
-    """µm per pixel of a row."""
     if (text := row.cells.get(schema.MPP)) is None:
         return None
     value = float(text) if NUMBER.fullmatch(text) else math.nan
@@ -268,10 +256,9 @@ def _mpp(row: Row) -> float | None:
 
 
 def magnification(row: Row) -> int | None:
-    """The magnification of a row: 40, `40x` and `400.0` are understood.
+    """The magnification of a row, such as 40, `40x` or `400.0`.
 
-    Raises:
-        DataError: it is none that BreaKHis has; the scale of others is not known.
+    Raises `DataError` if BreaKHis has no such magnification, so that its scale is unknown.
     """
     if (text := row.cells.get(schema.MAGNIFICATION)) is None:
         return None

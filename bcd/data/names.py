@@ -1,6 +1,6 @@
-"""Names as people write them, in one form: of classes, folders, columns and patients.
+"""Normalise names of columns and ids of patients as users write them.
 
-A blank, a capital or another Unicode form must not make two patients of one, nor hide a column.
+A blank, a capital or another Unicode form must not turn one patient into two, nor hide a column.
 """
 
 import re
@@ -11,12 +11,12 @@ from typing import Any
 from bcd import schema
 from bcd.text import folded, some, visible
 
-# What spreadsheets and pandas write where they know nothing.
+# What spreadsheets and pandas write for missing values.
 _UNKNOWN = frozenset({"", "nan", "<na>", "none", "null", "nat", "n/a", "#n/a"})
 _INTEGRAL = re.compile(r"([+-]?[0-9]+)\.0+")
-# 123456789012, as a narrow cell of a spreadsheet shows and saves it.
+# 123456789012, as a narrow cell of a spreadsheet displays and saves it.
 _ROUNDED = re.compile(r"[0-9]([.,][0-9]+)?[Ee][+][0-9]+")
-# A column of one of these names is often meant for ours; it is told, never guessed.
+# Names often used for one of our columns: a warning suggests ours, but nothing is guessed.
 _MEANT: Mapping[str, frozenset[str]] = {
     schema.URI: frozenset({"path", "file", "filename", "file_name", "filepath", "file_path", "image_path"}),
     schema.PATIENT: frozenset({"patient_id", "patientid", "pid", "subject", "subject_id", "person", "donor"}),
@@ -30,16 +30,15 @@ _MEANT: Mapping[str, frozenset[str]] = {
     schema.MAGNIFICATION: frozenset({"mag", "zoom", "objective"}),
     schema.MPP: frozenset({"um_per_px", "pixel_size", "pixel_size_um", "microns_per_pixel", "resolution"}),
 }
-# Hospitals may number their patients alike.
+# Hospitals may use the same patient numbers.
 _SITES = frozenset({"site", "hospital", "center", "centre", "clinic", "institution"})
 
 
 def identity(value: Any) -> str | None:
-    """The one way to write an id of a patient, case or slide; None where it says nothing.
+    """Normalised id of a patient, case or slide; None if it is missing.
 
-    Blanks around it, invisible characters and Unicode forms (NFKC: a full-width digit is the digit) make no
-    other patient, nor does the `.0` that a spreadsheet adds: 12.0, "12.0" and " 12" are 12. Zeros in front
-    stay: 007 is not 7.
+    Removes surrounding blanks, invisible characters, Unicode variants (NFKC) and the `.0` that a spreadsheet
+    adds: 12.0, "12.0" and " 12" are 12. Leading zeros are kept: 007 is not 7.
     """
     name = visible(str(value))
     if name.casefold() in _UNKNOWN:
@@ -49,20 +48,20 @@ def identity(value: Any) -> str | None:
 
 
 def doubtful_ids(ids: Iterable[str | None], what: str) -> list[str]:
-    """Warnings of ids that may be wrong, with their names; `what` they are of.
+    """Warnings that name suspicious ids of a column (`what`).
 
-    Those that differ only in case, in zeros in front or in punctuation, and those that a spreadsheet rounded.
+    These differ only in case, leading zeros or punctuation, or were rounded by a spreadsheet.
     """
     known = {name for name in ids if name is not None}
     groups: dict[str, set[str]] = defaultdict(set)
     for name in known:
         groups[_key(name)].add(name)
-    alike = sorted(" and ".join(map(repr, sorted(group))) for group in groups.values() if len(group) > 1)
+    similar = sorted(" and ".join(map(repr, sorted(group))) for group in groups.values() if len(group) > 1)
     rounded = sorted(repr(name) for name in known if _ROUNDED.fullmatch(name))
     warnings = []
-    if alike:
+    if similar:
         warnings.append(
-            f"{what} ids differ only in case, zeros or punctuation: {some(alike, separator='; ')}. They "
+            f"{what} ids differ only in case, zeros or punctuation: {some(similar, separator='; ')}. They "
             f"count as different {what}s: write the id of one {what} in one way"
         )
     if rounded:
@@ -74,28 +73,27 @@ def doubtful_ids(ids: Iterable[str | None], what: str) -> list[str]:
 
 
 def _key(name: str) -> str:
-    # A slash parts the hospital from the patient, so it stays.
+    # A slash separates hospital and patient, so it is kept.
     parts = (re.sub(r"(?<!\d)0+(?=\d)", "", part.casefold()) for part in name.split("/"))
     return "/".join(re.sub(r"[\W_]+", "", part) or part for part in parts)
 
 
 def column(name: str, known: Collection[str]) -> str:
-    """A column by our own name for it, whatever its case, blanks or byte-order mark; others as they are."""
+    """Our name of a known column, ignoring case, blanks and a byte-order mark; others unchanged."""
     return folded(name) if folded(name) in known else name
 
 
 def unused_columns(columns: Collection[str]) -> list[str]:
-    """A warning for each column that looks like one of ours and is not used."""
-    there = set(columns)
+    """A warning for each unused column whose name is similar to one of ours."""
     sites = [
-        f"column {written!r} is not used; where hospitals number their patients alike, put it into "
+        f"column {written!r} is not used; if hospitals use the same patient numbers, put it into "
         f"{schema.PATIENT!r}, as in A/12"
         for written in columns
         if folded(written) in _SITES
     ]
     return sites + [
         f"column {written!r} is not used; "
-        + (f"the column {name!r} is" if name in there else f"call it {name!r} to use it")
+        + (f"the column {name!r} is" if name in columns else f"call it {name!r} to use it")
         for written in columns
         for name, others in _MEANT.items()
         if folded(written) in others
@@ -103,5 +101,5 @@ def unused_columns(columns: Collection[str]) -> list[str]:
 
 
 def instead(columns: Collection[str]) -> str:
-    """What a table has where it lacks a column, and which of that may be meant for ours."""
+    """The columns that a table has, and which of them may be meant for ours."""
     return "; ".join([f"it has {some(columns, most=10)}", *unused_columns(columns)])

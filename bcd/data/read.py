@@ -1,4 +1,4 @@
-"""From a row to the pixels of its image, a whole file or a tile of a slide, read and decoded."""
+"""Read and decode the image of a row, a whole file or a tile of a slide."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -15,39 +15,30 @@ from bcd.imaging import image, pixel_size
 from bcd.slides import slide_cache
 from bcd.slides.slide import Slide, open_slide
 
+# An image fitted into the network's input, and its original height and width.
+Picture = tuple[np.ndarray, int, int]
+
 
 def pixels(
-    batch: pa.Table,
-    height_px: int,
-    width_px: int,
-    keep: Sequence[str],
-    threads: int = 1,
+    batch: pa.Table, height_px: int, width_px: int, keep: Sequence[str], threads: int = 1
 ) -> dict[str, Any]:
-    """Read, decode and fit the picture of every row.
+    """Read, decode (in `threads`) and fit the image of every row into the network's input.
 
-    Args:
-        batch: rows with a `uri`; tiles also with the columns of `schema.READING`.
-        height_px: of the network's input.
-        width_px: of the network's input.
-        keep: columns to carry along.
-        threads: that decode.
-
-    Returns:
-        The kept columns, `image` uint8 (n, height, width, 3), `height_px` and `width_px` of the original,
-        `sha256` of the file's bytes, empty where it was not read whole (a tile), and `error` and
-        `error_message`, empty for a good picture. A broken one is black.
+    Rows have a `uri`, tiles also the columns of `schema.READING`. Returns the columns `keep`, `image` uint8
+    (n, height, width, 3), black if broken, `height_px` and `width_px` of the original, `sha256` of the file's
+    bytes, empty for a tile, and `error` and `error_message`, empty for a good image.
     """
     n = len(batch)
     images = np.zeros((n, height_px, width_px, 3), np.uint8)
     heights, widths = np.zeros(n, np.int32), np.zeros(n, np.int32)
     # Empty and not null for a good image: NumPy batches have no null for text.
     hashes, errors, messages = [""] * n, [""] * n, [""] * n
-    found = _pictures(batch.to_pylist(), threads, (height_px, width_px))
-    for i, (hashes[i], picture) in enumerate(found):
-        if isinstance(picture, image.ImageError):
-            errors[i], messages[i] = picture.code, picture.message
+    results = _fitted(batch.to_pylist(), threads, (height_px, width_px))
+    for i, (hashes[i], result) in enumerate(results):
+        if isinstance(result, image.ImageError):
+            errors[i], messages[i] = result.code, result.message
         else:
-            images[i], heights[i], widths[i] = picture
+            images[i], heights[i], widths[i] = result
     return {
         **{name: batch[name].to_numpy() for name in keep},
         schema.IMAGE: images,
@@ -59,27 +50,22 @@ def pixels(
     }
 
 
-Picture = tuple[np.ndarray, int, int]
-
-
-def _pictures(
+def _fitted(
     rows: list[dict[str, Any]], threads: int, size: tuple[int, int]
 ) -> Iterator[tuple[str, Picture | image.ImageError]]:
-    """Hashes and fitted pictures in order; several requests are in flight while others are decoded."""
+    """Hashes and fitted images in order; files are fetched while others are decoded."""
     with ThreadPoolExecutor(storage.READ_THREADS) as fetching, ThreadPoolExecutor(threads) as decoding:
         contents = [fetching.submit(_try_read, row[schema.URI]) if _is_file(row) else None for row in rows]
-        yield from decoding.map(lambda row, content: _picture(row, content, size), rows, contents)
+        yield from decoding.map(lambda row, content: _fit(row, content, size), rows, contents)
 
 
 def _is_file(row: dict[str, Any]) -> bool:
-    """Whether the picture is a whole file, and not a tile of a slide or known to be broken."""
+    """Whether the image is a whole file, neither a tile of a slide nor known to be broken."""
     return row.get(schema.X_LEVEL0_PX) is None and row.get(schema.ERROR) is None
 
 
-def _picture(
-    row: dict[str, Any],
-    content: "Future[bytes | image.ImageError] | None",
-    size: tuple[int, int],
+def _fit(
+    row: dict[str, Any], content: "Future[bytes | image.ImageError] | None", size: tuple[int, int]
 ) -> tuple[str, Picture | image.ImageError]:
     read = content.result() if content else None
     digest = hashlib.sha256(read).hexdigest() if isinstance(read, bytes) else ""
@@ -92,14 +78,10 @@ def _picture(
 
 
 def picture(row: dict[str, Any], content: bytes | image.ImageError | None = None) -> np.ndarray:
-    """The picture of a row as it was stored: uint8 (h, w, 3) RGB.
+    """The image of a row as stored: uint8 (h, w, 3) RGB; raises `ImageError` if it cannot be used.
 
-    Args:
-        row: of `schema.READING`, or of the predictions table.
-        content: of the file, where it has been read.
-
-    Raises:
-        ImageError: it cannot be used.
+    The row is of `schema.READING` or of the predictions table; `content` is that of its file, if it has been
+    read.
     """
     if error := row.get(schema.ERROR):
         raise image.ImageError(error, row[schema.ERROR_MESSAGE])
@@ -109,16 +91,16 @@ def picture(row: dict[str, Any], content: bytes | image.ImageError | None = None
 
 
 def _tile(row: dict[str, Any]) -> np.ndarray:
-    """The pixels of a tile, from the nearest better level of its slide."""
+    """The pixels of a tile, from the nearest finer level of its slide."""
     across, down = row.get(schema.SLIDE_MPP_X), row.get(schema.SLIDE_MPP_Y)
-    # As its slide was planned, whatever the file says by now.
+    # The scale with which its slide was planned, even if the file now states another.
     given = pixel_size.Given(override=(across, down) if across and down else None)
     try:
         slide, staged = slide_cache.open_staged(row[schema.URI], given)
         try:
             return _cut(slide, row)
         except image.ImageError:
-            # OpenSlide's handle is of no use after an error, its own or that of a tile read beside this one.
+            # OpenSlide's handle is unusable after an error, of this tile or of one read concurrently.
             slide_cache.open_staged.cache_clear()
             with open_slide(staged.path, given) as fresh:
                 return _cut(fresh, row)
@@ -133,7 +115,7 @@ def _cut(slide: Slide, row: dict[str, Any]) -> np.ndarray:
     sizes = row[schema.WIDTH_PX], row[schema.HEIGHT_PX]
     width, height = (max(1, round(size * factor)) for size, factor in zip(sizes, factors, strict=True))
     pixels = slide.read(row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX], level, width, height)
-    # Where the axes differ, the finer one is reduced to the other: the network sees square pixels only.
+    # If the axes differ, the finer one is reduced to the other: the network expects square pixels.
     square = [max(1, round(size * min(factors))) for size in sizes]
     if square == [width, height]:
         return pixels
@@ -151,20 +133,20 @@ def _try_read(uri: str) -> bytes | image.ImageError:
 
 
 def require_bytes(content: bytes | image.ImageError) -> bytes:
-    """The bytes of a file; raises the ImageError that stands in their place."""
+    """The bytes of a file; raises the `ImageError` given in their place."""
     if isinstance(content, image.ImageError):
         raise content
     return content
 
 
 def withheld(error: StorageError) -> image.ImageError:
-    """What it means for a picture that storage does not give it."""
+    """The error of an image whose file storage could not read: permanent or transient."""
     if isinstance(error, TooLargeError):
         return image.ImageError("too_large", str(error))
     return image.ImageError("unreadable" if error.lasting else image.UNAVAILABLE, str(error))
 
 
 def contents(uris: list[str]) -> Iterator[bytes | image.ImageError]:
-    """Contents in order; several requests are in flight while the caller decodes."""
+    """Contents in order; files are fetched while the caller decodes."""
     with ThreadPoolExecutor(storage.READ_THREADS) as pool:
         yield from pool.map(_try_read, uris)

@@ -1,15 +1,15 @@
-"""A small, deterministic tree of made-up pictures, named and laid out like BreaKHis, for demo and tests.
+"""Deterministic synthetic images in the layout of BreaKHis, for the demo and tests.
 
-Nothing here says anything about tissue: numbers made from it must be marked synthetic (see `MARKER`).
+They are no evidence about tissue: numbers from them must be marked synthetic (see `MARKER`).
 
-A picture is read off one map, the signed distance to the nearest gland border. Going outwards it crosses a
-core (lumen or stroma), a rim of epithelium, a pale halo, and fibrous stroma; the eight subtypes differ only
-in the shape of the glands and the widths of these zones. Nuclei are stamped on top. Their size, its
-variation, their irregularity and darkness rise with a grade, drawn per patient and field: higher on average
-in the malignant subtypes, with overlap. The stain is drawn per patient without regard to the class.
+An image derives from one map, the signed distance to the nearest gland border: from inside out a core (lumen
+or stroma), a rim of epithelium, a pale halo, and fibrous stroma. The eight subtypes differ only in the shape
+of the glands and the widths of these zones. Nuclei are stamped on top; their size, its variation, their
+irregularity and darkness rise with a grade, drawn per patient and field: higher on average in malignant
+subtypes, with overlap. The stain is drawn per patient, independently of the class.
 
 Lengths are in nuclear diameters unless a name says `_px`; points are complex numbers, x + iy; maps (h, w)
-have `_GRID` samples per nuclear diameter, pictures (H, W) have pixels.
+have `_GRID` samples per nuclear diameter, images (H, W) have pixels.
 """
 
 from collections.abc import Mapping
@@ -27,22 +27,22 @@ from bcd.taxonomy import BENIGN, MAGNIFICATIONS, MALIGNANT, SUBTYPES
 
 MARKER: Final = "SYNTHETIC.txt"
 _NOTICE: Final = """\
-These pictures are synthetic: drawn by bcd from random numbers, named and laid out like BreaKHis.
+These images are synthetic: drawn by bcd from random numbers, named and laid out like BreaKHis.
 They show no tissue of anybody, and no number measured on them says anything about breast cancer.
 """
 
-# The published slide ids are of the years 14 and 15 and below 30000: these cannot be taken for one of them.
+# Published slide ids have the years 14 and 15 and numbers below 30000, so these are distinct.
 _YEAR: Final = 99
 _FIRST_ID: Final = 90001
 
-# Diameter of a nucleus at 40X in a field 700 px wide, and the power of the magnification with which it grows.
-# Real ones grow with the first power, tenfold from 40X to 400X; these must outlive a resize to 96x144 at 40X.
+# Diameter of a nucleus at 40X in a field 700 px wide, and its growth as a power of the magnification. Real
+# nuclei grow with the first power, tenfold from 40X to 400X; these must survive a resize to 96x144 at 40X.
 _NUCLEUS_PX: Final = 22.0
 _GROWTH: Final = 0.4
 _GRID: Final = 4
 
-# Grades spread by 0.13 around these means: tuned so that minutes of training from scratch tell the class of
-# an unseen patient's field most of the time, and mean colour hardly better than chance.
+# Grades spread by 0.13 around these means: tuned so that minutes of training from scratch classify most
+# fields of unseen patients, but mean colour hardly better than chance.
 _MEAN_GRADE: Final = {BENIGN: 0.2, MALIGNANT: 0.8}
 _MEAN_HAEMATOXYLIN: Final = 0.25
 _MEAN_EOSIN: Final = 0.32
@@ -54,7 +54,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class PatientPlan:
-    """How many pictures, and of which size; the default is 384 pictures of 32 patients."""
+    """Number and size of the images; by default 384 images of 32 patients."""
 
     patients_per_subtype: int = 4
     images_per_magnification: int = 3
@@ -73,7 +73,7 @@ class _Glands(NamedTuple):
     spacing: float  # between the centres of neighbours
     radius: float  # short half axis
     aspect: float  # long half axis / short half axis
-    warp: float  # how far the border wanders
+    warp: float  # amplitude of the border's deviations
     rim: float  # width of the epithelium; `_SOLID` leaves no core
     halo: float  # width of the pale space around a gland
     cellularity: float  # nuclei of the stroma, relative to plain collagen
@@ -108,13 +108,11 @@ class _Nuclei(NamedTuple):
 
 
 def write_tree(root: str | Path, plan: PatientPlan = _DEFAULT) -> list[Path]:
-    """Write `<root>/BreaKHis_v1` as BreaKHis is published, with a note in `MARKER` that says what it is.
+    """Write `<root>/BreaKHis_v1` in the published layout, with the notice `MARKER`; returns sorted image
+    paths.
 
-    The same plan gives the same bytes, given the same versions of NumPy, SciPy and Pillow; a picture does not
-    depend on how many others there are.
-
-    Returns:
-        The paths of the pictures, sorted.
+    A plan gives the same bytes with the same versions of NumPy, SciPy and Pillow; an image does not depend on
+    the number of others.
     """
     top = Path(root) / "BreaKHis_v1"
     top.mkdir(parents=True, exist_ok=True)
@@ -128,17 +126,17 @@ def write_tree(root: str | Path, plan: PatientPlan = _DEFAULT) -> list[Path]:
 
 def _write_patient(top: Path, subtype: str, patient: int, plan: PatientPlan) -> list[Path]:
     """Write the fields of one patient and return their paths."""
-    kind = SUBTYPES[subtype]
-    prefix = f"SOB_{kind.tumor_class[0].upper()}_{kind.code}"
-    slides = top / "histology_slides" / "breast" / kind.tumor_class / "SOB" / kind.name
+    tumor_class = SUBTYPES[subtype].tumor_class
+    prefix = f"SOB_{tumor_class[0].upper()}_{subtype}"
+    slides = top / "histology_slides" / "breast" / tumor_class / "SOB" / SUBTYPES[subtype].name
     paths = []
     for magnification in plan.magnifications:
         folder = slides / f"{prefix}_{_YEAR}-{patient}" / f"{magnification}X"
         folder.mkdir(parents=True, exist_ok=True)
         for sequence in range(1, plan.images_per_magnification + 1):
             path = folder / f"{prefix}-{_YEAR}-{patient}-{magnification}-{sequence:03}.png"
-            picture = Image.fromarray(image(subtype, patient, magnification, sequence, plan))
-            picture.save(path, format="PNG", compress_level=2)
+            pixels = image(subtype, patient, magnification, sequence, plan)
+            Image.fromarray(pixels).save(path, format="PNG", compress_level=2)
             paths.append(path)
     return paths
 
@@ -146,17 +144,14 @@ def _write_patient(top: Path, subtype: str, patient: int, plan: PatientPlan) -> 
 def image(
     subtype: str, patient_seed: int, magnification: int, sequence: int, plan: PatientPlan
 ) -> NDArray[np.uint8]:
-    """Draw one field.
+    """Draw one field: uint8 (height_px, width_px, 3) RGB, of the size and seed of the plan.
 
     Args:
         subtype: code, as in `taxonomy.SUBTYPES`.
-        patient_seed: fixes the stain, and where the patient's grade lies.
+        patient_seed: determines the stain and the patient's mean grade.
         magnification: 40 to 400, the label.
         sequence: number of the field among its patient's at this magnification.
-        plan: gives the size and the seed.
-
-    Returns:
-        uint8 (height_px, width_px, 3) RGB.
+        plan: size and seed.
     """
     patient = default_rng([plan.seed, patient_seed])
     field = default_rng([plan.seed, patient_seed, magnification, sequence])
@@ -171,7 +166,7 @@ def image(
 def _stain(rng: Generator) -> Array:
     """Draw optical densities (3, RGB) of a unit of haematoxylin, of eosin, and of the lamp's shade.
 
-    The dyes lie around the vectors of Ruifrok and Johnston (2001), as laboratories and scanners vary.
+    The dyes vary around the vectors of Ruifrok and Johnston (2001), as between laboratories and scanners.
     """
     dyes = np.array([[0.62, 0.72, 0.34], [0.12, 0.80, 0.35]]) + rng.normal(0, [0.035, 0.04, 0.045], (2, 3))
     strength = np.exp(rng.normal(0, 0.15, (2, 1)))
@@ -209,7 +204,7 @@ def _tissue(rng: Generator, glands: _Glands, grade: float, nucleus_px: float, sh
 def _border_distance(rng: Generator, glands: _Glands, place: Points, grain: complex) -> Array:
     """Signed distance (h, w) to the nearest gland border, negative inside, at the points `place` (h, w).
 
-    The glands lie more or less along the unit vector `grain`.
+    The glands are roughly aligned with the unit vector `grain`.
     """
     centres = _scatter(rng, place[-1, -1], glands.spacing)
     centres = centres[rng.random(len(centres)) < 0.9]
@@ -223,12 +218,12 @@ def _border_distance(rng: Generator, glands: _Glands, place: Points, grain: comp
         distance = np.sqrt((offset.real / glands.aspect) ** 2 + offset.imag**2) - radius
         second = np.minimum(second, np.maximum(first, distance))
         first = np.minimum(first, distance)
-    # Where two glands are equally near, neither is: crowded glands flatten against each other, never merge.
+    # Points equally near to two glands are outside both: crowded glands flatten each other and never merge.
     return np.maximum(first, 0.5 * (first - second) + 0.2)
 
 
 def _fat_depth(rng: Generator, distance: Array, place: Points, halo: float) -> Array:
-    """Depth (h, w) inside fat cells, negative outside: lobules of them in some fields, off the glands."""
+    """Depth (h, w) inside fat cells, negative outside: lobules in some fields, away from the glands."""
     beyond = (rng.uniform(0.5, 2.5) - _noise(rng, distance.shape, 9 * _GRID)) * 2
     beyond = np.maximum(beyond, halo + 0.7 - distance).astype(np.float32)
     if beyond.min() > 0:
@@ -237,13 +232,13 @@ def _fat_depth(rng: Generator, distance: Array, place: Points, halo: float) -> A
 
 
 def _epithelial_nuclei(rng: Generator, glands: _Glands, distance: Array, grade: float) -> _Nuclei:
-    """Nuclei in the rims of glands: small, alike, in file at grade 0; large, dark, unlike at grade 1."""
+    """Nuclei in the rims of glands: small, regular, aligned at grade 0; large, dark, irregular at grade 1."""
     slope = _slope(distance)
     points = _scatter(rng, complex(*distance.shape[::-1]) / _GRID, 0.65)
     depth = _at(distance, points)
     inside = (depth < 0) & (depth > -glands.rim)
     points, depth = points[inside], depth[inside]
-    # Off both borders by a step along the slope, which lines up the nuclei of a thin rim.
+    # Moved off both borders along the slope, which aligns the nuclei of a thin rim.
     step = depth.clip(0.75 - glands.rim, -0.5) - depth
     uphill = _at(slope, points)
     points = _apart(points + step * uphill / np.abs(uphill).clip(0.5) ** 2, 0.74 + 0.3 * grade)
@@ -309,7 +304,7 @@ def _dye(
     fibres: Array,
     nuclei: Array,
 ) -> Array:
-    """Amounts (H, W, 3) of haematoxylin, eosin and shade, from pictures (H, W) of what lies where."""
+    """Amounts (H, W, 3) of haematoxylin, eosin and shade, from images (H, W) of the tissues."""
 
     def beyond(border: float) -> Array:
         return ((distance - border) * 8 + 0.5).clip(0, 1)
@@ -327,7 +322,7 @@ def _dye(
     eosin = (stroma * (0.55 + 0.16 * fibres + grain) + rim * (0.42 + grain)) * cover
     y, x = (np.linspace(-1, 1, n, dtype=np.float32) for n in distance.shape)
     shade = 1 + 0.5 * (x**2 + y[:, None] ** 2)
-    # Most of the way to the same mean amounts in every field, so that mere colour does not tell the class.
+    # Most of the way to equal mean amounts in every field, so that colour alone does not reveal the class.
     haematoxylin *= (_MEAN_HAEMATOXYLIN / haematoxylin.mean()) ** 0.5
     eosin *= (_MEAN_EOSIN / eosin.mean()) ** 0.8
     return np.stack([haematoxylin, eosin, shade], axis=-1).clip(0)
@@ -344,7 +339,7 @@ def _noise(rng: Generator, shape: Shape, cell: float) -> Array:
 
 
 def _enlarge(field: Array, shape: Shape) -> Array:
-    """Interpolate a map (h, w) to a picture of `shape`."""
+    """Interpolate a map (h, w) to an image of `shape`."""
     return np.asarray(Image.fromarray(field).resize(shape[::-1], Image.Resampling.BICUBIC))
 
 
@@ -374,7 +369,7 @@ def _scatter(rng: Generator, corner: complex, spacing: float) -> Points:
 
 
 def _apart(points: Points, spacing: float) -> Points:
-    """The points that keep `spacing` from all those kept before them."""
+    """The points that are at least `spacing` from all points kept before them."""
     tree = KDTree(np.stack([points.real, points.imag], axis=-1))
     keep = np.ones(len(points), bool)
     for first, second in sorted(tree.query_pairs(spacing)):

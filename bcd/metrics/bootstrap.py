@@ -1,13 +1,12 @@
-"""How sure one may be of a metric: a bootstrap over patients.
+"""Confidence intervals of metrics: a bootstrap over patients.
 
-Fields of one patient resemble each other, so a thousand images of ten patients know little more than ten
-patients do: patients are resampled, with all their images.
+Images of one patient are correlated, so patients are resampled, each with all its images.
 
 An interval is value ± t · s on the log-odds scale, where s is the standard deviation over the resamples and
-t is Student's, with one degree of freedom less than there are patients to tell from (for what compares the
-two classes, of the rarer class). Plain percentiles are too narrow with the few patients of such studies
-(Hesterberg 2015, "What Teachers Should Know About the Bootstrap"): in simulated studies of 24 benign and 58
-malignant patients they held the true AUC 87 to 92 times in 100, these 94 to 96 times.
+t is Student's, with one degree of freedom less than there are patients (of the rarer class, for metrics that
+compare the classes). Percentile intervals are too narrow with the few patients of such studies (Hesterberg
+2015, "What Teachers Should Know About the Bootstrap"): in simulated studies of 24 benign and 58 malignant
+patients they contained the true AUC 87 to 92 times in 100, these 94 to 96 times.
 """
 
 from collections.abc import Mapping
@@ -23,19 +22,13 @@ N_RESAMPLES = 1000
 METHOD = "bootstrap over patients, Student's t on the log-odds scale"
 # The metrics that get an interval.
 INTERVALS = (
-    "accuracy",
-    "balanced_accuracy",
-    "sensitivity",
-    "specificity",
-    "auc",
-    "patient_recognition_rate",
-    "brier",
-    "ece",
+    *("accuracy", "balanced_accuracy", "sensitivity", "specificity"),
+    *("auc", "patient_recognition_rate", "brier", "ece"),
 )
 # A resample without patients of one class has no AUC. Two patients of a class are missing from at most
 # 14 % of the resamples, a single one from at least 25 %: beyond this there is no interval.
 MAX_UNDEFINED = 0.2
-# Resamples that agree up to this differ by the order of their sums, not by their patients.
+# Resamples that agree up to this differ only by the order of summation.
 ROUNDING = 1e-9
 # Bins of the expected calibration error, of equal width (Guo et al. 2017, arXiv 1706.04599).
 N_BINS = 15
@@ -44,12 +37,10 @@ Intervals = dict[str, list[float] | None]
 
 
 def draws(n_patients: int, n_resamples: int = N_RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each patient is drawn in each resample, int (n_resamples, n_patients); rows sum to patients.
+    """How often each patient is drawn in each resample: int (n_resamples, n_patients), rows sum to
+    n_patients.
 
-    Args:
-        n_patients: of the study.
-        n_resamples: how often they are drawn with replacement.
-        seed: of numpy's PCG64.
+    The seed is that of NumPy's PCG64.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     return generator.multinomial(n_patients, np.full(n_patients, 1 / max(1, n_patients)), size=n_resamples)
@@ -57,11 +48,11 @@ def draws(n_patients: int, n_resamples: int = N_RESAMPLES, seed: int = 0) -> np.
 
 @dataclass(frozen=True)
 class Tally:
-    """What a bootstrap over p patients needs of their images: counts and sums (p,), of bins (p, N_BINS).
+    """Sufficient statistics of a bootstrap over p patients: counts and sums (p,), of bins (p, N_BINS).
 
-    `wins[i, j]` counts the pairs of a malignant image of patient i and a benign one of patient j that are
-    ranked rightly, a tie as one half; its sum over all pairs is the AUC. `gaps` is the sum of probability
-    minus truth in each bin of the calibration error.
+    `wins[i, j]` counts the correctly ranked pairs of a malignant image of patient i and a benign one of
+    patient j, a tie as one half; its sum over the number of pairs is the AUC. `gaps` is the sum of
+    probability minus truth in each bin of the calibration error.
     """
 
     malignant: np.ndarray
@@ -73,7 +64,7 @@ class Tally:
     wins: np.ndarray
 
     def metrics(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
-        """Each of `INTERVALS` (r,) when patients count as often as `drawn` (r, p); nan if undefined."""
+        """Each of `INTERVALS` (r,) if patients count as often as `drawn` (r, p); nan if undefined."""
         malignant, benign = drawn @ self.malignant, drawn @ self.benign
         correct, images = self.true_positive + self.true_negative, self.malignant + self.benign
         sensitivity = _ratios(drawn @ self.true_positive, malignant)
@@ -96,15 +87,14 @@ class Tally:
         return {name: float(values[0]) for name, values in once.items()}
 
     def support(self) -> dict[str, tuple[int, int]]:
-        """From how many patients and images (for the AUC: pairs of images) each of `INTERVALS` is known."""
+        """Numbers of patients and images (for the AUC: pairs of images) behind each of `INTERVALS`."""
         malignant, benign = int(self.malignant.sum()), int(self.benign.sum())
         with_malignant, with_benign = int((self.malignant > 0).sum()), int((self.benign > 0).sum())
-        fewer = min(with_malignant, with_benign)
         of_class = {
             "sensitivity": (with_malignant, malignant),
             "specificity": (with_benign, benign),
-            "balanced_accuracy": (fewer, min(malignant, benign)),
-            "auc": (fewer, malignant * benign),
+            "balanced_accuracy": (min(with_malignant, with_benign), min(malignant, benign)),
+            "auc": (min(with_malignant, with_benign), malignant * benign),
         }
         return {name: of_class.get(name, (len(self.malignant), malignant + benign)) for name in INTERVALS}
 
@@ -112,13 +102,9 @@ class Tally:
 def tally(
     truth_malignant: np.ndarray, probability_malignant: np.ndarray, called: np.ndarray, patient: np.ndarray
 ) -> Tally:
-    """Count what a bootstrap needs.
+    """Count what a bootstrap needs, from truth, probability, call and patient of every image, (n,) each.
 
-    Args:
-        truth_malignant: bool (n,).
-        probability_malignant: float (n,).
-        called: bool (n,), called malignant.
-        patient: id of each image's patient (n,); patients are numbered in order of appearance.
+    Patients are numbered in order of appearance.
     """
     truth, called = np.asarray(truth_malignant, bool), np.asarray(called, bool)
     probability = np.asarray(probability_malignant, float)
@@ -146,17 +132,10 @@ def bins(probability: np.ndarray) -> np.ndarray:
 
 
 def intervals(counted: Tally, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Intervals:
-    """95 % intervals.
+    """95 % interval [low, high] of each of `INTERVALS`.
 
-    Args:
-        counted: from `tally`.
-        n_resamples: see `draws`.
-        seed: see `draws`.
-
-    Returns:
-        For each of `INTERVALS` [low, high], or `None` with fewer than two patients (of a class, where
-        the metric is about one), and where the value is 0 or 1 or all resamples agree: a sample without a
-        single error does not tell how rare errors are, and [1, 1] would claim to know.
+    `None` with fewer than two patients (of a class, where the metric is about one), and where the value is 0
+    or 1 or all resamples agree: a sample without any error does not show how rare errors are.
     """
     n_patients = len(counted.malignant)
     if n_patients < 2:
@@ -169,23 +148,21 @@ def intervals(counted: Tally, n_resamples: int = N_RESAMPLES, seed: int = 0) -> 
 def _interval(value: float, resampled: np.ndarray, n_patients: int, n_images: int) -> list[float] | None:
     if not 0 < value < 1:
         return None
-    # A resample without an error stands for a rate of errors below half an image, not for none; below half
-    # the rate seen, where a mean of squares or of two classes is smaller than an image's share.
+    # A resample without an error means an error rate below half an image, not none; below half the observed
+    # rate, where a mean of squares or of two classes is smaller than an image's share.
     edge = min(0.5 / n_images, value / 2, (1 - value) / 2)
     spread = deviation(logit(np.clip(resampled, edge, 1 - edge)), n_patients)
     if spread is None:
         return None
     reach = quantile(n_patients - 1) * spread
-    return [float(expit(logit(value) - reach)), float(expit(logit(value) + reach))]
+    return [float(expit(logit(value) + sign * reach)) for sign in (-1, 1)]
 
 
 def deviation(resampled: np.ndarray, n_patients: int) -> float | None:
-    """Standard deviation over resamples; `None` where it does not tell how sure one may be: with fewer than
-    two patients, where more than `MAX_UNDEFINED` of the resamples are undefined, or where all agree.
+    """Standard deviation over resamples (r,), nan where undefined.
 
-    Args:
-        resampled: values (r,), nan where undefined.
-        n_patients: to tell from, see `Tally.support`.
+    `None` where it says nothing: with fewer than two patients (see `Tally.support`), if more than
+    `MAX_UNDEFINED` of the resamples are undefined, or if all agree.
     """
     defined = resampled[~np.isnan(resampled)]
     if n_patients < 2 or len(defined) < (1 - MAX_UNDEFINED) * len(resampled):
@@ -195,21 +172,14 @@ def deviation(resampled: np.ndarray, n_patients: int) -> float | None:
 
 
 def quantile(degrees: int) -> float:
-    """Student's t that holds `LEVEL` of the distribution between itself and its negative."""
+    """Student's t that has `LEVEL` of the distribution between its negative and itself."""
     return float(student.ppf((1 + LEVEL) / 2, degrees))
 
 
 def resampled_differences(
     first: Tally, second: Tally, n_resamples: int = N_RESAMPLES, seed: int = 0
 ) -> Mapping[str, np.ndarray]:
-    """First minus second, of each of `INTERVALS` (r,), where both are measured on the same drawn patients.
-
-    Args:
-        first: of p patients.
-        second: of the same, in the same order.
-        n_resamples: see `draws`.
-        seed: see `draws`.
-    """
+    """First minus second of each of `INTERVALS` (r,), both over the same resamples of the same patients."""
     drawn = draws(len(first.malignant), n_resamples, seed)
     one, other = first.metrics(drawn), second.metrics(drawn)
     return {name: one[name] - other[name] for name in INTERVALS}

@@ -1,8 +1,8 @@
-"""Whether a probability means what it says, and the temperature that makes it so.
+"""Calibration: temperature scaling, Brier score, calibration error and reliability diagram.
 
-A temperature T divides the logits: T > 1 makes an overconfident model modest and never changes which class is
-likelier (Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv 1706.04599). It is fitted on
-validation only.
+A temperature T divides the logits: T > 1 corrects overconfidence and never changes which class is likelier
+(Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv 1706.04599). It is fitted on validation
+only.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,17 @@ from scipy.special import log_softmax, logsumexp, softmax
 from bcd.metrics import bootstrap
 from bcd.taxonomy import malignant_mask
 
-# Far beyond what networks need; a fit that ends here has found nothing to fit.
+# Far beyond what networks need; a fit that ends here found no information in the logits.
 BOUNDS = (0.05, 20.0)
-# Standard deviation of the logarithm of the temperature before anything is seen: nineteen in twenty are taken
-# to lie between 0.37 and 2.7.
+# Standard deviation of the normal prior on the logarithm of the temperature: 95 % within 0.37 to 2.7.
 PRIOR = 0.5
 
 
 def fit_temperature(logit: np.ndarray, target: np.ndarray) -> float:
-    """The most probable temperature: least cross-entropy, unless there is too little to tell.
+    """Maximum a posteriori temperature: least cross-entropy, with a normal prior on its logarithm.
 
-    A few images that are told apart without an error would ask for certainty beyond measure, and one error
-    among them for hardly any. So a temperature near 1 is taken as likelier beforehand, by a normal prior on
-    its logarithm, which counts less the more images there are.
+    Without the prior a few images without an error would give unbounded certainty, and one error among them
+    almost none. The more images, the less the prior counts.
 
     Args:
         logit: float (n, classes), before any temperature.
@@ -35,18 +33,19 @@ def fit_temperature(logit: np.ndarray, target: np.ndarray) -> float:
     """
     scores, rows = np.asarray(logit, np.float64), np.arange(len(target))
 
-    def surprise(log_temperature: float) -> float:
+    def negative_log_posterior(log_temperature: float) -> float:
         log_probability = log_softmax(scores / np.exp(log_temperature), axis=1)
         return float((log_temperature / PRIOR) ** 2 / 2 - log_probability[rows, target].sum())
 
-    found = minimize_scalar(surprise, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(found.x))
+    options = {"xatol": 1e-6}
+    best = minimize_scalar(negative_log_posterior, bounds=np.log(BOUNDS), method="bounded", options=options)
+    return float(np.exp(best.x))
 
 
 def probability_malignant(
     logit: np.ndarray, class_names: Sequence[str], temperature: float = 1.0
 ) -> np.ndarray:
-    """Probability of malignancy (n,) from logits (n, classes); of subtypes the malignant ones are summed."""
+    """Probability of malignancy (n,) from logits (n, classes): the sum over the malignant classes."""
     malignant = np.array(malignant_mask(tuple(class_names)))
     return softmax(np.asarray(logit, np.float64) / temperature, axis=1)[:, malignant].sum(axis=1)
 
@@ -54,7 +53,7 @@ def probability_malignant(
 def log_odds(logit: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
     """Log-odds of malignancy (n,) from logits (n, classes).
 
-    Of two classes it is the difference of their logits, and the evidence map's mean plus bias.
+    With two classes: the difference of their logits, and the mean of the evidence map plus its bias.
     """
     malignant = np.array(malignant_mask(tuple(class_names)))
     scores = np.asarray(logit, np.float64)
@@ -76,28 +75,21 @@ def brier(truth_malignant: np.ndarray, probability: np.ndarray) -> float | None:
 
 
 def expected_error(truth_malignant: np.ndarray, probability: np.ndarray) -> float | None:
-    """Expected calibration error: the mean gap between probability and share of malignant images over the
-    bins of `reliability_table`, weighted by their images; `None` without images."""
+    """Expected calibration error: mean gap between probability and share of malignant images over the bins of
+    `reliability_table`, weighted by their numbers of images; `None` without images."""
     rows = reliability_table(truth_malignant, probability)
-    n = sum(row["n"] for row in rows)
     gaps = sum(row["n"] * abs(row["stated"] - row["share_malignant"]) for row in rows)
-    return gaps / n if n else None
+    return gaps / len(truth_malignant) if rows else None
 
 
 def reliability_table(truth_malignant: np.ndarray, probability: np.ndarray) -> list[dict[str, Any]]:
-    """The reliability diagram as a table: `n`, `stated` (mean) and `share_malignant` of each bin in use.
-
-    Args:
-        truth_malignant: bool (n,).
-        probability: float (n,) of malignancy.
-    """
+    """`n`, `stated` (mean probability) and `share_malignant` of each bin in use, from (n,) each."""
     place = bootstrap.bins(probability)
-    inside = [place == number for number in np.unique(place)]
     return [
         {
             "n": int(rows.sum()),
             "stated": float(np.asarray(probability)[rows].mean()),
             "share_malignant": float(np.asarray(truth_malignant)[rows].mean()),
         }
-        for rows in inside
+        for rows in (place == number for number in np.unique(place))
     ]

@@ -1,10 +1,9 @@
-"""Whether one model is better than another: a paired test on the same images of the same patients.
+"""Paired test between two models on the same images of the same patients.
 
-Two intervals that overlap do not show that two models are alike: both may fail on the same hard patients.
-Resampling patients for both models at once lets what they share cancel out.
-
-A difference is judged on the plain scale by Student's t: difference ± t · s, where s is the standard
-deviation of the difference over the resamples, with the degrees of freedom of `bootstrap`.
+Overlapping intervals do not show that two models are equal, as both may fail on the same hard patients.
+Resampling patients for both models at once cancels what they share. The interval is difference ± t · s on the
+plain scale, where s is the standard deviation of the difference over the resamples and t is Student's, with
+the degrees of freedom of `bootstrap`.
 """
 
 from typing import Any
@@ -16,37 +15,33 @@ from scipy.stats import t as student
 from bcd import schema
 from bcd.errors import DataError
 from bcd.metrics import bootstrap, measures
-from bcd.text import counted
+from bcd.text import counted, some
 
 METHOD = "paired bootstrap over patients, Student's t"
-# The calibration error has no test: it is never 0, and the more so the fewer the images.
+# The calibration error has no test: it is biased upwards, the more the fewer the images.
 METRICS = tuple(name for name in bootstrap.INTERVALS if name != "ece")
-# How many images an error names.
-NAMED = 3
 
 
 def paired(
     first: pd.DataFrame, second: pd.DataFrame, seed: int = 0, n_resamples: int = bootstrap.N_RESAMPLES
 ) -> dict[str, Any]:
-    """The two-sided paired test between two models.
+    """Two-sided paired test between two models.
 
     Args:
-        first: image table from `aggregate.image_table`, rows in any order. An image may be in it several
-            times (repeated cross-validation), then as often in the second.
+        first: from `aggregate.image_table`, rows in any order; an image may occur several times (repeated
+            cross-validation), then equally often in the second.
         second: the same images by the other model.
         seed: of the bootstrap.
         n_resamples: of the bootstrap.
 
     Returns:
-        `n_images` (different ones), `n_patients` (`None` where an image has no patient), `interval` (`level`,
+        `n_images` (distinct), `n_patients` (`None` if an image has no patient), `interval` (`level`,
         `method`, `n_resamples`, `seed`) and `metrics`: for each of `METRICS` the values `first` and `second`,
         their `difference` (first minus second), its `interval` [low, high] within -1 to 1, and `p_value`.
-        Values are `None` where undefined. Interval and p are `None` too where `bootstrap.deviation` is: with
-        fewer than two patients (of a class, where the metric is about one), and where the difference is
-        the same in all resamples, as between a model and itself: no claim is made then.
+        Values are `None` where undefined; interval and p also where `bootstrap.deviation` is, as between a
+        model and itself.
 
-    Raises:
-        DataError: the images are not the same, or differ in patient or class.
+    Raises `DataError` if the images are not the same, or differ in patient or class.
     """
     first, second = _ordered(first), _ordered(second)
     _check(first, second)
@@ -55,12 +50,7 @@ def paired(
     return {
         "n_images": int(first[schema.IMAGE_ID].nunique()),
         "n_patients": estimates[0]["n_patients"],
-        "interval": {
-            "level": bootstrap.LEVEL,
-            "method": METHOD,
-            "n_resamples": n_resamples,
-            "seed": seed,
-        },
+        "interval": {"level": bootstrap.LEVEL, "method": METHOD, "n_resamples": n_resamples, "seed": seed},
         "metrics": {
             name: _compared(estimates[0][name], estimates[1][name], *spreads.get(name, (None, 0)))
             for name in METRICS
@@ -69,36 +59,33 @@ def paired(
 
 
 def _ordered(images: pd.DataFrame) -> pd.DataFrame:
-    """By id, and of one image by probability, so that sums do not depend on the order given."""
+    """Rows by id and probability, so that sums do not depend on the order given."""
     return images.sort_values([schema.IMAGE_ID, schema.PROBABILITY_MALIGNANT], ignore_index=True)
 
 
 def _check(first: pd.DataFrame, second: pd.DataFrame) -> None:
-    """Raise `DataError` unless both ordered tables hold the same images of the same patients and classes."""
+    """Raise `DataError` unless both ordered tables have the same images of the same patients and classes."""
     one, other = (table[schema.IMAGE_ID].value_counts() for table in (first, second))
     more = one.sub(other, fill_value=0)
     lacking = {"second": more.index[more > 0], "first": more.index[more < 0]}
-    if sides := [
-        f"the {side} lacks {len(ids):,} ({_some(ids)})" for side, ids in lacking.items() if len(ids)
+    if faults := [
+        f"the {name} lacks {len(ids):,} ({some(sorted(set(ids)))})"
+        for name, ids in lacking.items()
+        if len(ids)
     ]:
         raise DataError(
-            f"two models are compared on the same images, each as often by both: {' and '.join(sides)}; "
+            f"two models are compared on the same images, each as often by both: {' and '.join(faults)}; "
             "evaluate both models on the same split, or leave out the images that one could not score"
         )
     for column in (schema.TUMOR_CLASS, schema.PATIENT):
         one, other = first[column], second[column]
         differ = (one != other) & ~(one.isna() & other.isna())
         if differ.any():
-            n, names = counted(differ.sum(), "image"), _some(first.loc[differ, schema.IMAGE_ID])
+            n, names = counted(differ.sum(), "image"), some(sorted(set(first.loc[differ, schema.IMAGE_ID])))
             raise DataError(
                 f"two models are compared on the same patients: the {column} of {n} differs ({names}); "
                 "evaluate both with the same index"
             )
-
-
-def _some(ids: pd.Series | pd.Index) -> str:
-    names = sorted(set(ids))
-    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
 def _spreads(
@@ -106,9 +93,11 @@ def _spreads(
 ) -> dict[str, tuple[float | None, int]]:
     """Standard deviation of the difference of each metric, and the degrees of freedom."""
     one, other = measures.tally_images(first), measures.tally_images(second)
-    found = bootstrap.resampled_differences(one, other, n_resamples, seed)
+    differences = bootstrap.resampled_differences(one, other, n_resamples, seed)
     patients = {name: n for name, (n, _) in one.support().items()}
-    return {name: (bootstrap.deviation(found[name], patients[name]), patients[name] - 1) for name in METRICS}
+    return {
+        name: (bootstrap.deviation(differences[name], patients[name]), patients[name] - 1) for name in METRICS
+    }
 
 
 def _compared(
@@ -120,10 +109,5 @@ def _compared(
         reach = bootstrap.quantile(degrees) * spread
         interval = np.clip([difference - reach, difference + reach], -1, 1).tolist()
         p_value = float(2 * student.sf(abs(difference) / spread, degrees))
-    return {
-        "first": first,
-        "second": second,
-        "difference": difference,
-        "interval": interval,
-        "p_value": p_value,
-    }
+    compared = {"first": first, "second": second, "difference": difference}
+    return compared | {"interval": interval, "p_value": p_value}

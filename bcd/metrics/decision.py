@@ -1,6 +1,6 @@
-"""From a probability to a decision: where to draw the line, and when to hand a picture to a person.
+"""From a probability to a decision: the threshold, and when to abstain.
 
-The line is drawn on validation, never on the test part, whose numbers would be too good for it.
+The threshold is chosen on validation, never on the test part, whose numbers would then be too good.
 """
 
 from typing import Any
@@ -18,20 +18,20 @@ SENSITIVITY = "sensitivity"
 def choose_threshold(
     truth_malignant: np.ndarray, probability: np.ndarray, target_sensitivity: float | None = None
 ) -> dict[str, Any]:
-    """The operating point: the threshold, the rule that chose it, and what it reaches on these images.
+    """Choose the operating point: the threshold, its rule, and what it reaches on these images.
 
     Args:
         truth_malignant: bool (n,), both classes present.
         probability: float (n,) of malignancy.
-        target_sensitivity: the share of malignant images that must be called so, with as few false alarms as
-            that allows; by default Youden's index (sensitivity + specificity, Youden 1950) is greatest.
+        target_sensitivity: smallest sensitivity, reached with as few false alarms as possible; by default
+            Youden's index (sensitivity + specificity, Youden 1950) is maximised.
 
     Returns:
         `threshold`, `rule`, `target_sensitivity`, `sensitivity`, `specificity`, `n_malignant`, `n_benign`.
-        A target is met exactly: by the smallest number of malignant images that reaches it. A threshold is
-        a float32 number, as the probabilities of the predictions table are, and lies halfway between two
-        neighbouring ones, so that neither rounding nor the precision of a comparison moves an image across;
-        it is 0.5 where that calls the same, and of equally good ones the nearest to 0.5.
+        A target is met by the smallest number of malignant images that reaches it. The threshold is float32,
+        as are the probabilities of the predictions table, and halfway between two neighbouring ones, so that
+        neither rounding nor the precision of a comparison changes a call; it is 0.5 where that gives the same
+        calls, and of equally good ones the nearest to 0.5.
     """
     truth, probability = np.asarray(truth_malignant, bool), np.asarray(probability, np.float32)
     thresholds = _thresholds(probability)
@@ -42,7 +42,7 @@ def choose_threshold(
     if target_sensitivity is None:
         good = sensitivity + specificity
     else:
-        # Of those that reach it the highest, which calls the fewest of both classes malignant.
+        # Of those that reach it, the highest: it calls the fewest of both classes malignant.
         good = np.where(sensitivity >= target_sensitivity, specificity - sensitivity, -np.inf)
     best = np.flatnonzero(np.isclose(good, good.max(), rtol=0, atol=1e-12))
     at = best[np.abs(thresholds[best] - 0.5).argmin()]
@@ -58,35 +58,29 @@ def choose_threshold(
 
 
 def _thresholds(probability: np.ndarray) -> np.ndarray:
-    """Float32, rising: the middle between any two neighbouring probabilities, and 0.5 if it is none of them.
-    The outermost call all images malignant, or, if no probability is 1, none."""
+    """Candidates (float32, rising): midway between neighbouring probabilities, and 0.5 unless it is one.
+
+    The outermost call all images malignant, or, if no probability is 1, none.
+    """
     seen = np.unique(probability)
     lower, upper = np.append(np.float32(0), seen), np.append(seen, np.float32(1))
     middle = (lower.astype(float) + upper) / 2
-    # Two that follow each other in float32 have no middle: the upper one parts them as well.
-    parting = np.maximum(middle.astype(np.float32), np.nextafter(lower, upper))
-    return np.unique(np.append(parting, np.setdiff1d(np.float32(0.5), seen)))
+    # Two consecutive float32 numbers have none between them: the upper one separates them as well.
+    separating = np.maximum(middle.astype(np.float32), np.nextafter(lower, upper))
+    return np.unique(np.append(separating, np.setdiff1d(np.float32(0.5), seen)))
 
 
 def abstention_curve(table: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy of what the model keeps when it hands the least certain to a person.
+    """Accuracy of what the model keeps when it hands the least certain to a pathologist.
 
-    Args:
-        table: images or groups from `aggregate`; certainty is the distance of the margin from 0.
-
-    Returns:
-        A row for each number kept, all of them first: `handed_over` (share), `n_kept`, `accuracy`; rows whose
-        truth is unknown are left out.
+    The table has images or groups from `aggregate`; certainty is the distance of the margin from 0. Returns a
+    row for each number of rows of known truth kept, the largest first: `handed_over` (share), `n_kept`,
+    `accuracy`.
     """
     known = table[table[schema.TUMOR_CLASS].notna()]
     correct = (known[schema.TUMOR_CLASS] == known[schema.PREDICTED_CLASS]).to_numpy()
     surest_first = np.argsort(-known[aggregate.MARGIN].abs().to_numpy(), kind="stable")
     kept = np.arange(1, len(known) + 1)
-    curve = pd.DataFrame(
-        {
-            "handed_over": 1 - kept / len(known) if len(known) else kept,
-            "n_kept": kept,
-            "accuracy": np.cumsum(correct[surest_first]) / kept,
-        }
-    )
+    curve = pd.DataFrame({"handed_over": 1 - kept / max(1, len(known)), "n_kept": kept})
+    curve["accuracy"] = np.cumsum(correct[surest_first]) / kept
     return curve.iloc[::-1].reset_index(drop=True)

@@ -1,7 +1,6 @@
-"""How good predictions are, and how sure one may be of it.
+"""Metrics of predictions, with intervals from `bootstrap`.
 
-A value that is undefined (the AUC of one class, the recall of an absent one) is `None`: never nan, never a
-guess. Intervals are those of `bootstrap`.
+An undefined value (the AUC of one class, the recall of an absent one) is `None`, never nan.
 """
 
 from collections.abc import Sequence
@@ -15,28 +14,22 @@ from bcd import schema
 from bcd.metrics import aggregate, bootstrap, calibration
 from bcd.taxonomy import MALIGNANT, SUBTYPES, TUMOR_CLASSES
 
-# Units above the image, smallest first.
+# Units above the image, the smallest first.
 LEVELS = (schema.SLIDE, schema.CASE, schema.PATIENT)
 
 
 def measure(
     images: pd.DataFrame, class_names: Sequence[str] = TUMOR_CLASSES, seed: int = 0
 ) -> dict[str, Any]:
-    """All metrics of an image table; finite and JSON-serialisable.
-
-    Args:
-        images: from `aggregate.image_table`, of one model or of several joined.
-        class_names: the models' classes in the order of `probability`.
-        seed: of the bootstrap.
+    """All metrics of an image table, of one model or of several joined; finite and JSON-serialisable.
 
     Returns:
-        `n_images` (different ones), `n_judgements` (more, where several models judged an image),
-        `n_patients`, `patients_by_class` (a patient with images of both counts in both; `None` where an image
-        has no patient), `interval`, `pooled`, `by_magnification` ("40", ...; empty without
-        magnifications) and `by_level` ("slide", "case", "patient", where ids are known), all as
-        `with_intervals` gives them,
-        `calibration` (`after` and `before` the temperature), `recall_by_subtype`,
-        `classification_report`, and `multiclass` for a model of subtypes.
+        `n_images` (distinct), `n_judgements` (more, if several models judged an image), `n_patients`,
+        `patients_by_class` (a patient with images of both counts in both; `None` if an image has no patient),
+        `interval`; as `with_intervals`: `pooled`, `by_magnification` ("40", ...; empty without
+        magnifications) and `by_level` ("slide", "case", "patient", if ids are known); `calibration` (`after`
+        and `before` the temperature), `recall_by_subtype`, `classification_report`, and `multiclass` for a
+        model of subtypes, whose `class_names` are in the order of `probability`.
     """
     report: dict[str, Any] = {
         "n_images": int(images[schema.IMAGE_ID].nunique()),
@@ -67,25 +60,20 @@ def measure(
 
 
 def with_intervals(images: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
-    """`estimates` of an image table, and `intervals`: 95 %, `None` where an image has no patient, as nobody
-    knows how the images depend on each other then.
+    """`estimates` of an image table, and 95 % `intervals`.
 
-    Args:
-        images: from `aggregate.image_table`.
-        seed: of the bootstrap.
+    These are `None` if an image has no patient: the dependence between images is then unknown.
     """
     result = estimates(images)
-    result["intervals"] = dict.fromkeys(bootstrap.INTERVALS)
-    if result["n_patients"]:
-        result["intervals"] = bootstrap.intervals(tally_images(images), seed=seed)
-    return result
+    known = bool(result["n_patients"])
+    intervals = bootstrap.intervals(tally_images(images), seed=seed) if known else {}
+    return result | {"intervals": dict.fromkeys(bootstrap.INTERVALS) | intervals}
 
 
 def estimates(images: pd.DataFrame) -> dict[str, Any]:
-    """`binary` metrics of an image table, the two recognition rates, and the number of patients.
+    """`binary` metrics of an image table, both recognition rates, and the number of patients.
 
-    Args:
-        images: from `aggregate.image_table`. Where one has no patient, the figures of patients are `None`.
+    The numbers of patients are `None` if an image has no patient.
     """
     truth, probability, called = _columns(images)
     result = binary(truth, probability, called)
@@ -99,12 +87,12 @@ def estimates(images: pd.DataFrame) -> dict[str, Any]:
 
 
 def tally_images(images: pd.DataFrame) -> bootstrap.Tally:
-    """What a bootstrap needs of an image table whose patients are all known, in order of appearance."""
+    """`bootstrap.tally` of an image table whose patients are all known."""
     return bootstrap.tally(*_columns(images), images[schema.PATIENT].to_numpy(object))
 
 
 def _level(images: pd.DataFrame, level: str, seed: int) -> dict[str, Any] | None:
-    """`with_intervals` of slides, cases or patients; groups of both classes are left out and counted."""
+    """`with_intervals` of slides, cases or patients; groups of both classes are excluded and counted."""
     groups = aggregate.groups_of_draws(images, level)
     known = groups[groups[schema.TUMOR_CLASS].notna()]
     if known.empty:
@@ -116,17 +104,17 @@ def _level(images: pd.DataFrame, level: str, seed: int) -> dict[str, Any] | None
 
 
 def _calibration(images: pd.DataFrame, seed: int) -> dict[str, Any]:
-    """`after`, and where the probabilities before the temperature are known `before`: Brier score, expected
-    calibration error (15 bins), cross-entropy, and the bins of the reliability diagram."""
-    told = {"after": images[schema.PROBABILITY_MALIGNANT], "before": images[aggregate.UNCALIBRATED]}
+    """`_calibrated` after and, where those probabilities are known, before the temperature."""
+    columns = {"after": images[schema.PROBABILITY_MALIGNANT], "before": images[aggregate.UNCALIBRATED]}
     return {
-        name: _trust(images.assign(**{schema.PROBABILITY_MALIGNANT: column}), seed)
-        for name, column in told.items()
+        name: _calibrated(images.assign(**{schema.PROBABILITY_MALIGNANT: column}), seed)
+        for name, column in columns.items()
         if column.notna().all()
     }
 
 
-def _trust(images: pd.DataFrame, seed: int) -> dict[str, Any]:
+def _calibrated(images: pd.DataFrame, seed: int) -> dict[str, Any]:
+    """Brier score, calibration error, cross-entropy, and the bins of the reliability diagram."""
     truth = _malignant(images, schema.TUMOR_CLASS)
     probability = images[schema.PROBABILITY_MALIGNANT].to_numpy(float)
     described = with_intervals(images, seed)
@@ -142,17 +130,10 @@ def _trust(images: pd.DataFrame, seed: int) -> dict[str, Any]:
 def binary(
     truth_malignant: np.ndarray, probability_malignant: np.ndarray, called: np.ndarray
 ) -> dict[str, Any]:
-    """Benign or malignant.
+    """Metrics of benign against malignant, from truth, probability and call of malignancy, (n,) each.
 
-    Args:
-        truth_malignant: bool (n,).
-        probability_malignant: float (n,).
-        called: bool (n,), called malignant.
-
-    Returns:
-        Counts, rates, Brier score, expected calibration error (`ece`) and `confusion_matrix`
-        [[tn, fp], [fn, tp]]: rows are the truth, columns the prediction, both benign then malignant.
-        `balanced_accuracy` is the mean of sensitivity and specificity.
+    Counts, rates, Brier score, expected calibration error (`ece`) and `confusion_matrix` [[tn, fp], [fn,
+    tp]]; `balanced_accuracy` is the mean of sensitivity and specificity.
     """
     truth = np.asarray(truth_malignant, bool)
     matrix = _confusion_matrix(truth, called, 2)
@@ -179,16 +160,10 @@ def binary(
 
 
 def multiclass(truth: np.ndarray, probability: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """One of several classes; the most probable one is the prediction.
+    """Metrics of several classes, from positions in `class_names`, int (n,), and probabilities (n, k).
 
-    Args:
-        truth: int (n,), positions in `class_names`.
-        probability: float (n, k).
-        class_names: k names.
-
-    Returns:
-        `balanced_accuracy` is the mean recall of the classes that occur, as in scikit-learn;
-        `confusion_matrix` has the truth in rows and the prediction in columns, in the order given.
+    The most probable class is the prediction. `balanced_accuracy` is the mean recall of the classes that
+    occur, as in scikit-learn; `confusion_matrix` has the truth in rows and the prediction in columns.
     """
     predicted = np.asarray(probability).reshape(-1, len(class_names)).argmax(axis=1)
     matrix = _confusion_matrix(truth, predicted, len(class_names))
@@ -207,17 +182,9 @@ def multiclass(truth: np.ndarray, probability: np.ndarray, class_names: Sequence
 def classification_report(
     truth: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Precision, recall, f1 and support of each class.
-
-    Args:
-        truth: int or bool (n,), positions in `class_names`.
-        predicted: the same.
-        class_names: k names.
-    """
+    """Precision, recall, f1 and support of each class, from positions in `class_names`, int or bool (n,)."""
     matrix = _confusion_matrix(truth, predicted, len(class_names))
-    rows = zip(
-        class_names, matrix.diagonal().tolist(), matrix.sum(0).tolist(), matrix.sum(1).tolist(), strict=True
-    )
+    counts = (column.tolist() for column in (matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)))
     return {
         name: {
             "precision": _ratio(hits, called),
@@ -225,46 +192,46 @@ def classification_report(
             "f1": _ratio(2 * hits, called + support),
             "support": support,
         }
-        for name, hits, called, support in rows
+        for name, hits, called, support in zip(class_names, *counts, strict=True)
     }
 
 
 def patient_recognition_rate(correct: np.ndarray, patient: np.ndarray) -> float | None:
-    """Mean over patients of the share of their images classified correctly (Spanhol et al. 2016).
-
-    Args:
-        correct: bool (n,).
-        patient: id of each image's patient (n,).
-    """
+    """Mean over patients of the share of their images called correctly (Spanhol et al. 2016), from (n,)
+    each."""
     shares = pd.Series(np.asarray(correct, float)).groupby(np.asarray(patient)).mean()
     return float(shares.mean()) if len(shares) else None
 
 
 def _confusion_matrix(truth: np.ndarray, predicted: np.ndarray, k: int) -> np.ndarray:
-    """Counts (k, k), truth in rows; own code, as scikit-learn refuses no images at all."""
+    """Counts (k, k), truth in rows; not scikit-learn's, which rejects an empty input."""
     cells = np.asarray(truth, int) * k + np.asarray(predicted, int)
     return np.bincount(cells, minlength=k * k).reshape(k, k)
 
 
 def _multiclass(images: pd.DataFrame, class_names: Sequence[str]) -> dict[str, Any]:
-    """`multiclass` over the images whose subtype is known."""
+    """`multiclass` of the images whose subtype is known."""
     known = images[images[schema.SUBTYPE].notna()]
     truth = pd.Categorical(known[schema.SUBTYPE], categories=list(class_names)).codes
     return multiclass(truth, np.array(known[schema.PROBABILITY].tolist()), class_names)
 
 
 def _recall_by_subtype(images: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Share of each subtype's images whose tumour class was recognised."""
-    rows = {code: images[images[schema.SUBTYPE] == code] for code in SUBTYPES}
+    """Share of each subtype's images whose tumour class was called correctly."""
+    by_code = {code: images[images[schema.SUBTYPE] == code] for code in SUBTYPES}
     return {
-        code: {"n": len(of), "n_patients": _n_patients(of), "recall": float(of[aggregate.CORRECT].mean())}
-        for code, of in rows.items()
-        if len(of)
+        code: {
+            "n": len(rows),
+            "n_patients": _n_patients(rows),
+            "recall": float(rows[aggregate.CORRECT].mean()),
+        }
+        for code, rows in by_code.items()
+        if len(rows)
     }
 
 
 def _columns(images: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Truth, probability and call of malignancy (n,)."""
+    """Truth, probability and call of malignancy, (n,) each."""
     truth, called = _malignant(images, schema.TUMOR_CLASS), _malignant(images, schema.PREDICTED_CLASS)
     return truth, images[schema.PROBABILITY_MALIGNANT].to_numpy(float), called
 
@@ -276,8 +243,8 @@ def _malignant(images: pd.DataFrame, column: str) -> np.ndarray:
 def _patients_by_class(images: pd.DataFrame) -> dict[str, int] | None:
     if _n_patients(images) is None:
         return None
-    found = images.groupby(schema.TUMOR_CLASS)[schema.PATIENT].nunique()
-    return {name: int(found.get(name, 0)) for name in TUMOR_CLASSES}
+    counts = images.groupby(schema.TUMOR_CLASS)[schema.PATIENT].nunique()
+    return {name: int(counts.get(name, 0)) for name in TUMOR_CLASSES}
 
 
 def _n_patients(images: pd.DataFrame) -> int | None:

@@ -18,13 +18,13 @@ import jinja2
 import numpy as np
 import torch
 from safetensors.torch import save as save_safetensors
-from torchvision.models import ResNet
 
 from bcd import storage
 from bcd.errors import BundleError
 from bcd.imaging import image
-from bcd.model import cam, novelty, preprocessing, resnet, weights
+from bcd.model import cam, novelty, resnet, weights
 from bcd.model.card import STRIDE_PX, Card, dump, model_id, parse_card
+from bcd.model.network import ResNet, normalise
 
 WEIGHTS, CARD, README = "model.safetensors", "card.json", "README.md"
 NOT_FINITE = "not_finite"
@@ -139,7 +139,7 @@ class Bundle:
 
     def _normalised(self, images: np.ndarray) -> torch.Tensor:
         batch = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
-        batch = preprocessing.normalise(batch, self.card.mean, self.card.std)
+        batch = normalise(batch, self.card.mean, self.card.std)
         return batch.contiguous(memory_format=torch.channels_last)
 
     def _output(self, batch: torch.Tensor) -> resnet.Output:

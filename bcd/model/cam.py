@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torchvision.models import ResNet
+
+from bcd.model.network import ResNet
 
 # Name for `--cam` -> class of pytorch_grad_cam. Signed are gradcam, hirescam, xgradcam and ablationcam.
 # gradcam++, layercam and scorecam show only what speaks for the explained class (of two: malignant), and

@@ -6,13 +6,12 @@ from functools import partial
 from typing import cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import ResNet
 
 from bcd.config.options import Architecture
 from bcd.model import cam, weights
+from bcd.model.network import ResNet
 from bcd.model.weights import State
 from bcd.taxonomy import malignant_mask
 
@@ -29,7 +28,7 @@ def build(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = torchvision.models.get_model(architecture, num_classes=n_classes)
+        network = ResNet(architecture, n_classes)
     if given is not None:
         network.load_state_dict(weights.fitting(network.state_dict(), given, architecture))
     return network

@@ -1,4 +1,4 @@
-"""The optimiser, its learning rate, and one training step, on one device or many. Pure torch.
+"""The optimiser, its learning rate, augmentation, and one training step, on one device or many. Pure torch.
 
 Batch norm goes over the batches of all workers, so that a model does not depend on their number: with 32
 images a step on eight workers, plain batch norm would normalise by four images each.
@@ -17,7 +17,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from bcd.model import preprocessing, resnet
+from bcd.model import resnet
+from bcd.model.network import normalise
+
+# torchvision draws one crop, flip and colour per call; this many images share a draw. Small enough for
+# variety within a batch, large enough to keep a GPU busy.
+IMAGES_PER_DRAW = 4
 
 
 def optimizer(
@@ -89,6 +94,47 @@ def weights_as_loss(network: nn.Module) -> Tensor:
     return torch.where(finite, 0.0, torch.nan)
 
 
+def augmentation(height: int, width: int) -> v2.Transform:
+    """Training preset for `augment`: what may change in a field of tissue without changing its class."""
+    aspect = width / height
+    return v2.Compose(
+        [
+            v2.RandomHorizontalFlip(),
+            QuarterTurns(),
+            v2.RandomResizedCrop(
+                (height, width), scale=(0.6, 1.0), ratio=(aspect * 0.9, aspect * 1.1), antialias=True
+            ),
+            # Stains differ between laboratories far more than between classes.
+            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.03),
+        ]
+    )
+
+
+class QuarterTurns(v2.Transform):
+    """Rotate by 0, 90, 180 or 270 degrees, without resampling; height and width may change places."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
+        """Draw the number of turns from torch's generator."""
+        return {"turns": int(torch.randint(4, ()))}
+
+    def transform(self, inpt: torch.Tensor, params: dict[str, int]) -> torch.Tensor:
+        """Turn (..., height, width)."""
+        return torch.rot90(inpt, params["turns"], (-2, -1))
+
+
+def augment(images: torch.Tensor, transform: v2.Transform) -> torch.Tensor:
+    """Apply the training preset to a whole batch on its own device.
+
+    Args:
+        images: uint8 (n, 3, height, width).
+        transform: from `augmentation`.
+
+    Returns:
+        uint8 of the same shape.
+    """
+    return torch.cat([transform(group) for group in images.split(IMAGES_PER_DRAW)])
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimiser step on batches of uint8 images, wherever the network lives."""
@@ -114,8 +160,8 @@ class Step:
             group["lr"] = rate
         batch = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         if self.augmentation is not None:
-            batch = preprocessing.augment(batch, self.augmentation)
-        batch = preprocessing.normalise(batch).contiguous(memory_format=torch.channels_last)
+            batch = augment(batch, self.augmentation)
+        batch = normalise(batch).contiguous(memory_format=torch.channels_last)
         with resnet.autocast(self.device, self.precision):
             logit = self.network(batch)
         loss = nn.functional.cross_entropy(logit.float(), target.to(self.device, non_blocking=True))

@@ -13,15 +13,14 @@ from pickle import UnpicklingError as _Unpickling
 from typing import Any
 
 import torch
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
-from torchvision.models import ResNet
 
 from bcd import storage
 from bcd.config.options import Architecture
 from bcd.errors import BundleError
+from bcd.model.network import ResNet
 from bcd.text import some
 
 # What `--weights` may name beside a URI: torchvision's download, and random ones.
@@ -103,7 +102,10 @@ def pretrained(weights: str, architecture: Architecture = "resnet50") -> dict[st
 
 
 def _download(architecture: Architecture) -> dict[str, Tensor]:
-    weights = torchvision.models.get_model_weights(architecture).DEFAULT
+    # Not at the top: it brings in torch's compiler, seconds that scoring and serving do without.
+    from torchvision.models import get_model_weights
+
+    weights = get_model_weights(architecture).DEFAULT
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
@@ -225,7 +227,7 @@ def _as_torchvision(name: str) -> str:
 def skeleton(n_classes: int, architecture: Architecture = "resnet50") -> ResNet:
     """A network whose tensors have names, shapes and dtypes, but no numbers yet."""
     with torch.device("meta"):
-        return torchvision.models.get_model(architecture, num_classes=n_classes)
+        return ResNet(architecture, n_classes)
 
 
 def fitting(

@@ -4,6 +4,7 @@ What is shuffled, replicated or split is rows of an index; pixels come last and 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ray.data import DataContext, Dataset, Datasource, RandomSeedConfig, ReadTas
 from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
+from bcd import storage
 from bcd.data import read
 from bcd.taxonomy import TRAIN
 
@@ -24,6 +26,8 @@ BLOCKS_PER_TASK = 4
 TASKS_PER_CPU = 4
 # Of an epoch: each costs its planner a fraction of a millisecond.
 MOST_TASKS = 10_000
+# In the context of a dataset: number of epochs finished before its first pass.
+FINISHED_EPOCHS = "bcd_finished_epochs"
 
 
 def row_dataset(table: pa.Table, rows_per_block: int | None = None) -> Dataset:
@@ -60,8 +64,11 @@ class Shuffled(Datasource):
     ) -> list[ReadTask]:
         """Tasks for one pass; `parallelism` is ignored, because pixels follow in the same task."""
         n = len(self._table)
-        seed = self._seed.get_seed_tuple(data_context=data_context or DataContext.get_current())
-        order = np.random.default_rng(seed.to_rng_args(0)).permutation(n)
+        context = data_context or DataContext.get_current()
+        seed = self._seed.get_seed_tuple(data_context=context)
+        # A resumed run counts its passes from 0 again.
+        epoch = seed.execution_idx + context.get_config(FINISHED_EPOCHS, 0)
+        order = np.random.default_rng(replace(seed, execution_idx=epoch).to_rng_args(0)).permutation(n)
         size = rows_per_task(n)
         shares = (self._table.take(pa.array(order[start : start + size])) for start in range(0, n, size))
         return [_read_task(share, per_task_row_limit) for share in shares]
@@ -79,16 +86,26 @@ def shuffled(table: pa.Table, seed: int) -> Dataset:
 
 class SplitData(DataConfig):
     """Equal shares of the training rows, so that workers take the same number of steps; validation rows are
-    shared without dropping any, because metrics count them all."""
+    shared without dropping any, because metrics count them all.
+
+    With `exposure_uri`, a folder with a file per finished epoch, a resumed run shuffles as an undisturbed one.
+    """
+
+    def __init__(self, exposure_uri: str | None = None) -> None:
+        super().__init__()
+        self._exposure_uri = exposure_uri
 
     def configure(
         self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any
     ) -> list[dict[str, Any]]:
         """One dict of shards per worker."""
         shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
+        uri = self._exposure_uri
+        n_finished = len(storage.list_files_if_any(uri)) if uri else 0
         for name, dataset in datasets.items():
             dataset = dataset.copy(dataset)
             dataset.set_name(name)
+            dataset.context.set_config(FINISHED_EPOCHS, n_finished)
             dataset.context.execution_options = self._resolve_execution_options(name)
             splits = dataset.streaming_split(world_size, equal=name == TRAIN)
             for shard, share in zip(shards, splits, strict=True):

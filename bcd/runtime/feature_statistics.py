@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import Dataset
-from torchvision.models import ResNet
 
 from bcd import schema
 from bcd.model import bundle, novelty
+from bcd.model.network import ResNet
 from bcd.model.novelty import FeatureStatistics
 from bcd.runtime import cluster, datasets, inspection, predict
 

@@ -1,7 +1,6 @@
-"""Upsampling: rows of the training part are repeated, whole, until the classes are equally frequent."""
+"""Upsampling: rows of the training part are repeated until the classes are equally frequent."""
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -13,33 +12,23 @@ from bcd.split.split import TRAIN
 
 Balance = Literal["tumor_class", "subtype", "none"]
 
-_COLUMNS: Mapping[str, str] = {"tumor_class": schema.TUMOR_CLASS, "subtype": schema.SUBTYPE}
-
 
 def counts(table: pa.Table, by: taxonomy.Target) -> dict[str, int]:
-    """Rows of every class, in the taxonomy's order, zeros included.
-
-    Raises:
-        DataError: a label is missing or unknown.
-    """
+    """Rows of every class, in the taxonomy's order; raises `DataError` if a label is missing or unknown."""
     classes = taxonomy.classes(by)
-    found = Counter(table[_COLUMNS[by]].to_pylist())
-    if strangers := found.keys() - set(classes):
-        n = sum(found[name] for name in strangers)
-        raise DataError(f"{n:,} rows have no {_COLUMNS[by]} to balance by; expected {', '.join(classes)}")
+    found = Counter(table[by].to_pylist())  # a target and its column have the same name
+    if n := sum(found[name] for name in found.keys() - set(classes)):
+        raise DataError(f"{n:,} rows have no {by} to balance by; expected {', '.join(classes)}")
     return {name: found[name] for name in classes}
 
 
 def upsample(table: pa.Table, by: Balance, seed: int) -> pa.Table:
-    """Repeat rows until every class that is there has as many as the largest.
+    """Repeat rows until every class that occurs has as many as the largest; `none` returns the table
+    unchanged.
 
-    Every row stands the same number of times within its class, or once more: whole repetitions, and
-    the rest drawn without replacement. Repetitions stand together, so shuffle before use.
-
-    Args:
-        table: rows of the training part only.
-        by: which classes; `none` leaves the table as it is.
-        seed: of the draw (raw PCG64 words: the same rows on every platform and version).
+    Every row of a class occurs equally often or once more: the remainder is drawn without replacement, by raw
+    PCG64 words (the same rows on every platform and version). Repetitions are adjacent, so shuffle before
+    use.
 
     Raises:
         LeakageError: the table has a part other than training.
@@ -52,7 +41,7 @@ def upsample(table: pa.Table, by: Balance, seed: int) -> pa.Table:
     if by == "none":
         return table
     wanted = max(counts(table, by).values())
-    labels = np.array(table[_COLUMNS[by]].to_pylist(), dtype=object)
+    labels = np.array(table[by].to_pylist(), dtype=object)
     times = np.zeros(len(labels), dtype=np.int64)
     words = np.random.PCG64(seed).random_raw(len(labels))
     for label in set(labels):

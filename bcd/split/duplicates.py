@@ -1,7 +1,4 @@
-"""Pictures that stand several times: equal byte by byte, or alike to the eye.
-
-Works on the hashes of `schema.AUDIT`. Mirrored and turned copies are not looked for.
-"""
+"""Duplicates and near duplicates, by the hashes of `schema.AUDIT`; not mirrored or rotated copies."""
 
 from collections import defaultdict
 
@@ -12,14 +9,14 @@ from numpy.typing import NDArray
 
 from bcd import schema
 
-# A picture with a smaller share of tissue is nearly blank; of 190 real H&E fields the emptiest has 56 %.
+# An image with a smaller share of tissue is nearly blank; of 190 real H&E fields the emptiest has 56 %.
 BLANK = 0.10
-# Pairs compared at a time, and kept at most: a few MB, and 24 MB.
+# Pairs compared at a time, and largest number kept: a few MB, and 24 MB.
 PAIRS_AT_A_TIME, MOST_PAIRS = 2**20, 2**20
 
 
 def exact(table: pa.Table) -> list[list[int]]:
-    """Rows of every picture that stands more than once (equal `sha256`), in the order of the table."""
+    """Groups of rows with equal `sha256`, in the order of the table."""
     copies: dict[str, list[int]] = defaultdict(list)
     for row, content in enumerate(table[schema.SHA256].to_pylist()):
         if content is not None:
@@ -28,13 +25,13 @@ def exact(table: pa.Table) -> list[list[int]]:
 
 
 def near(table: pa.Table, near_bits: int, least_tissue: float) -> NDArray[np.int64]:
-    """Pairs of pictures whose perceptual hashes differ in few bits, nearest first.
+    """Pairs of images whose perceptual hashes differ in at most `near_bits` bits, nearest first.
 
-    Every pair is compared. Of pictures that are equal byte by byte the first one counts, and those with less
-    than `least_tissue` do not, because blank ones all look alike.
+    Every pair is compared. Only the first of duplicates counts, and images with less than `least_tissue` do
+    not, because all blank images are similar.
 
     Returns:
-        (n, 3): rows i < j, and the Hamming distance in bits; the first `MOST_PAIRS` found, if there are more.
+        (n, 3): rows i < j, and the Hamming distance in bits; at most the first `MOST_PAIRS` found.
     """
     first = ~pd.Series(table[schema.SHA256].to_pylist(), dtype=object).duplicated().to_numpy()
     rows = np.flatnonzero(first & _is_hashed(table, least_tissue))
@@ -53,9 +50,9 @@ def near(table: pa.Table, near_bits: int, least_tissue: float) -> NDArray[np.int
 
 
 def nearest(table: pa.Table, others: pa.Table, near_bits: int, least_tissue: float) -> NDArray[np.int64]:
-    """Row of the picture in another table that looks most like each picture, -1 where none is near (n,).
+    """Row (n,) of the most similar image in another table for each image, -1 where none is near.
 
-    As in `near`, pictures with less than `least_tissue` look like no other.
+    As in `near`, images with less than `least_tissue` do not count.
     """
     mine, theirs = (np.flatnonzero(_is_hashed(each, least_tissue)) for each in (table, others))
     words, other_words = _words(table, mine), _words(others, theirs)
@@ -69,19 +66,19 @@ def nearest(table: pa.Table, others: pa.Table, near_bits: int, least_tissue: flo
 
 
 def _is_hashed(table: pa.Table, least_tissue: float) -> NDArray[np.bool_]:
-    """Whether each picture has a hash that tells it from others: blank ones all look alike."""
+    """Whether each image has a hash and enough tissue."""
     is_tissue: NDArray[np.bool_] = table[schema.TISSUE_FRACTION].fill_null(-1).to_numpy() >= least_tissue
     return is_tissue & table[schema.PHASH].is_valid().to_numpy()
 
 
 def _words(table: pa.Table, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """(words, pictures): 64 bits of every hash lie side by side, which is what the processor wants."""
+    """(words, images): the same 64 bits of every hash are contiguous, for speed."""
     hashes = bytes.fromhex("".join(table[schema.PHASH].take(pa.array(rows)).to_pylist()))
     return np.frombuffer(hashes, np.uint64).reshape(len(rows), -1 if len(rows) else 1).T.copy()
 
 
 def _distance(words: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int16]:
-    """Bits in which two sets of hashes differ: (pictures, other pictures)."""
+    """Hamming distances (images, other images) between two sets of hashes."""
     distance = np.zeros((words.shape[1], others.shape[1]), np.int16)
     for word, other in zip(words, others, strict=True):
         distance += np.bitwise_count(word[:, None] ^ other[None])

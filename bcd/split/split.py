@@ -1,7 +1,7 @@
-"""Who trains and who tests: group-disjoint, stratified, seeded splits, and the proof that nothing leaks.
+"""Group-disjoint, stratified, seeded splits, and the check that nothing leaks.
 
-The usual order is `quarantine` -> `assign` -> `require_no_leak`. A split depends on the seed and on what the
-rows say: not on their order, the platform or the version of NumPy (raw PCG64 words and integers).
+The usual order is `quarantine` -> `assign` -> `require_no_leak`. A split depends on the seed and the content
+of the rows: not on their order, the platform or the version of NumPy (raw PCG64 words and integers).
 """
 
 import hashlib
@@ -23,31 +23,27 @@ from bcd.errors import ConfigError, DataError, LeakageError
 from bcd.split import stratify
 from bcd.split.stratify import Integers
 from bcd.taxonomy import PARTS, TEST, TRAIN, TUMOR_CLASSES, VALIDATION
+from bcd.text import counted, some
 
-# Protocols that put images of one patient on both sides: their numbers are marked wherever they appear.
+# Protocols that put images of one patient into several parts: their numbers are always marked.
 LEAKY = frozenset({"image"})
-# What a data set says of an image, and what tells one content from another.
-_SAID = (
-    schema.TUMOR_CLASS,
-    schema.SUBTYPE,
-    schema.PATIENT,
-    schema.CASE,
-    schema.SLIDE,
-    schema.MAGNIFICATION,
-    schema.MPP,
+# Metadata of an image, and what identifies its content.
+_METADATA = (
+    *(schema.TUMOR_CLASS, schema.SUBTYPE, schema.PATIENT, schema.CASE, schema.SLIDE),
+    *(schema.MAGNIFICATION, schema.MPP),
 )
 _CONTENT = (schema.SIZE_BYTES, schema.SHA256)
-# Fewer patients of a class than this say little of all others: people are warned.
+# A part with fewer patients of a class gets a warning.
 FEW_PATIENTS = 3
 _ROUNDING = 1e-6
-_RESTS_ON_THEM = {
-    TRAIN: "what the model learns of this class rests",
-    VALIDATION: "the best epoch, the threshold and the temperature rest",
-    TEST: "its numbers for this class rest",
+_DEPENDS_ON_THEM = {
+    TRAIN: "what the model learns of this class depends",
+    VALIDATION: "the best epoch, the threshold and the temperature depend",
+    TEST: "its numbers for this class depend",
 }
 
-# What must stand on one side only. Patient is named under "case" too, because a manifest may give one
-# patient several cases; a picture that stands twice is never shared, under any protocol.
+# What must be in one part only. "case" includes the patient, because a manifest may give one patient several
+# cases; duplicates are never divided, under any protocol.
 _KEYS: Mapping[Protocol, tuple[str, ...]] = {
     "case": (schema.CASE, schema.PATIENT, schema.SLIDE, schema.SHA256),
     "patient": (schema.PATIENT, schema.SLIDE, schema.SHA256),
@@ -57,7 +53,7 @@ _KEYS: Mapping[Protocol, tuple[str, ...]] = {
 
 
 class Quarantine(NamedTuple):
-    """Rows to use, rows set aside (both in their old order), and one sentence per reason."""
+    """Rows to use, quarantined rows (`aside`), both in their old order, and one sentence per reason."""
 
     kept: pa.Table
     aside: pa.Table
@@ -65,11 +61,11 @@ class Quarantine(NamedTuple):
 
 
 def quarantine(table: pa.Table) -> Quarantine:
-    """Set aside what would teach or test a falsehood.
+    """Quarantine images with contradictory labels, and duplicates.
 
-    Three rules: a slide that stands under several subtypes goes, with all its images; a picture (equal
-    `sha256`) that stands under several patients or labels goes, with all its copies; of a picture that stands
-    several times under one patient and label, the first copy by `image_id` stays. A null hash says nothing.
+    Three rules: a slide with several subtypes is quarantined with all its images; duplicates (equal `sha256`)
+    with several patients or labels are all quarantined; of duplicates with one patient and label the first by
+    `image_id` is kept. A null hash equals no other.
     """
     rows = sorted(table.to_pylist(), key=lambda row: row[schema.IMAGE_ID])
     aside: set[str] = set()
@@ -79,7 +75,7 @@ def quarantine(table: pa.Table) -> Quarantine:
         if len(subtypes) > 1:
             aside.update(_ids(images))
             reasons.append(
-                f"slide {slide} stands as {' and '.join(subtypes)}: all {len(images)} images set aside"
+                f"slide {slide} is labelled {' and '.join(subtypes)}: all {len(images)} images quarantined"
             )
     for copies in _by(rows, schema.SHA256).values():
         remaining = [name for name in _ids(copies) if name not in aside]
@@ -87,13 +83,11 @@ def quarantine(table: pa.Table) -> Quarantine:
         if remaining and len(labels) > 1:
             aside.update(remaining)
             reasons.append(
-                f"one picture under several patients or labels, all set aside: {_some(_ids(copies))}"
+                f"duplicates with several patients or labels, all quarantined: {some(_ids(copies), 5)}"
             )
         elif len(remaining) > 1:
             aside.update(remaining[1:])
-            reasons.append(
-                f"one picture several times, kept as {remaining[0]}: set aside {_some(remaining[1:])}"
-            )
+            reasons.append(f"duplicates of {remaining[0]} (kept), quarantined: {some(remaining[1:], 5)}")
     is_aside = pc.is_in(table[schema.IMAGE_ID], pa.array(sorted(aside), pa.string()))
     return Quarantine(table.filter(pc.invert(is_aside)), table.filter(is_aside), reasons)
 
@@ -106,25 +100,22 @@ def assign(
     test_fraction: float = 0.20,
     fold: Mapping[str, str] | None = None,
 ) -> pa.Table:
-    """Give every row its part: `train`, `validation` or `test`.
+    """Assign every row of an index to a part (schema `schema.SPLIT`, rows in their old order).
 
-    Groups are never divided, and subtypes (tumour classes where there are none) are spread as evenly as the
-    groups allow. Both tumour classes stand in every part.
+    Groups are never divided, subtypes (tumour classes where there are none) are spread as evenly as the
+    groups allow, and every part has both tumour classes.
 
     Args:
         table: rows with schema `schema.INDEX`.
-        protocol: what makes a group; `official` takes the test part from `fold`.
-        seed: chooses one of the many good splits.
+        protocol: defines the groups; `official` takes the test part from `fold`.
+        seed: selects one of many equally good splits.
         validation_fraction: share of the images; under `official`, of the fold's training images.
         test_fraction: share of the images; not used under `official`.
         fold: role by file name, from `breakhis.read_fold`.
 
-    Returns:
-        The table with schema `schema.SPLIT`, rows in their old order.
-
     Raises:
         ConfigError: the fractions leave a part empty, or the fold is missing.
-        DataError: a class has too few groups, a row no patient or class, or an image no place in the fold.
+        DataError: a class has too few groups, a row no patient or class, or the fold lacks an image.
     """
     held_out = {VALIDATION: validation_fraction}
     if protocol != "official":
@@ -143,19 +134,17 @@ def assign(
 def assign_fold(
     table: pa.Table, protocol: Protocol, seed: int, k: int, fold: int, validation_fraction: float = 0.15
 ) -> pa.Table:
-    """Give every row its part in one of k folds; over all folds each row is tested once.
+    """`assign` for one of k folds; over all folds each row is tested once.
+
+    A class with fewer groups than folds is missing from some test parts, never from training or validation.
 
     Args:
         table: rows with schema `schema.INDEX`.
-        protocol: what makes a group; not `official`, whose folds are given.
-        seed: chooses one of the many good divisions, the same for every fold.
+        protocol: defines the groups; not `official`, whose folds are given.
+        seed: selects one of many equally good divisions, the same for every fold.
         k: number of folds, at least 2.
-        fold: 1 to k, the one to test on.
+        fold: the one to test on, 1 to k.
         validation_fraction: share of all images, taken from those that are not tested on.
-
-    Returns:
-        The table with schema `schema.SPLIT`, rows in their old order. A class with fewer groups than folds is
-        missing from some test parts, never from training or validation.
 
     Raises:
         ConfigError: the fraction leaves nothing to train on.
@@ -178,31 +167,22 @@ def assign_fold(
 
 
 def keep(table: pa.Table, protocol: Protocol, seed: int, validation_fraction: float = 0.15) -> pa.Table:
-    """Leave every row in the part that it came with.
+    """Keep the given part of every row (columns of `schema.SPLIT`), rows in their old order.
 
-    Where none came as validation, that part is taken out of the training part, by groups.
-
-    Args:
-        table: rows with the columns of `schema.SPLIT`.
-        protocol: what makes a group of the training rows.
-        seed: chooses the validation part, where there is none.
-        validation_fraction: share of the training images, where there is no validation part.
-
-    Returns:
-        The table with schema `schema.SPLIT`, rows in their old order.
+    Without a validation part, one with the share `validation_fraction` is taken from training, by groups.
 
     Raises:
         DataError: a row has no part or no patient, or a part lacks a class.
-        LeakageError: a group or a picture stands in several of the given parts.
+        LeakageError: a group or duplicates are in several of the given parts.
     """
     is_known = pc.is_in(table[schema.PART], pa.array(PARTS))
     _require(table, is_known, f"no {schema.PART}; expected {', '.join(PARTS)} for every image, or for none")
     rows, order = _ordered(table)
-    _require_patients(rows, protocol)  # without them nobody knows whether the parts leak
+    _require_patients(rows, protocol)  # without them a leak cannot be detected
     if leaks := crossings_forbidden(rows, protocol):
         raise LeakageError(
-            f"the parts that the data come with leak: {_some(leaks, 3, '; ')}. Put every patient into one "
-            "part, or give the data undivided"
+            f"the given parts leak: {some(leaks, 3, '; ')}. Put every patient into one part, or give the "
+            "data without parts"
         )
     parts = np.array(rows[schema.PART].to_pylist(), dtype=object)
     if VALIDATION not in parts:
@@ -217,81 +197,59 @@ def keep(table: pa.Table, protocol: Protocol, seed: int, validation_fraction: fl
 
 
 def share_warnings(table: pa.Table, wanted: Mapping[str, float] | None = None) -> list[str]:
-    """A sentence for each part and class of which the part has less than half of its share, of the images or
-    of the patients, or fewer than `FEW_PATIENTS` patients.
-
-    Args:
-        table: rows with schema `schema.SPLIT`.
-        wanted: share of the images that each part should have; by default that which it has.
+    """A sentence for each part and class with less than half of its share of images or of patients, or with
+    fewer than `FEW_PATIENTS` patients; `wanted` is the intended share of each part, by default its actual
+    one.
     """
-    groups: dict[tuple[str, str], list[str | None]] = defaultdict(list)
-    for name in TUMOR_CLASSES:
-        of_class = table.filter(pc.equal(table[schema.TUMOR_CLASS], name)).select(
-            [schema.PART, schema.PATIENT]
-        )
-        for part, patient in zip(*(column.to_pylist() for column in of_class), strict=True):
-            groups[part, name].append(patient)
-    shares = wanted or {part: pc.mean(pc.equal(table[schema.PART], part)).as_py() for part in PARTS}
+    rows = table.select([schema.PART, schema.TUMOR_CLASS, schema.PATIENT]).to_pandas()
+    shares = wanted or {part: (rows[schema.PART] == part).mean() for part in PARTS}
     sentences = []
     for part, name in itertools.product(PARTS, TUMOR_CLASSES):
-        every = [patient for (_, other), rows in groups.items() if other == name for patient in rows]
-        sentences += _share_warning(part, name, groups[part, name], every, shares[part])
+        every = rows[rows[schema.TUMOR_CLASS] == name]
+        here = every[every[schema.PART] == part]
+        counts = [("images", len(here), len(every))]
+        is_few = False
+        if every[schema.PATIENT].notna().all():
+            counts.append(("patients", *(found[schema.PATIENT].nunique() for found in (here, every))))
+            is_few = counts[1][1] < FEW_PATIENTS
+        is_short = any(2 * n < shares[part] * total - _ROUNDING for _, n, total in counts)
+        if is_short or is_few:
+            has = " and ".join(f"{n:,} of {total:,} {what}" for what, n, total in counts)
+            share = f", less than half of its share of {100 * shares[part]:.0f} %" if is_short else ""
+            few = f"; {_DEPENDS_ON_THEM[part]} on so few patients" if is_few else ""
+            sentences.append(f"the {part} part has {has} of class {name}{share}{few}")
     return sentences
 
 
-def _share_warning(
-    part: str, tumor_class: str, here: Sequence[str | None], every: Sequence[str | None], share: float
-) -> list[str]:
-    """What is wrong with a part's share of a class: at most one sentence, from the patient of every image."""
-    counts = [("images", len(here), len(every))]
-    if None not in every:
-        counts.append(("patients", len(set(here)), len(set(every))))
-    has = " and ".join(f"{n:,} of {total:,} {what}" for what, n, total in counts)
-    said = f"the {part} part has {has} of class {tumor_class}"
-    is_short = any(2 * n < share * total - _ROUNDING for _, n, total in counts)
-    is_few = None not in every and len(set(here)) < FEW_PATIENTS
-    if is_short:
-        said += f", less than half of its share of {100 * share:.0f} %"
-    if is_few:
-        said += f"; {_RESTS_ON_THEM[part]} on so few patients"
-    return [said] if is_short or is_few else []
-
-
 def crossings_forbidden(table: pa.Table, protocol: Protocol = "patient") -> list[str]:
-    """Every case, patient, slide or picture that crosses although the protocol forbids it, as sentences."""
+    """A sentence for every case, patient, slide or duplicate in several parts against the protocol."""
     return [sentence for _, sentence in crossings(table, _KEYS[protocol])]
 
 
 def crossings(table: pa.Table, keys: Iterable[str]) -> list[tuple[str, str]]:
-    """Name and sentence of every value of the columns `keys` that stands in more than one part."""
-    sides: dict[tuple[str, str], dict[str, list[str]]] = {}
+    """Name and sentence of every value of the columns `keys` that is in more than one part."""
+    images: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for row in sorted(table.to_pylist(), key=lambda row: row[schema.IMAGE_ID]):
         for column in keys:
             if row[column] is not None and row[schema.PART] in PARTS:
-                side = sides.setdefault((column, row[column]), {})
-                side.setdefault(row[schema.PART], []).append(row[schema.IMAGE_ID])
+                images[column, row[column]][row[schema.PART]].append(row[schema.IMAGE_ID])
     # A BreaKHis patient is a slide and often a case: one sentence for the three.
-    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for (column, name), parts in sides.items():
+    columns: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (column, name), parts in images.items():
         if len(parts) > 1:
-            where = " and in ".join(f"{part} (as {_some(parts[part], 1)})" for part in PARTS if part in parts)
-            kinds[name, where].append(column)
-    return [(name, f"{', '.join(on)} {name} stands in {where}") for (name, where), on in kinds.items()]
+            where = " and in ".join(f"{part} (as {some(parts[part], 1)})" for part in PARTS if part in parts)
+            columns[name, where].append(column)
+    return [(name, f"{', '.join(of)} {name} is in {where}") for (name, where), of in columns.items()]
 
 
 def require_no_leak(table: pa.Table, protocol: Protocol) -> None:
-    """Raise `LeakageError`, naming what crosses and between which parts, unless the split is disjoint."""
-    if crossings := crossings_forbidden(table, protocol):
-        raise LeakageError(f"the split by {protocol} leaks: {_some(crossings, 3, '; ')}")
+    """Raise `LeakageError`, naming what is in which parts, unless the split is disjoint."""
+    if leaks := crossings_forbidden(table, protocol):
+        raise LeakageError(f"the split by {protocol} leaks: {some(leaks, 3, '; ')}")
 
 
 def changes(before: pa.Table, now: pa.Table) -> list[str]:
-    """What of a data set is no longer as it was, as sentences.
-
-    Args:
-        before: rows with schema `schema.SPLIT`.
-        now: rows with the columns of `schema.INDEX`, and with `part` where it must be the same, too.
-    """
+    """Differences between two versions of a data set, as sentences; compares `part` if `now` has one."""
     old, new = ({row[schema.IMAGE_ID]: row for row in table.to_pylist()} for table in (before, now))
     patients = [{row[schema.PATIENT] for row in rows.values()} - {None} for rows in (old, new)]
     said = []
@@ -300,36 +258,30 @@ def changes(before: pa.Table, now: pa.Table) -> list[str]:
         (new.keys() - old.keys(), patients[1] - patients[0], "new"),
     ):
         if names:
-            whole = f", and with them patient {_some(sorted(who), 3)}" if who else ""
-            said.append(f"{_images(len(names))} {verb} ({_some(sorted(names), 3)}){whole}")
+            whole = f", and with them patient {some(sorted(who))}" if who else ""
+            said.append(f"{counted(len(names), 'image')} {verb} ({some(sorted(names))}){whole}")
     both = sorted(old.keys() & new.keys())
     if other := [name for name in both if any(old[name][key] != new[name][key] for key in _CONTENT)]:
-        said.append(f"other content in {_images(len(other))} ({_some(other, 3)})")
+        said.append(f"other content in {counted(len(other), 'image')} ({some(other)})")
     has_parts = schema.PART in now.column_names
     if has_parts and VALIDATION not in now[schema.PART].to_pylist():
-        # That part was then taken out of the training part.
-        old = {
-            name: row | {schema.PART: TEST if row[schema.PART] == TEST else TRAIN}
-            for name, row in old.items()
-        }
-    for column in (*_SAID, schema.PART) if has_parts else _SAID:
+        # The validation part was then taken from the training part.
+        for row in old.values():
+            row[schema.PART] = TEST if row[schema.PART] == TEST else TRAIN
+    for column in (*_METADATA, schema.PART) if has_parts else _METADATA:
         if other := [name for name in both if old[name][column] != new[name][column]]:
             was, is_now = old[other[0]][column], new[other[0]][column]
-            said.append(f"another {column} of {_images(len(other))} ({other[0]}: {was} -> {is_now})")
+            said.append(f"another {column} of {counted(len(other), 'image')} ({other[0]}: {was} -> {is_now})")
     return said
 
 
-def _images(n: int) -> str:
-    return f"{n:,} image{'' if n == 1 else 's'}"
-
-
 def fingerprint(table: pa.Table) -> str:
-    """SHA-256 (hex) of a split: which image stands in which part, whatever the order of rows."""
+    """SHA-256 (hex) of a split: image ids and parts, independent of the order of rows."""
     return _digest(table, (schema.IMAGE_ID, schema.PART))
 
 
 def data_fingerprint(table: pa.Table) -> str:
-    """SHA-256 (hex) of a data set: image ids, sizes in bytes and labels, whatever the order of rows."""
+    """SHA-256 (hex) of a data set: image ids, sizes in bytes and labels, independent of the order of rows."""
     return _digest(table, (schema.IMAGE_ID, schema.SIZE_BYTES, schema.TUMOR_CLASS, schema.SUBTYPE))
 
 
@@ -350,19 +302,14 @@ def _ids(rows: Iterable[dict[str, Any]]) -> list[str]:
     return [row[schema.IMAGE_ID] for row in rows]
 
 
-def _some(names: Sequence[str], limit: int = 5, separator: str = ", ") -> str:
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return separator.join(names[:limit]) + more
-
-
 def _require(rows: pa.Table, fulfilled: pa.ChunkedArray, otherwise: str) -> None:
     """Raise `DataError` that names the rows where a condition does not hold."""
     if lacking := rows.filter(pc.invert(fulfilled))[schema.IMAGE_ID].to_pylist():
-        raise DataError(f"{_some(lacking)}: {otherwise}")
+        raise DataError(f"{some(lacking, 5)}: {otherwise}")
 
 
 def _ordered(table: pa.Table) -> tuple[pa.Table, Integers]:
-    """Rows sorted by id, and where each of them stood."""
+    """Rows sorted by id, and the former position of each."""
     order = pc.sort_indices(table[schema.IMAGE_ID]).to_numpy()
     rows = table.take(order)
     is_known = pc.is_in(rows[schema.TUMOR_CLASS], pa.array(TUMOR_CLASSES))
@@ -379,12 +326,12 @@ def _with_parts(table: pa.Table, order: Integers, parts: NDArray[np.object_]) ->
 def _official(
     rows: pa.Table, seed: int, held_out: Mapping[str, float], fold: Mapping[str, str] | None
 ) -> NDArray[np.object_]:
-    """Parts by the published roles; the training images are divided once more, by case."""
+    """Parts by the published roles; the validation part is taken from the training images, by case."""
     if fold is None:
         raise ConfigError("protocol official needs one of the published folds")
     names = [breakhis.published(name) for name in rows[schema.IMAGE_ID].to_pylist()]
-    if strangers := [name for name in names if name not in fold]:
-        raise DataError(f"{len(strangers):,} images are not in the official fold: {_some(strangers)}")
+    if unknown := [name for name in names if name not in fold]:
+        raise DataError(f"{len(unknown):,} images are not in the official fold: {some(unknown, 5)}")
     is_test = np.array([fold[name] == TEST for name in names])
     test_classes = set(rows.filter(pa.array(is_test))[schema.TUMOR_CLASS].to_pylist())
     if absent := [name for name in TUMOR_CLASSES if name not in test_classes]:
@@ -398,7 +345,7 @@ def _official(
 def _partition(
     rows: pa.Table, protocol: Protocol, seed: int, held_out: Mapping[str, float]
 ) -> NDArray[np.object_]:
-    """Part of every row: `train`, or one of those held out, given with their shares."""
+    """Part of every row: `train`, or one of the held-out parts, given with their shares."""
     parts = [TRAIN, *held_out]
     groups, sizes = _groups(rows, protocol)
     unit = schema.PATIENT if protocol == "case" and not rows[schema.CASE].drop_null() else protocol
@@ -406,16 +353,16 @@ def _partition(
     for tumor_class, n in zip(TUMOR_CLASSES, of_class, strict=True):
         if n < len(parts):
             needs = f"{', '.join(parts[:-1])} and {parts[-1]} need at least {len(parts)}"
-            raise DataError(f"class {tumor_class} has {n} {unit}{'' if n == 1 else 's'}; {needs}")
+            raise DataError(f"class {tumor_class} has {counted(n, unit)}; {needs}")
     shares = np.array([1 - sum(held_out.values()), *held_out.values()])
-    # Training should miss no stratum; validation may, rather than the test.
+    # Training should have every stratum; if one is missing, then from validation rather than from test.
     wanted = [2, 0, 1][: len(parts)]
     divided = stratify.divide(sizes, stratify.patient_counts(rows, groups), shares, wanted, seed)
     return np.array(parts, dtype=object)[divided[groups]]
 
 
 def _groups(rows: pa.Table, protocol: Protocol) -> tuple[Integers, Integers]:
-    """Group of every row, and the groups' sizes as in `division.sizes`."""
+    """Group of every row, and the sizes of the groups as in `stratify.image_counts`."""
     _require_patients(rows, protocol)
     groups = _connected(rows, _KEYS[protocol])
     return groups, stratify.image_counts(rows, groups)
@@ -428,14 +375,14 @@ def _require_patients(rows: pa.Table, protocol: Protocol) -> None:
 
 
 def _connected(rows: pa.Table, columns: Iterable[str]) -> Integers:
-    """Number of every row's group: an equal value in any of the columns connects, a null does not."""
+    """Number of every row's group: rows with an equal value in any of the columns are in one group."""
     label = np.arange(rows.num_rows)
     codes = [stratify.number_values(rows[column]) for column in columns]
     settled = False
     while not settled:
         before = label.copy()
         for code in codes:
-            # The last place, -1, collects the nulls: where there are any, no value has that number.
+            # Nulls, -1, index the last element: if there are any, no value has that number.
             smallest = np.full(rows.num_rows, rows.num_rows)
             np.minimum.at(smallest, code, label)
             label = np.where(code < 0, label, smallest[code])

@@ -1,9 +1,9 @@
-"""Dividing groups of images into parts: a random fair division, found by local search, in integers only.
+"""Divide groups of images into parts: a random balanced division, found by local search in integers only.
 
-First by images alone. Where that leaves a part with less than half of its share of a class, in images or in
-patients, once more with every class as heavy as the whole data set, and that shortfall before all unevenness.
+First by images alone. If a part then has less than half of its share of a class, in images or in patients,
+again with every class weighted like the whole data set and that shortfall minimised before all imbalance.
 
-The same seed gives the same division on every platform and with every version of NumPy (raw PCG64 words).
+A seed gives the same division on every platform and with every version of NumPy (raw PCG64 words).
 """
 
 from collections.abc import Sequence
@@ -17,29 +17,31 @@ from bcd import schema
 from bcd.taxonomy import TUMOR_CLASSES
 
 Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
-# A fair split: subtypes take shares of every part that are within 5 points of their shares in the whole,
-# and parts are within 10 % of the wanted size.
+# A balanced split: the share of each subtype in every part is within 5 points of that in the whole, and parts
+# are within 10 % of the wanted size.
 _SHARE, _SIZE = 0.05, 0.10
-# Effort of one split: local searches from nothing, rounds of each, and a bound on the groups looked at. The
-# first searches insist on a fair split; where the groups allow none, each later one is content with less.
+# Effort of one split: local searches from scratch, rounds of each, and a bound on the groups visited. The
+# first searches require a balanced split; if the groups allow none, each later one accepts a little more
+# imbalance.
 _SEARCHES, _STRICT, _ROUNDS, _WORK = 8, 4, 100, 60_000
-# Searches of the second attempt, whose every move looks at what is owed.
+# Searches of the second attempt, whose moves cost more.
 _MORE = 2
 # Columns of the table of group sizes: images of each tumour class, of all, and of each stratum.
 CLASSES, _ALL, _STRATA = slice(0, 2), 2, slice(3, None)
-# No images or patients are worth a missing class or stratum; the numbers still fit into 64 bits.
+# Weight of a missing class or stratum, above any number of images or patients; sums still fit into 64 bits.
 _FIRST = 2**40
 
 
 def number_values(column: pa.ChunkedArray) -> Integers:
-    """Number of every value, in order of appearance; -1 for null."""
+    """Code of every value, in order of appearance; -1 for null."""
     indices = column.combine_chunks().dictionary_encode().indices
     return indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def image_counts(rows: pa.Table, groups: Integers) -> Integers:
-    """Images of every group (rows): of each tumour class, of all, and of each stratum (columns)."""
+    """Images of every group (rows): of each tumour class, in total, and of each stratum (columns)."""
     classes = pc.index_in(rows[schema.TUMOR_CLASS], pa.array(TUMOR_CLASSES)).to_numpy()
     strata = number_values(pc.coalesce(rows[schema.SUBTYPE], rows[schema.TUMOR_CLASS]))
     n_groups, n_strata = groups.max(initial=-1) + 1, strata.max(initial=-1) + 1
@@ -51,7 +53,7 @@ def image_counts(rows: pa.Table, groups: Integers) -> Integers:
 
 
 def patient_counts(rows: pa.Table, groups: Integers) -> Integers:
-    """Patients of each tumour class (columns) in every group (rows); none where they are unknown."""
+    """Known patients of each tumour class (columns) in every group (rows)."""
     classes = pc.index_in(rows[schema.TUMOR_CLASS], pa.array(TUMOR_CLASSES)).to_numpy()
     who = np.stack([groups, classes, number_values(rows[schema.PATIENT])])
     counts = np.zeros((groups.max(initial=-1) + 1, len(TUMOR_CLASSES)), dtype=np.int64)
@@ -60,16 +62,14 @@ def patient_counts(rows: pa.Table, groups: Integers) -> Integers:
     return counts
 
 
-def divide(
-    sizes: Integers, patients: Integers, shares: NDArray[np.float64], wanted: Sequence[int], seed: int
-) -> Integers:
-    """Part of every group: a random division that is fair by images and, as far as they allow, to each class.
+def divide(sizes: Integers, patients: Integers, shares: Floats, wanted: Sequence[int], seed: int) -> Integers:
+    """Part of every group: a random division balanced by images and, as far as these allow, in each class.
 
     Args:
         sizes: (groups, columns) from `image_counts`.
         patients: (groups, classes) from `patient_counts`.
         shares: (parts,) wanted share of the images.
-        wanted: (parts,) how much worse a part is without some stratum; without a class all are useless.
+        wanted: (parts,) cost of a missing stratum; a missing class costs more than all strata.
         seed: of raw PCG64 words, which NumPy promises never to change, unlike `Generator` methods.
     """
     by_images = _search(sizes, shares, wanted, seed)
@@ -85,17 +85,13 @@ def divide(
 
 
 def _search(
-    sizes: Integers,
-    shares: NDArray[np.float64],
-    wanted: Sequence[int],
-    seed: int,
-    owed: Integers | None = None,
+    sizes: Integers, shares: Floats, wanted: Sequence[int], seed: int, owed: Integers | None = None
 ) -> Integers:
-    """Part of every group: a random fair division, found by local search; `owed` as in `_Division`.
+    """Part of every group: a random balanced division, found by local search; `owed` as in `_Division`.
 
-    The best division would be the same for every seed, so the first that is fair is taken. A round takes a
-    random quarter of the groups out, puts them back one by one where they fit best, moves single groups while
-    that helps, and goes on from the result if it is no worse.
+    The best division would be the same for every seed, so the first balanced one is returned. A round removes
+    a random quarter of the groups, puts them back one by one where they fit best, moves single groups while
+    that helps, and keeps the result if it is no worse.
     """
     n = len(sizes)
     rounds = int(np.clip(_WORK // n, 1, (_SEARCHES if owed is None else _MORE) * _ROUNDS))
@@ -107,7 +103,7 @@ def _search(
         out = np.arange(n) if fresh else np.argsort(word, kind="stable")[: max(2, n // 4)]
         part[out] = -1
         trial = _Division(sizes, shares, wanted, part, owed)
-        # Roughly the large before the small, which then even out what the large leave.
+        # Roughly the large groups first; the small ones then even out the rest.
         trial.fill(out[np.argsort(-word[out] * sizes[out, _ALL], kind="stable")])
         trial.settle()
         if fresh:
@@ -120,27 +116,26 @@ def _search(
 
 
 class _Division:
-    """Groups on their way into parts, and what it costs to add or to move one.
+    """A division in progress, and the cost of adding or moving a group.
 
-    Absence comes before all else: it counts the classes missing from a part and, far behind, the strata
-    missing, by how much each part wants them, and behind those the shortfall. Unevenness is the squared
-    distance to the wanted number of images, in units of the part's wanted size, summed over parts, classes,
-    strata and the whole. Integers only: no rounding that tips a tie one way here and another way there
+    Absence is minimised first: missing classes, then missing strata weighted by `wanted`, then the shortfall.
+    Unevenness is the squared distance to the wanted number of images, in units of the part's wanted size,
+    summed over parts, classes, strata and the whole. Integers only, so that rounding never decides a tie
     (exact up to some 10 million rows).
     """
 
     def __init__(
         self,
         sizes: Integers,
-        shares: NDArray[np.float64],
+        shares: Floats,
         wanted: Sequence[int],
         part: Integers,
         owed: Integers | None = None,
     ) -> None:
-        """Start from the part of every group, -1 for those still out; arguments as in `divide`.
+        """Start from the part of every group, -1 for unassigned ones; arguments as in `divide`.
 
-        Of each column of `owed` (groups, columns) a part should have half of its share at least. Where there
-        are some, a class of few images weighs as much as the whole.
+        A part should have at least half of its share of each column of `owed` (groups, columns). If given, a
+        class of few images weighs as much as the whole.
         """
         inside = (part == np.arange(len(shares))[:, None]).astype(np.int64)
         self.sizes, self.part, self.owed = sizes, part, owed
@@ -158,25 +153,25 @@ class _Division:
         self.must = np.zeros_like(self.excess)
         self.must[:, CLASSES] = 3 * sizes.shape[1]
         self.must[:, _STRATA] = np.array(wanted)[:, None]
-        # Fewer groups than parts must be missing somewhere: best where it costs least.
+        # A stratum with fewer groups than parts is missing somewhere: best where that costs least.
         groups = self.holds.sum(axis=0)
         dearest_first = -np.sort(-self.must, axis=0)
         missing = np.arange(len(shares))[:, None] >= groups
         self.unavoidable = int((dearest_first * missing).sum()) * _FIRST
 
     def measure(self) -> tuple[int, int]:
-        """Absence, and the unevenness by fourth powers: one stratum far off is worse than all a little."""
+        """Absence, and unevenness in fourth powers: one stratum far off is worse than all a little."""
         squares = (self.excess**2 * self.weight[:, None] * self.heft).astype(object)
         return self._absence(), (squares**2).sum()
 
     def shortfall(self) -> int:
-        """Twice what is missing to half of a share, over all parts and what they are owed."""
+        """Twice what is missing from half of each share, summed over parts and columns of `owed`."""
         return 0 if self.owed is None else int(self._short(0 * self.owed[:1]).sum())
 
     def is_fair(self, slack: int) -> bool:
-        """Nothing is absent that need not be, and all is within slack times the tolerances.
+        """Whether nothing avoidable is absent, and all deviations are within slack times the tolerances.
 
-        A stratum with fewer groups than parts keeps no share.
+        Strata with fewer groups than parts are exempt from the tolerance of shares.
         """
         groups = self.holds.sum(axis=0)
         if self._absence() > self.unavoidable:
@@ -188,16 +183,16 @@ class _Division:
         return bool(within and sizes.max() <= slack * _SIZE)
 
     def fill(self, order: Integers) -> None:
-        """Put groups where they fit best, in the given order."""
+        """Put each group where it fits best, in the given order."""
         for group in order:
             absence, unevenness = self._adding(slice(group, group + 1))
             self._put(group, int(np.lexsort((unevenness[0], absence[0]))[0]))
 
     def settle(self) -> None:
-        """Move the one group whose move helps most, until none helps by a tenth of a point, squared.
+        """Repeat the best move of a single group, until none gains a tenth of a point, squared.
 
-        Afterwards each class with as many groups as parts stands in every part: if it lacked one, some part
-        would have two groups of it, and of those one can go without taking the other class along for good.
+        Then each class with as many groups as parts is in every part: otherwise some part would have two
+        groups of it, and moving one of them would help.
         """
         worthwhile = -(int(self.sizes[:, _ALL].sum()) ** 2) // 10**6
         while True:
@@ -213,11 +208,11 @@ class _Division:
         return int(self.must[self.holders == 0].sum()) * _FIRST + self.shortfall()
 
     def _short(self, more: Integers, parts: slice | Integers = slice(None)) -> Integers:
-        """`shortfall` of each of the parts if it had more of what is owed: (..., columns)."""
+        """`shortfall` of each part with `more` (..., columns) of what it is owed."""
         return np.maximum(self.due[parts] - 2 * (self.has[parts] + more), 0).sum(axis=-1)
 
     def _adding(self, groups: slice) -> tuple[Integers, Integers]:
-        """Change of absence and unevenness, each (groups, parts), by adding one group to a part."""
+        """Change of absence and unevenness, each (groups, parts), on adding a group to a part."""
         x = self.sizes[groups]
         absence = -(self.holds[groups] @ (self.must * (self.holders == 0)).T) * _FIRST
         if self.owed is not None:
@@ -227,7 +222,7 @@ class _Division:
         return absence, (2 * heavy @ self.excess.T + (heavy * x).sum(axis=1, keepdims=True)) * self.weight
 
     def _moving(self) -> tuple[Integers, Integers]:
-        """Change of absence and unevenness, each (groups, parts), by moving one group to a part."""
+        """Change of absence and unevenness, each (groups, parts), on moving a group to a part."""
         x, part, everyone = self.sizes, self.part, np.arange(len(self.sizes))
         absence, unevenness = self._adding(slice(None))
         leaves = (self.holds * (self.must * (self.holders == 1))[part]).sum(axis=1)

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from ray.train import Result
-from torchvision.models import ResNet
 
 from bcd import provenance, schema, storage, taxonomy
 from bcd.config.options import Architecture
@@ -14,6 +13,7 @@ from bcd.config.training import TrainConfig
 from bcd.errors import BundleError
 from bcd.metrics import aggregate, calibration, decision
 from bcd.model import bundle, card, resnet
+from bcd.model.network import ResNet
 from bcd.runtime import feature_statistics, run_directory
 from bcd.runtime.prepare import DatasetFacts, part_of
 from bcd.split import split

@@ -29,19 +29,21 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.models import ResNet
 
 from bcd import schema, storage
 from bcd.config.training import TrainConfig
 from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
 from bcd.metrics import measures
-from bcd.model import preprocessing, resnet, train_step, weights
+from bcd.model import resnet, train_step, weights
+from bcd.model.network import ResNet, normalise
 from bcd.runtime import cluster, inspection
 from bcd.taxonomy import TRAIN, VALIDATION
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "state.pt"
+# Folder of the run with a table per finished epoch: the images that it trained on.
+EXPOSURE = "exposure"
 DIGEST = "weights_sha256"
 SCORE = "validation_balanced_accuracy"
 # Chooses the best epoch: by score, then by loss. On a small validation part many epochs have equal scores,
@@ -155,16 +157,16 @@ def _train(task: Task) -> list[dict[str, Any]]:
     resnet.set_precision(config.precision)
     if device.type == "cpu":
         cluster.share_cores(context.get_local_world_size() * task.runs_per_node)
-    # Augmentation differs between workers and epochs, and is determined by the seed.
-    torch.manual_seed(config.seed * 1_000 + context.get_world_rank())
     state = _state(task, device)
+    # Augmentation differs between workers, and after resuming, and is determined by the seed.
+    torch.manual_seed(config.seed * 1_000 + context.get_world_rank() + 1_000_000 * len(state.history))
     network = ray.train.torch.prepare_model(state.network, False)
     if isinstance(network, DistributedDataParallel):
         # Running statistics are equal on all workers, or made so by `train_step.average_batch_norm`. Torch
         # 2.11 accepts this only under this name, about which torch 2.13 warns if it is an argument.
         network.broadcast_buffers = False
     height, width = config.input_height_px, config.input_width_px
-    augmentation = preprocessing.augmentation(height, width) if config.augment else None
+    augmentation = train_step.augmentation(height, width) if config.augment else None
     step = train_step.Step(network, state.optimizer, device, config.precision, augmentation)
     stream = Stream(TRAIN, max(1, config.batch_size // context.get_world_size()))
     with tempfile.TemporaryDirectory() as folder:
@@ -344,7 +346,7 @@ def _validate(task: Task, network: ResNet, device: torch.device) -> Seen:
     network.eval()
     for batch in Stream(VALIDATION, task.config.batch_size).batches():
         images, target = _tensors(batch)
-        inputs = preprocessing.normalise(images.to(device).permute(0, 3, 1, 2))
+        inputs = normalise(images.to(device).permute(0, 3, 1, 2))
         with resnet.autocast(device, task.config.precision):
             logit = resnet.forward(network, inputs.contiguous(memory_format=torch.channels_last)).logit
         loss_sum = nn.functional.cross_entropy(logit, target.to(device), reduction="sum")
@@ -387,7 +389,7 @@ def _log_exposure(task: Task, seen: Seen, epoch: int) -> None:
     if ray.train.get_context().get_world_rank() != 0:
         return
     columns = {schema.EPOCH: [epoch] * len(seen.image_ids), schema.IMAGE_ID: seen.image_ids}
-    uri = storage.join(task.run_uri, "exposure", f"epoch-{epoch:04d}.parquet")
+    uri = storage.join(task.run_uri, EXPOSURE, f"epoch-{epoch:04d}.parquet")
     storage.write_table(uri, pa.table(columns, schema=schema.EXPOSURE))
 
 

@@ -129,7 +129,7 @@ def train_model(
         torch_config=loop.ProcessGroup(),
         scaling_config=scaling,
         datasets=streams,
-        dataset_config=datasets.SplitData(),
+        dataset_config=datasets.SplitData(storage.join(run_uri, loop.EXPOSURE)),
         run_config=RunConfig(
             name="checkpoints",
             storage_path=path,

@@ -28,7 +28,7 @@ def kinds(result):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """24 good pictures of 8 patients, and one of everything that may be wrong."""
+    """24 good images of 8 patients, and one of everything that may be wrong."""
     root = tmp_path_factory.mktemp("planted")
     names = [f"{('benign', 'malignant')[p % 2]}/p{p}/{i}.png" for p in range(8) for i in range(3)]
     good = {name: tissue(number, 230, 350) for number, name in enumerate(names)}
@@ -57,7 +57,7 @@ def test_everything_that_was_planted_is_found_and_nothing_else(joined, planted, 
     (tmp_path / "split.csv").write_text("\n".join(lines))
     output = tmp_path / "out"
     config = AuditConfig(data=str(root), split=str(tmp_path / "split.csv"), output=str(output))
-    with pytest.raises(AuditError, match=r"split.csv: a patient, slide or picture is in several parts"):
+    with pytest.raises(AuditError, match=r"split.csv: a patient, slide or image is in several parts"):
         audit.run(config)
     result = json.loads((output / "audit.json").read_text())
     assert {one["kind"]: one["count"] for one in result["findings"]} == {
@@ -121,7 +121,7 @@ def test_a_manifest_on_s3_gives_the_same_rows(joined, s3, planted, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.real
-def test_the_real_fields_are_strangers_and_only_cases_cross(joined, real_data, tmp_path):
+def test_real_fields_have_no_duplicates_and_only_cases_cross(joined, real_data, tmp_path):
     data, folds = real_data / "breakhis/BreaKHis_v1", real_data / "folds"
     result = audit.run(AuditConfig(data=str(data), folds=str(folds), output=str(tmp_path)))
     found = kinds(result)
@@ -136,7 +136,7 @@ def test_the_real_fields_are_strangers_and_only_cases_cross(joined, real_data, t
 
 @pytest.mark.real
 def test_all_published_names_without_pixels_exit_1(real_data, tmp_path, monkeypatch, capsys):
-    """The door, on empty files in the published tree: no Ray is started."""
+    """The job, on empty files in the published tree: no Ray is started."""
     roles = breakhis.read_fold((real_data / "folds/dsfold1.txt").read_text(), "dsfold1.txt")
     for name in roles:
         tumor_class, *folders = breakhis.parse_path(name).folders
@@ -151,10 +151,10 @@ def test_all_published_names_without_pixels_exit_1(real_data, tmp_path, monkeypa
     with pytest.raises(SystemExit, match="1"):
         cli.main("audit", "ray job submit")
     said = capsys.readouterr()
-    assert said.err == "error: fold 1, fold 3, fold 5: a patient, slide or picture is in several parts\n"
+    assert said.err == "error: fold 1, fold 3, fold 5: a patient, slide or image is in several parts\n"
     assert "7,909 images of 81 patients in 70 cases; 81 slide ids under 82 labels" in said.out
     assert "fold 1: 8 cases in several parts (14-22549, " in said.out
-    assert "WARNING: 7,909 broken pictures: 7,909 empty" in said.out
+    assert "WARNING: 7,909 broken images: 7,909 empty" in said.out
     assert len(rows_of(tmp_path / "out", "images.parquet")) == 7909
 
 
@@ -165,7 +165,7 @@ def test_bad_splits_are_found_before_pixels_are_read(tree, tmp_path, monkeypatch
     with pytest.raises(StorageError, match=r"there is no such folder"):
         audit.run(AuditConfig(data=tree, folds=str(tmp_path / "none"), output=str(tmp_path / "out")))
     (tmp_path / "split.csv").write_text("image_id,part\nother.png,train\n")
-    with pytest.raises(DataError, match=r"split.csv: none of the images stands there"):
+    with pytest.raises(DataError, match=r"split.csv: contains none of the images"):
         audit.run(AuditConfig(data=tree, split=str(tmp_path / "split.csv"), output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,7 @@ NO_PAIRS = np.zeros((0, 3), np.int64)
 
 
 def row(name: str, **more: Any) -> dict[str, Any]:
-    """A good picture of a patient of its own."""
+    """A good image of a patient of its own."""
     usual = {
         schema.PATIENT: f"p-{name}",
         schema.TUMOR_CLASS: "benign",
@@ -67,20 +67,20 @@ def test_a_slide_under_two_subtypes_is_named_and_the_published_one_is_known() ->
     rows += [row(name, **{schema.SLIDE: "14-13412", schema.SUBTYPE: "LC"}) for name in "bc"]
     rows += [row(name, **{schema.SLIDE: "7", schema.SUBTYPE: subtype}) for name, subtype in ("dA", "eF")]
     found = findings.label_conflicts(table(*rows, row("f", **{schema.SLIDE: "8"})))
-    assert found.sentence == "2 slides under several subtypes"
+    assert found.sentence == "2 slides with several subtypes"
     assert sentences(found)[0].startswith(
-        "slide 14-13412 stands as DC (1 image) and LC (2 images); known: published as ductal"
+        "slide 14-13412 is labelled DC (1 image) and LC (2 images); known: published as ductal"
     )
-    assert sentences(found)[1] == "slide 7 stands as A (1 image) and F (1 image)"
+    assert sentences(found)[1] == "slide 7 is labelled A (1 image) and F (1 image)"
 
 
-def test_equal_files_are_told_apart_by_what_they_are_called() -> None:
+def test_duplicates_are_sorted_by_their_labels() -> None:
     same, other = {schema.SHA256: "x", schema.PATIENT: "p"}, {schema.SHA256: "y"}
     rows = table(*(row(name, **same) for name in "abcdef"), *(row(name, **other) for name in "gh"), row("i"))
     across, within = findings.exact_duplicates(rows)
     assert (across.count, within.count) == (1, 1)
     assert sentences(across) == ["g, h are the same file"]
-    assert sentences(within) == ["a, b, c, d and 2 more are the same file"]
+    assert sentences(within) == ["a, b, c, d, and 2 more are the same file"]
     assert across.details[0].images == ("g", "h")
     assert (across.severity, within.severity) == ("warning", "note")
     relabelled = table(row("a", **same), row("b", **same | {schema.SUBTYPE: "A"}))
@@ -118,11 +118,11 @@ def test_all_are_counted_and_the_first_are_kept() -> None:
     assert within.sentence == "250 pairs of near duplicates within a patient"
 
 
-def test_broken_pictures_are_counted_by_code() -> None:
+def test_broken_images_are_counted_by_code() -> None:
     broken = {schema.ERROR: "too_many_pixels", schema.ERROR_MESSAGE: "9 x 9 px"}
     rows = table(row("a", **broken), row("b", **broken), row("c", **{schema.SIZE_BYTES: 0}), row("d"))
     found = findings.broken(rows)
-    assert found.sentence == "3 broken pictures: 2 too many pixels and 1 empty"
+    assert found.sentence == "3 broken images: 2 too many pixels and 1 empty"
     assert sentences(found) == [
         "a: too_many_pixels: 9 x 9 px",
         "b: too_many_pixels: 9 x 9 px",
@@ -131,12 +131,12 @@ def test_broken_pictures_are_counted_by_code() -> None:
     assert findings.broken(table(row("a", **{schema.SIZE_BYTES: None}))).count == 0
 
 
-def test_nearly_blank_pictures_are_named_and_have_no_unusual_stain() -> None:
+def test_nearly_blank_images_are_named_and_have_no_unusual_stain() -> None:
     glass = row("glass", **{schema.TISSUE_FRACTION: 0.04, schema.EOSIN_OD_MEAN: 5.0})
     rows = pa.concat_tables([CLEAN, table(glass)])
     found = findings.blank(rows)
     assert (found.sentence, sentences(found)) == (
-        "1 picture with less than 10% tissue",
+        "1 image with less than 10% tissue",
         ["glass: 4.0% tissue"],
     )
     assert found.details[0].images == ("glass",)
@@ -150,7 +150,7 @@ def test_unusual_stain_is_named_with_its_distance(column: str) -> None:
     ]
     rows = pa.concat_tables([CLEAN, table(*far)])
     found = findings.stain_outliers(rows, 3.5)
-    assert found.sentence == "2 pictures of 1 patient stained unlike the rest, robust z beyond 3.5"
+    assert found.sentence == "2 images of 1 patient with unusual stain, robust z beyond 3.5"
     z = appearance.robust_z(rows[column].to_numpy())
     stain, median = column.split("_")[0], np.median(rows[column].to_numpy())
     assert sentences(found)[0] == f"dark: {stain} 0.90, median {median:.2f}, robust z {z[-1]:+.1f}"
@@ -164,10 +164,10 @@ def test_other_sizes_are_counted_beside_the_usual() -> None:
     found = findings.unusual_sizes(
         pa.concat_tables([CLEAN, table(*other, row("z", **{schema.WIDTH_PX: None}))])
     )
-    assert (found.count, found.sentence) == (2, "2 pictures not 700 x 460 px like most")
-    assert sentences(found) == ["700 x 456 px: 2 pictures, such as x"]
+    assert (found.count, found.sentence) == (2, "2 images not 700 x 460 px like most")
+    assert sentences(found) == ["700 x 456 px: 2 images, such as x"]
 
 
-def test_pictures_of_nobody_are_counted() -> None:
+def test_images_without_a_patient_are_counted() -> None:
     found = findings.without_patient(table(row("a"), row("b", **{schema.PATIENT: None})))
-    assert (found.sentence, sentences(found)) == ("1 picture of unknown patients", ["b"])
+    assert (found.sentence, sentences(found)) == ("1 image of unknown patients", ["b"])

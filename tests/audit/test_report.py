@@ -1,4 +1,4 @@
-"""The audit for people: every number and name of the result, nothing from outside, names as text."""
+"""Lines and page of the audit: every number and name, nothing from outside, names as text."""
 
 import re
 from typing import Any
@@ -32,7 +32,7 @@ SHARED = {schema.SHA256: "f00", schema.SLIDE: "s"}
 
 @pytest.fixture(scope="module")
 def leaking() -> summary.Audit:
-    """Two copies in two parts, 40 nearly blank pictures, one broken."""
+    """Two copies in two parts, 40 nearly blank images, one broken."""
     blank = [row(f"blank-{i:02}.png", **{schema.TISSUE_FRACTION: 0.01 * (i % 10)}) for i in range(40)]
     broken = row("broken.png", **{schema.ERROR: "truncated", schema.ERROR_MESSAGE: "cut off"})
     copies = [row(name, **SHARED, **{schema.CASE: "c"}) for name in ("a.png", "b.png")]
@@ -48,8 +48,8 @@ def page(result: summary.Audit, **other: Any) -> str:
 def test_lines_say_what_was_found_what_to_do_and_end_with_the_verdict(leaking: summary.Audit) -> None:
     lines = report.audit_lines(leaking)
     assert lines[:2] == ["43 images of 43 patients in 1 case; 1 slide id under 1 label", "  43 benign"]
-    assert "LEAK: mine leaks: 1 patient or slide and 1 picture in several parts" in lines
-    blank = lines.index("WARNING: 40 pictures with less than 10% tissue")
+    assert "LEAK: mine leaks: 1 patient or slide and 1 image in several parts" in lines
+    blank = lines.index("WARNING: 40 images with less than 10% tissue")
     assert lines[blank + 1 : blank + 5] == [
         *(f"  blank-{i:02}.png: {i}.0% tissue" for i in range(3)),
         "  and 37 more",
@@ -74,10 +74,10 @@ def test_the_page_says_the_same(leaking: summary.Audit) -> None:
         leaking.verdict,
         "images 43 43 benign",
         "mine 1 – 1 1 s 1 1 c",
-        "40 pictures with less than 10% tissue",
+        "40 images with less than 10% tissue",
         "blank-00.png: 0.0% tissue",
         "28 more",
-        "1 broken picture: 1 truncated broken.png: truncated: cut off",
+        "1 broken image: 1 truncated broken.png: truncated: cut off",
         "differ in at most 60 bits",
     ):
         assert fact in re.sub(r"\s+", " ", said.replace("( ", "(")), fact
@@ -86,7 +86,7 @@ def test_the_page_says_the_same(leaking: summary.Audit) -> None:
         assert one.next_step.replace("'", "&#39;") in said
 
 
-def test_pictures_stand_side_by_side_and_only_a_few(leaking: summary.Audit) -> None:
+def test_a_few_images_are_shown_side_by_side(leaking: summary.Audit) -> None:
     wanted = report.shown(leaking)
     assert wanted == ["a.png", "b.png", *(f"blank-{i:02}.png" for i in range(report.DRAWN))]
     drawn = shown(page(leaking))
@@ -95,7 +95,7 @@ def test_pictures_stand_side_by_side_and_only_a_few(leaking: summary.Audit) -> N
     assert len(shown(report.render_audit(leaking, {}, FACTS))) == 0
 
 
-def test_counts_stand_beside_the_published() -> None:
+def test_counts_are_shown_with_the_published_ones() -> None:
     names = [f"SOB_B_F-14-1234-40-{i:03}.png" for i in range(3)]
     index = breakhis.index(File(uri=name, path=name, size_bytes=1) for name in names)
     said = text(page(audited(schema.fill(index, schema.AUDIT), warnings=("3 of 7,909",)), pixels=False))

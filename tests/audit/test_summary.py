@@ -25,7 +25,7 @@ def named(rows: pa.Table, **parts: str | None) -> summary.Split:
 
 # --- real names
 
-# Cases that stand in train and in test of each official fold; 14-13412 is a patient too.
+# Cases that are in train and in test of each official fold; 14-13412 is a patient too.
 CASES = {
     1: {"14-22549", "14-29960", "14-21998", "14-16184", "14-13412", "14-15570", "14-18842", "14-19979"},
     2: {"14-22549", "14-29960", "14-14134", "14-16184", "14-15570", "14-18842"},
@@ -66,7 +66,7 @@ def test_official_folds_1_3_and_5_leak_14_13412(official: summary.Audit) -> None
     assert [one.sentence for one in leaks] == [
         f"fold {n} leaks: 1 patient or slide in several parts" for n in (1, 3, 5)
     ]
-    assert all(one.details[0].sentence.startswith("patient, slide 14-13412 stands in train") for one in leaks)
+    assert all(one.details[0].sentence.startswith("patient, slide 14-13412 is in train") for one in leaks)
     assert [one.kind for one in official.findings].count("label_conflict") == 1
 
 
@@ -78,7 +78,7 @@ def test_the_cases_that_cross_each_official_fold_are_named(official: summary.Aud
     assert {one.severity for one in found} == {"warning"}
 
 
-# --- made-up tables
+# --- tables by hand
 
 
 def test_nothing_found_is_said() -> None:
@@ -110,7 +110,7 @@ def test_a_split_that_was_checked_in_part_is_said_to_be() -> None:
     ("column", "leaks", "cases"),
     [(schema.PATIENT, 1, 0), (schema.SLIDE, 1, 0), (schema.SHA256, 1, 0), (schema.CASE, 0, 1)],
 )
-def test_only_patients_slides_and_pictures_fail_an_audit(column: str, leaks: int, cases: int) -> None:
+def test_only_patients_slides_and_images_fail_an_audit(column: str, leaks: int, cases: int) -> None:
     rows = table(row("a", **{column: "shared"}), row("b", **{column: "shared"}), row("c"))
     crossing = audited(rows, named(rows, a="train", b="test", c="validation"))
     facts = crossing.splits[0]
@@ -122,11 +122,11 @@ def test_only_patients_slides_and_pictures_fail_an_audit(column: str, leaks: int
     assert not apart.splits[0].cases
 
 
-def test_a_picture_in_two_parts_is_told_by_its_names_and_not_by_its_hash() -> None:
+def test_an_image_in_two_parts_is_named_by_id_and_not_by_hash() -> None:
     rows = table(row("a", **{schema.SHA256: "f00"}), row("b", **{schema.SHA256: "f00"}))
     found = audited(rows, named(rows, a="train", b="test")).findings[0]
-    assert found.sentence == "mine leaks: 1 picture in several parts"
-    assert found.details[0].sentence == "one picture stands in train (as a) and in test (as b)"
+    assert found.sentence == "mine leaks: 1 image in several parts"
+    assert found.details[0].sentence == "one image is in train (as a) and in test (as b)"
 
 
 def test_the_most_serious_comes_first_and_warnings_are_counted_by_kind() -> None:
@@ -148,7 +148,7 @@ def test_the_most_serious_comes_first_and_warnings_are_counted_by_kind() -> None
     ]
     assert found.verdict == "mine leaks; 3 findings to decide on before training"
     coverage = [detail.sentence for detail in found.findings[-1].details]
-    assert coverage == ["mine: 1 image here without a part", "mine: 1 entry without an image here"]
+    assert coverage == ["mine: 1 image without a part", "mine: 1 entry without an image"]
 
 
 def test_images_are_found_in_a_split_by_id_uri_or_unique_file_name() -> None:
@@ -159,7 +159,7 @@ def test_images_are_found_in_a_split_by_id_uri_or_unique_file_name() -> None:
     assert summary.place_rows(rows, {"1.png": "train", "2.png": "test"}, "s").parts == [None, None, "test"]
     saved, name = "a/SOB_B_A-14-1-40-001.TIF", "SOB_B_A-14-1-40-001.png"  # as the folds have it
     assert summary.place_rows(table(row(saved)), {name: "test"}, "s").parts == ["test"]
-    with pytest.raises(DataError, match=r"s: none of the images stands there, by id, URI or file name"):
+    with pytest.raises(DataError, match=r"s: contains none of the images, by id, URI or file name"):
         summary.place_rows(rows, {"other.png": "train"}, "s")
 
 
@@ -201,4 +201,4 @@ def test_the_names_of_many_cases_are_cut_short() -> None:
     parts = {name: "train" if name.endswith("a") else "test" for name in rows[schema.IMAGE_ID].to_pylist()}
     found = audited(rows, summary.place_rows(rows, parts, "s")).findings[0]
     assert found.sentence.startswith("s: 12 cases in several parts (c0, c1, ")
-    assert found.sentence.endswith("c9, ...)")
+    assert found.sentence.endswith("c9, and 2 more)")

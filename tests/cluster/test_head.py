@@ -5,8 +5,8 @@ import pytest
 from bcd import storage
 from tests.cluster import PATIENCE_S, read_json, wait_for
 from tests.cluster.conftest import EPOCHS
-from tests.end_to_end.test_jobs import check_whole, wait_for_epoch
 from tests.end_to_end.test_score_jobs import assert_same, segments, table
+from tests.trained import check_whole, wait_for_epoch
 
 pytestmark = [pytest.mark.ray, pytest.mark.trial]
 

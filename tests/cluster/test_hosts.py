@@ -9,13 +9,12 @@ from tests.cluster import read_json
 from tests.cluster.conftest import EPOCHS
 from tests.cluster.hosts import LOSSES, SCORER, TRAINER
 from tests.cluster.test_soak import check_rows, repeated
-from tests.end_to_end.test_jobs import check_whole, wait_for_epoch
 from tests.end_to_end.test_score_jobs import assert_same, segments, table
+from tests.trained import check_whole, wait_for_epoch
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.trial]
 
 
-@pytest.mark.trial
 def test_two_hosts_train_the_same_model_as_one(hosts, training, bucket, real_data, request):
     """Done when 1: every epoch is one step of all rows, so that both see the same global batch.
 
@@ -72,7 +71,6 @@ def one_more(hosts):
     hosts.leave(hosts.two)
 
 
-@pytest.mark.trial
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_lost_host_changes_nothing_in_the_table(loss, undisturbed, both, scoring):
     """Done when 2."""
@@ -84,7 +82,6 @@ def test_a_lost_host_changes_nothing_in_the_table(loss, undisturbed, both, scori
     assert_same(table(job.output), undisturbed)
 
 
-@pytest.mark.trial
 def test_a_host_that_joins_takes_part_in_scoring(undisturbed, one_more, hosts, scoring, bucket):
     job = scoring(source=repeated(undisturbed, N_JOINED, f"{bucket}/joined.csv"))
     job.wait_for_work_on(hosts.one, of=SCORER)
@@ -94,7 +91,6 @@ def test_a_host_that_joins_takes_part_in_scoring(undisturbed, one_more, hosts, s
     check_rows(table(job.output), undisturbed, N_JOINED)
 
 
-@pytest.mark.trial
 @pytest.mark.parametrize("loss", LOSSES)
 def test_training_goes_on_without_a_lost_host(loss, both, training):
     """Done when 2: with whole metrics, and at most the running epoch lost."""

@@ -20,8 +20,8 @@ from tests.archives import write_manifest
 from tests.cluster import PATIENCE_S, read_json, wait_for
 from tests.cluster.hosts import LOSSES, SCORER, TRAINER
 from tests.cluster.memory import memory
-from tests.end_to_end.test_jobs import check_whole
 from tests.end_to_end.test_score_jobs import assert_same, table
+from tests.trained import check_whole
 
 pytestmark = [pytest.mark.ray, pytest.mark.trial]
 # What the archive would take on one undisturbed host, twice as long as here, and the length of the training.

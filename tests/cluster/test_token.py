@@ -1,15 +1,16 @@
-"""Done when 5: who has no token can submit nothing, read nothing, join nothing."""
+"""Without the cluster's token nothing can be submitted or read, and no driver or host joins."""
 
 import os
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+import uuid
 
 import pytest
+import ray
 
-from tests.cluster import BIN, wait_for
-from tests.cluster.hosts import GCS_PORT
+from tests.cluster import BIN, PATIENCE_S, start_ray, wait_for
 
 pytestmark = pytest.mark.ray
 NOBODY = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}
@@ -20,7 +21,7 @@ WRONG = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
     params=[pytest.param(NOBODY, id="none", marks=pytest.mark.trial), pytest.param(WRONG, id="wrong")]
 )
 def stranger(request, tmp_path):
-    """Environment of somebody without the token, nor a file that has it."""
+    """Environment without the token, and without a file that has it."""
     return request.param | {"HOME": str(tmp_path)}
 
 
@@ -45,39 +46,57 @@ READ += ("/api/cluster_status", "/api/serve/applications/", "/events", "/logical
 
 
 @pytest.mark.parametrize("path", READ)
-def test_the_dashboard_shows_nothing(hosts, path):
-    url = f"{hosts.dashboard}{path}"
+def test_the_dashboard_requires_the_token(cluster, path):
+    url = f"{cluster.dashboard}{path}"
     assert status(url, os.environ["RAY_AUTH_TOKEN"]) not in (401, 403)
     assert status(url) == 401
     assert status(url, "0" * 64) == 403
 
 
-def test_no_job_is_taken(hosts, stranger, tmp_path):
-    command = [BIN / "ray", "job", "submit", f"--address={hosts.dashboard}", "--", "touch", tmp_path / "ran"]
+def test_a_job_without_the_token_is_rejected(cluster, stranger, tmp_path):
+    command = [
+        BIN / "ray",
+        "job",
+        "submit",
+        f"--address={cluster.dashboard}",
+        "--",
+        "touch",
+        tmp_path / "ran",
+    ]
     done = subprocess.run(
-        command, env=os.environ | stranger, capture_output=True, text=True, check=False, cwd=tmp_path
+        [*command, tmp_path / "ran"],
+        env=os.environ | stranger,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
     )
     assert done.returncode != 0
     assert "token" in done.stdout + done.stderr
     assert not (tmp_path / "ran").exists()
 
 
-def test_no_driver_is_taken(hosts, stranger):
+def test_a_driver_without_the_token_is_rejected(cluster, stranger, tmp_path):
     """On a host of the cluster itself, where somebody has a shell but no token."""
-    code = f"import ray; ray.init('{hosts.head.address}:{GCS_PORT}'); print('in', ray.nodes())"
-    process = hosts.head.start([sys.executable, "-c", code], **stranger)
-    wait_for(lambda: process.poll() is not None, 120, "the refusal")
-    log = hosts.head.log_of(process)
-    assert process.returncode != 0, log
-    assert "in [" not in log
+    code = f"import ray; ray.init('{cluster.gcs}'); print('joined', ray.nodes())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | stranger,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=PATIENCE_S,
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode != 0, log
+    assert "joined [" not in log
     assert "nauthenticated" in log or "token" in log
 
 
-def test_no_host_joins(hosts, stranger):
-    before = hosts.alive()
-    hosts.two.start_ray(f"--address={hosts.head.address}:{GCS_PORT}", "--num-cpus=2", **stranger)
-    process = hosts.two.started[-1]
-    wait_for(lambda: process.poll() is not None, 120, "the refusal")
-    assert process.returncode != 0
-    assert hosts.alive() == before
-    hosts.two.lose()
+def test_a_host_without_the_token_does_not_join(cluster, joined, stranger):
+    before = {node["NodeID"] for node in ray.nodes()}
+    host = start_ray([f"--address={cluster.gcs}"], f"BCD_TEST_NODE={uuid.uuid4().hex}", **stranger)
+    wait_for(lambda: host.poll() is not None, PATIENCE_S, "the refusal")
+    assert host.returncode != 0
+    assert {node["NodeID"] for node in ray.nodes()} == before

@@ -19,12 +19,12 @@ def doctor(purpose, **settings):
     ("settings", "sentence"),
     [
         ({"for": "trian"}, "--for input should be 'train', 'score' or 'serve', not 'trian'"),
-        ({"for": "train", "model": "m"}, "--model goes with --for score, serve, not with --for train"),
-        ({"for": "score", "data": "d"}, "--data goes with --for train, not with --for score"),
-        ({"for": "serve", "output": "o"}, "--output goes with --for train, score, not with --for serve"),
-        ({"for": "train", "num_workers": "0"}, "--num-workers takes a number, MIN-MAX or auto"),
-        ({"for": "score", "num_workers": "2"}, "--num-workers: jobs/score.py uses what is there"),
-        ({"for": "serve", "num_workers": "2-3"}, "--num-workers 2-3: a number of replicas is expected"),
+        ({"for": "train", "model": "m"}, "--model requires --for score, serve, not --for train"),
+        ({"for": "score", "data": "d"}, "--data requires --for train, not --for score"),
+        ({"for": "serve", "output": "o"}, "--output requires --for train, score, not --for serve"),
+        ({"for": "train", "num_workers": "0"}, "--num-workers requires a number, MIN-MAX or auto"),
+        ({"for": "score", "num_workers": "2"}, "--num-workers: jobs/score.py has no such flag; it uses the"),
+        ({"for": "serve", "num_workers": "2-3"}, "--num-workers 2-3: expected a number of replicas"),
         ({"for": "train", "timeout_s": 0}, "--timeout-s input should be greater than 0"),
         ({"for": "train", "epochs": 3}, "--epochs extra inputs are not permitted"),
     ],
@@ -63,7 +63,7 @@ def test_bad_flags_exit_2(monkeypatch, capsys):
     monkeypatch.setattr(cli, "import_module", lambda name: pytest.fail("the pipeline ran"))
     with pytest.raises(SystemExit, match="2"):
         cli.main("doctor", "ray job submit")
-    assert "--data goes with --for train" in " ".join(capsys.readouterr().err.split())
+    assert "--data requires --for train" in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_audit_knows_what_a_split_looks_like():

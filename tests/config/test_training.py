@@ -8,17 +8,17 @@ from bcd.errors import ConfigError
     ("settings", "sentence"),
     [
         ({"num_workers": "8-2"}, "--num-workers 8-2: the minimum exceeds the maximum"),
-        ({"num_workers": "0"}, "--num-workers takes a number, MIN-MAX or auto"),
-        ({"protocol": "official"}, "--protocol official goes with --folds FOLDER"),
-        ({"folds": "f"}, "--protocol official goes with --folds FOLDER"),
-        ({"protocol": "official", "folds": "f"}, "--fold goes with --protocol official or --cross-folds"),
+        ({"num_workers": "0"}, "--num-workers requires a number, MIN-MAX or auto"),
+        ({"protocol": "official"}, "--protocol official requires --folds FOLDER"),
+        ({"folds": "f"}, "--protocol official requires --folds FOLDER"),
+        ({"protocol": "official", "folds": "f"}, "--fold requires --protocol official or --cross-folds"),
         ({"protocol": "official", "folds": "f", "fold": 6}, "--fold 6: there are 5 folds"),
         (
             {"protocol": "official", "folds": "f", "fold": 1, "cross_folds": 5},
             "official has its own five folds",
         ),
-        ({"fold": 2}, "--fold goes with --protocol official or --cross-folds"),
-        ({"cross_folds": 3}, "--fold goes with --protocol official or --cross-folds"),
+        ({"fold": 2}, "--fold requires --protocol official or --cross-folds"),
+        ({"cross_folds": 3}, "--fold requires --protocol official or --cross-folds"),
         ({"cross_folds": 3, "fold": 4}, "--fold 4: there are 3 folds"),
         ({"validation_fraction": 0.6, "test_fraction": 0.4}, "leave nothing to train on"),
         ({"magnifications": (50,)}, r"--magnifications \[50\]: BreaKHis has \[40, 100, 200, 400\]"),
@@ -43,7 +43,7 @@ from bcd.errors import ConfigError
         ),
         (
             {"sync_batchnorm": False, "batch_size": 7, "num_workers": "2-4"},
-            "--no-sync-batchnorm: of --batch-size 7 some of 4 workers .* at least 8 are needed",
+            "--no-sync-batchnorm: with --batch-size 7 some of 4 workers .* expected at least 8",
         ),
         ({"learning_rate": -1}, "--learning-rate input should be greater than 0, not -1"),
         ({"classes": ("benign=0", "malignant=0")}, "--classes malignant=0: 0 is benign"),
@@ -68,11 +68,11 @@ def test_worker_bounds():
     assert bounds == [None, (3, 3), (2, 8)]
 
 
-def test_protocols_stand_between_commas():
+def test_protocols_are_separated_by_commas():
     assert CrossvalConfig(data="d", protocol="image,case").protocols() == ("image", "case")
-    with pytest.raises(ConfigError, match="--protocol case,case: each protocol once"):
+    with pytest.raises(ConfigError, match="--protocol case,case: expected each protocol once"):
         CrossvalConfig(data="d", protocol="case,case")
-    with pytest.raises(ConfigError, match="--protocol official goes with --folds"):
+    with pytest.raises(ConfigError, match="--protocol official requires --folds"):
         CrossvalConfig(data="d", protocol="case,official")
     with pytest.raises(
         ConfigError, match="--protocol 'cases': expected some of case, patient, official, image"

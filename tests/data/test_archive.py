@@ -48,7 +48,7 @@ def test_each_dicom_series_of_a_folder_is_one_input(tmp_path):
 
 
 def test_a_dicom_file_that_does_not_say_its_series_is_an_input(tmp_path):
-    """Its row will tell what is wrong with it."""
+    """Its row will have the error."""
     whole = dicom_file("1.1")
     put(
         tmp_path,
@@ -117,12 +117,10 @@ def test_one_file_is_an_archive(tmp_path, name):
     assert row[schema.SIZE_BYTES] == len(dicom_file("1.1"))
 
 
-def test_one_file_of_another_kind_is_told_what_is_expected(tmp_path):
+def test_one_unsupported_file_is_rejected_with_what_is_expected(tmp_path):
     touch(tmp_path, "list.txt", "notes")
     for name in ("list.txt", "notes"):
-        with pytest.raises(
-            DataError, match=rf"{name}: is a file of another kind; expected .png, .*\.dcm, \.csv"
-        ):
+        with pytest.raises(DataError, match=rf"{name}: unsupported file; expected .png, .*\.dcm, \.csv"):
             archive.list_inputs(f"{tmp_path}/{name}")
 
 
@@ -132,7 +130,7 @@ def test_the_files_of_a_mirax_slide_are_one_input(tmp_path):
     assert (ids(found), found.ignored) == (["a.mrxs"], 1)
 
 
-def test_a_folder_named_like_a_picture_is_no_input(tmp_path):
+def test_a_folder_named_like_an_image_is_no_input(tmp_path):
     touch(tmp_path, "x.png/y.jpg", "z.svs/notes.txt")
     (tmp_path / "empty.png").mkdir()
     found = archive.list_inputs(str(tmp_path))
@@ -200,7 +198,9 @@ def test_nothing_to_score_is_refused(tmp_path):
     with pytest.raises(StorageError, match="cannot read it"):
         archive.list_inputs(str(tmp_path / "none.csv"))
     touch(tmp_path, "readme.txt", "x.bmp", "y.bmp")
-    with pytest.raises(DataError, match=r"below it; expected .png, .*\.dcm files; it holds 2 .bmp, 1 .txt$"):
+    with pytest.raises(
+        DataError, match=r"below it; expected .png, .*\.dcm files; it contains 2 .bmp, 1 .txt$"
+    ):
         archive.list_inputs(str(tmp_path))
     (tmp_path / "m.csv").write_text("uri\n")
     with pytest.raises(DataError, match="the manifest has no rows"):

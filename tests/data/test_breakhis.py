@@ -113,11 +113,11 @@ def test_an_index_has_one_row_per_file_in_order() -> None:
     }
 
 
-def test_all_broken_names_are_counted_and_five_are_shown() -> None:
-    with pytest.raises(DataError, match=r"7 file names are broken: .*; and 2 more$") as caught:
+def test_all_invalid_names_are_counted_and_five_are_shown() -> None:
+    with pytest.raises(DataError, match=r"7 file names are invalid: .*; and 2 more$") as caught:
         breakhis.index(files(TREE, *(f"SOB_{i}.png" for i in range(7))))
     assert [f"SOB_{i}.png" in str(caught.value) for i in range(7)] == [True] * 5 + [False] * 2
-    with pytest.raises(DataError, match=r"^1 file name is broken: SOB_0.png: .*PC$"):
+    with pytest.raises(DataError, match=r"^1 file name is invalid: SOB_0.png: .*PC$"):
         breakhis.index(files("SOB_0.png", TREE))
 
 
@@ -158,7 +158,7 @@ def test_a_fold_gives_every_image_its_role() -> None:
         ("SOB_B_A-14-1-40-002.png|40|6|train", "line 2: .* expected file name"),
         ("", "line 2: '' ?; expected file name"),
         ("SOB_B_A-14-1-40-002.png|100|3|train", "line 2: .* is not at magnification 100"),
-        ("SOB_B_A-14-1-40-001.png|40|3|test", "line 2: .* stands twice"),
+        ("SOB_B_A-14-1-40-001.png|40|3|test", "line 2: .* is listed twice"),
         ("SOB_B_A-14-1-40-002.png|40|4|train", "line 2: fold 4; expected one fold"),
         ("SOB_B_X-14-1-40-002.png|40|3|train", "SOB_B_X-14-1-40-002.png: not a BreaKHis name"),
     ],

@@ -1,4 +1,4 @@
-"""Which folder is the class, which the patient, which the part; and what is refused as nobody can tell."""
+"""Which folder is the class, the patient and the part; and that ambiguous trees are rejected."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def read(*paths, classes=()):
     return folders.rows_of_tree("data", files, given_names(classes))
 
 
-def told(*paths, classes=()):
+def labels(*paths, classes=()):
     """Class, subtype and patient of every path."""
     rows, _ = read(*paths, classes=classes)
     return [(row[schema.TUMOR_CLASS], row[schema.SUBTYPE], row[schema.PATIENT]) for row in rows]
@@ -23,7 +23,7 @@ def told(*paths, classes=()):
 @pytest.mark.parametrize("sites", [("A", "F"), ("DC", "PT"), ("Lyon", "Porto")])
 def test_a_hospital_above_the_classes_is_no_class(sites):
     paths = [f"{s}/{c}/P1/0.png" for s in sites for c in ("malignant", "benign")]
-    assert told(*paths) == [(c, None, f"{s}/P1") for s in sites for c in ("malignant", "benign")]
+    assert labels(*paths) == [(c, None, f"{s}/P1") for s in sites for c in ("malignant", "benign")]
     assert read(*paths)[1][-1] == (
         f"folders above the classes ({sites[0]}, {sites[1]}) are read as sites, and patients as "
         "SITE/PATIENT. An id of several sites, such as P1, counts as several people. If that is wrong, "
@@ -35,7 +35,7 @@ def test_where_a_tree_was_unpacked_is_no_site():
     inside = ["benign/P1/0.png", "malignant/P2/0.png"]
     for root in ("Hospital", "archive/Set_v1/Set_v1", "malignant tumours"):
         assert read(*(f"{root}/{path}" for path in inside))[1] == []
-        assert told(*(f"{root}/{path}" for path in inside)) == told(*inside)
+        assert labels(*(f"{root}/{path}" for path in inside)) == labels(*inside)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_where_a_tree_was_unpacked_is_no_site():
     ],
 )
 def test_a_label_is_that_of_the_class_folder(path, expected):
-    assert told(path, "malignant/P2/0.png")[0] == expected
+    assert labels(path, "malignant/P2/0.png")[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,9 @@ def test_folders_of_several_classes_are_refused(path, said):
 
 
 def test_codes_are_classes_where_they_are_a_level():
-    assert told("A/P1/0.png", "dc/P2/0.png") == [("benign", "A", "P1"), ("malignant", "DC", "P2")]
-    assert told("X/A/P1/0.png", "Y/DC/P1/0.png") == [("benign", "A", "X/P1"), ("malignant", "DC", "Y/P1")]
-    assert told("benign/A/P1/0.png", "malignant/DC/0.png") == [
+    assert labels("A/P1/0.png", "dc/P2/0.png") == [("benign", "A", "P1"), ("malignant", "DC", "P2")]
+    assert labels("X/A/P1/0.png", "Y/DC/P1/0.png") == [("benign", "A", "X/P1"), ("malignant", "DC", "Y/P1")]
+    assert labels("benign/A/P1/0.png", "malignant/DC/0.png") == [
         ("benign", "A", "P1"),
         ("malignant", "DC", None),
     ]
@@ -80,9 +80,9 @@ def test_codes_are_classes_where_they_are_a_level():
 @pytest.mark.parametrize(
     ("paths", "said"),
     [
-        (("LC/P1/0.png", "benign/P2/0.png"), "LC/P1/0.png lies in no class folder"),
-        (("F/0.png", "benign/P2/0.png"), "F/0.png lies in no class folder"),
-        (("A/P1/0.png", "B/P2/0.png"), "B/P2/0.png lies in no class folder"),
+        (("LC/P1/0.png", "benign/P2/0.png"), "LC/P1/0.png is in no class folder"),
+        (("F/0.png", "benign/P2/0.png"), "F/0.png is in no class folder"),
+        (("A/P1/0.png", "B/P2/0.png"), "B/P2/0.png is in no class folder"),
         (("A/DC/0.png", "F/A/0.png"), "A/DC/0.png: its folders A and DC name different classes"),
         (("benign/A/0.png", "malignant/A/0.png"), "malignant/A/0.png: its folders malignant and A name"),
     ],
@@ -94,8 +94,8 @@ def test_codes_that_may_be_anything_are_refused(paths, said):
 
 def test_patients_named_by_letters_are_patients():
     paths = ("benign/A/0.png", "benign/B/0.png", "malignant/C/0.png")
-    assert [patient for *_, patient in told(*paths)] == ["A", "B", "C"]
-    assert read(*paths)[1] == ["A: read as a patient and not as a subtype, as B beside it is no subtype"]
+    assert [patient for *_, patient in labels(*paths)] == ["A", "B", "C"]
+    assert read(*paths)[1] == ["A: read as a patient and not as a subtype, because B beside it is no subtype"]
 
 
 @pytest.mark.parametrize(
@@ -109,16 +109,16 @@ def test_patients_named_by_letters_are_patients():
 )
 def test_given_names_are_classes(classes, benign, malignant):
     paths = (f"{benign}/P1/0.png", f"{malignant}/P2/0.png")
-    assert told(*paths, classes=classes) == [("benign", None, "P1"), ("malignant", None, "P2")]
-    with pytest.raises(DataError, match=r"P1/0.png lies in no class folder; .* --classes benign=NAME"):
+    assert labels(*paths, classes=classes) == [("benign", None, "P1"), ("malignant", None, "P2")]
+    with pytest.raises(DataError, match=r"P1/0.png is in no class folder; .* --classes benign=NAME"):
         read(*paths)
 
 
-def test_given_names_stand_beside_ours():
+def test_given_names_add_to_ours():
     paths = ("0/P1/0.png", "benign/P2/0.png", "malignant/P3/0.png")
-    assert [found[0] for found in told(*paths, classes=["benign=0"])] == ["benign", "benign", "malignant"]
-    # Where every image lies in a longer name, 0 is a patient.
-    assert told("benign/0/0.png", "malignant/1/0.png", classes=["benign=0", "malignant=1"]) == [
+    assert [found[0] for found in labels(*paths, classes=["benign=0"])] == ["benign", "benign", "malignant"]
+    # If every image is in a folder with a longer name, 0 is a patient.
+    assert labels("benign/0/0.png", "malignant/1/0.png", classes=["benign=0", "malignant=1"]) == [
         ("benign", None, "0"),
         ("malignant", None, "1"),
     ]
@@ -140,24 +140,24 @@ def test_a_structural_folder_is_no_patient(folder):
     inside = [f"{c}/{folder}/P{i}/0.png" for i, c in enumerate(("benign", "malignant"))]
     above = [f"{folder}/{c}/P{i}/0.png" for i, c in enumerate(("benign", "malignant"))]
     other = ["benign/P0/0.png", "malignant/P1/0.png"]
-    assert told(*inside) == told(*above) == told(*other)
-    assert told(*above, *other) == told(*other, *other)
+    assert labels(*inside) == labels(*above) == labels(*other)
+    assert labels(*above, *other) == labels(*other, *other)
     with pytest.raises(DataError, match=rf"{folder} is no patient; expected CLASS/PATIENT/IMAGE"):
         read(f"benign/{folder}/0.png", "malignant/P1/0.png")
 
 
 def test_bare_numbers_are_magnifications_where_all_are():
-    assert [p for *_, p in told("benign/40/P1/0.png", "malignant/100/P2/0.png")] == ["P1", "P2"]
-    assert [p for *_, p in told("40/benign/P1/0.png", "100/malignant/P2/0.png")] == ["P1", "P2"]
-    assert [p for *_, p in told("benign/40/0.png", "malignant/41/0.png")] == ["40", "41"]
+    assert [p for *_, p in labels("benign/40/P1/0.png", "malignant/100/P2/0.png")] == ["P1", "P2"]
+    assert [p for *_, p in labels("40/benign/P1/0.png", "100/malignant/P2/0.png")] == ["P1", "P2"]
+    assert [p for *_, p in labels("benign/40/0.png", "malignant/41/0.png")] == ["40", "41"]
     with pytest.raises(DataError, match="40 is no patient"):
         read("benign/40/0.png", "malignant/100/0.png")
 
 
 def test_one_folder_in_all_classes_is_no_patient():
     paths = ("benign/set/P1/0.png", "malignant/set/P2/0.png")
-    assert [patient for *_, patient in told(*paths)] == ["P1", "P2"]
-    assert read(*paths)[1] == ["folder set holds all images of every class: patients are those below it"]
+    assert [patient for *_, patient in labels(*paths)] == ["P1", "P2"]
+    assert read(*paths)[1] == ["folder set contains all images of every class: patients are those below it"]
 
 
 def test_a_hospital_between_class_and_patients_is_refused():
@@ -167,7 +167,7 @@ def test_a_hospital_between_class_and_patients_is_refused():
     with pytest.raises(DataError, match="HA, HB have images of every class, and folders such as b1 in them"):
         read(*paths)
     # One patient with slides of both classes among others is one.
-    rows = told("benign/P1/s1/0.png", "malignant/P1/s2/0.png", "malignant/P2/s3/0.png")
+    rows = labels("benign/P1/s1/0.png", "malignant/P1/s2/0.png", "malignant/P2/s3/0.png")
     assert [patient for *_, patient in rows] == ["P1", "P1", "P2"]
 
 

@@ -199,7 +199,7 @@ def test_one_part_alone_is_no_split(tmp_path):
     table, warnings = index.read_index(manifest(tmp_path, [GOOD | {"part": "train"}]))
     assert (table.schema, warnings) == (
         schema.INDEX,
-        ["all images stand in the part train: this is no split"],
+        ["all images are in the part train: this is no split"],
     )
 
 
@@ -230,7 +230,7 @@ def test_a_missing_or_empty_folder_is_refused(tmp_path):
         index.read_index(str(tmp_path))
 
 
-def test_what_is_left_out_of_a_tree_is_told(tmp_path):
+def test_skipped_entries_of_a_tree_are_named(tmp_path):
     touch(
         tmp_path,
         "benign/p1/a.png",
@@ -245,16 +245,16 @@ def test_what_is_left_out_of_a_tree_is_told(tmp_path):
     assert table[schema.IMAGE_ID].to_pylist() == ["benign/p1/a.png", "malignant/p2/b.png"]
     expected = "expected .png, .jpg, .jpeg, .tif, .tiff"
     assert warnings == [
-        "benign/p1/gone.png is left out: a link to /nowhere: No such file or directory",
-        f"2 .bmp files left out; {expected}",
-        f"1 .svs file left out; {expected}",
-        "1 link to folders that are listed already left out",
+        "skipped benign/p1/gone.png: a link to /nowhere: No such file or directory",
+        f"skipped 2 .bmp files; {expected}",
+        f"skipped 1 .svs file; {expected}",
+        "skipped 1 link to folders that are already listed",
     ]
 
 
 def test_images_without_any_class_are_refused_by_name(tmp_path):
     touch(tmp_path, "benign/a.png", "somewhere/b.png")
-    with pytest.raises(DataError, match=r"somewhere/b.png lies in no class folder"):
+    with pytest.raises(DataError, match=r"somewhere/b.png is in no class folder"):
         index.read_index(str(tmp_path))
 
 

@@ -81,10 +81,10 @@ def test_a_column_that_looks_like_ours_is_named(column, ours):
 @pytest.mark.parametrize("written", ["site", "Hospital", "centre "])
 def test_a_column_of_hospitals_is_named(written):
     (warning,) = names.unused_columns(["uri", "patient", written])
-    assert warning.startswith(f"column {written!r} is not used; where hospitals number their patients alike")
+    assert warning.startswith(f"column {written!r} is not used; if hospitals use the same patient numbers")
 
 
-def test_many_columns_are_not_all_told():
+def test_only_the_first_of_many_columns_are_named():
     columns = [f"feature {i}" for i in range(500)]
     said = names.instead([*columns, "label"])
     assert said.startswith("it has feature 0, feature 1, ")

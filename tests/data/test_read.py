@@ -11,7 +11,7 @@ from tests import pictures
 from tests.test_storage import DAMAGED
 
 
-def test_storage_that_fails_is_no_fault_of_the_picture(tmp_path):
+def test_failing_storage_is_no_fault_of_the_image(tmp_path):
     uris = [DAMAGED, str(tmp_path / "none.png")]
     rows = [{schema.IMAGE_ID: uri, schema.URI: uri} for uri in uris]
     found = read.pixels(schema.fill(pa.Table.from_pylist(rows), schema.READING), 32, 32, [])

@@ -1,4 +1,4 @@
-"""Synthetic pictures: BreaKHis's names, the same bytes again, a class told by nuclei and not by colour."""
+"""Synthetic images: names of BreaKHis, reproducible bytes, a class shown by nuclei and not by colour."""
 
 import hashlib
 from collections import Counter
@@ -27,7 +27,7 @@ SMALL = PatientPlan(
 
 
 def hashes(root: Path, plan: PatientPlan) -> dict[str, str]:
-    """Write a tree; SHA-256 of every picture by its path below the root."""
+    """Write a tree; SHA-256 of every image by its path below the root."""
     paths = synthetic.write_tree(root, plan)
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
@@ -73,7 +73,7 @@ def test_ids_cannot_be_taken_for_published_ones(tree: Path) -> None:
 
 def test_the_tree_says_what_it_is(tree: Path) -> None:
     note = (tree / "BreaKHis_v1" / synthetic.MARKER).read_text(encoding="utf-8")
-    assert note.startswith("These pictures are synthetic")
+    assert note.startswith("These images are synthetic")
 
 
 def test_paths_come_sorted_and_all_exist(tmp_path: Path) -> None:
@@ -92,10 +92,10 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(tree: Path, tmp_pat
     other = hashes(tmp_path / "other", PatientPlan(2, 2, (40, 400), 46, 70, seed=1))
     assert other.keys() == once.keys()
     assert not set(other.values()) & set(once.values())
-    assert len(set(once.values())) == len(once), "no picture twice"
+    assert len(set(once.values())) == len(once), "no duplicates"
 
 
-def test_a_picture_does_not_depend_on_how_many_there_are(tree: Path, tmp_path: Path) -> None:
+def test_an_image_does_not_depend_on_the_number_of_others(tree: Path, tmp_path: Path) -> None:
     few = hashes(tmp_path, PatientPlan(1, 1, (400,), 46, 70))
     for path, digest in few.items():
         assert hashlib.sha256((tree / path).read_bytes()).hexdigest() == digest
@@ -132,11 +132,11 @@ def balanced_accuracy(features: np.ndarray, malignant: np.ndarray) -> float:
     return balanced_accuracy_score(malignant, predicted)
 
 
-def test_colour_does_not_tell_the_class(sample: dict[str, np.ndarray]) -> None:
+def test_colour_does_not_reveal_the_class(sample: dict[str, np.ndarray]) -> None:
     assert balanced_accuracy(sample["images"].mean((1, 2)), sample["malignant"]) <= 0.65
 
 
-def test_nuclei_tell_the_class_most_of_the_time(sample: dict[str, np.ndarray]) -> None:
+def test_nuclei_reveal_the_class_most_of_the_time(sample: dict[str, np.ndarray]) -> None:
     red = sample["images"][..., 0]  # haematoxylin darkens it, eosin hardly does
     darkest = np.percentile(red, (1, 5, 10, 25, 50), axis=(1, 2)).T / red.mean((1, 2))[:, None]
     assert 0.75 <= balanced_accuracy(darkest, sample["malignant"]) <= 0.95

@@ -7,16 +7,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from bcd import schema, storage
-from bcd.model import bundle
+from bcd import storage
 from bcd.runtime import inspection
 from tests import faults
-from tests.cluster import PATIENCE_S, finish, finished, kill, read_json, start_job, submit, wait_for
+from tests.cluster import PATIENCE_S, finish, finished, read_json, start_job, submit
+from tests.trained import check_whole, wait_for_epoch
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent.parent
@@ -49,49 +47,6 @@ def train_arguments(data, s3, name, *more):
         *size,
         *more,
     )
-
-
-def wait_for_epoch(client, job, run_uri, epoch):
-    """Until the checkpoint of an epoch stands, so that the next epoch is running."""
-
-    def stands():
-        assert not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
-        return storage.exists(f"{run_uri}/exposure/epoch-{epoch:04d}.parquet") and storage.exists(
-            f"{run_uri}/checkpoints/checkpoint_manager_snapshot.json"
-        )
-
-    wait_for(stands, PATIENCE_S, f"epoch {epoch}")
-
-
-def check_whole(run_uri, epochs):
-    """The run is finished, its history whole, and the bundle predicts without Ray what the table says."""
-    history = read_json(f"{run_uri}/history.json")
-    assert [record["epoch"] for record in history] == list(range(1, epochs + 1))
-    assert read_json(f"{run_uri}/run.json")["status"] == "finished"
-    measured = read_json(f"{run_uri}/metrics.json")
-    loaded = bundle.load(f"{run_uri}/model", device="cpu")
-    filesystem, path = storage.resolve(f"{run_uri}/predictions")
-    rows = pq.read_table(path, filesystem=filesystem).to_pylist()
-    assert len(rows) == measured["n_images"] > 0
-    direct = loaded.predict_files([storage.read_bytes(row[schema.URI]) for row in rows])
-    np.testing.assert_allclose([row[schema.LOGIT] for row in rows], direct.logit, atol=1e-4)
-
-
-def test_a_killed_job_goes_on_where_its_last_checkpoint_stands(cluster, data, s3):
-    """Done when 2 and 3: the job is SIGKILLed in epoch 2; the same command again finishes from epoch 2 on."""
-    client = JobSubmissionClient(cluster.dashboard)
-    run_uri = f"{s3}/jobs/killed"
-    arguments = train_arguments(data, s3, "killed")
-    first = submit(cluster, *arguments)
-    wait_for_epoch(client, first, run_uri, 1)
-    assert kill(cluster.processes(), r"python jobs/train.py .*--name killed")
-    assert finish(client, first)[0] == JobStatus.FAILED
-    status, log = finish(client, submit(cluster, *arguments))
-    assert status == JobStatus.SUCCEEDED, log
-    assert "epoch 1/3" not in log
-    assert "epoch 2/3" in log
-    assert "epoch 3/3" in log
-    check_whole(run_uri, 3)
 
 
 @pytest.mark.trial
@@ -162,19 +117,9 @@ def test_a_store_on_a_bad_day_costs_a_training_time_only(cluster, data, s3):
 
 
 def test_a_wrong_command_fails_with_one_sentence(cluster, s3):
-    client = JobSubmissionClient(cluster.dashboard)
-    job = submit(
-        cluster,
-        "jobs/train.py",
-        "--data",
-        f"{s3}/nothing-here",
-        "--weights",
-        "none",
-        "--output",
-        f"{s3}/jobs",
-    )
-    status, log = finish(client, job)
-    assert status == JobStatus.FAILED
+    job = start_job("jobs/train.py", "--data", f"{s3}/nothing-here", "--weights", "none", "--output", s3)
+    log, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 2
     assert "error: s3://bucket/nothing-here: there is no such folder; check the path or bucket name" in log
     assert "Traceback" not in log
 

@@ -71,7 +71,7 @@ def archive_on_s3(archive, s3):
 @pytest.fixture(scope="module")
 def model_uri(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("model"))
-    bundle.save(untrained(std=5e-3), card(input_height_px=128, input_width_px=192), uri)
+    bundle.save(untrained(std=5e-3), card(), uri)
     return uri
 
 
@@ -156,13 +156,13 @@ def test_the_table_is_read_without_us(undisturbed):
     query = (
         f"select count(*), avg(probability_malignant), max(len(evidence)) from '{files}' where error is null"
     )
-    assert duckdb.sql(query).fetchall()[0] == (n_good, pytest.approx(mean), 4 * 6)
+    assert duckdb.sql(query).fetchall()[0] == (n_good, pytest.approx(mean), 2 * 3)
     frame = polars.read_parquet(files).filter(polars.col("error").is_null())
     assert (len(frame), frame["probability_malignant"].mean()) == (n_good, pytest.approx(mean))
-    assert frame["evidence"][0].len() == 4 * 6
+    assert frame["evidence"][0].len() == 2 * 3
     frame = pandas.read_parquet(f"{undisturbed[0]}/predictions").query("error.isnull()")
     assert (len(frame), frame["probability_malignant"].mean()) == (n_good, pytest.approx(mean))
-    assert len(frame["evidence"].iloc[0]) == 4 * 6
+    assert len(frame["evidence"].iloc[0]) == 2 * 3
 
 
 def test_a_finished_run_does_nothing_and_another_model_is_refused(
@@ -176,7 +176,7 @@ def test_a_finished_run_does_nothing_and_another_model_is_refused(
     assert {f.path: f.size_bytes for f in storage.list_files(str(output))} == before
     bundle.save(
         resnet.build(2, seed=2, architecture="resnet18"),
-        card(input_height_px=128, input_width_px=192),
+        card(),
         str(tmp_path),
     )
     with pytest.raises(ConfigError, match="contains rows scored with other settings: --model "):

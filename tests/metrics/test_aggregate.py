@@ -50,7 +50,7 @@ def test_the_margin_is_the_log_odds_above_the_threshold() -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-30, 1e-8, 0.3, 0.5, 1 - 2**-25, 1.0])
 def test_a_group_of_one_image_is_called_as_the_image_is(threshold: float) -> None:
-    """Thresholds at, beside and between the probabilities, and where log-odds no longer tell them apart."""
+    """Thresholds at, beside and between the probabilities, and where clipped log-odds are equal."""
     probability = np.unique([0, 1e-30, 1e-12, 0.5, 1 - 2**-24, 1, threshold, np.nextafter(threshold, 0)])
     rows = {schema.PROBABILITY_MALIGNANT: probability, schema.TUMOR_CLASS: "benign", schema.ERROR: None}
     names = [f"{i:02}" for i in range(len(probability))]

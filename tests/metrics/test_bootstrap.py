@@ -192,7 +192,7 @@ def test_differences_are_those_on_the_same_drawn_patients() -> None:
 
 @one_thread
 def coverage(n_studies: int, tally: Callable[[Arrays], bootstrap.Tally]) -> dict[str, float]:
-    """Share of simulated studies whose interval holds the planted value."""
+    """Share of simulated studies whose interval contains the planted value."""
     truth = planted(1.7)
     held = dict.fromkeys(truth, 0)
     for seed in range(n_studies):
@@ -204,7 +204,7 @@ def coverage(n_studies: int, tally: Callable[[Arrays], bootstrap.Tally]) -> dict
 
 
 def test_intervals_cover_the_planted_truth() -> None:
-    """95 % intervals hold the truth in 93 to 97 % of 500 studies: as near as 500 can tell."""
+    """95 % intervals contain the truth in 93 to 97 % of 500 studies, the sampling error of 500."""
     covered = coverage(N_STUDIES, Arrays.tally)
     assert set(covered) == {"accuracy", "balanced_accuracy", "auc"}
     assert all(0.93 <= share <= 0.97 for share in covered.values()), covered
@@ -212,7 +212,7 @@ def test_intervals_cover_the_planted_truth() -> None:
 
 @pytest.mark.trial
 def test_a_bootstrap_over_images_does_not_cover_it() -> None:
-    """What resampling patients is for: with each image its own patient the truth is held far too seldom."""
+    """Why patients are resampled: with each image its own patient, intervals rarely contain the truth."""
 
     def naive(study: Arrays) -> bootstrap.Tally:
         own = np.arange(len(study.truth))

@@ -21,7 +21,7 @@ def simulated(
     return (honest * temperature).astype(np.float32), target
 
 
-def told(logit: np.ndarray, target: np.ndarray, temperature: float) -> dict[str, float]:
+def scores(logit: np.ndarray, target: np.ndarray, temperature: float) -> dict[str, float]:
     """Cross-entropy, Brier score and calibration error of the malignant classes."""
     names = TUMOR_CLASSES if logit.shape[1] == 2 else tuple(SUBTYPES)
     truth = target >= len(names) // 2
@@ -56,7 +56,7 @@ def test_probabilities_are_better_after_it(planted: float, n_classes: int) -> No
     """On images that it was not fitted on."""
     temperature = calibration.fit_temperature(*simulated(n_classes, planted))
     fresh = simulated(n_classes, planted, seed=1)
-    before, after = told(*fresh, 1.0), told(*fresh, temperature)
+    before, after = scores(*fresh, 1.0), scores(*fresh, temperature)
     assert all(after[name] < before[name] for name in before), (before, after)
     assert after["ece"] < 0.025 < 0.05 < before["ece"]
 
@@ -64,17 +64,17 @@ def test_probabilities_are_better_after_it(planted: float, n_classes: int) -> No
 def test_no_other_temperature_is_more_probable() -> None:
     logit, target = simulated(2, 2.5, n=300)
 
-    def surprise(temperature: float) -> float:
+    def loss(temperature: float) -> float:
         logs = log_softmax(logit.astype(float) / temperature, axis=1)[np.arange(300), target]
         return float(np.log(temperature) ** 2 / (2 * calibration.PRIOR**2) - logs.sum())
 
     found = calibration.fit_temperature(logit, target)
-    assert surprise(found) <= min(surprise(t) for t in np.geomspace(*calibration.BOUNDS, 2000)) + 1e-9
+    assert loss(found) <= min(loss(t) for t in np.geomspace(*calibration.BOUNDS, 2000)) + 1e-9
 
 
 @pytest.mark.parametrize("gap", [0.5, 8.0, 200.0])
-def test_told_apart_without_an_error_asks_for_little_more_certainty(gap: float) -> None:
-    """Five images of each class, where logits alone would ask for certainty without bounds."""
+def test_a_few_images_without_an_error_change_the_scale_little(gap: float) -> None:
+    """Five images of each class, where logits alone would give unbounded certainty."""
     target = np.repeat([0, 1], 5)
     logit = np.where(target[:, None] == [0, 1], gap / 2, -gap / 2)
     temperature = calibration.fit_temperature(logit, target)

@@ -17,7 +17,7 @@ N_STUDIES, N_RESAMPLES = 500, 300
 
 
 def images(seed: int = 0, threshold: float = 0.5) -> pd.DataFrame:
-    """What one of several models says about the same 12 patients."""
+    """Predictions of one of several models on the same 12 patients."""
     frame = predictions()
     log_odds = aggregate.clipped_log_odds(frame[schema.PROBABILITY_MALIGNANT].to_numpy())
     log_odds += np.random.default_rng(seed).normal(0, 1, len(frame))
@@ -41,8 +41,8 @@ def share_significant(found: list[dict[str, dict[str, Any]]]) -> dict[str, float
 
 @pytest.mark.trial
 def test_models_that_are_equally_good_differ_in_one_study_of_twenty() -> None:
-    """3 to 7 % of 500: as near as 500 can tell. The AUC is known from 24 benign patients and errs less often
-    (3.4 % of 2,000 studies), which the least of 500 may hide."""
+    """3 to 7 % of 500, their sampling error. The AUC depends on 24 benign patients and errs less often (3.4 %
+    of 2,000 studies), so it has no lower bound here."""
     significant = share_significant(trials(1.7, 1.7))
     assert all(share <= 0.07 for share in significant.values()), significant
     assert all(share >= 0.03 for name, share in significant.items() if name != "auc"), significant
@@ -61,8 +61,8 @@ def test_intervals_cover_the_planted_difference() -> None:
         assert 0.93 <= covered <= 0.97, (name, covered)
 
 
-def test_the_interval_is_narrower_than_those_of_two_strangers() -> None:
-    """What pairing is for: both models fail on the same patients."""
+def test_the_interval_is_narrower_than_without_pairing() -> None:
+    """Both models fail on the same patients."""
     first, second = Cohort(0).images(1.7), Cohort(0).images(1.5, 1)
     low, high = compare.paired(first, second)["metrics"]["accuracy"]["interval"]
     own = [measures.with_intervals(table)["intervals"]["accuracy"] for table in (first, second)]
@@ -169,7 +169,7 @@ def test_nothing_at_all_is_compared_without_a_word() -> None:
 
 def test_images_that_one_model_lacks_are_named() -> None:
     table = images()
-    with pytest.raises(DataError, match=r"the second lacks 5 \(p0/0, p0/1, p0/2, \.\.\.\).*same split"):
+    with pytest.raises(DataError, match=r"the second lacks 5 \(p0/0, p0/1, p0/2, and 2 more\).*same split"):
         compare.paired(table, table[5:])
     with pytest.raises(DataError, match=r"the second lacks 1 \(p0/0\) and the first lacks 1 \(p9/9\)"):
         compare.paired(table[table[schema.IMAGE_ID] != "p9/9"], table[1:])

@@ -96,17 +96,17 @@ def test_no_image_crosses_by_rounding(dtype: type) -> None:
             chosen = decision.choose_threshold(truth, probability, target)
             threshold = chosen["threshold"]
             assert threshold == np.float32(threshold)
-            told = kept >= np.float32(threshold)
-            np.testing.assert_array_equal(told, kept.astype(float) >= threshold)
-            assert chosen["sensitivity"] == told[truth].mean()
-            below, above = kept[~told].max(initial=-1), kept[told].min(initial=2)
+            called = kept >= np.float32(threshold)
+            np.testing.assert_array_equal(called, kept.astype(float) >= threshold)
+            assert chosen["sensitivity"] == called[truth].mean()
+            below, above = kept[~called].max(initial=-1), kept[called].min(initial=2)
             between = np.nextafter(below, np.float32(2)) < above
             assert below < threshold <= above
             assert not between or threshold < above
 
 
 def test_everything_can_be_called_malignant() -> None:
-    """Even a malignant image of probability 0, or one that float32 cannot tell from it."""
+    """Even a malignant image of probability 0, or one that is 0 in float32."""
     for smallest in (0.0, 1e-60, 1e-45, 0.01):
         chosen = decision.choose_threshold(np.array([1, 0, 1], bool), np.array([smallest, 0.3, 1.0]), 1.0)
         assert (chosen["sensitivity"], chosen["specificity"]) == (1, 0)

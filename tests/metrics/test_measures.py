@@ -235,13 +235,13 @@ def test_calibration_before_and_after_the_temperature() -> None:
     found = studies.measured(frame.assign(**{aggregate.UNCALIBRATED: sharper}))
     after, before = found["calibration"]["after"], found["calibration"]["before"]
     truth = (frame[schema.TUMOR_CLASS] == "malignant").to_numpy()
-    for told, probability in ((after, frame[schema.PROBABILITY_MALIGNANT]), (before, sharper)):
-        assert told["brier"] == pytest.approx(sklearn_metrics.brier_score_loss(truth, probability))
-        assert told["cross_entropy"] == pytest.approx(sklearn_metrics.log_loss(truth, probability))
-        assert told["ece"] == calibration.expected_error(truth, probability)
-        assert sum(row["n"] for row in told["reliability"]) == 240
-        low, high = told["intervals"]["brier"]
-        assert low < told["brier"] < high
+    for row, probability in ((after, frame[schema.PROBABILITY_MALIGNANT]), (before, sharper)):
+        assert row["brier"] == pytest.approx(sklearn_metrics.brier_score_loss(truth, probability))
+        assert row["cross_entropy"] == pytest.approx(sklearn_metrics.log_loss(truth, probability))
+        assert row["ece"] == calibration.expected_error(truth, probability)
+        assert sum(bin_["n"] for bin_ in row["reliability"]) == 240
+        low, high = row["intervals"]["brier"]
+        assert low < row["brier"] < high
     assert after["brier"] == found["pooled"]["brier"]
     assert after["intervals"]["ece"] == found["pooled"]["intervals"]["ece"]
     assert finite(found)
@@ -259,7 +259,7 @@ def test_describe_adds_intervals_to_estimates() -> None:
 
 
 def test_models_of_several_draws_are_not_averaged() -> None:
-    """Twenty models hardly better than chance: their mean would know every patient, and nobody has it."""
+    """Twenty models hardly better than chance: their mean would be right on every patient."""
     draws = [predictions(spread=3.0, seed=seed) for seed in range(20)]
     tables = [aggregate.image_table(frame).assign(**{aggregate.DRAW: n}) for n, frame in enumerate(draws)]
     joined = pd.concat(tables, ignore_index=True)
@@ -275,7 +275,7 @@ def test_models_of_several_draws_are_not_averaged() -> None:
 
 
 def test_slides_of_unknown_patients_have_no_interval() -> None:
-    """Nobody knows which of them depend on each other."""
+    """Their dependence is unknown."""
     frame = predictions()
     known = frame.assign(**{schema.SLIDE: frame[schema.PATIENT]})
     assert studies.measured(known)["by_level"]["slide"]["intervals"]["brier"]

@@ -12,8 +12,9 @@ from bcd import provenance
 from bcd.config.training import TrainConfig
 from bcd.errors import BundleError
 from bcd.imaging import image
-from bcd.model import bundle, cam, novelty, preprocessing, resnet
+from bcd.model import bundle, cam, novelty, resnet
 from bcd.model.card import dump
+from bcd.model.network import normalise
 from tests import pictures
 
 
@@ -74,7 +75,7 @@ def test_a_bundle_gives_the_logits_of_its_network(tmp_path, network):
     identity = bundle.save(network, card(), str(tmp_path / "model"))
     loaded = bundle.load(str(tmp_path / "model"), device="cpu")
     field = image.fit(pictures.gradient(), 64, 96)
-    expected = network(preprocessing.normalise(torch.from_numpy(field).permute(2, 0, 1)[None]))
+    expected = network(normalise(torch.from_numpy(field).permute(2, 0, 1)[None]))
     prediction = loaded.predict_files([pictures.encode(pictures.gradient())] * 2)
     np.testing.assert_allclose(prediction.logit, expected.detach().repeat(2, 1), rtol=1e-5)
     np.testing.assert_allclose(prediction.probability.sum(1), 1, atol=1e-6)
@@ -165,7 +166,7 @@ def test_the_canary_has_to_be_what_it_was(tmp_path, network):
     bundle.save(network, card(temperature=2.0), str(tmp_path))
     known = bundle.read_card(str(tmp_path))
     first, second = known.canary_logit
-    expected = network(preprocessing.normalise(torch.from_numpy(bundle.canary()).permute(2, 0, 1)[None]))
+    expected = network(normalise(torch.from_numpy(bundle.canary()).permute(2, 0, 1)[None]))
     np.testing.assert_allclose([[first, second]], expected.detach() / 2, rtol=1e-5)
     bundle.write_card(known.model_copy(update={"canary_logit": (first, second + 1e-4)}), str(tmp_path))
     bundle.load(str(tmp_path), "cpu", "bfloat16")

@@ -5,8 +5,9 @@ from pytorch_grad_cam import GradCAM
 
 from bcd import storage
 from bcd.imaging import image
-from bcd.model import cam, preprocessing, resnet, weights
+from bcd.model import cam, resnet, weights
 from bcd.model.card import STRIDE_PX
+from bcd.model.network import normalise
 from tests import pictures
 
 
@@ -21,7 +22,7 @@ def inputs(n=3):
     fields = np.stack(
         [pictures.gradient(96, 144), pictures.gradient(96, 144)[::-1], pictures.gradient(96, 144)[:, ::-1]]
     )
-    return preprocessing.normalise(torch.from_numpy(fields[:n].copy()).permute(0, 3, 1, 2))
+    return normalise(torch.from_numpy(fields[:n].copy()).permute(0, 3, 1, 2))
 
 
 def scaled(maps):
@@ -181,7 +182,7 @@ def test_the_closed_form_on_real_fields_and_weights(real_data):
     given = weights.pretrained(str(real_data / "weights" / "resnet50_imagenet.safetensors"))
     network = resnet.build(2, given).eval()
     fields = np.stack([image.fit(image.decode(storage.read_bytes(path)), 224, 336) for path in paths])
-    images = preprocessing.normalise(torch.from_numpy(fields).permute(0, 3, 1, 2))
+    images = normalise(torch.from_numpy(fields).permute(0, 3, 1, 2))
     with torch.inference_mode():
         ours = resnet.forward(network, images).evidence.numpy()
     assert len(ours) == 8

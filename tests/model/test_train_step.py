@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from bcd.model import preprocessing, resnet, train_step
+from bcd.model import resnet, train_step
+from tests import pictures
 
 
 def test_learning_rate_rises_and_falls():
@@ -25,7 +26,7 @@ def test_steps_learn_black_from_white(precision):
     torch.manual_seed(0)
     network = resnet.build(2, seed=0, architecture="resnet18").to(memory_format=torch.channels_last).train()
     optimizer = train_step.optimizer(network, "adamw", 1e-3, 0.01)
-    preset = preprocessing.augmentation(32, 64)
+    preset = train_step.augmentation(32, 64)
     step = train_step.Step(network, optimizer, torch.device("cpu"), precision, preset)
     images = torch.cat([torch.zeros(4, 32, 64, 3), torch.full((4, 32, 64, 3), 255)]).to(torch.uint8)
     target = torch.tensor([0] * 4 + [1] * 4)
@@ -71,3 +72,24 @@ def test_weights_and_running_statistics_stand_behind_the_losses():
         assert train_step.weights_as_loss(network) == 0
         network.state_dict()[f"0.{name}"][1] = number
         assert train_step.weights_as_loss(network).isnan()
+
+
+def test_augmentation_keeps_shape_and_type_varies_and_is_seeded():
+    batch = torch.from_numpy(np.stack([pictures.gradient(96, 144)] * 8)).permute(0, 3, 1, 2)
+    preset = train_step.augmentation(96, 144)
+    torch.manual_seed(1)
+    first, second = train_step.augment(batch, preset), train_step.augment(batch, preset)
+    torch.manual_seed(1)
+    again = train_step.augment(batch, preset)
+    assert first.shape == batch.shape
+    assert first.dtype == torch.uint8
+    torch.testing.assert_close(first, again)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[0], first[train_step.IMAGES_PER_DRAW])
+
+
+def test_quarter_turns_are_exact_and_all_four_occur():
+    batch = torch.from_numpy(pictures.gradient(4, 6)).permute(2, 0, 1)[None]
+    turned = [train_step.QuarterTurns()(batch) for _ in range(60)]
+    for k in range(4):
+        assert any(torch.equal(t, torch.rot90(batch, k, (-2, -1))) for t in turned)

@@ -87,6 +87,9 @@ def test_rows_are_shuffled_anew_every_epoch_and_alike_for_a_seed(joined):
     assert epochs[0] != epochs[1]
     assert epochs == [blocks(again), blocks(again)]
     assert blocks(other) != epochs[0]
+    resumed = datasets.shuffled(table, 1)
+    resumed.context.set_config(datasets.FINISHED_EPOCHS, 1)
+    assert blocks(resumed) == epochs[1]
 
 
 def test_an_epoch_of_many_rows_is_planned_as_few_tasks(joined, monkeypatch):

@@ -119,7 +119,7 @@ def test_folds_are_made_anew_and_it_is_said(tmp_path):
 
 
 def test_a_tree_that_comes_with_a_leak_is_refused(tmp_path):
-    with pytest.raises(LeakageError, match=r"patient P0 stands in train .* and in test"):
+    with pytest.raises(LeakageError, match=r"patient P0 is in train .* and in test"):
         prepare.prepare(TrainConfig(data="d"), divided(tmp_path, test_patient="P0"))
 
 

@@ -43,7 +43,7 @@ from tests.model.test_bundle import card, untrained
 from tests.service import LIMITS, TOKEN
 from tests.serving.test_api import statistics
 
-N_PICTURES = 100
+N_PICTURES = 40
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
 REPLICA = r"ray::ServeReplica:bcd:Replica"
 # The largest difference that rounding in bfloat16 may make to a probability, between batches of any shape.
@@ -168,7 +168,7 @@ def models(tmp_path_factory):
     for seed in (1, 2):
         network = untrained(seed=seed)
         uris.append(str(tmp_path_factory.mktemp("model")))
-        facts = card(input_height_px=128, input_width_px=192, feature_statistics=statistics(), seed=seed)
+        facts = card(feature_statistics=statistics(), seed=seed)
         bundle.save(network, facts, uris[-1])
     return uris
 
@@ -515,7 +515,7 @@ def test_a_second_bundle_under_load_loses_no_request(
         deploy(cluster, service.port, tmp_path, models[1], precision="bfloat16")
         wait_for(lambda: answers[-1][1].json().get("model_id") == names[1], PATIENCE_S, "the second model")
         n = len(answers)
-        wait_for(lambda: len(answers) > n + 60, PATIENCE_S, "answers of the second model")
+        wait_for(lambda: len(answers) > n + 20, PATIENCE_S, "answers of the second model")
     assert {answer.status_code for _, answer in answers} == {200}
     assert {answer.json()["model_id"] for _, answer in answers} == set(names)
     expected = archived[models[1]]
@@ -674,7 +674,7 @@ def test_a_replica_without_numbers_is_not_ready(models, monkeypatch):
     loaded = bundle.load(models[0], "cpu")
     replica = Unloaded(1)
     replica._bundle, replica._computer, replica._succeeded = loaded, ThreadPoolExecutor(1), 0.0
-    pictures = [np.zeros((128, 192, 3), np.uint8)]
+    pictures = [np.zeros((64, 96, 3), np.uint8)]
     asyncio.run(replica._predict(pictures))
     assert replica._succeeded > 0
     broken = replace(loaded, features=lambda batch: torch.full((len(batch), 512, 4, 6), torch.nan))

@@ -31,7 +31,7 @@ def test_counts_come_in_the_order_of_the_taxonomy_with_zeros() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_subtypes_become_equal_and_each_row_stands_floor_or_ceil_times(seed: int) -> None:
+def test_subtypes_become_equal_by_floor_or_ceil_repetitions(seed: int) -> None:
     balanced = balance.upsample(ROWS, "subtype", seed)
     counts = balance.counts(balanced, "subtype")
     assert {name: n for name, n in counts.items() if n} == {"A": 11, "F": 11, "DC": 11, "LC": 11}

@@ -45,7 +45,7 @@ def test_near_pairs_are_counted_bit_by_bit_nearest_first() -> None:
     ]
 
 
-def test_byte_by_byte_copies_and_blank_or_broken_pictures_make_no_pairs() -> None:
+def test_duplicates_and_blank_or_broken_images_make_no_pairs() -> None:
     rows = table(("a", 0, 1), ("a", 0, 1), ("b", 0, 0.05), ("c", None, 1), ("d", 0, 0.5))
     assert duplicates.near(rows, 0, 0.1).tolist() == [[0, 4, 0]]
     assert duplicates.near(rows.slice(2, 2), 60, 0.1).shape == (0, 3)
@@ -93,7 +93,7 @@ def test_as_many_as_breakhis_has_are_compared_in_little_memory() -> None:
 
 @pytest.mark.parametrize("at_a_time", [1, 7, 2**20])
 def test_the_nearest_of_another_table_is_found(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not beyond the bits, not a blank picture, and nothing where one table is empty."""
+    """Not beyond the bits, not a blank image, and nothing where one table is empty."""
     monkeypatch.setattr(duplicates, "PAIRS_AT_A_TIME", at_a_time)
     others = table(("x", 0, 1.0), ("y", 0b1111, 1.0), ("z", 1 << 200, 0.05))
     rows = table(("a", 0b111, 1.0), ("b", 1 << 200, 1.0), ("c", 0b1 << 90, 1.0), ("d", 0, 0.05))

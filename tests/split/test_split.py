@@ -1,4 +1,4 @@
-"""Groups stay together, shares stay even, and every leak is found."""
+"""Groups stay together, shares are balanced, and every leak is detected."""
 
 import itertools
 from collections import defaultdict
@@ -87,7 +87,7 @@ def test_quarantine_finds_the_slide_published_twice(published: pa.Table) -> None
     kept, aside, reasons = split.quarantine(published)
     assert (kept.num_rows, aside.num_rows) == (7663, 246)
     assert set(aside[schema.SLIDE].to_pylist()) == breakhis.KNOWN_ANOMALIES.keys()
-    assert reasons == ["slide 14-13412 stands as DC and LC: all 246 images set aside"]
+    assert reasons == ["slide 14-13412 is labelled DC and LC: all 246 images quarantined"]
 
 
 @pytest.mark.real
@@ -143,7 +143,7 @@ def test_the_audit_names_14_13412_in_folds_1_3_and_5(
         findings = split.crossings_forbidden(raw, "official")
         if number in (1, 3, 5):
             assert len(findings) == 1
-            assert findings[0].startswith("patient, slide 14-13412 stands in train (as SOB_M_")
+            assert findings[0].startswith("patient, slide 14-13412 is in train (as SOB_M_")
             with pytest.raises(LeakageError, match="14-13412"):
                 split.require_no_leak(split.assign(published, "official", 0, fold=fold), "official")
         else:
@@ -162,12 +162,12 @@ def test_by_image_shares_are_exact_and_patients_leak(published: pa.Table) -> Non
         assert here == pytest.approx(shares(published), abs=0.002)
 
 
-# --- made-up tables: assign
+# --- tables by hand: assign
 
 
 @pytest.mark.parametrize("protocol", ["case", "patient", "image"])
 @pytest.mark.parametrize("seed", range(8))
-def test_no_group_crosses_and_both_classes_stand_in_every_part(protocol: split.Protocol, seed: int) -> None:
+def test_no_group_crosses_and_every_part_has_both_classes(protocol: split.Protocol, seed: int) -> None:
     rows = cohort(seed)
     assigned = split.assign(rows, protocol, seed)
     split.require_no_leak(assigned, protocol)
@@ -252,7 +252,7 @@ def test_a_subtype_with_two_patients_is_trained_on_and_tested(monkeypatch: pytes
 
 
 def test_what_is_connected_stays_together() -> None:
-    """A patient of two cases, a case of two patients, and a picture that two patients share."""
+    """A patient of two cases, a case of two patients, and an image of two patients."""
     linked = [
         row("1", "p", "A", **{schema.CASE: "c"}),
         row("2", "p", "A", **{schema.CASE: "d"}),
@@ -329,7 +329,7 @@ def test_fractions_that_leave_a_part_empty_are_refused(fractions: tuple[float, f
         split.assign(cohort(0), "case", 0, *fractions)
 
 
-# --- made-up tables: shares of each class
+# --- tables by hand: shares of each class
 
 
 def patients_of(tumor_class: str, *images: int) -> list[dict[str, str | None]]:
@@ -363,9 +363,9 @@ def test_a_class_of_two_percent_gets_its_share(monkeypatch: pytest.MonkeyPatch) 
     few = "of class benign; {} on so few patients"
     said = [
         "the validation part has 1,000 of 5,000 images and 2 of 10 patients "
-        + few.format("the best epoch, the threshold and the temperature rest"),
+        + few.format("the best epoch, the threshold and the temperature depend"),
         "the test part has 1,000 of 5,000 images and 2 of 10 patients "
-        + few.format("its numbers for this class rest"),
+        + few.format("its numbers for this class depend"),
     ]
     assert split.share_warnings(fold, {"train": 0.65, "validation": 0.15, "test": 0.2}) == said
 
@@ -387,7 +387,7 @@ def test_a_given_part_with_less_than_half_of_its_share_of_a_class_is_named() -> 
     assert split.share_warnings(in_parts(parts)) == [
         f"the validation part has 3 of 88 images and 3 of 20 patients {short} 18 %",
         f"the test part has 0 of 88 images and 0 of 20 patients {short} 17 %; "
-        "its numbers for this class rest on so few patients",
+        "its numbers for this class depend on so few patients",
     ]
 
 
@@ -402,7 +402,7 @@ def test_without_patients_only_images_are_counted() -> None:
     ]
 
 
-# --- made-up tables: official folds
+# --- tables by hand: official folds
 
 
 def fold_of(rows: pa.Table, is_test: Callable[[str], bool]) -> dict[str, str]:
@@ -429,7 +429,7 @@ def test_official_names_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match="needs one of the published folds"):
         split.assign(rows, "official", seed=0)
     with pytest.raises(
-        DataError, match="8 images are not in the official fold: A0, A1, A2, A3, DC0 and 3 more"
+        DataError, match="8 images are not in the official fold: A0, A1, A2, A3, DC0, and 3 more"
     ):
         split.assign(rows, "official", seed=0, fold={"other.png": "train"})
     with pytest.raises(DataError, match="test part has no benign image here"):
@@ -438,10 +438,10 @@ def test_official_names_what_is_wrong() -> None:
         split.assign(rows, "official", 0, fold=fold_of(rows, lambda name: name in {"DC0", "A0", "A1", "A2"}))
 
 
-# --- made-up tables: quarantine, audit, fingerprints
+# --- tables by hand: quarantine, audit, fingerprints
 
 
-def test_quarantine_sets_aside_what_cannot_be_true() -> None:
+def test_quarantine_of_contradictions_and_duplicates() -> None:
     def copy(name: str, patient: str, subtype: str, sha256: str | None, slide: str) -> dict[str, str | None]:
         return row(name, patient, subtype, **{schema.SHA256: sha256, schema.SLIDE: slide})
 
@@ -460,10 +460,10 @@ def test_quarantine_sets_aside_what_cannot_be_true() -> None:
     assert kept[schema.IMAGE_ID].to_pylist() == ["d.png", "a.png"]
     assert kept.num_rows + aside.num_rows == rows.num_rows
     assert reasons == [
-        "slide two labels stands as DC and LC: all 2 images set aside",
-        "one picture under several patients or labels, all set aside: b.png, c.png",
-        "one picture several times, kept as d.png: set aside e.png, f.png",
-        "one picture under several patients or labels, all set aside: g.png, h.png",
+        "slide two labels is labelled DC and LC: all 2 images quarantined",
+        "duplicates with several patients or labels, all quarantined: b.png, c.png",
+        "duplicates of d.png (kept), quarantined: e.png, f.png",
+        "duplicates with several patients or labels, all quarantined: g.png, h.png",
     ]
     assert split.quarantine(kept) == (kept, kept.slice(0, 0), [])
 
@@ -491,7 +491,7 @@ def test_what_may_not_cross_is_found(
     if protocol not in forbidden_by:
         split.require_no_leak(crossing, protocol)
         return
-    expected = f"{column} shared stands in train (as a) and in test (as b and 1 more)"
+    expected = f"{column} shared is in train (as a) and in test (as b, and 1 more)"
     assert split.crossings_forbidden(crossing, protocol) == [expected]
     with pytest.raises(LeakageError) as caught:
         split.require_no_leak(crossing, protocol)
@@ -502,16 +502,16 @@ def test_crossings_are_named_for_the_columns_that_are_asked_for() -> None:
     rows = table(row("a", "p", "A", case="c"), row("b", "p", "A", case="c"), row("d", "q", "A", case="c"))
     crossing = with_parts(rows, split.TRAIN, split.TRAIN, split.TEST)
     assert split.crossings(crossing, (schema.PATIENT,)) == []
-    said = "case c stands in train (as a and 1 more) and in test (as d)"
+    said = "case c is in train (as a, and 1 more) and in test (as d)"
     assert split.crossings(crossing, (schema.PATIENT, schema.CASE)) == [("c", said)]
 
 
-def test_one_case_on_one_side_is_no_leak() -> None:
+def test_one_case_in_one_part_is_no_leak() -> None:
     rows = table(row("a", "p", "A"), row("b", "p", "A"))
     split.require_no_leak(with_parts(rows, split.TRAIN, split.TRAIN), "case")
 
 
-def test_fingerprints_tell_splits_and_data_apart() -> None:
+def test_fingerprints_differ_between_splits_and_data() -> None:
     rows = cohort(1)
     assigned = split.assign(rows, "case", 0)
     backwards = assigned.take(np.arange(rows.num_rows)[::-1])
@@ -566,7 +566,7 @@ def test_a_missing_validation_part_comes_out_of_training() -> None:
         (
             given("train", "train", "test", "test", p2="p0"),
             LeakageError,
-            r"p0 stands in train .* and in test",
+            r"p0 is in train .* and in test",
         ),
         (given("train", "train", "validation", "test"), DataError, "part validation has no malignant image"),
         (given(*TRAINING), DataError, "part test has no benign image"),

@@ -14,10 +14,11 @@ from bcd.errors import ConfigError, DataError, StorageError
 from bcd.model import bundle
 from bcd.runtime import output, prepare, run_directory
 from bcd.split import split
-from bcd.training import crossval
+from bcd.training import crossval, train
 from tests import planted, studies
 from tests.cluster import PATIENCE_S, ROOT, read_json, wait_for
 from tests.runtime.test_datasets import small
+from tests.trained import flags_of
 
 pytestmark = pytest.mark.ray
 # Two studies of four trainings each: `pytest -m trial tests/pipelines/test_crossval.py`.
@@ -142,12 +143,47 @@ def test_warnings_of_one_fold_stand_under_its_name(tmp_path):
     assert crossval._known(folds).warnings == ["of all", "case, repeat 1, fold 1: of one"]
 
 
-def test_a_killed_study_goes_on_with_the_folds_that_are_missing(cluster, tree, tmp_path, capsys):
-    """SIGKILL while the second of two folds is trained: the same command trains that one only."""
-    settings = small(tree).model_dump(include={"data", "weights", "input_height_px", "input_width_px"})
-    settings |= {"output": str(tmp_path), "name": "killed", "k": 2, "epochs": 1, "validation_fraction": 0.33}
-    flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    job = subprocess.Popen([sys.executable, "jobs/crossval.py", *flags, "--parallel", "1"], cwd=ROOT)
+def settings_of(tree, output):
+    settings = small(tree).model_dump(
+        include={"data", "architecture", "weights", "input_height_px", "input_width_px"}
+    )
+    return settings | {"output": str(output), "k": 2, "epochs": 1, "validation_fraction": 0.33}
+
+
+def test_a_study_resumes_with_the_folds_that_are_missing(cluster, tree, tmp_path, capsys):
+    """As after a kill between two folds."""
+    config = CrossvalConfig(**settings_of(tree, tmp_path), parallel=1)
+    run_directory.claim_run(config, f"{tmp_path}/crossval")
+    first, second = crossval._folds(config, f"{tmp_path}/crossval", "case")
+    train.run(first.config)
+    before = {path: path.read_bytes() for path in Path(first.uri).rglob("*") if path.is_file()}
+    uri = crossval.run(config)
+    check_study(uri, tree)
+    assert output.read_marker(second.uri, output.TRAIN)
+    assert f"{first.uri} is finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in Path(first.uri).rglob("*") if path.is_file()} == before
+    # A finished study is compared without training anything: here with itself.
+    crossval.run(config.model_copy(update={"against": uri}))
+    measured = read_json(f"{uri}/metrics.json")
+    row = measured["comparison"]["metrics"]["accuracy"]
+    assert (row["first"], row["difference"], row["p_value"]) == (measured["pooled"]["accuracy"], 0, None)
+    with pytest.raises(DataError, match=r"--against .*/nothing: no test_images.parquet there"):
+        crossval.run(config.model_copy(update={"against": f"{tmp_path}/nothing"}))
+
+
+def check_study(uri, tree):
+    measured = read_json(f"{uri}/metrics.json")
+    assert output.read_marker(uri, output.CROSSVAL)
+    assert measured["n_images"] == len(list(Path(tree).rglob("*.png")))
+    assert [row["fold"] for row in measured["folds"]] == [1, 2]
+    assert read_json(f"{uri}/run.json")["status"] == "finished"
+
+
+@trial
+def test_a_killed_study_trains_only_the_fold_that_is_missing(cluster, tree, tmp_path):
+    """SIGKILL while the second of two folds is trained."""
+    settings = settings_of(tree, tmp_path) | {"name": "killed", "parallel": 1}
+    job = subprocess.Popen([sys.executable, "jobs/crossval.py", *flags_of(settings)], cwd=ROOT)
     first, second = (tmp_path / f"killed/case/repeat-1-fold-{fold}" for fold in (1, 2))
     wait_for(
         lambda: (second / "config.json").exists() or job.poll() is not None, PATIENCE_S, "the second fold"
@@ -158,21 +194,8 @@ def test_a_killed_study_goes_on_with_the_folds_that_are_missing(cluster, tree, t
     assert is_finished(first)
     assert not is_finished(second)
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
-    uri = crossval.run(CrossvalConfig(**settings, parallel=1))
-    assert output.read_marker(uri, output.CROSSVAL)
-    assert output.read_marker(str(second), output.TRAIN)
-    assert f"{first} is finished" in capsys.readouterr().out
+    check_study(crossval.run(CrossvalConfig(**settings)), tree)
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
-    measured = read_json(f"{uri}/metrics.json")
-    assert measured["n_images"] == len(list(Path(tree).rglob("*.png")))
-    assert [row["fold"] for row in measured["folds"]] == [1, 2]
-    assert read_json(f"{uri}/run.json")["status"] == "finished"
-    # A finished study is compared without training anything: here with itself.
-    crossval.run(CrossvalConfig(**settings, parallel=1, against=uri))
-    row = read_json(f"{uri}/metrics.json")["comparison"]["metrics"]["accuracy"]
-    assert (row["first"], row["difference"], row["p_value"]) == (measured["pooled"]["accuracy"], 0, None)
-    with pytest.raises(DataError, match=r"--against .*/nothing: no test_images.parquet there"):
-        crossval.run(CrossvalConfig(**settings, against=f"{tmp_path}/nothing"))
 
 
 def with_one_more(parts):

@@ -1,4 +1,4 @@
-"""One real training run with two workers, on S3, and what must hold of all it leaves behind."""
+"""One real training of two workers on S3, killed and resumed, and what must hold of all it leaves behind."""
 
 import io
 import json
@@ -19,26 +19,25 @@ from bcd.runtime import output, prepare
 from bcd.training import train
 from tests.cluster import read_json
 from tests.runtime.test_datasets import small
+from tests.trained import check_whole
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def config(tree_on_s3, s3):
-    return small(
-        tree_on_s3,
-        output=f"{s3}/runs",
-        name="two",
-        num_workers="2",
-        epochs=2,
-        batch_size=16,
-        precision="float32",
-    )
+def config(trained):
+    return trained.config
 
 
 @pytest.fixture(scope="module")
-def run_uri(cluster, config):
-    return train.run(config)
+def run_uri(trained):
+    return trained.uri
+
+
+def test_a_killed_job_resumes_from_its_last_checkpoint(trained):
+    assert "epoch 1/2" not in trained.log
+    assert "epoch 2/2" in trained.log
+    check_whole(trained.uri, 2)
 
 
 def test_the_run_directory_is_as_promised(run_uri, config):

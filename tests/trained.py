@@ -1,0 +1,77 @@
+"""One training for all tests that need one: two workers, on S3, killed in its second epoch and resumed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from bcd import schema, storage
+from bcd.config.training import TrainConfig
+from bcd.model import bundle
+from tests.cluster import PATIENCE_S, Cluster, finish, kill, read_json, submit, wait_for
+from tests.runtime.test_datasets import small
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The settings, the run's URI, and the log of the job that resumed it."""
+
+    config: TrainConfig
+    uri: str
+    log: str
+
+
+def flags_of(settings: dict[str, object]) -> list[str]:
+    """Command-line flags of the settings."""
+    return [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def wait_for_epoch(client: JobSubmissionClient, job: str, run_uri: str, epoch: int) -> None:
+    """Until the checkpoint of an epoch is kept, so that the next epoch is running."""
+
+    def kept() -> bool:
+        assert not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
+        return storage.exists(f"{run_uri}/exposure/epoch-{epoch:04d}.parquet") and storage.exists(
+            f"{run_uri}/checkpoints/checkpoint_manager_snapshot.json"
+        )
+
+    wait_for(kept, PATIENCE_S, f"epoch {epoch}")
+
+
+def check_whole(run_uri: str, epochs: int) -> None:
+    """The run is finished, its history whole, and the bundle predicts without Ray what the table says."""
+    history = read_json(f"{run_uri}/history.json")
+    assert [record["epoch"] for record in history] == list(range(1, epochs + 1))
+    assert read_json(f"{run_uri}/run.json")["status"] == "finished"
+    measured = read_json(f"{run_uri}/metrics.json")
+    loaded = bundle.load(f"{run_uri}/model", device="cpu")
+    filesystem, path = storage.resolve(f"{run_uri}/predictions")
+    rows = pq.read_table(path, filesystem=filesystem).to_pylist()
+    assert len(rows) == measured["n_images"] > 0
+    direct = loaded.predict_files([storage.read_bytes(row[schema.URI]) for row in rows])
+    np.testing.assert_allclose([row[schema.LOGIT] for row in rows], direct.logit, atol=1e-4)
+
+
+def killed_and_resumed(cluster: Cluster, data: str, output: str) -> Trained:
+    """Submit the training, SIGKILL its driver in epoch 2, and submit the same command again."""
+    config = small(
+        data,
+        output=output,
+        name="two",
+        num_workers="2",
+        epochs=2,
+        batch_size=16,
+        precision="float32",
+    )
+    client = JobSubmissionClient(cluster.dashboard)
+    uri = storage.join(config.output, config.name)
+    command = ("jobs/train.py", *flags_of(config.model_dump(mode="json", exclude_unset=True)))
+    first = submit(cluster, *command)
+    wait_for_epoch(client, first, uri, 1)
+    assert kill(cluster.processes(), rf"python jobs/train.py .*--name {config.name}")
+    assert finish(client, first)[0] == JobStatus.FAILED
+    assert not storage.exists(f"{uri}/metrics.json")
+    status, log = finish(client, submit(cluster, *command))
+    assert status == JobStatus.SUCCEEDED, log
+    return Trained(config, uri, log)
