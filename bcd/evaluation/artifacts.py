@@ -24,11 +24,7 @@ TRUTH = (schema.IMAGE_ID, schema.CASE, schema.TUMOR_CLASS, schema.SUBTYPE, schem
 
 
 def with_truth(predictions_uri: str, test: pa.Table, card: bundle.Card) -> pd.DataFrame:
-    """Predictions without maps, joined with the index rows `test` of the same images.
-
-    Raises:
-        StorageError: see `inspection.require_given`.
-    """
+    """Predictions without maps, joined with the index rows `test` of the same images."""
     columns = [schema.IMAGE_ID, schema.PATIENT, schema.SLIDE, schema.LOGIT, schema.PROBABILITY]
     columns += [schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS, schema.ERROR, schema.MODEL_ID]
     columns += [schema.NOVELTY, schema.NOVELTY_CUTOFF]
@@ -52,11 +48,7 @@ def images_of(frame: pd.DataFrame, card: bundle.Card, predictions_uri: str, draw
 
 
 def compared(images: pd.DataFrame, against: str) -> dict[str, Any]:
-    """The paired comparison with the images of another evaluation or cross-validation.
-
-    Raises:
-        DataError: there is no evaluation, or one of other images.
-    """
+    """The paired comparison with another evaluation; raises DataError if it is missing or of other images."""
     require_images(against)
     other = storage.read_table(storage.join(against, IMAGES)).to_pandas()
     return compare.paired(images, other) | {"against": against}

@@ -60,7 +60,9 @@ def _tested(
     """Rows with their part, the facts, and what the test part is, such as `HELD_OUT`."""
     if facts.data_fingerprint == card.data_fingerprint:
         parts, facts = prepare(training, (table, facts))
-        if facts.split_fingerprint == card.split_fingerprint and _is_as_it_was(config.model, parts):
+        known = run_directory.read_split(storage.parent(config.model))
+        same = facts.split_fingerprint == card.split_fingerprint
+        if same and (known is None or not split.changes(known, parts)):
             return parts, facts, HELD_OUT
     whole = pa.array([split.TEST] * len(table))
     table = schema.fill(table, schema.INDEX)  # without parts given with the data
@@ -74,12 +76,6 @@ def _tested(
         f"{config.data} is not the data set that {config.model} was trained on, as it was then, and "
         f"{'; '.join(doubts)}: its numbers would not be honest. --force measures and marks them"
     )
-
-
-def _is_as_it_was(model_uri: str, parts: pa.Table) -> bool:
-    """Whether the split equals that of the run row by row, if the model is in a run directory."""
-    known = run_directory.read_split(storage.parent(model_uri))
-    return known is None or not split.changes(known, parts)
 
 
 def _doubts(model_uri: str, table: pa.Table) -> list[str]:
@@ -160,7 +156,10 @@ def evaluate(
     shown = about | facts.model_dump() | {"input_size_px": (card.input_height_px, card.input_width_px)}
     if kind == HELD_OUT:
         shown |= class_counts(TrainConfig(**card.training), table)
-    artifacts.write_artifacts(folder, measured, _history(model_uri), images, shown, unscored)
+    run_uri = storage.parent(model_uri)
+    in_run = storage.exists(storage.join(run_uri, run_directory.HISTORY))
+    history = run_directory.read_json(run_uri, run_directory.HISTORY) if in_run else []
+    artifacts.write_artifacts(folder, measured, history, images, shown, unscored)
     return measured
 
 
@@ -186,10 +185,3 @@ def _about(card: bundle.Card, facts: DatasetFacts, kind: str) -> dict[str, Any]:
         "git_commit": provenance.git_commit(),
         "command": provenance.command(),
     }
-
-
-def _history(model_uri: str) -> list[dict[str, Any]]:
-    """The training history beside the bundle, empty if the bundle is not in a run directory."""
-    run_uri = storage.parent(model_uri)
-    found = storage.exists(storage.join(run_uri, run_directory.HISTORY))
-    return run_directory.read_json(run_uri, run_directory.HISTORY) if found else []

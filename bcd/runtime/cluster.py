@@ -121,11 +121,7 @@ def cores() -> int:
 
 
 def total_resources() -> dict[str, float]:
-    """CPUs and GPUs of the cluster, with those that its autoscaler may add.
-
-    Raises:
-        ConfigError: BCD_CLUSTER_LIMIT is not of the form CPU=192,GPU=4.
-    """
+    """CPUs and GPUs of the cluster, with those that its autoscaler may add; raises ConfigError."""
     now = ray.cluster_resources()
     limit = ray_state.get_max_resources_from_cluster_config() or _stated_limit()
     return {name: max(now.get(name, 0.0), limit.get(name, 0.0)) for name in ("CPU", "GPU")}
@@ -150,11 +146,7 @@ class CpuScaling(ScalingConfig):
 
 
 def scaling(config: TrainConfig) -> ScalingConfig:
-    """Number and type of the workers of a training run.
-
-    Raises:
-        ResourceError: the cluster cannot hold that many; Ray would wait silently.
-    """
+    """Workers of a training run; raises ResourceError if they do not fit: Ray would wait silently."""
     have = total_resources()
     use_gpu = config.device == "gpu" or (config.device == "auto" and have["GPU"] > 0)
     low, high = config.worker_bounds() or ((int(have["GPU"]),) * 2 if use_gpu else (1, 1))

@@ -56,7 +56,6 @@ class Shuffled(Datasource):
         self._seed = RandomSeedConfig(seed=seed, reseed_after_execution=True)
 
     def estimate_inmemory_data_size(self) -> int:
-        """Bytes of the rows."""
         return self._table.nbytes
 
     def get_read_tasks(
@@ -88,7 +87,7 @@ class SplitData(DataConfig):
     """Equal shares of the training rows, so that workers take the same number of steps; validation rows are
     shared without dropping any, because metrics count them all.
 
-    With `exposure_uri`, a folder with a file per finished epoch, a resumed run shuffles as an undisturbed one.
+    With `exposure_uri`, a folder with a file per finished epoch, a resumed run shuffles like any other.
     """
 
     def __init__(self, exposure_uri: str | None = None) -> None:
@@ -98,7 +97,6 @@ class SplitData(DataConfig):
     def configure(
         self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any
     ) -> list[dict[str, Any]]:
-        """One dict of shards per worker."""
         shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
         uri = self._exposure_uri
         n_finished = len(storage.list_files_if_any(uri)) if uri else 0

@@ -8,6 +8,7 @@ import ray
 from ray.data import Dataset
 
 from bcd import schema
+from bcd.data import read
 from bcd.model import bundle, novelty
 from bcd.model.network import ResNet
 from bcd.model.novelty import FeatureStatistics
@@ -58,7 +59,8 @@ def _pooled(
     """A row per batch of images: sums, or ids, distances and logits where the moments are known."""
     size = predict.Settings.batch_size
     dataset = datasets.row_dataset(schema.fill(rows, schema.READING), size)
-    return predict.on_models(dataset, _Pooler, (shared, moments), predict.Look(card, KEEP), size)
+    options = predict.reading_options(card, KEEP)
+    return predict.on_models(dataset, _Pooler, (shared, moments), options, size)
 
 
 class _Pooler:
@@ -74,7 +76,8 @@ class _Pooler:
 
     def __call__(self, batch: Any) -> dict[str, Any]:
         if self._threads:
-            batch = predict.Look(self._bundle.card, KEEP).pixels(batch, self._threads)
+            options = predict.reading_options(self._bundle.card, KEEP)
+            batch = read.pixels(batch, **options, threads=self._threads)
         inspection.require_whole(batch[schema.ERROR], batch[schema.IMAGE_ID])
         # Copied, because a batch from another worker is a read-only view of Ray's object store.
         features, logit = self._bundle.pooled(np.array(batch[schema.IMAGE]))

@@ -34,7 +34,7 @@ def inspect_images(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int
         broken image by id; and the most common height and width of the images in pixels.
 
     Raises:
-        StorageError: see `checked`.
+        StorageError: see `require_given`.
     """
     result = checked(table, _inspect_batch)
     whole = pc.is_null(result[schema.ERROR])
@@ -47,11 +47,7 @@ def inspect_images(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int
 
 
 def checked(table: pa.Table, check: Callable[[pa.Table], pa.Table]) -> pa.Table:
-    """Apply `check`, which returns rows without pixels, to batches on CPU workers; sorted by image id.
-
-    Raises:
-        StorageError: see `require_given`.
-    """
+    """Apply `check`, which returns rows without pixels, to batches on CPU workers; sorted by image id."""
     dataset = datasets.row_dataset(table).map_batches(
         check, batch_size=None, batch_format="pyarrow", num_cpus=1
     )
@@ -106,24 +102,16 @@ def require_given(names: Sequence[str], errors: Sequence[str | None]) -> None:
 
     `errors` holds the code of each image, with or without a message, or None.
     """
-    if lost := [name for name, error in zip(names, errors, strict=True) if is_unavailable(error)]:
+    codes = [error and error.partition(":")[0] for error in errors]
+    if lost := [name for name, code in zip(names, codes, strict=True) if code == image.UNAVAILABLE]:
         raise StorageError(
             f"storage failed to deliver {lost[0]} (and {len(lost) - 1} more images); the image itself is not "
             f"at fault: {ASK_AGAIN}"
         )
 
 
-def is_unavailable(error: str | None) -> bool:
-    """Whether an error code, with or without a message, is a transient error of storage."""
-    return error is not None and error.partition(":")[0] == image.UNAVAILABLE
-
-
 def check_bad_fraction(broken: dict[str, str], total: int, allowed: float) -> list[str]:
-    """One line per broken image.
-
-    Raises:
-        DataError: more than the allowed fraction is broken.
-    """
+    """One line per broken image; raises DataError if more than the allowed fraction is broken."""
     named = [f"{name}: {reason}" for name, reason in sorted(broken.items())]
     if len(broken) > allowed * total:
         raise DataError(

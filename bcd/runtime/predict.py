@@ -3,7 +3,7 @@
 The test part of a training run, archives and tiles all use this path, so that equal bytes give equal numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,18 +51,13 @@ class Settings:
 
 def score_rows(dataset: Dataset, settings: Settings, max_workers: int | None = None) -> Dataset:
     """Score rows of `schema.READING`: one row of `schema.predictions` for each, a result or an error."""
-    look = Look(bundle.read_same(settings.model_uri, settings.model_id), CARRIED)
-    return on_models(dataset, Scorer, (settings,), look, settings.batch_size, max_workers)
+    options = reading_options(bundle.read_same(settings.model_uri, settings.model_id), CARRIED)
+    return on_models(dataset, Scorer, (settings,), options, settings.batch_size, max_workers)
 
 
 @contextmanager
 def one_model(settings: Settings) -> Iterator[None]:
-    """Context of the execution of `score_rows`.
-
-    Raises:
-        BundleError: the bundle is not the one that the job began with, or no longer intact; raised instead of
-            the RayError that follows from it.
-    """
+    """Context of the execution of `score_rows`; raises BundleError if the bundle has changed or is damaged."""
     try:
         yield
     except RayError:
@@ -72,24 +67,16 @@ def one_model(settings: Settings) -> Iterator[None]:
     bundle.read_same(settings.model_uri, settings.model_id)
 
 
-@dataclass(frozen=True)
-class Look:
-    """How the images of a dataset are read for a model: see `read.pixels`."""
-
-    card: bundle.Card
-    keep: tuple[str, ...]
-
-    def pixels(self, rows: pa.Table, threads: int = 1) -> dict[str, Any]:
-        """Images (n, height, width, 3) with the columns `keep` of their rows."""
-        size = (self.card.input_height_px, self.card.input_width_px)
-        return read.pixels(rows, *size, self.keep, threads)
+def reading_options(card: bundle.Card, keep: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `read.pixels` for the network of a card; the columns `keep` are copied."""
+    return {"height_px": card.input_height_px, "width_px": card.input_width_px, "keep": keep}
 
 
 def on_models(
     dataset: Dataset,
     worker: type,
     arguments: tuple[Any, ...],
-    look: Look,
+    options: dict[str, Any],
     batch_size: int,
     max_workers: int | None = None,
 ) -> Dataset:
@@ -101,11 +88,15 @@ def on_models(
     Args:
         dataset: rows of schema `schema.READING`.
         worker: constructed with `arguments` and the number of threads with which it reads images, 0 if they
-            are read for it; called with a block of rows, or with `batch_size` rows from `look.pixels`.
+            are read for it; called with a block of rows, or with `batch_size` rows from `read.pixels`.
+        arguments: of the constructor.
+        options: of `read.pixels`, where CPU workers call it.
     """
     pool = cluster.model_workers(max_workers)
     if pool.num_gpus:
-        dataset = dataset.map_batches(look.pixels, batch_size=None, batch_format="pyarrow", num_cpus=1)
+        dataset = dataset.map_batches(
+            read.pixels, fn_kwargs=options, batch_size=None, batch_format="pyarrow", num_cpus=1
+        )
     return dataset.map_batches(
         worker,
         fn_constructor_args=(*arguments, 0 if pool.num_gpus else pool.threads),
@@ -136,15 +127,12 @@ class Scorer:
         }
 
     def __call__(self, batch: Any) -> pa.Table:
-        """n rows of predictions, from rows to read, or from images (n, height, width, 3) and their columns.
-
-        Raises:
-            BundleError: the bundle is not the one that the job began with.
-        """
-        # Not in the constructor: Ray would replace an actor that fails there by another.
+        """Rows of predictions, from rows to read, or from images (n, height, width, 3) and their columns."""
+        # Raises BundleError here, because Ray would replace an actor that fails in its constructor.
         bundle.require_same(self._settings.model_uri, self._settings.model_id, self._bundle.model_id)
         if self._threads:
-            batch = Look(self._bundle.card, CARRIED).pixels(batch, self._threads)
+            options = reading_options(self._bundle.card, CARRIED)
+            batch = read.pixels(batch, **options, threads=self._threads)
         good = batch[schema.ERROR] == ""
         n = len(good)
         columns = {name: pa.array(batch[name], from_pandas=True) for name in CARRIED}

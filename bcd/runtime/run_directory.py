@@ -97,11 +97,7 @@ def write_json(run_uri: str, name: str, content: Any) -> None:
 
 
 def read_json(run_uri: str, name: str) -> Any:
-    """Read a file of the run.
-
-    Raises:
-        BcdError: it is damaged.
-    """
+    """Read a file of the run; raises BcdError if it is damaged."""
     uri = storage.join(run_uri, name)
     try:
         return json.loads(storage.read_bytes(uri))

@@ -40,12 +40,7 @@ def present(
 ) -> dict[str, Any]:
     """Write `slides.parquet`, the heat maps and `gallery.html`; returns the summary, which contains `facts`.
 
-    Args:
-        ours: the ledger, merged.
-        plans: of the slides scored in this generation.
-        inputs: ids of all inputs.
-        settings: of the scored rows.
-        facts: about the run.
+    `inputs` are the ids of all inputs, `plans` those of the slides scored in this generation.
 
     Raises:
         IncompleteError: results and errors do not add up to the inputs.
@@ -165,10 +160,7 @@ def _images(ours: Ledger, table: pa.Table) -> gallery.Images:
 
 
 def link(uri: str, folder: str) -> str | None:
-    """Link from a page in a folder to a file: a relative path on a disk, else the URI.
-
-    None for the URI of another scheme: a manifest may contain a script.
-    """
+    """Link from a page in a folder to a file: a relative path or a URI; None if it might be a script."""
     if storage.is_remote(uri):
         return quote(uri, safe=":/") if uri.lower().startswith(LINKED) else None
     path = storage.absolute(uri)
@@ -195,14 +187,14 @@ def _slides(ours: Ledger, rows: list[dict[str, Any]]) -> list[gallery.GallerySli
 
 def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.GallerySlide:
     heat_map = storage.join(slides.folder(ours.uri, row[schema.SLIDE]), slides.HEATMAP)
-    scored = row[schema.ERROR] is None
+    geojson = f"{slides.slide_folder(row[schema.SLIDE])}/{slides.GEOJSON}"
     return gallery.GallerySlide(
         name=row[schema.SLIDE],
         n_tiles=row[schema.TILES] or 0,
         tissue_mm2=row[schema.TISSUE_AREA_MM2],
         share_malignant=row[schema.MALIGNANT_TILE_SHARE],
         heat_map=storage.read_bytes(heat_map) if shown else None,
-        geojson=f"{slides.slide_folder(row[schema.SLIDE])}/{slides.GEOJSON}" if scored else None,
+        geojson=geojson if row[schema.ERROR] is None else None,
         n_warned=row[schema.WARNED_TILES] or 0,
         patient=row[schema.PATIENT],
         link=link(row[schema.URI], ours.uri),
@@ -222,6 +214,5 @@ def closing_lines(uri: str, summary: Mapping[str, Any]) -> list[str]:
     if warnings is None and summary["n_results"]:
         lines.append("  the model has no statistics to identify images unlike its training data")
     lines += [f"  warned of {code}: {counted(n, 'row')}" for code, n in sorted((warnings or {}).items())]
-    lines.append(f"table:   {storage.join(uri, 'predictions')}")
-    lines.append(f"gallery: {storage.join(uri, GALLERY)}")
-    return [*lines, f"summary: {storage.join(uri, SUMMARY)}"]
+    files = {"table:  ": "predictions", "gallery:": GALLERY, "summary:": SUMMARY}
+    return lines + [f"{name} {storage.join(uri, file)}" for name, file in files.items()]

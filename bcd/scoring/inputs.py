@@ -26,18 +26,13 @@ FACTS = [name for name in schema.SEEN_INPUTS.names if name not in (schema.IMAGE_
 
 
 def settle(ours: Ledger, older: Done, done: Done, found: Archive) -> list[str]:
-    """Remove the rows of changed inputs from the ledger; returns their ids.
-
-    Args:
-        ours: the ledger.
-        older: content of the table.
-        done: content of the segments.
-        found: the archive as it is now.
+    """Remove the rows of changed inputs from table (`older`) and segments (`done`); returns their ids.
 
     Raises:
         StorageError: a transient error for a file that may have changed.
     """
-    now = _table(found)
+    versions = pa.array(map(found.versions.get, found.table[schema.IMAGE_ID].to_pylist()), pa.string())
+    now = schema.fill(found.table.append_column(schema.VERSION, versions), schema.SEEN_INPUTS)
     uri = storage.join(ours.uri, FILE)
     before = storage.read_table(uri) if storage.exists(uri) else schema.SEEN_INPUTS.empty_table()
     changed = sorted(_changed(before, now, older, done))
@@ -50,12 +45,6 @@ def settle(ours: Ledger, older: Done, done: Done, found: Archive) -> list[str]:
     if not (after := pa.concat_tables([now, before.filter(absent)])).equals(before):
         storage.write_table(uri, after)
     return changed
-
-
-def _table(found: Archive) -> pa.Table:
-    names = found.table[schema.IMAGE_ID].to_pylist()
-    versions = pa.array([found.versions.get(name) for name in names], pa.string())
-    return schema.fill(found.table.append_column(schema.VERSION, versions), schema.SEEN_INPUTS)
 
 
 def _changed(before: pa.Table, now: pa.Table, older: Done, done: Done) -> set[str]:

@@ -274,7 +274,7 @@ def tile_ids(done: Done, slides: set[str]) -> frozenset[str]:
     """Ids of the committed tiles of these slides."""
     wanted = pa.array(sorted(slides), pa.string())
     ids: list[str] = []
-    for segment in done.segments if slides else []:
+    for segment in _with_rows_of(done, slides):
         table = storage.read_table(segment.uri, COUNTED)
         tiles = pc.and_(pc.is_valid(table[schema.X_LEVEL0_PX]), pc.is_in(table[schema.SLIDE], wanted))
         ids += table.filter(tiles)[schema.IMAGE_ID].to_pylist()

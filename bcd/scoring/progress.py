@@ -14,13 +14,8 @@ SECONDS_BETWEEN_LINES = 10
 
 
 class Progress:
-    """Counts committed rows and prints a line at intervals.
-
-    Args:
-        todo: the inputs (schema `schema.INDEX`).
-        plans_uri: folder of the plans of slides.
-        before: rows committed by an earlier, interrupted run.
-    """
+    """Counts committed rows of the inputs `todo` (`schema.INDEX`), besides those of an interrupted run
+    (`before`), and prints a line at intervals."""
 
     def __init__(self, todo: pa.Table, plans_uri: str, before: Done) -> None:
         names, sizes = todo[schema.IMAGE_ID].to_pylist(), todo[schema.SIZE_BYTES].to_pylist()
@@ -43,19 +38,17 @@ class Progress:
         for name, rows, errors in zip(*columns, strict=True):
             self._rows += rows
             self._errors += errors
-            self._count(name, rows)
+            if name not in self._expected:
+                plan = tiling.read_plan(self._plans_uri, name) if name in self._slides else None
+                self._expected[name] = (plan.tiles if plan else 1) - self._before[name]
+                self._missing[name] = self._expected[name]
+            self._missing[name] -= rows
+            self._done += not self._missing[name]
+            self._weight += self._weights[name] * rows / max(1, self._expected[name])
         self.withheld = pc.max(counted["reason"]).as_py() or self.withheld
         running = self._done < len(self._weights)
         if running and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._print()
-
-    def _count(self, name: str, rows: int) -> None:
-        if name not in self._expected:
-            plan = tiling.read_plan(self._plans_uri, name) if name in self._slides else None
-            self._expected[name] = self._missing[name] = (plan.tiles if plan else 1) - self._before[name]
-        self._missing[name] -= rows
-        self._done += not self._missing[name]
-        self._weight += self._weights[name] * rows / max(1, self._expected[name])
 
     def _print(self) -> None:
         self._printed = time.monotonic()

@@ -62,20 +62,12 @@ def draw_slide(ours: Ledger, plan: tiling.Plan, card: Card) -> dict[str, Any]:
     malignant = sum(malignant_mask(tuple(predicted)))
     quantiles = np.quantile(known, list(schema.QUANTILES.values())) if len(known) else [None] * 5
     return {
-        schema.SLIDE: plan.slide,
-        schema.URI: plan.uri,
-        schema.PATIENT: plan.patient,
-        schema.WIDTH_PX: plan.width_px,
-        schema.HEIGHT_PX: plan.height_px,
+        **plan.model_dump(include=set(schema.SLIDES.names)),
         schema.MPP: plan.mpp_x,
-        schema.MPP_Y: plan.mpp_y,
         schema.BOUNDS_X_LEVEL0_PX: plan.bounds_x_px,
         schema.BOUNDS_Y_LEVEL0_PX: plan.bounds_y_px,
-        schema.TILES: plan.tiles,
-        schema.BACKGROUND_TILES: plan.background_tiles,
         schema.ERROR_TILES: plan.tiles - len(known),
         schema.WARNED_TILES: int(warned(tiles).sum()),
-        schema.TISSUE_AREA_MM2: plan.tissue_area_mm2,
         schema.MALIGNANT_TILE_SHARE: malignant / len(known) if len(known) else None,
         **dict(zip(schema.QUANTILES, quantiles, strict=True)),
     }

@@ -21,11 +21,7 @@ from bcd.training import loop
 
 
 def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFacts, result: Result) -> None:
-    """Write the best epoch by validation balanced accuracy as a bundle to `uri`.
-
-    Raises:
-        BundleError: no checkpoint is intact.
-    """
+    """Write the best epoch as a bundle to `uri`; raises BundleError if no checkpoint is intact."""
     network, measured = _best(result, len(taxonomy.classes(config.target)), config.architecture)
     train, validation = part_of(table, split.TRAIN), part_of(table, split.VALIDATION)
     known = _card(config, train, facts, measured)
@@ -64,23 +60,17 @@ def _best(result: Result, n_classes: int, architecture: Architecture) -> tuple[R
 
 
 def _card(config: TrainConfig, train: pa.Table, facts: DatasetFacts, measured: dict[str, Any]) -> bundle.Card:
+    shared = config.model_dump(
+        include={"architecture", "target", "input_height_px", "input_width_px", "protocol", "fold", "seed"}
+    ) | facts.model_dump(
+        include={"data_fingerprint", "split_fingerprint", "synthetic", "field_height_px", "field_width_px"}
+    )
     return card.make(
-        architecture=config.architecture,
-        target=config.target,
+        **shared,
         classes=taxonomy.classes(config.target),
-        input_height_px=config.input_height_px,
-        input_width_px=config.input_width_px,
-        field_height_px=facts.field_height_px,
-        field_width_px=facts.field_width_px,
         mpp=_distinct(train, schema.MPP),
         magnifications=_distinct(train, schema.MAGNIFICATION),
-        protocol=config.protocol,
-        fold=config.fold,
-        seed=config.seed,
-        data_fingerprint=facts.data_fingerprint,
-        split_fingerprint=facts.split_fingerprint,
         leaky=config.protocol in split.LEAKY,
-        synthetic=facts.synthetic,
         warnings=tuple(facts.warnings),
         training=config.model_dump(mode="json"),
         validation={name: measured[name] for name in (schema.EPOCH, loop.SCORE, "n_validation")},

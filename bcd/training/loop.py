@@ -85,14 +85,9 @@ class State:
         torch.save(state, folder / STATE_FILE)
 
     def load(self, folder: Path) -> None:
-        """Load what `save` wrote.
-
-        Raises:
-            BundleError: it is damaged, and nothing has been loaded.
-        """
+        """Load what `save` wrote, or raise BundleError if it is damaged, and load nothing."""
         tensors, state = read_checkpoint(folder)
-        own = self.network.state_dict()
-        tensors = weights.fitting(own, tensors, whole=True)
+        tensors = weights.fitting(self.network.state_dict(), tensors, whole=True)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError) as error:
@@ -102,11 +97,7 @@ class State:
 
 
 def read_checkpoint(folder: Path) -> tuple[weights.State, dict[str, Any]]:
-    """Weights, and the rest of a checkpoint.
-
-    Raises:
-        BundleError: it is damaged.
-    """
+    """Weights, and the rest of a checkpoint; raises BundleError if it is damaged."""
     try:
         content, rest = (folder / WEIGHTS_FILE).read_bytes(), (folder / STATE_FILE).read_bytes()
     except FileNotFoundError as error:
@@ -130,7 +121,6 @@ class Seen:
     logits: list[np.ndarray] = field(default_factory=list)
 
     def add(self, batch: Batch, loss_sum: float) -> None:
-        """Count one batch."""
         self.loss_sum += loss_sum
         self.image_ids += batch[schema.IMAGE_ID].tolist()
         self.targets += batch[schema.TARGET].tolist()
@@ -309,7 +299,6 @@ class Stream:
         self._begun: tuple[Future[Batch | None], Iterator[Batch]] | None = None
 
     def begin(self) -> None:
-        """Start reading the next pass."""
         self._begun = self._start()
 
     def batches(self) -> Iterator[Batch]:
@@ -406,18 +395,15 @@ def _publish(task: Task, board: SummaryWriter, folder: Path, record: dict[str, A
 def progress_line(record: dict[str, Any], epochs: int) -> str:
     """The log line of one epoch."""
     counts = ", ".join(f"{name} {n:,}" for name, n in record["class_counts"].items())
-    left = (epochs - record["epoch"]) * record["seconds"]
+    left_s = (epochs - record["epoch"]) * record["seconds"]
+    left = f"{left_s / 60:.0f} min" if left_s >= 90 else f"{left_s:.0f} s"
     return (
         f"epoch {record['epoch']}/{epochs}: "
         f"loss {record['train_loss']:.3f} (validation {record['validation_loss']:.3f}), "
         f"balanced accuracy {record[SCORE]:.3f} on {record['n_validation']:,} validation images; "
         f"saw {counts}; learning rate {record['learning_rate']:.1e}; "
-        f"{record['images_per_s']:.1f} images/s, {record['seconds']:.0f} s; {_duration(left)} left"
+        f"{record['images_per_s']:.1f} images/s, {record['seconds']:.0f} s; {left} left"
     )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _checkpoint(state: State, record: dict[str, Any]) -> None:
@@ -460,5 +446,4 @@ class ProcessGroup(TorchConfig):
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
-        """Sets the group up."""
         return _Backend

@@ -114,11 +114,7 @@ def train_model(
     scaling: ScalingConfig,
     runs_per_node: int = 1,
 ) -> Result:
-    """Train on the split rows, from the last checkpoint of the run; `return_value` is the history.
-
-    Raises:
-        BcdError: an error for the user, such as a diverged training.
-    """
+    """Train from the last checkpoint of the run, or raise BcdError; `return_value` is the history."""
     streams, n_train = streams_of(config, table)
     filesystem, path = storage.resolve(run_uri)
     classes, shared = taxonomy.classes(config.target), pretrained and ray.put(pretrained)
