@@ -57,7 +57,7 @@ def score_rows(dataset: Dataset, settings: Settings, max_workers: int | None = N
 
 @contextmanager
 def one_model(settings: Settings) -> Iterator[None]:
-    """Context of the execution of `score_rows`; raises BundleError if the bundle has changed or is damaged."""
+    """Context of the execution of `score_rows`; raises BundleError if the bundle has changed."""
     try:
         yield
     except RayError:

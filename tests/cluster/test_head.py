@@ -20,7 +20,7 @@ def new_head(hosts):
     hosts.join(hosts.one)
 
 
-def test_scoring_goes_on_at_a_new_head(hosts, scoring, undisturbed):
+def test_scoring_resumes_at_a_new_head(hosts, scoring, undisturbed):
     job = scoring()
     job.wait_for(lambda: segments(job.output), "the first segment")
     new_head(hosts)
@@ -29,7 +29,7 @@ def test_scoring_goes_on_at_a_new_head(hosts, scoring, undisturbed):
     assert_same(table(job.output), undisturbed)
 
 
-def test_training_goes_on_at_a_new_head(hosts, training):
+def test_training_resumes_at_a_new_head(hosts, training):
     job = training("--num-workers", "1")
     wait_for_epoch(hosts.client, job.id, job.output, 1)
     new_head(hosts)

@@ -183,7 +183,7 @@ def test_a_finished_run_does_nothing_and_another_model_is_refused(
         score.run(config.model_copy(update={"model": str(tmp_path)}))
 
 
-def test_a_job_killed_on_s3_goes_on_and_takes_up_new_files(
+def test_a_job_killed_on_s3_resumes_and_adds_new_files(
     cluster, archive_on_s3, model_uri, s3, undisturbed, joined, capsys
 ):
     """Done when 3: SIGKILL of the driver, through `ray job submit`, from and to S3; then a file is added."""

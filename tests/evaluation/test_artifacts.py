@@ -33,7 +33,7 @@ def test_the_probability_before_the_temperature_comes_back(tmp_path):
     np.testing.assert_allclose(images[aggregate.MARGIN], [1 - np.log(1.5), -0.5 - np.log(1.5)], rtol=1e-5)
 
 
-def test_images_unlike_the_training_are_counted_where_the_model_can_tell():
+def test_warnings_are_counted_if_the_model_has_statistics():
     images = aggregate.image_table(studies.predictions(n_patients=4, n_images=2))
     none = pd.DataFrame({schema.IMAGE_ID: []})
     assert artifacts.measure_run(images, none, TUMOR_CLASSES)["warnings"] is None

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Twelve good pictures and every kind of broken one, as an index."""
+    """Twelve good images and one of each fault, as an index."""
     contents = {f"benign/p/good-{i}.png": pictures.encode(pictures.gradient(46 + i, 70)) for i in range(12)}
     contents |= {f"malignant/p/{name}.png": content for name, (content, _) in pictures.broken().items()}
     for name, content in contents.items():

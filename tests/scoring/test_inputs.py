@@ -56,7 +56,7 @@ def hashes_without_ray(monkeypatch):
 
 
 def settle(output, found):
-    """What a job does first; returns the books and what is to be scored again."""
+    """What a job does first; returns the ledger and what is to be scored again."""
     ours, _ = ledger.open_ledger(str(output), SETTINGS)
     changed = inputs.settle(ours, ledger.merged(ours), ledger.committed(ours), found)
     return ours, changed
@@ -132,7 +132,7 @@ def test_what_has_left_the_archive_keeps_its_rows_until_another_file_comes(tmp_p
 
 
 @pytest.mark.parametrize("kill_after", range(1, 7))
-def test_a_kill_while_rows_are_taken_out_loses_and_doubles_none(tmp_path, monkeypatch, kill_after):
+def test_a_kill_while_rows_are_removed_loses_and_doubles_none(tmp_path, monkeypatch, kill_after):
     """At each write and deletion in turn; in between the old file comes back, or does not."""
     scored(tmp_path, ROWS[:7] + ROWS[10:19], merged=True)
     ours, _ = settle(tmp_path, archive())
