@@ -1,4 +1,4 @@
-"""From scored test rows to what people read: metrics, the table of test images, report and pictures."""
+"""From scored test rows to metrics, the table of test images, and the report with its figures."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,20 +18,13 @@ from bcd.reports import model_report, thumbnails
 from bcd.runtime import inspection, predict, run_directory
 
 METRICS, REPORT, IMAGES = "metrics.json", "report.html", "test_images.parquet"
+# A JSON object.
+Record = Mapping[str, Any]
 TRUTH = (schema.IMAGE_ID, schema.CASE, schema.TUMOR_CLASS, schema.SUBTYPE, schema.MAGNIFICATION)
 
 
 def with_truth(predictions_uri: str, test: pa.Table, card: bundle.Card) -> pd.DataFrame:
-    """Predictions without their maps, beside what the index says of each image.
-
-    Args:
-        predictions_uri: of the predictions table.
-        test: index rows of the images in it.
-        card: of the model, for the probability before its temperature.
-
-    Raises:
-        StorageError: storage did not give an image, and may give it later.
-    """
+    """Predictions without maps, joined with the index rows `test` of the same images."""
     columns = [schema.IMAGE_ID, schema.PATIENT, schema.SLIDE, schema.LOGIT, schema.PROBABILITY]
     columns += [schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS, schema.ERROR, schema.MODEL_ID]
     columns += [schema.NOVELTY, schema.NOVELTY_CUTOFF]
@@ -41,8 +34,7 @@ def with_truth(predictions_uri: str, test: pa.Table, card: bundle.Card) -> pd.Da
     good = scored[schema.ERROR].isna()
     scored[aggregate.UNCALIBRATED] = np.nan
     if good.any():
-        # The logits of a bundle are divided by its temperature.
-        logit = np.stack(scored.loc[good, schema.LOGIT])
+        logit = np.stack(scored.loc[good, schema.LOGIT])  # divided by the temperature
         before = calibration.probability_malignant(logit, card.classes, 1 / card.temperature)
         scored.loc[good, aggregate.UNCALIBRATED] = before
     truth = test.select(list(TRUTH)).to_pandas()
@@ -50,37 +42,33 @@ def with_truth(predictions_uri: str, test: pa.Table, card: bundle.Card) -> pd.Da
 
 
 def images_of(frame: pd.DataFrame, card: bundle.Card, predictions_uri: str, draw: int = 1) -> pd.DataFrame:
-    """`aggregate.image_table` of one model, with its draw of folds and the URI of its predictions."""
+    """`aggregate.image_table` of one model, with its repeat (`draw`) and the URI of its predictions."""
     images = aggregate.image_table(frame, card.threshold)
     return images.assign(**{aggregate.SOURCE: predictions_uri, aggregate.DRAW: draw})
 
 
 def compared(images: pd.DataFrame, against: str) -> dict[str, Any]:
-    """The paired comparison with the images of another evaluation or cross-validation.
-
-    Raises:
-        DataError: nothing was evaluated there, or the images are others.
-    """
+    """The paired comparison with another evaluation; raises DataError if it is missing or of other images."""
     require_images(against)
     other = storage.read_table(storage.join(against, IMAGES)).to_pandas()
     return compare.paired(images, other) | {"against": against}
 
 
 def require_images(against: str) -> None:
-    """Raises DataError where nothing was evaluated: known before the work, not after it."""
+    """Raises DataError if there is no evaluation to compare with; called before any work."""
     if not storage.exists(storage.join(against, IMAGES)):
         raise DataError(f"--against {against}: no {IMAGES} there; give the output of a finished evaluation")
 
 
 def write_artifacts(
     output: str,
-    measured: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
+    measured: Record,
+    history: Sequence[Record],
     images: pd.DataFrame,
-    facts: Mapping[str, Any],
+    facts: Record,
     unscored: pd.DataFrame,
 ) -> None:
-    """Write the table of test images, the metrics and the report; each whole or not at all."""
+    """Write the table of test images, the metrics and the report, each atomically."""
     storage.write_table(storage.join(output, IMAGES), pa.Table.from_pandas(images, preserve_index=False))
     run_directory.write_json(output, METRICS, measured)
     # Pixels stay off the driver.
@@ -93,30 +81,22 @@ def write_artifacts(
 
 def _draw(
     output: str,
-    measured: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
+    measured: Record,
+    history: Sequence[Record],
     images: pd.DataFrame,
-    facts: Mapping[str, Any],
+    facts: Record,
     unscored: Sequence[Mapping[str, str]],
 ) -> None:
     chosen = model_report.choose_examples(images).all()
-    found = dict(
-        zip(
-            chosen,
-            thumbnails.of_images(images.iloc[chosen], taxonomy.classes(measured["target"])),
-            strict=True,
-        )
-    )
+    examples = thumbnails.of_images(images.iloc[chosen], taxonomy.classes(measured["target"]))
+    shown = dict(zip(chosen, examples, strict=True))
     with tempfile.TemporaryDirectory() as folder:
-        model_report.write_report(Path(folder), measured, history, images, facts, found, unscored)
+        model_report.write_report(Path(folder), measured, history, images, facts, shown, unscored)
         storage.upload_folder(Path(folder), output, last=REPORT)
 
 
 def measure_run(images: pd.DataFrame, unscored: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
-    """All metrics, with the number of images that could not be scored, and of those with each warning.
-
-    `warnings` is None where the model had no statistics to warn by.
-    """
+    """All metrics, the number of images not scored, and the images per warning (None without statistics)."""
     warnings = None
     if images[schema.NOVELTY_CUTOFF].notna().any():
         unlike = images[schema.NOVELTY] > images[schema.NOVELTY_CUTOFF]

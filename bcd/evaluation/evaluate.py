@@ -1,4 +1,4 @@
-"""How good a model is on the patients that it has never seen: predictions, metrics, report, card."""
+"""Evaluate a model on patients that it has never seen: predictions, metrics, report, card."""
 
 from typing import Any
 
@@ -21,15 +21,14 @@ from bcd.split import duplicates, split
 from bcd.text import counted
 
 PREDICTIONS = "predictions"
-# Whose images are tested: the held-out part of the model's own data; another data set that it was not trained
-# on; or whatever was forced.
+# What is tested: the test part of the model's own data, data that it has not seen, or others with --force.
 HELD_OUT, EXTERNAL, FORCED = "held_out", "external", "forced"
 
 
 def run(config: EvaluateConfig) -> str:
     """Evaluate a bundle on the test part of its data set, or on another, and return the URI of the output.
 
-    The split is made again from the settings in the card; the fingerprint proves that it is the same.
+    The split is repeated from the settings in the card; the fingerprint proves that it is the same.
 
     Raises:
         DataError: the model may have been trained on the data.
@@ -58,13 +57,15 @@ def run(config: EvaluateConfig) -> str:
 def _tested(
     config: EvaluateConfig, card: bundle.Card, training: TrainConfig, table: pa.Table, facts: DatasetFacts
 ) -> tuple[pa.Table, DatasetFacts, str]:
-    """Rows with their part, the facts, and whose images the test part holds."""
+    """Rows with their part, the facts, and what the test part is, such as `HELD_OUT`."""
     if facts.data_fingerprint == card.data_fingerprint:
         parts, facts = prepare(training, (table, facts))
-        if facts.split_fingerprint == card.split_fingerprint and _is_as_it_was(config.model, parts):
+        known = run_directory.read_split(storage.parent(config.model))
+        same = facts.split_fingerprint == card.split_fingerprint
+        if same and (known is None or not split.changes(known, parts)):
             return parts, facts, HELD_OUT
     whole = pa.array([split.TEST] * len(table))
-    table = schema.fill(table, schema.INDEX)  # without the parts that it may come with
+    table = schema.fill(table, schema.INDEX)  # without parts given with the data
     parts = table.append_column(schema.SPLIT.field(schema.PART), whole)
     doubts = _doubts(config.model, table)
     if not doubts:
@@ -77,17 +78,11 @@ def _tested(
     )
 
 
-def _is_as_it_was(model_uri: str, parts: pa.Table) -> bool:
-    """Whether the split is that of the run row by row, where the model lies in its run."""
-    known = run_directory.read_split(storage.parent(model_uri))
-    return known is None or not split.changes(known, parts)
-
-
 def _doubts(model_uri: str, table: pa.Table) -> list[str]:
-    """Why a model may have seen images in training, or their patients; empty where it is proven that not."""
+    """Why a model may have seen the images, or their patients, in training; empty if it provably has not."""
     known = run_directory.read_split(storage.parent(model_uri))
     if known is None:
-        return ["no split.parquet beside the model tells what it has seen"]
+        return ["there is no split.parquet beside the model to show what it has seen"]
     seen = known.filter(pc.not_equal(known[schema.PART], split.TEST))
     doubts = []
     if n_seen := _n_seen(seen, table):
@@ -98,20 +93,19 @@ def _doubts(model_uri: str, table: pa.Table) -> list[str]:
         if unknown := rows[schema.PATIENT].null_count:
             doubts.append(f"{unknown:,} of {whose} name no patient, who may be in both")
     if seen[schema.PHASH].null_count:
-        doubts.append("the run keeps no perceptual hashes that would tell copies: bcd was older then")
+        doubts.append("the run, of an older version of bcd, keeps no perceptual hashes to find copies")
     return doubts + _copies(seen, table)
 
 
 def _n_seen(seen: pa.Table, table: pa.Table) -> int:
-    """How many images the model was trained or chosen on, by content, or on others of their patients, cases
-    or slides, by id."""
+    """Number of images whose content, patient, case or slide was in training or validation."""
     keys = (schema.SHA256, schema.PATIENT, schema.CASE, schema.SLIDE)
     used = {(key, row[key]) for row in seen.to_pylist() for key in keys if row[key] is not None}
     return sum(any((key, row[key]) in used for key in keys) for row in table.to_pylist())
 
 
 def _copies(seen: pa.Table, table: pa.Table) -> list[str]:
-    """A sentence, where images look like others that were seen: saved anew, scaled or slightly moved."""
+    """A sentence if images look like others that were seen: saved again, scaled or slightly moved."""
     near_bits = AuditConfig.model_fields["near_bits"].default
     nearest = duplicates.nearest(table, seen, near_bits, duplicates.BLANK)
     copies = np.flatnonzero(nearest >= 0)
@@ -133,10 +127,9 @@ def evaluate(
     kind: str = HELD_OUT,
     against: str | None = None,
 ) -> dict[str, Any]:
-    """Score the test part through the same pipeline as archives, and write all that is told about it.
+    """Score the test part through the same pipeline as archives; write predictions, metrics, card and report.
 
-    Predictions first, then metrics, card and report; each of them whole or not at all. They go into `folder`,
-    of which `owner` is the id (see `output.claim_folder`).
+    They are written into `folder`, of which `owner` is the id (see `output.claim_folder`), each atomically.
     """
     card = bundle.read_card(model_uri)
     test = part_of(table, split.TEST)
@@ -160,10 +153,13 @@ def evaluate(
         bundle.write_card(card.model_copy(update={"metrics": measured}), model_uri)
     if against:
         measured["comparison"] = artifacts.compared(images, against)
-    told = about | facts.model_dump() | {"input_size_px": (card.input_height_px, card.input_width_px)}
+    shown = about | facts.model_dump() | {"input_size_px": (card.input_height_px, card.input_width_px)}
     if kind == HELD_OUT:
-        told |= class_counts(TrainConfig(**card.training), table)
-    artifacts.write_artifacts(folder, measured, _history(model_uri), images, told, unscored)
+        shown |= class_counts(TrainConfig(**card.training), table)
+    run_uri = storage.parent(model_uri)
+    in_run = storage.exists(storage.join(run_uri, run_directory.HISTORY))
+    history = run_directory.read_json(run_uri, run_directory.HISTORY) if in_run else []
+    artifacts.write_artifacts(folder, measured, history, images, shown, unscored)
     return measured
 
 
@@ -189,10 +185,3 @@ def _about(card: bundle.Card, facts: DatasetFacts, kind: str) -> dict[str, Any]:
         "git_commit": provenance.git_commit(),
         "command": provenance.command(),
     }
-
-
-def _history(model_uri: str) -> list[dict[str, Any]]:
-    """The training history beside the bundle, where the bundle lies in its run."""
-    run_uri = storage.parent(model_uri)
-    found = storage.exists(storage.join(run_uri, run_directory.HISTORY))
-    return run_directory.read_json(run_uri, run_directory.HISTORY) if found else []

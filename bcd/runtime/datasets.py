@@ -1,7 +1,6 @@
 """Streams of rows and images: Ray Data reads, decodes and resizes images on CPU workers.
 
-Index first, pixels last: everything that is shuffled, replicated or split is rows of text. No pixel passes
-through the driver.
+What is shuffled, replicated or split is rows of an index; pixels come last and never pass through the driver.
 """
 
 from collections.abc import Sequence
@@ -19,39 +18,37 @@ from bcd import storage
 from bcd.data import read
 from bcd.taxonomy import TRAIN
 
-# So many images are decoded together and handed on as one block: a quarter of a second of work, so that a
-# training epoch has its first batch soon; 4 MB of pixels at 224x336.
+# A block takes a quarter of a second to decode, so that an epoch has its first batch soon; 4 MB at 224x336.
 IMAGES_PER_BLOCK = 16
-# One task makes so many blocks where all CPUs get several tasks: Ray Data looks after its tasks ten times a
-# second, and until then the CPU of one that has ended waits. 16 CPUs read 424 images/s in tasks of 16 images,
-# 587 in tasks of 64.
+# Where all CPUs get several tasks: Ray Data checks its tasks ten times a second, and the CPU of a finished
+# one idles until then. 16 CPUs read 424 images/s in tasks of 16 images, 587 in tasks of 64.
 BLOCKS_PER_TASK = 4
 TASKS_PER_CPU = 4
-# An epoch is planned as at most so many tasks: each costs its planner a fraction of a millisecond.
+# Of an epoch: each costs its planner a fraction of a millisecond.
 MOST_TASKS = 10_000
-# In the context of a dataset: how many epochs were finished before its first pass.
+# In the context of a dataset: number of epochs finished before its first pass.
 FINISHED_EPOCHS = "bcd_finished_epochs"
 
 
 def row_dataset(table: pa.Table, rows_per_block: int | None = None) -> Dataset:
-    """A dataset of rows in blocks of bounded size; of `rows_per_task` where no other is named."""
+    """A dataset of rows in blocks of `rows_per_block`, by default of `rows_per_task`."""
     size = rows_per_block or rows_per_task(len(table))
     cuts = range(0, len(table), size)
     return ray.data.from_arrow([table.slice(start, size).combine_chunks() for start in cuts])
 
 
 def rows_per_task(n: int) -> int:
-    """How many of n rows one reading task takes: whole blocks, few enough that no CPU idles."""
+    """How many of n rows one task reads: whole blocks, few enough that no CPU idles."""
     cpus = max(1, int(ray.cluster_resources().get("CPU", 0)))
     blocks = min(BLOCKS_PER_TASK, n // (IMAGES_PER_BLOCK * TASKS_PER_CPU * cpus))
     return IMAGES_PER_BLOCK * max(1, blocks, -(-n // (IMAGES_PER_BLOCK * MOST_TASKS)))
 
 
 class Shuffled(Datasource):
-    """Rows of a table in an order that is drawn anew at every pass over them, the same for the same seed.
+    """Rows of a table in another random order at every pass, determined by the seed.
 
-    The table is an index, small enough for one process, so the order is drawn where the pass is planned: an
-    all-to-all shuffle of blocks would make every epoch wait for its slowest task before the first image.
+    The order is drawn where the pass is planned, because the index fits in one process: an all-to-all shuffle
+    of blocks would make every epoch wait for its slowest task before the first image.
     """
 
     def __init__(self, table: pa.Table, seed: int) -> None:
@@ -59,13 +56,12 @@ class Shuffled(Datasource):
         self._seed = RandomSeedConfig(seed=seed, reseed_after_execution=True)
 
     def estimate_inmemory_data_size(self) -> int:
-        """Bytes of the rows."""
         return self._table.nbytes
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        """Tasks for one pass; the wanted parallelism does not count: pixels follow in the same task."""
+        """Tasks for one pass; `parallelism` is ignored, because pixels follow in the same task."""
         n = len(self._table)
         context = data_context or DataContext.get_current()
         seed = self._seed.get_seed_tuple(data_context=context)
@@ -88,11 +84,10 @@ def shuffled(table: pa.Table, seed: int) -> Dataset:
 
 
 class SplitData(DataConfig):
-    """Equal shares of the training rows, so that workers take the same number of steps; of the validation
-    rows every single one, because a metric must not lose a tail.
+    """Equal shares of the training rows, so that workers take the same number of steps; validation rows are
+    shared without dropping any, because metrics count them all.
 
-    Args:
-        exposure_uri: folder with one file per finished epoch; a resumed run shuffles as an undisturbed one.
+    With `exposure_uri`, a folder with a file per finished epoch, a resumed run shuffles like any other.
     """
 
     def __init__(self, exposure_uri: str | None = None) -> None:
@@ -102,7 +97,6 @@ class SplitData(DataConfig):
     def configure(
         self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any
     ) -> list[dict[str, Any]]:
-        """One dict of shards per worker."""
         shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
         uri = self._exposure_uri
         n_finished = len(storage.list_files_if_any(uri)) if uri else 0
@@ -126,6 +120,6 @@ def read_images(dataset: Dataset, height_px: int, width_px: int, keep: Sequence[
         batch_format="pyarrow",
         num_cpus=1,
     )
-    # A task hands on each block when it is there, and not all of them at its end.
+    # A task yields each block when it is ready, and not all of them at its end.
     dataset.context.target_max_block_size = IMAGES_PER_BLOCK * height_px * width_px * 3
     return dataset

@@ -1,4 +1,4 @@
-"""What a new model makes of its training and validation pictures: feature statistics, and logits."""
+"""Feature statistics of the training images and logits of the validation images, from a new model."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ import ray
 from ray.data import Dataset
 
 from bcd import schema
+from bcd.data import read
 from bcd.model import bundle, novelty
 from bcd.model.network import ResNet
 from bcd.model.novelty import FeatureStatistics
@@ -20,17 +21,17 @@ N, TOTAL, SQUARES, DISTANCE = "n", "total", "squares", "distance"
 def compute_statistics(
     network: ResNet, card: bundle.Card, train: pa.Table, validation: pa.Table
 ) -> tuple[FeatureStatistics, np.ndarray]:
-    """Mean and spread of the pooled features over the training pictures, and what the validation's tell.
+    """Mean and spread of the pooled features over the training images, and the validation images' results.
 
     Args:
-        network: from `bcd.model.resnet.build`, trained; is left as it was.
+        network: trained, from `bcd.model.resnet.build`; not changed.
         card: its card, without statistics.
-        train: rows with a `uri`, each picture once.
+        train: rows with a `uri`, each image once.
         validation: likewise.
 
     Returns:
-        The statistics, with the cut-off from the validation pictures, and the logits (n, classes) of these,
-        in the order of their rows.
+        The statistics, with the cut-off from the validation images, and their logits (n, classes) in the
+        order of the rows.
     """
     shared = ray.put((network.state_dict(), card))
     sums = _pooled(train, card, shared, None).to_pandas()
@@ -55,14 +56,15 @@ def compute_statistics(
 def _pooled(
     rows: pa.Table, card: bundle.Card, shared: ray.ObjectRef, moments: ray.ObjectRef | None
 ) -> Dataset:
-    """A row for each batch of pictures: sums, or ids, distances and logits where the moments are known."""
+    """A row per batch of images: sums, or ids, distances and logits where the moments are known."""
     size = predict.Settings.batch_size
     dataset = datasets.row_dataset(schema.fill(rows, schema.READING), size)
-    return predict.on_models(dataset, _Pooler, (shared, moments), predict.Look(card, KEEP), size)
+    options = predict.reading_options(card, KEEP)
+    return predict.on_models(dataset, _Pooler, (shared, moments), options, size)
 
 
 class _Pooler:
-    """An actor that holds the network; as `predict.on_models` wants it."""
+    """An actor that holds the network; a worker of `predict.on_models`."""
 
     def __init__(self, shared: ray.ObjectRef, moments: ray.ObjectRef | None, threads: int) -> None:
         state, card = ray.get(shared)
@@ -73,13 +75,15 @@ class _Pooler:
             cluster.use_threads(threads)
 
     def __call__(self, batch: Any) -> dict[str, Any]:
-        found = predict.Look(self._bundle.card, KEEP).pixels(batch, self._threads) if self._threads else batch
-        inspection.require_whole(found[schema.ERROR], found[schema.IMAGE_ID])
-        # Copied, because what comes read is a read-only view of Ray's object store.
-        features, logit = self._bundle.pooled(np.array(found[schema.IMAGE]))
+        if self._threads:
+            options = predict.reading_options(self._bundle.card, KEEP)
+            batch = read.pixels(batch, **options, threads=self._threads)
+        inspection.require_whole(batch[schema.ERROR], batch[schema.IMAGE_ID])
+        # Copied, because a batch from another worker is a read-only view of Ray's object store.
+        features, logit = self._bundle.pooled(np.array(batch[schema.IMAGE]))
         pooled = features.astype(np.float64)
         if self._moments is not None:
             distance = novelty.distance(pooled, *self._moments)
-            ids = found[schema.IMAGE_ID].tolist()
+            ids = batch[schema.IMAGE_ID].tolist()
             return {schema.IMAGE_ID: [ids], DISTANCE: [distance], schema.LOGIT: [logit]}
         return {N: [len(pooled)], TOTAL: [pooled.sum(0)], SQUARES: [(pooled**2).sum(0)]}

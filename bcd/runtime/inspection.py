@@ -1,4 +1,4 @@
-"""Every image of a data set read once, on CPU workers: its hashes, and whether it can be used."""
+"""Read every image of a data set once, on CPU workers: its hashes, and whether it can be used."""
 
 import hashlib
 from collections import Counter
@@ -14,27 +14,27 @@ from bcd.data import read
 from bcd.errors import BcdError, DataError, StorageError
 from bcd.imaging import image
 from bcd.runtime import datasets
-from bcd.text import counted
+from bcd.text import counted, some
 
-# What to do where storage fails for a while.
+# What to do after a transient error of storage.
 ASK_AGAIN = "check the network and the credentials, and run the same command again"
-# The largest share of the work between two progress lines.
+# Number of progress lines.
 PROGRESS_STEPS = 10
 
 
 def inspect_images(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int, int]]:
-    """Read and decode every image once before a training run: its hashes, and whether it is whole.
+    """Read and decode every image before a training run.
 
-    Costs about as much as reading one epoch, and makes everything after it exact: duplicates are found by
-    content, and broken images are out before anything is split, balanced or counted. Of a field of BreaKHis
-    the perceptual hash, by which copies are known again later, takes 8 ms beside 13 ms for its decoding.
+    Costs about as much as reading one epoch, but duplicates are found by content, and broken images are
+    excluded before anything is split, balanced or counted. For a field of BreaKHis the perceptual hash, which
+    identifies copies later, takes 8 ms and decoding 13 ms.
 
     Returns:
-        The index without broken images, with `sha256`, `phash` and `tissue_fraction`; `{image_id: what is
-        wrong}`; and the most common height and width of the images in pixels.
+        The index without broken images, with `sha256`, `phash` and `tissue_fraction`; the fault of each
+        broken image by id; and the most common height and width of the images in pixels.
 
     Raises:
-        StorageError: see `checked`.
+        StorageError: see `require_given`.
     """
     result = checked(table, _inspect_batch)
     whole = pc.is_null(result[schema.ERROR])
@@ -47,23 +47,19 @@ def inspect_images(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int
 
 
 def checked(table: pa.Table, check: Callable[[pa.Table], pa.Table]) -> pa.Table:
-    """What `check` makes of every batch of rows, on CPU workers: rows without pixels, by image id.
-
-    Raises:
-        StorageError: storage did not give an image, and may give it later.
-    """
+    """Apply `check`, which returns rows without pixels, to batches on CPU workers; sorted by image id."""
     dataset = datasets.row_dataset(table).map_batches(
         check, batch_size=None, batch_format="pyarrow", num_cpus=1
     )
-    found: list[pa.Table] = []
+    batches: list[pa.Table] = []
     done, step = 0, max(1, len(table) // PROGRESS_STEPS)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         require_given(batch[schema.IMAGE_ID].to_pylist(), batch[schema.ERROR].to_pylist())
-        found.append(batch)
+        batches.append(batch)
         if (done + len(batch)) // step > done // step:
             print(f"checked {done + len(batch):,} of {counted(len(table), 'image')}", flush=True)
         done += len(batch)
-    return pa.concat_tables(found).sort_by(schema.IMAGE_ID)
+    return pa.concat_tables(batches).sort_by(schema.IMAGE_ID)
 
 
 def _pairs(table: pa.Table, *names: str) -> Iterator[tuple[Any, ...]]:
@@ -71,15 +67,10 @@ def _pairs(table: pa.Table, *names: str) -> Iterator[tuple[Any, ...]]:
 
 
 def _inspect_batch(batch: pa.Table) -> pa.Table:
-    found = [_inspected(content) for content in read.contents(batch[schema.URI].to_pylist())]
-    columns = pa.Table.from_pylist(found, schema=_INSPECTED)
-    for field in _INSPECTED:
-        position = batch.schema.get_field_index(field.name)
-        if position < 0:
-            batch = batch.append_column(field, columns[field.name])
-        else:
-            batch = batch.set_column(position, field, columns[field.name])
-    return batch
+    facts = [_inspected(content) for content in read.contents(batch[schema.URI].to_pylist())]
+    inspected = pa.Table.from_pylist(facts, schema=_INSPECTED)
+    names = dict.fromkeys(batch.column_names + _INSPECTED.names)
+    return pa.table({name: (inspected if name in _INSPECTED.names else batch)[name] for name in names})
 
 
 _INSPECTED = pa.schema(
@@ -107,50 +98,31 @@ def _inspected(content: bytes | image.ImageError) -> dict[str, Any]:
 
 
 def require_given(names: Sequence[str], errors: Sequence[str | None]) -> None:
-    """Stop where storage did not give an image: left out, it would change every number without a word.
+    """Raises StorageError for images with a transient error: leaving them out would silently change numbers.
 
-    Args:
-        names: image ids.
-        errors: the typed code of each image, whatever follows it; None for a good one.
-
-    Raises:
-        StorageError: names the first such image.
+    `errors` holds the code of each image, with or without a message, or None.
     """
-    lost = [name for name, error in zip(names, errors, strict=True) if is_unavailable(error)]
-    if lost:
+    codes = [error and error.partition(":")[0] for error in errors]
+    if lost := [name for name, code in zip(names, codes, strict=True) if code == image.UNAVAILABLE]:
         raise StorageError(
-            f"storage did not give {lost[0]} (and {len(lost) - 1} more beside it), which is no fault of the "
-            f"image: {ASK_AGAIN}"
+            f"storage failed to deliver {lost[0]} (and {len(lost) - 1} more images); the image itself is not "
+            f"at fault: {ASK_AGAIN}"
         )
 
 
-def is_unavailable(error: str | None) -> bool:
-    """Whether a typed error, with or without its message, tells of storage and not of the image."""
-    return error is not None and error.partition(":")[0] == image.UNAVAILABLE
-
-
 def check_bad_fraction(broken: dict[str, str], total: int, allowed: float) -> list[str]:
-    """Sentences that name the broken images, or the end of the run where there are too many.
-
-    Raises:
-        DataError: more than the allowed fraction is broken.
-    """
+    """One line per broken image; raises DataError if more than the allowed fraction is broken."""
     named = [f"{name}: {reason}" for name, reason in sorted(broken.items())]
     if len(broken) > allowed * total:
         raise DataError(
             f"{len(broken)} of {total} images are broken, more than --max-bad-fraction {allowed:g} allows: "
-            + "; ".join(named[:5])
-            + (f"; and {len(named) - 5} more" if len(named) > 5 else "")
+            f"{some(named, 5, '; ')}"
         )
     return named
 
 
 def require_whole(errors: np.ndarray, names: np.ndarray) -> None:
-    """Stop where an image that was whole when the run began is so no longer, or is not given any more.
-
-    Raises:
-        BcdError: names the first such image.
-    """
+    """Raises BcdError or StorageError for the first image that became unusable after the run began."""
     require_given(names.tolist(), errors.tolist())
     for name, error in zip(names, errors, strict=True):
         if error:

@@ -1,9 +1,9 @@
-"""An output folder belongs to one job: nothing in it is replaced or deleted that something else wrote.
+"""An output folder belongs to one job, which never replaces or deletes a file that something else wrote.
 
-The first job that writes into a folder requires it to be empty, and leaves a marker with its own name and an
-id. From then on the folder is for jobs of that name, and only while every file in it is one that such a job
-writes. Files that a job may delete carry the id in their names, so that a copy from elsewhere is not taken
-for one of them. Hidden files and the notes of file managers are passed over, and never touched.
+The first job that writes into a folder requires it to be empty, and writes a marker with its own name and an
+id. From then on only jobs of that name may use the folder, and only while every file in it is one that such a
+job writes. Files that a job may delete carry the id in their names, so that copies from elsewhere are kept.
+Hidden files and those of file managers are ignored, and never touched.
 """
 
 import json
@@ -15,9 +15,9 @@ from bcd.errors import ConfigError
 
 TRAIN, CROSSVAL, EVALUATE, SCORE, AUDIT, DEMO = "train", "crossval", "evaluate", "score", "audit", "demo"
 MARKER = ".bcd-output.json"
-# What file managers leave in folders that people look into, besides hidden files.
+# Written by file managers, besides hidden files.
 NOTES = ("Thumbs.db", "desktop.ini")
-# A file that is being written, or that a kill left behind.
+# Suffix of a temporary file, which a killed job may leave behind.
 _ASIDE = rf"(\.[0-9a-f]+{re.escape(storage.ASIDE)})?"
 _REPORT = r"metrics\.json|test_images\.parquet|report\.html|figures/[\w-]+\.(svg|png)|predictions/part-ID-.+"
 _RUN = (
@@ -25,7 +25,7 @@ _RUN = (
     r"|(tensorboard|checkpoints)/.+|model/(model\.safetensors|card\.json|README\.md)"
 )
 _FOLD = r"(case|patient|official|image)"
-# What each job writes, as a pattern of the path below its output; ID stands for the id in the marker.
+# What each job writes, as a pattern of the path below its output; ID is replaced by the id in the marker.
 FILES = {
     TRAIN: f"{_RUN}|{_REPORT}",
     CROSSVAL: rf"(config|run)\.json|({_FOLD}/)?({_REPORT})|{_FOLD}/repeat-\d+-fold-\d+/.+",
@@ -40,12 +40,7 @@ FILES = {
 
 
 def claim_folder(uri: str, job: str) -> str:
-    """Make an empty folder that of a job, or find that it is already; returns the id in its marker.
-
-    Raises:
-        ConfigError: see `read_marker`.
-        StorageError: nothing can be written there.
-    """
+    """Claim an empty folder for a job, or check an earlier claim (see `read_marker`); returns the id."""
     if (found := read_marker(uri, job)) is not None:
         return found
     marker = {"job": job, "id": uuid.uuid4().hex[:12], "bcd_version": provenance.own_version()}
@@ -54,14 +49,10 @@ def claim_folder(uri: str, job: str) -> str:
 
 
 def read_marker(uri: str, job: str) -> str | None:
-    """The id in the marker of a job's folder; None for one that is empty or not there.
-
-    Args:
-        uri: of the folder.
-        job: its name, a key of `FILES`.
+    """The id in the marker of a folder of `job`, a key of `FILES`; None if the folder is empty or missing.
 
     Raises:
-        ConfigError: another job wrote there, or it contains a file that no job like this wrote; names it.
+        ConfigError: another job wrote there, or the folder contains a file that no such job wrote.
         StorageError: the folder cannot be read.
     """
     job_there, found = _marker(uri)
@@ -69,28 +60,25 @@ def read_marker(uri: str, job: str) -> str | None:
     if job_there not in (None, job):
         raise ConfigError(f"{uri} is the output of jobs/{job_there}.py; jobs/{job}.py needs its own: {again}")
     pattern = re.compile(f"({FILES[job].replace('ID', found or '')}){_ASIDE}") if found else None
-    if strange := [path for path in _paths(uri) if not (pattern and pattern.fullmatch(path))]:
-        more = f" (and {len(strange) - 1:,} other files)" if len(strange) > 1 else ""
+    paths = [file.path for file in storage.list_files_if_any(uri)]
+    paths = [path for path in paths if path.rpartition("/")[2] not in NOTES]
+    if foreign := [path for path in paths if not (pattern and pattern.fullmatch(path))]:
+        more = f" (and {len(foreign) - 1:,} other files)" if len(foreign) > 1 else ""
         why = "which it did not write" if found else f"and no record ({MARKER}) that a job of bcd wrote it"
         raise ConfigError(
-            f"{uri} contains {strange[0]}{more}, {why}: jobs/{job}.py writes into an empty folder or its own "
+            f"{uri} contains {foreign[0]}{more}, {why}: jobs/{job}.py writes into an empty folder or its own "
             f"earlier output, and changes nothing here. Move it away, or {again}"
         )
     return found
 
 
 def owner(uri: str) -> str | None:
-    """Which job a folder is the output of; None where the marker of none is there."""
+    """The job that a folder is the output of; None without a marker."""
     return _marker(uri)[0]
 
 
-def _paths(uri: str) -> list[str]:
-    paths = [file.path for file in storage.list_files_if_any(uri)]
-    return [path for path in paths if path.rpartition("/")[2] not in NOTES]
-
-
 def _marker(uri: str) -> tuple[str | None, str | None]:
-    """Which job a folder belongs to, and its id; nothing where no job has written."""
+    """The job and the id in the marker of a folder; None for both without a marker."""
     marker_uri = storage.join(uri, MARKER)
     if not storage.exists(marker_uri):
         return None, None

@@ -1,10 +1,9 @@
 """Rows to predictions: one forward pass gives probability and evidence; one row out for each row in.
 
-The test part of a training run, archives and their tiles all come through here, so that the same bytes give
-the same numbers.
+The test part of a training run, archives and tiles all use this path, so that equal bytes give equal numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,25 +22,21 @@ from bcd.model import bundle, cam, novelty, resnet
 from bcd.reports import overlay
 from bcd.runtime import cluster
 
-# What computes a row, by the name of its column `engine`.
+# Values of the column `engine`.
 EAGER, COMPILED = "torch", "torch_compiled"
+# Columns copied from the input rows.
 CARRIED = (
-    schema.IMAGE_ID,
-    schema.URI,
-    schema.SLIDE,
-    schema.PATIENT,
-    schema.X_LEVEL0_PX,
-    schema.Y_LEVEL0_PX,
-    schema.MPP,
+    *(schema.IMAGE_ID, schema.URI, schema.SLIDE, schema.PATIENT),
+    *(schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX, schema.MPP),
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the numbers of a row, given its picture.
+    """Everything besides the image that determines the numbers of a row; see `config.ScoreConfig`.
 
-    Names and meanings are those of `config.ScoreConfig`. The `model_id` is that of the bundle when the job
-    began: workers load it later, some of them much later, after a node was lost.
+    The `model_id` is that of the bundle at the start of the job: workers load it later, and much later after
+    a node is lost.
     """
 
     model_uri: str
@@ -55,27 +50,14 @@ class Settings:
 
 
 def score_rows(dataset: Dataset, settings: Settings, max_workers: int | None = None) -> Dataset:
-    """Score every row.
-
-    Args:
-        dataset: rows of schema `schema.READING`; order does not matter.
-        settings: what decides the numbers.
-        max_workers: model workers at a time, at most.
-
-    Returns:
-        A dataset with schema `schema.predictions`, one row for each given: a result or an error.
-    """
-    look = Look(bundle.read_same(settings.model_uri, settings.model_id), CARRIED)
-    return on_models(dataset, Scorer, (settings,), look, settings.batch_size, max_workers)
+    """Score rows of `schema.READING`: one row of `schema.predictions` for each, a result or an error."""
+    options = reading_options(bundle.read_same(settings.model_uri, settings.model_id), CARRIED)
+    return on_models(dataset, Scorer, (settings,), options, settings.batch_size, max_workers)
 
 
 @contextmanager
 def one_model(settings: Settings) -> Iterator[None]:
-    """Around all that executes `score_rows`: what fails there because the bundle changed is told as that.
-
-    Raises:
-        BundleError: the bundle is not the one that the job began with, or no longer intact.
-    """
+    """Context of the execution of `score_rows`; raises BundleError if the bundle has changed."""
     try:
         yield
     except RayError:
@@ -85,44 +67,36 @@ def one_model(settings: Settings) -> Iterator[None]:
     bundle.read_same(settings.model_uri, settings.model_id)
 
 
-@dataclass(frozen=True)
-class Look:
-    """How the pictures of a dataset are read for a model: see `read.pixels`."""
-
-    card: bundle.Card
-    keep: tuple[str, ...]
-
-    def pixels(self, rows: pa.Table, threads: int = 1) -> dict[str, Any]:
-        """Pictures (n, height, width, 3) with what is kept of their rows."""
-        size = (self.card.input_height_px, self.card.input_width_px)
-        return read.pixels(rows, *size, self.keep, threads)
+def reading_options(card: bundle.Card, keep: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `read.pixels` for the network of a card; the columns `keep` are copied."""
+    return {"height_px": card.input_height_px, "width_px": card.input_width_px, "keep": keep}
 
 
 def on_models(
     dataset: Dataset,
     worker: type,
     arguments: tuple[Any, ...],
-    look: Look,
+    options: dict[str, Any],
     batch_size: int,
     max_workers: int | None = None,
 ) -> Dataset:
-    """Show every picture to an actor that holds a model.
+    """Pass every image to an actor that holds a model.
 
-    On CPUs a worker reads what it looks at: pixels stay in its memory, and both use all its cores. GPUs must
-    not wait, so that CPU workers read for them.
+    Without GPUs a worker reads its own images: pixels stay in its memory, and all its cores are used. GPUs
+    must not wait, so CPU workers read for them.
 
     Args:
         dataset: rows of schema `schema.READING`.
-        worker: built with the arguments, and the number of threads that read pictures there, 0 where they
-            come read; called with rows, or with what `look` makes of them.
-        arguments: of the worker.
-        look: how pictures are read.
-        batch_size: pictures that a GPU is given at a time; a worker that reads is given whole blocks.
-        max_workers: at a time, at most.
+        worker: constructed with `arguments` and the number of threads with which it reads images, 0 if they
+            are read for it; called with a block of rows, or with `batch_size` rows from `read.pixels`.
+        arguments: of the constructor.
+        options: of `read.pixels`, where CPU workers call it.
     """
     pool = cluster.model_workers(max_workers)
     if pool.num_gpus:
-        dataset = dataset.map_batches(look.pixels, batch_size=None, batch_format="pyarrow", num_cpus=1)
+        dataset = dataset.map_batches(
+            read.pixels, fn_kwargs=options, batch_size=None, batch_format="pyarrow", num_cpus=1
+        )
     return dataset.map_batches(
         worker,
         fn_constructor_args=(*arguments, 0 if pool.num_gpus else pool.threads),
@@ -136,12 +110,7 @@ def on_models(
 
 
 class Scorer:
-    """An actor that holds one model and scores batch after batch.
-
-    Args:
-        settings: what decides the numbers.
-        threads: that read pictures here; 0 where they come read.
-    """
+    """An actor that holds one model and scores batches; a worker of `on_models`."""
 
     def __init__(self, settings: Settings, threads: int) -> None:
         self._settings, self._threads = settings, threads
@@ -158,15 +127,12 @@ class Scorer:
         }
 
     def __call__(self, batch: Any) -> pa.Table:
-        """Rows to read, or pictures (n, height, width, 3) with their rows, to n rows of predictions.
-
-        Raises:
-            BundleError: the bundle is not the one that the job began with.
-        """
-        # Not where it is loaded: Ray would start another actor in the place of one that fails there.
+        """Rows of predictions, from rows to read, or from images (n, height, width, 3) and their columns."""
+        # Raises BundleError here, because Ray would replace an actor that fails in its constructor.
         bundle.require_same(self._settings.model_uri, self._settings.model_id, self._bundle.model_id)
         if self._threads:
-            batch = Look(self._bundle.card, CARRIED).pixels(batch, self._threads)
+            options = reading_options(self._bundle.card, CARRIED)
+            batch = read.pixels(batch, **options, threads=self._threads)
         good = batch[schema.ERROR] == ""
         n = len(good)
         columns = {name: pa.array(batch[name], from_pandas=True) for name in CARRIED}
@@ -181,7 +147,7 @@ class Scorer:
     def _table(self, columns: dict[str, pa.Array], images: np.ndarray, good: np.ndarray) -> pa.Table:
         height, width = self._bundle.evidence_size(self._settings.cam_layer)
         form = schema.predictions(height, width, self._settings.overlays)
-        # Every batch has one shape: numbers do not depend on a row's neighbours.
+        # Every batch has the same shape, so that numbers do not depend on a row's neighbours.
         size = self._settings.batch_size
         parts = [self._results(images[at : at + size], form) for at in range(0, len(images), size)]
         if parts:
@@ -219,35 +185,29 @@ class Scorer:
             schema.WARNINGS: [novelty.warning_codes(distance, cutoff) for distance in prediction.novelty[:n]],
         }
         if self._settings.overlays:
-            known = zip(images, maps, prediction.finite[:n], strict=True)
-            columns[schema.OVERLAY] = [self._drawn(*pair) if ok else None for *pair, ok in known]
+            rows = zip(images, maps, prediction.finite[:n], strict=True)
+            columns[schema.OVERLAY] = [self._overlay(*pair) if ok else None for *pair, ok in rows]
         return pa.table({name: pa.array(values, form.field(name).type) for name, values in columns.items()})
 
-    def _drawn(self, picture: np.ndarray, evidence: np.ndarray) -> bytes:
-        # Log-odds have a scale that all pictures share; the values of other methods have none.
+    def _overlay(self, pixels: np.ndarray, evidence: np.ndarray) -> bytes:
+        # Log-odds share one scale over all images; the values of other methods have none.
         closed_form = self._settings.cam == cam.CLOSED_FORM
         limit = overlay.LIMIT if closed_form else overlay.scale([evidence])
-        return image.encode_png(overlay.overlay(picture, evidence, limit))
+        return image.encode_png(overlay.overlay(pixels, evidence, limit))
 
 
 class _PartNames(FilenameProvider):
-    """Files of a table that carry the id of the output folder that they belong to."""
-
     def __init__(self, owner: str) -> None:
         self._owner = owner
 
     def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
-        """`part-OWNER-WRITE-TASK.parquet`."""
         return f"part-{self._owner}-{write_uuid}-{task_index:06}.parquet"
 
 
 def write_predictions(dataset: Dataset, uri: str, owner: str) -> None:
-    """Write a predictions table as Parquet, in place of the one that the same output folder held.
+    """Write a predictions table as Parquet into the folder `uri`, in place of an earlier one.
 
-    Args:
-        dataset: the rows.
-        uri: of the table's folder; files that are not of the table stay.
-        owner: id of the output folder, from `output.claim_folder`.
+    `owner`, from `output.claim_folder`, is in the names of the files; others stay.
     """
     storage.delete_files(uri, rf"part-{owner}-.*\.parquet")
     filesystem, path = storage.resolve(uri)
@@ -257,5 +217,4 @@ def write_predictions(dataset: Dataset, uri: str, owner: str) -> None:
 
 def read_back(uri: str, columns: list[str]) -> pa.Table:
     """Some columns of a predictions table, sorted by image."""
-    table = storage.dataset(uri).to_table(columns=columns)
-    return table.sort_by(schema.IMAGE_ID)
+    return storage.dataset(uri).to_table(columns=columns).sort_by(schema.IMAGE_ID)

@@ -1,4 +1,4 @@
-"""The end of an archive job: the slides' pictures, the gallery, and a summary that adds up."""
+"""The end of an archive job: heat maps of the slides, the gallery, and a summary that adds up."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,22 +21,13 @@ from bcd.scoring.ledger import SUMMARY, Ledger
 from bcd.text import counted
 
 GALLERY = "gallery.html"
-# URIs of these stores are linked to as they are.
+# Stores whose URIs are used as links.
 LINKED = ("s3://", "gs://")
 SHOWN_PER_ERROR = 5
 OVERVIEW = [
-    schema.IMAGE_ID,
-    schema.URI,
-    schema.SLIDE,
-    schema.PATIENT,
-    schema.X_LEVEL0_PX,
-    schema.PROBABILITY_MALIGNANT,
-    schema.PREDICTED_CLASS,
-    schema.NOVELTY,
-    schema.NOVELTY_CUTOFF,
-    schema.WARNINGS,
-    schema.ERROR,
-    schema.ERROR_MESSAGE,
+    *(schema.IMAGE_ID, schema.URI, schema.SLIDE, schema.PATIENT, schema.X_LEVEL0_PX),
+    *(schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS, schema.NOVELTY, schema.NOVELTY_CUTOFF),
+    *(schema.WARNINGS, schema.ERROR, schema.ERROR_MESSAGE),
 ]
 
 
@@ -47,14 +38,9 @@ def present(
     settings: predict.Settings,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write `slides.parquet`, the slides' pictures and `gallery.html`; returns the summary.
+    """Write `slides.parquet`, the heat maps and `gallery.html`; returns the summary, which contains `facts`.
 
-    Args:
-        ours: the books, merged.
-        plans: of the slides scored in this generation.
-        inputs: ids of all inputs.
-        settings: that the rows were scored with.
-        facts: what else is known about the run.
+    `inputs` are the ids of all inputs, `plans` those of the slides scored in this generation.
 
     Raises:
         IncompleteError: results and errors do not add up to the inputs.
@@ -77,12 +63,11 @@ def _counts(
 ) -> dict[str, int]:
     tiles = pc.is_valid(table[schema.X_LEVEL0_PX])
     fields = table.filter(pc.invert(tiles))
-    scored_slides = pc.count_distinct(table.filter(tiles)[schema.SLIDE]).as_py()
+    scored_slides = set(table.filter(tiles)[schema.SLIDE].to_pylist())
     n_errors = len(failed_inputs)
-    n_results = len(fields) - n_errors + scored_slides
-    # Files that have left the archive since keep their rows.
-    known = set(table.filter(tiles)[schema.SLIDE].unique().to_pylist())
-    n_inputs = len(known | set(fields[schema.IMAGE_ID].to_pylist()) | set(inputs))
+    n_results = len(fields) - n_errors + len(scored_slides)
+    # Files removed from the archive keep their rows.
+    n_inputs = len({*scored_slides, *fields[schema.IMAGE_ID].to_pylist(), *inputs})
     if n_inputs != n_results + n_errors:
         raise IncompleteError(f"{n_inputs:,} inputs, but {n_results:,} results and {n_errors:,} errors")
     return {
@@ -97,16 +82,16 @@ def _counts(
 
 
 def _by_code(failed: pa.Table) -> dict[str, int]:
-    counted = failed.group_by(schema.ERROR).aggregate([([], "count_all")]).to_pylist()
-    return {row[schema.ERROR]: row["count_all"] for row in counted}
+    rows = failed.group_by(schema.ERROR).aggregate([([], "count_all")]).to_pylist()
+    return {row[schema.ERROR]: row["count_all"] for row in rows}
 
 
 def _by_warning(table: pa.Table) -> dict[str, int] | None:
-    """Results by the code of a warning; None where the model had no statistics to warn by."""
+    """Results by the code of their warning; None if the model has no statistics to warn by."""
     if not pc.any(pc.is_valid(table[schema.NOVELTY_CUTOFF])).as_py():
         return None
-    counted = pc.value_counts(pc.list_flatten(table[schema.WARNINGS])).to_pylist()
-    return {row["values"]: row["counts"] for row in counted}
+    rows = pc.value_counts(pc.list_flatten(table[schema.WARNINGS])).to_pylist()
+    return {row["values"]: row["counts"] for row in rows}
 
 
 def _write_gallery(
@@ -115,38 +100,43 @@ def _write_gallery(
     results = table.filter(pc.is_valid(table[schema.PROBABILITY_MALIGNANT]))
     probabilities = results[schema.PROBABILITY_MALIGNANT].to_numpy()
     owners = [results[name].to_pandas().to_numpy(object) for name in (schema.SLIDE, schema.PATIENT)]
-    strange = results[schema.NOVELTY].to_numpy(), slides.warned(results)
-    chosen = gallery.choose_groups(probabilities, card.threshold, gallery.PER_GROUP, *strange, owners)
-    rows = _rows(ours, [i for places in chosen.values() for i in places], results)
-    scales = {row[schema.SLIDE]: (row[schema.MPP], row[schema.MPP_Y]) for row in described.to_pylist()}
-    shown = {
-        group: [
-            _example(ours, rows[i], card.classes, scales.get(rows[i][schema.SLIDE]))
-            for i in places
-            if i in rows
-        ]
-        for group, places in chosen.items()
-    }
+    unlike = results[schema.NOVELTY].to_numpy(), slides.warned(results)
+    chosen = gallery.choose_groups(probabilities, card.threshold, gallery.PER_GROUP, *unlike, owners)
+    described_slides = described.to_pylist()
+    places = [i for group in chosen.values() for i in group]
+    examples = _examples(ours, results.take(pa.array(places, pa.int64())), card.classes, described_slides)
+    by_place = dict(zip(places, examples, strict=True))
     page = gallery.render_gallery(
         facts,
         probabilities,
-        shown,
+        {name: [by_place[i] for i in group] for name, group in chosen.items()},
         _failures(table),
-        _slides(ours, described.to_pylist()),
+        _slides(ours, described_slides),
         (card.input_height_px, card.input_width_px),
         _images(ours, table),
     )
     storage.write_bytes(storage.join(ours.uri, GALLERY), page.encode())
 
 
-def _example(
-    ours: Ledger, row: dict[str, Any], classes: Sequence[str], slide_mpp: tuple[float, float] | None
-) -> Example:
-    return replace(thumbnails.example_of_row(row, classes, slide_mpp), link=link(row[schema.URI], ours.uri))
+def _examples(
+    ours: Ledger, results: pa.Table, classes: Sequence[str], described: Sequence[Mapping[str, Any]]
+) -> list[Example]:
+    """Examples for the gallery from the whole rows, with maps, of these results."""
+    ids = results[schema.IMAGE_ID].to_pylist()
+    whole = storage.dataset(ours.predictions_uri).to_table(filter=pc.field(schema.IMAGE_ID).isin(ids))
+    rows = {row[schema.IMAGE_ID]: row for row in whole.to_pylist()}
+    mpp = {row[schema.SLIDE]: (row[schema.MPP], row[schema.MPP_Y]) for row in described}
+    return [
+        replace(
+            thumbnails.example_of_row(rows[name], classes, mpp.get(rows[name][schema.SLIDE])),
+            link=link(rows[name][schema.URI], ours.uri),
+        )
+        for name in ids
+    ]
 
 
 def _images(ours: Ledger, table: pa.Table) -> gallery.Images:
-    """The images that are no slides, the most malignant first, and errors last."""
+    """The images that are not slides, the most malignant first, and errors last."""
     slide = pc.equal(table[schema.SLIDE], table[schema.IMAGE_ID]).fill_null(False)
     fields = table.filter(pc.and_not(pc.is_null(table[schema.X_LEVEL0_PX]), slide))
     order = pc.sort_indices(
@@ -170,10 +160,7 @@ def _images(ours: Ledger, table: pa.Table) -> gallery.Images:
 
 
 def link(uri: str, folder: str) -> str | None:
-    """Where a page in a folder finds a file: by a relative path on a disk, else by its URI.
-
-    None for a URI of a kind that we do not read: what a manifest says may be a script.
-    """
+    """Link from a page in a folder to a file: a relative path or a URI; None if it might be a script."""
     if storage.is_remote(uri):
         return quote(uri, safe=":/") if uri.lower().startswith(LINKED) else None
     path = storage.absolute(uri)
@@ -182,24 +169,14 @@ def link(uri: str, folder: str) -> str | None:
     return quote(os.path.relpath(path, storage.absolute(folder)))
 
 
-def _rows(ours: Ledger, places: Sequence[int], results: pa.Table) -> dict[int, dict[str, Any]]:
-    """Whole rows of the table at these places of the results."""
-    ids = [results[schema.IMAGE_ID][i].as_py() for i in places]
-    found = (
-        storage.dataset(ours.predictions_uri).to_table(filter=pc.field(schema.IMAGE_ID).isin(ids)).to_pylist()
-    )
-    by_id = {row[schema.IMAGE_ID]: row for row in found}
-    return {i: by_id[name] for i, name in zip(places, ids, strict=True)}
-
-
 def _failures(table: pa.Table) -> dict[str, gallery.Failures]:
     failed = table.filter(pc.is_valid(table[schema.ERROR]))
-    found = {}
+    failures = {}
     for code, count in _by_code(failed).items():
         first = failed.filter(pc.equal(failed[schema.ERROR], code)).slice(0, SHOWN_PER_ERROR).to_pylist()
         named = [(row[schema.IMAGE_ID], row[schema.ERROR_MESSAGE]) for row in first]
-        found[code] = gallery.Failures(count, named)
-    return found
+        failures[code] = gallery.Failures(count, named)
+    return failures
 
 
 def _slides(ours: Ledger, rows: list[dict[str, Any]]) -> list[gallery.GallerySlide]:
@@ -210,14 +187,14 @@ def _slides(ours: Ledger, rows: list[dict[str, Any]]) -> list[gallery.GallerySli
 
 def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.GallerySlide:
     heat_map = storage.join(slides.folder(ours.uri, row[schema.SLIDE]), slides.HEATMAP)
-    scored = row[schema.ERROR] is None
+    geojson = f"{slides.slide_folder(row[schema.SLIDE])}/{slides.GEOJSON}"
     return gallery.GallerySlide(
         name=row[schema.SLIDE],
         n_tiles=row[schema.TILES] or 0,
         tissue_mm2=row[schema.TISSUE_AREA_MM2],
         share_malignant=row[schema.MALIGNANT_TILE_SHARE],
         heat_map=storage.read_bytes(heat_map) if shown else None,
-        geojson=f"{slides.slide_folder(row[schema.SLIDE])}/{slides.GEOJSON}" if scored else None,
+        geojson=geojson if row[schema.ERROR] is None else None,
         n_warned=row[schema.WARNED_TILES] or 0,
         patient=row[schema.PATIENT],
         link=link(row[schema.URI], ours.uri),
@@ -226,7 +203,7 @@ def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.GallerySli
 
 
 def closing_lines(uri: str, summary: Mapping[str, Any]) -> list[str]:
-    """The end of the job in lines for people."""
+    """The lines that the job prints at its end."""
     lines = [
         f"{counted(summary['n_inputs'], 'input')} = {counted(summary['n_results'], 'result')} + "
         f"{counted(summary['n_errors'], 'error')}; {counted(summary['n_rows'], 'row')}, "
@@ -235,8 +212,7 @@ def closing_lines(uri: str, summary: Mapping[str, Any]) -> list[str]:
     lines += [f"  {code}: {count:,}" for code, count in sorted(summary["errors"].items())]
     warnings = summary[schema.WARNINGS]
     if warnings is None and summary["n_results"]:
-        lines.append("  the model has no statistics that tell what is unlike its training data")
+        lines.append("  the model has no statistics to identify images unlike its training data")
     lines += [f"  warned of {code}: {counted(n, 'row')}" for code, n in sorted((warnings or {}).items())]
-    lines.append(f"table:   {storage.join(uri, 'predictions')}")
-    lines.append(f"gallery: {storage.join(uri, GALLERY)}")
-    return [*lines, f"summary: {storage.join(uri, SUMMARY)}"]
+    files = {"table:  ": "predictions", "gallery:": GALLERY, "summary:": SUMMARY}
+    return lines + [f"{name} {storage.join(uri, file)}" for name, file in files.items()]

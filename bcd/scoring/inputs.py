@@ -1,8 +1,8 @@
-"""Inputs that changed under their name since they were scored: their rows go, and they are scored again.
+"""Inputs that changed since they were scored: remove their rows, so that they are scored again.
 
 An input is compared with `inputs.parquet`, written before it is scored. A file with another size or time of
-change has changed unless its bytes still have the sha256 in its row; a slide, which is never read whole, has
-changed. So has an input whose manifest now gives it another file, patient, slide or µm/px.
+change has changed unless its bytes have the sha256 in its row; a slide, which has none, has changed. So has
+an input whose manifest now states another file, patient, slide or µm/px.
 """
 
 import hashlib
@@ -23,22 +23,16 @@ from bcd.scoring.slides import TABLE
 
 FILE = "inputs.parquet"
 FACTS = [name for name in schema.SEEN_INPUTS.names if name not in (schema.IMAGE_ID, schema.VERSION)]
-NAMED = 3
 
 
 def settle(ours: Ledger, older: Done, done: Done, found: Archive) -> list[str]:
-    """Make the books those of the inputs as they are now; returns the ids of those to be scored again.
-
-    Args:
-        ours: the books.
-        older: what the table holds.
-        done: what the segments hold.
-        found: the archive as it is now.
+    """Remove the rows of changed inputs from table (`older`) and segments (`done`); returns their ids.
 
     Raises:
-        StorageError: storage did not give a file that may have changed, and may give it later.
+        StorageError: a transient error for a file that may have changed.
     """
-    now = _table(found)
+    versions = pa.array(map(found.versions.get, found.table[schema.IMAGE_ID].to_pylist()), pa.string())
+    now = schema.fill(found.table.append_column(schema.VERSION, versions), schema.SEEN_INPUTS)
     uri = storage.join(ours.uri, FILE)
     before = storage.read_table(uri) if storage.exists(uri) else schema.SEEN_INPUTS.empty_table()
     changed = sorted(_changed(before, now, older, done))
@@ -47,20 +41,14 @@ def settle(ours: Ledger, older: Done, done: Done, found: Archive) -> list[str]:
         for held in (older, done):
             ledger.remove(held, set(changed))
         _forget_slides(ours, changed)
-    left = pc.invert(pc.is_in(before[schema.IMAGE_ID], now[schema.IMAGE_ID].combine_chunks()))
-    if not (after := pa.concat_tables([now, before.filter(left)])).equals(before):
+    absent = pc.invert(pc.is_in(before[schema.IMAGE_ID], now[schema.IMAGE_ID].combine_chunks()))
+    if not (after := pa.concat_tables([now, before.filter(absent)])).equals(before):
         storage.write_table(uri, after)
     return changed
 
 
-def _table(found: Archive) -> pa.Table:
-    names = found.table[schema.IMAGE_ID].to_pylist()
-    versions = pa.array([found.versions.get(name) for name in names], pa.string())
-    return schema.fill(found.table.append_column(schema.VERSION, versions), schema.SEEN_INPUTS)
-
-
 def _changed(before: pa.Table, now: pa.Table, older: Done, done: Done) -> set[str]:
-    """Ids of the inputs that have rows of something else than what is there now."""
+    """Ids of the scored inputs that are not what they were."""
     known = {row[schema.IMAGE_ID]: row for row in before.to_pylist()}
     changed, suspects = set[str](), list[dict[str, Any]]()
     for row in now.to_pylist():
@@ -89,17 +77,14 @@ def _other_bytes(suspects: list[dict[str, Any]], rows_of: dict[str, str]) -> set
 
 
 def _hashed(batch: pa.Table) -> pa.Table:
-    found: list[dict[str, str]] = []
-    for name, content in zip(
-        batch[schema.IMAGE_ID].to_pylist(), read.contents(batch[schema.URI].to_pylist()), strict=True
-    ):
+    rows: list[dict[str, str]] = []
+    for content in read.contents(batch[schema.URI].to_pylist()):
         if isinstance(content, bytes):
-            told = {schema.SHA256: hashlib.sha256(content).hexdigest()}
+            rows.append({schema.SHA256: hashlib.sha256(content).hexdigest()})
         else:
-            told = {schema.ERROR: content.code}
-        found.append({schema.IMAGE_ID: name, **told})
-    names = (schema.IMAGE_ID, schema.SHA256, schema.ERROR)
-    return pa.Table.from_pylist(found, schema=pa.schema([(name, pa.string()) for name in names]))
+            rows.append({schema.ERROR: content.code})
+    form = pa.schema([(schema.SHA256, pa.string()), (schema.ERROR, pa.string())])
+    return pa.Table.from_pylist(rows, form).append_column(schema.IMAGE_ID, batch[schema.IMAGE_ID])
 
 
 def _forget_slides(ours: Ledger, names: list[str]) -> None:
@@ -108,20 +93,21 @@ def _forget_slides(ours: Ledger, names: list[str]) -> None:
     uri = storage.join(ours.uri, TABLE)
     if storage.exists(uri):
         table = storage.read_table(uri)
-        gone = pc.is_in(table[schema.SLIDE], pa.array(names, pa.string()))
-        if pc.any(gone).as_py():
-            storage.write_table(uri, table.filter(pc.invert(gone)))
+        changed = pc.is_in(table[schema.SLIDE], pa.array(names, pa.string()))
+        if pc.any(changed).as_py():
+            storage.write_table(uri, table.filter(pc.invert(changed)))
 
 
 def require_same_slides(before: Archive, after: Archive, slides: Iterable[str]) -> None:
-    """Raises IncompleteError where a slide was replaced while its tiles were read: they may be of two."""
+    """Raises IncompleteError if a slide was replaced while its tiles were read: they may be of both files."""
     names = [name for name in slides if before.versions.get(name) != after.versions.get(name)]
     if names:
-        raise IncompleteError(f"{changed_text(names, 'during this run')}: the same command scores them again")
+        raise IncompleteError(
+            f"{changed_text(names, 'during this run')}: run the same command again to score them"
+        )
 
 
 def changed_text(names: list[str], when: str) -> str:
     """How many inputs have changed, and the first of them."""
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     verb = "has" if len(names) == 1 else "have"
-    return f"{text.counted(len(names), 'input')} {verb} changed {when} ({', '.join(names[:NAMED])}{more})"
+    return f"{text.counted(len(names), 'input')} {verb} changed {when} ({text.some(names)})"

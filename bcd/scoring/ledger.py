@@ -1,17 +1,17 @@
-"""What has been scored, kept so that every input is scored exactly once, however often the job is killed.
+"""Record of what has been scored: every input is scored exactly once, however often the job is killed.
 
-    config.json                    the settings that decide a row; another model or input is refused. A flag
-                                   that an error asked for may be added: such rows are scored again
-    inputs.parquet                 what the inputs were: a file that is replaced is scored again (`inputs`)
-    work/GENERATION/*.parquet      segments: rows as they were committed, each file whole or not there
+    config.json                    the settings that determine a row; another model or input is rejected. A
+                                   flag that an error requires may be added: such rows are scored again
+    inputs.parquet                 the inputs: a file that is replaced is scored again (`inputs`)
+    work/GENERATION/*.parquet      segments: committed rows, each file written atomically
     predictions/part-ID-GENERATION-NUMBER.parquet   the table: segments merged, sorted, each row once
     summary.json                   written last: which generation is merged
 
-ID is that of the output folder: no file of another archive's table is taken for one of this.
+ID is that of the output folder, so that files of another archive's table are not read.
 
-A segment is named after the rows that it holds: a task that is repeated, after a lost node, writes the same
-name again. Rows that stand in two segments all the same (two drivers overlapped) are merged into one. Merging
-can be repeated too: it names its files by generation, and the segments stay until the summary stands.
+A segment is named after its rows: a task that is repeated after a lost node writes the same file again. Rows
+in two segments (of overlapping drivers) are merged into one. Merging can be repeated, too: files are named by
+generation, and the segments remain until the summary is written.
 """
 
 import hashlib
@@ -33,21 +33,19 @@ from bcd.imaging import image
 from bcd.runtime import output
 
 CONFIG, SUMMARY, WORK, PREDICTIONS = "config.json", "summary.json", "work", "predictions"
-# Parquet likes files of about this size; an evidence map compresses badly, so it is near that on disk.
+# Recommended for Parquet; evidence maps compress badly, so files on disk are nearly as large.
 FILE_BYTES = 128 * 2**20
 ROWS_PER_GROUP = 16_384
 INPUT = "input"
 COUNTED = [schema.IMAGE_ID, schema.SLIDE, schema.Y_LEVEL0_PX, schema.X_LEVEL0_PX]
-
-
-# Name of a setting -> codes of the errors that it puts right.
+# Name of a setting -> codes of the errors that it resolves.
 Remedies = Mapping[str, frozenset[str]]
 NO_REMEDIES: Remedies = {}
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One committed file: which inputs it may hold rows of, how many rows and bytes."""
+    """One committed file, with rows of inputs from `first` to `last`."""
 
     uri: str
     first: str
@@ -58,7 +56,7 @@ class Segment:
 
 @dataclass
 class Done:
-    """Rows per input (a field, or all tiles of a slide), and the files that hold them."""
+    """Rows per input (a field, or all tiles of a slide), and the files that contain them."""
 
     rows: Counter[str] = field(default_factory=Counter)
     segments: list[Segment] = field(default_factory=list)
@@ -66,7 +64,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The books of one output folder."""
+    """Places of the ledger of one output folder."""
 
     uri: str
     generation: int
@@ -79,7 +77,7 @@ class Ledger:
 
     @property
     def plans_uri(self) -> str:
-        """Folder of what was found out about slides before their tiles were scored."""
+        """Folder of the plans of slides."""
         return storage.join(self.work_uri, "plans")
 
     @property
@@ -88,49 +86,48 @@ class Ledger:
         return storage.join(self.uri, PREDICTIONS)
 
     def part(self, number: int) -> str:
-        """Name of a file of the table; those of earlier generations come before it."""
+        """Name of a file of the table; names of earlier generations sort before it."""
         return f"part-{self.owner}-{self.generation:04d}-{number:05d}.parquet"
 
 
 def open_ledger(
     uri: str, settings: dict[str, Any], remedies: Remedies = NO_REMEDIES
 ) -> tuple[Ledger, dict[str, Any] | None]:
-    """Open the books, and the summary of the last finished run into the same folder.
+    """Open the ledger of an output folder; returns it with the summary of the last finished run.
 
     Args:
         uri: of the output folder.
-        settings: all that decides a row, by flag.
-        remedies: settings that may be given later, and the errors that are scored again then.
+        settings: all that determines a row, by flag.
+        remedies: settings that may be added later; their errors are then scored again.
 
     Raises:
-        ConfigError: other settings have been used there, which are named, or it contains anything else.
+        ConfigError: the folder was written with other settings, or contains foreign files.
         StorageError: nothing can be written there.
     """
     owner = output.claim_folder(uri, output.SCORE)
     storage.check_writable(uri)
     old = read_settings(uri)
-    given_later = [] if old is None else changed(old, settings)
+    added = [] if old is None else changed(old, settings)
     if old is None:
         _write_settings(uri, settings)
-    elif not all(name in remedies and old.get(name) is None for name in given_later):
+    elif not all(name in remedies and old.get(name) is None for name in added):
         raise ConfigError(
-            f"{uri} holds rows that were scored otherwise: {'; '.join(changed_flags(old, settings))}. Repeat "
-            "the command of then to go on, or choose another --output"
+            f"{uri} contains rows scored with other settings: {'; '.join(changed_flags(old, settings))}. "
+            "Repeat the earlier command to resume, or choose another --output"
         )
-    summary_uri = storage.join(uri, SUMMARY)
-    summary = json.loads(storage.read_bytes(summary_uri)) if storage.exists(summary_uri) else None
+    summary = _read_json(uri, SUMMARY)
     merged = summary["generation"] if summary else 0
-    # What a kill between the summary and the cleaning left behind would be counted twice.
+    # Segments left by a kill between summary and cleaning would be counted twice.
     for generation in range(1, merged + 1):
         _delete_work(uri, f"{generation:04d}")
     ours = Ledger(storage.absolute(uri), merged + 1, owner)
-    # Of a generation that was not finished, the files may have been cut at other places than now.
+    # An unfinished merge may have cut the files at other places.
     unfinished = rf"part-{owner}-{ours.generation:04d}-\d+\.parquet"
     half_written = rf"part-{owner}-.*{re.escape(storage.ASIDE)}"
     storage.delete_files(ours.predictions_uri, f"{unfinished}|{half_written}")
-    if given_later:
-        # In this order: a kill between the two leaves a command that forgets the rest.
-        _forget(ours, frozenset().union(*(remedies[name] for name in given_later)))
+    if added:
+        # In this order: after a kill between the two, the same command forgets the rest.
+        _forget(ours, frozenset().union(*(remedies[name] for name in added)))
         _write_settings(uri, settings)
     return ours, summary
 
@@ -140,68 +137,70 @@ def _write_settings(uri: str, settings: dict[str, Any]) -> None:
 
 
 def _forget(ledger: Ledger, codes: frozenset[str]) -> None:
-    """Take out the inputs with these errors, as if they had never been read."""
+    """Remove the rows of inputs with these errors."""
     wanted = pa.array(sorted(codes), pa.string())
 
-    def gone(rows: pa.Table) -> pa.ChunkedArray:
-        # A tile's error is no want of a flag: its slide was read with what it had.
+    def select(rows: pa.Table) -> pa.ChunkedArray:
+        # No flag resolves the error of a tile, whose slide was read.
         whole_input = pc.is_null(rows[schema.X_LEVEL0_PX])
         return pc.and_(pc.is_in(rows[schema.ERROR], wanted).fill_null(False), whole_input)
 
-    _take_out(merged(ledger).segments + committed(ledger).segments, gone)
+    _remove(merged(ledger).segments + committed(ledger).segments, select)
 
 
 def remove(done: Done, names: set[str]) -> None:
-    """Take out the rows of these inputs, as if they had never been read."""
+    """Remove the rows of these inputs."""
     wanted = pa.array(sorted(names), pa.string())
-    _take_out(_holding(done, names), lambda rows: pc.is_in(_with_input(rows)[INPUT], wanted))
+    _remove(_with_rows_of(done, names), lambda rows: pc.is_in(_with_input(rows)[INPUT], wanted))
 
 
-def _take_out(segments: Iterable[Segment], gone: Callable[[pa.Table], pa.ChunkedArray]) -> None:
-    """File by file, each at once: a kill leaves no row lost or doubled that was to stay."""
+def _remove(segments: Iterable[Segment], select: Callable[[pa.Table], pa.ChunkedArray]) -> None:
+    """Remove rows file by file, each atomically: a kill neither loses nor doubles another row."""
     for segment in segments:
-        lost = gone(storage.read_table(segment.uri, [*COUNTED, schema.ERROR]))
-        if pc.all(lost).as_py():
+        selected = select(storage.read_table(segment.uri, [*COUNTED, schema.ERROR]))
+        if pc.all(selected).as_py():
             storage.delete_file(segment.uri)
-        elif pc.any(lost).as_py():
-            _write(segment.uri, storage.read_table(segment.uri).filter(pc.invert(lost)))
+        elif pc.any(selected).as_py():
+            _write(segment.uri, storage.read_table(segment.uri).filter(pc.invert(selected)))
 
 
-def _holding(done: Done, names: set[str]) -> list[Segment]:
-    """The files that may hold rows of these inputs."""
-    if not names:
-        return []
-    return [s for s in done.segments if s.first <= max(names) and s.last >= min(names)]
+def _with_rows_of(done: Done, names: set[str]) -> list[Segment]:
+    """The files that may contain rows of these inputs."""
+    return [s for s in done.segments if names and s.first <= max(names) and s.last >= min(names)]
 
 
 def hashes(done: Done, names: set[str]) -> dict[str, str]:
-    """`sha256` by input, of the rows of these inputs that have one."""
-    found: dict[str, str] = {}
-    for segment in _holding(done, names):
+    """`sha256` of these inputs, of those whose rows have one."""
+    digests: dict[str, str] = {}
+    for segment in _with_rows_of(done, names):
         table = storage.read_table(segment.uri, [*COUNTED, schema.SHA256])
         table = table.filter(pc.is_valid(table[schema.SHA256]))
         pairs = zip(_with_input(table)[INPUT].to_pylist(), table[schema.SHA256].to_pylist(), strict=True)
-        found |= {name: digest for name, digest in pairs if name in names}
-    return found
+        digests |= {name: digest for name, digest in pairs if name in names}
+    return digests
 
 
 def _delete_work(uri: str, generation: str = r"\d{4}") -> None:
-    """Remove segments and plans; what else may lie among them stays."""
+    """Remove segments and plans; foreign files remain."""
     pattern = rf"{generation}/(plans/)?[0-9a-f]{{24}}\.(parquet|json|png)(\..*{re.escape(storage.ASIDE)})?"
     storage.delete_files(storage.join(uri, WORK), pattern)
 
 
 def read_settings(uri: str) -> dict[str, Any] | None:
-    """The settings that the rows of an output folder were scored with; None for a new one."""
-    config_uri = storage.join(uri, CONFIG)
-    return json.loads(storage.read_bytes(config_uri)) if storage.exists(config_uri) else None
+    """The settings with which the rows of an output folder were scored; None for a new one."""
+    return _read_json(uri, CONFIG)
+
+
+def _read_json(uri: str, name: str) -> dict[str, Any] | None:
+    file_uri = storage.join(uri, name)
+    return json.loads(storage.read_bytes(file_uri)) if storage.exists(file_uri) else None
 
 
 def commit(batch: pa.Table, work_uri: str) -> pa.Table:
-    """Write rows as one segment, whole or not at all. Rows that storage did not give are left to a rerun.
+    """Write rows as one segment, atomically, except those with a transient error, which are deferred.
 
     Returns:
-        For the progress, of each input: rows and errors written, rows withheld, and why (one of them).
+        Per input: rows and errors written, rows deferred (`withheld`), and one of their reasons.
     """
     withheld = pc.equal(batch[schema.ERROR], image.UNAVAILABLE).fill_null(False)
     kept = batch.filter(pc.invert(withheld))
@@ -218,7 +217,7 @@ def commit(batch: pa.Table, work_uri: str) -> pa.Table:
 
 
 def is_withheld(counted: pa.Table) -> bool:
-    """Whether storage gave no row at all of what `commit` was to write."""
+    """Whether `commit` deferred all rows."""
     return len(counted) > 0 and pc.sum(counted["rows"]).as_py() == 0
 
 
@@ -227,20 +226,19 @@ def _write(uri: str, table: pa.Table) -> None:
 
 
 def _with_input(table: pa.Table) -> pa.Table:
-    """With the id of the input that a row belongs to: of the slide for a tile, else its own."""
+    """With the id of each row's input: the slide of a tile, else its own."""
     tile = pc.is_valid(table[schema.X_LEVEL0_PX])
     return table.append_column(INPUT, pc.if_else(tile, table[schema.SLIDE], table[schema.IMAGE_ID]))
 
 
 def merged(ledger: Ledger) -> Done:
-    """What the table holds from earlier generations. Files of this one, half merged, do not count."""
+    """Content of the table from earlier generations, without files of an unfinished merge."""
     files = storage.list_files_if_any(ledger.predictions_uri)
-    older = [file for file in files if file.path < ledger.part(0)]
-    return _scan(older)
+    return _scan(file for file in files if file.path < ledger.part(0))
 
 
 def committed(ledger: Ledger) -> Done:
-    """What the segments of this generation hold."""
+    """Content of the segments of this generation."""
     files = storage.list_files_if_any(ledger.work_uri)
     return _scan(file for file in files if "/" not in file.path)
 
@@ -255,14 +253,13 @@ def _scan(files: Iterable[storage.File]) -> Done:
             bounds = pc.min_max(table[INPUT]).as_py()
             done.segments.append(Segment(file.uri, bounds["min"], bounds["max"], len(table), file.size_bytes))
     if tables:
-        rows = _once(pa.concat_tables(tables))
-        done.rows.update(rows[INPUT].to_pylist())
+        done.rows.update(_once(pa.concat_tables(tables))[INPUT].to_pylist())
     return done
 
 
 def _once(table: pa.Table) -> pa.Table:
-    """Sorted by input, then place; each row once. A slide that could be read after all keeps no error of its
-    own beside its tiles: having no place, that row is the last."""
+    """Sorted by input, then place; each row once. The error of a slide that was readable later is dropped:
+    without a place, its row comes after those of the tiles."""
     keys = (INPUT, schema.Y_LEVEL0_PX, schema.X_LEVEL0_PX, schema.IMAGE_ID)
     table = table.take(pc.sort_indices(table, [(key, "ascending") for key in keys]))
     if len(table) < 2:
@@ -277,7 +274,7 @@ def tile_ids(done: Done, slides: set[str]) -> frozenset[str]:
     """Ids of the committed tiles of these slides."""
     wanted = pa.array(sorted(slides), pa.string())
     ids: list[str] = []
-    for segment in done.segments if slides else []:
+    for segment in _with_rows_of(done, slides):
         table = storage.read_table(segment.uri, COUNTED)
         tiles = pc.and_(pc.is_valid(table[schema.X_LEVEL0_PX]), pc.is_in(table[schema.SLIDE], wanted))
         ids += table.filter(tiles)[schema.IMAGE_ID].to_pylist()
@@ -286,7 +283,7 @@ def tile_ids(done: Done, slides: set[str]) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Part:
-    """One file of the table: the inputs from `first` to `last`, and the segments that may hold their rows."""
+    """One file of the table: inputs from `first` to `last`, and the segments that may contain their rows."""
 
     uri: str
     first: str
@@ -295,10 +292,7 @@ class Part:
 
 
 def cut_parts(ledger: Ledger, done: Done) -> list[Part]:
-    """Cut the segments' rows into files of about `FILE_BYTES`, in the order of the inputs.
-
-    The rows of one input stay together: a slide is in one file, which may be larger.
-    """
+    """Divide the segments' rows into files of about `FILE_BYTES`, in order; a slide is in one file."""
     n_rows, n_bytes = (sum(getattr(s, name) for s in done.segments) for name in ("n_rows", "n_bytes"))
     per_file = max(1, FILE_BYTES * n_rows // max(1, n_bytes))
     bounds: list[list[str]] = []
@@ -321,30 +315,24 @@ def cut_parts(ledger: Ledger, done: Done) -> list[Part]:
 
 
 def merge(part: Part) -> int:
-    """Write one file of the table: sorted by input, then place; a row that was committed twice once.
-
-    Returns:
-        Its number of rows.
-    """
+    """Write one file of the table, each row once (see `_once`); returns its number of rows."""
     inside = (pc.field(INPUT) >= part.first) & (pc.field(INPUT) <= part.last)
-    # Fields and tiles mix in a segment, so that most segments may hold a row of this file: one at a time.
-    table = _once(
-        pa.concat_tables([_with_input(storage.read_table(uri)).filter(inside) for uri in part.segments])
-    )
+    # Fields and tiles mix in a segment, so that most segments may contain a row of this file: one at a time.
+    rows = [_with_input(storage.read_table(uri)).filter(inside) for uri in part.segments]
+    table = _once(pa.concat_tables(rows))
     _write(part.uri, table.drop_columns(INPUT))
     return len(table)
 
 
 def reopen(ours: Ledger, why: str) -> None:
-    """Say in the summary of the last finished run that the table is incomplete until the next one ends."""
-    uri = storage.join(ours.uri, SUMMARY)
-    if storage.exists(uri):
-        summary = json.loads(storage.read_bytes(uri)) | {"incomplete": why}
-        storage.write_bytes(uri, json.dumps(summary, indent=2).encode())
+    """Mark the table as incomplete in the summary of the last finished run, until the next one ends."""
+    if summary := _read_json(ours.uri, SUMMARY):
+        content = json.dumps(summary | {"incomplete": why}, indent=2)
+        storage.write_bytes(storage.join(ours.uri, SUMMARY), content.encode())
 
 
 def close_ledger(ledger: Ledger, summary: dict[str, Any]) -> None:
-    """Close the books: from here on the table is whole, and the segments are no longer needed."""
+    """Write the summary: the table is complete, and the segments are deleted."""
     content = json.dumps(summary | {"generation": ledger.generation}, indent=2, allow_nan=False)
     storage.write_bytes(storage.join(ledger.uri, SUMMARY), content.encode())
     _delete_work(ledger.uri)

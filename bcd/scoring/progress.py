@@ -1,4 +1,4 @@
-"""How far an archive is, in lines for people."""
+"""Progress of a scoring job, printed as lines."""
 
 import time
 
@@ -14,17 +14,12 @@ SECONDS_BETWEEN_LINES = 10
 
 
 class Progress:
-    """Counts committed rows and prints a line now and then.
-
-    Args:
-        todo: the inputs (schema `schema.INDEX`).
-        plans_uri: where the plans of slides are kept.
-        before: rows that were committed by an earlier, interrupted run.
-    """
+    """Counts committed rows of the inputs `todo` (`schema.INDEX`), besides those of an interrupted run
+    (`before`), and prints a line at intervals."""
 
     def __init__(self, todo: pa.Table, plans_uri: str, before: Done) -> None:
         names, sizes = todo[schema.IMAGE_ID].to_pylist(), todo[schema.SIZE_BYTES].to_pylist()
-        # Slides are as long as they are large. A manifest does not say: every input counts alike then.
+        # The time for a slide is proportional to its size. A manifest states none: inputs count equally.
         self._weights = {name: size or 1 for name, size in zip(names, sizes, strict=True)}
         self._before = before.rows
         self._expected: dict[str, int] = {}
@@ -38,24 +33,22 @@ class Progress:
         self._weight = 0.0
 
     def add(self, counted: pa.Table) -> None:
-        """Take up what one commit wrote, and in `withheld` why storage did not give a row (the last one)."""
+        """Count the rows of one commit; `withheld` keeps the last reason for which a row was deferred."""
         columns = (counted[name].to_pylist() for name in (INPUT, "rows", "errors"))
         for name, rows, errors in zip(*columns, strict=True):
             self._rows += rows
             self._errors += errors
-            self._count(name, rows)
+            if name not in self._expected:
+                plan = tiling.read_plan(self._plans_uri, name) if name in self._slides else None
+                self._expected[name] = (plan.tiles if plan else 1) - self._before[name]
+                self._missing[name] = self._expected[name]
+            self._missing[name] -= rows
+            self._done += not self._missing[name]
+            self._weight += self._weights[name] * rows / max(1, self._expected[name])
         self.withheld = pc.max(counted["reason"]).as_py() or self.withheld
         running = self._done < len(self._weights)
         if running and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._print()
-
-    def _count(self, name: str, rows: int) -> None:
-        if name not in self._expected:
-            plan = tiling.read_plan(self._plans_uri, name) if name in self._slides else None
-            self._expected[name] = self._missing[name] = (plan.tiles if plan else 1) - self._before[name]
-        self._missing[name] -= rows
-        self._done += not self._missing[name]
-        self._weight += self._weights[name] * rows / max(1, self._expected[name])
 
     def _print(self) -> None:
         self._printed = time.monotonic()
@@ -65,13 +58,12 @@ class Progress:
         left = f"; about {_duration(seconds * (1 - share) / share)} left" if unfinished else ""
         print(
             f"{self._done:,} of {counted(len(self._weights), 'input')}, {counted(self._rows, 'row')}, "
-            f"{counted(self._errors, 'error')}; "
-            f"{self._rows / seconds:.1f} rows/s{left}",
+            f"{counted(self._errors, 'error')}; {self._rows / seconds:.1f} rows/s{left}",
             flush=True,
         )
 
     def end(self) -> float:
-        """The last line; returns rows per second."""
+        """Print the last line; returns rows per second."""
         if self._weights:
             self._print()
         return round(self._rows / max(time.monotonic() - self._started, 1e-3), 2)

@@ -1,7 +1,7 @@
 """Score an archive: every field and every tile of its slides once, resumable at any moment.
 
-list inputs -> minus what is committed -> fields, and tiles of slides -> predictions -> segments
--> books balance? -> merge into the table -> slides, gallery -> summary
+list inputs -> skip committed ones -> fields, and tiles of slides -> predictions -> segments
+-> require completeness -> merge into the table -> slides, gallery -> summary
 """
 
 import shutil
@@ -29,11 +29,11 @@ from bcd.scoring.progress import Progress
 from bcd.slides import slide
 from bcd.text import counted
 
-# Rows that a worker reads and scores at a time; pixels of 15 MB at 224x336.
+# That a worker reads and scores at a time; 15 MB of pixels at 224x336.
 ROWS_PER_BLOCK = 64
-# Rows of a segment for each model worker: at 8 rows a second, the slowest seen, half a minute of work.
+# Of a segment, for each model worker: half a minute of work at 8 rows/s, the slowest measured.
 ROWS_PER_SEGMENT = 256
-# From here on half a minute of compiling pays: it gains 6 % (2 cores, float32 and bfloat16 alike).
+# From these sizes on half a minute of compiling pays: it gains 6 % (2 cores, float32 and bfloat16).
 COMPILE_FROM_FILES, COMPILE_FROM_SLIDE_BYTES = 20_000, 2**32
 
 MPP_ERRORS = frozenset({"missing_mpp", "bad_mpp"})
@@ -41,7 +41,7 @@ MPP_ERRORS = frozenset({"missing_mpp", "bad_mpp"})
 
 @dataclass(frozen=True)
 class Books:
-    """What was expected and what is there, in inputs (a field or a slide), rows per input."""
+    """Expected inputs (a field or a slide), and committed rows per input."""
 
     inputs: pa.Table
     older: Done
@@ -56,21 +56,21 @@ class Books:
         return self.done.rows[name] >= expected
 
     def open_inputs(self) -> pa.Table:
-        """Inputs that still miss rows."""
+        """Inputs that lack rows."""
         names = self.inputs[schema.IMAGE_ID].to_pylist()
         return self.inputs.filter(pa.array([not self.is_complete(name) for name in names], pa.bool_()))
 
 
 def run(config: ScoreConfig) -> str:
-    """Score what is not scored yet, and return the URI of the output folder.
+    """Score the inputs that are not scored yet, and return the URI of the output folder.
 
     Raises:
-        BcdError: what the user can put right, before any long work where that is possible.
-        IncompleteError: inputs ended in neither a result nor an error.
+        BcdError: an error for the user, before any long work where possible.
+        IncompleteError: inputs have neither a result nor an error.
     """
     started = time.monotonic()
     if storage.join(config.output, "").startswith(storage.join(config.input, "")):
-        raise ConfigError(f"--output {config.output} lies inside --input: its pictures would be scored too")
+        raise ConfigError(f"--output {config.output} is inside --input: its images would be scored too")
     output.read_marker(config.output, output.SCORE)  # before any work
     model_id = bundle.identify(config.model)
     card = bundle.read_same(config.model, model_id)
@@ -110,16 +110,9 @@ def run(config: ScoreConfig) -> str:
 
 
 def _settings(config: ScoreConfig, model_id: str, compiled: bool) -> predict.Settings:
-    return predict.Settings(
-        model_uri=config.model,
-        model_id=model_id,
-        precision=config.precision,
-        batch_size=config.batch_size,
-        cam=config.cam,
-        cam_layer=config.cam_layer,
-        overlays=config.overlays == "png",
-        compile=compiled,
-    )
+    shared = config.model_dump(include={"precision", "batch_size", "cam", "cam_layer"})
+    overlays = config.overlays == "png"
+    return predict.Settings(config.model, model_id, overlays=overlays, compile=compiled, **shared)
 
 
 def _tile_settings(config: ScoreConfig, card: bundle.Card) -> tiling.Tiling:
@@ -138,44 +131,38 @@ def _facts(config: ScoreConfig, card: bundle.Card, model_id: str) -> dict[str, A
         "title": f"Scored archive: {config.input}",
         "input": config.input,
         "model_id": model_id,
-        "precision": config.precision,
-        "cam": config.cam,
-        "cam_layer": config.cam_layer,
-        "target": card.target,
-        "threshold": card.threshold,
-        "synthetic": card.synthetic,
-        "leaky": card.leaky,
+        **config.model_dump(include={"precision", "cam", "cam_layer"}),
+        **{name: getattr(card, name) for name in ("target", "threshold", "synthetic", "leaky")},
     }
 
 
 def _compiles(config: ScoreConfig, inputs: pa.Table) -> bool:
-    """Whether the network is compiled; once decided for an output it stays, because rounding differs."""
+    """Whether the network is compiled; fixed by the first run into an output, because rounding differs."""
     if config.compile != "auto":
         return config.compile == "on"
     before = ledger.read_settings(config.output) or {}
     if "compile" in before:
         return bool(before["compile"])
-    slides = [uri.lower().endswith(slide.SLIDE_SUFFIXES) for uri in inputs[schema.URI].to_pylist()]
-    sizes = inputs[schema.SIZE_BYTES].to_pylist()
-    slide_bytes = sum(size or 0 for size, is_slide in zip(sizes, slides, strict=True) if is_slide)
+    files = zip(inputs[schema.URI].to_pylist(), inputs[schema.SIZE_BYTES].to_pylist(), strict=True)
+    slide_bytes = sum(size or 0 for uri, size in files if uri.lower().endswith(slide.SLIDE_SUFFIXES))
     long = len(inputs) >= COMPILE_FROM_FILES or slide_bytes >= COMPILE_FROM_SLIDE_BYTES
     return long and (shutil.which("g++") is not None or cluster.total_resources()["GPU"] > 0)
 
 
 def _deciding(config: ScoreConfig, model_id: str, compiled: bool) -> dict[str, Any]:
-    """The settings that decide a row; the model by its content, wherever it lies."""
+    """The settings that determine a row; the model by its content, independent of its place."""
     settings = config.model_dump(mode="json", exclude=set(OPERATIONAL))
     return settings | {"model": model_id, "compile": compiled}
 
 
 def _remedies(card: bundle.Card) -> ledger.Remedies:
-    """Flags that an error of a slide asks for; no slide with a result has used them."""
-    found = {"mpp": MPP_ERRORS, "mpp_override": MPP_ERRORS | {"too_coarse"}}
-    return found if card.mpp else found | {"tile_mpp": MPP_ERRORS}
+    """Flags that resolve errors of slides; no slide with a result has used them."""
+    remedies = {"mpp": MPP_ERRORS, "mpp_override": MPP_ERRORS | {"too_coarse"}}
+    return remedies if card.mpp else remedies | {"tile_mpp": MPP_ERRORS}
 
 
 def _settled(ours: Ledger, found: archive.Archive) -> tuple[Books, list[str]]:
-    """The books without the rows of inputs that have changed since, and the ids of these."""
+    """The committed rows, without those of changed inputs, and the ids of these inputs."""
     books = _books(ours, found.table)
     changed = inputs.settle(ours, books.older, books.done, found)
     if changed:
@@ -195,12 +182,12 @@ def _books(ours: Ledger, listed: pa.Table) -> Books:
 
 
 def _require_balance(books: Books, withheld: str | None = None) -> None:
-    """Raises IncompleteError where an input has not all its rows; `withheld` is what storage said."""
+    """Raises IncompleteError if an input lacks rows; `withheld` is an error of storage."""
     if missing := books.open_inputs()[schema.IMAGE_ID].to_pylist():
-        why = f" Storage did not give all of them ({withheld}): is it up, and are the credentials valid?"
+        why = f" Storage failed to deliver some ({withheld}): is it up, and are the credentials valid?"
         raise IncompleteError(
             f"{len(missing):,} of {counted(len(books.inputs), 'input')} have neither a result nor an error, "
-            f"{missing[0]} among them; the same command goes on.{why if withheld else ''}"
+            f"first {missing[0]}. Run the same command again to resume.{why if withheld else ''}"
         )
 
 
@@ -209,7 +196,7 @@ def _announce(found: archive.Archive, todo: pa.Table) -> None:
     if found.ignored:
         line += f" ({found.ignored:,} other entries are not read: {archive.described(found.passed)})"
     if len(todo) < len(found.table):
-        line += f"; {len(found.table) - len(todo):,} are scored already, going on with {len(todo):,}"
+        line += f"; {len(found.table) - len(todo):,} are already scored, resuming with {len(todo):,}"
     print(line, flush=True)
 
 
@@ -239,7 +226,7 @@ def _score(
     for batch in commits.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         progress.add(batch)
         if ledger.is_withheld(batch):
-            break  # the rest would wait for storage row by row
+            break  # other rows would wait for storage one by one
     return progress.end()
 
 

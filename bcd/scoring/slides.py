@@ -1,4 +1,4 @@
-"""What is told about each whole slide once its tiles are scored: a row, a heat map, tiles for QuPath."""
+"""Results of each whole slide after its tiles are scored: a row, a heat map, tiles for QuPath."""
 
 import hashlib
 import json
@@ -22,33 +22,20 @@ from bcd.taxonomy import malignant_mask
 
 TABLE, FOLDER, HEATMAP, GEOJSON = "slides.parquet", "slides", "heatmap.png", "tiles.geojson"
 COLUMNS = (
-    schema.IMAGE_ID,
-    schema.X_LEVEL0_PX,
-    schema.Y_LEVEL0_PX,
-    schema.WIDTH_PX,
-    schema.HEIGHT_PX,
-    schema.MPP,
-    schema.LOGIT,
-    schema.PROBABILITY_MALIGNANT,
-    schema.PREDICTED_CLASS,
-    schema.NOVELTY,
-    schema.NOVELTY_CUTOFF,
-    schema.WARNINGS,
-    schema.ERROR,
+    *(schema.IMAGE_ID, schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX, schema.WIDTH_PX, schema.HEIGHT_PX, schema.MPP),
+    *(schema.LOGIT, schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS),
+    *(schema.NOVELTY, schema.NOVELTY_CUTOFF, schema.WARNINGS, schema.ERROR),
 )
 
 
 def write_slides(ours: Ledger, plans: Sequence[tiling.Plan], broken: pa.Table, card: Card) -> pa.Table:
-    """Write heat maps, GeoJSON and `slides.parquet`; slides of earlier generations stay in the table.
+    """Write heat maps, GeoJSON and `slides.parquet`; returns its table (`schema.SLIDES`), sorted by slide.
 
     Args:
-        ours: the books, merged.
-        plans: of the slides scored in this generation.
-        broken: rows of the predictions table of slides that could not be used.
-        card: of the model; the colours of the heat maps part at its threshold.
-
-    Returns:
-        The whole table (schema `schema.SLIDES`), sorted by slide.
+        ours: the ledger, merged.
+        plans: of the slides scored in this generation; those of earlier ones remain in the table.
+        broken: rows of the predictions table of slides that could not be read.
+        card: of the model, whose threshold divides the colours of the heat maps.
     """
     task = ray.remote(num_cpus=1, max_retries=-1)(draw_slide)
     rows = ray.get([task.remote(ours, plan, card) for plan in plans])
@@ -71,26 +58,17 @@ def draw_slide(ours: Ledger, plan: tiling.Plan, card: Card) -> dict[str, Any]:
     probability = tiles[schema.PROBABILITY_MALIGNANT].to_numpy().astype(float)
     _draw(ours, plan, tiles, boxes, probability, card)
     known = probability[np.isfinite(probability)]
-    predicted = [name for name in tiles[schema.PREDICTED_CLASS].to_pylist() if name is not None]
+    predicted = tiles[schema.PREDICTED_CLASS].drop_null().to_pylist()
+    malignant = sum(malignant_mask(tuple(predicted)))
     quantiles = np.quantile(known, list(schema.QUANTILES.values())) if len(known) else [None] * 5
     return {
-        schema.SLIDE: plan.slide,
-        schema.URI: plan.uri,
-        schema.PATIENT: plan.patient,
-        schema.WIDTH_PX: plan.width_px,
-        schema.HEIGHT_PX: plan.height_px,
+        **plan.model_dump(include=set(schema.SLIDES.names)),
         schema.MPP: plan.mpp_x,
-        schema.MPP_Y: plan.mpp_y,
         schema.BOUNDS_X_LEVEL0_PX: plan.bounds_x_px,
         schema.BOUNDS_Y_LEVEL0_PX: plan.bounds_y_px,
-        schema.TILES: plan.tiles,
-        schema.BACKGROUND_TILES: plan.background_tiles,
         schema.ERROR_TILES: plan.tiles - len(known),
         schema.WARNED_TILES: int(warned(tiles).sum()),
-        schema.TISSUE_AREA_MM2: plan.tissue_area_mm2,
-        schema.MALIGNANT_TILE_SHARE: sum(malignant_mask(tuple(predicted))) / len(known)
-        if len(known)
-        else None,
+        schema.MALIGNANT_TILE_SHARE: malignant / len(known) if len(known) else None,
         **dict(zip(schema.QUANTILES, quantiles, strict=True)),
     }
 
@@ -99,7 +77,7 @@ def _boxes(tiles: pa.Table, slide_mpp: tuple[float, float]) -> np.ndarray:
     """float (n, 4): x, y, width and height of the tiles in level-0 pixels."""
     tile_mpp = tiles[schema.MPP].to_numpy().astype(float)
     place = [tiles[name].to_numpy().astype(float) for name in (schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX)]
-    # All tiles of a slide have one size; the table has none for a tile in error.
+    # All tiles of a slide have one size, which is null for a tile with an error.
     sizes = [pc.max(tiles[name]).as_py() or 0 for name in (schema.WIDTH_PX, schema.HEIGHT_PX)]
     size = [(size_px * (tile_mpp / mpp)).round() for size_px, mpp in zip(sizes, slide_mpp, strict=True)]
     return np.column_stack([*place, *size])
@@ -111,15 +89,12 @@ def warned(tiles: pa.Table) -> np.ndarray:
 
 
 def folder(output: str, slide_id: str) -> str:
-    """Where the pictures of a slide lie."""
+    """Folder of the results of a slide."""
     return storage.join(output, slide_folder(slide_id))
 
 
 def slide_folder(slide_id: str) -> str:
-    """The same, below the output folder: never outside it, and another place for each id.
-
-    An id is a path below the input, or whatever a manifest gives, such as a whole URI.
-    """
+    """`folder` relative to the output: never outside it, and unique per id, which may be any URI."""
     name = posixpath.normpath("/" + slide_id.rpartition("://")[2]).lstrip("/")
     if name != slide_id:
         name += f"-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
@@ -137,12 +112,12 @@ def _draw(
     thumbnail, scale = tiling.read_thumbnail(ours.plans_uri, plan.slide), plan.thumbnail_scale
     unlike = warned(tiles)
     coloured = heatmap.draw_tiles(thumbnail, scale, boxes, probability, card.threshold, unlike)
-    picture = heatmap.heatmap_png(coloured, scale, plan.mpp_x, card.threshold, bool(unlike.any()))
-    storage.write_bytes(storage.join(folder(ours.uri, plan.slide), HEATMAP), picture)
+    drawing = heatmap.heatmap_png(coloured, scale, plan.mpp_x, card.threshold, bool(unlike.any()))
+    storage.write_bytes(storage.join(folder(ours.uri, plan.slide), HEATMAP), drawing)
     names = tiles[schema.PREDICTED_CLASS].to_pylist()
     measured = {schema.PROBABILITY_MALIGNANT: probability}
-    nothing = [np.nan] * len(card.classes)
-    logits = np.array([values or nothing for values in tiles[schema.LOGIT].to_pylist()])
+    unknown = [np.nan] * len(card.classes)
+    logits = np.array([values or unknown for values in tiles[schema.LOGIT].to_pylist()])
     measured["log_odds"] = calibration.log_odds(logits, card.classes)
     judged = pc.is_valid(tiles[schema.NOVELTY_CUTOFF]).to_numpy()
     for name in (schema.NOVELTY, schema.NOVELTY_CUTOFF):

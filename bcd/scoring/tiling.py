@@ -1,7 +1,6 @@
-"""From inputs to what the network is to see: a field stays one row, a slide becomes its tiles with tissue."""
+"""From inputs to rows for the network: a field is one row, a slide one row per tile with tissue."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +22,7 @@ from bcd.text import counted
 class Tiling:
     """How slides are cut. A tile has the size of a training field, in pixels and in µm.
 
-    tile_mpp is in µm per pixel; mpp that of slides that do not say it; mpp_override that of all slides;
-    min_tissue a share of a tile's area.
+    mpp applies to slides that state none, mpp_override to all; min_tissue is a share of a tile's area.
     """
 
     tile_mpp: float | None
@@ -35,13 +33,13 @@ class Tiling:
     mpp_override: float | None = None
 
     def given(self, row: dict[str, Any]) -> pixel_size.Given:
-        """What is said of the µm per pixel of a slide, a row of `schema.INDEX`."""
+        """The µm per pixel that is given for a slide, a row of `schema.INDEX`."""
         both = (self.mpp_override, self.mpp_override) if self.mpp_override else None
         return pixel_size.Given(row[schema.MPP], self.mpp, both)
 
 
 class Plan(BaseModel):
-    """What was found out about a slide before its tiles are scored; areas and tiles as in `schema.SLIDES`."""
+    """Facts about a slide, known before its tiles are scored; see `schema.SLIDES`."""
 
     slide: str
     uri: str
@@ -59,16 +57,10 @@ class Plan(BaseModel):
 
 
 def expand(batch: pa.Table, tiling: Tiling, plans_uri: str, done: frozenset[str]) -> Iterator[pa.Table]:
-    """Rows of schema `schema.READING` for rows of `schema.INPUTS`.
+    """Rows of `schema.READING` for rows of `schema.INPUTS`, without tiles whose ids are in `done`.
 
-    A slide that cannot be used gives one row with its error. Of every other slide a `Plan` and a thumbnail
-    are kept below `plans_uri`.
-
-    Args:
-        batch: inputs.
-        tiling: how slides are cut.
-        plans_uri: folder of the plans.
-        done: image ids of tiles that have been scored.
+    A slide that cannot be read gives one row with its error. Plan and thumbnail of every other slide are
+    written to `plans_uri`.
     """
     for row in batch.to_pylist():
         try:
@@ -79,7 +71,7 @@ def expand(batch: pa.Table, tiling: Tiling, plans_uri: str, done: frozenset[str]
 
 
 def may_be_slide(uri: str) -> bool:
-    """Whether a file has to be opened to know how many rows it gives: its name does not say."""
+    """Whether a file must be opened to know its number of rows."""
     return not uri.lower().endswith(slide.FIELD_SUFFIXES)
 
 
@@ -87,7 +79,7 @@ def _expanded(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozens
     if row.get(schema.ERROR) or not may_be_slide(row[schema.URI]):
         return _reading(row)
     try:
-        # Tiles of a planned slide may be committed: its books go on. That of a changed file was forgotten.
+        # Tiles of a planned slide may be committed, so its plan is used; `forget` removes outdated ones.
         tiles = _read_tiles(plans_uri, row[schema.IMAGE_ID])
         if tiles is None and not slide.is_slide(slide_cache.stage(row[schema.URI]).path, tiling.given(row)):
             return _reading(row)
@@ -103,28 +95,21 @@ def _reading(row: dict[str, Any]) -> pa.Table:
 
 
 def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
-    """Plan a slide, and keep the plan."""
+    """Plan a slide, and write the plan."""
     opened, _ = slide_cache.open_staged(row[schema.URI], tiling.given(row))
     if tiling.tile_mpp is None:
         raise image.ImageError("missing_mpp", "the model card has no µm per pixel; --tile-mpp gives it")
-    opened.level_for(tiling.tile_mpp)  # a scan too coarse for the model ends here
-    grid = tile.grid(
-        opened.width_px,
-        opened.height_px,
-        (opened.mpp_x, opened.mpp_y),
-        tiling.tile_mpp,
-        tiling.tile_width_px,
-        tiling.tile_height_px,
-    )
+    opened.level_for(tiling.tile_mpp)  # raises for a scan too coarse for the model
+    size, mpp = (opened.width_px, opened.height_px), (opened.mpp_x, opened.mpp_y)
+    grid = tile.grid(*size, mpp, tiling.tile_mpp, tiling.tile_width_px, tiling.tile_height_px)
     thumbnail, scale = opened.thumbnail()
     mask = tissue.mask(thumbnail)
     share = tissue.fraction(mask, grid.boxes(scale))
     chosen = np.flatnonzero((share >= tiling.min_tissue) & (share > 0))
     if not len(chosen):
         tiles = counted(len(grid), "tile")
-        raise image.ImageError(
-            "no_tissue", f"no tissue to score in {tiles}; --min-tissue is {tiling.min_tissue:g}"
-        )
+        message = f"no tissue to score in {tiles}; --min-tissue is {tiling.min_tissue:g}"
+        raise image.ImageError("no_tissue", message)
     plan = Plan(
         slide=row[schema.IMAGE_ID],
         uri=row[schema.URI],
@@ -169,35 +154,37 @@ def _key(slide_id: str) -> str:
     return hashlib.sha256(slide_id.encode()).hexdigest()[:24]
 
 
+def _uri(plans_uri: str, slide_id: str, suffix: str) -> str:
+    return storage.join(plans_uri, f"{_key(slide_id)}.{suffix}")
+
+
 def _keep(plans_uri: str, plan: Plan, thumbnail: np.ndarray, tiles: pa.Table) -> None:
-    """In this order: where a plan stands, the thumbnail does too, and where the tiles stand, both do."""
-    storage.write_bytes(storage.join(plans_uri, f"{_key(plan.slide)}.png"), image.encode_png(thumbnail))
-    storage.write_bytes(storage.join(plans_uri, f"{_key(plan.slide)}.json"), plan.model_dump_json().encode())
-    storage.write_table(storage.join(plans_uri, f"{_key(plan.slide)}.parquet"), tiles)
+    """Write the tiles last: they exist only with plan and thumbnail, and a plan only with a thumbnail."""
+    storage.write_bytes(_uri(plans_uri, plan.slide, "png"), image.encode_png(thumbnail))
+    storage.write_bytes(_uri(plans_uri, plan.slide, "json"), plan.model_dump_json().encode())
+    storage.write_table(_uri(plans_uri, plan.slide, "parquet"), tiles)
 
 
 def _read_tiles(plans_uri: str, slide_id: str) -> pa.Table | None:
-    """All tiles of a planned slide (schema `schema.READING`); None where there is no plan."""
-    uri = storage.join(plans_uri, f"{_key(slide_id)}.parquet")
+    """All tiles of a planned slide (schema `schema.READING`); None without a plan."""
+    uri = _uri(plans_uri, slide_id, "parquet")
     return storage.read_table(uri).cast(schema.READING) if storage.exists(uri) else None
 
 
 def forget(plans_uri: str, slide_id: str) -> None:
-    """Remove the plan of a slide that has changed; the tiles first, without which there is no plan."""
+    """Remove the plan of a changed slide; the tiles first, because they make the plan valid."""
     for suffix in ("parquet", "json", "png"):
-        uri = storage.join(plans_uri, f"{_key(slide_id)}.{suffix}")
+        uri = _uri(plans_uri, slide_id, suffix)
         if storage.exists(uri):
             storage.delete_file(uri)
 
 
 def read_plan(plans_uri: str, slide_id: str) -> Plan | None:
-    """The plan of a slide, or None where there is none (yet)."""
-    uri = storage.join(plans_uri, f"{_key(slide_id)}.json")
-    if not storage.exists(uri):
-        return None
-    return Plan(**json.loads(storage.read_bytes(uri)))
+    """The plan of a slide, or None without one."""
+    uri = _uri(plans_uri, slide_id, "json")
+    return Plan.model_validate_json(storage.read_bytes(uri)) if storage.exists(uri) else None
 
 
 def read_thumbnail(plans_uri: str, slide_id: str) -> np.ndarray:
     """uint8 (h, w, 3) RGB of a planned slide."""
-    return image.decode(storage.read_bytes(storage.join(plans_uri, f"{_key(slide_id)}.png")))
+    return image.decode(storage.read_bytes(_uri(plans_uri, slide_id, "png")))

@@ -1,4 +1,4 @@
-"""Cross-validation: one model for each fold, trained and evaluated alike, and one report over all of them."""
+"""Cross-validation: train and evaluate one model per fold, and report over all of them."""
 
 import statistics
 import time
@@ -35,7 +35,7 @@ class Fold(NamedTuple):
 
     @property
     def draw(self) -> int:
-        """Which division this fold is of: each tests an image once at most. The published folds overlap."""
+        """Its repeat, which tests each image at most once, or the fold: published folds overlap."""
         return self.fold if self.config.protocol == "official" else self.repeat
 
     @property
@@ -45,7 +45,7 @@ class Fold(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """All that was tested under one protocol: metrics, image table, what could not be scored, facts."""
+    """Results under one protocol."""
 
     protocol: Protocol
     measured: dict[str, Any]
@@ -57,11 +57,10 @@ class Arm(NamedTuple):
 def run(config: CrossvalConfig) -> str:
     """Train and evaluate every fold of every protocol, and report; returns the URI of the study.
 
-    Running the same config again goes on with the folds that are missing. A finished study is only reported
-    anew, where `against` asks for a comparison.
+    Running the same config again trains the missing folds; a finished study is only compared with `against`.
 
     Raises:
-        DataError: the data cannot be used, or are not those of the folds that stand already.
+        DataError: the data cannot be used, or differ from those of the finished folds.
     """
     uri = storage.join(config.output, config.name)
     if config.against:
@@ -69,7 +68,7 @@ def run(config: CrossvalConfig) -> str:
     folds = {protocol: list(_folds(config, uri, protocol)) for protocol in config.protocols()}
     finished = run_directory.begin_run(config, uri) and _is_published(folds.values())
     if finished and not config.against:
-        print(f"{uri} is finished: see report.html there, or choose another --name to run it anew")
+        print(f"{uri} is finished: see report.html there, or choose another --name to run it again")
         return uri
     started = time.time()
     cluster.connect(trains=True)
@@ -82,7 +81,7 @@ def run(config: CrossvalConfig) -> str:
 
 
 def _is_published(arms: Iterable[Sequence[Fold]]) -> bool:
-    """Whether the bundle of every fold of a finished study can be used."""
+    """Whether the bundle of every fold of a finished study is usable."""
     faults = [fault for arm in arms for fold in arm if (fault := export.fault(fold.uri))]
     if faults:
         print(f"{faults[0]}. Writing new bundles from the checkpoints", flush=True)
@@ -90,7 +89,7 @@ def _is_published(arms: Iterable[Sequence[Fold]]) -> bool:
 
 
 def _folds(config: CrossvalConfig, uri: str, protocol: Protocol) -> Iterator[Fold]:
-    """The runs of one arm; in a study every fold is one of `jobs/train.py`."""
+    """The folds of one arm; each is a run as of `jobs/train.py`."""
     official = protocol == "official"
     shared = config.model_dump(include=set(TrainingConfig.model_fields) - {"output", "name", "seed", "folds"})
     n_folds = N_FOLDS if official else config.k
@@ -104,27 +103,29 @@ def _folds(config: CrossvalConfig, uri: str, protocol: Protocol) -> Iterator[Fol
                 "fold": fold,
                 "folds": config.folds if official else None,
                 "cross_folds": None if official else n_folds,
-                # One GPU for each of several folds, rather than all for one after the other.
+                # One GPU per fold, and several folds at a time.
                 "num_workers": "1" if config.num_workers == "auto" else config.num_workers,
             }
             yield Fold(repeat, fold, TrainConfig(**settings))
 
 
 def _train_missing(config: CrossvalConfig, uri: str, folds: Sequence[Fold]) -> None:
-    """Train what is not trained yet; what cannot be split ends the study here, before any training."""
+    """Train the missing folds; data that cannot be split end the study before any training."""
     for fold in folds:
         prepare.published_fold(fold.config)  # before pixels are read
     inspected = prepare.load_data_set(config)
     for fold in folds:
-        # One image more or less divides all folds anew: some would be tested twice, and others never.
+        # One image more or less changes all folds: some images would be tested twice, and others never.
         run_directory.resume(fold.config, fold.uri, inspected[0])
-        _tell(fold, prepare.prepare(fold.config, inspected)[1].warnings, inspected[1].warnings)
+        for text in prepare.prepare(fold.config, inspected)[1].warnings:
+            if text not in inspected[1].warnings:
+                print(f"warning: {_name(fold)}: {text}", flush=True)
     run_directory.claim_run(config, uri)
     _train(folds, inspected, config.parallel)
 
 
 def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, DatasetFacts], parallel: int | None) -> None:
-    """Train and evaluate the folds, several at a time where there is room."""
+    """Train and evaluate the folds, as many at a time as the cluster holds."""
     at_once = min(len(folds), parallel or cluster.room(folds[0].config))
     if at_once == 1:
         for number, fold in enumerate(folds, 1):
@@ -132,7 +133,7 @@ def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, DatasetFacts], para
             train.run(fold.config, inspected)
         return
     print(f"{counted(len(folds), 'fold')}, {at_once} at a time", flush=True)
-    # A fold drives its own workers and needs no CPU of its own. Lost with its node, it goes on elsewhere.
+    # A fold drives its own workers and needs no CPU of its own. Lost with its node, it resumes elsewhere.
     remote = ray.remote(num_cpus=0, max_retries=folds[0].config.max_failures)(train.run)
     shared, waiting = ray.put(inspected), list(folds)
     running: dict[ray.ObjectRef, Fold] = {}
@@ -150,29 +151,16 @@ def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, DatasetFacts], para
         print(f"{_name(fold)}: finished, {left} of {len(folds)} left", flush=True)
 
 
-def _tell(fold: Fold, warnings: Sequence[str], known: Sequence[str]) -> None:
-    """Print what the division into a fold warns of, before any training."""
-    for text in warnings:
-        if text not in known:
-            print(f"warning: {_name(fold)}: {text}", flush=True)
-
-
 def _name(fold: Fold) -> str:
     return f"{fold.config.protocol}, repeat {fold.repeat}, fold {fold.fold}"
 
 
 def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> Arm:
-    """Everything that an arm's models said about images that they were not trained on."""
-    rows, tables, unscored = [], [], []
-    for fold in folds:
-        row, images, failed = _tested(fold)
-        rows.append(row)
-        tables.append(images)
-        unscored.append(failed)
-    pooled = pd.concat(tables, ignore_index=True)
-    failed = pd.concat(unscored, ignore_index=True)
+    """The results of an arm's models on images that they were not trained on."""
+    rows, tables, unscored = zip(*map(_tested, folds), strict=True)
+    pooled, failed = pd.concat(tables, ignore_index=True), pd.concat(unscored, ignore_index=True)
     card = bundle.read_card(storage.join(folds[0].uri, run_directory.MODEL))
-    known = _known(folds)
+    data = _known(folds)
     about = {
         "title": f"Breast cancer detection: {config.name}, {counted(len(folds), 'model')}",
         "data": config.data,
@@ -181,23 +169,23 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
         "protocol": protocol,
         "seed": config.seed,
         "leaky": protocol in split.LEAKY,
-        "synthetic": known.synthetic,
-        "data_fingerprint": known.data_fingerprint,
+        "synthetic": data.synthetic,
+        "data_fingerprint": data.data_fingerprint,
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),
         "command": provenance.command(),
     }
     measured = about | artifacts.measure_run(pooled, failed, card.classes)
-    measured |= {"threshold": None, "folds": rows, "spread": _spread(rows)}
+    measured |= {"threshold": None, "folds": list(rows), "spread": _spread(rows)}
     size = (card.input_height_px, card.input_width_px)
-    told = about | known.model_dump(exclude={"split_fingerprint"}) | {"input_size_px": size}
-    # The balance of one fold stands for all.
-    told |= prepare.class_counts(folds[0].config, _split(folds[0]))
-    return Arm(protocol, measured, pooled, failed, told)
+    facts = about | data.model_dump(exclude={"split_fingerprint"}) | {"input_size_px": size}
+    # The balance of the first fold represents all.
+    facts |= prepare.class_counts(folds[0].config, _split(folds[0]))
+    return Arm(protocol, measured, pooled, failed, facts)
 
 
 def _known(folds: Sequence[Fold]) -> DatasetFacts:
-    """The facts about the data, which all folds share, and the warnings of each fold under its name."""
+    """The facts about the data, with the warnings of single folds under their names."""
     facts = [DatasetFacts(**run_directory.read_json(fold.uri, run_directory.DATA)) for fold in folds]
     of_all = [text for text in facts[0].warnings if all(text in each.warnings for each in facts)]
     of_one = [
@@ -210,7 +198,7 @@ def _known(folds: Sequence[Fold]) -> DatasetFacts:
 
 
 def _tested(fold: Fold) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:
-    """A row about one fold, its image table, and what could not be scored."""
+    """Summary of one fold, its image table, and the images not scored."""
     card = bundle.read_card(storage.join(fold.uri, run_directory.MODEL))
     predictions_uri = storage.join(fold.uri, evaluate.PREDICTIONS)
     frame = artifacts.with_truth(predictions_uri, prepare.part_of(_split(fold), split.TEST), card)
@@ -235,27 +223,26 @@ def _split(fold: Fold) -> pa.Table:
     parts = run_directory.read_split(fold.uri)
     if parts is None:
         raise DataError(
-            f"{fold.uri} has no {run_directory.SPLIT}; delete the folder and run the command again"
+            f"{fold.uri} has no {run_directory.SPLIT}; delete the folder and run the same command again"
         )
     return parts
 
 
 def _spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean and standard deviation of each metric over the folds in which it is defined."""
-    found = {}
+    """Mean and standard deviation of each metric over the folds where it is defined."""
+    spread = {}
     for name in model_report.MEASURES:
         values = [row["pooled"][name] for row in rows if row["pooled"][name] is not None]
-        found[name] = {
+        spread[name] = {
             "mean": statistics.fmean(values) if values else None,
             "sd": statistics.stdev(values) if len(values) > 1 else None,
             "n": len(values),
         }
-    return found
+    return spread
 
 
 def _report(config: CrossvalConfig, uri: str, arms: Sequence[Arm]) -> None:
-    """The report of the study: the first honest arm, with what a leak would add and how another compares. Of
-    several arms each has a report of its own, too."""
+    """Report the first honest arm, with the effect of a leak and the comparison, and each of several arms."""
     main = next((arm for arm in arms if not arm.facts["leaky"]), arms[0])
     for arm in arms if len(arms) > 1 else ():
         print(f"\nprotocol {arm.protocol}")
@@ -272,8 +259,8 @@ def _report(config: CrossvalConfig, uri: str, arms: Sequence[Arm]) -> None:
 
 
 def _leak(leaky: Arm, honest: Arm) -> dict[str, Any]:
-    """`compare.paired` of two arms on the images that both tested equally often: the published folds do not,
-    and an image may have failed in one of them."""
+    """`compare.paired` on the images that both arms tested equally often, which published folds do not, and
+    which excludes images that failed in one arm."""
     counts = [arm.images[schema.IMAGE_ID].value_counts() for arm in (leaky, honest)]
     everywhere = pd.concat(counts, axis=1, keys=("leaky", "honest")).fillna(0)
     same = everywhere.index[everywhere["leaky"] == everywhere["honest"]]

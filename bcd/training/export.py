@@ -1,4 +1,4 @@
-"""From the best epoch to a bundle: novelty statistics, temperature, threshold; the test part has no say."""
+"""From the best epoch to a bundle: novelty statistics, temperature, threshold; without the test part."""
 
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,7 @@ from bcd.training import loop
 
 
 def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFacts, result: Result) -> None:
-    """Write the best epoch by validation balanced accuracy as the bundle.
-
-    Args:
-        config: of the run.
-        uri: where the bundle goes.
-        table: the split rows.
-        facts: about the data.
-        result: of the training.
-
-    Raises:
-        BundleError: no checkpoint is intact.
-    """
+    """Write the best epoch as a bundle to `uri`; raises BundleError if no checkpoint is intact."""
     network, measured = _best(result, len(taxonomy.classes(config.target)), config.architecture)
     train, validation = part_of(table, split.TRAIN), part_of(table, split.VALIDATION)
     known = _card(config, train, facts, measured)
@@ -42,13 +31,13 @@ def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFact
 
 
 def require_valid_card(config: TrainConfig, table: pa.Table, facts: DatasetFacts) -> None:
-    """Raises BundleError before the training where no valid card could be written after it."""
+    """Raises BundleError before the training if no valid card could be written after it."""
     measured = {schema.EPOCH: 1, loop.SCORE: 0.5, "n_validation": 1}
     card.dump(_card(config, part_of(table, split.TRAIN), facts, measured))
 
 
 def fault(run_uri: str) -> str | None:
-    """Why the bundle of a finished run cannot be used, if it cannot."""
+    """Why the bundle of a finished run is not usable; None if it is."""
     try:
         bundle.identify(storage.join(run_uri, run_directory.MODEL))
     except BundleError as error:
@@ -57,41 +46,31 @@ def fault(run_uri: str) -> str | None:
 
 
 def _best(result: Result, n_classes: int, architecture: Architecture) -> tuple[ResNet, dict[str, Any]]:
-    """The network of the best epoch whose checkpoint is intact, and what was measured of it."""
-
-    def score(pair: tuple[Any, dict[str, Any]]) -> float:
-        return pair[1][loop.SELECTION]
-
-    for checkpoint, measured in sorted(result.best_checkpoints, key=score, reverse=True):
+    """The network of the best epoch with an intact checkpoint, and its metrics."""
+    best_first = sorted(result.best_checkpoints, key=lambda pair: pair[1][loop.SELECTION], reverse=True)
+    for checkpoint, measured in best_first:
         try:
             with checkpoint.as_directory() as folder:
                 tensors, _ = loop.read_checkpoint(Path(folder))
                 return resnet.assembled(n_classes, tensors, architecture), measured
         except BundleError as error:
-            print(
-                f"warning: the checkpoint of epoch {measured[schema.EPOCH]} is damaged: {error}", flush=True
-            )
-    raise BundleError("no checkpoint of this run is intact; choose another --name to train anew")
+            epoch = measured[schema.EPOCH]
+            print(f"warning: the checkpoint of epoch {epoch} is damaged: {error}", flush=True)
+    raise BundleError("no checkpoint of this run is intact; choose another --name to train again")
 
 
 def _card(config: TrainConfig, train: pa.Table, facts: DatasetFacts, measured: dict[str, Any]) -> bundle.Card:
+    shared = config.model_dump(
+        include={"architecture", "target", "input_height_px", "input_width_px", "protocol", "fold", "seed"}
+    ) | facts.model_dump(
+        include={"data_fingerprint", "split_fingerprint", "synthetic", "field_height_px", "field_width_px"}
+    )
     return card.make(
-        architecture=config.architecture,
-        target=config.target,
+        **shared,
         classes=taxonomy.classes(config.target),
-        input_height_px=config.input_height_px,
-        input_width_px=config.input_width_px,
-        field_height_px=facts.field_height_px,
-        field_width_px=facts.field_width_px,
         mpp=_distinct(train, schema.MPP),
         magnifications=_distinct(train, schema.MAGNIFICATION),
-        protocol=config.protocol,
-        fold=config.fold,
-        seed=config.seed,
-        data_fingerprint=facts.data_fingerprint,
-        split_fingerprint=facts.split_fingerprint,
         leaky=config.protocol in split.LEAKY,
-        synthetic=facts.synthetic,
         warnings=tuple(facts.warnings),
         training=config.model_dump(mode="json"),
         validation={name: measured[name] for name in (schema.EPOCH, loop.SCORE, "n_validation")},
@@ -110,13 +89,12 @@ def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table) -> di
     target = np.array([classes.index(name) for name in validation[config.target].to_pylist()])
     malignant = np.array(validation[schema.TUMOR_CLASS].to_pylist()) == taxonomy.MALIGNANT
     temperature = calibration.fit_temperature(logit, target)
-    told: dict[str, float | None] = {}
+    errors: dict[str, float | None] = {}
     for when, divisor in (("before", 1.0), ("after", temperature)):
         probability = calibration.probability_malignant(logit, classes, divisor)
-        told |= {
-            f"cross_entropy_{when}": calibration.cross_entropy(
-                malignant, aggregate.clipped_log_odds(probability)
-            ),
+        log_odds = aggregate.clipped_log_odds(probability)
+        errors |= {
+            f"cross_entropy_{when}": calibration.cross_entropy(malignant, log_odds),
             f"brier_{when}": calibration.brier(malignant, probability),
             f"ece_{when}": calibration.expected_error(malignant, probability),
         }
@@ -124,7 +102,7 @@ def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table) -> di
     patients = validation[schema.PATIENT]
     return {
         "temperature": temperature,
-        "calibration": told,
+        "calibration": errors,
         "threshold": chosen["threshold"],
         "operating_point": chosen | {"n_patients": None if patients.null_count else len(patients.unique())},
     }

@@ -1,12 +1,13 @@
-"""What one training worker does: epochs over its shard, exact validation, a checkpoint each time.
+"""A training worker: epochs over its shard, exact validation, a checkpoint after each; the process group.
 
-Workers meet twice an epoch, to add up what they saw in training and in validation; both sums are exact over
-all rows, whatever the number of workers.
+Workers synchronise twice an epoch, to add up training and validation; both sums are exact over all rows.
 """
 
 import hashlib
 import logging
 import math
+import os
+import socket
 import tempfile
 import time
 from collections import Counter
@@ -17,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -38,23 +42,23 @@ from bcd.taxonomy import TRAIN, VALIDATION
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "state.pt"
-# Folder of the run with a table for every finished epoch: which images it trained on.
+# Folder of the run with a table per finished epoch: the images that it trained on.
 EXPOSURE = "exposure"
 DIGEST = "weights_sha256"
 SCORE = "validation_balanced_accuracy"
-# Chooses the best epoch: the score, and of equal scores the lower loss. On a small validation part many
-# epochs are equal, and the first of them is seldom the best.
+# Chooses the best epoch: by score, then by loss. On a small validation part many epochs have equal scores,
+# and the first of them is seldom the best.
 SELECTION = "selection"
 TIE_BREAK = 1e-6
-# Steps between two looks at the loss, which make a GPU wait for its queue to empty.
+# Steps between two checks of the loss, each of which makes a GPU wait for its queue to empty.
 CHECK_STEPS = 20
-# Columns of some rows.
+# Columns of rows.
 Batch = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Task:
-    """All that a worker is told."""
+    """Arguments of a worker."""
 
     config: TrainConfig
     classes: tuple[str, ...]
@@ -66,7 +70,7 @@ class Task:
 
 @dataclass
 class State:
-    """What is trained, and how far: the content of a checkpoint."""
+    """Content of a checkpoint."""
 
     network: ResNet
     optimizer: torch.optim.Optimizer
@@ -81,14 +85,9 @@ class State:
         torch.save(state, folder / STATE_FILE)
 
     def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote.
-
-        Raises:
-            BundleError: it is damaged; nothing has changed then.
-        """
+        """Load what `save` wrote, or raise BundleError if it is damaged, and load nothing."""
         tensors, state = read_checkpoint(folder)
-        own = self.network.state_dict()
-        tensors = weights.fitting(own, tensors, whole=True)
+        tensors = weights.fitting(self.network.state_dict(), tensors, whole=True)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError) as error:
@@ -98,11 +97,7 @@ class State:
 
 
 def read_checkpoint(folder: Path) -> tuple[weights.State, dict[str, Any]]:
-    """Weights, and the rest of a checkpoint.
-
-    Raises:
-        BundleError: it is damaged.
-    """
+    """Weights, and the rest of a checkpoint; raises BundleError if it is damaged."""
     try:
         content, rest = (folder / WEIGHTS_FILE).read_bytes(), (folder / STATE_FILE).read_bytes()
     except FileNotFoundError as error:
@@ -110,15 +105,15 @@ def read_checkpoint(folder: Path) -> tuple[weights.State, dict[str, Any]]:
     state = weights.read_weights(rest, STATE_FILE)
     if not weights.is_as_written(rest):
         raise BundleError(f"{STATE_FILE} is not as it was written: a checksum differs")
-    # Those that an older version wrote have no digest.
-    if hashlib.sha256(content).hexdigest() != state.get(DIGEST, hashlib.sha256(content).hexdigest()):
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != state.get(DIGEST, digest):  # older versions wrote none
         raise BundleError(f"{WEIGHTS_FILE} is not as it was written: its SHA-256 differs")
     return weights.read_weights(content, WEIGHTS_FILE), state
 
 
 @dataclass
 class Seen:
-    """What one worker met in one pass: summed over workers by `_gather`."""
+    """What one worker read in one pass, summed over workers by `_gather`."""
 
     loss_sum: float = 0.0
     image_ids: list[str] = field(default_factory=list)
@@ -126,18 +121,16 @@ class Seen:
     logits: list[np.ndarray] = field(default_factory=list)
 
     def add(self, batch: Batch, loss_sum: float) -> None:
-        """Count one batch."""
         self.loss_sum += loss_sum
         self.image_ids += batch[schema.IMAGE_ID].tolist()
         self.targets += batch[schema.TARGET].tolist()
 
 
 def train(task: Task) -> list[dict[str, Any]] | BcdError:
-    """The training function of every worker.
+    """The training function of every worker; returns the history, a record per epoch.
 
-    Returns:
-        The history, a record per epoch, or what the user has to put right, which all workers find at the same
-        step: Ray Train would start a worker that raises it again and again.
+    Errors for the user, which all workers find at the same step, are returned: Ray Train would restart a
+    worker that raises.
     """
     try:
         return _train(task)
@@ -147,7 +140,7 @@ def train(task: Task) -> list[dict[str, Any]] | BcdError:
 
 def _train(task: Task) -> list[dict[str, Any]]:
     config, context = task.config, ray.train.get_context()
-    # Ray Train tells of every report and checkpoint; what people want to know is our line per epoch.
+    # Without Ray Train's lines about every report and checkpoint.
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("bcd").setLevel(logging.INFO)
     device = ray.train.torch.get_device()
@@ -155,12 +148,12 @@ def _train(task: Task) -> list[dict[str, Any]]:
     if device.type == "cpu":
         cluster.share_cores(context.get_local_world_size() * task.runs_per_node)
     state = _state(task, device)
-    # Every worker augments differently, and a resumed run not as it began, all from one seed.
+    # Augmentation differs between workers, and after resuming, and is determined by the seed.
     torch.manual_seed(config.seed * 1_000 + context.get_world_rank() + 1_000_000 * len(state.history))
     network = ray.train.torch.prepare_model(state.network, False)
     if isinstance(network, DistributedDataParallel):
-        # Running statistics are the same on all workers, or `train_step.average_batch_norm` makes them so. As
-        # an argument torch 2.11 only takes it by this name, and torch 2.13 warns about it.
+        # Running statistics are equal on all workers, or made so by `train_step.average_batch_norm`. Torch
+        # 2.11 accepts this only under this name, about which torch 2.13 warns if it is an argument.
         network.broadcast_buffers = False
     height, width = config.input_height_px, config.input_width_px
     augmentation = train_step.augmentation(height, width) if config.augment else None
@@ -179,8 +172,8 @@ def _train(task: Task) -> list[dict[str, Any]]:
 
 def _state(task: Task, device: torch.device) -> State:
     config = task.config
-    given = ray.get(task.weights) if task.weights is not None else None
-    network = resnet.build(len(task.classes), given, config.seed, config.architecture)
+    pretrained = ray.get(task.weights) if task.weights is not None else None
+    network = resnet.build(len(task.classes), pretrained, config.seed, config.architecture)
     network = network.to(device).to(memory_format=torch.channels_last)
     if config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
         train_step.share_batch_norm(network, device)
@@ -191,7 +184,7 @@ def _state(task: Task, device: torch.device) -> State:
 
 
 def _resume(state: State) -> None:
-    """Continue from the newest checkpoint that is intact, if there is one."""
+    """Load the newest intact checkpoint, if there is one."""
     for checkpoint in _checkpoints():
         try:
             with checkpoint.as_directory() as folder:
@@ -202,7 +195,7 @@ def _resume(state: State) -> None:
 
 
 def _checkpoints() -> Iterator[ray.train.Checkpoint]:
-    """Those of this run that are kept, the newest first."""
+    """Those of this run that are kept, newest first."""
     if (newest := ray.train.get_checkpoint()) is None:
         return
     yield newest
@@ -223,16 +216,14 @@ def _epoch(task: Task, step: train_step.Step, state: State, epoch: int, stream: 
     if not math.isfinite(validated.loss_sum):
         raise _diverged(task, epoch, "the loss on the validation images is no finite number")
     _log_exposure(task, trained, epoch)
-    names = [task.classes[target] for target in trained.targets]
-    counted = Counter(names)
-    n = len(names)
+    n, counts = len(trained.targets), Counter(trained.targets)
     return {
         "epoch": epoch,
         "train_loss": trained.loss_sum / n,
         "learning_rate": step.optimizer.param_groups[0]["lr"],
         "seconds": time.monotonic() - started,
         "images_per_s": n / seconds,
-        "class_counts": {name: counted[name] for name in task.classes},
+        "class_counts": {name: counts[target] for target, name in enumerate(task.classes)},
         "workers": ray.train.get_context().get_world_size(),
         **_validation_metrics(task, validated),
     }
@@ -244,7 +235,7 @@ def _train_epoch(task: Task, step: train_step.Step, epoch: int, stream: "Stream"
     seen, losses = Seen(), []
     step.network.train()
     for i, batch in enumerate(train_step.even_tail(stream.batches(), stream.batch_size)):
-        # In the middle of the step: at both ends the rate is zero.
+        # Of the middle of the step: the rate is zero at both ends of the training.
         progress = (epoch - 1 + (i + 0.5) / n_steps) / config.epochs
         rate = train_step.learning_rate(config.learning_rate, progress, config.warmup_fraction)
         images, target = _tensors(batch)
@@ -256,16 +247,16 @@ def _train_epoch(task: Task, step: train_step.Step, epoch: int, stream: "Stream"
             _require_finite(task, epoch, losses)
     _require_several(len(losses) * stream.batch_size * world)
     _require_finite(task, epoch, losses, step.network)
-    # One transfer at the end: asking for the loss at every step would make a GPU wait.
+    # One transfer at the end: reading the loss at every step would make a GPU wait.
     seen.loss_sum = float(torch.stack(losses).sum())
     return seen
 
 
 def _require_several(n_images: int) -> None:
-    """Raises ConfigError for a step of a single image, of which batch norm can tell no variance."""
+    """Raises ConfigError for a step of a single image, which has no variance for batch norm."""
     if n_images < 2:
         raise ConfigError(
-            "a training step has a single image, of which batch norm can tell no variance: use fewer "
+            "a training step has a single image, which has no variance for batch norm: use fewer "
             "--num-workers, a larger --batch-size, or more training images"
         )
 
@@ -273,8 +264,8 @@ def _require_several(n_images: int) -> None:
 def _require_finite(
     task: Task, epoch: int, losses: list[torch.Tensor], network: nn.Module | None = None
 ) -> None:
-    """Raises DivergedError, on all workers, where on one a loss since the last look, or a weight at the end
-    of an epoch, is no finite number."""
+    """Raises DivergedError on all workers if one has a loss since the last check, or a weight at the end of
+    an epoch, that is not finite."""
     start = (len(losses) - 1) // CHECK_STEPS * CHECK_STEPS
     watched = losses[start:] + ([train_step.weights_as_loss(network)] if network is not None else [])
     first = train_step.first_not_finite(watched)
@@ -297,9 +288,9 @@ def _diverged(task: Task, epoch: int, what: str) -> DivergedError:
 
 
 class Stream:
-    """Passes over this worker's share of some rows, each of which can begin before it is needed.
+    """Passes over this worker's share of the rows, which can begin before they are needed.
 
-    Its first batch takes one to three seconds, in which a GPU trains on a thousand images.
+    The first batch takes one to three seconds, in which a GPU trains on a thousand images.
     """
 
     def __init__(self, name: str, batch_size: int) -> None:
@@ -308,11 +299,10 @@ class Stream:
         self._begun: tuple[Future[Batch | None], Iterator[Batch]] | None = None
 
     def begin(self) -> None:
-        """Start to read the next pass."""
         self._begun = self._start()
 
     def batches(self) -> Iterator[Batch]:
-        """The pass that was begun, else one that begins now."""
+        """Batches of the pass that was begun, or of a new one."""
         first, rest = self._begun or self._start()
         self._begun = None
         if (batch := first.result()) is not None:
@@ -320,7 +310,7 @@ class Stream:
             yield from rest
 
     def _start(self) -> tuple[Future[Batch | None], Iterator[Batch]]:
-        """The first batch, which another thread asks for, and those that follow."""
+        """The first batch, which another thread reads, and the others."""
         rows = self._shard.iter_batches(batch_size=self.batch_size, batch_format="numpy", prefetch_batches=2)
         rest = map(_whole, rows)
         pool = ThreadPoolExecutor(1, "stream")
@@ -335,7 +325,7 @@ def _whole(batch: Batch) -> Batch:
 
 
 def _tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and targets; copied, because Ray hands out read-only views of its object store."""
+    """Images and targets; copied, because Ray returns read-only views of its object store."""
     return torch.tensor(batch[schema.IMAGE]), torch.tensor(batch[schema.TARGET])
 
 
@@ -371,9 +361,8 @@ def _validation_metrics(task: Task, seen: Seen) -> dict[str, float]:
 def _gather(seen: Seen) -> Seen:
     """The sum over all workers, on every worker."""
     world = ray.train.get_context().get_world_size()
-    parts: list[Any] = [seen]
+    parts: list[Any] = [seen] * world
     if world > 1:
-        parts = [None] * world
         torch.distributed.all_gather_object(parts, seen)
     total = Seen()
     for part in parts:
@@ -385,7 +374,7 @@ def _gather(seen: Seen) -> Seen:
 
 
 def _log_exposure(task: Task, seen: Seen, epoch: int) -> None:
-    """Keep which images this epoch trained on: the proof that none was held out."""
+    """Record the images that this epoch trained on, the proof that none was held out."""
     if ray.train.get_context().get_world_rank() != 0:
         return
     columns = {schema.EPOCH: [epoch] * len(seen.image_ids), schema.IMAGE_ID: seen.image_ids}
@@ -399,25 +388,22 @@ def _publish(task: Task, board: SummaryWriter, folder: Path, record: dict[str, A
             board.add_scalar(name, value, record["epoch"])
     board.flush()
     storage.upload_folder(folder, storage.join(task.run_uri, "tensorboard"))
-    # Ray Train echoes what a worker prints, so a print would show twice.
+    # Ray Train echoes what a worker prints: a print would appear twice.
     logger.info(progress_line(record, task.config.epochs))
 
 
 def progress_line(record: dict[str, Any], epochs: int) -> str:
-    """One epoch, in a line for people."""
+    """The log line of one epoch."""
     counts = ", ".join(f"{name} {n:,}" for name, n in record["class_counts"].items())
-    left = (epochs - record["epoch"]) * record["seconds"]
+    left_s = (epochs - record["epoch"]) * record["seconds"]
+    left = f"{left_s / 60:.0f} min" if left_s >= 90 else f"{left_s:.0f} s"
     return (
         f"epoch {record['epoch']}/{epochs}: "
         f"loss {record['train_loss']:.3f} (validation {record['validation_loss']:.3f}), "
         f"balanced accuracy {record[SCORE]:.3f} on {record['n_validation']:,} validation images; "
         f"saw {counts}; learning rate {record['learning_rate']:.1e}; "
-        f"{record['images_per_s']:.1f} images/s, {record['seconds']:.0f} s; {_duration(left)} left"
+        f"{record['images_per_s']:.1f} images/s, {record['seconds']:.0f} s; {left} left"
     )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _checkpoint(state: State, record: dict[str, Any]) -> None:
@@ -427,3 +413,37 @@ def _checkpoint(state: State, record: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         state.save(Path(folder))
         ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def interface(address: str) -> str | None:
+    """Name of the network interface that has an IPv4 or IPv6 address; None if there is none."""
+    for name, addresses in psutil.net_if_addrs().items():
+        families = (socket.AF_INET, socket.AF_INET6)
+        # A link-local address is followed by % and its interface.
+        if any(a.family in families and a.address.partition("%")[0] == address for a in addresses):
+            return name
+    return None
+
+
+def _use_address_of_node() -> None:
+    if name := interface(ray.util.get_node_ip_address()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(_use_address_of_node)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class ProcessGroup(TorchConfig):
+    """Torch's process group over the addresses by which Ray knows the nodes; GLOO_SOCKET_IFNAME has priority.
+
+    Gloo would use the address of the host's name, which on Debian and Ubuntu is one of loopback: workers on
+    two such hosts search for each other on themselves, and training fails with "Connection refused".
+    """
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Backend

@@ -1,4 +1,4 @@
-"""Train a model: index, split, balance, stream, fit, bundle, evaluate. One call, resumable at every step."""
+"""Train a model: index, split, balance, stream, fit, bundle, evaluate; resumable at every step."""
 
 import time
 
@@ -28,39 +28,36 @@ from bcd.runtime import cluster, datasets, inspection, output, run_directory
 from bcd.runtime.prepare import DatasetFacts, describe_split, load_data_set, part_of, prepare
 from bcd.split import balance
 from bcd.taxonomy import TRAIN, VALIDATION
-from bcd.training import export, loop, process_group
+from bcd.training import export, loop
 
 
 def run(
     config: TrainConfig, inspected: tuple[pa.Table, DatasetFacts] | None = None, runs_per_node: int = 1
 ) -> str:
-    """Train, write the bundle, evaluate it on the test part, and report.
+    """Train, write the bundle, evaluate it on the test part, report, and return the URI of the run directory.
 
-    Running the same config again goes on where it was stopped, or says that it is finished.
+    Running the same config again resumes the run, or reports that it is finished.
 
     Args:
         config: of the run.
-        inspected: the data, from `prepare.load_data_set`, where the caller has already read them.
-        runs_per_node: how many runs share the cores of a node at a time, this one included.
-
-    Returns:
-        URI of the run directory.
+        inspected: result of `prepare.load_data_set`, if the caller has it.
+        runs_per_node: number of runs that share the cores of a node, including this one.
 
     Raises:
-        BcdError: what the user can put right, before any long work where that is possible.
+        BcdError: an error for the user, before any long work where possible.
     """
     run_uri = storage.join(config.output, config.name)
     if run_directory.begin_run(config, run_uri):
         if (fault := export.fault(run_uri)) is None:
-            print(f"{run_uri} is finished: see report.html there, or choose another --name to train anew")
+            print(f"{run_uri} is finished: see report.html there, or choose another --name to train again")
             return run_uri
         print(f"{fault}. Writing a new bundle from its checkpoint", flush=True)
     started = time.time()
-    given = weights.pretrained(config.weights, config.architecture)
+    pretrained = weights.pretrained(config.weights, config.architecture)
     cluster.connect(trains=True)
     scaling = cluster.scaling(config)
     table, facts = _prepared(config, run_uri, inspected)
-    result = train_model(config, run_uri, table, given, scaling, runs_per_node)
+    result = train_model(config, run_uri, table, pretrained, scaling, runs_per_node)
     run_directory.write_json(run_uri, run_directory.HISTORY, result.return_value)
     export.bundle_of(config, storage.join(run_uri, run_directory.MODEL), table, facts, result)
     trained = time.time()
@@ -74,10 +71,10 @@ def run(
 def _prepared(
     config: TrainConfig, run_uri: str, inspected: tuple[pa.Table, DatasetFacts] | None
 ) -> tuple[pa.Table, DatasetFacts]:
-    """The split of this run: made once, then read back, so that a resumed run cannot see another one. It
-    reads every image again first, because what was withdrawn or changed since must not be trained on.
+    """The split rows of this run, made once and read back by a resumed run.
 
-    Only now is the run directory claimed: a run that failed on its data may be tried again with other data.
+    A resumed run reads every image again, because images withdrawn or changed since must not be trained on.
+    The run directory is claimed only here, so that a run that failed on its data may be repeated with others.
     """
     inspected = inspected or load_data_set(config)
     if (table := run_directory.resume(config, run_uri, inspected[0])) is not None:
@@ -113,25 +110,19 @@ def train_model(
     config: TrainConfig,
     run_uri: str,
     table: pa.Table,
-    given: weights.State | None,
+    pretrained: weights.State | None,
     scaling: ScalingConfig,
     runs_per_node: int = 1,
 ) -> Result:
-    """Train on the split rows, from the last checkpoint of the run where there is one.
-
-    The result's `return_value` is the history, a record per epoch.
-
-    Raises:
-        BcdError: what the user can put right, such as a training that diverges.
-    """
+    """Train from the last checkpoint of the run, or raise BcdError; `return_value` is the history."""
     streams, n_train = streams_of(config, table)
     filesystem, path = storage.resolve(run_uri)
-    classes, shared = taxonomy.classes(config.target), given and ray.put(given)
+    classes, shared = taxonomy.classes(config.target), pretrained and ray.put(pretrained)
     task = loop.Task(config, classes, shared, run_uri, n_train, runs_per_node)
     trainer = TorchTrainer(
         loop.train,
         train_loop_config=task,
-        torch_config=process_group.ProcessGroup(),
+        torch_config=loop.ProcessGroup(),
         scaling_config=scaling,
         datasets=streams,
         dataset_config=datasets.SplitData(storage.join(run_uri, loop.EXPOSURE)),
@@ -142,7 +133,7 @@ def train_model(
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env=cluster.MODEL_ENV,
             failure_config=FailureConfig(max_failures=config.max_failures),
-            # The latest is kept as well, to go on from; of two, one is left where another is damaged.
+            # Besides the best, Ray keeps the latest, to resume from; two, in case one is damaged.
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute=loop.SELECTION, checkpoint_score_order="max"
             ),
@@ -158,18 +149,19 @@ def train_model(
 
 
 def for_people(error: TrainingFailedError, run_uri: str) -> Exception:
-    """What ended a training, as a sentence where the user can put it right: one of ours, or that storage
-    failed Ray Train, which keeps the checkpoints."""
-    faults: list[Exception] = []
+    """The cause of a failed training if it is an error for the user: one of bcd's, or one of the storage in
+    which Ray Train keeps the checkpoints; else the error itself."""
+    causes: list[Exception] = []
     if isinstance(error, WorkerGroupError):
-        faults = list(error.worker_failures.values())
+        causes = list(error.worker_failures.values())
     if isinstance(error, ControllerError):
-        faults = [error.controller_failure]
-    told = [fault for fault in faults if isinstance(fault, BcdError)]
-    kept = storage.join(run_uri, "checkpoints")
-    # Ray's own timeouts are OSErrors, too.
-    lost = [fault for fault in faults if isinstance(fault, OSError) and not isinstance(fault, RayError)]
-    for fault in lost:
-        sentence = str(storage.failure(kept, "keep or read it", fault)).removesuffix(".")
-        told.append(StorageError(f"{sentence}; {inspection.ASK_AGAIN}"))
-    return told[0] if told else error
+        causes = [error.controller_failure]
+    for cause in causes:
+        if isinstance(cause, BcdError):
+            return cause
+    for cause in causes:
+        # Ray's own timeouts are OSErrors, too.
+        if isinstance(cause, OSError) and not isinstance(cause, RayError):
+            failure = storage.failure(storage.join(run_uri, "checkpoints"), "keep or read it", cause)
+            return StorageError(f"{str(failure).removesuffix('.')}; {inspection.ASK_AGAIN}")
+    return error

@@ -1,4 +1,4 @@
-"""Done when 3: what the loss of the head leaves, and that the same command goes on at a new one."""
+"""Done when 3: what the loss of the head leaves, and that the same command resumes at a new one."""
 
 import pytest
 
@@ -20,16 +20,16 @@ def new_head(hosts):
     hosts.join(hosts.one)
 
 
-def test_scoring_goes_on_at_a_new_head(hosts, scoring, undisturbed):
+def test_scoring_resumes_at_a_new_head(hosts, scoring, undisturbed):
     job = scoring()
     job.wait_for(lambda: segments(job.output), "the first segment")
     new_head(hosts)
     assert not storage.exists(f"{job.output}/summary.json")
-    assert "are scored already, going on with" in job.again().succeed()
+    assert "are already scored, resuming with" in job.again().succeed()
     assert_same(table(job.output), undisturbed)
 
 
-def test_training_goes_on_at_a_new_head(hosts, training):
+def test_training_resumes_at_a_new_head(hosts, training):
     job = training("--num-workers", "1")
     wait_for_epoch(hosts.client, job.id, job.output, 1)
     new_head(hosts)

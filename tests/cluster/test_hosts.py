@@ -92,7 +92,7 @@ def test_a_host_that_joins_takes_part_in_scoring(undisturbed, one_more, hosts, s
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_training_goes_on_without_a_lost_host(loss, both, training):
+def test_training_continues_without_a_lost_host(loss, both, training):
     """Done when 2: with whole metrics, and at most the running epoch lost."""
     job = training("--num-workers", "1-3")
     wait_for_epoch(both.client, job.id, job.output, 1)

@@ -72,7 +72,7 @@ ASKED = {"reading": ".png", "keeping": "/checkpoints/checkpoint_"}
 @pytest.mark.trial
 @pytest.mark.parametrize("moment", ASKED)
 def test_credentials_that_expire_cost_the_running_epoch(moment, cluster, data, s3):
-    """Done when 6: a sentence, and the same command goes on."""
+    """Done when 6: a sentence, and the same command resumes."""
     run_uri = f"{s3}/jobs/expired-{moment}"
     arguments = train_arguments(data, s3, f"expired-{moment}", "--num-workers", "1", "--max-failures", "1")
     with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:

@@ -179,11 +179,11 @@ def test_a_finished_run_does_nothing_and_another_model_is_refused(
         card(),
         str(tmp_path),
     )
-    with pytest.raises(ConfigError, match="holds rows that were scored otherwise: --model "):
+    with pytest.raises(ConfigError, match="contains rows scored with other settings: --model "):
         score.run(config.model_copy(update={"model": str(tmp_path)}))
 
 
-def test_a_job_killed_on_s3_goes_on_and_takes_up_new_files(
+def test_a_job_killed_on_s3_resumes_and_adds_new_files(
     cluster, archive_on_s3, model_uri, s3, undisturbed, joined, capsys
 ):
     """Done when 3: SIGKILL of the driver, through `ray job submit`, from and to S3; then a file is added."""
@@ -198,11 +198,11 @@ def test_a_job_killed_on_s3_goes_on_and_takes_up_new_files(
     assert not storage.exists(f"{output}/summary.json")
     status, log = finish(client, submit(cluster, *arguments))
     assert status == JobStatus.SUCCEEDED, log
-    assert "are scored already, going on with" in log
+    assert "are already scored, resuming with" in log
     assert_same(table(output), table(undisturbed[0]))
     storage.write_bytes(f"{archive_on_s3}/late.png", archives.odd()["odd/grey.png"])
     score.run(ScoreConfig(model=bundle_uri, input=archive_on_s3, output=output))
-    assert "going on with 1\n" in capsys.readouterr().out
+    assert "resuming with 1\n" in capsys.readouterr().out
     storage.delete_file(f"{archive_on_s3}/late.png")
     names = table(output)[schema.IMAGE_ID].to_pylist()
     assert sorted(names) == sorted([*table(undisturbed[0])[schema.IMAGE_ID].to_pylist(), "late.png"])
@@ -232,11 +232,11 @@ def test_a_store_that_denies_in_the_middle_changes_nothing(
         job = start(model_uri, archive_on_s3, tmp_path, **environment)
         log, _ = job.communicate(timeout=PATIENCE_S)
         assert job.returncode == 1, log
-        assert "the same command goes on. Storage did not give all of them" in log
+        assert "Run the same command again to resume. Storage failed to deliver some" in log
         assert not (tmp_path / "summary.json").exists()
         store.fault = lambda method, path: None
         log = finished(start(model_uri, archive_on_s3, tmp_path, **environment))
-        assert "are scored already, going on with" in log
+        assert "are already scored, resuming with" in log
     assert_same(table(tmp_path), table(undisturbed[0]))
     assert image.UNAVAILABLE not in table(tmp_path)[schema.ERROR].to_pylist()
 

@@ -33,7 +33,7 @@ def test_the_probability_before_the_temperature_comes_back(tmp_path):
     np.testing.assert_allclose(images[aggregate.MARGIN], [1 - np.log(1.5), -0.5 - np.log(1.5)], rtol=1e-5)
 
 
-def test_images_unlike_the_training_are_counted_where_the_model_can_tell():
+def test_warnings_are_counted_if_the_model_has_statistics():
     images = aggregate.image_table(studies.predictions(n_patients=4, n_images=2))
     none = pd.DataFrame({schema.IMAGE_ID: []})
     assert artifacts.measure_run(images, none, TUMOR_CLASSES)["warnings"] is None
@@ -47,7 +47,7 @@ def test_images_unlike_the_training_are_counted_where_the_model_can_tell():
 def test_an_image_that_storage_did_not_give_is_not_left_out_of_the_numbers():
     names = ["a.png", "b.png", "c.png"]
     inspection.require_given(names, [None, "unreadable", "truncated: unavailable"])
-    with pytest.raises(StorageError, match=r"storage did not give b.png \(and 1 more"):
+    with pytest.raises(StorageError, match=r"storage failed to deliver b.png \(and 1 more"):
         inspection.require_given(names, [None, "unavailable", "unavailable: /c.png: no"])
 
 

@@ -28,7 +28,7 @@ def test_evaluating_a_bundle_on_moved_data_gives_the_same_numbers(run_uri, tree,
 
 @pytest.fixture
 def fewer(tree, tmp_path):
-    """The data without one picture: most of it was trained on."""
+    """The data without one image: most of it was trained on."""
     for file in storage.list_files(tree)[:-1]:
         storage.write_bytes(f"{tmp_path}/data/{file.path}", storage.read_bytes(file.uri))
     return f"{tmp_path}/data"
@@ -47,10 +47,10 @@ def test_what_was_trained_on_is_refused_or_marked_when_forced(run_uri, fewer, tm
     assert storage.read_bytes(f"{model}/card.json") == before
 
 
-def test_without_its_split_nobody_knows_what_a_model_has_seen(run_uri, fewer, tmp_path):
+def test_without_its_split_a_model_may_have_seen_the_data(run_uri, fewer, tmp_path):
     for file in storage.list_files(f"{run_uri}/model"):
         storage.write_bytes(f"{tmp_path}/alone/model/{file.path}", storage.read_bytes(file.uri))
-    with pytest.raises(DataError, match=r"no split.parquet beside the model tells what it has seen"):
+    with pytest.raises(DataError, match=r"there is no split.parquet beside the model to show"):
         evaluate.run(EvaluateConfig(model=f"{tmp_path}/alone/model", data=fewer, output=f"{tmp_path}/out"))
 
 
@@ -84,7 +84,7 @@ def test_another_slide_of_a_case_that_was_trained_on_is_seen(tmp_path):
 
 
 def split_row(name, patient, part="train", phash=None, tissue=1.0, **more):
-    """A row whose picture looks like no other, unless its hash is given: 256 bits in four words."""
+    """A row whose image looks like no other, unless its hash is given: 256 bits in four words."""
     words = np.random.default_rng(list(name.encode())).integers(2**63, size=4, dtype=np.uint64)
     row = {schema.IMAGE_ID: name, schema.URI: name, schema.PATIENT: patient, schema.PART: part}
     row |= {schema.SHA256: name, schema.PHASH: phash or words.tobytes().hex(), schema.TISSUE_FRACTION: tissue}
@@ -139,7 +139,7 @@ def test_no_bundle_no_evaluation(tree, tmp_path):
         evaluate.run(EvaluateConfig(model=str(tmp_path), data=tree))
 
 
-def test_the_card_tells_the_numbers_with_their_intervals(run_uri):
+def test_the_card_contains_metrics_with_intervals(run_uri):
     card = bundle.read_card(f"{run_uri}/model")
     assert card.metrics["n_images"] > 0
     text = storage.read_bytes(f"{run_uri}/model/README.md").decode()

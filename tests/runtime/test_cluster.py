@@ -164,7 +164,7 @@ def test_a_cluster_that_starts_from_zero_plans_with_what_may_be_added(monkeypatc
 
 @pytest.mark.usefixtures("only_a_head")
 @pytest.mark.parametrize("text", ["180", "CPU", "CPU=many", "CPU=2;GPU=1", "TPU=4", '{"CPU": 180}'])
-def test_a_limit_that_cannot_be_read_is_told(monkeypatch, text):
+def test_a_malformed_limit_is_an_error(monkeypatch, text):
     monkeypatch.setenv(cluster.LIMIT_VARIABLE, text)
     with pytest.raises(ConfigError, match=f"{cluster.LIMIT_VARIABLE}: expected CPU=192,GPU=4"):
         cluster.total_resources()

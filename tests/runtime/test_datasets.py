@@ -26,7 +26,7 @@ def small(data, **changes):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Twelve good pictures and every kind of broken one, as an index."""
+    """Twelve good images and one of each fault, as an index."""
     contents = {f"benign/p/good-{i}.png": pictures.encode(pictures.gradient(46 + i, 70)) for i in range(12)}
     contents |= {f"malignant/p/{name}.png": content for name, (content, _) in pictures.broken().items()}
     for name, content in contents.items():
@@ -68,7 +68,7 @@ def test_a_task_hands_on_each_block_when_it_is_there(joined, mixed):
     )
 
 
-def test_rows_are_shuffled_anew_every_epoch_and_alike_for_a_seed(joined):
+def test_rows_are_shuffled_every_epoch_as_the_seed_says(joined):
     table = pa.table({schema.URI: [str(i) for i in range(500)]})
 
     def blocks(dataset):

@@ -1,4 +1,4 @@
-"""What a model makes of its pictures: Ray's sums against plain NumPy over the same ones."""
+"""Feature statistics: Ray's sums against plain NumPy over the same images."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.ray
 
 
 def table(folder, prefix, n, seed):
-    """Rows of n pictures, each of its own shade."""
+    """Rows of n images of different shades."""
     rng, rows = np.random.default_rng(seed), []
     for i in range(n):
         path = folder / f"{prefix}-{i}.png"
@@ -55,7 +55,7 @@ def test_they_are_those_of_a_plain_loop(joined, tmp_path):
     assert (network.fc.weight == before).all()
 
 
-def test_a_picture_that_has_gone_is_named(joined, tmp_path):
+def test_a_missing_image_is_named(joined, tmp_path):
     """Asked of one worker: a failed run of Ray Data keeps its actors and their CPUs until it is collected."""
     rows = table(tmp_path, "t", 3, 0)
     (tmp_path / "t-1.png").unlink()

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Twelve good pictures and every kind of broken one, as an index."""
+    """Twelve good images and one of each fault, as an index."""
     contents = {f"benign/p/good-{i}.png": pictures.encode(pictures.gradient(46 + i, 70)) for i in range(12)}
     contents |= {f"malignant/p/{name}.png": content for name, (content, _) in pictures.broken().items()}
     for name, content in contents.items():
@@ -54,7 +54,7 @@ def test_inspect_stops_where_storage_fails(joined, mixed):
     """Left out as broken, the image would change split and numbers without a word."""
     lost = mixed.slice(0, 1).to_pylist()[0] | {schema.IMAGE_ID: "lost", schema.URI: DAMAGED}
     table = pa.concat_tables([mixed, pa.Table.from_pylist([lost], schema=mixed.schema)])
-    with pytest.raises(StorageError, match=r"storage did not give lost .* run the same command again"):
+    with pytest.raises(StorageError, match=r"storage failed to deliver lost .* run the same command again"):
         inspection.inspect_images(table)
 
 
@@ -63,5 +63,5 @@ def test_an_image_that_breaks_after_the_run_began_stops_it():
     inspection.require_whole(fine, names)
     with pytest.raises(BcdError, match="b became unusable after the run began: truncated"):
         inspection.require_whole(np.array(["", "truncated"]), names)
-    with pytest.raises(StorageError, match=r"did not give b .*run the same command again"):
+    with pytest.raises(StorageError, match=r"failed to deliver b .*run the same command again"):
         inspection.require_whole(np.array(["", "unavailable"]), names)

@@ -18,7 +18,7 @@ from bcd.scoring import score
 from bcd.training import crossval, train
 from tests.model.test_bundle import card, untrained
 
-# One file of each kind that a job writes, by the pattern of its path; ID stands for the id of the folder.
+# One file of each kind that a job writes, by the pattern of its path; ID is the id of the folder.
 WRITTEN = {
     "train": "config.json run.json data.json history.json split.parquet exposure/epoch-0001.parquet "
     "tensorboard/events.out.tfevents.1 checkpoints/a/b.pt model/model.safetensors model/card.json "

@@ -95,7 +95,7 @@ sums.to_pandas().to_json(output + "/sums.json")
 
 
 @pytest.mark.ray
-def test_gpus_are_given_pictures_that_are_read(scorer, model_uri, tmp_path):
+def test_images_are_read_for_gpus(scorer, model_uri, tmp_path):
     archive, output = tmp_path / "in", tmp_path / "out"
     good = {f"{i}.png": pictures.encode(pictures.gradient(50 + i, 70)) for i in range(40)}
     rows = reading(archive, good)
@@ -194,8 +194,8 @@ def test_a_row_says_which_bytes_it_is_of_and_what_computed_it(scorer, model_uri,
     assert half[schema.PRECISION].to_pylist() == ["bfloat16"]
 
 
-def test_warnings_stand_in_the_row(tmp_path):
-    """With a cut-off that the picture exceeds, with one that it does not, and without statistics."""
+def test_warnings_are_in_the_row(tmp_path):
+    """With a cut-off that the image exceeds, with one that it does not, and without statistics."""
     facts = {"mean": (0.0,) * 512, "spread": (1.0,) * 512, "n_training": 1, "n_validation": 1}
     rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b""})
     told = []
@@ -224,7 +224,7 @@ def test_overlays_and_other_methods_on_request(model_uri, tmp_path):
 
 
 class Overflowing:
-    """A network that gives no numbers for a white picture."""
+    """A network that gives no numbers for a white image."""
 
     def __init__(self, features):
         self._features = features
@@ -236,7 +236,7 @@ class Overflowing:
 
 
 def test_no_numbers_no_class(model_uri, tmp_path):
-    """Of four pictures the white one and the broken one have an error, and the others as ever."""
+    """Of four images the white one and the broken one have an error."""
     white = np.full((64, 96, 3), 255, np.uint8)
     files = {"a.png": pictures.encode(pictures.gradient()), "w.png": pictures.encode(white), "x.png": b""}
     rows = reading(tmp_path, files | {"z.png": pictures.encode(pictures.gradient(50, 70))})
@@ -285,7 +285,7 @@ def test_a_job_whose_model_changed_says_so(tmp_path):
         pass
 
 
-def test_a_batch_without_one_good_picture_is_all_errors(model_uri):
+def test_a_batch_without_a_good_image_is_all_errors(model_uri):
     batch = {
         schema.IMAGE: np.zeros((2, 64, 96, 3), np.uint8),
         schema.HEIGHT_PX: np.zeros(2, np.int32),

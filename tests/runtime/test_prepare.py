@@ -13,7 +13,7 @@ pytestmark = pytest.mark.ray
 
 
 def folder_per_class(root, n_patients=6, contents=None):
-    """A folder per class, two pictures a patient; every picture its own."""
+    """A folder per class, two distinct images per patient."""
     for i in range(n_patients):
         for tumor_class in ("benign", "malignant"):
             for j in range(2):
@@ -66,7 +66,7 @@ def test_broken_images_and_doubles_are_out_and_named(joined, tmp_path):
         prepare.prepare(small(data))
 
 
-def test_without_quarantine_a_picture_on_two_sides_cannot_pass(joined, tmp_path):
+def test_without_quarantine_copies_stay_in_one_part(joined, tmp_path):
     """Copies hold their groups together: the check finds nothing, unless rows are moved by hand."""
     double = pictures.encode(pictures.gradient(200, 300))
     contents = {f"{c}/{c}-{i}/double.png": double for i, c in enumerate(("benign", "malignant"))}
@@ -106,16 +106,16 @@ def test_a_tree_that_comes_divided_stays_so(tmp_path):
     table, facts = prepare.prepare(TrainConfig(data="d", validation_fraction=0.25), inspected)
     assert prepare.part_of(table, "test")[schema.PATIENT].to_pylist() == ["P8", "Q", "P9"]
     assert len(prepare.part_of(table, "validation")) == 2
-    assert "the parts are those that the data come with; --test-fraction is not used" in facts.warnings
+    assert "the parts are those given with the data; --test-fraction is not used" in facts.warnings
     again = prepare.prepare(TrainConfig(data="d", validation_fraction=0.25), inspected)[1]
     assert again.split_fingerprint == facts.split_fingerprint == split.fingerprint(table)
 
 
-def test_folds_are_made_anew_and_it_is_said(tmp_path):
+def test_folds_replace_given_parts_with_a_warning(tmp_path):
     config = TrainConfig(data="d", cross_folds=2, fold=1, validation_fraction=0.3)
     table, facts = prepare.prepare(config, divided(tmp_path))
     assert table.schema == schema.SPLIT
-    assert any("the data come with are not used: --fold divides" in text for text in facts.warnings)
+    assert any("given with the data are not used: --fold divides" in text for text in facts.warnings)
 
 
 def test_a_tree_that_comes_with_a_leak_is_refused(tmp_path):
@@ -123,7 +123,7 @@ def test_a_tree_that_comes_with_a_leak_is_refused(tmp_path):
         prepare.prepare(TrainConfig(data="d"), divided(tmp_path, test_patient="P0"))
 
 
-def test_what_an_index_warns_of_is_told_with_the_error(tmp_path, capsys):
+def test_warnings_of_an_index_are_printed_with_the_error(tmp_path, capsys):
     table, facts = divided(tmp_path)
     lacking = table.set_column(2, schema.INDEX.field(schema.PATIENT), pa.nulls(len(table), pa.string()))
     facts = facts.model_copy(update={"warnings": ["column 'patient_id' is not used"]})
@@ -136,7 +136,7 @@ def test_what_an_index_warns_of_is_told_with_the_error(tmp_path, capsys):
 def test_subtypes_cannot_be_used_where_some_are_unknown(joined, tmp_path, flag):
     data = folder_per_class(tmp_path)
     with pytest.raises(
-        DataError, match=rf"--{flag} subtype needs .* but 24 have none, benign/benign-0/0.png"
+        DataError, match=rf"--{flag} subtype needs .* but 24 have none, first benign/benign-0/0.png"
     ):
         prepare.prepare(small(data, **{flag: "subtype"}))
 

@@ -53,7 +53,7 @@ def with_column(table, name, *values):
     return table.set_column(place, table.schema.field(name), pa.array(values, table.schema.field(name).type))
 
 
-def test_a_run_goes_on_with_the_same_data_wherever_they_lie(tmp_path):
+def test_a_run_resumes_with_the_same_data_at_another_place(tmp_path):
     assert run_directory.resume(TrainConfig(data="d"), f"{tmp_path}/none", None) is None
     now = split_of(str(tmp_path))
     moved = with_column(now, schema.URI, "s3://b/a", "s3://b/b", "s3://b/c")
@@ -83,9 +83,9 @@ def test_a_run_goes_on_with_the_same_data_wherever_they_lie(tmp_path):
         ),
     ],
 )
-def test_a_run_does_not_go_on_with_other_data(tmp_path, change, told):
+def test_a_run_does_not_resume_with_other_data(tmp_path, change, told):
     now = split_of(str(tmp_path))
-    with pytest.raises(DataError, match=rf"^d is not what it was when .* was split: .*{re.escape(told)}"):
+    with pytest.raises(DataError, match=rf"^d has changed since .* was split: .*{re.escape(told)}"):
         run_directory.resume(TrainConfig(data="d"), str(tmp_path), change(now))
 
 

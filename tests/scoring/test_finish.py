@@ -58,7 +58,7 @@ def test_failures_are_named_by_kind():
     assert found["truncated"].first == [("b.png", None)]
 
 
-def test_the_end_in_lines_for_people():
+def test_closing_lines():
     counts = finish._counts(TABLE, FAILED_INPUTS, DESCRIBED, ["a.png"])
     told = {"errors": {"truncated": 1, "missing_mpp": 1}, "warnings": {"unlike_training_data": 12}}
     lines = finish.closing_lines("/out", counts | told)
@@ -67,7 +67,7 @@ def test_the_end_in_lines_for_people():
     assert lines[3] == "  warned of unlike_training_data: 12 rows"
     assert lines[-1].endswith("/out/summary.json")
     blind = finish.closing_lines("/out", counts | told | {"warnings": None})
-    assert blind[3] == "  the model has no statistics that tell what is unlike its training data"
+    assert blind[3] == "  the model has no statistics to identify images unlike its training data"
 
 
 def judged(*rows):
@@ -77,7 +77,7 @@ def judged(*rows):
     return pa.Table.from_pylist(full, schema=FORM)
 
 
-def test_warnings_are_counted_by_code_where_the_model_can_tell():
+def test_warnings_by_code_need_statistics_of_the_model():
     table = judged(
         ("a", 0.9, ["unlike_training_data"], 1.2),
         ("b", 0.1, [], 1.2),

@@ -56,7 +56,7 @@ def hashes_without_ray(monkeypatch):
 
 
 def settle(output, found):
-    """What a job does first; returns the books and what is to be scored again."""
+    """What a job does first; returns the ledger and what is to be scored again."""
     ours, _ = ledger.open_ledger(str(output), SETTINGS)
     changed = inputs.settle(ours, ledger.merged(ours), ledger.committed(ours), found)
     return ours, changed
@@ -132,7 +132,7 @@ def test_what_has_left_the_archive_keeps_its_rows_until_another_file_comes(tmp_p
 
 
 @pytest.mark.parametrize("kill_after", range(1, 7))
-def test_a_kill_while_rows_are_taken_out_loses_and_doubles_none(tmp_path, monkeypatch, kill_after):
+def test_a_kill_while_rows_are_removed_loses_and_doubles_none(tmp_path, monkeypatch, kill_after):
     """At each write and deletion in turn; in between the old file comes back, or does not."""
     scored(tmp_path, ROWS[:7] + ROWS[10:19], merged=True)
     ours, _ = settle(tmp_path, archive())
@@ -190,11 +190,11 @@ def test_the_summary_says_that_the_table_is_incomplete_until_it_is_not(tmp_path)
 def test_a_slide_that_is_replaced_while_its_tiles_are_read_is_not_merged():
     inputs.require_same_slides(archive(), archive(versions={"f00.png": "2-1"}), ["s.svs", "a.svs"])
     with pytest.raises(
-        IncompleteError, match=r"1 input has changed during this run \(s.svs\): the same command"
+        IncompleteError, match=r"1 input has changed during this run \(s.svs\): run the same command"
     ):
         inputs.require_same_slides(archive(), archive(versions={"s.svs": "2-1"}), ["s.svs", "a.svs"])
 
 
 def test_changed_inputs_are_counted_and_the_first_named():
     found = inputs.changed_text(["a", "b", "c", "d", "e"], "since")
-    assert found == "5 inputs have changed since (a, b, c and 2 more)"
+    assert found == "5 inputs have changed since (a, b, c, and 2 more)"

@@ -36,7 +36,7 @@ def commit(ours, rows):
 
 
 def finish(ours):
-    """Merge what is committed, and close the books; returns rows per file."""
+    """Merge what is committed, and close the ledger; returns rows per file."""
     written = [ledger.merge(part) for part in ledger.cut_parts(ours, ledger.committed(ours))]
     ledger.close_ledger(ours, {"rows": sum(written)})
     return written
@@ -87,7 +87,7 @@ def test_begin_refuses_other_settings_and_names_them(output):
     other = {"model": "xyz", "input": "in", "overlays": "png"}
     with pytest.raises(
         ConfigError,
-        match=r"scored otherwise: --cam evidence -> None; --model abc -> xyz; --overlays None -> png. Repeat",
+        match=r"other settings: --cam evidence -> None; --model abc -> xyz; --overlays None -> png. Repeat",
     ):
         ledger.open_ledger(output, other)
     assert ledger.read_settings(output) == SETTINGS
@@ -102,7 +102,7 @@ def test_the_same_rows_committed_twice_are_one_file(output):
     assert ledger.committed(ours).rows == dict.fromkeys([r["image_id"] for r in ROWS[:7]], 1)
 
 
-def test_a_commit_tells_rows_and_errors_per_input(tmp_path):
+def test_a_commit_counts_rows_and_errors_per_input(tmp_path):
     ours, _ = ledger.open_ledger(str(tmp_path), SETTINGS)
     broken = tile_of("s.svs", 7, 7) | {"error": "unreadable"}
     counted = commit(ours, [*ROWS[8:], broken])
@@ -135,7 +135,7 @@ def test_rows_that_storage_did_not_give_are_left_to_the_next_run(output):
 
 
 def test_what_is_committed_counts_each_row_once(output):
-    """Tasks of a killed driver go on for a moment: their segments overlap those of the next."""
+    """Tasks of a killed driver continue for a moment: their segments overlap those of the next."""
     ours, _ = ledger.open_ledger(output, SETTINGS)
     for rows in (ROWS[8:14], ROWS[9:16], [ROWS[9]], ROWS[12:13]):
         commit(ours, rows)
@@ -260,7 +260,7 @@ def test_killed_anywhere_the_next_run_has_each_row_once(tmp_path, small_files, s
 
 @seldom_on_s3
 def test_killed_in_the_middle_of_merging_while_files_were_added(output, small_files):
-    """The table was to be cut otherwise: what stands of the other cut must go."""
+    """Files of another division of the table are removed."""
     list(attempt(output, ROWS[:2]))
     killed = attempt(output, ROWS[:9])
     for _ in range(6):

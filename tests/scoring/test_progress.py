@@ -78,7 +78,7 @@ def test_time_left_goes_by_bytes_and_within_a_slide_by_tiles(tmp_path, clock, ca
     assert capsys.readouterr().out == "2 of 2 inputs, 41 rows, 2 errors; 0.8 rows/s\n"
 
 
-def test_a_manifest_without_sizes_counts_every_input_alike(tmp_path, clock, capsys):
+def test_a_manifest_without_sizes_weights_inputs_equally(tmp_path, clock, capsys):
     shown = progress.Progress(inputs(a__png=None, b__png=None, c__svs=None), str(tmp_path), ledger.Done())
     clock.now += 50
     shown.add(counted(("a.png", 1, 0), ("c.svs", 1, 1)))
@@ -107,7 +107,7 @@ def test_nothing_to_do_is_no_line(tmp_path, clock, capsys):
 @pytest.mark.parametrize(
     ("seconds", "said"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5_399, "90 min"), (5_400, "1.5 h")]
 )
-def test_durations_are_for_people(seconds, said):
+def test_durations(seconds, said):
     assert progress._duration(seconds) == said
 
 

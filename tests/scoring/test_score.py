@@ -67,7 +67,7 @@ def test_without_a_compiler_auto_does_not_compile(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flag", "value"), [("precision", "bfloat16"), ("min_tissue", 0.5), ("input", "j"), ("cam", "layercam")]
 )
-def test_what_decides_a_row_is_part_of_the_books(flag, value, tmp_path):
+def test_settings_that_determine_a_row_are_recorded(flag, value, tmp_path):
     config = ScoreConfig(model="m", input="i", output="o")
     other = config.model_copy(update={flag: value, "output": "p", "max_workers": 3})
     one, two = (score._deciding(c, "id", False) for c in (config, other))
@@ -77,15 +77,17 @@ def test_what_decides_a_row_is_part_of_the_books(flag, value, tmp_path):
 @pytest.mark.parametrize("output", ["archive/scores", "archive"])
 def test_an_output_inside_the_input_is_refused(output, tmp_path):
     config = ScoreConfig(model="m", input=str(tmp_path / "archive"), output=str(tmp_path / output))
-    with pytest.raises(ConfigError, match="lies inside --input"):
+    with pytest.raises(ConfigError, match="is inside --input"):
         score.run(config)
 
 
-def test_who_must_go_on_is_told_why():
+def test_an_incomplete_job_says_how_to_resume():
     score._require_balance(books({"a.png": 1, "s.svs": 3}, older=["b.png"]), "b.png: denied")
-    with pytest.raises(IncompleteError, match=r"2 of 3 inputs have neither .* the same command goes on\.$"):
+    with pytest.raises(
+        IncompleteError, match=r"2 of 3 inputs have neither .* Run the same command again to resume\.$"
+    ):
         score._require_balance(books({"a.png": 1}))
-    with pytest.raises(IncompleteError, match=r"goes on\. Storage did not give all .*b.png: denied"):
+    with pytest.raises(IncompleteError, match=r"to resume\. Storage failed to deliver some .*b.png: denied"):
         score._require_balance(books({"a.png": 1}), "b.png: denied")
 
 

@@ -90,7 +90,7 @@ def stained():
 
 
 def check(ours, plan, tiles, row, probability, log_odds):
-    """What is told of one slide against its tiles."""
+    """Compare the results of one slide with its tiles."""
     assert row[schema.SLIDE] == plan.slide
     assert row[schema.TILES] == plan.tiles == len(tiles)
     assert row[schema.BACKGROUND_TILES] == plan.background_tiles
@@ -115,7 +115,7 @@ def check(ours, plan, tiles, row, probability, log_odds):
         assert measured == pytest.approx({schema.PROBABILITY_MALIGNANT: p, "log_odds": odds}, rel=1e-5)
 
 
-def test_a_slide_is_told_by_its_tiles(tmp_path):
+def test_a_slide_is_described_by_its_tiles(tmp_path):
     ours, tiles, plans = planned(tmp_path, {"a/s.tif": stained()}, SYNTHETIC)
     rows, probability, log_odds = scored(ours, tiles)
     table = slides.write_slides(ours, plans, none(), card())
@@ -124,7 +124,7 @@ def test_a_slide_is_told_by_its_tiles(tmp_path):
     assert pq.read_table(f"{ours.uri}/slides.parquet").equals(table)
 
 
-def test_tiles_lie_for_qupath_where_it_shows_them(tmp_path):
+def test_tiles_for_qupath_have_its_coordinates(tmp_path):
     """It crops a slide to its bounds: the table keeps level 0, and says so."""
     ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
     rows, _, _ = scored(ours, tiles)
@@ -171,7 +171,7 @@ def test_tiles_have_the_size_of_each_axis(tmp_path):
 
 
 @pytest.mark.real
-def test_a_real_slide_is_told_by_its_tiles(tmp_path, real_data):
+def test_a_real_slide_is_described_by_its_tiles(tmp_path, real_data):
     content = (real_data / "slides" / NAME).read_bytes()
     ours, tiles, plans = planned(tmp_path, {NAME: content}, FIELD)
     rows, probability, log_odds = scored(ours, tiles)
@@ -184,7 +184,7 @@ def test_a_real_slide_is_told_by_its_tiles(tmp_path, real_data):
 
 
 @pytest.mark.parametrize("output", ["/data/out", "s3://b/out"])
-def test_whatever_a_slide_is_called_its_pictures_lie_in_the_output(output):
+def test_files_of_any_slide_id_are_inside_the_output(output):
     """In a manifest without ids, a slide is called by its URI."""
     names = ["a/s.svs", "s3://b/a/s.svs", "/a/s.svs", "../../a/s.svs", "./a/s.svs", "a//s.svs", "..", "/"]
     names += ["gs://b/a/s.svs", "b/a/s.svs"]
@@ -196,7 +196,7 @@ def test_whatever_a_slide_is_called_its_pictures_lie_in_the_output(output):
 
 
 @pytest.mark.parametrize("kind", ["absolute", "relative", "remote"])
-def test_slides_of_a_manifest_are_told_whatever_their_uri(tmp_path, kind, request):
+def test_slides_of_a_manifest_have_any_uri(tmp_path, kind, request):
     at = {"absolute": f"{tmp_path}/in", "relative": "../in"}
     at["remote"] = f"{request.getfixturevalue('s3')}/{tmp_path.name}" if kind == "remote" else ""
     storage.write_bytes(f"{at['remote'] or f'{tmp_path}/in'}/s.tif", stained())
@@ -218,7 +218,7 @@ def test_slides_of_a_manifest_are_told_whatever_their_uri(tmp_path, kind, reques
     assert written == [("out", "slides")]
 
 
-def test_the_heat_map_lies_on_the_tissue(tmp_path):
+def test_the_heat_map_covers_the_tissue(tmp_path):
     """White glass stays white; the first tile's colour is that of its probability."""
     ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
     rows, *_ = scored(ours, tiles)

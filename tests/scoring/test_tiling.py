@@ -104,7 +104,7 @@ def test_tiles_that_are_done_are_left_out_of_the_rows_and_not_of_the_plan(tmp_pa
     assert len(expanded(tmp_path, done=frozenset(ids))) == 0
 
 
-def test_a_slide_that_dies_after_some_tiles_keeps_its_books(tmp_path):
+def test_a_slide_that_fails_after_some_tiles_keeps_its_plan(tmp_path):
     """Its other tiles become errors, so that they balance; a rerun plans nothing again."""
     write(tmp_path, {"s.tif": stained()})
     before = expanded(tmp_path)
@@ -165,7 +165,7 @@ def test_a_slide_without_scale_takes_that_of_the_flag(tmp_path):
 
 @pytest.mark.parametrize("mpp", [None, 30.0, 352.8])
 def test_a_tiled_tiff_without_scale_is_a_field(tmp_path, mpp):
-    """72 dpi are no scale. It is read whole, and its books know no slide."""
+    """72 dpi are no scale. It is read whole, and has no plan."""
     (row,) = expanded(
         write(
             tmp_path,

@@ -55,13 +55,13 @@ def noise(cluster, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def signal(cluster, tmp_path_factory):
-    """The same patients with a sign of their class in every picture; two folds at a time."""
+    """The same patients with a sign of their class in every image; two folds at a time."""
     config = config_of(tmp_path_factory.mktemp("signal"), signal=True, parallel=2)
     return config, crossval.run(config)
 
 
 @trial
-def test_a_leak_is_seen_and_said_where_the_class_stands_in_no_picture(noise):
+def test_a_leak_is_reported_where_no_image_shows_the_class(noise):
     _, uri = noise
     measured = read_json(f"{uri}/metrics.json")
     honest, leaky = measured["pooled"], read_json(f"{uri}/image/metrics.json")["pooled"]
@@ -80,7 +80,7 @@ def test_a_leak_is_seen_and_said_where_the_class_stands_in_no_picture(noise):
 
 
 @trial
-def test_no_leak_is_seen_where_the_class_stands_in_every_picture(signal):
+def test_no_leak_is_reported_where_images_show_the_class(signal):
     _, uri = signal
     measured = read_json(f"{uri}/metrics.json")
     assert measured["pooled"]["balanced_accuracy"] > 0.85
@@ -134,7 +134,7 @@ def test_a_finished_study_says_so_and_another_is_refused(noise, capsys):
         crossval.run(config.model_copy(update={"k": 3}))
 
 
-def test_warnings_of_one_fold_stand_under_its_name(tmp_path):
+def test_warnings_of_one_fold_have_its_name(tmp_path):
     folds = list(crossval._folds(CrossvalConfig(data="d", k=2), str(tmp_path), "case"))
     facts = {"data_fingerprint": "0", "synthetic": False, "broken": [], "quarantined": []}
     facts |= {"field_height_px": 1, "field_width_px": 1}
@@ -204,8 +204,8 @@ def with_one_more(parts):
     return pa.concat_tables([parts, pa.Table.from_pylist([parts.to_pylist()[0] | gone], schema=parts.schema)])
 
 
-def test_a_study_does_not_go_on_with_other_data(cluster, tree, tmp_path):
-    """One image fewer would divide all folds anew."""
+def test_a_study_does_not_resume_with_other_data(cluster, tree, tmp_path):
+    """One image fewer would change all folds."""
     config = CrossvalConfig(
         **small(tree).model_dump(include={"data", "weights", "architecture"}), output=str(tmp_path), k=2
     )
@@ -214,7 +214,7 @@ def test_a_study_does_not_go_on_with_other_data(cluster, tree, tmp_path):
     output.claim_folder(f"{tmp_path}/crossval", output.CROSSVAL)
     run_directory.write_json(fold.uri, run_directory.DATA, facts.model_dump())
     run_directory.write_split(fold.uri, with_one_more(parts))
-    with pytest.raises(DataError, match=r"is not what it was when .*repeat-1-fold-1 was split"):
+    with pytest.raises(DataError, match=r"has changed since .*repeat-1-fold-1 was split"):
         crossval.run(config)
 
 
@@ -222,7 +222,7 @@ def arm(protocol, images):
     return crossval.Arm(protocol, {}, images, None, {})
 
 
-def test_a_leak_is_told_on_the_images_that_both_arms_tested():
+def test_a_leak_is_measured_on_images_of_both_arms():
     images = studies.Cohort(seed=1).images(1.0)
     leaky, honest = arm("image", images.iloc[5:]), arm("case", images)
     found = crossval._leak(leaky, honest)
@@ -251,7 +251,7 @@ def test_more_folds_than_groups_end_a_study_before_it_trains(cluster, tree, tmp_
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_finished_study_with_a_bundle_that_cannot_be_used_goes_on(monkeypatch, capsys):
+def test_a_finished_study_with_an_unusable_bundle_resumes(monkeypatch, capsys):
     faults = {"a": None, "b": "b: the model card has format 1", "c": None}
     monkeypatch.setattr(crossval.export, "fault", faults.get)
     folds = {uri: SimpleNamespace(uri=uri) for uri in faults}

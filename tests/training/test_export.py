@@ -105,7 +105,7 @@ def test_a_finished_run_whose_bundle_is_of_another_format_says_why(tmp_path):
     assert "format 1, this version reads 2" in export.fault(str(tmp_path))
 
 
-def test_the_temperature_is_found_and_told_before_and_after():
+def test_calibration_is_measured_before_and_after():
     decided = export._decided(TrainConfig(data="d"), *validation(4000)[:2])
     assert decided["temperature"] == pytest.approx(2, rel=0.05)
     told = decided["calibration"]

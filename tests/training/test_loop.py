@@ -1,4 +1,5 @@
 import contextlib
+import socket
 import threading
 import zipfile
 from pathlib import Path
@@ -28,7 +29,7 @@ RECORD = {
 }
 
 
-def test_progress_line_is_for_people():
+def test_progress_line():
     assert loop.progress_line(RECORD, 12) == (
         "epoch 2/12: loss 0.500 (validation 0.250), balanced accuracy 0.875 on 1,234 validation images; "
         "saw benign 4,000, malignant 4,000; learning rate 2.0e-04; 31.2 images/s, 60 s; 10 min left"
@@ -303,8 +304,15 @@ def test_a_pass_that_was_begun_is_read_before_it_is_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["0", "7"])
-def test_a_picture_that_broke_meanwhile_ends_the_pass_that_was_begun(monkeypatch, broken):
+def test_an_image_that_broke_ends_the_pass_that_was_begun(monkeypatch, broken):
     passes = stream(monkeypatch, Shard(broken=(broken,)))
     passes.begin()
     with pytest.raises(BcdError, match=f"{broken} became unusable after the run began"):
         ids(passes.batches())
+
+
+def test_an_interface_is_found_by_its_address():
+    """Workers on several hosts use it: see `tests/cluster`."""
+    names = {name for _, name in socket.if_nameindex()}
+    assert loop.interface("127.0.0.1") in names
+    assert loop.interface("192.0.2.1") is None

@@ -144,7 +144,7 @@ def test_running_it_again_does_nothing_and_says_so(run_uri, config, capsys):
 def test_other_settings_under_the_same_name_are_refused_by_name(run_uri, config):
     other = config.model_copy(update={"seed": 7, "epochs": 9})
     with pytest.raises(
-        ConfigError, match=r"other settings: --epochs 2 -> 9; --seed 0 -> 7. Repeat them to go on"
+        ConfigError, match=r"other settings: --epochs 2 -> 9; --seed 0 -> 7. Repeat the earlier settings"
     ):
         train.run(other)
 
@@ -175,7 +175,7 @@ def test_a_damaged_run_directory_says_so(tree, tmp_path):
 
 
 @pytest.mark.parametrize(("fault", "goes_on"), [(None, False), ("m: the model card has format 1", True)])
-def test_a_finished_run_whose_bundle_cannot_be_used_goes_on(monkeypatch, capsys, fault, goes_on):
+def test_a_finished_run_with_an_unusable_bundle_resumes(monkeypatch, capsys, fault, goes_on):
     def stop(*_):
         raise BundleError("goes on")
 
@@ -217,6 +217,6 @@ def test_what_the_workers_return_instead_of_a_history_ends_the_run(monkeypatch):
         (GetTimeoutError("Ray's own, and an OSError"), "Training failed"),
     ],
 )
-def test_the_end_of_a_training_is_told_as_a_sentence_where_it_is_not_our_fault(fault, told):
+def test_errors_for_the_user_that_end_a_training_are_short(fault, told):
     for error in (WorkerGroupError("trace", {0: ValueError("peer"), 1: fault}), ControllerError(fault)):
         assert re.search(told, str(train.for_people(error, "s3://b/run")))
