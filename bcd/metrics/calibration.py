@@ -57,8 +57,11 @@ def log_odds(logit: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
     """
     malignant = np.array(malignant_mask(tuple(class_names)))
     scores = np.asarray(logit, np.float64)
-    benign_sum, malignant_sum = (np.logaddexp.reduce(scores[:, part], 1) for part in (~malignant, malignant))
-    return malignant_sum - benign_sum
+    with np.errstate(invalid="ignore"):  # NaN stays NaN
+        benign_sum, malignant_sum = (
+            np.logaddexp.reduce(scores[:, part], 1) for part in (~malignant, malignant)
+        )
+        return malignant_sum - benign_sum
 
 
 def cross_entropy(truth_malignant: np.ndarray, log_odds: np.ndarray) -> float | None:

@@ -15,6 +15,7 @@ from bcd.data import archive
 from bcd.imaging import image
 from bcd.scoring import ledger, slides, tiling
 from bcd.slides import slide_cache
+from bcd.taxonomy import TUMOR_CLASSES, classes, malignant_mask
 from tests import pictures
 from tests.model.test_bundle import card
 
@@ -47,17 +48,18 @@ def planned(folder, contents, tile_settings, generation=1):
     return ours, tiles, [tiling.read_plan(ours.plans_uri, name) for name in contents]
 
 
-def scored(ours, tiles, classes=("benign", "malignant")):
+def scored(ours, tiles, names=TUMOR_CLASSES):
     """A predictions table by hand, and its probabilities."""
+    malignant = malignant_mask(names).index(True)
     rng = np.random.default_rng(0)
     log_odds = rng.normal(0, 2, len(tiles)).astype(np.float32)
     probability = 1 / (1 + np.exp(-log_odds))
     rows = [
         row
         | {
-            schema.LOGIT: [0.0, float(odds)] + [0.0] * (len(classes) - 2),
+            schema.LOGIT: [float(odds) if i == malignant else 0.0 for i in range(len(names))],
             schema.PROBABILITY_MALIGNANT: float(p),
-            schema.PREDICTED_CLASS: classes[int(p >= 0.5)],
+            schema.PREDICTED_CLASS: names[malignant if p >= 0.5 else 0],
             schema.MODEL_ID: "m",
             schema.BCD_VERSION: "1",
         }
@@ -253,15 +255,15 @@ def test_tiles_in_error_are_counted_and_keep_their_place(tmp_path):
 
 def test_tiles_of_a_model_of_subtypes_have_its_classes_and_log_odds(tmp_path):
     ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
-    _, _, odds = scored(ours, tiles, ("A", "DC", "F"))
-    subtypes = card(target="subtype", classes=("A", "DC", "F"))
+    _, _, odds = scored(ours, tiles, classes("subtype"))
+    subtypes = card(target="subtype", classes=classes("subtype"))
     (row,) = slides.write_slides(ours, plans, none(), subtypes).to_pylist()
     found = Counter(feature["properties"]["classification"]["name"] for feature in features(ours, "s.tif"))
     assert found.keys() == {"A", "DC"}
     assert row[schema.MALIGNANT_TILE_SHARE] == pytest.approx(found["DC"] / 15)
-    # Two benign classes with logit 0 beside the malignant one.
-    told = [feature["properties"]["measurements"]["log_odds"] for feature in features(ours, "s.tif")]
-    assert told == pytest.approx(odds - np.log(2), rel=1e-5)
+    # Four benign and three malignant classes with logit 0 beside the one.
+    written = [feature["properties"]["measurements"]["log_odds"] for feature in features(ours, "s.tif")]
+    assert written == pytest.approx(np.logaddexp(odds, np.log(3)) - np.log(4), rel=1e-4)
 
 
 def test_a_second_generation_keeps_the_rows_of_the_first(tmp_path):
