@@ -85,7 +85,7 @@ def compare(name: str, hosts: object, second: list[str], rounds: int, rate: Call
 
 
 def scoring(hosts: object, model_folder: str, images: str, n: int) -> Callable[[int], float]:
-    """Rate of scoring n of the pictures, over and over, as a function of the hosts."""
+    """Rate of scoring n of the images, over and over, as a function of the hosts."""
     model = storage.join(BUCKET, "model")
     storage.upload_folder(Path(model_folder), model)
     manifest = hosts.head.folder / "manifest.csv"
@@ -109,9 +109,9 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", help="bundle, as a local folder")
-    parser.add_argument("--images", help="local folder of pictures to score")
+    parser.add_argument("--images", help="local folder of images to score")
     parser.add_argument("--data", help="local training data")
-    parser.add_argument("--n", type=int, default=3840, help="pictures scored in a run")
+    parser.add_argument("--n", type=int, default=3840, help="images scored in a run")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cores", nargs=2, default=("0", "1"), help="core of each host")
     parser.add_argument("--batch-size", type=int, default=32, help="images of a step, over all hosts")

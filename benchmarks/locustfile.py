@@ -1,8 +1,8 @@
-"""Clients of the service, as many as asked for: each sends picture after picture.
+"""Clients of the service, as many as asked for: each sends image after picture.
 
     BCD_IMAGES=FOLDER locust -f benchmarks/locustfile.py --host http://127.0.0.1:8000
 
-A client that is told to come again (503) does so after the time it is told, as clients should. The token is
+A client that gets a 503 retries after the time in Retry-After, as clients should. The token is
 that of the variable BCD_API_TOKEN. `python -m benchmarks.serve_load` runs all this and prints a table.
 """
 
@@ -37,7 +37,7 @@ class Client(HttpUser):
 
     @task
     def predict(self) -> None:
-        """One picture; a 503 with Retry-After is an answer, not a failure."""
+        """One image; a 503 with Retry-After is an answer, not a failure."""
         with self.client.post(
             "/v1/predict",
             data=next(self._pictures),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.score_memory --model MODEL --images FOLDER --n 400 4000
 
-For each n, `jobs/score.py` runs on a manifest of n rows (the same pictures over and over), on its own Ray.
+For each n, `jobs/score.py` runs on a manifest of n rows (the same images over and over), on its own Ray.
 Every half second the memory of all its processes, Ray's own among them, is taken (`tests.cluster.memory`).
 Who else runs on the machine with the same libraries takes over a share of `mapped`, seen: 200 MiB. So the
 ratio is given without it also; on a quiet machine the two agree.
@@ -50,7 +50,7 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", required=True, help="URI of a bundle")
-    parser.add_argument("--images", required=True, help="folder of pictures, repeated as often as needed")
+    parser.add_argument("--images", required=True, help="folder of images, repeated as often as needed")
     parser.add_argument("--n", type=int, nargs="+", default=[400, 4000])
     # The same for every n, where `auto` would decide by the length of the archive.
     parser.add_argument("--precision", default="bfloat16")

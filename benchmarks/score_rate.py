@@ -2,7 +2,7 @@
 
     python -m benchmarks.score_rate --model MODEL --images FOLDER [--n 600] [--rounds 3]
 
-All score the same pictures with the same weights in bfloat16 (one loop: float32, as named). The plain loop is
+All score the same images with the same weights in bfloat16 (one loop: float32, as named). The plain loop is
 what people write without Ray: a DataLoader that decodes (into pinned memory for a GPU), the network of
 torchvision with its batch norms, logits and closed-form maps. It takes a turn between any two others, because
 the speed of a machine drifts: the figure of a turn is its rate over the mean of the plain ones right before
@@ -49,7 +49,7 @@ GRADCAM, GRADCAM_FAST = "pytorch-grad-cam, float32", f"pytorch-grad-cam, {PRECIS
 
 
 class Pictures(Dataset):
-    """A folder's pictures as a map-style dataset: read, decode, fit."""
+    """A folder's images as a map-style dataset: read, decode, fit."""
 
     def __init__(self, uris: list[str], card: bundle.Card) -> None:
         self.uris, self.size = uris, (card.input_height_px, card.input_width_px)
@@ -87,7 +87,7 @@ class Loop:
         )
 
     def batches(self) -> Iterator[torch.Tensor]:
-        """Normalised pictures on the device."""
+        """Normalised images on the device."""
         for images in self.loader:
             on_device = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             batch = normalise(on_device, self.card.mean, self.card.std)
@@ -107,7 +107,7 @@ class Plain(Loop):
         super().__init__(model_uri, uris, BATCH_SIZE, torch.channels_last)
 
     def rate(self) -> float:
-        """Pictures per second."""
+        """Images per second."""
         return steady(self._scored())
 
     @torch.inference_mode()
@@ -122,7 +122,7 @@ class Plain(Loop):
 
 
 class GradCam(Loop):
-    """pytorch-grad-cam's own loop on layer4: float32, a picture at a time and NCHW, as its README has it.
+    """pytorch-grad-cam's own loop on layer4: float32, a image at a time and NCHW, as its README has it.
 
     Its bfloat16 form is given more: whole batches, channels_last, and a cast without which it fails there.
     """
@@ -136,7 +136,7 @@ class GradCam(Loop):
         self.cam = pytorch_grad_cam.GradCAM(self.network, [self.network.layer4[-1]], reshape_transform=cast)
 
     def rate(self) -> float:
-        """Pictures per second."""
+        """Images per second."""
         return steady(self._scored())
 
     def _scored(self) -> Iterator[int]:
@@ -169,7 +169,7 @@ def pipeline_rate(model_uri: str, rows: pa.Table, compiled: bool, precision: str
 def map_costs(model_uri: str, uris: list[str], pairs: int) -> list[float]:
     """Time with evidence over time without, for pairs of the same forward pass, folded and not compiled.
 
-    With: `Bundle.predict`, whole. Without: normalising, the network as it stands, and logits to the host.
+    With: `Bundle.predict`, whole. Without: normalising, the network as built, and logits to the host.
     """
     ours = bundle.load(model_uri, precision=PRECISION)
     pictures = Pictures(uris, ours.card)
@@ -188,7 +188,7 @@ def map_costs(model_uri: str, uris: list[str], pairs: int) -> list[float]:
     _seconds(without), _seconds(with_maps)
     found = []
     for number in range(pairs):
-        # Whoever comes second may find the caches warm.
+        # The second may find the caches warm.
         order = (without, with_maps) if number % 2 else (with_maps, without)
         taken = {function: _seconds(function) for function in order}
         found.append(taken[with_maps] / taken[without])
@@ -247,7 +247,7 @@ def print_table(found: list[dict[str, float]], maps: list[float]) -> None:
 
 
 def repeated(images: str, n: int) -> pa.Table:
-    """The pictures below a folder as `n` rows of `schema.READING`, over and over, each with its own id."""
+    """The images below a folder as `n` rows of `schema.READING`, over and over, each with its own id."""
     found = archive.list_inputs(images).table
     table = found.take(pa.array(np.arange(n) % len(found)))
     ids = [f"{i:06d}/{name}" for i, name in enumerate(table[schema.IMAGE_ID].to_pylist())]
@@ -261,8 +261,8 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", required=True, help="URI of a bundle")
-    parser.add_argument("--images", required=True, help="folder of pictures, repeated as often as needed")
-    parser.add_argument("--n", type=int, default=600, help="pictures a turn, rounded up to whole blocks")
+    parser.add_argument("--images", required=True, help="folder of images, repeated as often as needed")
+    parser.add_argument("--n", type=int, default=600, help="images a turn, rounded up to whole blocks")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     uri = storage.absolute(arguments.model)
@@ -271,7 +271,7 @@ def main() -> None:
     rows = repeated(arguments.images, n)
     uris = rows[schema.URI].to_pylist()
     few = uris[: BATCH_SIZE * max(2, round(n * GRADCAM_SHARE / BATCH_SIZE))]
-    print(f"{n} pictures a turn, {cluster.cores()} cores, batches of {BATCH_SIZE}, {PRECISION}", flush=True)
+    print(f"{n} images a turn, {cluster.cores()} cores, batches of {BATCH_SIZE}, {PRECISION}", flush=True)
     maps = map_costs(uri, uris, MAP_PAIRS_PER_ROUND * arguments.rounds)
     cluster.connect()
     others = {PIPELINE: lambda: pipeline_rate(uri, rows, False)}

@@ -3,7 +3,7 @@
     python -m benchmarks.serve_load --model MODEL --images FOLDER [--precision float32] [--seconds 40]
 
 Prints for 1, 4, 16 and 64 clients (locust, a process of its own on the same machine) throughput, latency and
-errors, then what was asked for as ratios: saturation against the archive job's rate, a lonely client's median
+errors, then what was asked for as ratios: saturation against the archive job's rate, a single client's median
 against decode plus a bare forward pass, the accepted requests' p95 under overload against saturation, and the
 memory of the service's processes after many requests against that after all these clients. The bare pass is
 timed twice: where nothing else runs, and beside the idle service, in turns with the client; the difference is
@@ -72,7 +72,7 @@ class Bare:
         return statistics.median([self.ms(content) for content in contents][WARM_UP:])
 
     def in_turns(self, url: str, contents: list[bytes]) -> tuple[float, float]:
-        """Medians of a lonely client's request and of the bare pass, a picture of each after the other."""
+        """Medians of a single client's request and of the bare pass, a image of each after the other."""
         times = []
         with httpx.Client(timeout=60) as client:
             for content in contents:
@@ -191,11 +191,11 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", required=True, help="URI of a bundle")
-    parser.add_argument("--images", required=True, help="folder of pictures")
+    parser.add_argument("--images", required=True, help="folder of images")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--flags", default="", help="more flags of jobs/serve.py, in quotes")
     parser.add_argument("--seconds", type=float, default=40, help="for each number of clients")
-    parser.add_argument("--n", type=int, default=320, help="pictures of the archive job's turns")
+    parser.add_argument("--n", type=int, default=320, help="images of the archive job's turns")
     parser.add_argument("--requests", type=int, default=5_000, help="after which memory is looked at again")
     arguments = parser.parse_args()
     uri, images, precision = storage.absolute(arguments.model), arguments.images, arguments.precision

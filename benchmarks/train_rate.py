@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", default="none")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeat", type=int, default=1, help="times each training row stands in an epoch")
+    parser.add_argument("--repeat", type=int, default=1, help="times each training row occurs in an epoch")
     parser.add_argument("--height", type=int, default=224)
     parser.add_argument("--width", type=int, default=336)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -4,6 +4,7 @@ import re
 import runpy
 import shlex
 import string
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,7 @@ MAKE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 # Flags that documents name of other programs than the jobs: Ray, docker, the benchmarks, pytest.
 OTHER_FLAGS = {"--help", "--working-dir", "--build-arg", "--share", "--rounds", "--strict", "--durations"}
-# Words of the glossary's last column, and others that the field does not use so. Not in code, nor in the
-# pages that are made from it.
+# Words of the glossary's last column, and others that the field does not use so.
 BANNED = [
     *(
         r"stands?\b",
@@ -278,6 +278,24 @@ def test_documents_use_the_words_of_the_glossary():
         for path, whole in TEXTS.items()
         if path not in MADE
         for text in [re.sub(r"\s+", " ", prose(whole))]
+        for match in re.finditer(rf"\b(?:{'|'.join(BANNED)})", text, re.I)
+    )
+
+
+def prose_in_code(path: Path) -> Iterator[str]:
+    """Comments, docstrings and messages of a module, without what names code in them."""
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type in (tokenize.COMMENT, tokenize.STRING) and " " in token.string.strip():
+                yield re.sub(r"`[^`]*`|\{[^}]*\}|\s+", " ", token.string)
+
+
+def test_code_uses_the_words_of_the_glossary():
+    modules = [path for folder in ("bcd", "jobs", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    offenders(
+        f"{where(path)}: {match[0]!r} in {text[max(0, match.start() - 30) : match.end() + 20]!r}"
+        for path in modules
+        for text in prose_in_code(path)
         for match in re.finditer(rf"\b(?:{'|'.join(BANNED)})", text, re.I)
     )
 
