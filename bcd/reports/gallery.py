@@ -159,16 +159,18 @@ def render_gallery(
         examples: by group (`choose_groups`), in the order of the page, at most `PER_GROUP` of each.
         errors: by typed code.
         slides: all are in the table; the first `MAX_SLIDES` with a heat map are shown with it.
-        input_size_px: height and width of the network's input, which the evidence covers; by default it
-            covers each image alone.
+        input_size_px: as in `thumbnails.draw_example`.
         images: the table of the images that are not slides.
     """
     shown = {group: list(found[:PER_GROUP]) for group, found in examples.items() if found}
     # Maps of other methods than the closed form have no unit, so the page has a scale of its own.
-    closed_form = facts.get("cam") in (None, "evidence")
-    maps = (one.evidence for found in shown.values() for one in found)
-    limit = overlay.LIMIT if closed_form else overlay.scale(maps)
+    maps = [one.evidence for found in shown.values() for one in found]
+    limit = overlay.LIMIT if facts.get("cam") in (None, "evidence") else overlay.scale(maps)
     low, high = UNCERTAIN
+    drawn = {
+        group: [thumbnails.draw_example(one, limit, input_size_px) for one in found]
+        for group, found in shown.items()
+    }
     return style.render(
         "gallery.html",
         facts=defaultdict(lambda: None, facts),
@@ -179,10 +181,7 @@ def render_gallery(
         uncertain=UNCERTAIN,
         histogram=_histogram(probabilities, facts) if len(probabilities) else None,
         descriptions=GROUPS,
-        examples={
-            group: [thumbnails.draw_example(one, limit, input_size_px) for one in found]
-            for group, found in shown.items()
-        },
+        examples=drawn,
         limit=limit,
         legend=thumbnails.data_uri(overlay.legend(), "PNG"),
         errors=dict(sorted(errors.items(), key=lambda item: -item[1].count)),
