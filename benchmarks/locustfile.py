@@ -1,4 +1,4 @@
-"""Clients of the service, as many as asked for: each sends image after picture.
+"""Clients of the service, as many as asked for: each sends images one after the other.
 
     BCD_IMAGES=FOLDER locust -f benchmarks/locustfile.py --host http://127.0.0.1:8000
 
@@ -30,7 +30,7 @@ class Client(HttpUser):
     """Asks for one prediction after the other."""
 
     def on_start(self) -> None:
-        """Its own order of the pictures."""
+        """Its own order of the images."""
         self._pictures = itertools.cycle(random.sample(contents, len(contents)))
         token = os.environ.get("BCD_API_TOKEN")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}

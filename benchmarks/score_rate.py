@@ -41,7 +41,7 @@ from bcd.scoring.score import ROWS_PER_BLOCK
 
 BATCH_SIZE = 32
 PRECISION = "bfloat16"
-# A turn of pytorch-grad-cam, several times slower, takes this share of the pictures.
+# A turn of pytorch-grad-cam, several times slower, takes this share of the images.
 GRADCAM_SHARE = 0.25
 MAP_PAIRS_PER_ROUND = 10
 PIPELINE, COMPILED = "pipeline", "pipeline, compiled"

@@ -64,7 +64,7 @@ class Bare:
         torch.set_num_threads(min(cluster.CPUS_PER_MODEL, cluster.cores()))
 
     def ms(self, content: bytes) -> float:
-        """Time of one picture."""
+        """Time of one image."""
         return _ms(lambda: self._loaded.predict(self._loaded.fit(image.decode(content))[None]))
 
     def quiet_ms(self, contents: list[bytes]) -> float:
