@@ -178,4 +178,4 @@ def test_a_split_that_does_not_leak_ends_well(tree, tmp_path):
     result = audit.run(AuditConfig(data=tree, split=str(tmp_path / "split.csv"), output=output, pixels=False))
     assert result.leaking_splits == ()
     assert kinds(result).keys() <= {"published_counts", "case_crossing"}
-    assert "made up" in (tmp_path / "out/audit.html").read_text()
+    assert "Synthetic data." in (tmp_path / "out/audit.html").read_text()
