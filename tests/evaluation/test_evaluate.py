@@ -69,7 +69,7 @@ def test_a_data_set_that_was_never_seen_is_scored_whole_and_compared(run_uri, cl
     assert (row["difference"], row["interval"], row["p_value"]) == (0, None, None)
     page = storage.read_bytes(f"{outputs[1]}/report.html").decode()
     assert "The model was trained on none of these images" in page
-    assert "Against another" in page
+    assert "Comparison with another model" in page
     with pytest.raises(DataError, match="name an --output for its evaluation"):
         evaluate.run(EvaluateConfig(model=f"{run_uri}/model", data=data))
 
