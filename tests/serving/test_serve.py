@@ -150,7 +150,7 @@ def contents():
     """Bytes of images by name: real ones where they are available."""
     found = {}
     if folder := os.environ.get("BCD_REAL_DATA"):
-        files = sorted((Path(folder) / "breakhis").rglob("*.png"))
+        files = sorted((Path(folder) / "breakhis").rglob("*.png"))[::4]
         found = {path.name: path.read_bytes() for path in files}
     drawn = archives.fields(N_PICTURES - len(found))
     return found | {name.replace("/", "-"): content for name, content in drawn.items()}
