@@ -15,8 +15,13 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def run_uri(trained):
-    return trained.uri
+def run_uri(trained, tmp_path_factory):
+    """A copy: an evaluation of the model's own test part renews its card."""
+    folder = str(tmp_path_factory.mktemp("run"))
+    for file in storage.list_files(trained.uri):
+        if not file.path.startswith("checkpoints/"):
+            storage.write_bytes(f"{folder}/{file.path}", storage.read_bytes(file.uri))
+    return folder
 
 
 def test_evaluating_a_bundle_on_moved_data_gives_the_same_numbers(run_uri, tree, tmp_path):
