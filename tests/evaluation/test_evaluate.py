@@ -59,7 +59,7 @@ def test_without_its_split_a_model_may_have_seen_the_data(run_uri, fewer, tmp_pa
         evaluate.run(EvaluateConfig(model=f"{tmp_path}/alone/model", data=fewer, output=f"{tmp_path}/out"))
 
 
-def test_a_data_set_that_was_never_seen_is_scored_whole_and_compared(run_uri, cluster, tmp_path):
+def test_a_data_set_that_was_never_seen_is_scored_whole_and_compared(run_uri, trained, tmp_path):
     """Twice the same model on the same patients: no difference, and no claim."""
     data, outputs = planted.tree(tmp_path / "data", signal=False, n_images=1), []
     for name in ("one", "two"):
@@ -76,7 +76,7 @@ def test_a_data_set_that_was_never_seen_is_scored_whole_and_compared(run_uri, cl
     assert "The model was trained on none of these images" in page
     assert "Comparison with another model" in page
     with pytest.raises(DataError, match="name an --output for its evaluation"):
-        evaluate.run(EvaluateConfig(model=f"{run_uri}/model", data=data))
+        evaluate.run(EvaluateConfig(model=f"{trained.uri}/model", data=data))
 
 
 def test_another_slide_of_a_case_that_was_trained_on_is_seen(tmp_path):
