@@ -120,7 +120,7 @@ def document(content: bytes, with_overlay: bool, with_preview: bool) -> dict[str
     into = INPUT_HEIGHT_PX, INPUT_WIDTH_PX
     top, left, inner_height, inner_width = image.placement(height, width, *into)
     novelty = 0.8 + (len(content) % 97) / 120
-    strange = f"This image does not look like the training data (distance {novelty:.2f})."
+    strange = f"This image does not resemble the training data (distance {novelty:.2f})."
     return {
         "predicted_class": "malignant" if malignant >= CARD["threshold"] else "benign",
         "probability_malignant": malignant,

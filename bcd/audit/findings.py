@@ -118,7 +118,7 @@ def plain(sentences: Iterable[str]) -> list[Detail]:
 
 def label_conflicts(table: pa.Table) -> Finding:
     """Slides with several subtypes, by the rule of `split.quarantine`, regardless of the contents."""
-    aside = split.quarantine(schema.fill(table.drop_columns(schema.SHA256), schema.INDEX)).aside
+    aside = split.quarantine(schema.fill(table.drop_columns(schema.SHA256), schema.INDEX)).quarantined
     sentences = []
     for slide in sorted(set(aside[schema.SLIDE].to_pylist())):
         subtypes = Counter(aside.filter(pc.equal(aside[schema.SLIDE], slide))[schema.SUBTYPE].to_pylist())

@@ -69,7 +69,7 @@ def diagnose(facts: ClusterFacts) -> list[Check]:
     return [
         *check_answers(facts.nodes),
         *check_versions(facts.versions, machines),
-        check_token(facts.address, facts.refuses_strangers),
+        check_token(facts.address, facts.rejects_unauthenticated),
         *check_clocks(machines),
         *check_capacity(facts.capacity),
         *check_gpus(machines, facts.may_use_gpus),
@@ -116,11 +116,11 @@ def _breaks(package: str, ours: str, theirs: str) -> bool:
     return minor or package in DECISIVE
 
 
-def check_token(address: str, refuses_strangers: bool | None) -> Check:
+def check_token(address: str, rejects_unauthenticated: bool | None) -> Check:
     """Whether the cluster's control port answers requests without a token (CVE-2023-48022)."""
-    if refuses_strangers:
+    if rejects_unauthenticated:
         return Check("token", "ok", f"{address} rejects requests without a token")
-    if refuses_strangers is None:
+    if rejects_unauthenticated is None:
         return Check("token", "warning", f"{address}: unknown whether it requires a token")
     step = (
         "Run `ray get-auth-token --generate`, copy ~/.ray/auth_token to every node, and start Ray there with "

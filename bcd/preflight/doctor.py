@@ -42,7 +42,7 @@ PROBE_BYTES = 4 * 2**20
 PINGS = 5
 # A small request that Ray's control service rejects without a token, where tokens are required.
 QUESTION = "/ray.rpc.NodeInfoGcsService/GetClusterId"
-STRANGER_TIMEOUT_S = 10
+UNAUTHENTICATED_TIMEOUT_S = 10
 KINDS = ("CPU", "GPU")
 # By node id.
 Attempts = dict[str, Attempt]
@@ -100,7 +100,7 @@ def gather(config: DoctorConfig) -> ClusterFacts:
     address = ray.get_runtime_context().gcs_address
     return ClusterFacts(
         address=address,
-        refuses_strangers=refuses_strangers(address),
+        rejects_unauthenticated=rejects_unauthenticated(address),
         versions=provenance.versions(),
         may_use_gpus=config.device != "cpu",
         stages_slides_bytes=slide_cache.CACHE_BYTES if storage.is_remote(config.input or "") else 0,
@@ -327,11 +327,11 @@ def _plan(config: DoctorConfig) -> tuple[str, dict[str, float]]:
     return f"a service of {counted(replicas, 'replica')}", {"CPU": float(replicas), "GPU": wants_gpu}
 
 
-def refuses_strangers(address: str) -> bool | None:
+def rejects_unauthenticated(address: str) -> bool | None:
     """Whether a cluster's control port rejects requests without a token; None where it does not answer."""
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            channel.unary_unary(QUESTION)(b"", timeout=STRANGER_TIMEOUT_S)
+            channel.unary_unary(QUESTION)(b"", timeout=UNAUTHENTICATED_TIMEOUT_S)
         except grpc.RpcError as error:
             return True if error.code() == grpc.StatusCode.UNAUTHENTICATED else None
     return False

@@ -111,7 +111,7 @@ class ClusterFacts:
     nodes."""
 
     address: str
-    refuses_strangers: bool | None
+    rejects_unauthenticated: bool | None
     versions: Mapping[str, str]
     may_use_gpus: bool
     stages_slides_bytes: int

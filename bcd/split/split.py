@@ -53,10 +53,10 @@ _KEYS: Mapping[Protocol, tuple[str, ...]] = {
 
 
 class Quarantine(NamedTuple):
-    """Rows to use, quarantined rows (`aside`), both in their old order, and one sentence per reason."""
+    """Rows to use and quarantined rows, both in their old order, and one sentence per reason."""
 
     kept: pa.Table
-    aside: pa.Table
+    quarantined: pa.Table
     reasons: list[str]
 
 
@@ -68,28 +68,28 @@ def quarantine(table: pa.Table) -> Quarantine:
     `image_id` is kept. A null hash equals no other.
     """
     rows = sorted(table.to_pylist(), key=lambda row: row[schema.IMAGE_ID])
-    aside: set[str] = set()
+    quarantined: set[str] = set()
     reasons: list[str] = []
     for slide, images in _by(rows, schema.SLIDE).items():
         subtypes = sorted({row[schema.SUBTYPE] for row in images} - {None})
         if len(subtypes) > 1:
-            aside.update(_ids(images))
+            quarantined.update(_ids(images))
             reasons.append(
                 f"slide {slide} is labelled {' and '.join(subtypes)}: all {len(images)} images quarantined"
             )
     for copies in _by(rows, schema.SHA256).values():
-        remaining = [name for name in _ids(copies) if name not in aside]
+        remaining = [name for name in _ids(copies) if name not in quarantined]
         labels = {(row[schema.PATIENT], row[schema.TUMOR_CLASS], row[schema.SUBTYPE]) for row in copies}
         if remaining and len(labels) > 1:
-            aside.update(remaining)
+            quarantined.update(remaining)
             reasons.append(
                 f"duplicates with several patients or labels, all quarantined: {some(_ids(copies), 5)}"
             )
         elif len(remaining) > 1:
-            aside.update(remaining[1:])
+            quarantined.update(remaining[1:])
             reasons.append(f"duplicates of {remaining[0]} (kept), quarantined: {some(remaining[1:], 5)}")
-    is_aside = pc.is_in(table[schema.IMAGE_ID], pa.array(sorted(aside), pa.string()))
-    return Quarantine(table.filter(pc.invert(is_aside)), table.filter(is_aside), reasons)
+    is_quarantined = pc.is_in(table[schema.IMAGE_ID], pa.array(sorted(quarantined), pa.string()))
+    return Quarantine(table.filter(pc.invert(is_quarantined)), table.filter(is_quarantined), reasons)
 
 
 def assign(

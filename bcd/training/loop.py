@@ -148,8 +148,7 @@ def _train(task: Task) -> list[dict[str, Any]]:
     if device.type == "cpu":
         cluster.share_cores(context.get_local_world_size() * task.runs_per_node)
     state = _state(task, device)
-    # Augmentation differs between workers, and after resuming, and is determined by the seed.
-    torch.manual_seed(config.seed * 1_000 + context.get_world_rank() + 1_000_000 * len(state.history))
+    torch.manual_seed(augmentation_seed(config.seed, context.get_world_rank(), len(state.history)))
     network = ray.train.torch.prepare_model(state.network, False)
     if isinstance(network, DistributedDataParallel):
         # Running statistics are equal on all workers, or made so by `train_step.average_batch_norm`. Torch
@@ -168,6 +167,11 @@ def _train(task: Task) -> list[dict[str, Any]]:
                 _publish(task, board, Path(folder), record)
             _checkpoint(state, record)
     return state.history
+
+
+def augmentation_seed(seed: int, rank: int, n_epochs: int) -> int:
+    """Seed of a worker's augmentation, which differs between workers, and after resuming at `n_epochs`."""
+    return seed * 1_000 + rank + 1_000_000 * n_epochs
 
 
 def _state(task: Task, device: torch.device) -> State:

@@ -20,7 +20,7 @@ WRONG = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
 @pytest.fixture(
     params=[pytest.param(NOBODY, id="none", marks=pytest.mark.trial), pytest.param(WRONG, id="wrong")]
 )
-def stranger(request, tmp_path):
+def unauthenticated(request, tmp_path):
     """Environment without the token, and without a file that has it."""
     return request.param | {"HOME": str(tmp_path)}
 
@@ -53,7 +53,7 @@ def test_the_dashboard_requires_the_token(cluster, path):
     assert status(url, "0" * 64) == 403
 
 
-def test_a_job_without_the_token_is_rejected(cluster, stranger, tmp_path):
+def test_a_job_without_the_token_is_rejected(cluster, unauthenticated, tmp_path):
     command = [
         BIN / "ray",
         "job",
@@ -65,7 +65,7 @@ def test_a_job_without_the_token_is_rejected(cluster, stranger, tmp_path):
     ]
     done = subprocess.run(
         [*command, tmp_path / "ran"],
-        env=os.environ | stranger,
+        env=os.environ | unauthenticated,
         capture_output=True,
         text=True,
         check=False,
@@ -76,12 +76,12 @@ def test_a_job_without_the_token_is_rejected(cluster, stranger, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_driver_without_the_token_is_rejected(cluster, stranger, tmp_path):
+def test_a_driver_without_the_token_is_rejected(cluster, unauthenticated, tmp_path):
     """On a host of the cluster itself, where somebody has a shell but no token."""
     code = f"import ray; ray.init('{cluster.gcs}'); print('joined', ray.nodes())"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | stranger,
+        env=os.environ | unauthenticated,
         capture_output=True,
         text=True,
         check=False,
@@ -94,9 +94,9 @@ def test_a_driver_without_the_token_is_rejected(cluster, stranger, tmp_path):
     assert "nauthenticated" in log or "token" in log
 
 
-def test_a_host_without_the_token_does_not_join(cluster, joined, stranger):
+def test_a_host_without_the_token_does_not_join(cluster, joined, unauthenticated):
     before = {node["NodeID"] for node in ray.nodes()}
-    host = start_ray([f"--address={cluster.gcs}"], f"BCD_TEST_NODE={uuid.uuid4().hex}", **stranger)
+    host = start_ray([f"--address={cluster.gcs}"], f"BCD_TEST_NODE={uuid.uuid4().hex}", **unauthenticated)
     wait_for(lambda: host.poll() is not None, PATIENCE_S, "the refusal")
     assert host.returncode != 0
     assert {node["NodeID"] for node in ray.nodes()} == before

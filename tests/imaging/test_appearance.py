@@ -97,8 +97,8 @@ def test_real_copies_are_below_the_cut_off_and_others_above(real_data: Path, eve
     paths = sorted((real_data / "breakhis").rglob("*.png")) + sorted((real_data / "glas/images").iterdir())
     fields = [Image.fromarray(image.decode(path.read_bytes())) for path in paths[::every]]
     hashes = np.stack([bits(np.asarray(field)) for field in fields]).astype(int)
-    strangers = np.abs(hashes[:, None] - hashes).sum(-1)[np.triu_indices(len(fields), 1)]
-    assert strangers.min() >= 98
+    others = np.abs(hashes[:, None] - hashes).sum(-1)[np.triu_indices(len(fields), 1)]
+    assert others.min() >= 98
 
     def moved(field: Image.Image, share: float) -> int:
         pixels = np.asarray(field)

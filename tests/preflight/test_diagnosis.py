@@ -111,7 +111,7 @@ FAULTS = {
         Check("versions", "fault", "python 3.11.2 on 10.0.0.3, 3.12.3 where this job was started", INSTALL),
     ),
     "no token": (
-        replace(HEALTHY, refuses_strangers=False),
+        replace(HEALTHY, rejects_unauthenticated=False),
         Check("token", "fault",
               "10.0.0.1:6379 answers without a token: anyone who reaches that port can run code here",
               "Run `ray get-auth-token --generate`, copy ~/.ray/auth_token to every node, and start Ray "
@@ -187,7 +187,7 @@ WARNINGS = {
         Check("versions", "warning", "numpy unknown on 10.0.0.3, 2.2.0 where this job was started", INSTALL),
     ),
     "a cluster that may require a token": (
-        replace(HEALTHY, refuses_strangers=None),
+        replace(HEALTHY, rejects_unauthenticated=None),
         Check("token", "warning", "10.0.0.1:6379: unknown whether it requires a token"),
     ),
     "a clock that is wrong by seconds": (
@@ -306,7 +306,7 @@ def test_those_who_answered_are_counted_beside_all():
 
 
 def test_several_faults_are_all_listed():
-    facts = replace(version(torch="2.10.0"), refuses_strangers=False, capacity=CAPACITY)
+    facts = replace(version(torch="2.10.0"), rejects_unauthenticated=False, capacity=CAPACITY)
     both = [check.name for check in diagnosis.diagnose(facts) if check.verdict == "fault"]
     assert both == ["versions", "token"]
 

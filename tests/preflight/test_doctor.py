@@ -265,16 +265,16 @@ def test_a_node_with_another_torch_a_full_disk_and_its_own_output_and_then_a_sto
 
 
 def test_a_cluster_without_tokens_answers_anyone(tmp_path, joined):
-    assert doctor.refuses_strangers(gcs()) is True
+    assert doctor.rejects_unauthenticated(gcs()) is True
     port, folder = free_port(), tempfile.mkdtemp(prefix="bcd-ray-", dir="/tmp")
-    assert doctor.refuses_strangers(f"127.0.0.1:{port}") is None
+    assert doctor.rejects_unauthenticated(f"127.0.0.1:{port}") is None
     marker = f"BCD_TEST_OPEN={uuid.uuid4().hex}"
     arguments = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
     arguments += [f"--temp-dir={folder}", f"--object-store-memory={10**8}"]
     head = start_ray(arguments, marker, RAY_AUTH_MODE="disabled")
     try:
         wait_for(lambda: listens(port), 120, "a cluster without tokens")
-        assert doctor.refuses_strangers(f"127.0.0.1:{port}") is False
+        assert doctor.rejects_unauthenticated(f"127.0.0.1:{port}") is False
     finally:
         head.kill()
         head.wait()

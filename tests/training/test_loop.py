@@ -316,3 +316,9 @@ def test_an_interface_is_found_by_its_address():
     names = {name for _, name in socket.if_nameindex()}
     assert loop.interface("127.0.0.1") in names
     assert loop.interface("192.0.2.1") is None
+
+
+def test_augmentation_differs_between_workers_and_after_resuming():
+    drawn = {loop.augmentation_seed(7, rank, n_epochs) for rank in range(8) for n_epochs in range(50)}
+    assert len(drawn) == 8 * 50
+    assert loop.augmentation_seed(7, 3, 0) == 7_003
