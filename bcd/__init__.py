@@ -8,7 +8,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     """Import `load` on first use: torch takes seconds."""
     if name == "load":
-        from bcd.model.bundle import load
+        from bcd.model.predictor import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,10 @@ BcdError              jobs print its sentence and exit with code 2
 └── DiagnosisError    exit code 1
 """
 
+# Code and message of an image error.
+NOT_FINITE = "not_finite"
+NOT_FINITE_MESSAGE = "the model's logits are not finite numbers; use --precision float32, or another model"
+
 
 class BcdError(Exception):
     """One readable sentence: what failed, what was expected, what to do."""

@@ -33,8 +33,9 @@ from torchvision.models import ResNet
 from bcd import schema, storage
 from bcd.data import archive
 from bcd.imaging import image
-from bcd.model import bundle, resnet
-from bcd.model.network import normalise
+from bcd.model import bundle, predictor, resnet
+from bcd.model.card import Card
+from bcd.model.resnet import normalise
 from bcd.runtime import cluster, datasets, predict
 from bcd.scoring import ledger
 from bcd.scoring.score import ROWS_PER_BLOCK
@@ -51,7 +52,7 @@ GRADCAM, GRADCAM_FAST = "pytorch-grad-cam, float32", f"pytorch-grad-cam, {PRECIS
 class Pictures(Dataset):
     """A folder's images as a map-style dataset: read, decode, fit."""
 
-    def __init__(self, uris: list[str], card: bundle.Card) -> None:
+    def __init__(self, uris: list[str], card: Card) -> None:
         self.uris, self.size = uris, (card.input_height_px, card.input_width_px)
 
     def __len__(self) -> int:
@@ -94,10 +95,10 @@ class Loop:
             yield batch.contiguous(memory_format=self.memory_format)
 
 
-def plain_network(model_uri: str, card: bundle.Card) -> ResNet:
+def plain_network(model_uri: str, card: Card) -> ResNet:
     """The bundle's network, its batch norms not folded."""
     weights = load_safetensors(storage.read_bytes(storage.join(model_uri, bundle.WEIGHTS)))
-    return resnet.build(len(card.classes), weights).eval()
+    return weights.build(len(card.classes), weights).eval()
 
 
 class Plain(Loop):
@@ -171,7 +172,7 @@ def map_costs(model_uri: str, uris: list[str], pairs: int) -> list[float]:
 
     With: `Bundle.predict`, whole. Without: normalising, the network as built, and logits to the host.
     """
-    ours = bundle.load(model_uri, precision=PRECISION)
+    ours = predictor.load(model_uri, precision=PRECISION)
     pictures = Pictures(uris, ours.card)
     images = torch.stack([pictures[i % len(pictures)] for i in range(BATCH_SIZE)])
 

@@ -31,7 +31,7 @@ import torch
 
 from bcd import storage
 from bcd.imaging import image
-from bcd.model import bundle
+from bcd.model import predictor
 from bcd.runtime import cluster
 from benchmarks import score_rate
 
@@ -60,7 +60,7 @@ class Bare:
     """Decoding and the network alone, as a plain program has them."""
 
     def __init__(self, model_uri: str, precision: str) -> None:
-        self._loaded = bundle.load(model_uri, precision=precision)
+        self._loaded = predictor.load(model_uri, precision=precision)
         torch.set_num_threads(min(cluster.CPUS_PER_MODEL, cluster.cores()))
 
     def ms(self, content: bytes) -> float:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from bcd import schema, storage
 from bcd.config.training import TrainConfig
 from bcd.imaging import image
-from bcd.model import resnet, train_step, weights
+from bcd.model import train_step, weights
 from bcd.runtime import cluster, prepare
 from bcd.split import balance
 from bcd.taxonomy import TRAIN
@@ -52,7 +52,7 @@ class PlainLoop:
 
     def __init__(self, table: pa.Table, config: TrainConfig) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network = resnet.build(2, weights.pretrained(config.weights)).to(
+        network = weights.build(2, weights.pretrained(config.weights)).to(
             device, memory_format=torch.channels_last
         )
         optimizer = train_step.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)

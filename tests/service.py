@@ -9,7 +9,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from bcd.imaging import image
-from bcd.model import bundle
+from bcd.model import predictor
 from bcd.serving import api, middleware
 from tests.cluster import free_port, wait_for
 
@@ -21,12 +21,12 @@ LIMITS = middleware.Limits(max_body_bytes=8 * 2**20, upload_timeout_s=3)
 class LocalEngine:
     """An `api.Engine` that computes where it is asked."""
 
-    def __init__(self, loaded: bundle.Bundle) -> None:
+    def __init__(self, loaded: predictor.Predictor) -> None:
         self._bundle = loaded
         self.card, self.model_id = loaded.card, loaded.model_id
         self.works = True
 
-    async def look(self, content: bytes) -> tuple[np.ndarray, bundle.Prediction]:
+    async def look(self, content: bytes) -> tuple[np.ndarray, predictor.Prediction]:
         pixels = image.decode(content)
         return pixels, self._bundle.predict(self._bundle.fit(pixels)[None])
 

@@ -8,7 +8,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bcd import schema, storage
 from bcd.config.training import TrainConfig
-from bcd.model import bundle
+from bcd.model import predictor
 from tests.cluster import PATIENCE_S, Cluster, finish, kill, read_json, submit, wait_for
 from tests.runtime.test_datasets import small
 
@@ -45,7 +45,7 @@ def check_whole(run_uri: str, epochs: int) -> None:
     assert [record["epoch"] for record in history] == list(range(1, epochs + 1))
     assert read_json(f"{run_uri}/run.json")["status"] == "finished"
     measured = read_json(f"{run_uri}/metrics.json")
-    loaded = bundle.load(f"{run_uri}/model", device="cpu")
+    loaded = predictor.load(f"{run_uri}/model", device="cpu")
     filesystem, path = storage.resolve(f"{run_uri}/predictions")
     rows = pq.read_table(path, filesystem=filesystem).to_pylist()
     assert len(rows) == measured["n_images"] > 0

@@ -20,6 +20,8 @@ Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
 Cam = Literal["evidence", "gradcam", "gradcam++", "layercam", "eigencam", "xgradcam", "hirescam", "scorecam",
               "ablationcam"]
 # fmt: on
+# Our own method of Cam: the closed form.
+CLOSED_FORM: Cam = "evidence"
 # Of the network's input: below, the last convolution has no cell; above, no training fits a GPU.
 MIN_INPUT_PX, MAX_INPUT_PX = 32, 4096
 # Largest seed of every generator, with room for the repeats of a cross-validation, which count up from it.

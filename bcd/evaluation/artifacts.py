@@ -13,7 +13,8 @@ import ray
 from bcd import schema, storage, taxonomy
 from bcd.errors import DataError
 from bcd.metrics import aggregate, calibration, compare, measures
-from bcd.model import bundle, novelty
+from bcd.model import novelty
+from bcd.model.card import Card
 from bcd.reports import model_report, thumbnails
 from bcd.runtime import inspection, predict, run_directory
 
@@ -23,7 +24,7 @@ Record = Mapping[str, Any]
 TRUTH = (schema.IMAGE_ID, schema.CASE, schema.TUMOR_CLASS, schema.SUBTYPE, schema.MAGNIFICATION)
 
 
-def with_truth(predictions_uri: str, test: pa.Table, card: bundle.Card) -> pd.DataFrame:
+def with_truth(predictions_uri: str, test: pa.Table, card: Card) -> pd.DataFrame:
     """Predictions without maps, joined with the index rows `test` of the same images."""
     columns = [schema.IMAGE_ID, schema.PATIENT, schema.SLIDE, schema.LOGIT, schema.PROBABILITY]
     columns += [schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS, schema.ERROR, schema.MODEL_ID]
@@ -41,7 +42,7 @@ def with_truth(predictions_uri: str, test: pa.Table, card: bundle.Card) -> pd.Da
     return scored.merge(truth, on=schema.IMAGE_ID, validate="one_to_one")
 
 
-def images_of(frame: pd.DataFrame, card: bundle.Card, predictions_uri: str, draw: int = 1) -> pd.DataFrame:
+def images_of(frame: pd.DataFrame, card: Card, predictions_uri: str, draw: int = 1) -> pd.DataFrame:
     """`aggregate.image_table` of one model, with its repeat (`draw`) and the URI of its predictions."""
     images = aggregate.image_table(frame, card.threshold)
     return images.assign(**{aggregate.SOURCE: predictions_uri, aggregate.DRAW: draw})

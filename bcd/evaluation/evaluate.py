@@ -14,6 +14,7 @@ from bcd.errors import DataError
 from bcd.evaluation import artifacts
 from bcd.metrics import aggregate
 from bcd.model import bundle
+from bcd.model.card import Card, model_id
 from bcd.reports import model_report
 from bcd.runtime import cluster, datasets, output, predict, run_directory
 from bcd.runtime.prepare import DatasetFacts, class_counts, load_data_set, part_of, prepare
@@ -49,13 +50,13 @@ def run(config: EvaluateConfig) -> str:
     table, facts, kind = _tested(config, card, training, *load_data_set(training))
     if kind != HELD_OUT and beside:
         raise DataError(f"{config.data} is not the model's own data: name an --output for its evaluation")
-    settings = predict.Settings(config.model, bundle.model_id(card), config.precision, config.batch_size)
+    settings = predict.Settings(config.model, model_id(card), config.precision, config.batch_size)
     evaluate(config.model, table, facts, folder, owner, settings, kind, config.against)
     return folder
 
 
 def _tested(
-    config: EvaluateConfig, card: bundle.Card, training: TrainConfig, table: pa.Table, facts: DatasetFacts
+    config: EvaluateConfig, card: Card, training: TrainConfig, table: pa.Table, facts: DatasetFacts
 ) -> tuple[pa.Table, DatasetFacts, str]:
     """Rows with their part, the facts, and what the test part is, such as `HELD_OUT`."""
     if facts.data_fingerprint == card.data_fingerprint:
@@ -135,7 +136,7 @@ def evaluate(
     test = part_of(table, split.TEST)
     print(f"scoring the test part: {counted(len(test), 'image')}", flush=True)
     predictions_uri = storage.join(folder, PREDICTIONS)
-    settings = settings or predict.Settings(model_uri, bundle.model_id(card))
+    settings = settings or predict.Settings(model_uri, model_id(card))
     rows = predict.score_rows(
         datasets.row_dataset(schema.fill(test, schema.READING), settings.batch_size), settings
     )
@@ -163,9 +164,9 @@ def evaluate(
     return measured
 
 
-def _about(card: bundle.Card, facts: DatasetFacts, kind: str) -> dict[str, Any]:
+def _about(card: Card, facts: DatasetFacts, kind: str) -> dict[str, Any]:
     return {
-        schema.MODEL_ID: bundle.model_id(card),
+        schema.MODEL_ID: model_id(card),
         "title": f"Breast cancer detection: {card.training['name']}",
         "data": facts.data or card.training["data"],
         "target": card.target,

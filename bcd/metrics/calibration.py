@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp, softmax
 
 from bcd.metrics import bootstrap
@@ -31,6 +30,9 @@ def fit_temperature(logit: np.ndarray, target: np.ndarray) -> float:
         logit: float (n, classes), before any temperature.
         target: int (n,), positions of the true classes.
     """
+    # Not at the top: of those who import this module only the training fits a temperature.
+    from scipy.optimize import minimize_scalar
+
     scores, rows = np.asarray(logit, np.float64), np.arange(len(target))
 
     def negative_log_posterior(log_temperature: float) -> float:

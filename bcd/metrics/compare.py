@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from bcd import schema
 from bcd.errors import DataError
@@ -103,6 +102,9 @@ def _spreads(
 def _compared(
     first: float | None, second: float | None, spread: float | None, degrees: int
 ) -> dict[str, Any]:
+    # Not at the top: see `bootstrap`.
+    from scipy.stats import t as student
+
     difference = None if first is None or second is None else first - second
     interval = p_value = None
     if difference is not None and spread is not None:

@@ -11,9 +11,7 @@ Other methods and layers use pytorch-grad-cam, which requires a backward pass or
 from functools import partial
 
 import torch
-from torch import Tensor
-
-from bcd.model.network import ResNet
+from torch import Tensor, nn
 
 # Name for `--cam` -> class of pytorch_grad_cam. Signed are gradcam, hirescam, xgradcam and ablationcam.
 # gradcam++, layercam and scorecam show only evidence for the explained class (of two: malignant), eigencam
@@ -21,8 +19,6 @@ from bcd.model.network import ResNet
 METHODS = {"gradcam": "GradCAM", "gradcam++": "GradCAMPlusPlus", "layercam": "LayerCAM"}
 METHODS |= {"eigencam": "EigenCAM", "xgradcam": "XGradCAM", "hirescam": "HiResCAM"}
 METHODS |= {"scorecam": "ScoreCAM", "ablationcam": "AblationCAM"}
-# The name of our own method, `evidence`, in `--cam`.
-CLOSED_FORM = "evidence"
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -42,7 +38,7 @@ def evidence(features: Tensor, weight: Tensor, bias: Tensor, predicted: Tensor) 
     return torch.einsum("nkhw,nk->nhw", features, contrast), offset
 
 
-def explain(network: ResNet, images: Tensor, method: str, layer: str, predicted: Tensor) -> Tensor:
+def explain(network: nn.Module, images: Tensor, method: str, layer: str, predicted: Tensor) -> Tensor:
     """Maps by a method of pytorch-grad-cam, for the target of `evidence`: float32 (n, h, w) on the CPU.
 
     Raw: before ReLU, min-max scaling and enlarging. `gradcam` on `layer4` is `evidence` over h * w. The
@@ -55,7 +51,7 @@ def explain(network: ResNet, images: Tensor, method: str, layer: str, predicted:
     return torch.cat([_explain(network, part, method, layer, chosen) for part, chosen in parts])
 
 
-def _explain(network: ResNet, images: Tensor, method: str, layer: str, predicted: Tensor) -> Tensor:
+def _explain(network: nn.Module, images: Tensor, method: str, layer: str, predicted: Tensor) -> Tensor:
     # Imported here: it takes seconds.
     import pytorch_grad_cam
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torchvision.transforms import v2
 
 from bcd.model import resnet
-from bcd.model.network import normalise
+from bcd.model.resnet import normalise
 
 # torchvision draws one crop, flip and colour per call; this many images share a draw. Small enough for
 # variety within a batch, large enough to keep a GPU busy.

@@ -1,4 +1,4 @@
-"""Weights from users' files: unwrapped, renamed to torchvision's names, rejected unless complete and finite.
+"""Weights from users' files, rejected unless complete and finite, and the networks made of them.
 
 The tensors of the trunk have to be exactly those of the architecture; only the head, which is replaced, may
 differ.
@@ -20,7 +20,7 @@ from torch import Tensor
 from bcd import storage
 from bcd.config.options import Architecture
 from bcd.errors import BundleError
-from bcd.model.network import ResNet
+from bcd.model.resnet import ResNet
 from bcd.text import some
 
 # Values of `--weights` besides a URI: torchvision's download, and random weights.
@@ -209,6 +209,29 @@ def _as_torchvision(name: str) -> str:
     for kind, ours in _KINDS.items():
         name = name.replace(f"embedder.embedder.{kind}.", f"{ours}1.")
     return name
+
+
+def build(
+    n_classes: int, given: State | None = None, seed: int = 0, architecture: Architecture = "resnet50"
+) -> ResNet:
+    """A network from the given weights or from random ones, with a new head unless theirs fits `n_classes`.
+    Raises BundleError where the weights are not exactly those of the architecture; names the first that are
+    not."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ResNet(architecture, n_classes)
+    if given is not None:
+        network.load_state_dict(fitting(network.state_dict(), given, architecture))
+    return network
+
+
+def assembled(n_classes: int, state: State, architecture: Architecture = "resnet50") -> ResNet:
+    """The network of a bundle, which shares these tensors, in evaluation mode. Raises BundleError where they
+    are not exactly those of the architecture."""
+    network = skeleton(n_classes, architecture)
+    fitted = fitting(network.state_dict(), state, architecture, whole=True)
+    network.load_state_dict(fitted, assign=True)
+    return network.eval()
 
 
 def skeleton(n_classes: int, architecture: Architecture = "resnet50") -> ResNet:

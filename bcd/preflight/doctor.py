@@ -27,7 +27,7 @@ from bcd.config.checks import DoctorConfig
 from bcd.config.options import Architecture
 from bcd.data import archive, index, manifest
 from bcd.errors import BcdError, DataError, DiagnosisError, ResourceError
-from bcd.model import bundle, resnet, weights
+from bcd.model import predictor, weights
 from bcd.preflight import diagnosis
 from bcd.preflight.diagnosis import Check
 from bcd.preflight.node import Action, Attempt, Capacity, Clock, ClusterFacts, Disk, Machine, Node
@@ -219,9 +219,9 @@ def _find(flag: str, uri: str) -> str:
 def _load(architecture: Architecture, flag: str, uri: str) -> None:
     if flag == "--weights":
         given = weights.pretrained(uri, architecture)
-        resnet.build(len(taxonomy.TUMOR_CLASSES), given, architecture=architecture)
+        weights.build(len(taxonomy.TUMOR_CLASSES), given, architecture=architecture)
     else:
-        bundle.load(uri, "cpu")
+        predictor.load(uri, "cpu")
 
 
 def _examiner(node_id: str, architecture: Architecture = "resnet50") -> Any:

@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass
 
 import ray
-import torch
 from ray._private.state import state as ray_state
 from ray.data import DataContext
 from ray.train import ScalingConfig
@@ -107,12 +106,19 @@ def share_cores(local_workers: int) -> None:
     With more threads than cores, threads wait for each other at every layer: two folds of a small network
     took four times as long (95 instead of 25 s an epoch on 2 cores).
     """
-    torch.set_num_threads(max(1, cores() // local_workers))
+    _set_threads(max(1, cores() // local_workers))
 
 
 def use_threads(threads: int) -> None:
     """Compute with this many threads, or one per core where the machine has fewer."""
-    torch.set_num_threads(min(threads, cores()))
+    _set_threads(min(threads, cores()))
+
+
+def _set_threads(threads: int) -> None:
+    # Not at the top: processes that hold no model do without torch.
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def cores() -> int:

@@ -1,6 +1,6 @@
 """Feature statistics of the training images and logits of the validation images, from a new model."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,22 +9,25 @@ from ray.data import Dataset
 
 from bcd import schema
 from bcd.data import read
-from bcd.model import bundle, novelty
-from bcd.model.network import ResNet
+from bcd.model import novelty
+from bcd.model.card import Card
 from bcd.model.novelty import FeatureStatistics
 from bcd.runtime import cluster, datasets, inspection, predict
+
+if TYPE_CHECKING:
+    from bcd.model.resnet import ResNet
 
 KEEP = (schema.IMAGE_ID,)
 N, TOTAL, SQUARES, DISTANCE = "n", "total", "squares", "distance"
 
 
 def compute_statistics(
-    network: ResNet, card: bundle.Card, train: pa.Table, validation: pa.Table
+    network: "ResNet", card: Card, train: pa.Table, validation: pa.Table
 ) -> tuple[FeatureStatistics, np.ndarray]:
     """Mean and spread of the pooled features over the training images, and the validation images' results.
 
     Args:
-        network: trained, from `bcd.model.resnet.build`; not changed.
+        network: trained, from `bcd.model.weights.build`; not changed.
         card: its card, without statistics.
         train: rows with a `uri`, each image once.
         validation: likewise.
@@ -53,9 +56,7 @@ def compute_statistics(
     return statistics, np.stack([logit[name] for name in validation[schema.IMAGE_ID].to_pylist()])
 
 
-def _pooled(
-    rows: pa.Table, card: bundle.Card, shared: ray.ObjectRef, moments: ray.ObjectRef | None
-) -> Dataset:
+def _pooled(rows: pa.Table, card: Card, shared: ray.ObjectRef, moments: ray.ObjectRef | None) -> Dataset:
     """A row per batch of images: sums, or ids, distances and logits where the moments are known."""
     size = predict.Settings.batch_size
     dataset = datasets.row_dataset(schema.fill(rows, schema.READING), size)
@@ -67,8 +68,11 @@ class _Pooler:
     """An actor that holds the network; a worker of `predict.on_models`."""
 
     def __init__(self, shared: ray.ObjectRef, moments: ray.ObjectRef | None, threads: int) -> None:
+        # Not at the top: see `predict.Scorer`.
+        from bcd.model import predictor
+
         state, card = ray.get(shared)
-        self._bundle = bundle.from_state(state, card)
+        self._predictor = predictor.from_state(state, card)
         self._moments = ray.get(moments) if moments is not None else None
         self._threads = threads
         if threads:
@@ -76,11 +80,11 @@ class _Pooler:
 
     def __call__(self, batch: Any) -> dict[str, Any]:
         if self._threads:
-            options = predict.reading_options(self._bundle.card, KEEP)
+            options = predict.reading_options(self._predictor.card, KEEP)
             batch = read.pixels(batch, **options, threads=self._threads)
         inspection.require_whole(batch[schema.ERROR], batch[schema.IMAGE_ID])
         # Copied, because a batch from another worker is a read-only view of Ray's object store.
-        features, logit = self._bundle.pooled(np.array(batch[schema.IMAGE]))
+        features, logit = self._predictor.pooled(np.array(batch[schema.IMAGE]))
         pooled = features.astype(np.float64)
         if self._moments is not None:
             distance = novelty.distance(pooled, *self._moments)

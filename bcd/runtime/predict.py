@@ -16,9 +16,12 @@ from ray.data.datasource import FilenameProvider
 from ray.exceptions import RayError
 
 from bcd import provenance, schema, storage
+from bcd.config.options import CLOSED_FORM
 from bcd.data import read
+from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE
 from bcd.imaging import image
-from bcd.model import bundle, cam, novelty, resnet
+from bcd.model import bundle, novelty
+from bcd.model.card import Card
 from bcd.reports import overlay
 from bcd.runtime import cluster
 
@@ -43,7 +46,7 @@ class Settings:
     model_id: str
     precision: str = "float32"
     batch_size: int = 32
-    cam: str = cam.CLOSED_FORM
+    cam: str = CLOSED_FORM
     cam_layer: str = "layer4"
     overlays: bool = False
     compile: bool = False
@@ -67,7 +70,7 @@ def one_model(settings: Settings) -> Iterator[None]:
     bundle.read_same(settings.model_uri, settings.model_id)
 
 
-def reading_options(card: bundle.Card, keep: Sequence[str]) -> dict[str, Any]:
+def reading_options(card: Card, keep: Sequence[str]) -> dict[str, Any]:
     """Arguments of `read.pixels` for the network of a card; the columns `keep` are copied."""
     return {"height_px": card.input_height_px, "width_px": card.input_width_px, "keep": keep}
 
@@ -113,25 +116,28 @@ class Scorer:
     """An actor that holds one model and scores batches; a worker of `on_models`."""
 
     def __init__(self, settings: Settings, threads: int) -> None:
+        # Not at the top: jobs, and processes that read or write for them, do without torch.
+        from bcd.model import predictor, resnet
+
         self._settings, self._threads = settings, threads
         if threads:
             cluster.use_threads(threads)
-        self._bundle = bundle.load(
+        self._predictor = predictor.load(
             settings.model_uri, precision=settings.precision, compiled=settings.compile
         )
         self._constant = {
-            schema.MODEL_ID: self._bundle.model_id,
+            schema.MODEL_ID: self._predictor.model_id,
             schema.ENGINE: COMPILED if settings.compile else EAGER,
-            schema.PRECISION: resnet.effective_precision(self._bundle.device, settings.precision),
+            schema.PRECISION: resnet.effective_precision(self._predictor.device, settings.precision),
             schema.BCD_VERSION: provenance.own_version(),
         }
 
     def __call__(self, batch: Any) -> pa.Table:
         """Rows of predictions, from rows to read, or from images (n, height, width, 3) and their columns."""
         # Raises BundleError here, because Ray would replace an actor that fails in its constructor.
-        bundle.require_same(self._settings.model_uri, self._settings.model_id, self._bundle.model_id)
+        bundle.require_same(self._settings.model_uri, self._settings.model_id, self._predictor.model_id)
         if self._threads:
-            options = reading_options(self._bundle.card, CARRIED)
+            options = reading_options(self._predictor.card, CARRIED)
             batch = read.pixels(batch, **options, threads=self._threads)
         good = batch[schema.ERROR] == ""
         n = len(good)
@@ -145,7 +151,7 @@ class Scorer:
         return self._table(columns, batch[schema.IMAGE][good], good)
 
     def _table(self, columns: dict[str, pa.Array], images: np.ndarray, good: np.ndarray) -> pa.Table:
-        height, width = self._bundle.evidence_size(self._settings.cam_layer)
+        height, width = self._predictor.evidence_size(self._settings.cam_layer)
         form = schema.predictions(height, width, self._settings.overlays)
         # Every batch has the same shape, so that numbers do not depend on a row's neighbours.
         size = self._settings.batch_size
@@ -155,9 +161,9 @@ class Scorer:
             answered = good.copy()
             answered[good] = results[schema.PREDICTED_CLASS].is_valid()
             unanswered = pa.array(good & ~answered)
-            columns[schema.ERROR] = pc.if_else(unanswered, bundle.NOT_FINITE, columns[schema.ERROR])
+            columns[schema.ERROR] = pc.if_else(unanswered, NOT_FINITE, columns[schema.ERROR])
             columns[schema.ERROR_MESSAGE] = pc.if_else(
-                unanswered, bundle.NOT_FINITE_MESSAGE, columns[schema.ERROR_MESSAGE]
+                unanswered, NOT_FINITE_MESSAGE, columns[schema.ERROR_MESSAGE]
             )
             place = pa.array(np.cumsum(good) - 1, mask=~answered)
             columns |= {name: results[name].combine_chunks().take(place) for name in results.column_names}
@@ -166,10 +172,10 @@ class Scorer:
     def _results(self, images: np.ndarray, form: pa.Schema) -> pa.Table:
         n, size = len(images), self._settings.batch_size
         padded = np.concatenate([images, np.zeros((size - n, *images.shape[1:]), np.uint8)])
-        prediction = self._bundle.predict(padded, self._settings.cam, self._settings.cam_layer)
+        prediction = self._predictor.predict(padded, self._settings.cam, self._settings.cam_layer)
         maps = prediction.evidence[:n]
         height, width = maps.shape[1:]
-        statistics = self._bundle.card.feature_statistics
+        statistics = self._predictor.card.feature_statistics
         cutoff = statistics.cutoff if statistics else None
         columns: dict[str, Any] = {
             schema.LOGIT: list(prediction.logit[:n]),
@@ -191,7 +197,7 @@ class Scorer:
 
     def _overlay(self, pixels: np.ndarray, evidence: np.ndarray) -> bytes:
         # Log-odds share one scale over all images; the values of other methods have none.
-        closed_form = self._settings.cam == cam.CLOSED_FORM
+        closed_form = self._settings.cam == CLOSED_FORM
         limit = overlay.LIMIT if closed_form else overlay.scale([evidence])
         return image.encode_png(overlay.overlay(pixels, evidence, limit))
 

@@ -1,10 +1,7 @@
 """The end of an archive job: heat maps of the slides, the gallery, and a summary that adds up."""
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
-from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,17 +10,12 @@ import ray
 from bcd import schema, storage
 from bcd.errors import IncompleteError
 from bcd.model import bundle
-from bcd.reports import gallery, thumbnails
-from bcd.reports.thumbnails import Example
+from bcd.model.card import Card
 from bcd.runtime import predict
 from bcd.scoring import slides, tiling
-from bcd.scoring.ledger import SUMMARY, Ledger
+from bcd.scoring.ledger import GALLERY, SUMMARY, Ledger
 from bcd.text import counted
 
-GALLERY = "gallery.html"
-# Stores whose URIs are used as links.
-LINKED = ("s3://", "gs://")
-SHOWN_PER_ERROR = 5
 OVERVIEW = [
     *(schema.IMAGE_ID, schema.URI, schema.SLIDE, schema.PATIENT, schema.X_LEVEL0_PX),
     *(schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS, schema.NOVELTY, schema.NOVELTY_CUTOFF),
@@ -95,111 +87,12 @@ def _by_warning(table: pa.Table) -> dict[str, int] | None:
 
 
 def _write_gallery(
-    ours: Ledger, table: pa.Table, described: pa.Table, card: bundle.Card, facts: Mapping[str, Any]
+    ours: Ledger, table: pa.Table, described: pa.Table, card: Card, facts: Mapping[str, Any]
 ) -> None:
-    results = table.filter(pc.is_valid(table[schema.PROBABILITY_MALIGNANT]))
-    probabilities = results[schema.PROBABILITY_MALIGNANT].to_numpy()
-    owners = [results[name].to_pandas().to_numpy(object) for name in (schema.SLIDE, schema.PATIENT)]
-    unlike = results[schema.NOVELTY].to_numpy(), slides.warned(results)
-    chosen = gallery.choose_groups(probabilities, card.threshold, gallery.PER_GROUP, *unlike, owners)
-    described_slides = described.to_pylist()
-    places = [i for group in chosen.values() for i in group]
-    examples = _examples(ours, results.take(pa.array(places, pa.int64())), card.classes, described_slides)
-    by_place = dict(zip(places, examples, strict=True))
-    page = gallery.render_gallery(
-        facts,
-        probabilities,
-        {name: [by_place[i] for i in group] for name, group in chosen.items()},
-        _failures(table),
-        _slides(ours, described_slides),
-        (card.input_height_px, card.input_width_px),
-        _images(ours, table),
-    )
-    storage.write_bytes(storage.join(ours.uri, GALLERY), page.encode())
+    # Not at the top: the job itself does without the libraries that draw.
+    from bcd.scoring import pages
 
-
-def _examples(
-    ours: Ledger, results: pa.Table, classes: Sequence[str], described: Sequence[Mapping[str, Any]]
-) -> list[Example]:
-    """Examples for the gallery from the whole rows, with maps, of these results."""
-    ids = results[schema.IMAGE_ID].to_pylist()
-    whole = storage.dataset(ours.predictions_uri).to_table(filter=pc.field(schema.IMAGE_ID).isin(ids))
-    rows = {row[schema.IMAGE_ID]: row for row in whole.to_pylist()}
-    mpp = {row[schema.SLIDE]: (row[schema.MPP], row[schema.MPP_Y]) for row in described}
-    return [
-        replace(
-            thumbnails.example_of_row(rows[name], classes, mpp.get(rows[name][schema.SLIDE])),
-            link=link(rows[name][schema.URI], ours.uri),
-        )
-        for name in ids
-    ]
-
-
-def _images(ours: Ledger, table: pa.Table) -> gallery.Images:
-    """The images that are not slides, the most malignant first, and errors last."""
-    slide = pc.equal(table[schema.SLIDE], table[schema.IMAGE_ID]).fill_null(False)
-    fields = table.filter(pc.and_not(pc.is_null(table[schema.X_LEVEL0_PX]), slide))
-    order = pc.sort_indices(
-        fields, [(schema.PROBABILITY_MALIGNANT, "descending"), (schema.IMAGE_ID, "ascending")]
-    )
-    first = fields.take(order[: gallery.MAX_ROWS])
-    rows = [
-        gallery.GalleryRow(
-            name=row[schema.IMAGE_ID],
-            link=link(row[schema.URI], ours.uri),
-            patient=row[schema.PATIENT],
-            predicted_class=row[schema.PREDICTED_CLASS],
-            probability_malignant=row[schema.PROBABILITY_MALIGNANT],
-            novelty=row[schema.NOVELTY],
-            warned=bool(row[schema.WARNINGS]),
-            error=row[schema.ERROR],
-        )
-        for row in first.to_pylist()
-    ]
-    return gallery.Images(rows, len(fields))
-
-
-def link(uri: str, folder: str) -> str | None:
-    """Link from a page in a folder to a file: a relative path or a URI; None if it might be a script."""
-    if storage.is_remote(uri):
-        return quote(uri, safe=":/") if uri.lower().startswith(LINKED) else None
-    path = storage.absolute(uri)
-    if storage.is_remote(folder):
-        return f"file://{quote(path)}"
-    return quote(os.path.relpath(path, storage.absolute(folder)))
-
-
-def _failures(table: pa.Table) -> dict[str, gallery.Failures]:
-    failed = table.filter(pc.is_valid(table[schema.ERROR]))
-    failures = {}
-    for code, count in _by_code(failed).items():
-        first = failed.filter(pc.equal(failed[schema.ERROR], code)).slice(0, SHOWN_PER_ERROR).to_pylist()
-        named = [(row[schema.IMAGE_ID], row[schema.ERROR_MESSAGE]) for row in first]
-        failures[code] = gallery.Failures(count, named)
-    return failures
-
-
-def _slides(ours: Ledger, rows: list[dict[str, Any]]) -> list[gallery.GallerySlide]:
-    scored = [row[schema.SLIDE] for row in rows if row[schema.ERROR] is None]
-    shown = set(scored[: gallery.MAX_SLIDES])
-    return [_slide(ours, row, row[schema.SLIDE] in shown) for row in rows]
-
-
-def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.GallerySlide:
-    heat_map = storage.join(slides.folder(ours.uri, row[schema.SLIDE]), slides.HEATMAP)
-    geojson = f"{slides.slide_folder(row[schema.SLIDE])}/{slides.GEOJSON}"
-    return gallery.GallerySlide(
-        name=row[schema.SLIDE],
-        n_tiles=row[schema.TILES] or 0,
-        tissue_mm2=row[schema.TISSUE_AREA_MM2],
-        share_malignant=row[schema.MALIGNANT_TILE_SHARE],
-        heat_map=storage.read_bytes(heat_map) if shown else None,
-        geojson=geojson if row[schema.ERROR] is None else None,
-        n_warned=row[schema.WARNED_TILES] or 0,
-        patient=row[schema.PATIENT],
-        link=link(row[schema.URI], ours.uri),
-        error=row[schema.ERROR],
-    )
+    pages.write_gallery(ours, table, described, card, facts)
 
 
 def closing_lines(uri: str, summary: Mapping[str, Any]) -> list[str]:

@@ -32,7 +32,8 @@ from bcd.errors import ConfigError
 from bcd.imaging import image
 from bcd.runtime import output
 
-CONFIG, SUMMARY, WORK, PREDICTIONS = "config.json", "summary.json", "work", "predictions"
+CONFIG, SUMMARY, GALLERY = "config.json", "summary.json", "gallery.html"
+WORK, PREDICTIONS = "work", "predictions"
 # Recommended for Parquet; evidence maps compress badly, so files on disk are nearly as large.
 FILE_BYTES = 128 * 2**20
 ROWS_PER_GROUP = 16_384

@@ -22,6 +22,7 @@ from bcd.config.scoring import ScoreConfig
 from bcd.data import archive
 from bcd.errors import ConfigError, IncompleteError
 from bcd.model import bundle
+from bcd.model.card import Card
 from bcd.runtime import cluster, datasets, output, predict
 from bcd.scoring import finish, inputs, ledger, tiling
 from bcd.scoring.ledger import Done, Ledger
@@ -115,7 +116,7 @@ def _settings(config: ScoreConfig, model_id: str, compiled: bool) -> predict.Set
     return predict.Settings(config.model, model_id, overlays=overlays, compile=compiled, **shared)
 
 
-def _tile_settings(config: ScoreConfig, card: bundle.Card) -> tiling.Tiling:
+def _tile_settings(config: ScoreConfig, card: Card) -> tiling.Tiling:
     return tiling.Tiling(
         tile_mpp=config.tile_mpp or max(card.mpp, default=None),
         tile_width_px=card.field_width_px,
@@ -126,7 +127,7 @@ def _tile_settings(config: ScoreConfig, card: bundle.Card) -> tiling.Tiling:
     )
 
 
-def _facts(config: ScoreConfig, card: bundle.Card, model_id: str) -> dict[str, Any]:
+def _facts(config: ScoreConfig, card: Card, model_id: str) -> dict[str, Any]:
     return {
         "title": f"Scored archive: {config.input}",
         "input": config.input,
@@ -155,7 +156,7 @@ def _deciding(config: ScoreConfig, model_id: str, compiled: bool) -> dict[str, A
     return settings | {"model": model_id, "compile": compiled}
 
 
-def _remedies(card: bundle.Card) -> ledger.Remedies:
+def _remedies(card: Card) -> ledger.Remedies:
     """Flags that resolve errors of slides; no slide with a result has used them."""
     remedies = {"mpp": MPP_ERRORS, "mpp_override": MPP_ERRORS | {"too_coarse"}}
     return remedies if card.mpp else remedies | {"tile_mpp": MPP_ERRORS}

@@ -12,10 +12,8 @@ import pyarrow.compute as pc
 import ray
 
 from bcd import schema, storage
-from bcd.metrics import calibration
 from bcd.model import novelty
-from bcd.model.bundle import Card
-from bcd.reports import heatmap
+from bcd.model.card import Card
 from bcd.scoring import tiling
 from bcd.scoring.ledger import Ledger
 from bcd.taxonomy import malignant_mask
@@ -109,6 +107,10 @@ def _draw(
     probability: np.ndarray,
     card: Card,
 ) -> None:
+    # Not at the top: see `finish`.
+    from bcd.metrics import calibration
+    from bcd.reports import heatmap
+
     thumbnail, scale = tiling.read_thumbnail(ours.plans_uri, plan.slide), plan.thumbnail_scale
     unlike = warned(tiles)
     coloured = heatmap.draw_tiles(thumbnail, scale, boxes, probability, card.threshold, unlike)

@@ -14,9 +14,10 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from bcd import provenance
+from bcd.errors import NOT_FINITE
 from bcd.imaging import image
-from bcd.model import bundle
-from bcd.model.bundle import Card, Prediction
+from bcd.model.card import Card
+from bcd.model.predictor import Prediction
 from bcd.reports.overlay import LIMIT
 from bcd.serving import upload
 from bcd.serving.documents import (
@@ -39,7 +40,7 @@ STATUS = {
     "empty": 422,
     "truncated": 422,
     "too_many_pixels": 422,
-    bundle.NOT_FINITE: 500,
+    NOT_FINITE: 500,
     "too_large": 413,
 }
 # The page loads nothing from other hosts, and sends nothing to them.

@@ -9,7 +9,8 @@ from bcd import provenance
 from bcd.imaging import image
 from bcd.metrics import calibration
 from bcd.model import novelty
-from bcd.model.bundle import Card, Prediction
+from bcd.model.card import Card
+from bcd.model.predictor import Prediction
 from bcd.reports import overlay
 
 NOTICE = "Research use only. Not a medical device, and not for diagnosis."

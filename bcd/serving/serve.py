@@ -29,10 +29,11 @@ from ray.serve.context import _get_global_client
 
 from bcd import storage
 from bcd.config.serving import ServeConfig, ServiceConfig
-from bcd.errors import BundleError, ConfigError, ResourceError
+from bcd.errors import NOT_FINITE_MESSAGE, BundleError, ConfigError, ResourceError
 from bcd.imaging import image
-from bcd.model import bundle
-from bcd.model.bundle import Prediction
+from bcd.model import bundle, predictor
+from bcd.model.card import model_id
+from bcd.model.predictor import Prediction
 from bcd.runtime import cluster
 from bcd.serving import api, middleware
 
@@ -113,7 +114,7 @@ class Replica:
         self._config, self._token_digest = config, token_digest
         # Ray shows all GPUs to a process that reserves none: every replica would use the first.
         device = None if config.num_gpus else "cpu"
-        self._bundle = bundle.load(config.model, device, config.precision)
+        self._bundle = predictor.load(config.model, device, config.precision)
         bundle.require_same(config.model, model_id, self._bundle.model_id)
         self.card, self.model_id = self._bundle.card, self._bundle.model_id
         self._decoders = ThreadPoolExecutor(threads, "decode")
@@ -126,7 +127,7 @@ class Replica:
         for n in {1, config.max_batch_size}:  # a replica that cannot compute does not become healthy
             prediction = self._computer.submit(self._bundle.predict, np.stack([canary] * n)).result()
             if not prediction.finite.all():
-                raise BundleError(f"{config.model}: {bundle.NOT_FINITE_MESSAGE}")
+                raise BundleError(f"{config.model}: {NOT_FINITE_MESSAGE}")
 
     def __serve_build_asgi_app__(self) -> middleware.Guard:
         self._forward.set_max_batch_size(self._config.max_batch_size)
@@ -203,7 +204,7 @@ def create_application(config: ServiceConfig, host: str | None) -> Application:
         ConfigError: other machines reach the address, and there is no token.
         BundleError: there is no model.
     """
-    identity = bundle.model_id(bundle.read_card(config.model))
+    identity = model_id(bundle.read_card(config.model))
     token_digest = _token_digest(config)
     if token_digest is None and host is not None and not middleware.is_loopback(host):
         raise ConfigError(

@@ -12,12 +12,14 @@ from bcd.config.options import Architecture
 from bcd.config.training import TrainConfig
 from bcd.errors import BundleError
 from bcd.metrics import aggregate, calibration, decision
-from bcd.model import bundle, card, resnet
-from bcd.model.network import ResNet
+from bcd.model import bundle, card, predictor, weights
+from bcd.model.card import Card
+from bcd.model.resnet import ResNet
 from bcd.runtime import feature_statistics, run_directory
 from bcd.runtime.prepare import DatasetFacts, part_of
 from bcd.split import split
-from bcd.training import loop
+from bcd.training import checkpoint
+from bcd.training.task import SCORE, SELECTION
 
 
 def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFacts, result: Result) -> None:
@@ -27,12 +29,12 @@ def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFact
     known = _card(config, train, facts, measured)
     statistics, logit = feature_statistics.compute_statistics(network, known, train, validation)
     decided = _decided(config, logit, validation)
-    bundle.save(network, known.model_copy(update=decided | {"feature_statistics": statistics}), uri)
+    predictor.save(network, known.model_copy(update=decided | {"feature_statistics": statistics}), uri)
 
 
 def require_valid_card(config: TrainConfig, table: pa.Table, facts: DatasetFacts) -> None:
     """Raises BundleError before the training if no valid card could be written after it."""
-    measured = {schema.EPOCH: 1, loop.SCORE: 0.5, "n_validation": 1}
+    measured = {schema.EPOCH: 1, SCORE: 0.5, "n_validation": 1}
     card.dump(_card(config, part_of(table, split.TRAIN), facts, measured))
 
 
@@ -47,19 +49,19 @@ def fault(run_uri: str) -> str | None:
 
 def _best(result: Result, n_classes: int, architecture: Architecture) -> tuple[ResNet, dict[str, Any]]:
     """The network of the best epoch with an intact checkpoint, and its metrics."""
-    best_first = sorted(result.best_checkpoints, key=lambda pair: pair[1][loop.SELECTION], reverse=True)
-    for checkpoint, measured in best_first:
+    best_first = sorted(result.best_checkpoints, key=lambda pair: pair[1][SELECTION], reverse=True)
+    for kept, measured in best_first:
         try:
-            with checkpoint.as_directory() as folder:
-                tensors, _ = loop.read_checkpoint(Path(folder))
-                return resnet.assembled(n_classes, tensors, architecture), measured
+            with kept.as_directory() as folder:
+                tensors, _ = checkpoint.read_checkpoint(Path(folder))
+                return weights.assembled(n_classes, tensors, architecture), measured
         except BundleError as error:
             epoch = measured[schema.EPOCH]
             print(f"warning: the checkpoint of epoch {epoch} is damaged: {error}", flush=True)
     raise BundleError("no checkpoint of this run is intact; choose another --name to train again")
 
 
-def _card(config: TrainConfig, train: pa.Table, facts: DatasetFacts, measured: dict[str, Any]) -> bundle.Card:
+def _card(config: TrainConfig, train: pa.Table, facts: DatasetFacts, measured: dict[str, Any]) -> Card:
     shared = config.model_dump(
         include={"architecture", "target", "input_height_px", "input_width_px", "protocol", "fold", "seed"}
     ) | facts.model_dump(
@@ -73,7 +75,7 @@ def _card(config: TrainConfig, train: pa.Table, facts: DatasetFacts, measured: d
         leaky=config.protocol in split.LEAKY,
         warnings=tuple(facts.warnings),
         training=config.model_dump(mode="json"),
-        validation={name: measured[name] for name in (schema.EPOCH, loop.SCORE, "n_validation")},
+        validation={name: measured[name] for name in (schema.EPOCH, SCORE, "n_validation")},
         versions=provenance.versions(),
         git_commit=provenance.git_commit(),
     )

@@ -1,13 +1,10 @@
-"""A training worker: epochs over its shard, exact validation, a checkpoint after each; the process group.
+"""A training worker: epochs over its shard of the rows, exact validation, a checkpoint after each.
 
 Workers synchronise twice an epoch, to add up training and validation; both sums are exact over all rows.
 """
 
-import hashlib
 import logging
 import math
-import os
-import socket
 import tempfile
 import time
 from collections import Counter
@@ -18,97 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 from bcd import schema, storage
-from bcd.config.training import TrainConfig
-from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
+from bcd.errors import BundleError, ConfigError, DivergedError
 from bcd.metrics import measures
 from bcd.model import resnet, train_step, weights
-from bcd.model.network import ResNet, normalise
+from bcd.model.resnet import ResNet, normalise
 from bcd.runtime import cluster, inspection
 from bcd.taxonomy import TRAIN, VALIDATION
+from bcd.training.checkpoint import State
+from bcd.training.task import EXPOSURE, SCORE, SELECTION, Task
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_FILE, STATE_FILE = "model.safetensors", "state.pt"
-# Folder of the run with a table per finished epoch: the images that it trained on.
-EXPOSURE = "exposure"
-DIGEST = "weights_sha256"
-SCORE = "validation_balanced_accuracy"
-# Chooses the best epoch: by score, then by loss. On a small validation part many epochs have equal scores,
-# and the first of them is seldom the best.
-SELECTION = "selection"
+# Share of the loss in `SELECTION`.
 TIE_BREAK = 1e-6
 # Steps between two checks of the loss, each of which makes a GPU wait for its queue to empty.
 CHECK_STEPS = 20
 # Columns of rows.
 Batch = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Task:
-    """Arguments of a worker."""
-
-    config: TrainConfig
-    classes: tuple[str, ...]
-    weights: ray.ObjectRef | None
-    run_uri: str
-    n_train: int
-    runs_per_node: int = 1
-
-
-@dataclass
-class State:
-    """Content of a checkpoint."""
-
-    network: ResNet
-    optimizer: torch.optim.Optimizer
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    def save(self, folder: Path) -> None:
-        """Write network, optimiser and history into a folder."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
-        save_file(tensors, folder / WEIGHTS_FILE)
-        digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
-        state = {"optimizer": self.optimizer.state_dict(), "history": self.history, DIGEST: digest}
-        torch.save(state, folder / STATE_FILE)
-
-    def load(self, folder: Path) -> None:
-        """Load what `save` wrote, or raise BundleError if it is damaged, and load nothing."""
-        tensors, state = read_checkpoint(folder)
-        tensors = weights.fitting(self.network.state_dict(), tensors, whole=True)
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError) as error:
-            raise BundleError(f"{STATE_FILE} is of another optimiser: {error}") from error
-        self.network.load_state_dict(tensors)
-        self.history = state["history"]
-
-
-def read_checkpoint(folder: Path) -> tuple[weights.State, dict[str, Any]]:
-    """Weights, and the rest of a checkpoint; raises BundleError if it is damaged."""
-    try:
-        content, rest = (folder / WEIGHTS_FILE).read_bytes(), (folder / STATE_FILE).read_bytes()
-    except FileNotFoundError as error:
-        raise BundleError(f"{Path(error.filename).name} is missing") from error
-    state = weights.read_weights(rest, STATE_FILE)
-    if not weights.is_as_written(rest):
-        raise BundleError(f"{STATE_FILE} is not as it was written: a checksum differs")
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != state.get(DIGEST, digest):  # older versions wrote none
-        raise BundleError(f"{WEIGHTS_FILE} is not as it was written: its SHA-256 differs")
-    return weights.read_weights(content, WEIGHTS_FILE), state
 
 
 @dataclass
@@ -126,19 +58,13 @@ class Seen:
         self.targets += batch[schema.TARGET].tolist()
 
 
-def train(task: Task) -> list[dict[str, Any]] | BcdError:
-    """The training function of every worker; returns the history, a record per epoch.
+def run_epochs(task: Task) -> list[dict[str, Any]]:
+    """Train the epochs that are left and return the history, a record per epoch.
 
-    Errors for the user, which all workers find at the same step, are returned: Ray Train would restart a
-    worker that raises.
+    Raises:
+        ConfigError: a step has too few images.
+        DivergedError: loss or weights are no longer finite.
     """
-    try:
-        return _train(task)
-    except (ConfigError, DivergedError) as error:
-        return error
-
-
-def _train(task: Task) -> list[dict[str, Any]]:
     config, context = task.config, ray.train.get_context()
     # Without Ray Train's lines about every report and checkpoint.
     logging.getLogger().setLevel(logging.WARNING)
@@ -177,7 +103,7 @@ def augmentation_seed(seed: int, rank: int, n_epochs: int) -> int:
 def _state(task: Task, device: torch.device) -> State:
     config = task.config
     pretrained = ray.get(task.weights) if task.weights is not None else None
-    network = resnet.build(len(task.classes), pretrained, config.seed, config.architecture)
+    network = weights.build(len(task.classes), pretrained, config.seed, config.architecture)
     network = network.to(device).to(memory_format=torch.channels_last)
     if config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
         train_step.share_batch_norm(network, device)
@@ -417,37 +343,3 @@ def _checkpoint(state: State, record: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         state.save(Path(folder))
         ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def interface(address: str) -> str | None:
-    """Name of the network interface that has an IPv4 or IPv6 address; None if there is none."""
-    for name, addresses in psutil.net_if_addrs().items():
-        families = (socket.AF_INET, socket.AF_INET6)
-        # A link-local address is followed by % and its interface.
-        if any(a.family in families and a.address.partition("%")[0] == address for a in addresses):
-            return name
-    return None
-
-
-def _use_address_of_node() -> None:
-    if name := interface(ray.util.get_node_ip_address()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-
-
-class _Backend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(_use_address_of_node)
-        super().on_start(worker_group, backend_config)
-
-
-@dataclass
-class ProcessGroup(TorchConfig):
-    """Torch's process group over the addresses by which Ray knows the nodes; GLOO_SOCKET_IFNAME has priority.
-
-    Gloo would use the address of the host's name, which on Debian and Ubuntu is one of loopback: workers on
-    two such hosts search for each other on themselves, and training fails with "Connection refused".
-    """
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _Backend

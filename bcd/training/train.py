@@ -28,7 +28,8 @@ from bcd.runtime import cluster, datasets, inspection, output, run_directory
 from bcd.runtime.prepare import DatasetFacts, describe_split, load_data_set, part_of, prepare
 from bcd.split import balance
 from bcd.taxonomy import TRAIN, VALIDATION
-from bcd.training import export, loop
+from bcd.training import export
+from bcd.training.task import EXPOSURE, SELECTION, ProcessGroup, Task, train
 
 
 def run(
@@ -118,14 +119,14 @@ def train_model(
     streams, n_train = streams_of(config, table)
     filesystem, path = storage.resolve(run_uri)
     classes, shared = taxonomy.classes(config.target), pretrained and ray.put(pretrained)
-    task = loop.Task(config, classes, shared, run_uri, n_train, runs_per_node)
+    task = Task(config, classes, shared, run_uri, n_train, runs_per_node)
     trainer = TorchTrainer(
-        loop.train,
+        train,
         train_loop_config=task,
-        torch_config=loop.ProcessGroup(),
+        torch_config=ProcessGroup(),
         scaling_config=scaling,
         datasets=streams,
-        dataset_config=datasets.SplitData(storage.join(run_uri, loop.EXPOSURE)),
+        dataset_config=datasets.SplitData(storage.join(run_uri, EXPOSURE)),
         run_config=RunConfig(
             name="checkpoints",
             storage_path=path,
@@ -135,7 +136,7 @@ def train_model(
             failure_config=FailureConfig(max_failures=config.max_failures),
             # Besides the best, Ray keeps the latest, to resume from; two, in case one is damaged.
             checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute=loop.SELECTION, checkpoint_score_order="max"
+                num_to_keep=2, checkpoint_score_attribute=SELECTION, checkpoint_score_order="max"
             ),
         ),
     )

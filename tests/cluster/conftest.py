@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bcd import storage
-from bcd.model import bundle
+from bcd.model import predictor
 from tests import archives
 from tests.cluster.hosts import BUCKET, Hosts, Job, why_not
 from tests.end_to_end.test_jobs import train_arguments
@@ -60,7 +60,7 @@ def archive(bucket):
 @pytest.fixture(scope="package")
 def model_uri(bucket):
     network = untrained(architecture="resnet50")  # slow enough that a second host takes part
-    bundle.save(
+    predictor.save(
         network, card(architecture="resnet50", input_height_px=128, input_width_px=192), f"{bucket}/model"
     )
     return f"{bucket}/model"

@@ -2,7 +2,7 @@ from typing import get_args
 
 import pytest
 
-from bcd.config.options import Cam
+from bcd.config.options import CLOSED_FORM, Cam
 from bcd.config.scoring import ScoreConfig
 from bcd.errors import ConfigError
 from bcd.model import cam
@@ -35,4 +35,4 @@ def test_another_method_explains_any_layer():
 
 
 def test_every_cam_method_can_be_asked_for():
-    assert set(get_args(Cam)) == {cam.CLOSED_FORM, *cam.METHODS}
+    assert set(get_args(Cam)) == {CLOSED_FORM, *cam.METHODS}

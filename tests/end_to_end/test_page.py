@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from bcd.imaging import image
-from bcd.model import bundle
+from bcd.model import predictor
 from bcd.reports import gallery, overlay
 from tests import page_mock, pictures, service
 from tests.cluster import wait_for
@@ -82,8 +82,8 @@ def page_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         magnifications=(40, 100),
     )
     uri = str(tmp_path_factory.mktemp("model"))
-    bundle.save(network, facts, uri)
-    engine = service.LocalEngine(bundle.load(uri, device="cpu"))
+    predictor.save(network, facts, uri)
+    engine = service.LocalEngine(predictor.load(uri, device="cpu"))
     with service.serving(service.guarded(engine, token=None)) as url:
         yield url
 

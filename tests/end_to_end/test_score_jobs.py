@@ -23,7 +23,7 @@ from bcd import schema, storage
 from bcd.config.scoring import ScoreConfig
 from bcd.errors import ConfigError
 from bcd.imaging import image
-from bcd.model import bundle, resnet
+from bcd.model import predictor, weights
 from bcd.scoring import score
 from tests import archives, faults
 from tests.cluster import (
@@ -71,7 +71,7 @@ def archive_on_s3(archive, s3):
 @pytest.fixture(scope="module")
 def model_uri(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("model"))
-    bundle.save(untrained(std=5e-3), card(), uri)
+    predictor.save(untrained(std=5e-3), card(), uri)
     return uri
 
 
@@ -174,8 +174,8 @@ def test_a_finished_run_does_nothing_and_another_model_is_refused(
     score.run(config)
     assert "is finished: " in capsys.readouterr().out
     assert {f.path: f.size_bytes for f in storage.list_files(str(output))} == before
-    bundle.save(
-        resnet.build(2, seed=2, architecture="resnet18"),
+    predictor.save(
+        weights.build(2, seed=2, architecture="resnet18"),
         card(),
         str(tmp_path),
     )

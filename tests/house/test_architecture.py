@@ -63,9 +63,9 @@ WITH_RAY = {
     *("bcd.audit.audit", "bcd.preflight.doctor", "bcd.serving.serve"),
 }
 WITH_TORCH = {
-    "model",
+    *(f"bcd.model.{name}" for name in ("cam", "predictor", "resnet", "train_step", "weights")),
     "bcd.runtime.cluster",
-    "bcd.training.loop",
+    *("bcd.training.checkpoint", "bcd.training.loop"),
     "bcd.preflight.doctor",
     "bcd.serving.serve",
 }

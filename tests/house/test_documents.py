@@ -15,7 +15,8 @@ import yaml
 
 from bcd import errors, provenance
 from bcd.config.options import Config
-from bcd.model import bundle, resnet
+from bcd.errors import NOT_FINITE
+from bcd.model import predictor, weights
 from tests import commands, pictures
 from tests.house.test_architecture import MODULES, RANKS, WITH_RAY, WITH_TORCH, folder_of, name_of, offenders
 from tests.model.test_bundle import card
@@ -234,13 +235,13 @@ def test_the_reference_names_every_error():
         named |= set(re.findall(r'ImageError\(\s*"(\w+)"', code))
         if folder_of(name_of(path)) == "serving":
             named |= set(re.findall(r'RefusedError\(\s*\w+,\s*"(\w+)"', code))
-    named |= {bundle.NOT_FINITE, "bad_mpp", "whole_slide"}
+    named |= {NOT_FINITE, "bad_mpp", "whole_slide"}
     offenders(name for name in named if f"`{name}`" not in text)
 
 
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    bundle.save(resnet.build(2, architecture="resnet18"), card(), str(tmp_path / "demo/run/model"))
+    predictor.save(weights.build(2, architecture="resnet18"), card(), str(tmp_path / "demo/run/model"))
     (tmp_path / "field.png").write_bytes(pictures.encode(pictures.gradient()))
     monkeypatch.chdir(tmp_path)
     names = {}

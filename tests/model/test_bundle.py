@@ -12,9 +12,9 @@ from bcd import provenance
 from bcd.config.training import TrainConfig
 from bcd.errors import BundleError
 from bcd.imaging import image
-from bcd.model import bundle, cam, novelty, resnet
-from bcd.model.card import dump
-from bcd.model.network import normalise
+from bcd.model import bundle, cam, novelty, predictor, resnet, weights
+from bcd.model.card import Card, dump, model_id
+from bcd.model.resnet import normalise
 from tests import pictures
 
 
@@ -23,7 +23,7 @@ def untrained(std=1e-3, seed=1, architecture="resnet18"):
 
     The features of an untrained network are large: without this all probabilities are 0 or 1.
     """
-    network = resnet.build(2, seed=seed, architecture=architecture)
+    network = weights.build(2, seed=seed, architecture=architecture)
     generator = torch.Generator().manual_seed(seed)
     torch.nn.init.normal_(network.fc.weight, std=std, generator=generator)
     return network
@@ -52,7 +52,7 @@ def card(**changes):
         "versions": provenance.versions(),
         "git_commit": None,
     }
-    return bundle.Card(**facts | changes)
+    return Card(**facts | changes)
 
 
 def written(known):
@@ -62,18 +62,18 @@ def written(known):
 
 @pytest.fixture(scope="module")
 def network():
-    return resnet.build(2, seed=1, architecture="resnet18").eval()
+    return weights.build(2, seed=1, architecture="resnet18").eval()
 
 
 def ready(network, **changes):
     """A bundle without files."""
     features = partial(resnet.features, network)
-    return bundle.Bundle(card(**changes), "id", network, features, torch.device("cpu"), "float32")
+    return predictor.Predictor(card(**changes), "id", network, features, torch.device("cpu"), "float32")
 
 
 def test_a_bundle_gives_the_logits_of_its_network(tmp_path, network):
-    identity = bundle.save(network, card(), str(tmp_path / "model"))
-    loaded = bundle.load(str(tmp_path / "model"), device="cpu")
+    identity = predictor.save(network, card(), str(tmp_path / "model"))
+    loaded = predictor.load(str(tmp_path / "model"), device="cpu")
     field = image.fit(pictures.gradient(), 64, 96)
     expected = network(normalise(torch.from_numpy(field).permute(2, 0, 1)[None]))
     prediction = loaded.predict_files([pictures.encode(pictures.gradient())] * 2)
@@ -113,7 +113,7 @@ def test_the_threshold_of_the_card_decides(network, threshold, expected):
 
 
 def test_the_readme_says_what_must_be_said(tmp_path, network):
-    bundle.save(network, card(leaky=True, synthetic=True, protocol="image"), str(tmp_path))
+    predictor.save(network, card(leaky=True, synthetic=True, protocol="image"), str(tmp_path))
     text = (tmp_path / "README.md").read_text()
     for words in ("Research use only", "Synthetic", "Leaky split", "benign, malignant", "40X", "0.49 µm/px"):
         assert words in text
@@ -129,8 +129,8 @@ def test_the_readme_says_where_patients_are_too_few(few):
 
 def test_no_card_no_bundle(tmp_path, network):
     with pytest.raises(BundleError, match=r"no model bundle there; expected card.json"):
-        bundle.load(str(tmp_path))
-    bundle.save(network, card(), str(tmp_path))
+        predictor.load(str(tmp_path))
+    predictor.save(network, card(), str(tmp_path))
     (tmp_path / "card.json").unlink()
     assert not bundle.is_complete(str(tmp_path))
 
@@ -148,7 +148,7 @@ def test_weights_that_are_not_the_cards_are_rejected(tmp_path):
     uri = sealed(tmp_path, content)
     for damaged in (content[:-1] + b"x", content[:-1], content + b"x", b""):
         (tmp_path / "model.safetensors").write_bytes(damaged)
-        for use in (bundle.load, bundle.identify):
+        for use in (predictor.load, bundle.identify):
             with pytest.raises(BundleError, match=r"is not the file that card.json was written for"):
                 use(uri)
 
@@ -156,23 +156,23 @@ def test_weights_that_are_not_the_cards_are_rejected(tmp_path):
 def test_weights_that_are_no_network_are_rejected(tmp_path):
     uri = sealed(tmp_path, save({"a": torch.zeros(9)}))
     with pytest.raises(BundleError, match=r": not the weights of a ResNet18: conv1.weight is missing"):
-        bundle.load(uri)
+        predictor.load(uri)
     with pytest.raises(BundleError, match=r"model.safetensors: not a state dict, but an empty file"):
-        bundle.load(sealed(tmp_path, b""))
+        predictor.load(sealed(tmp_path, b""))
 
 
 def test_the_canary_has_to_be_what_it_was(tmp_path, network):
     """On the machine that wrote the bundle, in float32 whatever the model computes in."""
-    bundle.save(network, card(temperature=2.0), str(tmp_path))
+    predictor.save(network, card(temperature=2.0), str(tmp_path))
     known = bundle.read_card(str(tmp_path))
     first, second = known.canary_logit
-    expected = network(normalise(torch.from_numpy(bundle.canary()).permute(2, 0, 1)[None]))
+    expected = network(normalise(torch.from_numpy(predictor.canary()).permute(2, 0, 1)[None]))
     np.testing.assert_allclose([[first, second]], expected.detach() / 2, rtol=1e-5)
     bundle.write_card(known.model_copy(update={"canary_logit": (first, second + 1e-4)}), str(tmp_path))
-    bundle.load(str(tmp_path), "cpu", "bfloat16")
+    predictor.load(str(tmp_path), "cpu", "bfloat16")
     bundle.write_card(known.model_copy(update={"canary_logit": (first, second + 1)}), str(tmp_path))
     with pytest.raises(BundleError, match="for the bundle's canary image this machine computes the logits"):
-        bundle.load(str(tmp_path), "cpu")
+        predictor.load(str(tmp_path), "cpu")
 
 
 def test_what_could_not_be_loaded_is_not_written(tmp_path):
@@ -188,7 +188,7 @@ def test_what_could_not_be_loaded_is_not_written(tmp_path):
         network = untrained()
         network.load_state_dict(network.state_dict() | change)
         with pytest.raises(BundleError, match=said):
-            bundle.save(network, card().model_copy(update=facts), str(tmp_path))
+            predictor.save(network, card().model_copy(update=facts), str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -213,7 +213,7 @@ def test_no_class_without_finite_logits(network):
 
 def test_a_bundle_that_changed_is_reported(tmp_path, network):
     uri = str(tmp_path)
-    began = bundle.save(network, card(), uri)
+    began = predictor.save(network, card(), uri)
     assert bundle.read_same(uri, began) == bundle.read_card(uri)
     bundle.write_card(
         bundle.read_card(uri).model_copy(
@@ -222,7 +222,7 @@ def test_a_bundle_that_changed_is_reported(tmp_path, network):
         uri,
     )
     assert bundle.identify(uri) == began
-    now = bundle.save(network, card(threshold=0.4), uri)
+    now = predictor.save(network, card(threshold=0.4), uri)
     with pytest.raises(
         BundleError, match=f"has changed since the start: the model was {began}, now it is {now}"
     ):
@@ -253,7 +253,7 @@ def test_a_temperature_is_in_every_number(network):
     """The evidence adds up to the log-odds of the very probability that is reported."""
     picture = np.random.default_rng(0).integers(0, 255, (3, 64, 96, 3), np.uint8)
     state = network.state_dict()
-    plain, cooler = (bundle.from_state(state, card(temperature=t)).predict(picture) for t in (1.0, 50.0))
+    plain, cooler = (predictor.from_state(state, card(temperature=t)).predict(picture) for t in (1.0, 50.0))
     np.testing.assert_allclose(cooler.logit, plain.logit / 50, rtol=1e-5)
     log_odds = np.log(cooler.probability_malignant / (1 - cooler.probability_malignant))
     total = cooler.evidence.mean((1, 2)) + cooler.evidence_bias
@@ -262,10 +262,10 @@ def test_a_temperature_is_in_every_number(network):
 
 def test_statistics_in_the_card_decide_its_identity(tmp_path, network):
     known = card(feature_statistics=statistics(network))
-    bundle.save(network, known, str(tmp_path))
+    predictor.save(network, known, str(tmp_path))
     read = bundle.read_card(str(tmp_path))
     assert read == known.model_copy(update=written(read))
-    assert bundle.model_id(known) != bundle.model_id(card())
+    assert model_id(known) != model_id(card())
 
 
 def test_rows_are_predictions_of_one_image(network):
@@ -279,7 +279,10 @@ def test_rows_are_predictions_of_one_image(network):
 
 
 def test_a_bundle_from_weights_in_memory_is_the_one_on_disk(tmp_path, network):
-    bundle.save(network, card(), str(tmp_path))
+    predictor.save(network, card(), str(tmp_path))
     picture = image.fit(pictures.gradient(), 64, 96)[None]
-    loaded, made = bundle.load(str(tmp_path), device="cpu"), bundle.from_state(network.state_dict(), card())
+    loaded, made = (
+        predictor.load(str(tmp_path), device="cpu"),
+        predictor.from_state(network.state_dict(), card()),
+    )
     np.testing.assert_allclose(made.predict(picture).logit, loaded.predict(picture).logit, rtol=1e-6)

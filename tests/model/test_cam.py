@@ -7,7 +7,7 @@ from bcd import storage
 from bcd.imaging import image
 from bcd.model import cam, resnet, weights
 from bcd.model.card import STRIDE_PX
-from bcd.model.network import normalise
+from bcd.model.resnet import normalise
 from tests import pictures
 
 
@@ -42,7 +42,7 @@ def oracle(network, images, targets):
 
 @pytest.fixture(scope="module")
 def network():
-    return resnet.build(2, seed=3, architecture="resnet18").eval()
+    return weights.build(2, seed=3, architecture="resnet18").eval()
 
 
 def test_mean_plus_bias_is_the_log_odds(network):
@@ -52,7 +52,7 @@ def test_mean_plus_bias_is_the_log_odds(network):
 
 
 def test_more_classes_give_the_centred_logit_of_the_predicted_one():
-    network = resnet.build(8, seed=4, architecture="resnet18").eval()
+    network = weights.build(8, seed=4, architecture="resnet18").eval()
     output = resnet.forward(network, inputs())
     centred = output.logit - output.logit.mean(1, keepdim=True)
     expected = centred.gather(1, output.logit.argmax(1, keepdim=True))[:, 0]
@@ -134,7 +134,7 @@ def test_scorecam_is_a_weighted_mean_of_the_channels(network):
 
 def test_ablationcam_weighs_each_channel_by_what_the_log_odds_lose_without_it():
     """On the last layer that is the weight times the channel's mean, whatever the sign of the log-odds."""
-    network = resnet.build(2, seed=3, architecture="resnet18").eval()
+    network = weights.build(2, seed=3, architecture="resnet18").eval()
     network.fc.bias.data[0] += 9
     small = inputs(1)[:, :, :33, :33]
     output, features = resnet.forward(network, small), resnet.features(network, small).detach().numpy()
@@ -156,7 +156,7 @@ def test_a_map_is_as_large_as_the_features_of_its_layer(layer, size, network):
 
 
 def test_more_classes_explain_the_centred_logit_of_the_class_given():
-    network = resnet.build(8, seed=4, architecture="resnet18").eval()
+    network = weights.build(8, seed=4, architecture="resnet18").eval()
     given = torch.tensor([5, 0, 2])
     features = resnet.features(network, inputs()).detach()
     expected, _ = cam.evidence(features, network.fc.weight, network.fc.bias, given)
@@ -166,7 +166,7 @@ def test_more_classes_explain_the_centred_logit_of_the_class_given():
 
 @pytest.mark.parametrize("method", ["gradcam", "eigencam", "ablationcam"])
 def test_explaining_leaves_the_network_as_it_was(method):
-    network = resnet.build(2, seed=3, architecture="resnet18").eval().requires_grad_(False)
+    network = weights.build(2, seed=3, architecture="resnet18").eval().requires_grad_(False)
     layers = dict(network.named_modules())
     with torch.inference_mode():
         maps = explain(network, inputs(2)[:, :, :32, :32], method, "layer3")
@@ -180,7 +180,7 @@ def test_explaining_leaves_the_network_as_it_was(method):
 def test_the_closed_form_on_real_fields_and_weights(real_data):
     paths = sorted(map(str, (real_data / "breakhis").rglob("*.png")))[::10][:3]
     given = weights.pretrained(str(real_data / "weights" / "resnet50_imagenet.safetensors"))
-    network = resnet.build(2, given).eval()
+    network = weights.build(2, given).eval()
     fields = np.stack([image.fit(image.decode(storage.read_bytes(path)), 224, 336) for path in paths])
     images = normalise(torch.from_numpy(fields).permute(0, 3, 1, 2))
     with torch.inference_mode():

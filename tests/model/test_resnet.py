@@ -3,11 +3,11 @@ from functools import partial
 
 import torch
 
-from bcd.model import resnet
+from bcd.model import resnet, weights
 
 
 def test_a_network_is_seeded():
-    network, again, other = (resnet.build(2, seed=seed, architecture="resnet18") for seed in (1, 1, 2))
+    network, again, other = (weights.build(2, seed=seed, architecture="resnet18") for seed in (1, 1, 2))
     assert torch.equal(network.conv1.weight, again.conv1.weight)
     assert not torch.equal(network.conv1.weight, other.conv1.weight)
 
@@ -16,12 +16,12 @@ def test_building_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    resnet.build(2, seed=9, architecture="resnet18")
+    weights.build(2, seed=9, architecture="resnet18")
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_weights_are_taken_over_but_a_head_of_other_classes_is_not():
-    build = partial(resnet.build, architecture="resnet18")
+    build = partial(weights.build, architecture="resnet18")
     given = build(8, seed=5).half().state_dict()
     network = build(2, given, seed=1)
     torch.testing.assert_close(network.layer4[1].conv2.weight, given["layer4.1.conv2.weight"].float())
@@ -31,7 +31,7 @@ def test_weights_are_taken_over_but_a_head_of_other_classes_is_not():
 
 
 def test_forward_equals_the_network_itself():
-    network = resnet.build(3, seed=2).eval()
+    network = weights.build(3, seed=2).eval()
     images = torch.randn(2, 3, 96, 144, generator=torch.Generator().manual_seed(0))
     output = resnet.forward(network, images)
     torch.testing.assert_close(output.logit, network(images), atol=1e-5, rtol=1e-5)
@@ -47,7 +47,7 @@ def test_float32_is_no_tf32(monkeypatch):
 
 
 def test_forward_gives_float32_under_autocast():
-    network = resnet.build(2, architecture="resnet18").eval()
+    network = weights.build(2, architecture="resnet18").eval()
     with torch.autocast("cpu", torch.bfloat16):
         output = resnet.forward(network, torch.zeros(1, 3, 64, 64))
     assert {output.logit.dtype, output.evidence.dtype} == {torch.float32}
@@ -56,7 +56,7 @@ def test_forward_gives_float32_under_autocast():
 
 
 def test_folding_the_batch_norms_keeps_the_function():
-    network = resnet.build(2, seed=3)
+    network = weights.build(2, seed=3)
     images = torch.randn(3, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for _ in range(2):
@@ -76,7 +76,7 @@ def test_probability():
 
 
 def test_a_temperature_divides_logits_and_evidence_alike():
-    network = resnet.build(2, seed=1, architecture="resnet18").eval()
+    network = weights.build(2, seed=1, architecture="resnet18").eval()
     images = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
         plain = resnet.forward(network, images)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from bcd.model import resnet, train_step
+from bcd.model import train_step, weights
 from tests import pictures
 
 
@@ -14,7 +14,7 @@ def test_learning_rate_rises_and_falls():
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_norms_and_biases_are_not_decayed(name):
-    network = resnet.build(2, architecture="resnet18")
+    network = weights.build(2, architecture="resnet18")
     groups = train_step.optimizer(network, name, 0.1, 0.3).param_groups
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
     assert {p.ndim for p in groups[1]["params"]} == {1}
@@ -24,7 +24,7 @@ def test_norms_and_biases_are_not_decayed(name):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_steps_learn_black_from_white(precision):
     torch.manual_seed(0)
-    network = resnet.build(2, seed=0, architecture="resnet18").to(memory_format=torch.channels_last).train()
+    network = weights.build(2, seed=0, architecture="resnet18").to(memory_format=torch.channels_last).train()
     optimizer = train_step.optimizer(network, "adamw", 1e-3, 0.01)
     preset = train_step.augmentation(32, 64)
     step = train_step.Step(network, optimizer, torch.device("cpu"), precision, preset)

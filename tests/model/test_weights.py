@@ -12,7 +12,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 
 from bcd.errors import BundleError, StorageError
-from bcd.model import resnet, weights
+from bcd.model import weights
 
 TRUNK = "layer1.0.conv1.weight"
 
@@ -321,6 +321,6 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
 @pytest.mark.real
 def test_the_real_weights_fit(real_data):
     given = weights.pretrained(str(real_data / "weights/resnet50_imagenet.safetensors"))
-    network = resnet.build(2, given).eval()
+    network = weights.build(2, given).eval()
     stored = load_file(real_data / "weights/resnet50_imagenet.safetensors")
     torch.testing.assert_close(network.conv1.weight, stored["conv1.weight"].float())

@@ -26,7 +26,7 @@ from safetensors.torch import save, save_file
 
 from bcd import provenance, storage
 from bcd.config.checks import DoctorConfig
-from bcd.model import bundle, resnet
+from bcd.model import bundle, predictor, weights
 from bcd.preflight import diagnosis, doctor
 from tests.cluster import CLUSTER_CPUS, ROOT, free_port, kill, listens, processes, start_ray, wait_for
 from tests.model.test_bundle import card
@@ -68,14 +68,14 @@ def idle(joined):
 @pytest.fixture(scope="module")
 def good_model(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("bundle") / "model")
-    bundle.save(resnet.build(2, architecture="resnet18"), card(), uri)
+    predictor.save(weights.build(2, architecture="resnet18"), card(), uri)
     return uri
 
 
 @pytest.fixture(scope="module")
 def good_weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "resnet50.safetensors"
-    save_file(dict(resnet.build(1000).state_dict()), path)
+    save_file(dict(weights.build(1000).state_dict()), path)
     return str(path)
 
 

@@ -10,7 +10,7 @@ import ray
 from bcd import schema
 from bcd.errors import BcdError
 from bcd.imaging import image
-from bcd.model import bundle, novelty, resnet
+from bcd.model import novelty, predictor, weights
 from bcd.runtime import feature_statistics
 from tests import pictures
 from tests.model.test_bundle import card
@@ -31,11 +31,11 @@ def table(folder, prefix, n, seed):
 
 
 def test_they_are_those_of_a_plain_loop(joined, tmp_path):
-    network, facts = resnet.build(2, seed=1, architecture="resnet18").eval(), card()
+    network, facts = weights.build(2, seed=1, architecture="resnet18").eval(), card()
     train, validation = table(tmp_path, "t", 41, 0), table(tmp_path, "v", 12, 1)
     before = network.fc.weight.clone()
     found, logit = feature_statistics.compute_statistics(network, facts, train, validation)
-    plain = bundle.from_state(network.state_dict(), facts)
+    plain = predictor.from_state(network.state_dict(), facts)
 
     def pooled(rows):
         contents = [Path(uri).read_bytes() for uri in rows[schema.URI].to_pylist()]
@@ -60,7 +60,7 @@ def test_a_missing_image_is_named(joined, tmp_path):
     rows = table(tmp_path, "t", 3, 0)
     (tmp_path / "t-1.png").unlink()
     pooler = feature_statistics._Pooler(
-        ray.put((resnet.build(2, architecture="resnet18").state_dict(), card())), None, 2
+        ray.put((weights.build(2, architecture="resnet18").state_dict(), card())), None, 2
     )
     with pytest.raises(BcdError, match=r"t-1.png became unusable"):
         pooler(rows)

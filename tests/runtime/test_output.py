@@ -12,7 +12,7 @@ from bcd.config.scoring import ScoreConfig
 from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
 from bcd.errors import ConfigError, DataError
 from bcd.evaluation import evaluate
-from bcd.model import bundle
+from bcd.model import predictor
 from bcd.runtime import cluster, output
 from bcd.scoring import score
 from bcd.training import crossval, train
@@ -136,7 +136,7 @@ def test_a_job_that_no_one_knows_is_no_owner(tmp_path):
 def model_uri(tmp_path_factory):
     """A bundle in a folder of its own, in no run."""
     uri = str(tmp_path_factory.mktemp("models") / "model")
-    bundle.save(untrained(), card(), uri)
+    predictor.save(untrained(), card(), uri)
     return uri
 
 

@@ -18,7 +18,7 @@ from bcd import schema, storage
 from bcd.data import index, read
 from bcd.errors import BundleError
 from bcd.imaging import image
-from bcd.model import bundle, novelty, resnet
+from bcd.model import bundle, novelty, predictor, weights
 from bcd.runtime import datasets, predict
 from tests import pictures
 from tests.model.test_bundle import card
@@ -27,7 +27,7 @@ from tests.model.test_bundle import card
 @pytest.fixture(scope="module")
 def model_uri(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("bundle"))
-    bundle.save(resnet.build(2, seed=1, architecture="resnet18"), card(), uri)
+    predictor.save(weights.build(2, seed=1, architecture="resnet18"), card(), uri)
     return uri
 
 
@@ -67,7 +67,7 @@ def test_every_row_gives_one_row_a_result_or_an_error(joined, model_uri, tmp_pat
     assert result.schema.equals(schema.predictions(2, 3))
     assert result[schema.IMAGE_ID].to_pylist() == sorted(good | bad)
     rows = {row[schema.IMAGE_ID]: row for row in result.to_pylist()}
-    expected = bundle.load(model_uri, device="cpu").predict_files(list(good.values()))
+    expected = predictor.load(model_uri, device="cpu").predict_files(list(good.values()))
     np.testing.assert_allclose([rows[name][schema.LOGIT] for name in good], expected.logit, atol=1e-4)
     for name, (_, code) in pictures.broken().items():
         row = rows[f"benign/p/{name}.png"]
@@ -88,7 +88,7 @@ from bcd.scoring import score
 model_uri, archive, output = sys.argv[1:]
 score.run(ScoreConfig(model=model_uri, input=archive, output=output))
 rows, card = storage.read_table(archive + "/rows.parquet"), bundle.read_card(model_uri)
-weights = resnet.build(2, seed=1, architecture="resnet18").state_dict()
+weights = weights.build(2, seed=1, architecture="resnet18").state_dict()
 sums = feature_statistics._pooled(rows, card, ray.put((weights, card)), None)
 sums.to_pandas().to_json(output + "/sums.json")
 """
@@ -116,7 +116,7 @@ def test_images_are_read_for_gpus(scorer, model_uri, tmp_path):
         pair = [np.stack(table[name].drop_null().to_pylist()) for table in (found, expected)]
         np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-4)
     sums = pd.read_json(output / "sums.json")
-    seen = bundle.from_state(resnet.build(2, seed=1, architecture="resnet18").state_dict(), card())
+    seen = predictor.from_state(weights.build(2, seed=1, architecture="resnet18").state_dict(), card())
     features, _ = seen.pooled(np.stack([seen.fit(image.decode(content)) for content in good.values()]))
     assert sorted(sums["n"]) == [8, 32]
     np.testing.assert_allclose(np.sum(sums["total"].tolist(), 0), features.sum(0), rtol=1e-3)
@@ -144,7 +144,7 @@ def test_rows_that_come_read_give_the_same(scorer, model_uri, tmp_path):
 def test_the_numbers_are_the_bundles_own(scorer, model_uri, tmp_path):
     contents = {f"{i}.png": pictures.encode(pictures.gradient(50 + 9 * i, 70)) for i in range(3)}
     found = scorer(reading(tmp_path, contents)).to_pylist()
-    expected = bundle.load(model_uri, device="cpu").predict_files(list(contents.values()))
+    expected = predictor.load(model_uri, device="cpu").predict_files(list(contents.values()))
     np.testing.assert_allclose([row[schema.LOGIT] for row in found], expected.logit, rtol=1e-5)
     np.testing.assert_allclose(
         [row[schema.EVIDENCE] for row in found], expected.evidence.reshape(3, 6), rtol=1e-3, atol=1e-4
@@ -202,7 +202,7 @@ def test_warnings_are_in_the_row(tmp_path):
     for cutoff in (1e-6, 1e6, None):
         known = novelty.FeatureStatistics(**facts, cutoff=cutoff) if cutoff else None
         uri = str(tmp_path / f"model-{cutoff}")
-        bundle.save(resnet.build(2, seed=1, architecture="resnet18"), card(feature_statistics=known), uri)
+        predictor.save(weights.build(2, seed=1, architecture="resnet18"), card(feature_statistics=known), uri)
         good, bad = predict.Scorer(settings(uri, batch_size=2), 1)(rows).to_pylist()
         assert (bad[schema.NOVELTY], bad[schema.NOVELTY_CUTOFF], bad[schema.WARNINGS]) == (None, None, None)
         told.append((good[schema.NOVELTY_CUTOFF], good[schema.WARNINGS]))
@@ -266,7 +266,7 @@ def test_a_worker_with_another_model_scores_nothing(model_uri, tmp_path):
 def test_a_job_whose_model_changed_says_so(tmp_path):
     """Whether something failed because of that or not; what failed for another reason stays what it is."""
     uri = str(tmp_path)
-    bundle.save(resnet.build(2, seed=1, architecture="resnet18"), card(), uri)
+    predictor.save(weights.build(2, seed=1, architecture="resnet18"), card(), uri)
     job = settings(uri)
     with predict.one_model(job):
         pass
@@ -278,7 +278,7 @@ def test_a_job_whose_model_changed_says_so(tmp_path):
         predict.one_model(job),
     ):
         raise RayError
-    bundle.save(resnet.build(2, seed=2, architecture="resnet18"), card(), uri)
+    predictor.save(weights.build(2, seed=2, architecture="resnet18"), card(), uri)
     with pytest.raises(BundleError, match="has changed since the start"), predict.one_model(job):
         raise RayError
     with pytest.raises(BundleError, match="has changed since the start"), predict.one_model(job):

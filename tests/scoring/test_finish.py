@@ -3,7 +3,7 @@ import pytest
 
 from bcd import schema
 from bcd.errors import IncompleteError
-from bcd.scoring import finish, ledger
+from bcd.scoring import finish, ledger, pages
 from bcd.scoring.finish import OVERVIEW
 
 FORM = pa.schema([schema.predictions(1, 1).field(name) for name in OVERVIEW])
@@ -49,7 +49,7 @@ def test_an_input_without_a_row_is_found():
 
 
 def test_failures_are_named_by_kind():
-    found = finish._failures(TABLE)
+    found = pages._failures(TABLE)
     assert {code: failure.count for code, failure in found.items()} == {
         "truncated": 1,
         "unreadable": 1,
@@ -93,12 +93,12 @@ def test_the_table_of_images_begins_with_the_most_malignant_and_ends_with_errors
     scored = judged(("b", 0.2, [], 1.0), ("a", 0.9, ["unlike_training_data"], 1.0), ("c", 0.5, [], 1.0))
     failed = TABLE.drop_columns("n").filter(pa.array([False, True, True, False, True]))
     table = pa.concat_tables([scored, failed])
-    found = finish._images(ours, table)
+    found = pages._images(ours, table)
     assert [row.name for row in found.rows] == ["a", "c", "b", "b.png"]
     assert found.total == 4
     assert (found.rows[0].warned, found.rows[0].link, found.rows[3].error) == (True, "../in/a", "truncated")
-    monkeypatch.setattr(finish.gallery, "MAX_ROWS", 2)
-    found = finish._images(ours, table)
+    monkeypatch.setattr(pages.gallery, "MAX_ROWS", 2)
+    found = pages._images(ours, table)
     assert ([row.name for row in found.rows], found.total) == (["a", "c"], 4)
 
 
@@ -115,4 +115,4 @@ def test_the_table_of_images_begins_with_the_most_malignant_and_ends_with_errors
     ],
 )
 def test_a_link_leads_to_the_file_and_never_to_a_script(uri, folder, link):
-    assert finish.link(uri, folder) == link
+    assert pages.link(uri, folder) == link

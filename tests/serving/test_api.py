@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from bcd.imaging import image
-from bcd.model import bundle, novelty, resnet
+from bcd.model import novelty, predictor, weights
+from bcd.model.card import Card
 from bcd.reports import overlay
 from bcd.serving import api, middleware
 from bcd.serving.documents import NOTICE
@@ -44,8 +45,8 @@ def statistics(**changes):
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("model"))
-    bundle.save(untrained(), card(feature_statistics=statistics()), uri)
-    return bundle.load(uri, device="cpu")
+    predictor.save(untrained(), card(feature_statistics=statistics()), uri)
+    return predictor.load(uri, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_overlay_and_preview(client, loaded):
 
 def test_an_image_unlike_the_training_data_has_a_warning(loaded):
     near = card(feature_statistics=statistics(cutoff=1e-9))
-    strange = bundle.from_state(resnet.build(2, seed=1, architecture="resnet18").state_dict(), near)
+    strange = predictor.from_state(weights.build(2, seed=1, architecture="resnet18").state_dict(), near)
     with serving(guarded(LocalEngine(strange), token=None)) as url:
         answer = httpx.post(f"{url}/v1/predict", content=FIELD, timeout=60).json()
     assert [warning["code"] for warning in answer["warnings"]] == ["unlike_training_data"]
@@ -117,7 +118,7 @@ def test_an_image_unlike_the_training_data_has_a_warning(loaded):
 
 
 def test_without_statistics_there_is_no_novelty():
-    bare = bundle.from_state(resnet.build(2, seed=1, architecture="resnet18").state_dict(), card())
+    bare = predictor.from_state(weights.build(2, seed=1, architecture="resnet18").state_dict(), card())
     with serving(guarded(LocalEngine(bare), token=None)) as url:
         answer = httpx.post(f"{url}/v1/predict", content=FIELD, timeout=60).json()
     assert (answer["novelty"], answer["novelty_cutoff"], answer["warnings"]) == (None, None, [])
@@ -188,9 +189,7 @@ def test_a_broken_form_is_refused(client):
 
 def test_the_model_says_what_it_is(client, loaded):
     about = client.get("/v1/model").json()
-    assert bundle.Card.model_validate(about["card"]) == loaded.card.model_copy(
-        update={"feature_statistics": None}
-    )
+    assert Card.model_validate(about["card"]) == loaded.card.model_copy(update={"feature_statistics": None})
     assert about["limits"] == {
         "max_body_bytes": middleware.Limits().max_body_bytes,
         "max_images": 4,

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from bcd import taxonomy
-from bcd.model import bundle, resnet
+from bcd.model import predictor, weights
 from bcd.reports import overlay
 from bcd.serving import documents
 from tests import pictures
@@ -20,7 +20,7 @@ def eight():
     """A bundle for the eight subtypes."""
     names = taxonomy.classes("subtype")
     facts = card(target="subtype", classes=names)
-    return bundle.from_state(resnet.build(8, seed=1, architecture="resnet18").state_dict(), facts)
+    return predictor.from_state(weights.build(8, seed=1, architecture="resnet18").state_dict(), facts)
 
 
 def test_of_eight_classes_the_map_explains_the_predicted_one(eight):

@@ -33,7 +33,7 @@ from bcd import schema
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.errors import BundleError, ConfigError, ResourceError
-from bcd.model import bundle
+from bcd.model import bundle, predictor
 from bcd.scoring import score
 from bcd.serving import middleware, serve
 from tests import archives, pictures
@@ -169,7 +169,7 @@ def models(tmp_path_factory):
         network = untrained(seed=seed, std=5e-3)
         uris.append(str(tmp_path_factory.mktemp("model")))
         facts = card(feature_statistics=statistics(), seed=seed)
-        bundle.save(network, facts, uris[-1])
+        predictor.save(network, facts, uris[-1])
     return uris
 
 
@@ -635,7 +635,7 @@ def started(models, monkeypatch):
         used["device"] = device
         return loaded(uri, "cpu", precision)
 
-    loaded = bundle.load
+    loaded = predictor.load
     monkeypatch.setattr(bundle, "load", load)
     monkeypatch.setattr(serve.cluster, "cores", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: used.update(threads=n))
@@ -671,7 +671,7 @@ def test_a_replica_answers_with_no_other_model(models):
 
 
 def test_a_replica_without_numbers_is_not_ready(models, monkeypatch):
-    loaded = bundle.load(models[0], "cpu")
+    loaded = predictor.load(models[0], "cpu")
     replica = Unloaded(1)
     replica._bundle, replica._computer, replica._succeeded = loaded, ThreadPoolExecutor(1), 0.0
     pictures = [np.zeros((64, 96, 3), np.uint8)]

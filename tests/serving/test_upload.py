@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from bcd.imaging import image
-from bcd.model.bundle import Prediction
+from bcd.model.predictor import Prediction
 from bcd.serving import api, middleware, upload
 from tests import pictures
 from tests.model.test_bundle import card

@@ -50,10 +50,10 @@ def result(monkeypatch, *pairs):
             raise BundleError("model.safetensors is not as it was written")
         return str(folder), {}
 
-    monkeypatch.setattr(export.loop, "read_checkpoint", read)
+    monkeypatch.setattr(export.checkpoint, "read_checkpoint", read)
     monkeypatch.setattr(export.resnet, "assembled", lambda n_classes, tensors, architecture: tensors)
     kept = [
-        (Kept(content), {schema.EPOCH: epoch, export.loop.SELECTION: score})
+        (Kept(content), {schema.EPOCH: epoch, export.SELECTION: score})
         for epoch, (content, score) in enumerate(pairs, 1)
     ]
     return SimpleNamespace(best_checkpoints=kept)

@@ -13,14 +13,16 @@ import torch
 from bcd import schema
 from bcd.config.training import TrainConfig
 from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
-from bcd.model import resnet, train_step
-from bcd.training import loop
+from bcd.model import train_step, weights
+from bcd.training import checkpoint, loop
+from bcd.training.checkpoint import State
+from bcd.training.task import SCORE, Task, interface, train
 
 RECORD = {
     "epoch": 2,
     "train_loss": 0.5,
     "validation_loss": 0.25,
-    loop.SCORE: 0.875,
+    SCORE: 0.875,
     "n_validation": 1234,
     "class_counts": {"benign": 4000, "malignant": 4000},
     "learning_rate": 2e-4,
@@ -38,8 +40,8 @@ def test_progress_line():
 
 def test_a_checkpoint_restores_network_optimiser_and_history(tmp_path):
     def fresh(seed):
-        network = resnet.build(2, seed=seed, architecture="resnet18").to(memory_format=torch.channels_last)
-        return loop.State(network, train_step.optimizer(network, "adamw", 1e-3, 0.01))
+        network = weights.build(2, seed=seed, architecture="resnet18").to(memory_format=torch.channels_last)
+        return State(network, train_step.optimizer(network, "adamw", 1e-3, 0.01))
 
     saved, restored = fresh(1), fresh(2)
     saved.history.append(RECORD)
@@ -61,7 +63,7 @@ def small_state(**changes):
     network(torch.randn(4, 3)).sum().backward()
     optimizer.step()
     network.load_state_dict(network.state_dict() | changes)
-    return loop.State(network, optimizer, [RECORD])
+    return State(network, optimizer, [RECORD])
 
 
 def flipped(path):
@@ -87,13 +89,13 @@ def cut(path):
 
 
 DAMAGES = [
-    (loop.WEIGHTS_FILE, flipped, "is not as it was written"),
-    (loop.WEIGHTS_FILE, cut, "is not as it was written"),
-    (loop.WEIGHTS_FILE, Path.unlink, "model.safetensors is missing"),
-    (loop.STATE_FILE, cut, "a damaged PyTorch file"),
-    (loop.STATE_FILE, flipped_tensor, "state.pt is not as it was written"),
-    (loop.STATE_FILE, Path.unlink, "state.pt is missing"),
-    (loop.STATE_FILE, lambda path: path.write_bytes(b""), "an empty file"),
+    (checkpoint.WEIGHTS_FILE, flipped, "is not as it was written"),
+    (checkpoint.WEIGHTS_FILE, cut, "is not as it was written"),
+    (checkpoint.WEIGHTS_FILE, Path.unlink, "model.safetensors is missing"),
+    (checkpoint.STATE_FILE, cut, "a damaged PyTorch file"),
+    (checkpoint.STATE_FILE, flipped_tensor, "state.pt is not as it was written"),
+    (checkpoint.STATE_FILE, Path.unlink, "state.pt is missing"),
+    (checkpoint.STATE_FILE, lambda path: path.write_bytes(b""), "an empty file"),
 ]
 
 
@@ -131,7 +133,7 @@ def test_the_newest_intact_checkpoint_is_used(tmp_path, monkeypatch, caplog, n_d
         Path(one.path).mkdir()
         small_state(weight=torch.full((3,), float(one.metrics["epoch"]))).save(Path(one.path))
     for one in kept[:n_damaged]:
-        flipped(Path(one.path) / loop.WEIGHTS_FILE)
+        flipped(Path(one.path) / checkpoint.WEIGHTS_FILE)
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: kept[0])
     monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda: [kept[2], kept[0], kept[1]])
     state = small_state(weight=torch.full((3,), 9.0))
@@ -151,7 +153,7 @@ def alone(monkeypatch, world=1):
 
 def task(n_train, **changes):
     config = TrainConfig(data="d", weights="none", **{"batch_size": 2, "learning_rate": 1.0} | changes)
-    return loop.Task(config, ("benign", "malignant"), None, "run", n_train)
+    return Task(config, ("benign", "malignant"), None, "run", n_train)
 
 
 class Steps:
@@ -262,11 +264,11 @@ def test_what_all_workers_find_is_returned_and_not_tried_again(monkeypatch, erro
     def fail(_):
         raise error
 
-    monkeypatch.setattr(loop, "_train", fail)
-    assert loop.train(task(4)) is error
+    monkeypatch.setattr(loop, "run_epochs", fail)
+    assert train(task(4)) is error
     error = BcdError("one worker's own")
     with pytest.raises(BcdError, match="one worker's own"):
-        loop.train(task(4))
+        train(task(4))
 
 
 class Shard:
@@ -314,8 +316,8 @@ def test_an_image_that_broke_ends_the_pass_that_was_begun(monkeypatch, broken):
 def test_an_interface_is_found_by_its_address():
     """Workers on several hosts use it: see `tests/cluster`."""
     names = {name for _, name in socket.if_nameindex()}
-    assert loop.interface("127.0.0.1") in names
-    assert loop.interface("192.0.2.1") is None
+    assert interface("127.0.0.1") in names
+    assert interface("192.0.2.1") is None
 
 
 def test_augmentation_differs_between_workers_and_after_resuming():

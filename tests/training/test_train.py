@@ -14,7 +14,7 @@ from ray.train import ControllerError, WorkerGroupError
 
 from bcd import schema, storage
 from bcd.errors import BundleError, ConfigError, DivergedError, ResourceError, StorageError
-from bcd.model import bundle
+from bcd.model import bundle, predictor
 from bcd.runtime import output, prepare
 from bcd.training import train
 from tests.cluster import read_json
@@ -92,7 +92,7 @@ def check_validated(run_uri):
     """Running statistics could differ between workers after the last step: only the first's are kept."""
     table = pq.read_table(io.BytesIO(storage.read_bytes(f"{run_uri}/split.parquet")))
     rows = prepare.part_of(table, "validation").to_pylist()
-    loaded = bundle.load(f"{run_uri}/model", device="cpu")
+    loaded = predictor.load(f"{run_uri}/model", device="cpu")
     direct = loaded.predict_files([storage.read_bytes(row[schema.URI]) for row in rows])
     logit = torch.tensor(direct.logit) * loaded.card.temperature
     target = torch.tensor([loaded.card.classes.index(row[schema.TUMOR_CLASS]) for row in rows])
@@ -103,7 +103,7 @@ def check_validated(run_uri):
 
 def test_predictions_are_the_bundles_own(run_uri):
     """The table on S3 equals what Python without Ray computes from the bundle and the files."""
-    loaded = bundle.load(f"{run_uri}/model", device="cpu")
+    loaded = predictor.load(f"{run_uri}/model", device="cpu")
     rows = pq.read_table(
         f"{run_uri}/predictions".removeprefix("s3://"), filesystem=storage.resolve(run_uri)[0]
     ).to_pylist()

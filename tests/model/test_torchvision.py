@@ -6,7 +6,7 @@ import torchvision
 from torchvision.transforms import v2
 
 from bcd.imaging import image
-from bcd.model.network import BLOCKS, ResNet, normalise
+from bcd.model.resnet import BLOCKS, ResNet, normalise
 
 
 def seeded(build):

@@ -1,0 +1,238 @@
+"""A model ready to predict: the network of a bundle, from image to probability, evidence and novelty."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+
+import numpy as np
+import torch
+from safetensors.torch import save as save_safetensors
+
+from bcd import storage
+from bcd.config.options import CLOSED_FORM
+from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError, ImageError
+from bcd.imaging import image
+from bcd.model import bundle, cam, novelty, resnet, weights
+from bcd.model.card import STRIDE_PX, Card, dump, model_id
+from bcd.model.resnet import ResNet, normalise
+
+# The canary's logits may differ from those in the card by this share of their summands' size: a thousand
+# times the differences of kernels, threads, folding and compiling on CPUs, a third of that of bfloat16.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The prediction for a batch; float32 arrays.
+
+    logit (n, classes) and probability (n, classes) in card order, probability_malignant (n,),
+    predicted_class (n,) names, None where a logit is not finite, evidence (n, h, w) and evidence_bias (n,) as
+    in `bcd.model.cam`, novelty (n,) as in `bcd.model.novelty`, NaN where the card has no statistics for it.
+    """
+
+    logit: np.ndarray
+    probability: np.ndarray
+    probability_malignant: np.ndarray
+    predicted_class: list[str | None]
+    evidence: np.ndarray
+    evidence_bias: np.ndarray
+    novelty: np.ndarray
+
+    @property
+    def finite(self) -> np.ndarray:
+        """Bool (n,): whether all logits of an image are finite."""
+        return np.isfinite(self.logit).all(1)
+
+    def require_finite(self) -> None:
+        """Raise ImageError `not_finite` unless all logits are finite."""
+        if not self.finite.all():
+            raise ImageError(NOT_FINITE, NOT_FINITE_MESSAGE)
+
+    def rows(self) -> list["Prediction"]:
+        """One prediction for each image, as arrays of one row."""
+        columns = [getattr(self, field.name) for field in fields(self)]
+        return [Prediction(*(column[i : i + 1] for column in columns)) for i in range(len(self.logit))]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model ready to predict, from `load`. Batch norms are folded into the convolutions, and the
+    temperature into the last layer."""
+
+    card: Card
+    model_id: str
+    network: ResNet
+    features: Callable[[torch.Tensor], torch.Tensor]
+    device: torch.device
+    precision: str
+
+    def evidence_size(self, layer: str = cam.LAYERS[-1]) -> tuple[int, int]:
+        """Height and width, in cells, of the maps over a layer's features."""
+        stride = STRIDE_PX >> (len(cam.LAYERS) - 1 - cam.LAYERS.index(layer))
+        return -(-self.card.input_height_px // stride), -(-self.card.input_width_px // stride)
+
+    def fit(self, pixels: np.ndarray) -> np.ndarray:
+        """Fit a decoded image (h, w, 3) into the input size (height, width, 3); both uint8 RGB."""
+        return image.fit(pixels, self.card.input_height_px, self.card.input_width_px)
+
+    @torch.inference_mode()
+    def predict(
+        self, images: np.ndarray, method: str = CLOSED_FORM, layer: str = cam.LAYERS[-1]
+    ) -> Prediction:
+        """Predict a batch of uint8 (n, height, width, 3) RGB from `fit`.
+
+        `method` of the evidence is the closed form, or one of `cam.METHODS`: these explain the features of
+        `layer`, and `evidence_bias` is NaN, because their maps do not add up to the log-odds.
+        """
+        batch = self._normalised(images)
+        output = self._output(batch)
+        evidence, bias = output.evidence.cpu(), output.evidence_bias.cpu()
+        if method != CLOSED_FORM:
+            evidence = cam.explain(self.network, batch, method, layer, output.logit.argmax(1))
+            bias = torch.full_like(bias, torch.nan)
+        logit = output.logit.cpu()
+        probability = resnet.probability(logit)
+        malignant = resnet.malignant_share(probability, self.card.classes)
+        return Prediction(
+            logit.numpy(),
+            probability.numpy(),
+            malignant.numpy(),
+            self._decide(logit, probability, malignant),
+            evidence.numpy(),
+            bias.numpy(),
+            self._novelty(output.pooled),
+        )
+
+    def predict_files(self, contents: Sequence[bytes]) -> Prediction:
+        """Predict encoded images (PNG, JPEG, TIFF), as one batch. Raises ImageError where one of them cannot
+        be decoded; the message says which."""
+        return self.predict(np.stack([self.fit(one) for one in _decoded(contents)]))
+
+    @torch.inference_mode()
+    def pooled(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pooled features (n, channels) and logits (n, classes), float32, of a batch as in `predict`."""
+        output = self._output(self._normalised(images))
+        return output.pooled.cpu().numpy(), output.logit.cpu().numpy()
+
+    def _normalised(self, images: np.ndarray) -> torch.Tensor:
+        batch = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
+        batch = normalise(batch, self.card.mean, self.card.std)
+        return batch.contiguous(memory_format=torch.channels_last)
+
+    def _output(self, batch: torch.Tensor) -> resnet.Output:
+        with resnet.autocast(self.device, self.precision):
+            return resnet.explained(self.network, self.features(batch))
+
+    def _novelty(self, pooled: torch.Tensor) -> np.ndarray:
+        statistics = self.card.feature_statistics
+        if statistics is None:
+            return np.full(len(pooled), np.nan, np.float32)
+        return novelty.distance(pooled.cpu().numpy(), statistics.mean, statistics.spread)
+
+    def _decide(
+        self, logit: torch.Tensor, probability: torch.Tensor, malignant: torch.Tensor
+    ) -> list[str | None]:
+        # The threshold is for two classes; of the subtypes the most probable is predicted.
+        is_binary = self.card.target == "tumor_class"
+        chosen = (malignant >= self.card.threshold).long() if is_binary else probability.argmax(1)
+        known = logit.isfinite().all(1).tolist()
+        return [self.card.classes[i] if ok else None for i, ok in zip(chosen.tolist(), known, strict=True)]
+
+    @torch.inference_mode()
+    def _canary(self) -> tuple[np.ndarray, float]:
+        """Logits (classes,) of `canary` in float32, and the largest sum of their absolute summands."""
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            output = resnet.forward(self.network, self._normalised(canary()[None]))
+        summand = (output.pooled.abs() @ self.network.fc.weight.abs().T).max()
+        return output.logit[0].cpu().numpy(), float(summand)
+
+
+def canary() -> np.ndarray:
+    """A test image, uint8 (64, 96, 3) RGB, from an integer formula: the same on every machine."""
+    y, x, channel = np.ogrid[:64, :96, :3]
+    return ((3 * y + 2 * x + (7 * channel + 5) * (x * y // 16)) % 256).astype(np.uint8)
+
+
+def _decoded(contents: Sequence[bytes]) -> Iterator[np.ndarray]:
+    for i, content in enumerate(contents):
+        try:
+            yield image.decode(content)
+        except ImageError as error:
+            raise ImageError(error.code, f"image {i + 1} of {len(contents)}: {error.message}") from error
+
+
+def save(network: ResNet, card: Card, uri: str) -> str:
+    """Write a bundle and return its `model_id`. Raises BundleError where it could not be loaded again:
+    weights or logits are not finite, or the card is invalid."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    content = save_safetensors(state)
+    logit, _ = from_state(state, card)._canary()
+    if not np.isfinite(logit).all():
+        raise BundleError(f"{uri}: no bundle is written, because the model gives the logits {logit.tolist()}")
+    facts = {"weights_sha256": hashlib.sha256(content).hexdigest(), "canary_logit": tuple(logit.tolist())}
+    card = card.model_copy(update=facts)
+    dump(card)  # before anything is written
+    storage.write_bytes(storage.join(uri, bundle.WEIGHTS), content)
+    bundle.write_card(card, uri)
+    return model_id(card)
+
+
+def load(
+    uri: str, device: str | torch.device | None = None, precision: str = "float32", compiled: bool = False
+) -> Predictor:
+    """Load a bundle from a local folder, s3:// or gs://, ready to predict.
+
+    Args:
+        uri: of the bundle.
+        device: by default the GPU where there is one.
+        precision: `float32` (the same numbers on every machine), `bfloat16`, or `auto`.
+        compiled: compile for batches of one size, which takes a minute at the first batch.
+
+    Raises:
+        BundleError: there is no bundle, it was changed, or this machine computes other logits than the one
+            that wrote it.
+        StorageError: the URI cannot be read.
+    """
+    card = bundle.read_card(uri)
+    content = bundle.read_weights_of(uri, card)
+    try:
+        state = weights.read_weights(content, bundle.WEIGHTS)
+        network = weights.assembled(len(card.classes), state, card.architecture)
+    except BundleError as error:
+        raise BundleError(f"{uri}: {error}") from error
+    loaded = _ready(network, card, model_id(card), device, precision, compiled)
+    _require_canary(loaded, uri)
+    return loaded
+
+
+def _require_canary(loaded: Predictor, uri: str) -> None:
+    logit, summand = loaded._canary()
+    expected = np.array(loaded.card.canary_logit)
+    if not np.abs(logit - expected).max() <= TOLERANCE * summand:  # NaN is no agreement
+        raise BundleError(
+            f"{uri}: for the bundle's canary image this machine computes the logits {logit.tolist()}, "
+            f"expected {expected.tolist()} to within {TOLERANCE * summand:.2g}; try another device or "
+            "another version of torch"
+        )
+
+
+def from_state(state: weights.State, card: Card) -> Predictor:
+    """A bundle from weights in memory, in float32, without a `model_id`."""
+    return _ready(weights.assembled(len(card.classes), state, card.architecture), card)
+
+
+def _ready(
+    network: ResNet,
+    card: Card,
+    identity: str = "",
+    device: str | torch.device | None = None,
+    precision: str = "float32",
+    compiled: bool = False,
+) -> Predictor:
+    resnet.set_precision(precision)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    network = resnet.temper(resnet.fold(network), card.temperature).requires_grad_(False)
+    network = network.to(where).to(memory_format=torch.channels_last)
+    features = resnet.compiled_features(network) if compiled else partial(resnet.features, network)
+    return Predictor(card, identity, network, features, where, precision)

@@ -1,0 +1,82 @@
+"""What a training worker is given and how it starts: its task, its process group, and the way to the loop."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import ray
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+
+from bcd.config.training import TrainConfig
+from bcd.errors import BcdError, ConfigError, DivergedError
+
+# Folder of the run with a table per finished epoch: the images that it trained on.
+EXPOSURE = "exposure"
+SCORE = "validation_balanced_accuracy"
+# Chooses the best epoch: by score, then by loss. On a small validation part many epochs have equal scores,
+# and the first of them is seldom the best.
+SELECTION = "selection"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Arguments of a worker."""
+
+    config: TrainConfig
+    classes: tuple[str, ...]
+    weights: ray.ObjectRef | None
+    run_uri: str
+    n_train: int
+    runs_per_node: int = 1
+
+
+def train(task: Task) -> list[dict[str, Any]] | BcdError:
+    """The training function of every worker; returns the history, a record per epoch.
+
+    Errors for the user, which all workers find at the same step, are returned: Ray Train would restart a
+    worker that raises.
+    """
+    # Not at the top: the driver and the controller of a training need neither.
+    from bcd.training import loop
+
+    try:
+        return loop.run_epochs(task)
+    except (ConfigError, DivergedError) as error:
+        return error
+
+
+def interface(address: str) -> str | None:
+    """Name of the network interface that has an IPv4 or IPv6 address; None if there is none."""
+    for name, addresses in psutil.net_if_addrs().items():
+        families = (socket.AF_INET, socket.AF_INET6)
+        # A link-local address is followed by % and its interface.
+        if any(a.family in families and a.address.partition("%")[0] == address for a in addresses):
+            return name
+    return None
+
+
+def _use_address_of_node() -> None:
+    if name := interface(ray.util.get_node_ip_address()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(_use_address_of_node)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class ProcessGroup(TorchConfig):
+    """Torch's process group over the addresses by which Ray knows the nodes; GLOO_SOCKET_IFNAME has priority.
+
+    Gloo would use the address of the host's name, which on Debian and Ubuntu is one of loopback: workers on
+    two such hosts search for each other on themselves, and training fails with "Connection refused".
+    """
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Backend
