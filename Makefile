@@ -2,14 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# uv installs in a third of pip's time. It does not read pip's settings, so where it fails, pip does it.
+install = ($(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python $(1)) || $(PIP) $(1)
 
 .PHONY: demo check test test-all lint docs env clean
 
 demo: $(VENV)/installed  ## generate synthetic images, train on them, evaluate, show where the report is
 	$(BIN)/python jobs/demo.py
 
-check: $(VENV)/installed-dev lint docs  ## lint, types, the site, and the tests that need no cluster
-	$(BIN)/python -m pytest -m 'not ray and not trial'
+check: $(VENV)/installed-dev lint docs  ## lint, types, the site, and the tests that need no cluster and no browser
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not ray and not browser and not trial'
 
 test: $(VENV)/installed-dev lint  ## lint, types, and the tests that people run
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=25
@@ -30,11 +33,11 @@ env: $(VENV)/installed-dev  ## the environment for development
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "bcd needs Python 3.11 or newer: make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(call install,-c constraints.txt -e .)
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(call install,-c constraints.txt -e '.[dev]')
 	touch $@
 
 clean:  ## remove the environment and what the demo made

@@ -117,7 +117,7 @@ class Plain(Loop):
         for batch in self.batches():
             with resnet.autocast(self.device, PRECISION):
                 output = resnet.forward(self.network, batch)
-            tensors = (resnet.probability(output.logit), output.evidence, output.evidence_bias)
+            tensors = (predictor.probabilities(output.logit), output.evidence, output.evidence_bias)
             results.append(tuple(tensor.cpu().numpy() for tensor in (output.logit, *tensors)))
             yield len(batch)
 

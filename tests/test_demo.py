@@ -1,10 +1,14 @@
+from functools import partial
+
 from bcd import demo
 from bcd.config.training import DemoConfig
 
 
 def test_the_demo_trains_on_what_it_made_and_scores_an_archive(tmp_path, monkeypatch, capsys):
-    """The run itself is `make demo`; here: the settings of its jobs."""
+    """The run itself is `make demo`; here: the settings of its jobs, on smaller images."""
     asked = []
+    small = partial(demo.synthetic.PatientPlan, height_px=138, width_px=210)
+    monkeypatch.setattr(demo.synthetic, "PatientPlan", small)
     monkeypatch.setattr(demo.train, "run", lambda config: asked.append(config) or "the run")
     monkeypatch.setattr(demo.score, "run", asked.append)
     demo.run(DemoConfig(output=str(tmp_path), patients_per_subtype=3, seed=4))

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from bcd import schema
 from bcd.data import breakhis
 from bcd.imaging import appearance
-from bcd.split import duplicates, split
+from bcd.split import duplicates, quarantine
 from bcd.text import counted, listed, some
 
 # A leak ends the job with exit code 1, a warning requires a decision before training, a note is informative.
@@ -117,8 +117,8 @@ def plain(sentences: Iterable[str]) -> list[Detail]:
 
 
 def label_conflicts(table: pa.Table) -> Finding:
-    """Slides with several subtypes, by the rule of `split.quarantine`, regardless of the contents."""
-    aside = split.quarantine(schema.fill(table.drop_columns(schema.SHA256), schema.INDEX)).quarantined
+    """Slides with several subtypes, by the rule of `quarantine.apply_rules`, regardless of the contents."""
+    aside = quarantine.apply_rules(schema.fill(table.drop_columns(schema.SHA256), schema.INDEX)).quarantined
     sentences = []
     for slide in sorted(set(aside[schema.SLIDE].to_pylist())):
         subtypes = Counter(aside.filter(pc.equal(aside[schema.SLIDE], slide))[schema.SUBTYPE].to_pylist())

@@ -20,6 +20,8 @@ Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
 Cam = Literal["evidence", "gradcam", "gradcam++", "layercam", "eigencam", "xgradcam", "hirescam", "scorecam",
               "ablationcam"]
 # fmt: on
+# Values of `--weights` besides a URI: torchvision's download, and random weights.
+IMAGENET_WEIGHTS, RANDOM_WEIGHTS = "imagenet", "none"
 # Our own method of Cam: the closed form.
 CLOSED_FORM: Cam = "evidence"
 # Of the network's input: below, the last convolution has no cell; above, no training fits a GPU.

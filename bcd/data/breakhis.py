@@ -51,8 +51,8 @@ EXPECTED_COUNTS: Mapping[str, Mapping[int, int]] = {
     "PC": {40: 145, 100: 142, 200: 135, 400: 138},
 }
 
-# Slides whose published labels contradict each other. `split.quarantine` finds them by rule, without this
-# list.
+# Slides whose published labels contradict each other. `bcd.split.quarantine` finds them by rule, without
+# this list.
 KNOWN_ANOMALIES: Mapping[str, str] = {
     "14-13412": (
         "published as ductal (DC) and as lobular carcinoma (LC), with the same 32, 33, 32 and 26 images at "

@@ -42,7 +42,9 @@ def spread(n: int, total: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, 
     return mean, np.maximum(deviation, max(SMALLEST_SPREAD * deviation.mean(), np.finfo(np.float32).eps))
 
 
-def distance(pooled: np.ndarray, mean: Sequence[float], deviation: Sequence[float]) -> np.ndarray:
+def distance(
+    pooled: np.ndarray, mean: Sequence[float] | np.ndarray, deviation: Sequence[float] | np.ndarray
+) -> np.ndarray:
     """Novelty, float32 (n,), of images with the pooled features (n, features)."""
     scaled = (pooled - np.asarray(mean)) / np.asarray(deviation)
     return np.sqrt((scaled**2).mean(1)).astype(np.float32)

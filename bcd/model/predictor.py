@@ -16,6 +16,7 @@ from bcd.imaging import image
 from bcd.model import bundle, cam, novelty, resnet, weights
 from bcd.model.card import STRIDE_PX, Card, dump, model_id
 from bcd.model.resnet import ResNet, normalise
+from bcd.taxonomy import malignant_mask
 
 # The canary's logits may differ from those in the card by this share of their summands' size: a thousand
 # times the differences of kernels, threads, folding and compiling on CPUs, a third of that of bfloat16.
@@ -92,8 +93,8 @@ class Predictor:
             evidence = cam.explain(self.network, batch, method, layer, output.logit.argmax(1))
             bias = torch.full_like(bias, torch.nan)
         logit = output.logit.cpu()
-        probability = resnet.probability(logit)
-        malignant = resnet.malignant_share(probability, self.card.classes)
+        probability = probabilities(logit)
+        malignant = malignant_share(probability, self.card.classes)
         return Prediction(
             logit.numpy(),
             probability.numpy(),
@@ -146,6 +147,16 @@ class Predictor:
             output = resnet.forward(self.network, self._normalised(canary()[None]))
         summand = (output.pooled.abs() @ self.network.fc.weight.abs().T).max()
         return output.logit[0].cpu().numpy(), float(summand)
+
+
+def probabilities(logit: torch.Tensor) -> torch.Tensor:
+    """Logits (n, classes) to probabilities (n, classes)."""
+    return logit.softmax(1)
+
+
+def malignant_share(given: torch.Tensor, class_names: tuple[str, ...]) -> torch.Tensor:
+    """Probability of malignancy (n,): that of the class, or the sum over malignant subtypes."""
+    return given[:, torch.tensor(malignant_mask(class_names))].sum(1)
 
 
 def canary() -> np.ndarray:

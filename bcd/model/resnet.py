@@ -1,4 +1,4 @@
-"""ResNet50 and its siblings: the network, its input, logits, evidence and probabilities, precision.
+"""ResNet50 and its siblings: the network, its input, logits and evidence, precision.
 
 Structure, names of tensors and random start are those of torchvision, to the bit, which the tests hold. The
 code is our own because `import torchvision` brings in torch's compiler: half of the time that a process that
@@ -17,7 +17,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from bcd.config.options import Architecture
 from bcd.imaging.image import IMAGENET_MEAN, IMAGENET_STD
 from bcd.model import cam
-from bcd.taxonomy import malignant_mask
 
 # He et al. 2015, table 1: https://arxiv.org/abs/1512.03385
 BLOCKS: dict[Architecture, tuple[int, int, int, int]] = {
@@ -84,7 +83,8 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(self.channels, n_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            # A normal distribution without data would bring in torch's compiler, three seconds.
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def _stage(self, width: int, n_blocks: int, stride: int) -> nn.Sequential:
@@ -182,16 +182,6 @@ def temper(network: ResNet, temperature: float) -> ResNet:
         network.fc.weight = nn.Parameter(network.fc.weight / temperature)
         network.fc.bias = nn.Parameter(network.fc.bias / temperature)
     return network
-
-
-def probability(logit: Tensor) -> Tensor:
-    """Logits (n, classes) to probabilities (n, classes)."""
-    return logit.softmax(1)
-
-
-def malignant_share(probabilities: Tensor, class_names: tuple[str, ...]) -> Tensor:
-    """Probability of malignancy (n,): that of the class, or the sum over malignant subtypes."""
-    return probabilities[:, torch.tensor(malignant_mask(class_names))].sum(1)
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:

@@ -18,13 +18,11 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from bcd import storage
-from bcd.config.options import Architecture
+from bcd.config.options import IMAGENET_WEIGHTS, RANDOM_WEIGHTS, Architecture
 from bcd.errors import BundleError
 from bcd.model.resnet import ResNet
 from bcd.text import some
 
-# Values of `--weights` besides a URI: torchvision's download, and random weights.
-IMAGENET, RANDOM = "imagenet", "none"
 State = Mapping[str, Tensor]
 
 # A pickle that is damaged or contains code fails in many ways, all of them before any code runs.
@@ -65,9 +63,9 @@ def pretrained(weights: str, architecture: Architecture = "resnet50") -> dict[st
         BundleError: the file is no state dict of the architecture, or the download of `imagenet` failed.
         StorageError: the URI cannot be read.
     """
-    if weights == RANDOM:
+    if weights == RANDOM_WEIGHTS:
         return None
-    if weights == IMAGENET:
+    if weights == IMAGENET_WEIGHTS:
         return _download(architecture)
     level, state = _unwrapped(read_weights(storage.read_bytes(weights), weights), weights)
     prefix, anchor = _prefix(state, weights)

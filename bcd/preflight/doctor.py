@@ -17,17 +17,15 @@ from typing import Any
 
 import grpc
 import ray
-import torch
 from ray._private.utils import estimate_available_memory, get_shared_memory_bytes
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bcd import provenance, schema, storage, taxonomy
 from bcd.config.checks import DoctorConfig
-from bcd.config.options import Architecture
+from bcd.config.options import IMAGENET_WEIGHTS, RANDOM_WEIGHTS, Architecture
 from bcd.data import archive, index, manifest
 from bcd.errors import BcdError, DataError, DiagnosisError, ResourceError
-from bcd.model import predictor, weights
 from bcd.preflight import diagnosis
 from bcd.preflight.diagnosis import Check
 from bcd.preflight.node import Action, Attempt, Capacity, Clock, ClusterFacts, Disk, Machine, Node
@@ -78,7 +76,13 @@ def gather(config: DoctorConfig) -> ClusterFacts:
     """Examine every node that Ray considers alive."""
     known = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     print(f"examining {counted(len(known), 'node')} for jobs/{config.purpose}.py", flush=True)
-    everyone = Party({name: _examiner(name, config.architecture) for name in known}, config.timeout_s)
+    everyone = Party(
+        {
+            name: _examiner(name, config.architecture, node["Resources"].get("GPU", 0) > 0)
+            for name, node in known.items()
+        },
+        config.timeout_s,
+    )
     machines, troubles = everyone.call({name: one.machine.remote() for name, one in everyone.members.items()})
     party = Party({name: everyone.members[name] for name in machines}, config.timeout_s)
     clocks = {name: _clock(one, config.timeout_s) for name, one in party.members.items()}
@@ -145,8 +149,8 @@ class Party:
 class Examiner:
     """The actor on one node."""
 
-    def __init__(self, architecture: Architecture = "resnet50") -> None:
-        self._architecture = architecture
+    def __init__(self, architecture: Architecture, has_gpus: bool) -> None:
+        self._architecture, self._has_gpus = architecture, has_gpus
 
     def machine(self) -> Machine:
         """Facts about this node."""
@@ -156,7 +160,7 @@ class Examiner:
             get_shared_memory_bytes(),
             _disk(Path(ray.get_runtime_context().get_temp_dir())),
             _disk(slide_cache.CACHE),
-            torch.cuda.device_count() if torch.cuda.is_available() else 0,
+            _torch_gpus() if self._has_gpus else 0,
         )
 
     def clock(self) -> float:
@@ -191,6 +195,13 @@ class Examiner:
         return uri, 0
 
 
+def _torch_gpus() -> int:
+    # Not at the top: it takes seconds on every node.
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def _naming(uri: str, error: str) -> str:
     # With the request's id, the same error on many nodes would be many errors.
     error = re.sub(r" \(Request ID: \w+\)", "", error)
@@ -217,6 +228,9 @@ def _find(flag: str, uri: str) -> str:
 
 
 def _load(architecture: Architecture, flag: str, uri: str) -> None:
+    # Not at the top: see `_torch_gpus`.
+    from bcd.model import predictor, weights
+
     if flag == "--weights":
         given = weights.pretrained(uri, architecture)
         weights.build(len(taxonomy.TUMOR_CLASSES), given, architecture=architecture)
@@ -224,11 +238,11 @@ def _load(architecture: Architecture, flag: str, uri: str) -> None:
         predictor.load(uri, "cpu")
 
 
-def _examiner(node_id: str, architecture: Architecture = "resnet50") -> Any:
+def _examiner(node_id: str, architecture: Architecture, has_gpus: bool) -> Any:
     where = NodeAffinitySchedulingStrategy(node_id, soft=False)
     # Threads: a request that hangs does not block the others.
     options = {"num_cpus": 0, "max_concurrency": 8, "scheduling_strategy": where}
-    return ray.remote(Examiner).options(**options).remote(architecture)
+    return ray.remote(Examiner).options(**options).remote(architecture, has_gpus)
 
 
 def _clock(examiner: Any, timeout_s: float) -> Clock:
@@ -248,9 +262,9 @@ def _clock(examiner: Any, timeout_s: float) -> Clock:
 
 def _attempts(party: Party, flag: str, uri: str) -> list[Attempts]:
     """The nodes' attempts at the place that a flag names."""
-    if not party.members or (flag == "--weights" and uri == weights.RANDOM):
+    if not party.members or (flag == "--weights" and uri == RANDOM_WEIGHTS):
         return []
-    place = uri if flag == "--weights" and uri == weights.IMAGENET else storage.absolute(uri)
+    place = uri if flag == "--weights" and uri == IMAGENET_WEIGHTS else storage.absolute(uri)
     everywhere = dict.fromkeys(party.members, place)
     # Actions for all nodes run on the node where the job is started.
     here = ray.get_runtime_context().get_node_id()

@@ -1,5 +1,6 @@
 """Feature statistics of the training images and logits of the validation images, from a new model."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,18 +14,32 @@ from bcd.model import novelty
 from bcd.model.card import Card
 from bcd.model.novelty import FeatureStatistics
 from bcd.runtime import cluster, datasets, inspection, predict
+from bcd.taxonomy import TRAIN, VALIDATION
 
 if TYPE_CHECKING:
     from bcd.model.resnet import ResNet
 
-KEEP = (schema.IMAGE_ID,)
-N, TOTAL, SQUARES, DISTANCE = "n", "total", "squares", "distance"
+KEEP = (schema.IMAGE_ID, schema.PART)
+N, TOTAL, SQUARES, POOLED = "n", "total", "squares", "pooled"
+# A row per batch: sums over its training images; ids, logits and features, one after another, of the others.
+SUMS = pa.schema(
+    [
+        (N, pa.int64()),
+        (TOTAL, pa.list_(pa.float64())),
+        (SQUARES, pa.list_(pa.float64())),
+        (schema.IMAGE_ID, pa.list_(pa.string())),
+        (schema.LOGIT, pa.list_(pa.float32())),
+        (POOLED, pa.list_(pa.float32())),
+    ]
+)
 
 
 def compute_statistics(
     network: "ResNet", card: Card, train: pa.Table, validation: pa.Table
 ) -> tuple[FeatureStatistics, np.ndarray]:
     """Mean and spread of the pooled features over the training images, and the validation images' results.
+
+    One pass: features of validation images wait in Ray's object store for mean and spread.
 
     Args:
         network: trained, from `bcd.model.weights.build`; not changed.
@@ -37,57 +52,76 @@ def compute_statistics(
         order of the rows.
     """
     shared = ray.put((network.state_dict(), card))
-    sums = _pooled(train, card, shared, None).to_pandas()
-    n = int(sums[N].sum())
-    mean, spread = novelty.spread(n, np.sum(sums[TOTAL].tolist(), 0), np.sum(sums[SQUARES].tolist(), 0))
-    moments = ray.put((mean, spread))
-    seen = _pooled(validation, card, shared, moments).to_pandas()
-    distances = np.concatenate(seen[DISTANCE].tolist())
-    # Batches come back in any order.
-    ids = np.concatenate(seen[schema.IMAGE_ID].tolist()).tolist()
-    logit = dict(zip(ids, np.concatenate([np.stack(rows) for rows in seen[schema.LOGIT]]), strict=True))
+    batches = _pooled({TRAIN: train, VALIDATION: validation}, card, shared).materialize()
+    n, total, squares = 0, np.zeros(1), np.zeros(1)
+    for row in _rows(batches, (N, TOTAL, SQUARES)):
+        n, total, squares = n + row[N], total + row[TOTAL], squares + row[SQUARES]
+    mean, spread = novelty.spread(n, total, squares)
+    distances: list[np.ndarray] = []
+    logit: dict[str, np.ndarray] = {}
+    for row in _rows(batches, (schema.IMAGE_ID, schema.LOGIT, POOLED)):
+        # Batches come back in any order.
+        logits = np.reshape(row[schema.LOGIT], (-1, len(card.classes)))
+        logit |= zip(row[schema.IMAGE_ID], logits, strict=True)
+        features = np.reshape(row[POOLED], (-1, len(mean))).astype(np.float64)
+        distances.append(novelty.distance(features, mean, spread))
     statistics = FeatureStatistics(
         mean=tuple(mean.astype(np.float32).tolist()),
         spread=tuple(spread.astype(np.float32).tolist()),
-        cutoff=novelty.cutoff(distances),
+        cutoff=novelty.cutoff(np.concatenate(distances)),
         n_training=n,
-        n_validation=len(distances),
+        n_validation=len(logit),
     )
     return statistics, np.stack([logit[name] for name in validation[schema.IMAGE_ID].to_pylist()])
 
 
-def _pooled(rows: pa.Table, card: Card, shared: ray.ObjectRef, moments: ray.ObjectRef | None) -> Dataset:
-    """A row per batch of images: sums, or ids, distances and logits where the moments are known."""
+def _rows(batches: Dataset, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for block in batches.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from block.select(columns).to_pandas().to_dict("records")
+
+
+def _pooled(parts: Mapping[str, pa.Table], card: Card, shared: ray.ObjectRef) -> Dataset:
+    """A row of `SUMS` for every batch; no block has images of two parts."""
     size = predict.Settings.batch_size
-    dataset = datasets.row_dataset(schema.fill(rows, schema.READING), size)
+    tables = [_listed(rows, part) for part, rows in parts.items()]
+    first, *others = [datasets.row_dataset(table, size) for table in tables]
     options = predict.reading_options(card, KEEP)
-    return predict.on_models(dataset, _Pooler, (shared, moments), options, size)
+    return predict.on_models(first.union(*others), _Pooler, (shared,), options, size)
+
+
+def _listed(rows: pa.Table, part: str) -> pa.Table:
+    """The rows to read, marked with their part."""
+    return schema.fill(rows, schema.READING).append_column(schema.PART, pa.array([part] * len(rows)))
 
 
 class _Pooler:
     """An actor that holds the network; a worker of `predict.on_models`."""
 
-    def __init__(self, shared: ray.ObjectRef, moments: ray.ObjectRef | None, threads: int) -> None:
+    def __init__(self, shared: ray.ObjectRef, threads: int) -> None:
         # Not at the top: see `predict.Scorer`.
         from bcd.model import predictor
 
         state, card = ray.get(shared)
         self._predictor = predictor.from_state(state, card)
-        self._moments = ray.get(moments) if moments is not None else None
         self._threads = threads
         if threads:
             cluster.use_threads(threads)
 
-    def __call__(self, batch: Any) -> dict[str, Any]:
+    def __call__(self, batch: Any) -> pa.Table:
         if self._threads:
             options = predict.reading_options(self._predictor.card, KEEP)
             batch = read.pixels(batch, **options, threads=self._threads)
         inspection.require_whole(batch[schema.ERROR], batch[schema.IMAGE_ID])
         # Copied, because a batch from another worker is a read-only view of Ray's object store.
-        features, logit = self._predictor.pooled(np.array(batch[schema.IMAGE]))
-        pooled = features.astype(np.float64)
-        if self._moments is not None:
-            distance = novelty.distance(pooled, *self._moments)
-            ids = batch[schema.IMAGE_ID].tolist()
-            return {schema.IMAGE_ID: [ids], DISTANCE: [distance], schema.LOGIT: [logit]}
-        return {N: [len(pooled)], TOTAL: [pooled.sum(0)], SQUARES: [(pooled**2).sum(0)]}
+        pooled, logit = self._predictor.pooled(np.array(batch[schema.IMAGE]))
+        is_train = batch[schema.PART] == TRAIN
+        trained = pooled[is_train].astype(np.float64)
+        row = {
+            N: len(trained),
+            TOTAL: trained.sum(0),
+            SQUARES: (trained**2).sum(0),
+            schema.IMAGE_ID: batch[schema.IMAGE_ID][~is_train],
+            schema.LOGIT: logit[~is_train].ravel(),
+            POOLED: pooled[~is_train].ravel(),
+        }
+        return pa.table({name: pa.array([value], SUMS.field(name).type) for name, value in row.items()})

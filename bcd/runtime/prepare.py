@@ -15,7 +15,7 @@ from bcd.config.training import TrainConfig, TrainingConfig
 from bcd.data import breakhis, index, synthetic
 from bcd.errors import BcdError, DataError
 from bcd.runtime import inspection
-from bcd.split import balance, split
+from bcd.split import balance, quarantine, split
 from bcd.taxonomy import TUMOR_CLASSES, Target
 from bcd.text import counted
 
@@ -98,7 +98,7 @@ def load_data_set(config: TrainingConfig) -> tuple[pa.Table, DatasetFacts]:
     broken_lines = inspection.check_bad_fraction(broken, len(table) + len(broken), config.max_bad_fraction)
     reasons: list[str] = []
     if config.quarantine:
-        table, _, reasons = split.quarantine(table)
+        table, _, reasons = quarantine.apply_rules(table)
     facts = DatasetFacts(
         data=config.data,
         data_fingerprint=split.data_fingerprint(table),

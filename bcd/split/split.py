@@ -1,7 +1,8 @@
 """Group-disjoint, stratified, seeded splits, and the check that nothing leaks.
 
-The usual order is `quarantine` -> `assign` -> `require_no_leak`. A split depends on the seed and the content
-of the rows: not on their order, the platform or the version of NumPy (raw PCG64 words and integers).
+The usual order is `quarantine.apply_rules` -> `assign` -> `require_no_leak`. A split depends on the seed and
+the content of the rows: not on their order, the platform or the version of NumPy (raw PCG64 words and
+integers).
 """
 
 import hashlib
@@ -9,7 +10,6 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -50,46 +50,6 @@ _KEYS: Mapping[Protocol, tuple[str, ...]] = {
     "official": (schema.PATIENT, schema.SLIDE, schema.SHA256),
     "image": (schema.SHA256,),
 }
-
-
-class Quarantine(NamedTuple):
-    """Rows to use and quarantined rows, both in their old order, and one sentence per reason."""
-
-    kept: pa.Table
-    quarantined: pa.Table
-    reasons: list[str]
-
-
-def quarantine(table: pa.Table) -> Quarantine:
-    """Quarantine images with contradictory labels, and duplicates.
-
-    Three rules: a slide with several subtypes is quarantined with all its images; duplicates (equal `sha256`)
-    with several patients or labels are all quarantined; of duplicates with one patient and label the first by
-    `image_id` is kept. A null hash equals no other.
-    """
-    rows = sorted(table.to_pylist(), key=lambda row: row[schema.IMAGE_ID])
-    quarantined: set[str] = set()
-    reasons: list[str] = []
-    for slide, images in _by(rows, schema.SLIDE).items():
-        subtypes = sorted({row[schema.SUBTYPE] for row in images} - {None})
-        if len(subtypes) > 1:
-            quarantined.update(_ids(images))
-            reasons.append(
-                f"slide {slide} is labelled {' and '.join(subtypes)}: all {len(images)} images quarantined"
-            )
-    for copies in _by(rows, schema.SHA256).values():
-        remaining = [name for name in _ids(copies) if name not in quarantined]
-        labels = {(row[schema.PATIENT], row[schema.TUMOR_CLASS], row[schema.SUBTYPE]) for row in copies}
-        if remaining and len(labels) > 1:
-            quarantined.update(remaining)
-            reasons.append(
-                f"duplicates with several patients or labels, all quarantined: {some(_ids(copies), 5)}"
-            )
-        elif len(remaining) > 1:
-            quarantined.update(remaining[1:])
-            reasons.append(f"duplicates of {remaining[0]} (kept), quarantined: {some(remaining[1:], 5)}")
-    is_quarantined = pc.is_in(table[schema.IMAGE_ID], pa.array(sorted(quarantined), pa.string()))
-    return Quarantine(table.filter(pc.invert(is_quarantined)), table.filter(is_quarantined), reasons)
 
 
 def assign(
@@ -288,18 +248,6 @@ def data_fingerprint(table: pa.Table) -> str:
 def _digest(table: pa.Table, columns: Sequence[str]) -> str:
     rows = zip(*(table[column].to_pylist() for column in columns), strict=True)
     return hashlib.sha256(json.dumps(sorted(rows, key=lambda row: row[0])).encode()).hexdigest()
-
-
-def _by(rows: Iterable[dict[str, Any]], column: str) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        if row[column] is not None:
-            groups[row[column]].append(row)
-    return groups
-
-
-def _ids(rows: Iterable[dict[str, Any]]) -> list[str]:
-    return [row[schema.IMAGE_ID] for row in rows]
 
 
 def _require(rows: pa.Table, fulfilled: pa.ChunkedArray, otherwise: str) -> None:

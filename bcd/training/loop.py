@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from bcd import schema, storage
 from bcd.errors import BundleError, ConfigError, DivergedError
 from bcd.metrics import measures
-from bcd.model import resnet, train_step, weights
+from bcd.model import predictor, resnet, train_step, weights
 from bcd.model.resnet import ResNet, normalise
 from bcd.runtime import cluster, inspection
 from bcd.taxonomy import TRAIN, VALIDATION
@@ -275,7 +275,7 @@ def _validate(task: Task, network: ResNet, device: torch.device) -> Seen:
 
 
 def _validation_metrics(task: Task, seen: Seen) -> dict[str, float]:
-    probability = resnet.probability(torch.from_numpy(np.concatenate(seen.logits))).numpy()
+    probability = predictor.probabilities(torch.from_numpy(np.concatenate(seen.logits))).numpy()
     targets = np.array(seen.targets)
     measured = measures.multiclass(targets, probability, task.classes)
     loss = seen.loss_sum / len(targets)

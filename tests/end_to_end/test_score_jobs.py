@@ -41,13 +41,13 @@ from tests.cluster import (
 from tests.model.test_bundle import card, untrained
 
 pytestmark = pytest.mark.ray
-N_FIELDS = 400
+N_FIELDS = 330
 SCORER = r"ray::MapWorker\(MapBatches\(Scorer\)"
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """400 good fields, 11 odd ones, 30 broken ones, slides where they are at hand, and what is no input."""
+    """330 good fields, 11 odd ones, 30 broken ones, slides where they are at hand, and what is no input."""
     root = str(tmp_path_factory.mktemp("archive"))
     files = archives.fields(N_FIELDS) | archives.odd()
     files |= {name: content for name, (content, _) in archives.broken().items()}
@@ -183,10 +183,11 @@ def test_a_finished_run_does_nothing_and_another_model_is_refused(
         score.run(config.model_copy(update={"model": str(tmp_path)}))
 
 
-def test_a_job_killed_on_s3_resumes_and_adds_new_files(
-    cluster, archive_on_s3, model_uri, s3, undisturbed, joined, capsys
+def test_a_killed_job_and_then_a_lost_node_change_nothing(
+    cluster, archive_on_s3, model_uri, s3, undisturbed, request, capsys
 ):
-    """Done when 3: SIGKILL of the driver, through `ray job submit`, from and to S3; then a file is added."""
+    """SIGKILL of the driver, through `ray job submit`, from and to S3; of a second node while the job
+    resumes; then a file is added."""
     client = JobSubmissionClient(cluster.dashboard)
     bundle_uri, output = f"{s3}/score-model", f"{s3}/scores"
     storage.upload_folder(Path(model_uri), bundle_uri)
@@ -196,7 +197,11 @@ def test_a_job_killed_on_s3_resumes_and_adds_new_files(
     assert kill(cluster.processes(), r"python jobs/score.py .*--output s3://bucket/scores")
     assert finish(client, first)[0] == JobStatus.FAILED
     assert not storage.exists(f"{output}/summary.json")
-    status, log = finish(client, submit(cluster, *arguments))
+    node = request.getfixturevalue("second_node")
+    resumed = submit(cluster, *arguments)
+    wait_for_actor(lambda: not client.get_job_status(resumed).is_terminal(), node)
+    assert kill(node())
+    status, log = finish(client, resumed)
     assert status == JobStatus.SUCCEEDED, log
     assert "are already scored, resuming with" in log
     assert_same(table(output), table(undisturbed[0]))
@@ -248,7 +253,7 @@ def test_a_store_on_a_bad_day_costs_time_only(archive_on_s3, model_uri, s3, undi
     with faults.store(os.environ["AWS_ENDPOINT_URL"]) as store:
         store.fault, store.delay_s = faults.bad_day(), 0.02
         finished(start(model_uri, archive_on_s3, output, **store.variables))
-        assert len(store.asked) > 400
+        assert len(store.asked) > N_FIELDS
         assert {"GET", "HEAD", "PUT"} <= {method for method, _ in store.asked}
     assert_same(table(output), table(undisturbed[0]))
 
@@ -256,15 +261,12 @@ def test_a_store_on_a_bad_day_costs_time_only(archive_on_s3, model_uri, s3, undi
 VICTIMS, STORES = ("driver", "actor", "node"), ("disk", "s3")
 # The moments of a job, by what it has written: its settings, the first rows, a file of the table.
 MOMENTS = {"begun": "config.json", "scoring": "work/0001/", "merging": "predictions/part-"}
-# The others take half an hour: `pytest -m trial tests/test_score_jobs.py`.
-EVERY_TIME = {("node", "s3", "scoring")}
-
-
-def trials():
-    for trial in itertools.product(VICTIMS, STORES, MOMENTS):
-        if trial[0] == "actor" and trial[2] == "merging":
-            continue  # it has gone by then
-        yield pytest.param(*trial, marks=() if trial in EVERY_TIME else pytest.mark.trial)
+# By the time of merging the actor has gone.
+TRIALS = [
+    trial
+    for trial in itertools.product(VICTIMS, STORES, MOMENTS)
+    if (trial[0], trial[2]) != ("actor", "merging")
+]
 
 
 def wait_for_moment(job, output, moment):
@@ -278,11 +280,11 @@ def wait_for_moment(job, output, moment):
     assert not storage.exists(storage.join(str(output), "summary.json"))
 
 
-def wait_for_actor(job, found):
-    """Until one of the processes is a model actor."""
+def wait_for_actor(runs, found):
+    """Until one of the processes is a model actor; `runs` says whether the job still does."""
 
     def come():
-        assert job.poll() is None, job.communicate()[0]
+        assert runs()
         return any(re.search(SCORER, command) for _, command in found())
 
     wait_for(come, PATIENCE_S, "a model actor")
@@ -301,7 +303,8 @@ def second_node(cluster, joined):
     wait_for(lambda: sum(n["Alive"] for n in ray.nodes()) == 1, PATIENCE_S, "the cluster to see it")
 
 
-@pytest.mark.parametrize(("victim", "store", "moment"), list(trials()))
+@pytest.mark.trial
+@pytest.mark.parametrize(("victim", "store", "moment"), TRIALS)
 def test_a_kill_changes_nothing(
     victim, store, moment, cluster, archive, archive_on_s3, model_uri, s3, tmp_path, undisturbed, request
 ):
@@ -310,7 +313,7 @@ def test_a_kill_changes_nothing(
     found = request.getfixturevalue("second_node") if victim == "node" else cluster.processes
     job = start(model_uri, data, output)
     if victim != "driver" and moment != "merging":
-        wait_for_actor(job, found)
+        wait_for_actor(lambda: job.poll() is None, found)
     wait_for_moment(job, output, moment)
     if victim == "driver":
         job.kill()

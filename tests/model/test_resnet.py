@@ -3,7 +3,7 @@ from functools import partial
 
 import torch
 
-from bcd.model import resnet, weights
+from bcd.model import predictor, resnet, weights
 
 
 def test_a_network_is_seeded():
@@ -72,7 +72,7 @@ def test_folding_the_batch_norms_keeps_the_function():
 
 def test_probability():
     logit = torch.tensor([[0.0, 2.0], [1.0, 1.0]])
-    torch.testing.assert_close(resnet.probability(logit)[:, 1], torch.sigmoid(torch.tensor([2.0, 0.0])))
+    torch.testing.assert_close(predictor.probabilities(logit)[:, 1], torch.sigmoid(torch.tensor([2.0, 0.0])))
 
 
 def test_a_temperature_divides_logits_and_evidence_alike():
@@ -90,5 +90,5 @@ def test_a_temperature_divides_logits_and_evidence_alike():
 def test_probability_malignant_sums_over_malignant_subtypes():
     probabilities = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     torch.testing.assert_close(
-        resnet.malignant_share(probabilities, ("A", "DC", "F", "LC")), torch.tensor([0.6])
+        predictor.malignant_share(probabilities, ("A", "DC", "F", "LC")), torch.tensor([0.6])
     )

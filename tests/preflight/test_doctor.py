@@ -58,9 +58,24 @@ def _any_machine(monkeypatch):
     monkeypatch.setattr(diagnosis, "WANTED_RATE", 0.0)
 
 
+@pytest.fixture(scope="module")
+def examiners(cluster):
+    """The actors on the nodes, which start once for all tests."""
+    started = {}
+    start = doctor._examiner
+
+    def once(*arguments):
+        if arguments not in started:
+            started[arguments] = start(*arguments)
+        return started[arguments]
+
+    return once
+
+
 @pytest.fixture
-def idle(joined):
+def idle(joined, examiners, monkeypatch):
     """The cluster with all its CPUs free: what an earlier test started may still be ending."""
+    monkeypatch.setattr(doctor, "_examiner", examiners)
     wait_for(lambda: ray.available_resources().get("CPU") == CLUSTER_CPUS, 120, "free CPUs")
     return joined
 
@@ -325,13 +340,15 @@ def test_the_door_prints_every_fault_and_exits_1(idle, tmp_path):
 
 
 def test_a_check_that_fails_in_an_unforeseen_way_hides_no_other(idle):
-    party = doctor.Party({"node": doctor._examiner(ray.get_runtime_context().get_node_id())}, 120)
+    party = doctor.Party(
+        {"node": doctor._examiner(ray.get_runtime_context().get_node_id(), "resnet50", False)}, 120
+    )
     answers = party.attempt("--data", "fly", {"node": "s3://bucket/data"})
     assert answers["node"].error == "s3://bucket/data: KeyError: 'fly'"
 
 
 def test_a_clock_is_measured_between_question_and_answer(idle):
-    examiner = doctor._examiner(ray.get_runtime_context().get_node_id())
+    examiner = doctor._examiner(ray.get_runtime_context().get_node_id(), "resnet50", False)
     ray.get(examiner.clock.remote())
     clock = doctor._clock(examiner, 60)
     assert abs(clock.ahead_s) <= clock.error_s < 1

@@ -60,7 +60,7 @@ def test_a_missing_image_is_named(joined, tmp_path):
     rows = table(tmp_path, "t", 3, 0)
     (tmp_path / "t-1.png").unlink()
     pooler = feature_statistics._Pooler(
-        ray.put((weights.build(2, architecture="resnet18").state_dict(), card())), None, 2
+        ray.put((weights.build(2, architecture="resnet18").state_dict(), card())), 2
     )
     with pytest.raises(BcdError, match=r"t-1.png became unusable"):
-        pooler(rows)
+        pooler(feature_statistics._listed(rows, "train"))

@@ -79,17 +79,17 @@ def test_every_row_gives_one_row_a_result_or_an_error(joined, model_uri, tmp_pat
 ON_A_GPU = """
 import sys
 import ray
-ray.init(address="local", num_cpus=2, num_gpus=1)
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False)
 from bcd import storage
 from bcd.config.scoring import ScoreConfig
-from bcd.model import bundle, resnet
+from bcd.model import bundle, weights
 from bcd.runtime import feature_statistics
 from bcd.scoring import score
 model_uri, archive, output = sys.argv[1:]
 score.run(ScoreConfig(model=model_uri, input=archive, output=output))
 rows, card = storage.read_table(archive + "/rows.parquet"), bundle.read_card(model_uri)
-weights = weights.build(2, seed=1, architecture="resnet18").state_dict()
-sums = feature_statistics._pooled(rows, card, ray.put((weights, card)), None)
+state = weights.build(2, seed=1, architecture="resnet18").state_dict()
+sums = feature_statistics._pooled({"train": rows}, card, ray.put((state, card)))
 sums.to_pandas().to_json(output + "/sums.json")
 """
 

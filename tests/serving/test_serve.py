@@ -32,8 +32,10 @@ from ray.serve.schema import ServeDeploySchema
 from bcd import schema
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ServiceConfig
+from bcd.data import archive
 from bcd.errors import BundleError, ConfigError, ResourceError
 from bcd.model import bundle, predictor
+from bcd.runtime import predict
 from bcd.scoring import score
 from bcd.serving import middleware, serve
 from tests import archives, pictures
@@ -175,17 +177,19 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def archived(cluster, files, models, tmp_path_factory):
-    """What the archive job wrote: (model, precision) -> name -> row."""
-    folder = tmp_path_factory.mktemp("archive")
+    """Rows by model and name: what the archive job wrote with the first model, and what its worker makes of
+    the same files with the second, in bfloat16."""
+    folder, output = tmp_path_factory.mktemp("archive"), str(tmp_path_factory.mktemp("scores"))
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    tables = {}
-    for uri, precision in ((models[0], "float32"), (models[1], "bfloat16")):
-        output = str(tmp_path_factory.mktemp("scores"))
-        score.run(ScoreConfig(model=uri, input=str(folder), output=output, precision=precision))
-        rows = pq.read_table(f"{output}/predictions").to_pylist()
-        tables[uri] = {row[schema.IMAGE_ID]: row for row in rows}
-    return tables
+    score.run(ScoreConfig(model=models[0], input=str(folder), output=output))
+    second = predict.Settings(models[1], bundle.identify(models[1]), precision="bfloat16")
+    listed = schema.fill(archive.list_inputs(str(folder)).table, schema.READING)
+    tables = (pq.read_table(f"{output}/predictions"), predict.Scorer(second, 2)(listed))
+    return {
+        uri: {row[schema.IMAGE_ID]: row for row in table.to_pylist()}
+        for uri, table in zip(models, tables, strict=True)
+    }
 
 
 def deploy(cluster, port, folder, model_uri, **arguments):
@@ -636,7 +640,7 @@ def started(models, monkeypatch):
         return loaded(uri, "cpu", precision)
 
     loaded = predictor.load
-    monkeypatch.setattr(bundle, "load", load)
+    monkeypatch.setattr(predictor, "load", load)
     monkeypatch.setattr(serve.cluster, "cores", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: used.update(threads=n))
 
@@ -686,7 +690,7 @@ def test_a_replica_without_numbers_is_not_ready(models, monkeypatch):
     replica._canary = b""
     assert not asyncio.run(replica.ready())
     # Nor does one start.
-    monkeypatch.setattr(bundle, "load", lambda *_: broken)
+    monkeypatch.setattr(predictor, "load", lambda *_: broken)
     with pytest.raises(BundleError, match="the model's logits are not finite numbers"):
         serve.Replica.__base__(ServiceConfig(model=models[0], max_batch_size=1), None, broken.model_id)
 

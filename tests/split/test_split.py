@@ -13,7 +13,7 @@ import pytest
 from bcd import schema
 from bcd.data import breakhis
 from bcd.errors import ConfigError, DataError, LeakageError
-from bcd.split import split, stratify
+from bcd.split import quarantine, split, stratify
 from bcd.storage import File
 from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES, part_named
 
@@ -84,7 +84,7 @@ def published(folds: list[dict[str, str]]) -> pa.Table:
 
 @pytest.mark.real
 def test_quarantine_finds_the_slide_published_twice(published: pa.Table) -> None:
-    kept, aside, reasons = split.quarantine(published)
+    kept, aside, reasons = quarantine.apply_rules(published)
     assert (kept.num_rows, aside.num_rows) == (7663, 246)
     assert set(aside[schema.SLIDE].to_pylist()) == breakhis.KNOWN_ANOMALIES.keys()
     assert reasons == ["slide 14-13412 is labelled DC and LC: all 246 images quarantined"]
@@ -96,7 +96,7 @@ def test_no_group_crosses_and_shares_hold_on_all_published_names(
     published: pa.Table, protocol: split.Protocol
 ) -> None:
     """Within 5 points where a subtype has a group for every part; adenosis has two cases for three parts."""
-    kept = split.quarantine(published).kept
+    kept = quarantine.apply_rules(published).kept
     column = {"case": schema.CASE, "patient": schema.PATIENT}[protocol]
     groups = kept.group_by(schema.SUBTYPE).aggregate([(column, "count_distinct")]).to_pylist()
     enough = {r[schema.SUBTYPE] for r in groups if r[f"{column}_count_distinct"] >= len(split.PARTS)}
@@ -121,7 +121,7 @@ def test_no_group_crosses_and_shares_hold_on_all_published_names(
 def test_the_official_folds_are_reproduced_row_for_row(
     published: pa.Table, folds: list[dict[str, str]]
 ) -> None:
-    kept = split.quarantine(published).kept
+    kept = quarantine.apply_rules(published).kept
     for fold in folds:
         assigned = split.assign(kept, "official", seed=0, fold=fold)
         split.require_no_leak(assigned, "official")
@@ -456,7 +456,7 @@ def test_quarantine_of_contradictions_and_duplicates() -> None:
         copy("b.png", "5", "DC", "u", "s5"),
         copy("a.png", "6", "DC", None, "s6"),
     )
-    kept, aside, reasons = split.quarantine(rows)
+    kept, aside, reasons = quarantine.apply_rules(rows)
     assert kept[schema.IMAGE_ID].to_pylist() == ["d.png", "a.png"]
     assert kept.num_rows + aside.num_rows == rows.num_rows
     assert reasons == [
@@ -465,12 +465,12 @@ def test_quarantine_of_contradictions_and_duplicates() -> None:
         "duplicates of d.png (kept), quarantined: e.png, f.png",
         "duplicates with several patients or labels, all quarantined: g.png, h.png",
     ]
-    assert split.quarantine(kept) == (kept, kept.slice(0, 0), [])
+    assert quarantine.apply_rules(kept) == (kept, kept.slice(0, 0), [])
 
 
 def test_a_null_slide_hash_or_subtype_is_no_conflict() -> None:
     rows = table(row("a", "p", "A"), row("b", "q", "DC"), row("c", "r", None), row("d", "p", "A"))
-    assert split.quarantine(rows).kept == rows
+    assert quarantine.apply_rules(rows).kept == rows
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def result(monkeypatch, *pairs):
         return str(folder), {}
 
     monkeypatch.setattr(export.checkpoint, "read_checkpoint", read)
-    monkeypatch.setattr(export.resnet, "assembled", lambda n_classes, tensors, architecture: tensors)
+    monkeypatch.setattr(export.weights, "assembled", lambda n_classes, tensors, architecture: tensors)
     kept = [
         (Kept(content), {schema.EPOCH: epoch, export.SELECTION: score})
         for epoch, (content, score) in enumerate(pairs, 1)
