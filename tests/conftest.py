@@ -27,6 +27,7 @@ from tests.service import LIMITS, TOKEN
 
 # Ray reads these when it is imported: the cluster asks for this token, and every client here has it.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less for every training
 
 
 class Halves(LoadScopeScheduling):
@@ -156,9 +157,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> str:
 def trained(cluster: Cluster, tree_on_s3: str, s3: str) -> Any:
     """The one training that many tests look at: see `tests.trained`."""
     # Imported here: the fast tests do without Ray.
-    from tests.trained import killed_and_resumed
+    from tests.trained import trained_by_a_job
 
-    return killed_and_resumed(cluster, tree_on_s3, f"{s3}/runs")
+    return trained_by_a_job(cluster, tree_on_s3, f"{s3}/runs")
 
 
 @pytest.fixture(scope="session")

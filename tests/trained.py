@@ -1,4 +1,4 @@
-"""One training for all tests that need one: two workers, on S3, killed in its second epoch and resumed."""
+"""One training for all tests that need one: submitted as a job, two workers, on S3."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from tests.runtime.test_datasets import small
 
 @dataclass(frozen=True)
 class Trained:
-    """The settings, the run's URI, and the log of the job that resumed it."""
+    """The settings, the run's URI, and the log of its job."""
 
     config: TrainConfig
     uri: str
@@ -53,12 +53,12 @@ def check_whole(run_uri: str, epochs: int) -> None:
     np.testing.assert_allclose([row[schema.LOGIT] for row in rows], direct.logit, atol=1e-4)
 
 
-def killed_and_resumed(cluster: Cluster, data: str, output: str) -> Trained:
-    """Submit the training, SIGKILL its driver in epoch 2, and submit the same command again."""
+def trained_by_a_job(cluster: Cluster, data: str, output: str, killed: bool = False) -> Trained:
+    """Submit the training; if asked to, SIGKILL its driver in epoch 2, and submit the same command again."""
     config = small(
         data,
         output=output,
-        name="two",
+        name="killed" if killed else "two",
         num_workers="2",
         epochs=2,
         batch_size=16,
@@ -67,11 +67,12 @@ def killed_and_resumed(cluster: Cluster, data: str, output: str) -> Trained:
     client = JobSubmissionClient(cluster.dashboard)
     uri = storage.join(config.output, config.name)
     command = ("jobs/train.py", *flags_of(config.model_dump(mode="json", exclude_unset=True)))
-    first = submit(cluster, *command)
-    wait_for_epoch(client, first, uri, 1)
-    assert kill(cluster.processes(), rf"python jobs/train.py .*--name {config.name}")
-    assert finish(client, first)[0] == JobStatus.FAILED
-    assert not storage.exists(f"{uri}/metrics.json")
+    if killed:
+        first = submit(cluster, *command)
+        wait_for_epoch(client, first, uri, 1)
+        assert kill(cluster.processes(), rf"python jobs/train.py .*--name {config.name}")
+        assert finish(client, first)[0] == JobStatus.FAILED
+        assert not storage.exists(f"{uri}/metrics.json")
     status, log = finish(client, submit(cluster, *command))
     assert status == JobStatus.SUCCEEDED, log
     return Trained(config, uri, log)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_auc_score
 
 from bcd import schema
 from bcd.metrics import aggregate, bootstrap, calibration
@@ -139,6 +138,9 @@ def binary(
     matrix = _confusion_matrix(truth, called, 2)
     (tn, fp), (fn, tp) = matrix.tolist()
     sensitivity, specificity = _ratio(tp, fn + tp), _ratio(tn, tn + fp)
+    # Not at the top: a training worker does without it, for two seconds.
+    from sklearn.metrics import roc_auc_score
+
     balanced_accuracy = auc = None
     if sensitivity is not None and specificity is not None:
         balanced_accuracy = (sensitivity + specificity) / 2

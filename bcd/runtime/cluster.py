@@ -65,6 +65,8 @@ def _start(trains: bool) -> None:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     # Ray's own processes warn about Ray's own code.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::DeprecationWarning")
+    # A process more that watches for nodes of a cloud that are about to be taken away.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Never a cluster that merely happens to run here: two jobs on one small machine starve each other.
     ray.init(
         address="local",

@@ -94,6 +94,7 @@ def test_a_driver_without_the_token_is_rejected(cluster, unauthenticated, tmp_pa
     assert "nauthenticated" in log or "token" in log
 
 
+@pytest.mark.trial
 def test_a_host_without_the_token_does_not_join(cluster, joined, unauthenticated):
     before = {node["NodeID"] for node in ray.nodes()}
     host = start_ray([f"--address={cluster.gcs}"], f"BCD_TEST_NODE={uuid.uuid4().hex}", **unauthenticated)

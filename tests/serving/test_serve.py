@@ -462,7 +462,7 @@ def test_the_page_works_with_the_services_token(service, archived, models, files
 
 
 @contextlib.contextmanager
-def load(service, files, clients=6):
+def load(service, files, clients=3):
     """Clients that ask without pause; yields their answers so far, as (time begun, answer)."""
     answers, ended = [], threading.Event()
     endless = itertools.cycle(files.values())
@@ -488,7 +488,7 @@ def load(service, files, clients=6):
 @pytest.mark.ray
 def test_a_killed_replica_costs_only_what_was_in_flight(service, cluster, files):
     """Done when 4: a 5xx that says retry, and the next succeed."""
-    clients = 6
+    clients = 3
     with load(service, files, clients) as answers:
         victims = replicas(cluster)
         killed = time.monotonic()
@@ -523,7 +523,7 @@ def test_a_second_bundle_under_load_loses_no_request(
     assert {answer.status_code for _, answer in answers} == {200}
     assert {answer.json()["model_id"] for _, answer in answers} == set(names)
     expected = archived[models[1]]
-    with ThreadPoolExecutor(7) as pool:
+    with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda content: service.ask(content).json(), files.values()))
     pairs = [
         [answer["probability_malignant"], expected[name][schema.PROBABILITY_MALIGNANT]]

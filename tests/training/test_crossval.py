@@ -7,18 +7,22 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+import ray.train
 
 from bcd import schema, storage
 from bcd.config.training import CrossvalConfig
 from bcd.errors import ConfigError, DataError, StorageError
-from bcd.model import bundle
+from bcd.model import bundle, train_step, weights
 from bcd.runtime import output, prepare, run_directory
 from bcd.split import split
 from bcd.training import crossval, train
+from bcd.training.checkpoint import State
+from bcd.training.task import SELECTION
 from tests import planted, studies
 from tests.cluster import PATIENCE_S, ROOT, read_json, wait_for
 from tests.runtime.test_datasets import small
 from tests.trained import flags_of
+from tests.training.test_loop import RECORD
 
 pytestmark = pytest.mark.ray
 # Two studies of four trainings each: `pytest -m trial tests/pipelines/test_crossval.py`.
@@ -150,8 +154,19 @@ def settings_of(tree, output):
     return settings | {"output": str(output), "k": 2, "epochs": 1, "validation_fraction": 0.33}
 
 
-def test_a_study_resumes_with_the_folds_that_are_missing(cluster, tree, tmp_path, capsys):
-    """As after a kill between two folds."""
+def untrained(config, run_uri, table, pretrained, scaling, runs_per_node=1):
+    """In place of `train.train_model`: the checkpoint of an epoch that learned nothing."""
+    network = weights.build(2, architecture=config.architecture)
+    folder, record = Path(run_uri) / "checkpoints" / "only", {**RECORD, "epoch": 1, SELECTION: 0.5}
+    folder.mkdir(parents=True)
+    State(network, train_step.optimizer(network, "adamw", 1e-3, 0.01), [record]).save(folder)
+    kept = ray.train.Checkpoint.from_directory(folder)
+    return SimpleNamespace(return_value=[record], best_checkpoints=[(kept, record)])
+
+
+def test_a_study_resumes_with_the_folds_that_are_missing(joined, tree, tmp_path, capsys, monkeypatch):
+    """As after a kill between two folds; `test_train` and the trials train with Ray."""
+    monkeypatch.setattr(train, "train_model", untrained)
     config = CrossvalConfig(**settings_of(tree, tmp_path), parallel=1)
     run_directory.claim_run(config, f"{tmp_path}/crossval")
     first, second = crossval._folds(config, f"{tmp_path}/crossval", "case")

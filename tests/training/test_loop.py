@@ -22,6 +22,7 @@ RECORD = {
     "epoch": 2,
     "train_loss": 0.5,
     "validation_loss": 0.25,
+    "validation_accuracy": 0.75,
     SCORE: 0.875,
     "n_validation": 1234,
     "class_counts": {"benign": 4000, "malignant": 4000},

@@ -1,4 +1,4 @@
-"""One real training of two workers on S3, killed and resumed, and what must hold of all it leaves behind."""
+"""One real training of two workers on S3, and what must hold of all it leaves behind."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from bcd.runtime import output, prepare
 from bcd.training import train
 from tests.cluster import read_json
 from tests.runtime.test_datasets import small
-from tests.trained import check_whole
+from tests.trained import check_whole, trained_by_a_job
 
 pytestmark = pytest.mark.ray
 
@@ -34,10 +34,18 @@ def run_uri(trained):
     return trained.uri
 
 
-def test_a_killed_job_resumes_from_its_last_checkpoint(trained):
-    assert "epoch 1/2" not in trained.log
-    assert "epoch 2/2" in trained.log
+def test_every_epoch_and_the_test_part_are_there(trained):
+    assert trained.log.count("epoch 1/2") == trained.log.count("epoch 2/2") == 1
     check_whole(trained.uri, 2)
+
+
+@pytest.mark.trial
+def test_a_killed_job_resumes_from_its_last_checkpoint(cluster, tree_on_s3, s3):
+    resumed = trained_by_a_job(cluster, tree_on_s3, f"{s3}/runs", killed=True)
+    assert "epoch 1/2" not in resumed.log
+    assert "epoch 2/2" in resumed.log
+    check_whole(resumed.uri, 2)
+    check_epochs(resumed.uri)
 
 
 def test_the_run_directory_is_as_promised(run_uri, config):
@@ -55,6 +63,10 @@ def test_the_run_directory_is_as_promised(run_uri, config):
 
 
 def test_every_epoch_is_balanced_and_saw_no_held_out_image(run_uri):
+    check_epochs(run_uri)
+
+
+def check_epochs(run_uri):
     table = pq.read_table(io.BytesIO(storage.read_bytes(f"{run_uri}/split.parquet")))
     parts = dict(zip(table[schema.IMAGE_ID].to_pylist(), table[schema.PART].to_pylist(), strict=True))
     history = read_json(f"{run_uri}/history.json")
