@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 from bcd import schema, storage
-from bcd.errors import BundleError, ConfigError, DivergedError
+from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
 from bcd.metrics import measures
 from bcd.model import predictor, resnet, train_step, weights
 from bcd.model.resnet import ResNet, normalise
@@ -58,13 +58,19 @@ class Seen:
         self.targets += batch[schema.TARGET].tolist()
 
 
-def run_epochs(task: Task) -> list[dict[str, Any]]:
-    """Train the epochs that are left and return the history, a record per epoch.
+def train(task: Task) -> list[dict[str, Any]] | BcdError:
+    """The training function of every worker; returns the history, a record per epoch.
 
-    Raises:
-        ConfigError: a step has too few images.
-        DivergedError: loss or weights are no longer finite.
+    Errors for the user, which all workers find at the same step, are returned: Ray Train would restart a
+    worker that raises.
     """
+    try:
+        return _train(task)
+    except (ConfigError, DivergedError) as error:
+        return error
+
+
+def _train(task: Task) -> list[dict[str, Any]]:
     config, context = task.config, ray.train.get_context()
     # Without Ray Train's lines about every report and checkpoint.
     logging.getLogger().setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What a training worker is given and how it starts: its task, its process group, and the way to the loop."""
+"""What a training worker is given, and its process group; without the loop, which drivers do not need."""
 
 import os
 import socket
@@ -11,7 +11,6 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
 from bcd.config.training import TrainConfig
-from bcd.errors import BcdError, ConfigError, DivergedError
 
 # Folder of the run with a table per finished epoch: the images that it trained on.
 EXPOSURE = "exposure"
@@ -31,21 +30,6 @@ class Task:
     run_uri: str
     n_train: int
     runs_per_node: int = 1
-
-
-def train(task: Task) -> list[dict[str, Any]] | BcdError:
-    """The training function of every worker; returns the history, a record per epoch.
-
-    Errors for the user, which all workers find at the same step, are returned: Ray Train would restart a
-    worker that raises.
-    """
-    # Not at the top: the driver and the controller of a training need neither.
-    from bcd.training import loop
-
-    try:
-        return loop.run_epochs(task)
-    except (ConfigError, DivergedError) as error:
-        return error
 
 
 def interface(address: str) -> str | None:

@@ -1,6 +1,7 @@
 """Train a model: index, split, balance, stream, fit, bundle, evaluate; resumable at every step."""
 
 import time
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -29,7 +30,7 @@ from bcd.runtime.prepare import DatasetFacts, describe_split, load_data_set, par
 from bcd.split import balance
 from bcd.taxonomy import TRAIN, VALIDATION
 from bcd.training import export
-from bcd.training.task import EXPOSURE, SELECTION, ProcessGroup, Task, train
+from bcd.training.task import EXPOSURE, SELECTION, ProcessGroup, Task
 
 
 def run(
@@ -120,8 +121,15 @@ def train_model(
     filesystem, path = storage.resolve(run_uri)
     classes, shared = taxonomy.classes(config.target), pretrained and ray.put(pretrained)
     task = Task(config, classes, shared, run_uri, n_train, runs_per_node)
+
+    def work(given: Task) -> list[dict[str, Any]] | BcdError:
+        # Only in the workers: this process and Ray's controller of the training do without, 6 s each.
+        from bcd.training import loop
+
+        return loop.train(given)
+
     trainer = TorchTrainer(
-        train,
+        work,
         train_loop_config=task,
         torch_config=ProcessGroup(),
         scaling_config=scaling,

@@ -83,14 +83,6 @@ def published(folds: list[dict[str, str]]) -> pa.Table:
 
 
 @pytest.mark.real
-def test_quarantine_finds_the_slide_published_twice(published: pa.Table) -> None:
-    kept, aside, reasons = quarantine.apply_rules(published)
-    assert (kept.num_rows, aside.num_rows) == (7663, 246)
-    assert set(aside[schema.SLIDE].to_pylist()) == breakhis.KNOWN_ANOMALIES.keys()
-    assert reasons == ["slide 14-13412 is labelled DC and LC: all 246 images quarantined"]
-
-
-@pytest.mark.real
 @pytest.mark.parametrize("protocol", ["case", "patient"])
 def test_no_group_crosses_and_shares_hold_on_all_published_names(
     published: pa.Table, protocol: split.Protocol
@@ -439,38 +431,6 @@ def test_official_names_what_is_wrong() -> None:
 
 
 # --- tables by hand: quarantine, audit, fingerprints
-
-
-def test_quarantine_of_contradictions_and_duplicates() -> None:
-    def copy(name: str, patient: str, subtype: str, sha256: str | None, slide: str) -> dict[str, str | None]:
-        return row(name, patient, subtype, **{schema.SHA256: sha256, schema.SLIDE: slide})
-
-    rows = table(
-        copy("i.png", "1", "DC", None, "two labels"),
-        copy("h.png", "1", "LC", "s", "two labels"),
-        copy("g.png", "2", "A", "s", "other slide"),
-        copy("f.png", "3", "A", "t", "s3"),
-        copy("e.png", "3", "A", "t", "s3"),
-        copy("d.png", "3", "A", "t", "s3"),
-        copy("c.png", "4", "DC", "u", "s4"),
-        copy("b.png", "5", "DC", "u", "s5"),
-        copy("a.png", "6", "DC", None, "s6"),
-    )
-    kept, aside, reasons = quarantine.apply_rules(rows)
-    assert kept[schema.IMAGE_ID].to_pylist() == ["d.png", "a.png"]
-    assert kept.num_rows + aside.num_rows == rows.num_rows
-    assert reasons == [
-        "slide two labels is labelled DC and LC: all 2 images quarantined",
-        "duplicates with several patients or labels, all quarantined: b.png, c.png",
-        "duplicates of d.png (kept), quarantined: e.png, f.png",
-        "duplicates with several patients or labels, all quarantined: g.png, h.png",
-    ]
-    assert quarantine.apply_rules(kept) == (kept, kept.slice(0, 0), [])
-
-
-def test_a_null_slide_hash_or_subtype_is_no_conflict() -> None:
-    rows = table(row("a", "p", "A"), row("b", "q", "DC"), row("c", "r", None), row("d", "p", "A"))
-    assert quarantine.apply_rules(rows).kept == rows
 
 
 @pytest.mark.parametrize(

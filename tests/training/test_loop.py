@@ -1,7 +1,5 @@
 import contextlib
-import socket
 import threading
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +10,11 @@ import torch
 
 from bcd import schema
 from bcd.config.training import TrainConfig
-from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
-from bcd.model import train_step, weights
+from bcd.errors import BcdError, ConfigError, DivergedError
+from bcd.model import train_step
 from bcd.training import checkpoint, loop
 from bcd.training.checkpoint import State
-from bcd.training.task import SCORE, Task, interface, train
+from bcd.training.task import SCORE, Task
 
 RECORD = {
     "epoch": 2,
@@ -39,24 +37,6 @@ def test_progress_line():
     )
 
 
-def test_a_checkpoint_restores_network_optimiser_and_history(tmp_path):
-    def fresh(seed):
-        network = weights.build(2, seed=seed, architecture="resnet18").to(memory_format=torch.channels_last)
-        return State(network, train_step.optimizer(network, "adamw", 1e-3, 0.01))
-
-    saved, restored = fresh(1), fresh(2)
-    saved.history.append(RECORD)
-    step = train_step.Step(saved.network.train(), saved.optimizer, torch.device("cpu"), "float32", None)
-    step(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.tensor([0, 1]), 1e-3)
-    saved.save(tmp_path)
-    restored.load(tmp_path)
-    for name, tensor in saved.network.state_dict().items():
-        assert torch.equal(tensor, restored.network.state_dict()[name])
-    first = lambda state: state.optimizer.state_dict()["state"][0]["exp_avg"]  # noqa: E731
-    assert torch.equal(first(saved), first(restored))
-    assert restored.history == [RECORD]
-
-
 def small_state(**changes):
     """A state of a few numbers, with a step behind it."""
     network = torch.nn.BatchNorm1d(3)
@@ -71,50 +51,6 @@ def flipped(path):
     content = path.read_bytes()
     middle = len(content) // 2
     path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-
-
-def flipped_tensor(path):
-    """Between its records the file has bytes that mean nothing."""
-    content, largest = path.read_bytes(), max(contents(path), key=len)
-    place = content.index(largest) + len(largest) // 2
-    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-
-
-def contents(path):
-    with zipfile.ZipFile(path) as file:
-        return [file.read(name) for name in file.namelist()]
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-50])
-
-
-DAMAGES = [
-    (checkpoint.WEIGHTS_FILE, flipped, "is not as it was written"),
-    (checkpoint.WEIGHTS_FILE, cut, "is not as it was written"),
-    (checkpoint.WEIGHTS_FILE, Path.unlink, "model.safetensors is missing"),
-    (checkpoint.STATE_FILE, cut, "a damaged PyTorch file"),
-    (checkpoint.STATE_FILE, flipped_tensor, "state.pt is not as it was written"),
-    (checkpoint.STATE_FILE, Path.unlink, "state.pt is missing"),
-    (checkpoint.STATE_FILE, lambda path: path.write_bytes(b""), "an empty file"),
-]
-
-
-@pytest.mark.parametrize(("name", "damage", "said"), DAMAGES)
-def test_a_damaged_checkpoint_changes_nothing(tmp_path, name, damage, said):
-    small_state(weight=torch.tensor([1.0, 2.0, 3.0])).save(tmp_path)
-    damage(tmp_path / name)
-    state = small_state(weight=torch.tensor([4.0, 5.0, 6.0]))
-    with pytest.raises(BundleError, match=said):
-        state.load(tmp_path)
-    assert state.network.weight.tolist() == [4, 5, 6]
-
-
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_checkpoint_that_is_no_number_is_damaged(tmp_path, number):
-    small_state(bias=torch.tensor([0.0, number, 0.0])).save(tmp_path)
-    with pytest.raises(BundleError, match="bias has NaN or infinite values"):
-        small_state().load(tmp_path)
 
 
 class Kept:
@@ -265,11 +201,11 @@ def test_what_all_workers_find_is_returned_and_not_tried_again(monkeypatch, erro
     def fail(_):
         raise error
 
-    monkeypatch.setattr(loop, "run_epochs", fail)
-    assert train(task(4)) is error
+    monkeypatch.setattr(loop, "_train", fail)
+    assert loop.train(task(4)) is error
     error = BcdError("one worker's own")
     with pytest.raises(BcdError, match="one worker's own"):
-        train(task(4))
+        loop.train(task(4))
 
 
 class Shard:
@@ -312,13 +248,6 @@ def test_an_image_that_broke_ends_the_pass_that_was_begun(monkeypatch, broken):
     passes.begin()
     with pytest.raises(BcdError, match=f"{broken} became unusable after the run began"):
         ids(passes.batches())
-
-
-def test_an_interface_is_found_by_its_address():
-    """Workers on several hosts use it: see `tests/cluster`."""
-    names = {name for _, name in socket.if_nameindex()}
-    assert interface("127.0.0.1") in names
-    assert interface("192.0.2.1") is None
 
 
 def test_augmentation_differs_between_workers_and_after_resuming():

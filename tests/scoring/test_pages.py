@@ -1,0 +1,45 @@
+import pyarrow as pa
+import pytest
+
+from bcd.scoring import ledger, pages
+from tests.scoring.test_finish import TABLE, judged
+
+
+def test_failures_are_named_by_kind():
+    found = pages._failures(TABLE)
+    assert {code: failure.count for code, failure in found.items()} == {
+        "truncated": 1,
+        "unreadable": 1,
+        "missing_mpp": 1,
+    }
+    assert found["truncated"].first == [("b.png", None)]
+
+
+def test_the_table_of_images_begins_with_the_most_malignant_and_ends_with_errors(monkeypatch):
+    ours = ledger.Ledger("/out", 1, "0")
+    scored = judged(("b", 0.2, [], 1.0), ("a", 0.9, ["unlike_training_data"], 1.0), ("c", 0.5, [], 1.0))
+    failed = TABLE.drop_columns("n").filter(pa.array([False, True, True, False, True]))
+    table = pa.concat_tables([scored, failed])
+    found = pages._images(ours, table)
+    assert [row.name for row in found.rows] == ["a", "c", "b", "b.png"]
+    assert found.total == 4
+    assert (found.rows[0].warned, found.rows[0].link, found.rows[3].error) == (True, "../in/a", "truncated")
+    monkeypatch.setattr(pages.gallery, "MAX_ROWS", 2)
+    found = pages._images(ours, table)
+    assert ([row.name for row in found.rows], found.total) == (["a", "c"], 4)
+
+
+@pytest.mark.parametrize(
+    ("uri", "folder", "link"),
+    [
+        ("/data/in/a b#1.png", "/data/out", "../in/a%20b%231.png"),
+        ("/data/in/x:y.png", "/data", "in/x%3Ay.png"),
+        ("s3://bucket/a b.png", "/data/out", "s3://bucket/a%20b.png"),
+        ("gs://bucket/a.png", "s3://bucket/out", "gs://bucket/a.png"),
+        ("/data/a.png", "s3://bucket/out", "file:///data/a.png"),
+        ("javascript://%0aalert(1)", "/data/out", None),
+        ("data://text/html,x", "/data/out", None),
+    ],
+)
+def test_a_link_leads_to_the_file_and_never_to_a_script(uri, folder, link):
+    assert pages.link(uri, folder) == link
