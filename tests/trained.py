@@ -3,14 +3,43 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+import ray.data
+from ray.data import Dataset
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bcd import schema, storage
 from bcd.config.training import TrainConfig
-from bcd.model import predictor
+from bcd.imaging import image
+from bcd.model import novelty, predictor
+from bcd.model.card import Card
+from bcd.model.novelty import FeatureStatistics
+from bcd.model.resnet import ResNet
+from bcd.runtime import predict
 from tests.cluster import PATIENCE_S, Cluster, finish, kill, read_json, submit, wait_for
 from tests.runtime.test_datasets import small
+
+
+def score_here(dataset: Dataset, settings: predict.Settings, max_workers: int | None = None) -> Dataset:
+    """In place of `predict.score_rows`: by the same worker, in this process, which has torch already."""
+    rows = pa.concat_tables(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+    return ray.data.from_arrow(predict.Scorer(settings, 2)(rows))
+
+
+def statistics_here(
+    network: ResNet, card: Card, train: pa.Table, validation: pa.Table
+) -> tuple[FeatureStatistics, np.ndarray]:
+    """In place of `feature_statistics.compute_statistics`, likewise."""
+    model = predictor.from_state(network.state_dict(), card)
+    (pooled, _), (held_out, logit) = (
+        model.pooled(np.stack([model.fit(image.decode(storage.read_bytes(uri))) for uri in uris]))
+        for uris in (rows[schema.URI].to_pylist() for rows in (train, validation))
+    )
+    mean, spread = novelty.spread(len(pooled), pooled.sum(0, np.float64), (pooled.astype(float) ** 2).sum(0))
+    cutoff = novelty.cutoff(novelty.distance(held_out, mean, spread))
+    facts = {"mean": mean.tolist(), "spread": spread.tolist(), "cutoff": cutoff}
+    return FeatureStatistics(**facts, n_training=len(pooled), n_validation=len(held_out)), logit
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from bcd.config.evaluation import EvaluateConfig
 from bcd.errors import BundleError, DataError
 from bcd.evaluation import evaluate
 from bcd.model import bundle
-from bcd.runtime import run_directory
+from bcd.runtime import predict, run_directory
 from tests import planted
 from tests.cluster import read_json
+from tests.trained import score_here
 
 pytestmark = pytest.mark.ray
 
@@ -39,7 +40,8 @@ def fewer(tree, tmp_path):
     return f"{tmp_path}/data"
 
 
-def test_what_was_trained_on_is_refused_or_marked_when_forced(run_uri, fewer, tmp_path):
+def test_what_was_trained_on_is_refused_or_marked_when_forced(run_uri, fewer, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "score_rows", score_here)
     model, output = f"{run_uri}/model", f"{tmp_path}/out"
     before = storage.read_bytes(f"{model}/card.json")
     with pytest.raises(DataError, match=r"were seen in training.*--force measures and marks"):
@@ -59,8 +61,9 @@ def test_without_its_split_a_model_may_have_seen_the_data(run_uri, fewer, tmp_pa
         evaluate.run(EvaluateConfig(model=f"{tmp_path}/alone/model", data=fewer, output=f"{tmp_path}/out"))
 
 
-def test_a_data_set_that_was_never_seen_is_scored_whole_and_compared(run_uri, trained, tmp_path):
+def test_a_data_set_that_was_never_seen_is_scored_whole_and_compared(run_uri, trained, tmp_path, monkeypatch):
     """Twice the same model on the same patients: no difference, and no claim."""
+    monkeypatch.setattr(predict, "score_rows", score_here)
     data, outputs = planted.tree(tmp_path / "data", signal=False, n_images=1), []
     for name in ("one", "two"):
         against = outputs[0] if outputs else None

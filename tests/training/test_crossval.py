@@ -13,7 +13,7 @@ from bcd import schema, storage
 from bcd.config.training import CrossvalConfig
 from bcd.errors import ConfigError, DataError, StorageError
 from bcd.model import bundle, train_step, weights
-from bcd.runtime import output, prepare, run_directory
+from bcd.runtime import output, predict, prepare, run_directory
 from bcd.split import split
 from bcd.training import crossval, train
 from bcd.training.checkpoint import State
@@ -21,7 +21,7 @@ from bcd.training.task import SELECTION
 from tests import planted, studies
 from tests.cluster import PATIENCE_S, ROOT, read_json, wait_for
 from tests.runtime.test_datasets import small
-from tests.trained import flags_of
+from tests.trained import flags_of, score_here, statistics_here
 from tests.training.test_loop import RECORD
 
 pytestmark = pytest.mark.ray
@@ -167,6 +167,8 @@ def untrained(config, run_uri, table, pretrained, scaling, runs_per_node=1):
 def test_a_study_resumes_with_the_folds_that_are_missing(joined, tree, tmp_path, capsys, monkeypatch):
     """As after a kill between two folds; `test_train` and the trials train with Ray."""
     monkeypatch.setattr(train, "train_model", untrained)
+    monkeypatch.setattr(train.export.feature_statistics, "compute_statistics", statistics_here)
+    monkeypatch.setattr(predict, "score_rows", score_here)
     config = CrossvalConfig(**settings_of(tree, tmp_path), parallel=1)
     run_directory.claim_run(config, f"{tmp_path}/crossval")
     first, second = crossval._folds(config, f"{tmp_path}/crossval", "case")
