@@ -46,12 +46,14 @@ EXIF_START, XMP_START, ICC_START = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0
 
 @dataclass(frozen=True)
 class Content:
-    """Input of the decoder, colour profile (None for sRGB), and metadata that may contain the orientation."""
+    """Input of the decoder, colour profile (None for sRGB), metadata that may contain the orientation, and
+    height and width of a PNG of 8-bit RGB without transparency."""
 
     data: bytes
     profile: bytes | None
     exif: bytes
     xmp: bytes
+    rgb8_size: tuple[int, int] | None = None
 
 
 def require_size(width: int, height: int) -> None:
@@ -81,7 +83,13 @@ def png_content(data: bytes) -> Content:
         elif not name[0] & 0x20:
             raise ImageError("unsupported_format", f"its PNG chunk {name.decode()} is not supported")
     exif, xmp = notes.get(EXIF_KEYWORD, b""), notes.get(XMP_KEYWORD, b"")
-    return Content(b"".join(kept), _png_profile(colors), exif, xmp)
+    return Content(b"".join(kept), _png_profile(colors), exif, xmp, _rgb8_size(kept))
+
+
+def _rgb8_size(chunks: list[bytes]) -> tuple[int, int] | None:
+    width, height, depth, color = struct.unpack_from(">4x4sIIBB", chunks[1])[1:]
+    is_transparent = any(chunk[4:8] == b"tRNS" for chunk in chunks[2:])
+    return None if (depth, color) != (8, 2) or is_transparent else (height, width)
 
 
 def _note(name: bytes, content: bytes, notes: dict[bytes, bytes]) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal
 
+import kornia_rs
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
@@ -106,7 +107,23 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def _framed(content: container.Content, kind: str) -> np.ndarray:
-    return _finished(_upright(_eight_bits(content.data, kind), content), content.profile)
+    pixels = _decode_fast(content)
+    if pixels is not None and not (content.profile or content.exif or content.xmp):
+        return pixels
+    image = _eight_bits(content.data, kind) if pixels is None else Image.fromarray(pixels)
+    return _finished(_upright(image, content), content.profile)
+
+
+def _decode_fast(content: container.Content) -> np.ndarray | None:
+    """Pillow's pixels of a plain PNG in a third of its time, and without holding the interpreter; None for
+    any other image, and for one that Pillow has to judge."""
+    if content.rgb8_size is None:
+        return None
+    try:
+        with boundary("truncated", "the fast decoder"):
+            return kornia_rs.io.decode_image_png_u8(content.data, content.rgb8_size, "rgb")
+    except ImageError:
+        return None
 
 
 def _tiff(data: bytes) -> np.ndarray:

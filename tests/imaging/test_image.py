@@ -1,6 +1,8 @@
+import io
 import struct
 import zlib
 
+import kornia_rs
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
@@ -125,6 +127,7 @@ def test_whatever_a_decoder_raises_is_an_error_of_that_image(monkeypatch, kind):
         raise kind("utf-8", b"x", 0, 1, "why") if kind is UnicodeDecodeError else kind("why")
 
     monkeypatch.setattr(Image, "open", fails)
+    monkeypatch.setattr(kornia_rs.io, "decode_image_png_u8", fails)
     with pytest.raises(image.ImageError, match=r"the image cannot be decoded: .*why") as caught:
         image.decode(pictures.encode(PIXELS))
     lacks = kind in (MemoryError, RecursionError)
@@ -137,6 +140,7 @@ def test_who_ends_the_process_ends_it(monkeypatch, kind):
         raise kind
 
     monkeypatch.setattr(Image, "open", fails)
+    monkeypatch.setattr(kornia_rs.io, "decode_image_png_u8", fails)
     with pytest.raises(kind):
         image.decode(pictures.encode(PIXELS))
 
@@ -230,3 +234,104 @@ def test_shrink_keeps_the_aspect_ratio_and_never_enlarges(size, within, expected
     assert found.shape == (*expected, 3)
     if size == expected:
         np.testing.assert_array_equal(found, pictures.gradient(*size))
+
+
+ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+
+
+def filtered_rows(pixels, rng):
+    """Lines of PNG: each with a filter drawn at random."""
+    before = np.zeros(3 * pixels.shape[1] + 3, np.uint8)
+    for row in pixels:
+        line = np.concatenate([np.zeros(3, np.uint8), row.ravel()])
+        x, a, b, c = (part.astype(int) for part in (line[3:], line[:-3], before[3:], before[:-3]))
+        p = a + b - c
+        nearest = np.argsort([abs(p - a), abs(p - b), abs(p - c)], axis=0, kind="stable")[0]
+        paeth = np.choose(nearest, [a, b, c])
+        kind = int(rng.integers(5))
+        guess = (0, a, b, (a + b) // 2, paeth)[kind]
+        yield bytes([kind]) + ((x - guess) % 256).astype(np.uint8).tobytes()
+        before = line
+
+
+def any_png(rng):
+    """A PNG of 8-bit RGB: any size, filters, interlace, compression and chunks; and its parts."""
+    height, width = rng.integers(1, 40, 2)
+    pixels = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+    interlaced = bool(rng.integers(2))
+    passes = [pixels[y::dy, x::dx] for y, x, dy, dx in ADAM7] if interlaced else [pixels]
+    lines = b"".join(line for one in passes if one.size for line in filtered_rows(one, rng))
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, interlaced)
+    return pixels, head, lines, int(rng.integers(10))
+
+
+def assembled(head, stream, rng):
+    cut = int(rng.integers(1, len(stream) + 1)) if stream else 0
+    parts = [(b"IHDR", head), (b"IDAT", stream[:cut]), (b"IDAT", stream[cut:]), (b"IEND", b"")]
+    return container.PNG + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in parts
+    )
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_plain_pngs_are_decoded_fast_to_the_same_pixels(seed):
+    rng = np.random.default_rng(seed)
+    pixels, head, lines, level = any_png(rng)
+    data = assembled(head, zlib.compress(lines, level), rng)
+    fast = image._decode_fast(container.png_content(data))
+    np.testing.assert_array_equal(fast, pixels)
+    np.testing.assert_array_equal(image.decode(data), pixels)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
+
+
+def spoiled(data, rng):
+    """Bytes changed, cut off or added."""
+    place, kind = int(rng.integers(len(data))), rng.integers(3)
+    if kind == 0:
+        return data[:place]
+    if kind == 1:
+        return data[:place] + bytes([data[place] ^ int(rng.integers(1, 256))]) + data[place + 1 :]
+    return data + rng.bytes(int(rng.integers(1, 2_000)))
+
+
+def outcome(data):
+    try:
+        return image.decode(data).tolist()
+    except image.ImageError as error:
+        return error.code, error.message
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_damage_with_right_checksums_has_the_outcome_of_pillow(seed, monkeypatch):
+    """In the lines, or in their compressed stream. A stream whose Adler-32 alone is wrong is accepted:
+    decision page 7 says why."""
+    rng = np.random.default_rng(seed)
+    _, head, lines, level = any_png(rng)
+    in_lines = bool(rng.integers(2))
+    stream = (
+        zlib.compress(spoiled(lines, rng), level) if in_lines else spoiled(zlib.compress(lines, level), rng)
+    )
+    data = assembled(head, stream, rng)
+    found = outcome(data)
+    monkeypatch.setattr(image, "_decode_fast", lambda content: None)
+    if found != (expected := outcome(data)):
+        inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(stream[2:])
+        assert (len(inflated), in_lines) == (len(lines), False)
+        with pytest.raises(zlib.error, match="incorrect data check"):
+            zlib.decompress(stream)
+        assert expected[0] == "truncated"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pictures.encode(PIXELS[..., 0]),
+        pictures.encode(Image.fromarray(PIXELS).convert("RGBA")),
+        pictures.encode(Image.fromarray(PIXELS).convert("P")),
+        pictures.encode(PIXELS, transparency=(230, 150, 190)),
+        pictures.encode(PIXELS[..., 0].astype(np.uint16) * 257),
+    ],
+)
+def test_other_pngs_are_pillows(data):
+    assert container.png_content(data).rgb8_size is None
