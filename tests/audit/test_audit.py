@@ -119,6 +119,7 @@ def test_a_manifest_on_s3_gives_the_same_rows(joined, s3, planted, tmp_path):
     assert storage.exists(f"{s3}/audit/audit.html")
 
 
+@pytest.mark.trial
 @pytest.mark.ray
 @pytest.mark.real
 def test_real_fields_have_no_duplicates_and_only_cases_cross(joined, real_data, tmp_path):

@@ -62,11 +62,8 @@ def browser() -> Iterator[Any]:
         found.close()
 
 
-# A real service answers as the mock does: some tests see it each time, the others as trials.
+# A real service answers as the mock does: one test sees it each time, the others as trials.
 REAL = pytest.param("service", marks=pytest.mark.trial)
-on_a_real_service_too = pytest.mark.parametrize(
-    "page_url", ["mock", "service"], indirect=True, scope="module"
-)
 
 
 @pytest.fixture(scope="module", params=["mock", REAL])
@@ -214,7 +211,6 @@ def head(page: Page, name: str) -> Any:
 # ---- on any service: the page says what the API says -------------------------------------------------------
 
 
-@on_a_real_service_too
 def test_the_page_names_the_model_and_what_it_is_for(page: Page, page_url: str, shot: Any) -> None:
     about = get_json(f"{page_url}/v1/model")
     visit(page, page_url)
@@ -256,7 +252,9 @@ def test_one_image(page: Page, page_url: str, shot: Any) -> None:
     shot()
 
 
-@pytest.mark.parametrize("threshold", [0.004, 0.5, 0.996])
+@pytest.mark.parametrize(
+    "threshold", [0.5, *(pytest.param(edge, marks=pytest.mark.trial) for edge in (0.004, 0.996))]
+)
 def test_threshold_is_in_one_line_between_the_ends(
     page: Page, mock: page_mock.Mock, monkeypatch: pytest.MonkeyPatch, threshold: float
 ) -> None:
@@ -312,7 +310,6 @@ def test_the_table_sorts_both_ways_by_each_column(page: Page, page_url: str, sho
     shot()
 
 
-@on_a_real_service_too
 def test_the_csv_holds_the_numbers_of_the_api(page: Page, page_url: str) -> None:
     files = [*SEVERAL, BROKEN]
     visit(page, page_url)
@@ -358,7 +355,6 @@ def test_broken_files_do_not_hold_up_the_good_ones(page: Page, page_url: str, sh
     expect(page.locator("#again")).to_be_hidden()
 
 
-@on_a_real_service_too
 def test_a_tiff_is_shown_through_the_service(page: Page, page_url: str, shot: Any) -> None:
     one = file("scan.tif", 92, 140, kind="TIFF")
     sent: list[str] = []
@@ -700,6 +696,7 @@ def test_requests_to_an_overloaded_service_are_retried(page: Page, mock: page_mo
     assert sum("POST" in line for line in mock.asked) == 4
 
 
+@pytest.mark.trial
 def test_a_service_that_stays_overloaded_is_given_up_and_tried_later(
     page: Page, mock: page_mock.Mock, shot: Any
 ) -> None:
@@ -738,6 +735,7 @@ def test_four_at_once_progress_and_stop(page: Page, mock: page_mock.Mock, shot: 
     assert mock.most_at_once <= 8, "four new ones beside four that the service had not yet let go"
 
 
+@pytest.mark.trial
 def test_clearing_while_images_are_sent_leaves_nothing(page: Page, mock: page_mock.Mock) -> None:
     visit(page, mock.url)
     mock.gate.clear()
@@ -786,6 +784,7 @@ def test_a_service_that_is_not_there_yet(page: Page, mock: page_mock.Mock, shot:
     expect(page.locator("#trouble")).to_be_hidden()
 
 
+@pytest.mark.trial
 def test_leaky_and_unmeasured_models_say_so(page: Page, mock: page_mock.Mock, shot: Any) -> None:
     mock.about["card"] |= {"leaky": True, "protocol": "image", "metrics": {}, "mpp": [], "magnifications": []}
     visit(page, mock.url)
@@ -821,7 +820,7 @@ def reports() -> tuple[str, str]:
     return test_gallery.page(facts=facts), report
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.trial)])
 def test_reports_and_galleries_are_readable(browser: Any, scheme: str) -> None:
     context = browser.new_context(color_scheme=scheme, viewport={"width": 400, "height": 800})
     page = context.new_page()

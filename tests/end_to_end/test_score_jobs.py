@@ -23,7 +23,8 @@ from bcd import schema, storage
 from bcd.config.scoring import ScoreConfig
 from bcd.errors import ConfigError
 from bcd.imaging import image
-from bcd.model import predictor, weights
+from bcd.model import bundle, predictor, weights
+from bcd.runtime import predict
 from bcd.scoring import score
 from tests import archives, faults
 from tests.cluster import (
@@ -98,8 +99,26 @@ def segments(output):
 @pytest.fixture(scope="module")
 def undisturbed(cluster, archive, model_uri, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed")
-    log = finished(start(model_uri, archive, output))
-    return output, log
+    finished(start(model_uri, archive, output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def resumed(cluster, archive_on_s3, model_uri, s3):
+    """From and to S3, through `ray job submit`: killed after its first segment, and submitted again. The
+    output, the model and the log."""
+    client = JobSubmissionClient(cluster.dashboard)
+    bundle_uri, output = f"{s3}/score-model", f"{s3}/scores"
+    storage.upload_folder(Path(model_uri), bundle_uri)
+    arguments = ("jobs/score.py", "--model", bundle_uri, "--input", archive_on_s3, "--output", output)
+    first = submit(cluster, *arguments)
+    wait_for(lambda: segments(output), PATIENCE_S, "the first segment")
+    assert kill(cluster.processes(), r"python jobs/score.py .*--output s3://bucket/scores")
+    assert finish(client, first)[0] == JobStatus.FAILED
+    assert not storage.exists(f"{output}/summary.json")
+    status, log = finish(client, submit(cluster, *arguments))
+    assert status == JobStatus.SUCCEEDED, log
+    return output, bundle_uri, log
 
 
 def assert_same(found, expected):
@@ -119,9 +138,9 @@ def assert_same(found, expected):
     np.testing.assert_allclose(*maps, atol=1e-4)
 
 
-def test_every_input_gives_a_result_or_a_typed_error(undisturbed, archive):
+def test_every_input_gives_a_result_or_a_typed_error(resumed, archive):
     """Done when 1 and 2."""
-    output, log = undisturbed
+    output, _, log = resumed
     rows = table(output).to_pylist()
     by_input = {}
     for row in rows:
@@ -147,10 +166,12 @@ def test_every_input_gives_a_result_or_a_typed_error(undisturbed, archive):
             assert total == pytest.approx(row[schema.LOGIT][1] - row[schema.LOGIT][0], abs=1e-3)
 
 
-def test_the_table_is_read_without_us(undisturbed):
+def test_the_table_is_read_without_us(resumed, tmp_path):
     """DuckDB, Polars and pandas see the same rows, numbers and maps."""
-    files = f"{undisturbed[0]}/predictions/*.parquet"
-    expected = table(undisturbed[0])
+    for file in storage.list_files(f"{resumed[0]}/predictions"):
+        storage.write_bytes(f"{tmp_path}/predictions/{file.path}", storage.read_bytes(file.uri))
+    files = f"{tmp_path}/predictions/*.parquet"
+    expected = table(resumed[0])
     n_good = expected[schema.ERROR].null_count
     mean = pc.mean(expected[schema.PROBABILITY_MALIGNANT]).as_py()
     query = (
@@ -160,17 +181,17 @@ def test_the_table_is_read_without_us(undisturbed):
     frame = polars.read_parquet(files).filter(polars.col("error").is_null())
     assert (len(frame), frame["probability_malignant"].mean()) == (n_good, pytest.approx(mean))
     assert frame["evidence"][0].len() == 2 * 3
-    frame = pandas.read_parquet(f"{undisturbed[0]}/predictions").query("error.isnull()")
+    frame = pandas.read_parquet(f"{tmp_path}/predictions").query("error.isnull()")
     assert (len(frame), frame["probability_malignant"].mean()) == (n_good, pytest.approx(mean))
     assert len(frame["evidence"].iloc[0]) == 2 * 3
 
 
 def test_a_finished_run_does_nothing_and_another_model_is_refused(
-    undisturbed, archive, model_uri, tmp_path, joined, capsys
+    resumed, archive_on_s3, tmp_path, joined, capsys
 ):
-    output, _ = undisturbed
+    output, model_uri, _ = resumed
     before = {f.path: f.size_bytes for f in storage.list_files(str(output))}
-    config = ScoreConfig(model=model_uri, input=archive, output=str(output))
+    config = ScoreConfig(model=model_uri, input=archive_on_s3, output=output)
     score.run(config)
     assert "is finished: " in capsys.readouterr().out
     assert {f.path: f.size_bytes for f in storage.list_files(str(output))} == before
@@ -183,29 +204,19 @@ def test_a_finished_run_does_nothing_and_another_model_is_refused(
         score.run(config.model_copy(update={"model": str(tmp_path)}))
 
 
-def test_a_job_killed_on_s3_resumes_and_adds_new_files(
-    cluster, archive_on_s3, model_uri, s3, undisturbed, joined, capsys
-):
-    """SIGKILL of the driver, through `ray job submit`, from and to S3; then a file is added."""
-    client = JobSubmissionClient(cluster.dashboard)
-    bundle_uri, output = f"{s3}/score-model", f"{s3}/scores"
-    storage.upload_folder(Path(model_uri), bundle_uri)
-    arguments = ("jobs/score.py", "--model", bundle_uri, "--input", archive_on_s3, "--output", output)
-    first = submit(cluster, *arguments)
-    wait_for(lambda: segments(output), PATIENCE_S, "the first segment")
-    assert kill(cluster.processes(), r"python jobs/score.py .*--output s3://bucket/scores")
-    assert finish(client, first)[0] == JobStatus.FAILED
-    assert not storage.exists(f"{output}/summary.json")
-    status, log = finish(client, submit(cluster, *arguments))
-    assert status == JobStatus.SUCCEEDED, log
+def test_a_killed_job_resumes_and_adds_new_files(resumed, archive_on_s3, joined, capsys):
+    """Done when 3: each row once, and as its file gives it without a job; then a file is added."""
+    output, model_uri, log = resumed
     assert "are already scored, resuming with" in log
-    assert_same(table(output), table(undisturbed[0]))
+    settings = predict.Settings(model_uri, bundle.identify(model_uri))
+    before = table(output)
+    assert_same(before, predict.Scorer(settings, 2)(schema.fill(before, schema.READING)))
     storage.write_bytes(f"{archive_on_s3}/late.png", archives.odd()["odd/grey.png"])
-    score.run(ScoreConfig(model=bundle_uri, input=archive_on_s3, output=output))
+    score.run(ScoreConfig(model=model_uri, input=archive_on_s3, output=output))
     assert "resuming with 1\n" in capsys.readouterr().out
     storage.delete_file(f"{archive_on_s3}/late.png")
     names = table(output)[schema.IMAGE_ID].to_pylist()
-    assert sorted(names) == sorted([*table(undisturbed[0])[schema.IMAGE_ID].to_pylist(), "late.png"])
+    assert sorted(names) == sorted([*before[schema.IMAGE_ID].to_pylist(), "late.png"])
 
 
 @pytest.mark.trial
@@ -237,7 +248,7 @@ def test_a_store_that_denies_in_the_middle_changes_nothing(
         store.fault = lambda method, path: None
         log = finished(start(model_uri, archive_on_s3, tmp_path, **environment))
         assert "are already scored, resuming with" in log
-    assert_same(table(tmp_path), table(undisturbed[0]))
+    assert_same(table(tmp_path), table(undisturbed))
     assert image.UNAVAILABLE not in table(tmp_path)[schema.ERROR].to_pylist()
 
 
@@ -250,7 +261,7 @@ def test_a_store_on_a_bad_day_costs_time_only(archive_on_s3, model_uri, s3, undi
         finished(start(model_uri, archive_on_s3, output, **store.variables))
         assert len(store.asked) > N_FIELDS
         assert {"GET", "HEAD", "PUT"} <= {method for method, _ in store.asked}
-    assert_same(table(output), table(undisturbed[0]))
+    assert_same(table(output), table(undisturbed))
 
 
 VICTIMS, STORES = ("driver", "actor", "node"), ("disk", "s3")
@@ -317,4 +328,4 @@ def test_a_kill_changes_nothing(
     else:
         assert kill(found(), SCORER if victim == "actor" else "")
     finished(job)
-    assert_same(table(output), table(undisturbed[0]))
+    assert_same(table(output), table(undisturbed))

@@ -22,6 +22,7 @@ from bcd.model import bundle, novelty, predictor, weights
 from bcd.runtime import datasets, predict
 from tests import pictures
 from tests.model.test_bundle import card
+from tests.trained import score_here
 
 
 @pytest.fixture(scope="module")
@@ -318,9 +319,7 @@ def test_writing_replaces_the_same_table_and_nothing_else(joined, model_uri, tmp
     table, _ = index.read_index(str(tmp_path / "in"))
     rows, job = schema.fill(table, schema.READING), settings(model_uri, batch_size=4)
     for _ in range(2):
-        predict.write_predictions(
-            predict.score_rows(datasets.row_dataset(rows), job), str(tmp_path / "out"), "0"
-        )
+        predict.write_predictions(score_here(datasets.row_dataset(rows), job), str(tmp_path / "out"), "0")
     assert other.read_bytes() == b"of another archive"
     other.unlink()
     assert len(predict.read_back(str(tmp_path / "out"), [schema.IMAGE_ID])) == 1

@@ -13,6 +13,7 @@ from PIL import Image
 from bcd import schema, storage
 from bcd.data import archive
 from bcd.imaging import image
+from bcd.reports import heatmap
 from bcd.scoring import ledger, slides, tiling
 from bcd.slides import slide_cache
 from bcd.taxonomy import TUMOR_CLASSES, classes, malignant_mask
@@ -151,8 +152,8 @@ def test_tiles_unlike_the_training_data_are_counted_hatched_and_measured(tmp_pat
     ]
     write(ours, rows)
     drawn = []
-    real = slides.heatmap.draw_tiles
-    monkeypatch.setattr(slides.heatmap, "draw_tiles", lambda *given: drawn.append(given[-1]) or real(*given))
+    real = heatmap.draw_tiles
+    monkeypatch.setattr(heatmap, "draw_tiles", lambda *given: drawn.append(given[-1]) or real(*given))
     (told,) = slides.write_slides(ours, plans, none(), card()).to_pylist()
     assert told[schema.WARNED_TILES] == sum(far) > 0
     assert drawn[0].tolist() == far

@@ -22,7 +22,6 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -30,13 +29,11 @@ from ray import serve as ray_serve
 from ray.serve.schema import ServeDeploySchema
 
 from bcd import schema
-from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.data import archive
 from bcd.errors import BundleError, ConfigError, ResourceError
 from bcd.model import bundle, predictor
 from bcd.runtime import predict
-from bcd.scoring import score
 from bcd.serving import middleware, serve
 from tests import archives, pictures
 from tests.cluster import BIN, PATIENCE_S, ROOT, free_port, kill, wait_for
@@ -176,20 +173,17 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def archived(cluster, files, models, tmp_path_factory):
-    """Rows by model and name: what the archive job wrote with the first model, and what its worker makes of
-    the same files with the second, in bfloat16."""
-    folder, output = tmp_path_factory.mktemp("archive"), str(tmp_path_factory.mktemp("scores"))
+def archived(files, models, tmp_path_factory):
+    """Rows by model and name, from the worker of the archive job; the second model in bfloat16."""
+    folder = tmp_path_factory.mktemp("archive")
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    score.run(ScoreConfig(model=models[0], input=str(folder), output=output))
-    second = predict.Settings(models[1], bundle.identify(models[1]), precision="bfloat16")
     listed = schema.fill(archive.list_inputs(str(folder)).table, schema.READING)
-    tables = (pq.read_table(f"{output}/predictions"), predict.Scorer(second, 2)(listed))
-    return {
-        uri: {row[schema.IMAGE_ID]: row for row in table.to_pylist()}
-        for uri, table in zip(models, tables, strict=True)
-    }
+    rows = {}
+    for uri, precision in zip(models, ("float32", "bfloat16"), strict=True):
+        settings = predict.Settings(uri, bundle.identify(uri), precision)
+        rows[uri] = {row[schema.IMAGE_ID]: row for row in predict.Scorer(settings, 2)(listed).to_pylist()}
+    return rows
 
 
 def deploy(cluster, port, folder, model_uri, **arguments):
@@ -509,6 +503,7 @@ def test_a_killed_replica_costs_only_what_was_in_flight(service, cluster, files)
     assert all(answer.status_code == 200 for begun, answer in answers if begun > back)
 
 
+@pytest.mark.trial
 @pytest.mark.ray
 def test_a_second_bundle_under_load_loses_no_request(
     service, cluster, models, files, archived, tmp_path, capsys

@@ -17,7 +17,7 @@ from bcd.split import quarantine, split, stratify
 from bcd.storage import File
 from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES, part_named
 
-SEEDS = range(20)
+SEEDS = range(8)
 
 
 def row(name: str, patient: str | None, subtype: str | None, **more: str | None) -> dict[str, str | None]:
