@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import ray
+import torch
 
 from bcd.config.training import TrainConfig
 from bcd.errors import ConfigError, ResourceError
@@ -132,7 +133,7 @@ def test_runs_are_spread_over_the_nodes_with_cpus(monkeypatch, nodes, n, expecte
 
 def test_runs_beside_each_other_share_the_cores(monkeypatch):
     threads = []
-    monkeypatch.setattr(cluster.torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(cluster, "cores", lambda: 16)
     for workers in (1, 3, 5, 32):
         cluster.share_cores(workers)

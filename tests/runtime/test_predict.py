@@ -246,7 +246,7 @@ def test_no_numbers_no_class(model_uri, tmp_path):
     rows = reading(tmp_path, files | {"z.png": pictures.encode(pictures.gradient(50, 70))})
     scorer = predict.Scorer(settings(model_uri, batch_size=2, overlays=True), 1)
     expected = scorer(rows).to_pylist()
-    scorer._bundle = replace(scorer._bundle, features=Overflowing(scorer._bundle.features))
+    scorer._predictor = replace(scorer._predictor, features=Overflowing(scorer._predictor.features))
     found = scorer(rows).to_pylist()
     assert [row[schema.ERROR] for row in found] == [None, "not_finite", "empty", None]
     assert [found[i] for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
@@ -261,7 +261,7 @@ def test_a_worker_with_another_model_scores_nothing(model_uri, tmp_path):
     """As one that starts after the bundle was replaced."""
     rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient())})
     late = predict.Scorer(predict.Settings(model_uri, "0123456789abcdef", batch_size=2), 1)
-    with pytest.raises(BundleError, match=f"was 0123456789abcdef, now it is {late._bundle.model_id}"):
+    with pytest.raises(BundleError, match=f"was 0123456789abcdef, now it is {late._predictor.model_id}"):
         late(rows)
     with pytest.raises(BundleError, match="has changed since the start"):
         predict.score_rows(None, late._settings)
