@@ -1,6 +1,6 @@
 """Feature statistics of the training images and logits of the validation images, from a new model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,14 +52,16 @@ def compute_statistics(
         order of the rows.
     """
     shared = ray.put((network.state_dict(), card))
-    batches = _pooled({TRAIN: train, VALIDATION: validation}, card, shared).materialize()
-    n, total, squares = 0, np.zeros(1), np.zeros(1)
-    for row in _rows(batches, (N, TOTAL, SQUARES)):
-        n, total, squares = n + row[N], total + row[TOTAL], squares + row[SQUARES]
+    batches = _pooled({TRAIN: train, VALIDATION: validation}, card, shared)
+    n, total, squares, waiting = 0, np.zeros(1), np.zeros(1), []
+    for block in batches.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in _rows(block.select([N, TOTAL, SQUARES])):
+            n, total, squares = n + row[N], total + row[TOTAL], squares + row[SQUARES]
+        waiting.append(ray.put(block.select([schema.IMAGE_ID, schema.LOGIT, POOLED])))
     mean, spread = novelty.spread(n, total, squares)
     distances: list[np.ndarray] = []
     logit: dict[str, np.ndarray] = {}
-    for row in _rows(batches, (schema.IMAGE_ID, schema.LOGIT, POOLED)):
+    for row in (row for block in waiting for row in _rows(ray.get(block))):
         # Batches come back in any order.
         logits = np.reshape(row[schema.LOGIT], (-1, len(card.classes)))
         logit |= zip(row[schema.IMAGE_ID], logits, strict=True)
@@ -75,9 +77,8 @@ def compute_statistics(
     return statistics, np.stack([logit[name] for name in validation[schema.IMAGE_ID].to_pylist()])
 
 
-def _rows(batches: Dataset, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for block in batches.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield from block.select(columns).to_pandas().to_dict("records")
+def _rows(block: pa.Table) -> list[dict[str, Any]]:
+    return block.to_pandas().to_dict("records")
 
 
 def _pooled(parts: Mapping[str, pa.Table], card: Card, shared: ray.ObjectRef) -> Dataset:
