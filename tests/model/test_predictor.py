@@ -1,4 +1,6 @@
 import copy
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -151,3 +153,17 @@ def test_a_bundle_from_weights_in_memory_is_the_one_on_disk(tmp_path, network):
         predictor.from_state(network.state_dict(), card()),
     )
     np.testing.assert_allclose(made.predict(picture).logit, loaded.predict(picture).logit, rtol=1e-6)
+
+
+LOAD = """
+import sys, bcd
+bcd.load(sys.argv[1]).predict_files([open(sys.argv[2], "rb").read()])
+print(sorted({"ray", "cv2", "tensorboard", "torchvision", "torch._dynamo", "sklearn"} & set(sys.modules)))
+"""
+
+
+def test_loading_and_predicting_import_no_ray_and_no_compiler(tmp_path, network):
+    predictor.save(network, card(), str(tmp_path / "model"))
+    (tmp_path / "a.png").write_bytes(pictures.encode(pictures.gradient()))
+    command = [sys.executable, "-c", LOAD, tmp_path / "model", tmp_path / "a.png"]
+    assert subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout == "[]\n"
