@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# uv installs in a third of pip's time. It does not read pip's settings, so where it fails, pip does it.
+# uv is the faster one. It does not read pip's settings, so where it fails, pip does it.
 install = ($(PIP) uv && $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(1)) || $(PIP) $(1)
 
 .PHONY: demo check test test-all lint docs env clean

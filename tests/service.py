@@ -22,13 +22,13 @@ class LocalEngine:
     """An `api.Engine` that computes where it is asked."""
 
     def __init__(self, loaded: predictor.Predictor) -> None:
-        self._bundle = loaded
+        self._predictor = loaded
         self.card, self.model_id = loaded.card, loaded.model_id
         self.works = True
 
     async def look(self, content: bytes) -> tuple[np.ndarray, predictor.Prediction]:
         pixels = image.decode(content)
-        return pixels, self._bundle.predict(self._bundle.fit(pixels)[None])
+        return pixels, self._predictor.predict(self._predictor.fit(pixels)[None])
 
     async def ready(self) -> bool:
         return self.works

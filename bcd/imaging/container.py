@@ -87,7 +87,7 @@ def png_content(data: bytes) -> Content:
 
 
 def _rgb8_size(chunks: list[bytes]) -> tuple[int, int] | None:
-    width, height, depth, color = struct.unpack_from(">4x4sIIBB", chunks[1])[1:]
+    width, height, depth, color = struct.unpack_from(">8xIIBB", chunks[1])
     is_transparent = any(chunk[4:8] == b"tRNS" for chunk in chunks[2:])
     return None if (depth, color) != (8, 2) or is_transparent else (height, width)
 

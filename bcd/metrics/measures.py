@@ -138,7 +138,7 @@ def binary(
     matrix = _confusion_matrix(truth, called, 2)
     (tn, fp), (fn, tp) = matrix.tolist()
     sensitivity, specificity = _ratio(tp, fn + tp), _ratio(tn, tn + fp)
-    # Not at the top: a training worker does without it, for two seconds.
+    # Not at the top: it takes two seconds, and a training worker does without it.
     from sklearn.metrics import roc_auc_score
 
     balanced_accuracy = auc = None

@@ -229,7 +229,7 @@ def _require_canary(loaded: Predictor, uri: str) -> None:
 
 
 def from_state(state: weights.State, card: Card) -> Predictor:
-    """A bundle from weights in memory, in float32, without a `model_id`."""
+    """A predictor from weights in memory, in float32, without a `model_id`."""
     return _ready(weights.assembled(len(card.classes), state, card.architecture), card)
 
 

@@ -114,18 +114,18 @@ class Replica:
         self._config, self._token_digest = config, token_digest
         # Ray shows all GPUs to a process that reserves none: every replica would use the first.
         device = None if config.num_gpus else "cpu"
-        self._bundle = predictor.load(config.model, device, config.precision)
-        bundle.require_same(config.model, model_id, self._bundle.model_id)
-        self.card, self.model_id = self._bundle.card, self._bundle.model_id
+        self._predictor = predictor.load(config.model, device, config.precision)
+        bundle.require_same(config.model, model_id, self._predictor.model_id)
+        self.card, self.model_id = self._predictor.card, self._predictor.model_id
         self._decoders = ThreadPoolExecutor(threads, "decode")
         self._computer = ThreadPoolExecutor(1, "compute")
-        self._decodes_ahead = self._bundle.device.type != "cpu"
+        self._decodes_ahead = self._predictor.device.type != "cpu"
         self._gate = Gate(config.max_batch_size)
         self._succeeded = -READY_FOR_S
         canary = np.zeros((self.card.input_height_px, self.card.input_width_px, 3), np.uint8)
         self._canary = image.encode_png(canary)
         for n in {1, config.max_batch_size}:  # a replica that cannot compute does not become healthy
-            prediction = self._computer.submit(self._bundle.predict, np.stack([canary] * n)).result()
+            prediction = self._computer.submit(self._predictor.predict, np.stack([canary] * n)).result()
             if not prediction.finite.all():
                 raise BundleError(f"{config.model}: {NOT_FINITE_MESSAGE}")
 
@@ -175,7 +175,7 @@ class Replica:
         if not fitted:
             return []
         loop = asyncio.get_running_loop()
-        prediction = await loop.run_in_executor(self._computer, self._bundle.predict, np.stack(fitted))
+        prediction = await loop.run_in_executor(self._computer, self._predictor.predict, np.stack(fitted))
         # The weights were finite when they were loaded: a replica with other logits now is broken.
         self._succeeded = time.monotonic() if prediction.finite.all() else -READY_FOR_S
         return prediction.rows()
@@ -188,7 +188,7 @@ class Replica:
             pixels = image.decode(content)
         except image.ImageError as error:
             return error
-        return pixels, self._bundle.fit(pixels)
+        return pixels, self._predictor.fit(pixels)
 
 
 def app(config: ServiceConfig) -> Application:

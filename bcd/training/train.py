@@ -123,7 +123,7 @@ def train_model(
     task = Task(config, classes, shared, run_uri, n_train, runs_per_node)
 
     def work(given: Task) -> list[dict[str, Any]] | BcdError:
-        # Only in the workers: this process and Ray's controller of the training do without, 6 s each.
+        # Not at the top: only workers need it, and it takes seconds to import.
         from bcd.training import loop
 
         return loop.train(given)

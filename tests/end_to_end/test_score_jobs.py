@@ -13,6 +13,7 @@ import duckdb
 import numpy as np
 import pandas
 import polars
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pytest
@@ -21,11 +22,12 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bcd import schema, storage
 from bcd.config.scoring import ScoreConfig
+from bcd.data.archive import list_inputs
 from bcd.errors import ConfigError
 from bcd.imaging import image
 from bcd.model import bundle, predictor, weights
 from bcd.runtime import predict
-from bcd.scoring import score
+from bcd.scoring import score, tiling
 from tests import archives, faults
 from tests.cluster import (
     PATIENCE_S,
@@ -204,13 +206,18 @@ def test_a_finished_run_does_nothing_and_another_model_is_refused(
         score.run(config.model_copy(update={"model": str(tmp_path)}))
 
 
-def test_a_killed_job_resumes_and_adds_new_files(resumed, archive_on_s3, joined, capsys):
-    """Done when 3: each row once, and as its file gives it without a job; then a file is added."""
+def test_a_killed_job_resumes_and_adds_new_files(resumed, archive, archive_on_s3, tmp_path, joined, capsys):
+    """Done when 3: the rows and numbers of the local files without a job, each once; then a file is added."""
     output, model_uri, log = resumed
     assert "are already scored, resuming with" in log
     settings = predict.Settings(model_uri, bundle.identify(model_uri))
+    tiles = score._tile_settings(
+        ScoreConfig(model=model_uri, input=archive, output=str(tmp_path)), bundle.read_card(model_uri)
+    )
+    rows = tiling.expand(list_inputs(archive).table, tiles, str(tmp_path), frozenset())
+    expected = predict.Scorer(settings, 2)(pa.concat_tables(rows)).sort_by(schema.IMAGE_ID)
     before = table(output)
-    assert_same(before, predict.Scorer(settings, 2)(schema.fill(before, schema.READING)))
+    assert_same(before, expected)
     storage.write_bytes(f"{archive_on_s3}/late.png", archives.odd()["odd/grey.png"])
     score.run(ScoreConfig(model=model_uri, input=archive_on_s3, output=output))
     assert "resuming with 1\n" in capsys.readouterr().out

@@ -250,6 +250,9 @@ light, every = map(json.loads, sys.argv[1:])
 for name in light:
     importlib.import_module(name)
 print(json.dumps(sorted({'torch', 'ray'} & set(sys.modules))), flush=True)
+for name in ("audit.audit", "evaluation.evaluate", "preflight.doctor", "scoring.score"):
+    importlib.import_module(f"bcd.{name}")
+print(json.dumps(sorted({'torch'} & set(sys.modules))), flush=True)
 # torch.compile's machinery counts cores by a subprocess at import: not ours, so it is let in first
 import torch, torchvision, ray, ray.data, ray.train.torch, torch.utils.tensorboard
 socket.socket.connect = refuse
@@ -281,3 +284,9 @@ def test_importing_starts_writes_and_downloads_nothing(imported):
 def test_light_modules_do_not_import_torch(imported):
     done, _ = imported
     assert json.loads(done.stdout.splitlines()[0]) == []
+
+
+def test_jobs_that_train_nothing_start_without_torch(imported):
+    """Only their workers, which hold a model, import it."""
+    done, _ = imported
+    assert json.loads(done.stdout.splitlines()[1]) == []

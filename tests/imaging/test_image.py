@@ -35,6 +35,14 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(kind):
     np.testing.assert_array_equal(decoded[..., 1], PIXELS[..., 0])
 
 
+def png_of(*parts):
+    """The file of these chunks, with right checksums."""
+    return container.PNG + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in parts
+    )
+
+
 def deep_png(samples, *chunks):
     """A PNG of 16-bit samples, uint16 (h, w) or (h, w, 3), with more chunks before the pixels."""
     height, width = samples.shape[:2]
@@ -42,11 +50,7 @@ def deep_png(samples, *chunks):
     stride = len(rows) // height
     lines = b"".join(b"\0" + rows[i : i + stride] for i in range(0, len(rows), stride))
     head = struct.pack(">IIBBBBB", width, height, 16, 2 if samples.ndim == 3 else 0, 0, 0, 0)
-    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
-    return container.PNG + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in parts
-    )
+    return png_of((b"IHDR", head), *chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
 
 
 def test_sixteen_bit_colors_are_rounded_and_not_cut_off():
@@ -267,11 +271,7 @@ def any_png(rng):
 
 def assembled(head, stream, rng):
     cut = int(rng.integers(1, len(stream) + 1)) if stream else 0
-    parts = [(b"IHDR", head), (b"IDAT", stream[:cut]), (b"IDAT", stream[cut:]), (b"IEND", b"")]
-    return container.PNG + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in parts
-    )
+    return png_of((b"IHDR", head), (b"IDAT", stream[:cut]), (b"IDAT", stream[cut:]), (b"IEND", b""))
 
 
 @pytest.mark.parametrize("seed", range(150))

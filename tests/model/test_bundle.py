@@ -61,7 +61,7 @@ def network():
 
 
 def ready(network, **changes):
-    """A bundle without files."""
+    """A predictor without files."""
     features = partial(resnet.features, network)
     return predictor.Predictor(card(**changes), "id", network, features, torch.device("cpu"), "float32")
 

@@ -673,12 +673,12 @@ def test_a_replica_answers_with_no_other_model(models):
 def test_a_replica_without_numbers_is_not_ready(models, monkeypatch):
     loaded = predictor.load(models[0], "cpu")
     replica = Unloaded(1)
-    replica._bundle, replica._computer, replica._succeeded = loaded, ThreadPoolExecutor(1), 0.0
+    replica._predictor, replica._computer, replica._succeeded = loaded, ThreadPoolExecutor(1), 0.0
     pictures = [np.zeros((64, 96, 3), np.uint8)]
     asyncio.run(replica._predict(pictures))
     assert replica._succeeded > 0
     broken = replace(loaded, features=lambda batch: torch.full((len(batch), 512, 4, 6), torch.nan))
-    replica._bundle = broken
+    replica._predictor = broken
     (prediction,) = asyncio.run(replica._predict(pictures))
     assert prediction.predicted_class == [None]
     assert replica._succeeded == -serve.READY_FOR_S
