@@ -14,6 +14,8 @@ PATIENT, CASE, SLIDE, PART = "patient", "case", "slide", "part"
 TUMOR_CLASS, SUBTYPE, MAGNIFICATION, TARGET = "tumor_class", "subtype", "magnification", "target"
 # Pixels, size and scale; place of a tile; region of a slide that QuPath shows.
 IMAGE, WIDTH_PX, HEIGHT_PX = "image", "width_px", "height_px"
+# Place of a prepared image (`bcd.imaging.prepared`), and of one in memory (`bcd.training.feed`).
+SHARD, SHARD_ROW, CHECKSUM, POSITION = "shard", "shard_row", "checksum", "position"
 MPP, MPP_Y, SLIDE_MPP_X, SLIDE_MPP_Y = "mpp", "mpp_y", "slide_mpp_x", "slide_mpp_y"
 X_LEVEL0_PX, Y_LEVEL0_PX = "x_level0_px", "y_level0_px"
 BOUNDS_X_LEVEL0_PX, BOUNDS_Y_LEVEL0_PX = "bounds_x_level0_px", "bounds_y_level0_px"
@@ -90,12 +92,27 @@ NEAR_DUPLICATES = pa.schema(
 # The images that each epoch used, once per use.
 EXPOSURE = pa.schema([*_columns(pa.int32(), EPOCH), *_columns(_TEXT, IMAGE_ID)])
 
+# A prepared image: sha256 of the file, CRC-32 of the prepared pixels, and what the pixels of the file are.
+PREPARED = pa.schema(
+    [
+        *_columns(_TEXT, SHA256, required=True),
+        *_columns(pa.uint32(), CHECKSUM, required=True),
+        *_columns(pa.int32(), HEIGHT_PX, WIDTH_PX),
+        *_columns(_TEXT, PHASH),
+        *_columns(pa.float32(), TISSUE_FRACTION),
+    ]
+)
+
 # One row per input of the network: a whole field, or a tile of a slide (x and y are set). A row that already
-# has an error is not read; it is passed on to the predictions. `slide_mpp_x` and `_y` are µm per pixel of a
-# tile's slide at level 0 when the tiles were planned.
+# has an error is not read; it is passed on to the predictions. A file must have the `sha256`, where there is
+# one; the columns after it place its prepared image. `slide_mpp_x` and `_y` are µm per pixel of a tile's
+# slide at level 0 when the tiles were planned.
 READING = pa.schema(
     [
         *_columns(_TEXT, IMAGE_ID, URI, required=True),
+        *_columns(_TEXT, SHA256, SHARD),
+        *_columns(pa.int32(), SHARD_ROW),
+        *_columns(pa.uint32(), CHECKSUM),
         *_columns(_TEXT, SLIDE, PATIENT),
         *PLACE,
         *_columns(pa.float64(), SLIDE_MPP_X, SLIDE_MPP_Y),

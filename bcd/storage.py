@@ -384,6 +384,14 @@ def read_start(uri: str, n_bytes: int) -> bytes:
 
 
 @_persistent
+def read_range(uri: str, offset: int, n_bytes: int) -> bytes:
+    """`n_bytes` of one file from an offset on, fewer where it ends before."""
+    filesystem, path = resolve(uri)
+    with _naming(uri, "read it"), filesystem.open_input_file(path) as file:
+        return file.read_at(n_bytes, offset)
+
+
+@_persistent
 def download(uri: str, path: Path) -> None:
     """Copy one file to the local disk, in pieces: a slide may be larger than memory."""
     filesystem, source = resolve(uri)

@@ -32,3 +32,18 @@ def visible(name: str) -> str:
     # Byte-order marks, zero-width spaces and soft hyphens are in Unicode's category Cf.
     seen = (c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
     return " ".join("".join(seen).split())
+
+
+def size(n_bytes: float) -> str:
+    """`3.5 GiB`, `64 MiB`, `0.3 MiB`."""
+    mib = n_bytes / 2**20
+    if mib >= 1_024:
+        return f"{mib / 1_024:,.1f} GiB"
+    return f"{mib:,.0f} MiB" if mib >= 1 else f"{mib:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min`, `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"

@@ -1,3 +1,5 @@
+import pytest
+
 from bcd import text
 
 
@@ -16,3 +18,18 @@ def test_lists_end_in_and() -> None:
 def test_some_of_many():
     assert text.some("abcde", separator="; ") == "a; b; c; and 2 more"
     assert text.some("ab") == "a, b"
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "expected"),
+    [(0, "0.0 MiB"), (300_000, "0.3 MiB"), (2**26, "64 MiB"), (3.5 * 2**30, "3.5 GiB")],
+)
+def test_sizes(n_bytes, expected):
+    assert text.size(n_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.4, "0 s"), (89, "89 s"), (100, "2 min"), (5_399, "90 min"), (9_000, "2.5 h")]
+)
+def test_durations(seconds, expected):
+    assert text.duration(seconds) == expected

@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from bcd.config.options import LabelledConfig, Precision
+from bcd.config.options import AUTO, LabelledConfig, Precision
 
 
 class EvaluateConfig(LabelledConfig):
@@ -21,6 +21,10 @@ class EvaluateConfig(LabelledConfig):
 
     force: bool = False
     """Score data that the model may have been trained on, and mark every number."""
+
+    prepared: str = AUTO
+    """Folder of decoded and fitted images, see jobs/train.py. auto: beside the run of the model, if it is
+    there. off: all files are decoded."""
 
     against: str | None = None
     """Output of another evaluation of the same images: the two models are compared on the same patients."""

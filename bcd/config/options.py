@@ -20,6 +20,8 @@ Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
 Cam = Literal["evidence", "gradcam", "gradcam++", "layercam", "eigencam", "xgradcam", "hirescam", "scorecam",
               "ablationcam"]
 # fmt: on
+# Values of `--prepared` besides a URI: beside the runs, and nowhere.
+AUTO, OFF = "auto", "off"
 # Values of `--weights` besides a URI: torchvision's download, and random weights.
 IMAGENET_WEIGHTS, RANDOM_WEIGHTS = "imagenet", "none"
 # Our own method of Cam: the closed form.
@@ -68,7 +70,10 @@ class LabelledConfig(Config):
 
 # Where and with which resources a run is carried out; all other settings determine its result.
 OPERATIONAL = frozenset(
-    {"output", "name", "num_workers", "device", "max_failures", "max_workers", "parallel", "against"}
+    {
+        *("output", "name", "prepared", "num_workers", "device", "max_failures"),
+        *("max_workers", "parallel", "against"),
+    }
 )
 
 

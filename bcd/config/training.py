@@ -6,6 +6,7 @@ from typing import Literal, cast, get_args
 from pydantic import Field, model_validator
 
 from bcd.config.options import (
+    AUTO,
     MAX_INPUT_PX,
     MAX_SEED,
     MIN_INPUT_PX,
@@ -62,6 +63,11 @@ class TrainingConfig(LabelledConfig):
 
     input_width_px: int = Field(default=336, ge=MIN_INPUT_PX, le=MAX_INPUT_PX)
     """Width of the network's input in pixels (a BreaKHis field is 700x460, about 3:2)."""
+
+    prepared: str = AUTO
+    """Folder where decoded and fitted images are kept for later epochs, runs and evaluations: a local path,
+    s3:// or gs://; auto: OUTPUT/prepared. off: files are decoded in every epoch. It may be deleted at any
+    time."""
 
     epochs: int = Field(default=20, ge=1)
     """Passes over the balanced training rows."""

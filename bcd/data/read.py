@@ -11,12 +11,14 @@ from PIL import Image
 
 from bcd import schema, storage
 from bcd.errors import StorageError, TooLargeError
-from bcd.imaging import image, pixel_size
+from bcd.imaging import image, pixel_size, prepared
 from bcd.slides import slide_cache
 from bcd.slides.slide import Slide, open_slide
 
 # An image fitted into the network's input, and its original height and width.
 Picture = tuple[np.ndarray, int, int]
+# Of a row that is a file: its prepared image, or its bytes.
+Content = np.ndarray | bytes | image.ImageError
 
 
 def pixels(
@@ -24,9 +26,10 @@ def pixels(
 ) -> dict[str, Any]:
     """Read, decode (in `threads`) and fit the image of every row into the network's input.
 
-    Rows have a `uri`, tiles also the columns of `schema.READING`. Returns the columns `keep`, `image` uint8
-    (n, height, width, 3), black if broken, `height_px` and `width_px` of the original, `sha256` of the file's
-    bytes, empty for a tile, and `error` and `error_message`, empty for a good image.
+    Rows have a `uri`; tiles, and prepared images, also the other columns of `schema.READING`. Returns the
+    columns `keep`, `image` uint8 (n, height, width, 3), black if broken, `height_px` and `width_px` of the
+    original, `sha256` of the file's bytes, empty for a tile, and `error` and `error_message`, empty for a
+    good image.
     """
     n = len(batch)
     images = np.zeros((n, height_px, width_px, 3), np.uint8)
@@ -55,7 +58,7 @@ def _fitted(
 ) -> Iterator[tuple[str, Picture | image.ImageError]]:
     """Hashes and fitted images in order; files are fetched while others are decoded."""
     with ThreadPoolExecutor(storage.READ_THREADS) as fetching, ThreadPoolExecutor(threads) as decoding:
-        contents = [fetching.submit(_try_read, row[schema.URI]) if _is_file(row) else None for row in rows]
+        contents = [fetching.submit(_fetched, row, size) if _is_file(row) else None for row in rows]
         yield from decoding.map(lambda row, content: _fit(row, content, size), rows, contents)
 
 
@@ -64,11 +67,20 @@ def _is_file(row: dict[str, Any]) -> bool:
     return row.get(schema.X_LEVEL0_PX) is None and row.get(schema.ERROR) is None
 
 
+def _fetched(row: dict[str, Any], size: tuple[int, int]) -> Content:
+    found = prepared.read(row, *size)
+    return _try_read(row[schema.URI]) if found is None else found
+
+
 def _fit(
-    row: dict[str, Any], content: "Future[bytes | image.ImageError] | None", size: tuple[int, int]
+    row: dict[str, Any], content: Future[Content] | None, size: tuple[int, int]
 ) -> tuple[str, Picture | image.ImageError]:
     read = content.result() if content else None
+    if isinstance(read, np.ndarray):
+        return row[schema.SHA256], (read, row[schema.HEIGHT_PX], row[schema.WIDTH_PX])
     digest = hashlib.sha256(read).hexdigest() if isinstance(read, bytes) else ""
+    if digest and row.get(schema.SHA256) not in (None, digest):
+        return digest, image.ImageError("changed", "the file is another one than when it was inspected")
     try:
         found = picture(row, read)
     except image.ImageError as error:

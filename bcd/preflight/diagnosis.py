@@ -11,7 +11,7 @@ from functools import partial
 from typing import Literal, TypeVar
 
 from bcd.preflight.node import Action, Attempt, Capacity, ClusterFacts, Node
-from bcd.text import counted, listed
+from bcd.text import counted, listed, size
 
 Verdict = Literal["ok", "warning", "fault"]
 Key = TypeVar("Key")
@@ -195,7 +195,7 @@ def check_object_store(nodes: Sequence[Node]) -> Iterator[Check]:
     shared = {n.name: (n.machine.shm_bytes, n.object_store_bytes) for n in nodes if n.machine}
     small = ((sizes, name) for name, sizes in shared.items() if sizes[0] < sizes[1])
     for (shm, store), names in _grouped(small):
-        seen = f"{names}: /dev/shm has {_size(shm)}, the object store {_size(store)}"
+        seen = f"{names}: /dev/shm has {size(shm)}, the object store {size(store)}"
         step = "Enlarge it (--shm-size, an emptyDir of medium Memory): Ray uses a slow disk instead."
         yield Check("object store", "warning", seen, step)
 
@@ -205,12 +205,12 @@ def check_disks(nodes: Sequence[Node], cache_bytes: int) -> Iterator[Check]:
     found = [(node.machine.ray_disk, node) for node in nodes if node.machine]
     bad = [(disk, node) for disk, node in found if disk.used >= NEARLY_FULL]
     for disk, node in bad:
-        seen = f"{node.name}: {_size(disk.free_bytes)} free at {disk.path}, {100 * disk.used:.0f} % full"
+        seen = f"{node.name}: {size(disk.free_bytes)} free at {disk.path}, {100 * disk.used:.0f} % full"
         step = "Free space there, or start Ray with another --temp-dir: at 95 % Ray stores no more objects."
         yield Check("disk", "fault" if disk.used >= FULL else "warning", seen, step)
     if found and not bad:
         free = min(disk.free_bytes for disk, _ in found)
-        yield Check("disk", "ok", f"{_size(free)} free or more for Ray's files")
+        yield Check("disk", "ok", f"{size(free)} free or more for Ray's files")
     caches = {n.name: n.machine.cache_disk.free_bytes for n in nodes if n.machine and n.works}
     if cache_bytes and caches:
         step = "Free space, or set TMPDIR to a larger disk on the nodes: whole slides are fetched into it."
@@ -256,10 +256,10 @@ def _least(
     """A warning for each node with less than wanted, a fault below the least; one line where all have it."""
     bad = {node: n for node, n in sizes.items() if n < wanted}
     for node, n in bad.items():
-        seen = f"{node}: {_size(n)}{what}, {_size(wanted)} or more are recommended"
+        seen = f"{node}: {size(n)}{what}, {size(wanted)} or more are recommended"
         yield Check(name, "fault" if n < least else "warning", seen, step)
     if sizes and not bad:
-        yield Check(name, "ok", f"{_size(min(sizes.values()))}{what} or more on every node")
+        yield Check(name, "ok", f"{size(min(sizes.values()))}{what} or more on every node")
 
 
 def _grouped(pairs: Iterable[tuple[Key, str]]) -> list[tuple[Key, str]]:
@@ -284,11 +284,6 @@ def _amounts(resources: Mapping[str, float]) -> str:
 def _free(has: Capacity) -> str:
     kinds = [kind for kind, n in has.there.items() if n]
     return listed([f"{has.free[kind]:g} of {has.there[kind]:g} {kind}s" for kind in kinds]) + " are free"
-
-
-def _size(n_bytes: float) -> str:
-    """`3.5 GiB`, `64 MiB`."""
-    return f"{n_bytes / GIB:,.1f} GiB" if n_bytes >= GIB else f"{n_bytes / MIB:,.0f} MiB"
 
 
 def table_lines(checks: Sequence[Check], width: int, coloured: bool) -> list[str]:

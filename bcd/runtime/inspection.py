@@ -1,6 +1,8 @@
 """Read every image of a data set once, on CPU workers: its hashes, and whether it can be used."""
 
 import hashlib
+import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,13 +10,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 
 from bcd import schema
 from bcd.data import read
 from bcd.errors import BcdError, DataError, StorageError
-from bcd.imaging import image
+from bcd.imaging import image, prepared
+from bcd.imaging.prepared import Store
 from bcd.runtime import datasets
-from bcd.text import counted, some
+from bcd.text import counted, duration, some
 
 # What to do after a transient error of storage.
 ASK_AGAIN = "check the network and the credentials, and run the same command again"
@@ -22,12 +26,15 @@ ASK_AGAIN = "check the network and the credentials, and run the same command aga
 PROGRESS_STEPS = 10
 
 
-def inspect_images(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int, int]]:
+def inspect_images(
+    table: pa.Table, store: Store | None = None, index: pa.Table | None = None
+) -> tuple[pa.Table, dict[str, str], tuple[int, int]]:
     """Read and decode every image before a training run.
 
-    Costs about as much as reading one epoch, but duplicates are found by content, and broken images are
-    excluded before anything is split, balanced or counted. For a field of BreaKHis the perceptual hash, which
-    identifies copies later, takes 8 ms and decoding 13 ms.
+    Duplicates are found by content, and broken images are excluded before anything is split, balanced or
+    counted. An image that is in the store (`index`, of `prepared.list_images`) is read, but not decoded; the
+    others are put there. For a field of BreaKHis the perceptual hash, which identifies copies later, takes
+    8 ms.
 
     Returns:
         The index without broken images, with `sha256`, `phash` and `tissue_fraction`; the fault of each
@@ -36,7 +43,10 @@ def inspect_images(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int
     Raises:
         StorageError: see `require_given`.
     """
-    result = checked(table, _inspect_batch)
+    known = None if index is None else ray.put(index.combine_chunks())
+    result = checked(table, _inspect_batch, store=store, known=known)
+    if n := pc.sum(result[_LOST]).as_py():
+        print(f"warning: {counted(n, 'prepared image')} could not be written", flush=True)
     whole = pc.is_null(result[schema.ERROR])
     bad, good = result.filter(pc.invert(whole)), result.filter(whole)
     broken = dict(_pairs(bad, schema.IMAGE_ID, schema.ERROR))
@@ -46,33 +56,34 @@ def inspect_images(table: pa.Table) -> tuple[pa.Table, dict[str, str], tuple[int
     return good.select(form.names).cast(form), broken, usual
 
 
-def checked(table: pa.Table, check: Callable[[pa.Table], pa.Table]) -> pa.Table:
+def checked(table: pa.Table, check: Callable[..., pa.Table], **options: Any) -> pa.Table:
     """Apply `check`, which returns rows without pixels, to batches on CPU workers; sorted by image id."""
     dataset = datasets.row_dataset(table).map_batches(
-        check, batch_size=None, batch_format="pyarrow", num_cpus=1
+        check, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_kwargs=options
     )
     batches: list[pa.Table] = []
-    done, step = 0, max(1, len(table) // PROGRESS_STEPS)
+    done, step, started = 0, max(1, len(table) // PROGRESS_STEPS), time.monotonic()
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         require_given(batch[schema.IMAGE_ID].to_pylist(), batch[schema.ERROR].to_pylist())
         batches.append(batch)
         if (done + len(batch)) // step > done // step:
-            print(f"checked {done + len(batch):,} of {counted(len(table), 'image')}", flush=True)
+            print(_progress(done + len(batch), len(table), time.monotonic() - started), flush=True)
         done += len(batch)
     return pa.concat_tables(batches).sort_by(schema.IMAGE_ID)
+
+
+def _progress(done: int, total: int, seconds: float) -> str:
+    rate = done / max(seconds, 1e-3)
+    left = f"; {duration((total - done) / rate)} left" if done < total else ""
+    return f"checked {done:,} of {counted(total, 'image')}; {rate:,.0f} images/s{left}"
 
 
 def _pairs(table: pa.Table, *names: str) -> Iterator[tuple[Any, ...]]:
     return zip(*(table[name].to_pylist() for name in names), strict=True)
 
 
-def _inspect_batch(batch: pa.Table) -> pa.Table:
-    facts = [_inspected(content) for content in read.contents(batch[schema.URI].to_pylist())]
-    inspected = pa.Table.from_pylist(facts, schema=_INSPECTED)
-    names = dict.fromkeys(batch.column_names + _INSPECTED.names)
-    return pa.table({name: (inspected if name in _INSPECTED.names else batch)[name] for name in names})
-
-
+# Whether an image could not be put into the store.
+_LOST = "lost"
 _INSPECTED = pa.schema(
     [
         (schema.SHA256, pa.string()),
@@ -81,20 +92,72 @@ _INSPECTED = pa.schema(
         (schema.HEIGHT_PX, pa.int32()),
         (schema.WIDTH_PX, pa.int32()),
         (schema.ERROR, pa.string()),
+        (_LOST, pa.bool_()),
     ]
 )
 
 
-def _inspected(content: bytes | image.ImageError) -> dict[str, Any]:
+def _inspect_batch(batch: pa.Table, store: Store | None, known: ray.ObjectRef | None) -> pa.Table:
+    preparing = _Preparing(store, ray.get(known)) if store else None
+    facts = [_inspected(content, preparing) for content in read.contents(batch[schema.URI].to_pylist())]
+    if preparing:
+        preparing.write()
+    inspected = pa.Table.from_pylist(facts, schema=_INSPECTED)
+    names = dict.fromkeys(batch.column_names + _INSPECTED.names)
+    return pa.table({name: (inspected if name in _INSPECTED.names else batch)[name] for name in names})
+
+
+class _Preparing:
+    """Images of one batch: those in the store, by an index sorted by content, and those to write there."""
+
+    def __init__(self, store: Store, index: pa.Table) -> None:
+        self._store, self._index = store, index
+        self._facts: list[dict[str, Any]] = []
+        self._images: list[np.ndarray] = []
+
+    def known(self, digest: str) -> dict[str, Any] | None:
+        """Facts of an image whose prepared image is intact."""
+        names = self._index[schema.SHA256]
+        at = bisect_left(range(len(names)), digest, key=lambda i: names[i].as_py())
+        if at == len(names) or names[at].as_py() != digest:
+            return None
+        (row,) = self._index.slice(at, 1).to_pylist()
+        return None if prepared.read(row, self._store.height_px, self._store.width_px) is None else row
+
+    def add(self, facts: dict[str, Any], pixels: np.ndarray) -> None:
+        self._facts.append(facts)
+        self._images.append(image.fit(pixels, self._store.height_px, self._store.width_px))
+        if (len(self._images) + 1) * self._store.image_bytes > prepared.SHARD_BYTES:
+            self.write()
+
+    def write(self) -> None:
+        """Write a shard. Where that fails the images are marked as lost, and are decoded when needed."""
+        if self._images:
+            try:
+                prepared.write(self._store, self._facts, self._images)
+            except StorageError:
+                for facts in self._facts:
+                    facts[_LOST] = True
+        self._facts, self._images = [], []
+
+
+def _inspected(content: bytes | image.ImageError, preparing: _Preparing | None) -> dict[str, Any]:
     try:
-        pixels = image.decode(data := read.require_bytes(content))
+        data = read.require_bytes(content)
+        digest = hashlib.sha256(data).hexdigest()
+        if preparing and (facts := preparing.known(digest)):
+            return facts
+        pixels = image.decode(data)
     except image.ImageError as error:
         return {schema.ERROR: f"{error.code}: {error.message}"}
     from bcd.imaging import appearance  # takes seconds, and no other worker needs it
 
     height, width, _ = pixels.shape
     size = {schema.HEIGHT_PX: height, schema.WIDTH_PX: width}
-    return {schema.SHA256: hashlib.sha256(data).hexdigest(), **size, **appearance.hashed(pixels)}
+    facts = {schema.SHA256: digest, **size, **appearance.hashed(pixels)}
+    if preparing:
+        preparing.add(facts, pixels)
+    return facts
 
 
 def require_given(names: Sequence[str], errors: Sequence[str | None]) -> None:

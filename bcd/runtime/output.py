@@ -14,6 +14,8 @@ from bcd import provenance, storage
 from bcd.errors import ConfigError
 
 TRAIN, CROSSVAL, EVALUATE, SCORE, AUDIT, DEMO = "train", "crossval", "evaluate", "score", "audit", "demo"
+# No job, but what trainings and evaluations share.
+PREPARED = "prepared"
 MARKER = ".bcd-output.json"
 # Written by file managers, besides hidden files.
 NOTES = ("Thumbs.db", "desktop.ini")
@@ -25,6 +27,7 @@ _RUN = (
     r"|(tensorboard|checkpoints)/.+|model/(model\.safetensors|card\.json|README\.md)"
 )
 _FOLD = r"(case|patient|official|image)"
+_SHARDS = r"\d+x\d+-v\d+/[0-9a-f]+-[0-9a-f]+\.(rgb|parquet)"
 # What each job writes, as a pattern of the path below its output; ID is replaced by the id in the marker.
 FILES = {
     TRAIN: f"{_RUN}|{_REPORT}",
@@ -35,7 +38,8 @@ FILES = {
     r"|work/\d{4}/(plans/)?[0-9a-f]{24}\.(parquet|json|png)",
     AUDIT: r"audit\.(html|json)|(images|near_duplicates)\.parquet",
     DEMO: r"(archive/)?BreaKHis_v1/(SYNTHETIC\.txt|histology_slides/.+\.png)|archive/cut short\.png"
-    r"|(run|scores)/.+",
+    rf"|(run|scores)/.+|prepared/{_SHARDS}",
+    PREPARED: _SHARDS,
 }
 
 
@@ -56,9 +60,10 @@ def read_marker(uri: str, job: str) -> str | None:
         StorageError: the folder cannot be read.
     """
     job_there, found = _marker(uri)
-    again = "choose another --output" + (" or --name" if job in (TRAIN, CROSSVAL) else "")
+    again = "choose another --prepared" if job == PREPARED else "choose another --output"
+    again += " or --name" if job in (TRAIN, CROSSVAL) else ""
     if job_there not in (None, job):
-        raise ConfigError(f"{uri} is the output of jobs/{job_there}.py; jobs/{job}.py needs its own: {again}")
+        raise ConfigError(f"{uri} belongs to {_writer(job_there)}; {_writer(job)} needs its own: {again}")
     pattern = re.compile(f"({FILES[job].replace('ID', found or '')}){_ASIDE}") if found else None
     paths = [file.path for file in storage.list_files_if_any(uri)]
     paths = [path for path in paths if path.rpartition("/")[2] not in NOTES]
@@ -66,10 +71,14 @@ def read_marker(uri: str, job: str) -> str | None:
         more = f" (and {len(foreign) - 1:,} other files)" if len(foreign) > 1 else ""
         why = "which it did not write" if found else f"and no record ({MARKER}) that a job of bcd wrote it"
         raise ConfigError(
-            f"{uri} contains {foreign[0]}{more}, {why}: jobs/{job}.py writes into an empty folder or its own "
-            f"earlier output, and changes nothing here. Move it away, or {again}"
+            f"{uri} contains {foreign[0]}{more}, {why}: {_writer(job)} writes into an empty folder or its "
+            f"own earlier output, and changes nothing here. Move it away, or {again}"
         )
     return found
+
+
+def _writer(job: str) -> str:
+    return "a store of prepared images" if job == PREPARED else f"jobs/{job}.py"
 
 
 def owner(uri: str) -> str | None:

@@ -11,13 +11,16 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
 from bcd import schema, storage
+from bcd.config.options import AUTO, OFF
 from bcd.config.training import TrainConfig, TrainingConfig
 from bcd.data import breakhis, index, synthetic
 from bcd.errors import BcdError, DataError
-from bcd.runtime import inspection
+from bcd.imaging import prepared
+from bcd.imaging.prepared import Store
+from bcd.runtime import inspection, output
 from bcd.split import balance, quarantine, split
 from bcd.taxonomy import TUMOR_CLASSES, Target
-from bcd.text import counted
+from bcd.text import counted, size
 
 
 class DatasetFacts(BaseModel):
@@ -90,11 +93,14 @@ def _wanted(config: TrainConfig) -> dict[str, float]:
 
 
 def load_data_set(config: TrainingConfig) -> tuple[pa.Table, DatasetFacts]:
-    """The usable rows of a data set (`index.read_index`), found by reading every image, and its facts."""
+    """The usable rows of a data set (`index.read_index`), found by reading every image, and its facts.
+
+    Images are prepared in the same pass, if `store_of` has room for them.
+    """
     table, warnings = index.read_index(config.data, config.classes)
     table = index.select_magnifications(table, config.magnifications)
     _require_subtypes(config, table)
-    table, broken, (height, width) = inspection.inspect_images(table)
+    table, broken, (height, width) = inspection.inspect_images(table, *_preparing(config, len(table)))
     broken_lines = inspection.check_bad_fraction(broken, len(table) + len(broken), config.max_bad_fraction)
     reasons: list[str] = []
     if config.quarantine:
@@ -110,6 +116,45 @@ def load_data_set(config: TrainingConfig) -> tuple[pa.Table, DatasetFacts]:
         field_width_px=width,
     )
     return table, facts
+
+
+def store_of(config: TrainingConfig) -> Store | None:
+    """Where the prepared images of a run are, if it keeps any."""
+    if config.prepared == OFF:
+        return None
+    uri = storage.join(config.output, output.PREPARED) if config.prepared == AUTO else config.prepared
+    return Store(uri, config.input_height_px, config.input_width_px)
+
+
+def _preparing(config: TrainingConfig, n_images: int) -> tuple[Store, pa.Table] | tuple[()]:
+    """The store in which to prepare images, and its index; nothing where there is none, or no room."""
+    if (store := store_of(config)) is None:
+        return ()
+    output.claim_folder(store.uri, output.PREPARED)
+    found, n_unusable = prepared.list_images(store)
+    if n_unusable:
+        print(
+            f"warning: {counted(n_unusable, 'shard')} in {store.folder} cannot be used: damaged or incomplete"
+        )
+    n_new = max(0, n_images - len(found))
+    if not store.has_room(n_new):
+        needed = size(n_new * store.image_bytes)
+        print(
+            f"warning: no images are prepared in {store.uri}: {needed} would leave too little space",
+            flush=True,
+        )
+        return ()
+    total = size(n_images * store.image_bytes)
+    print(
+        f"prepared images: {total} in {store.folder}, {counted(len(found), 'image')} of them there",
+        flush=True,
+    )
+    return store, found
+
+
+def located(rows: pa.Table, store: Store | None) -> pa.Table:
+    """Rows with `sha256`, with the places of their prepared images as far as there are any."""
+    return prepared.with_places(rows, prepared.list_images(store)[0]) if store else rows
 
 
 def _require_classes(parts: pa.Table) -> None:

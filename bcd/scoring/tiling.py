@@ -142,12 +142,10 @@ def _tile_rows(plan: Plan, grid: tile.Grid, chosen: np.ndarray, tile_mpp: float,
         schema.MPP: tile_mpp,
         schema.WIDTH_PX: tiling.tile_width_px,
         schema.HEIGHT_PX: tiling.tile_height_px,
-        schema.ERROR: None,
-        schema.ERROR_MESSAGE: None,
     }
     columns = {schema.IMAGE_ID: ids, schema.X_LEVEL0_PX: x, schema.Y_LEVEL0_PX: y}
     columns |= {name: [value] * len(ids) for name, value in constant.items()}
-    return pa.table({name: columns[name] for name in schema.READING.names}, schema=schema.READING)
+    return schema.fill(pa.table(columns), schema.READING)
 
 
 def _key(slide_id: str) -> str:
@@ -168,7 +166,7 @@ def _keep(plans_uri: str, plan: Plan, thumbnail: np.ndarray, tiles: pa.Table) ->
 def _read_tiles(plans_uri: str, slide_id: str) -> pa.Table | None:
     """All tiles of a planned slide (schema `schema.READING`); None without a plan."""
     uri = _uri(plans_uri, slide_id, "parquet")
-    return storage.read_table(uri).cast(schema.READING) if storage.exists(uri) else None
+    return schema.fill(storage.read_table(uri), schema.READING) if storage.exists(uri) else None
 
 
 def forget(plans_uri: str, slide_id: str) -> None:

@@ -1,3 +1,6 @@
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -5,7 +8,7 @@ import pytest
 from bcd import schema, storage
 from bcd.data import read
 from bcd.errors import StorageError
-from bcd.imaging import image
+from bcd.imaging import image, prepared
 from bcd.slides import slide_cache
 from tests import pictures
 from tests.test_storage import DAMAGED
@@ -78,3 +81,48 @@ def test_one_damaged_tile_is_one_error(tmp_path, real_data):
         codes = found[schema.ERROR].tolist()
         assert 1 <= codes.count("unreadable") <= 8
         assert codes.count("") == len(rows) - codes.count("unreadable")
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A file, its prepared image, and its row."""
+    content = pictures.encode(pictures.gradient())
+    storage.write_bytes(str(tmp_path / "a.png"), content)
+    store, digest = prepared.Store(str(tmp_path / "prepared"), 32, 48), hashlib.sha256(content).hexdigest()
+    facts = {schema.SHA256: digest, schema.HEIGHT_PX: 46, schema.WIDTH_PX: 70}
+    fitted = image.fit(pictures.gradient(), 32, 48)
+    prepared.write(store, [facts], [fitted])
+    row = {schema.IMAGE_ID: "a", schema.URI: str(tmp_path / "a.png"), schema.SHA256: digest}
+    table = prepared.with_places(pa.Table.from_pylist([row]), prepared.list_images(store)[0])
+    return tmp_path / "a.png", Path(table[schema.SHARD][0].as_py()), table, fitted
+
+
+def check_whole(found, table, fitted):
+    np.testing.assert_array_equal(found[schema.IMAGE][0], fitted)
+    assert (found[schema.HEIGHT_PX][0], found[schema.WIDTH_PX][0]) == (46, 70)
+    assert found[schema.SHA256][0] == table[schema.SHA256][0].as_py()
+    assert found[schema.ERROR][0] == ""
+
+
+def test_a_prepared_image_is_read_in_place_of_its_file(kept):
+    path, _, table, fitted = kept
+    path.unlink()
+    check_whole(read.pixels(table, 32, 48, []), table, fitted)
+
+
+def test_the_file_is_read_where_the_prepared_image_is_damaged(kept):
+    _, shard, table, fitted = kept
+    shard.write_bytes(bytes(shard.stat().st_size))
+    check_whole(read.pixels(table, 32, 48, []), table, fitted)
+    shard.unlink()
+    check_whole(read.pixels(table, 32, 48, []), table, fitted)
+
+
+def test_a_file_that_is_another_one_by_now_is_an_error(kept):
+    path, shard, table, fitted = kept
+    path.write_bytes(pictures.encode(pictures.gradient(47)))
+    check_whole(read.pixels(table, 32, 48, []), table, fitted)  # as inspected
+    shard.unlink()
+    found = read.pixels(table, 32, 48, [])
+    assert found[schema.ERROR].tolist() == ["changed"]
+    assert not found[schema.IMAGE].any()

@@ -63,7 +63,7 @@ def test_an_empty_folder_is_claimed_and_then_the_jobs_own(job, tmp_path):
 def test_every_other_job_is_refused(job, tmp_path):
     output.claim_folder(str(tmp_path), job)
     for other in set(JOBS) - {job}:
-        message = rf"is the output of jobs/{job}\.py; jobs/{other}\.py needs its own: choose another --output"
+        message = rf"belongs to jobs/{job}\.py; jobs/{other}\.py needs its own: choose another --output"
         with pytest.raises(ConfigError, match=message):
             output.claim_folder(str(tmp_path), other)
     assert output.owner(str(tmp_path)) == job
@@ -101,6 +101,21 @@ def test_a_strange_file_in_an_own_folder_is_named(job, name, tmp_path):
         output.claim_folder(str(tmp_path), job)
 
 
+def test_prepared_images_have_a_folder_of_their_own(tmp_path):
+    """Runs and evaluations share it; what a user calls a run must not be taken for it."""
+    uri = str(tmp_path / "prepared")
+    owner = output.claim_folder(uri, output.PREPARED)
+    fill(uri, owner, ["224x336-v2/18ec84fb43c73603-7b68cfd4c183.rgb", "32x48-v2/0-1.parquet"])
+    assert output.claim_folder(uri, output.PREPARED) == owner
+    with pytest.raises(
+        ConfigError, match=r"belongs to a store of prepared images; jobs/train\.py needs its own"
+    ):
+        output.claim_folder(uri, output.TRAIN)
+    output.claim_folder(str(tmp_path / "run"), output.TRAIN)
+    with pytest.raises(ConfigError, match=r"belongs to jobs/train\.py; .* choose another --prepared$"):
+        output.claim_folder(str(tmp_path / "run"), output.PREPARED)
+
+
 def test_hidden_files_and_notes_of_file_managers_are_passed_over(tmp_path):
     hidden = [".DS_Store", ".git/config", "Thumbs.db", "sub/desktop.ini", ".nfs0001"]
     fill(str(tmp_path), "", hidden)
@@ -128,7 +143,7 @@ def test_a_damaged_marker_proves_nothing(content, tmp_path):
 
 def test_a_job_that_no_one_knows_is_no_owner(tmp_path):
     storage.write_bytes(str(tmp_path / output.MARKER), b'{"job": "later", "id": "1"}')
-    with pytest.raises(ConfigError, match=r"is the output of jobs/later\.py"):
+    with pytest.raises(ConfigError, match=r"belongs to jobs/later\.py"):
         output.read_marker(str(tmp_path), "train")
 
 
@@ -165,7 +180,7 @@ def test_jobs_leave_what_is_not_theirs(job, model_uri, tree, tmp_path, monkeypat
     output.claim_folder(str(own), job)
     fill(str(own), "", ["predictions/notes.txt"])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    refusals = {theirs: "notes.txt, and no record", other: r"is the output of jobs/", own: "did not write"}
+    refusals = {theirs: "notes.txt, and no record", other: r"belongs to jobs/", own: "did not write"}
     for folder, message in refusals.items():
         with pytest.raises(ConfigError, match=message):
             start(job, model_uri, tree, folder)
