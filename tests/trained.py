@@ -87,6 +87,7 @@ def trained_by_a_job(cluster: Cluster, data: str, output: str, killed: bool = Fa
     config = small(
         data,
         output=output,
+        prepared="auto",
         name="killed" if killed else "two",
         num_workers="2",
         epochs=2,

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from bcd import provenance, schema, storage
 from bcd.config.checks import AuditConfig
 from bcd.config.evaluation import EvaluateConfig
+from bcd.config.options import AUTO, OFF
 from bcd.config.training import TrainConfig
 from bcd.errors import DataError
 from bcd.evaluation import artifacts
@@ -17,7 +18,15 @@ from bcd.model import bundle
 from bcd.model.card import Card, model_id
 from bcd.reports import model_report
 from bcd.runtime import cluster, datasets, output, predict, run_directory
-from bcd.runtime.prepare import DatasetFacts, class_counts, load_data_set, part_of, prepare
+from bcd.runtime.prepare import (
+    DatasetFacts,
+    class_counts,
+    load_data_set,
+    located,
+    part_of,
+    prepare,
+    store_of,
+)
 from bcd.split import duplicates, split
 from bcd.text import counted
 
@@ -45,14 +54,24 @@ def run(config: EvaluateConfig) -> str:
     owner = output.claim_folder(folder, output.TRAIN if beside else output.EVALUATE)
     storage.check_writable(folder)
     cluster.connect()
-    data = {"data": config.data} | ({"classes": config.classes} if config.classes else {})
-    training = TrainConfig(**card.training | data)
+    changed: dict[str, Any] = {"data": config.data, "prepared": _prepared_beside(config.prepared, run_uri)}
+    changed |= {"classes": config.classes} if config.classes else {}
+    training = TrainConfig(**card.training | changed)
     table, facts, kind = _tested(config, card, training, *load_data_set(training))
     if kind != HELD_OUT and beside:
         raise DataError(f"{config.data} is not the model's own data: name an --output for its evaluation")
     settings = predict.Settings(config.model, model_id(card), config.precision, config.batch_size)
+    table = located(table, store_of(training))
     evaluate(config.model, table, facts, folder, owner, settings, kind, config.against)
     return folder
+
+
+def _prepared_beside(given: str, run_uri: str) -> str:
+    """Where prepared images are, or `OFF`: by default those of the run, if they are beside it."""
+    if given != AUTO:
+        return given
+    uri = storage.join(storage.parent(run_uri), output.PREPARED)
+    return uri if output.owner(uri) == output.PREPARED else OFF
 
 
 def _tested(
@@ -137,9 +156,9 @@ def evaluate(
     print(f"scoring the test part: {counted(len(test), 'image')}", flush=True)
     predictions_uri = storage.join(folder, PREDICTIONS)
     settings = settings or predict.Settings(model_uri, model_id(card))
-    rows = predict.score_rows(
-        datasets.row_dataset(schema.fill(test, schema.READING), settings.batch_size), settings
-    )
+    inputs = schema.fill(test, schema.READING)
+    dataset = datasets.row_dataset(inputs, settings.batch_size, cluster.waiting_cpus())
+    rows = predict.score_rows(dataset, settings)
     with predict.one_model(settings):
         predict.write_predictions(rows, predictions_uri, owner)
     frame = artifacts.with_truth(predictions_uri, test, card)

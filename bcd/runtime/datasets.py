@@ -4,7 +4,6 @@ What is shuffled, replicated or split is rows of an index; pixels come last and 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,11 +29,22 @@ MOST_TASKS = 10_000
 FINISHED_EPOCHS = "bcd_finished_epochs"
 
 
-def row_dataset(table: pa.Table, rows_per_block: int | None = None) -> Dataset:
-    """A dataset of rows in blocks of `rows_per_block`, by default of `rows_per_task`."""
-    size = rows_per_block or rows_per_task(len(table))
-    cuts = range(0, len(table), size)
-    return ray.data.from_arrow([table.slice(start, size).combine_chunks() for start in cuts])
+def row_dataset(table: pa.Table, rows_per_block: int | None = None, num_cpus: float | None = None) -> Dataset:
+    """A dataset of rows in blocks of `rows_per_block`, by default of `rows_per_task`.
+
+    `num_cpus` is for the tasks that hand on the rows, where actors and not tasks read them.
+    """
+    return _read(Rows(table, rows_per_block), num_cpus)
+
+
+def shuffled(table: pa.Table, seed: int) -> Dataset:
+    """A dataset of rows in another random order at every pass, determined by the seed."""
+    return _read(Rows(table, seed=seed), None)
+
+
+def _read(rows: "Rows", num_cpus: float | None) -> Dataset:
+    # Ray Data would divide few tasks into more blocks.
+    return ray.data.read_datasource(rows, num_cpus=num_cpus, override_num_blocks=rows.n_tasks())
 
 
 def rows_per_task(n: int) -> int:
@@ -44,43 +54,54 @@ def rows_per_task(n: int) -> int:
     return IMAGES_PER_BLOCK * max(1, blocks, -(-n // (IMAGES_PER_BLOCK * MOST_TASKS)))
 
 
-class Shuffled(Datasource):
-    """Rows of a table in another random order at every pass, determined by the seed.
+class Rows(Datasource):
+    """Rows of a table, in its order or, with a seed, in another random order at every pass.
 
     The order is drawn where the pass is planned, because the index fits in one process: an all-to-all shuffle
-    of blocks would make every epoch wait for its slowest task before the first image.
+    of blocks would make every epoch wait for its slowest task before the first image. Nor are the rows put
+    into blocks before, which Ray Data would ask a task about, each.
     """
 
-    def __init__(self, table: pa.Table, seed: int) -> None:
+    def __init__(self, table: pa.Table, rows_per_block: int | None = None, seed: int | None = None) -> None:
         self._table = table.combine_chunks()
-        self._seed = RandomSeedConfig(seed=seed, reseed_after_execution=True)
+        self._rows_per_block = rows_per_block
+        self._seed = RandomSeedConfig(seed=seed, reseed_after_execution=True) if seed is not None else None
 
     def estimate_inmemory_data_size(self) -> int:
         return self._table.nbytes
+
+    def n_tasks(self) -> int:
+        """Number of tasks of one pass."""
+        return max(1, -(-len(self._table) // self._size()))
+
+    def _size(self) -> int:
+        return self._rows_per_block or rows_per_task(len(self._table))
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
         """Tasks for one pass; `parallelism` is ignored, because pixels follow in the same task."""
-        n = len(self._table)
-        context = data_context or DataContext.get_current()
-        seed = self._seed.get_seed_tuple(data_context=context)
-        # A resumed run counts its passes from 0 again.
-        epoch = seed.execution_idx + context.get_config(FINISHED_EPOCHS, 0)
-        order = np.random.default_rng(replace(seed, execution_idx=epoch).to_rng_args(0)).permutation(n)
-        size = rows_per_task(n)
-        shares = (self._table.take(pa.array(order[start : start + size])) for start in range(0, n, size))
+        n, size = len(self._table), self._size()
+        order = np.arange(n)
+        if self._seed is not None:
+            context = data_context or DataContext.get_current()
+            seed = self._seed.get_seed_tuple(data_context=context)
+            # A resumed run counts its passes from 0 again.
+            finished = (seed.execution_idx or 0) + context.get_config(FINISHED_EPOCHS, 0)
+            order = shuffled_order(n, seed.seed, finished)
+        shares = (self._table.take(pa.array(order[at : at + size])) for at in range(0, max(1, n), size))
         return [_read_task(share, per_task_row_limit) for share in shares]
+
+
+def shuffled_order(n: int, seed: int, finished_epochs: int) -> np.ndarray:
+    """The order of n rows in the epoch after so many."""
+    # As Ray Data seeds its own random operations.
+    return np.random.default_rng((0, finished_epochs, seed)).permutation(n)
 
 
 def _read_task(share: pa.Table, limit: int | None) -> ReadTask:
     facts = BlockMetadata(num_rows=len(share), size_bytes=share.nbytes, input_files=None, exec_stats=None)
     return ReadTask(lambda: [share], facts, share.schema, limit)
-
-
-def shuffled(table: pa.Table, seed: int) -> Dataset:
-    """A dataset of `Shuffled` rows."""
-    return ray.data.read_datasource(Shuffled(table, seed))
 
 
 class SplitData(DataConfig):

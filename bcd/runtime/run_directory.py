@@ -15,6 +15,13 @@ from bcd.split import split
 CONFIG, RUN, DATA, SPLIT, MODEL = "config.json", "run.json", "data.json", "split.parquet", "model"
 HISTORY = "history.json"
 FINISHED = "finished"
+# Folder of the run with a table per finished epoch: the images that it trained on.
+EXPOSURE = "exposure"
+# In the record of an epoch.
+SCORE = "validation_balanced_accuracy"
+# Chooses the best epoch: by score, then by loss. On a small validation part many epochs have equal scores,
+# and the first of them is seldom the best.
+SELECTION = "selection"
 
 
 def begin_run(config: TrainingConfig, run_uri: str) -> bool:

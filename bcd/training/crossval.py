@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from bcd import provenance, schema, storage
-from bcd.config.options import Protocol
+from bcd.config.options import OFF, Protocol
 from bcd.config.training import CrossvalConfig, TrainConfig, TrainingConfig
 from bcd.errors import DataError
 from bcd.evaluation import artifacts, evaluate
@@ -23,7 +23,8 @@ from bcd.runtime.prepare import DatasetFacts
 from bcd.split import split
 from bcd.taxonomy import N_FOLDS
 from bcd.text import counted
-from bcd.training import export, train
+from bcd.training import export, feed, train
+from bcd.training.feed import Held
 
 
 class Fold(NamedTuple):
@@ -92,13 +93,14 @@ def _folds(config: CrossvalConfig, uri: str, protocol: Protocol) -> Iterator[Fol
     """The folds of one arm; each is a run as of `jobs/train.py`."""
     official = protocol == "official"
     shared = config.model_dump(include=set(TrainingConfig.model_fields) - {"output", "name", "seed", "folds"})
-    n_folds = N_FOLDS if official else config.k
+    n_folds, store = N_FOLDS if official else config.k, prepare.store_of(config)
     for repeat in range(1, config.repeats + 1):
         for fold in range(1, n_folds + 1):
             settings = shared | {
                 "output": storage.join(uri, protocol),
                 "name": f"repeat-{repeat}-fold-{fold}",
                 "seed": config.seed + repeat - 1,
+                "prepared": OFF if store is None else store.uri,
                 "protocol": protocol,
                 "fold": fold,
                 "folds": config.folds if official else None,
@@ -121,16 +123,22 @@ def _train_missing(config: CrossvalConfig, uri: str, folds: Sequence[Fold]) -> N
             if text not in inspected[1].warnings:
                 print(f"warning: {_name(fold)}: {text}", flush=True)
     run_directory.claim_run(config, uri)
-    _train(folds, inspected, config.parallel)
+    placed = prepare.located(inspected[0], prepare.store_of(folds[0].config))
+    _train(folds, inspected, config.parallel, feed.hold(folds[0].config, placed))
 
 
-def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, DatasetFacts], parallel: int | None) -> None:
-    """Train and evaluate the folds, as many at a time as the cluster holds."""
+def _train(
+    folds: Sequence[Fold],
+    inspected: tuple[pa.Table, DatasetFacts],
+    parallel: int | None,
+    held: Held | None = None,
+) -> None:
+    """Train and evaluate the folds, as many at a time as the cluster holds, with the images in memory."""
     at_once = min(len(folds), parallel or cluster.room(folds[0].config))
     if at_once == 1:
         for number, fold in enumerate(folds, 1):
             print(f"\n{_name(fold)}: {number} of {len(folds)}", flush=True)
-            train.run(fold.config, inspected)
+            train.run(fold.config, inspected, held=held)
         return
     print(f"{counted(len(folds), 'fold')}, {at_once} at a time", flush=True)
     # A fold drives its own workers and needs no CPU of its own. Lost with its node, it resumes elsewhere.
@@ -140,7 +148,7 @@ def _train(folds: Sequence[Fold], inspected: tuple[pa.Table, DatasetFacts], para
     while waiting or running:
         while waiting and len(running) < at_once:
             fold = waiting.pop(0)
-            running[remote.remote(fold.config, shared, cluster.per_node(at_once))] = fold
+            running[remote.remote(fold.config, shared, cluster.per_node(at_once), held)] = fold
         (done, *_), _ = ray.wait(list(running), num_returns=1)
         fold = running.pop(done)
         try:

@@ -1,7 +1,7 @@
 """From the best epoch to a bundle: novelty statistics, temperature, threshold; without the test part."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,18 +12,21 @@ from bcd.config.options import Architecture
 from bcd.config.training import TrainConfig
 from bcd.errors import BundleError
 from bcd.metrics import aggregate, calibration, decision
-from bcd.model import bundle, card, predictor, weights
+from bcd.model import bundle, card
 from bcd.model.card import Card
-from bcd.model.resnet import ResNet
 from bcd.runtime import feature_statistics, run_directory
 from bcd.runtime.prepare import DatasetFacts, part_of
+from bcd.runtime.run_directory import SCORE, SELECTION
 from bcd.split import split
-from bcd.training import checkpoint
-from bcd.training.task import SCORE, SELECTION
+
+if TYPE_CHECKING:
+    from bcd.model.resnet import ResNet
 
 
 def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFacts, result: Result) -> None:
     """Write the best epoch as a bundle to `uri`; raises BundleError if no checkpoint is intact."""
+    from bcd.model import predictor  # not at the top: a job starts without torch
+
     network, measured = _best(result, len(taxonomy.classes(config.target)), config.architecture)
     train, validation = part_of(table, split.TRAIN), part_of(table, split.VALIDATION)
     known = _card(config, train, facts, measured)
@@ -47,8 +50,11 @@ def fault(run_uri: str) -> str | None:
     return None
 
 
-def _best(result: Result, n_classes: int, architecture: Architecture) -> tuple[ResNet, dict[str, Any]]:
+def _best(result: Result, n_classes: int, architecture: Architecture) -> tuple["ResNet", dict[str, Any]]:
     """The network of the best epoch with an intact checkpoint, and its metrics."""
+    from bcd.model import weights
+    from bcd.training import checkpoint
+
     best_first = sorted(result.best_checkpoints, key=lambda pair: pair[1][SELECTION], reverse=True)
     for kept, measured in best_first:
         try:

@@ -8,8 +8,8 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
 from bcd.metrics import measures
 from bcd.model import predictor, resnet, train_step, weights
 from bcd.model.resnet import ResNet, normalise
-from bcd.runtime import cluster, inspection
-from bcd.taxonomy import TRAIN, VALIDATION
+from bcd.runtime import cluster
+from bcd.runtime.run_directory import EXPOSURE, SCORE, SELECTION
+from bcd.text import duration
 from bcd.training.checkpoint import State
-from bcd.training.task import EXPOSURE, SCORE, SELECTION, Task
+from bcd.training.stream import Batch, Stream, streams_of
+from bcd.training.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +41,8 @@ logger = logging.getLogger(__name__)
 TIE_BREAK = 1e-6
 # Steps between two checks of the loss, each of which makes a GPU wait for its queue to empty.
 CHECK_STEPS = 20
-# Columns of rows.
-Batch = Mapping[str, np.ndarray]
+# Time between two lines about an epoch.
+PROGRESS_S = 30
 
 
 @dataclass
@@ -54,8 +56,8 @@ class Seen:
 
     def add(self, batch: Batch, loss_sum: float) -> None:
         self.loss_sum += loss_sum
-        self.image_ids += batch[schema.IMAGE_ID].tolist()
-        self.targets += batch[schema.TARGET].tolist()
+        self.image_ids += batch.image_ids
+        self.targets += batch.targets
 
 
 def train(task: Task) -> list[dict[str, Any]] | BcdError:
@@ -80,6 +82,10 @@ def _train(task: Task) -> list[dict[str, Any]]:
     if device.type == "cpu":
         cluster.share_cores(context.get_local_world_size() * task.runs_per_node)
     state = _state(task, device)
+    listed = ray.get(task.listed) if task.listed is not None else None
+    sizes = max(1, config.batch_size // context.get_world_size()), config.batch_size
+    streams = streams_of(listed, config.seed, sizes, device)
+    streams[0].begin(len(state.history))
     torch.manual_seed(augmentation_seed(config.seed, context.get_world_rank(), len(state.history)))
     network = ray.train.torch.prepare_model(state.network, False)
     if isinstance(network, DistributedDataParallel):
@@ -89,11 +95,10 @@ def _train(task: Task) -> list[dict[str, Any]]:
     height, width = config.input_height_px, config.input_width_px
     augmentation = train_step.augmentation(height, width) if config.augment else None
     step = train_step.Step(network, state.optimizer, device, config.precision, augmentation)
-    stream = Stream(TRAIN, max(1, config.batch_size // context.get_world_size()))
     with tempfile.TemporaryDirectory() as folder:
         board = SummaryWriter(folder) if context.get_world_rank() == 0 else None
         for epoch in range(len(state.history) + 1, config.epochs + 1):
-            record = _epoch(task, step, state, epoch, stream)
+            record = _epoch(task, step, state, epoch, streams)
             state.history.append(record)
             if board is not None:
                 _publish(task, board, Path(folder), record)
@@ -140,15 +145,19 @@ def _checkpoints() -> Iterator[ray.train.Checkpoint]:
     yield from (one.checkpoint for one in sorted(older, key=lambda one: -one.metrics[schema.EPOCH]))
 
 
-def _epoch(task: Task, step: train_step.Step, state: State, epoch: int, stream: "Stream") -> dict[str, Any]:
+def _epoch(
+    task: Task, step: train_step.Step, state: State, epoch: int, streams: tuple[Stream, Stream]
+) -> dict[str, Any]:
     started = time.monotonic()
-    trained = _gather(_train_epoch(task, step, epoch, stream))
+    stream, validation = streams
+    clock = StepClock(step.device)
+    trained = _gather(_train_epoch(task, step, epoch, stream, clock))
     seconds = time.monotonic() - started
     if epoch < task.config.epochs:
-        stream.begin()
+        stream.begin(epoch)
     if not task.config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
         train_step.average_batch_norm(state.network)
-    validated = _gather(_validate(task, state.network, step.device))
+    validated = _gather(_validate(task, state.network, step.device, validation.batches(epoch - 1)))
     if not math.isfinite(validated.loss_sum):
         raise _diverged(task, epoch, "the loss on the validation images is no finite number")
     _log_exposure(task, trained, epoch)
@@ -159,26 +168,64 @@ def _epoch(task: Task, step: train_step.Step, state: State, epoch: int, stream: 
         "learning_rate": step.optimizer.param_groups[0]["lr"],
         "seconds": time.monotonic() - started,
         "images_per_s": n / seconds,
+        "headspace": min(1.0, clock.seconds() / seconds),
+        "images_from": stream.images_from,
+        "first_step_s": clock.first - task.started,
         "class_counts": {name: counts[target] for target, name in enumerate(task.classes)},
         "workers": ray.train.get_context().get_world_size(),
         **_validation_metrics(task, validated),
     }
 
 
-def _train_epoch(task: Task, step: train_step.Step, epoch: int, stream: "Stream") -> Seen:
+class StepClock:
+    """Measures the time that training steps take, to compare with an epoch, in which they also wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.first = math.nan
+        """When the first step ended, in seconds since 1970."""
+        self._on_gpu = device.type == "cuda"
+        self._spans: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Context of one step."""
+        start = self._now()
+        yield
+        self._spans.append((start, self._now()))
+        if len(self._spans) == 1:
+            self.first = time.time()
+
+    def seconds(self) -> float:
+        """Total time of all steps."""
+        if not self._on_gpu:
+            return sum(end - start for start, end in self._spans)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self._spans) / 1_000
+
+    def _now(self) -> Any:
+        """Now on the device: a GPU computes a step after the call has returned."""
+        if not self._on_gpu:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _train_epoch(task: Task, step: train_step.Step, epoch: int, stream: Stream, clock: StepClock) -> Seen:
     config, world = task.config, ray.train.get_context().get_world_size()
     n_steps = -(-(task.n_train // world) // stream.batch_size)
-    seen, losses = Seen(), []
+    seen, losses, told = Seen(), [], Told(task, epoch)
     step.network.train()
-    for i, batch in enumerate(train_step.even_tail(stream.batches(), stream.batch_size)):
+    for i, batch in enumerate(stream.batches(epoch - 1)):
         # Of the middle of the step: the rate is zero at both ends of the training.
         progress = (epoch - 1 + (i + 0.5) / n_steps) / config.epochs
         rate = train_step.learning_rate(config.learning_rate, progress, config.warmup_fraction)
-        images, target = _tensors(batch)
-        _require_several(len(images) * (world if config.sync_batchnorm else 1))
-        loss = step(images, target, rate)
-        losses.append(loss * len(images))
+        _require_several(len(batch.images) * (world if config.sync_batchnorm else 1))
+        with clock.step():
+            loss = step(batch.images, batch.target, rate)
+        losses.append(loss * len(batch.images))
         seen.add(batch, 0.0)
+        told.tell(len(seen.image_ids) * world)
         if len(losses) % CHECK_STEPS == 0:
             _require_finite(task, epoch, losses)
     _require_several(len(losses) * stream.batch_size * world)
@@ -186,6 +233,25 @@ def _train_epoch(task: Task, step: train_step.Step, epoch: int, stream: "Stream"
     # One transfer at the end: reading the loss at every step would make a GPU wait.
     seen.loss_sum = float(torch.stack(losses).sum())
     return seen
+
+
+class Told:
+    """Log lines within an epoch, for a run whose epochs take long."""
+
+    def __init__(self, task: Task, epoch: int) -> None:
+        self._name = f"epoch {epoch}/{task.config.epochs}"
+        self._total = task.n_train
+        self._speaks = ray.train.get_context().get_world_rank() == 0
+        self._started = self._last = time.monotonic()
+
+    def tell(self, n: int) -> None:
+        """Log that n images were trained on, unless a line was logged just before."""
+        now = time.monotonic()
+        if self._speaks and now - self._last >= PROGRESS_S and n < self._total:
+            self._last = now
+            rate = n / (now - self._started)
+            left = duration((self._total - n) / rate)
+            logger.info(f"{self._name}: {n:,} of {self._total:,} images, {rate:.1f} images/s, {left} left")
 
 
 def _require_several(n_images: int) -> None:
@@ -223,58 +289,15 @@ def _diverged(task: Task, epoch: int, what: str) -> DivergedError:
     )
 
 
-class Stream:
-    """Passes over this worker's share of the rows, which can begin before they are needed.
-
-    The first batch takes one to three seconds, in which a GPU trains on a thousand images.
-    """
-
-    def __init__(self, name: str, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self._shard = ray.train.get_dataset_shard(name)
-        self._begun: tuple[Future[Batch | None], Iterator[Batch]] | None = None
-
-    def begin(self) -> None:
-        self._begun = self._start()
-
-    def batches(self) -> Iterator[Batch]:
-        """Batches of the pass that was begun, or of a new one."""
-        first, rest = self._begun or self._start()
-        self._begun = None
-        if (batch := first.result()) is not None:
-            yield batch
-            yield from rest
-
-    def _start(self) -> tuple[Future[Batch | None], Iterator[Batch]]:
-        """The first batch, which another thread reads, and the others."""
-        rows = self._shard.iter_batches(batch_size=self.batch_size, batch_format="numpy", prefetch_batches=2)
-        rest = map(_whole, rows)
-        pool = ThreadPoolExecutor(1, "stream")
-        first = pool.submit(next, rest, None)
-        pool.shutdown(wait=False)
-        return first, rest
-
-
-def _whole(batch: Batch) -> Batch:
-    inspection.require_whole(batch[schema.ERROR], batch[schema.IMAGE_ID])
-    return batch
-
-
-def _tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and targets; copied, because Ray returns read-only views of its object store."""
-    return torch.tensor(batch[schema.IMAGE]), torch.tensor(batch[schema.TARGET])
-
-
 @torch.inference_mode()
-def _validate(task: Task, network: ResNet, device: torch.device) -> Seen:
+def _validate(task: Task, network: ResNet, device: torch.device, batches: Iterator[Batch]) -> Seen:
     seen = Seen()
     network.eval()
-    for batch in Stream(VALIDATION, task.config.batch_size).batches():
-        images, target = _tensors(batch)
-        inputs = normalise(images.to(device).permute(0, 3, 1, 2))
+    for batch in batches:
+        inputs = normalise(batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2))
         with resnet.autocast(device, task.config.precision):
             logit = resnet.forward(network, inputs.contiguous(memory_format=torch.channels_last)).logit
-        loss_sum = nn.functional.cross_entropy(logit, target.to(device), reduction="sum")
+        loss_sum = nn.functional.cross_entropy(logit, batch.target.to(device), reduction="sum")
         seen.add(batch, float(loss_sum))
         seen.logits.append(logit.cpu().numpy())
     return seen
@@ -331,14 +354,14 @@ def _publish(task: Task, board: SummaryWriter, folder: Path, record: dict[str, A
 def progress_line(record: dict[str, Any], epochs: int) -> str:
     """The log line of one epoch."""
     counts = ", ".join(f"{name} {n:,}" for name, n in record["class_counts"].items())
-    left_s = (epochs - record["epoch"]) * record["seconds"]
-    left = f"{left_s / 60:.0f} min" if left_s >= 90 else f"{left_s:.0f} s"
+    left = duration((epochs - record["epoch"]) * record["seconds"])
     return (
         f"epoch {record['epoch']}/{epochs}: "
         f"loss {record['train_loss']:.3f} (validation {record['validation_loss']:.3f}), "
         f"balanced accuracy {record[SCORE]:.3f} on {record['n_validation']:,} validation images; "
         f"saw {counts}; learning rate {record['learning_rate']:.1e}; "
-        f"{record['images_per_s']:.1f} images/s, {record['seconds']:.0f} s; {left} left"
+        f"{record['images_per_s']:.1f} images/s (headspace {record['headspace']:.2f}, images from "
+        f"{record['images_from']}), {record['seconds']:.0f} s; {left} left"
     )
 
 

@@ -12,13 +12,6 @@ from ray.train.torch.config import _TorchBackend
 
 from bcd.config.training import TrainConfig
 
-# Folder of the run with a table per finished epoch: the images that it trained on.
-EXPOSURE = "exposure"
-SCORE = "validation_balanced_accuracy"
-# Chooses the best epoch: by score, then by loss. On a small validation part many epochs have equal scores,
-# and the first of them is seldom the best.
-SELECTION = "selection"
-
 
 @dataclass(frozen=True)
 class Task:
@@ -30,6 +23,10 @@ class Task:
     run_uri: str
     n_train: int
     runs_per_node: int = 1
+    listed: ray.ObjectRef | None = None
+    """`feed.Listed`, unless the rows are streamed."""
+    started: float = 0.0
+    """When the job started, in seconds since 1970."""
 
 
 def interface(address: str) -> str | None:

@@ -1,11 +1,11 @@
 """Train a model: index, split, balance, stream, fit, bundle, evaluate; resumable at every step."""
 
 import time
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
-from ray.data import Dataset
 from ray.exceptions import RayError
 from ray.train import (
     CheckpointConfig,
@@ -18,23 +18,26 @@ from ray.train import (
     TrainingFailedError,
     WorkerGroupError,
 )
-from ray.train.torch import TorchTrainer
 
-from bcd import schema, storage, taxonomy
+from bcd import storage, taxonomy
 from bcd.config.training import TrainConfig
 from bcd.errors import BcdError, StorageError
 from bcd.evaluation import evaluate
-from bcd.model import weights
 from bcd.runtime import cluster, datasets, inspection, output, run_directory
-from bcd.runtime.prepare import DatasetFacts, describe_split, load_data_set, part_of, prepare
-from bcd.split import balance
-from bcd.taxonomy import TRAIN, VALIDATION
-from bcd.training import export
-from bcd.training.task import EXPOSURE, SELECTION, ProcessGroup, Task
+from bcd.runtime.prepare import DatasetFacts, describe_split, load_data_set, located, prepare, store_of
+from bcd.runtime.run_directory import EXPOSURE, SELECTION
+from bcd.training import export, feed
+from bcd.training.feed import Feed, Held
+
+if TYPE_CHECKING:
+    from bcd.model.weights import State
 
 
 def run(
-    config: TrainConfig, inspected: tuple[pa.Table, DatasetFacts] | None = None, runs_per_node: int = 1
+    config: TrainConfig,
+    inspected: tuple[pa.Table, DatasetFacts] | None = None,
+    runs_per_node: int = 1,
+    held: Held | None = None,
 ) -> str:
     """Train, write the bundle, evaluate it on the test part, report, and return the URI of the run directory.
 
@@ -44,6 +47,7 @@ def run(
         config: of the run.
         inspected: result of `prepare.load_data_set`, if the caller has it.
         runs_per_node: number of runs that share the cores of a node, including this one.
+        held: the images of `inspected`, if the caller holds them in memory.
 
     Raises:
         BcdError: an error for the user, before any long work where possible.
@@ -55,11 +59,16 @@ def run(
             return run_uri
         print(f"{fault}. Writing a new bundle from its checkpoint", flush=True)
     started = time.time()
-    pretrained = weights.pretrained(config.weights, config.architecture)
-    cluster.connect(trains=True)
+    with ThreadPoolExecutor(1) as pool:
+        # Ray starts meanwhile.
+        reading = pool.submit(_pretrained, config)
+        cluster.connect(trains=True)
+        pretrained = reading.result()
     scaling = cluster.scaling(config)
-    table, facts = _prepared(config, run_uri, inspected)
-    result = train_model(config, run_uri, table, pretrained, scaling, runs_per_node)
+    table, facts = _split(config, run_uri, inspected)
+    table = located(table, store_of(config))
+    fed = feed.feed_of(config, table, held)
+    result = train_model(config, run_uri, fed, pretrained, scaling, runs_per_node, started)
     run_directory.write_json(run_uri, run_directory.HISTORY, result.return_value)
     export.bundle_of(config, storage.join(run_uri, run_directory.MODEL), table, facts, result)
     trained = time.time()
@@ -70,7 +79,13 @@ def run(
     return run_uri
 
 
-def _prepared(
+def _pretrained(config: TrainConfig) -> "State | None":
+    from bcd.model import weights  # takes seconds, with torch
+
+    return weights.pretrained(config.weights, config.architecture)
+
+
+def _split(
     config: TrainConfig, run_uri: str, inspected: tuple[pa.Table, DatasetFacts] | None
 ) -> tuple[pa.Table, DatasetFacts]:
     """The split rows of this run, made once and read back by a resumed run.
@@ -90,37 +105,27 @@ def _prepared(
     return table, facts
 
 
-def streams_of(config: TrainConfig, table: pa.Table) -> tuple[dict[str, Dataset], int]:
-    """The training and validation streams of a split table, and the number of balanced training rows."""
-    classes = taxonomy.classes(config.target)
-    parts = {part: _with_target(part_of(table, part), config.target, classes) for part in (TRAIN, VALIDATION)}
-    balanced = balance.upsample(parts[TRAIN], config.balance, config.seed)
-    size = (config.input_height_px, config.input_width_px)
-    keep = [schema.IMAGE_ID, schema.TARGET]
-    return {
-        TRAIN: datasets.read_images(datasets.shuffled(balanced, config.seed), *size, keep),
-        VALIDATION: datasets.read_images(datasets.row_dataset(parts[VALIDATION]), *size, keep),
-    }, len(balanced)
-
-
-def _with_target(table: pa.Table, target: str, classes: tuple[str, ...]) -> pa.Table:
-    indices = [classes.index(name) for name in table[target].to_pylist()]
-    return table.append_column(schema.TARGET, pa.array(indices, pa.int64()))
-
-
 def train_model(
     config: TrainConfig,
     run_uri: str,
-    table: pa.Table,
-    pretrained: weights.State | None,
+    fed: Feed,
+    pretrained: "State | None",
     scaling: ScalingConfig,
     runs_per_node: int = 1,
+    started: float = 0.0,
 ) -> Result:
-    """Train from the last checkpoint of the run, or raise BcdError; `return_value` is the history."""
-    streams, n_train = streams_of(config, table)
-    filesystem, path = storage.resolve(run_uri)
+    """Train from the last checkpoint of the run, or raise BcdError; `return_value` is the history.
+
+    `started` is when the job started, in seconds since 1970.
+    """
+    # Not at the top: a job starts without torch.
+    from ray.train.torch import TorchTrainer
+
+    from bcd.training.task import ProcessGroup, Task
+
     classes, shared = taxonomy.classes(config.target), pretrained and ray.put(pretrained)
-    task = Task(config, classes, shared, run_uri, n_train, runs_per_node)
+    listed = fed.listed and ray.put(fed.listed)
+    task = Task(config, classes, shared, run_uri, fed.n_train, runs_per_node, listed, started)
 
     def work(given: Task) -> list[dict[str, Any]] | BcdError:
         # Not at the top: only workers need it, and it takes seconds to import.
@@ -133,20 +138,9 @@ def train_model(
         train_loop_config=task,
         torch_config=ProcessGroup(),
         scaling_config=scaling,
-        datasets=streams,
+        datasets=fed.streams,
         dataset_config=datasets.SplitData(storage.join(run_uri, EXPOSURE)),
-        run_config=RunConfig(
-            name="checkpoints",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env=cluster.MODEL_ENV,
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            # Besides the best, Ray keeps the latest, to resume from; two, in case one is damaged.
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute=SELECTION, checkpoint_score_order="max"
-            ),
-        ),
+        run_config=_kept_in(run_uri, config.max_failures),
     )
     try:
         result = trainer.fit()
@@ -155,6 +149,23 @@ def train_model(
     if isinstance(result.return_value, BcdError):
         raise result.return_value
     return result
+
+
+def _kept_in(run_uri: str, max_failures: int) -> RunConfig:
+    """Where and which checkpoints are kept, and how often a lost worker is replaced."""
+    filesystem, path = storage.resolve(run_uri)
+    return RunConfig(
+        name="checkpoints",
+        storage_path=path,
+        storage_filesystem=filesystem,
+        logging_config=LoggingConfig(log_level="WARNING"),
+        worker_runtime_env=cluster.worker_env(),
+        failure_config=FailureConfig(max_failures=max_failures),
+        # Besides the best, Ray keeps the latest, to resume from; two, in case one is damaged.
+        checkpoint_config=CheckpointConfig(
+            num_to_keep=2, checkpoint_score_attribute=SELECTION, checkpoint_score_order="max"
+        ),
+    )
 
 
 def for_people(error: TrainingFailedError, run_uri: str) -> Exception:

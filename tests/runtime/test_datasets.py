@@ -1,5 +1,3 @@
-from collections import Counter
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,10 +7,7 @@ from bcd import schema, storage
 from bcd.config.training import TrainConfig
 from bcd.data import index
 from bcd.imaging import image
-from bcd.runtime import datasets, prepare
-from bcd.split import balance
-from bcd.taxonomy import TRAIN, VALIDATION
-from bcd.training import train
+from bcd.runtime import datasets
 from tests import pictures
 
 pytestmark = pytest.mark.ray
@@ -21,7 +16,7 @@ pytestmark = pytest.mark.ray
 def small(data, **changes):
     network = {"architecture": "resnet18", "weights": "none", "input_height_px": 64, "input_width_px": 96}
     parts = {"validation_fraction": 0.33, "test_fraction": 0.34}
-    return TrainConfig(**{"data": data} | network | parts | changes)
+    return TrainConfig(**{"data": data, "prepared": "off"} | network | parts | changes)
 
 
 @pytest.fixture
@@ -95,53 +90,8 @@ def test_rows_are_shuffled_every_epoch_as_the_seed_says(joined):
 def test_an_epoch_of_many_rows_is_planned_as_few_tasks(joined, monkeypatch):
     monkeypatch.setattr(datasets, "MOST_TASKS", 3)
     table = pa.table({schema.URI: [str(i) for i in range(500)]})
-    tasks = datasets.Shuffled(table, 0).get_read_tasks(1)
+    tasks = datasets.Rows(table, seed=0).get_read_tasks(1)
     assert [task.metadata.num_rows for task in tasks] == [176, 176, 148]
     seen = [name for task in tasks for block in task() for name in block[schema.URI].to_pylist()]
     assert sorted(seen) == sorted(table[schema.URI].to_pylist())
     assert seen != table[schema.URI].to_pylist()
-
-
-def test_two_workers_share_every_epoch_evenly_and_see_no_held_out_image(joined, tree):
-    """Done when 5: class counts equal per epoch to within one row per class and what an equal split drops."""
-    config = small(tree)
-    table, _ = prepare.prepare(config)
-    streams, n_train = train.streams_of(config, table)
-    expected = Counter(
-        balance.upsample(prepare.part_of(table, TRAIN), "tumor_class", 0)[schema.TUMOR_CLASS].to_pylist()
-    )
-    assert len(set(expected.values())) == 1
-    held_out = set(table[schema.IMAGE_ID].to_pylist()) - set(
-        prepare.part_of(table, "train")[schema.IMAGE_ID].to_pylist()
-    )
-    shards = datasets.SplitData().configure(streams, 2, None, None)
-    iterators = [shard[TRAIN] for shard in shards]
-    for _ in range(2):
-        seen = _both(iterators)
-        assert abs(len(seen[0]) - len(seen[1])) == 0
-        counts = Counter(target for rows in seen for _, target in rows)
-        assert abs(counts[0] - counts[1]) <= 1 + n_train % 2
-        assert sum(counts.values()) == n_train - n_train % 2
-        assert not {name for rows in seen for name, _ in rows} & held_out
-
-
-def test_validation_loses_no_row_to_an_equal_split(joined, tree):
-    config = small(tree, magnifications=(40,))
-    table, _ = prepare.prepare(config)
-    streams, _ = train.streams_of(config, table)
-    rows = prepare.part_of(table, "validation")
-    shards = datasets.SplitData().configure(streams, 2, None, None)
-    seen = _both([shard[VALIDATION] for shard in shards])
-    assert sorted(name for rows in seen for name, _ in rows) == rows[schema.IMAGE_ID].to_pylist()
-
-
-def _both(iterators):
-    """Read two shards at the same time, as two workers do: [[(image id, target), ...], [...]]."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    def consume(iterator):
-        batches = iterator.iter_batches(batch_size=16, batch_format="numpy")
-        return [pair for b in batches for pair in zip(b[schema.IMAGE_ID], b[schema.TARGET], strict=True)]
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(consume, iterators))

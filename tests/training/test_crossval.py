@@ -14,10 +14,10 @@ from bcd.config.training import CrossvalConfig
 from bcd.errors import ConfigError, DataError, StorageError
 from bcd.model import bundle, train_step, weights
 from bcd.runtime import output, predict, prepare, run_directory
+from bcd.runtime.run_directory import SELECTION
 from bcd.split import split
 from bcd.training import crossval, train
 from bcd.training.checkpoint import State
-from bcd.training.task import SELECTION
 from tests import planted, studies
 from tests.cluster import PATIENCE_S, ROOT, read_json, wait_for
 from tests.runtime.test_datasets import small
@@ -154,7 +154,7 @@ def settings_of(tree, output):
     return settings | {"output": str(output), "k": 2, "epochs": 1, "validation_fraction": 0.33}
 
 
-def untrained(config, run_uri, table, pretrained, scaling, runs_per_node=1):
+def untrained(config, run_uri, fed, pretrained, scaling, runs_per_node=1, started=0.0):
     """In place of `train.train_model`: the checkpoint of an epoch that learned nothing."""
     network = weights.build(2, architecture=config.architecture)
     folder, record = Path(run_uri) / "checkpoints" / "only", {**RECORD, "epoch": 1, SELECTION: 0.5}
@@ -261,7 +261,9 @@ def is_finished(run):
 
 def test_more_folds_than_groups_end_a_study_before_it_trains(cluster, tree, tmp_path):
     config = CrossvalConfig(
-        **small(tree).model_dump(include={"data", "weights", "architecture"}), output=str(tmp_path), k=40
+        **small(tree).model_dump(include={"data", "weights", "architecture", "prepared"}),
+        output=str(tmp_path),
+        k=40,
     )
     with pytest.raises(DataError, match=r"24 groups by case cannot make 40 folds; lower --k"):
         crossval.run(config)

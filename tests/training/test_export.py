@@ -10,8 +10,9 @@ import pytest
 from bcd import schema, storage
 from bcd.config.training import TrainConfig
 from bcd.errors import BundleError
+from bcd.model import weights
 from bcd.runtime.prepare import DatasetFacts
-from bcd.training import export
+from bcd.training import checkpoint, export
 
 
 def validation(n=400, seed=0):
@@ -50,8 +51,8 @@ def result(monkeypatch, *pairs):
             raise BundleError("model.safetensors is not as it was written")
         return str(folder), {}
 
-    monkeypatch.setattr(export.checkpoint, "read_checkpoint", read)
-    monkeypatch.setattr(export.weights, "assembled", lambda n_classes, tensors, architecture: tensors)
+    monkeypatch.setattr(checkpoint, "read_checkpoint", read)
+    monkeypatch.setattr(weights, "assembled", lambda n_classes, tensors, architecture: tensors)
     kept = [
         (Kept(content), {schema.EPOCH: epoch, export.SELECTION: score})
         for epoch, (content, score) in enumerate(pairs, 1)

@@ -1,20 +1,19 @@
 import contextlib
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import ray.train
 import torch
 
-from bcd import schema
 from bcd.config.training import TrainConfig
 from bcd.errors import BcdError, ConfigError, DivergedError
 from bcd.model import train_step
+from bcd.runtime.run_directory import SCORE
 from bcd.training import checkpoint, loop
 from bcd.training.checkpoint import State
-from bcd.training.task import SCORE, Task
+from bcd.training.stream import Batch
+from bcd.training.task import Task
 
 RECORD = {
     "epoch": 2,
@@ -26,6 +25,8 @@ RECORD = {
     "class_counts": {"benign": 4000, "malignant": 4000},
     "learning_rate": 2e-4,
     "images_per_s": 31.25,
+    "headspace": 0.9512,
+    "images_from": "host memory",
     "seconds": 60.0,
 }
 
@@ -33,7 +34,8 @@ RECORD = {
 def test_progress_line():
     assert loop.progress_line(RECORD, 12) == (
         "epoch 2/12: loss 0.500 (validation 0.250), balanced accuracy 0.875 on 1,234 validation images; "
-        "saw benign 4,000, malignant 4,000; learning rate 2.0e-04; 31.2 images/s, 60 s; 10 min left"
+        "saw benign 4,000, malignant 4,000; learning rate 2.0e-04; "
+        "31.2 images/s (headspace 0.95, images from host memory), 60 s; 10 min left"
     )
 
 
@@ -84,7 +86,7 @@ def test_the_newest_intact_checkpoint_is_used(tmp_path, monkeypatch, caplog, n_d
 
 
 def alone(monkeypatch, world=1):
-    context = SimpleNamespace(get_world_size=lambda: world)
+    context = SimpleNamespace(get_world_size=lambda: world, get_world_rank=lambda: 0)
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
 
 
@@ -111,14 +113,14 @@ class Steps:
 def rows(n, size=2):
     """A pass over n images."""
     for at in range(0, n, size):
-        ids = np.array([str(i) for i in range(at, min(n, at + size))])
-        image = np.zeros((len(ids), 2, 2, 3), np.uint8)
-        yield {schema.IMAGE_ID: ids, schema.IMAGE: image, schema.TARGET: np.zeros(len(ids), np.int64)}
+        ids = [str(i) for i in range(at, min(n, at + size))]
+        images, target = torch.zeros((len(ids), 2, 2, 3), dtype=torch.uint8), torch.zeros(len(ids))
+        yield Batch(ids, [0] * len(ids), images, target)
 
 
 def an_epoch(given, steps, n, epoch=1, size=2):
-    passes = SimpleNamespace(batch_size=size, batches=lambda: rows(n, size))
-    return loop._train_epoch(given, steps, epoch, passes)
+    passes = SimpleNamespace(batch_size=size, batches=lambda finished: rows(n, size))
+    return loop._train_epoch(given, steps, epoch, passes, loop.StepClock(torch.device("cpu")))
 
 
 @pytest.mark.parametrize(("n", "epochs"), [(2, 1), (4, 1), (20, 3)])
@@ -189,11 +191,11 @@ def test_a_validation_that_is_no_number_is_not_kept(monkeypatch):
     alone(monkeypatch)
     monkeypatch.setattr(loop, "_train_epoch", lambda *_: loop.Seen(1.0))
     monkeypatch.setattr(loop, "_validate", lambda *_: loop.Seen(float("nan")))
-    state = small_state()
+    state, step = small_state(), SimpleNamespace(device=torch.device("cpu"))
     with pytest.raises(
         DivergedError, match="in epoch 1: the loss on the validation images is no finite number"
     ):
-        loop._epoch(task(4, epochs=1), SimpleNamespace(device="cpu"), state, 1, None)
+        loop._epoch(task(4, epochs=1), step, state, 1, (None, SimpleNamespace(batches=lambda finished: [])))
 
 
 @pytest.mark.parametrize("error", [DivergedError("diverged"), ConfigError("a single image")])
@@ -206,48 +208,6 @@ def test_what_all_workers_find_is_returned_and_not_tried_again(monkeypatch, erro
     error = BcdError("one worker's own")
     with pytest.raises(BcdError, match="one worker's own"):
         loop.train(task(4))
-
-
-class Shard:
-    """Passes over five batches of two rows; `read` is set when one of them begins to be read."""
-
-    def __init__(self, broken=()):
-        self.read, self.broken = threading.Event(), broken
-
-    def iter_batches(self, batch_size, **_):
-        self.read.set()
-        for start in range(0, 10, batch_size):
-            ids = [f"{i}" for i in range(start, start + batch_size)]
-            errors = ["truncated: x" if name in self.broken else "" for name in ids]
-            yield {schema.IMAGE_ID: np.array(ids), schema.ERROR: np.array(errors, object)}
-
-
-def stream(monkeypatch, shard):
-    monkeypatch.setattr(ray.train, "get_dataset_shard", lambda name: shard)
-    return loop.Stream("train", 2)
-
-
-def ids(batches):
-    return [name for batch in batches for name in batch[schema.IMAGE_ID]]
-
-
-def test_a_pass_that_was_begun_is_read_before_it_is_asked_for(monkeypatch):
-    passes = stream(monkeypatch, shard := Shard())
-    assert not shard.read.is_set()
-    passes.begin()
-    assert shard.read.wait(60)
-    assert ids(passes.batches()) == [f"{i}" for i in range(10)]
-    shard.read.clear()
-    assert ids(passes.batches()) == [f"{i}" for i in range(10)]  # another, which begins only now
-    assert shard.read.is_set()
-
-
-@pytest.mark.parametrize("broken", ["0", "7"])
-def test_an_image_that_broke_ends_the_pass_that_was_begun(monkeypatch, broken):
-    passes = stream(monkeypatch, Shard(broken=(broken,)))
-    passes.begin()
-    with pytest.raises(BcdError, match=f"{broken} became unusable after the run began"):
-        ids(passes.batches())
 
 
 def test_augmentation_differs_between_workers_and_after_resuming():

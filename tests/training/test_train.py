@@ -8,15 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray.train.torch
 import torch
 from ray.exceptions import GetTimeoutError
 from ray.train import ControllerError, WorkerGroupError
 
 from bcd import schema, storage
 from bcd.errors import BundleError, ConfigError, DivergedError, ResourceError, StorageError
-from bcd.model import bundle, predictor
+from bcd.model import bundle, predictor, weights
 from bcd.runtime import output, prepare
 from bcd.training import train
+from bcd.training.feed import Feed
 from tests.cluster import read_json
 from tests.runtime.test_datasets import small
 from tests.trained import check_whole, trained_by_a_job
@@ -167,7 +169,8 @@ def test_an_output_that_cannot_be_written_is_found_first(tree, tmp_path):
         train.run(small(tree, output=str(tmp_path / "file")))
 
 
-def test_wrong_weights_are_found_before_data_is_read(tree, tmp_path):
+def test_wrong_weights_are_found_before_data_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.cluster, "connect", lambda **_: None)
     (tmp_path / "w.pth").write_bytes(b"nothing")
     with pytest.raises(BundleError, match=r"w.pth: not a state dict"):
         train.run(small("no/such/data", output=str(tmp_path), weights=str(tmp_path / "w.pth")))
@@ -193,7 +196,8 @@ def test_a_finished_run_with_an_unusable_bundle_resumes(monkeypatch, capsys, fau
 
     monkeypatch.setattr(train.run_directory, "begin_run", lambda *_: True)
     monkeypatch.setattr(train.export, "fault", lambda _: fault)
-    monkeypatch.setattr(train.weights, "pretrained", stop)
+    monkeypatch.setattr(weights, "pretrained", stop)
+    monkeypatch.setattr(train.cluster, "connect", lambda **_: None)
     if goes_on:
         with pytest.raises(BundleError, match="goes on"):
             train.run(small("d"))
@@ -210,11 +214,10 @@ def test_a_finished_run_with_an_unusable_bundle_resumes(monkeypatch, capsys, fau
 def test_what_the_workers_return_instead_of_a_history_ends_the_run(monkeypatch):
     """They do not raise it: Ray Train would start them again."""
     error = DivergedError("in epoch 1: from step 25 on the loss is no finite number")
-    monkeypatch.setattr(train, "streams_of", lambda *_: ({}, 8))
     trained = SimpleNamespace(fit=lambda: SimpleNamespace(return_value=error))
-    monkeypatch.setattr(train, "TorchTrainer", lambda *_, **__: trained)
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", lambda *_, **__: trained)
     with pytest.raises(DivergedError, match="from step 25 on"):
-        train.train_model(small("d"), "/tmp/run", None, None, None)
+        train.train_model(small("d"), "/tmp/run", Feed(8, {}), None, None)
 
 
 @pytest.mark.parametrize(
