@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+new = $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), \
+	"bcd needs Python 3.11 or newer: make PYTHON=python3.12"' && $(PYTHON) -m venv $(VENV)
 # uv is the faster one. It does not read pip's settings, so where it fails, pip does it.
 install = ($(PIP) uv && $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(1)) || $(PIP) $(1)
 
@@ -31,14 +33,14 @@ docs: $(VENV)/installed-dev  ## the documentation site, in site/; fails on a bro
 env: $(VENV)/installed-dev  ## the environment for development
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "bcd needs Python 3.11 or newer: make PYTHON=python3.12"'
-	$(PYTHON) -m venv $(VENV)
+	$(new)
 	$(call install,-c constraints.txt -e .)
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
+$(VENV)/installed-dev: pyproject.toml constraints.txt
+	$(new)
 	$(call install,-c constraints.txt -e '.[dev]')
-	touch $@
+	touch $(VENV)/installed $@
 
 clean:  ## remove the environment and what the demo made
 	rm -rf $(VENV) demo

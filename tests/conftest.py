@@ -105,6 +105,12 @@ def cluster(s3: str) -> Iterator[Cluster]:
     marker = f"BCD_TEST_CLUSTER={uuid.uuid4().hex}"
     arguments = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
     arguments += [f"--num-cpus={CLUSTER_CPUS}", f"--temp-dir={folder}", f"--object-store-memory={10**9}"]
+    # Imported here: the fast tests do without Ray.
+    from bcd.runtime.cluster import MODEL_VARIABLES
+
+    # As on a cluster that a job starts: processes that have started become those of models.
+    before = {name: os.environ.get(name) for name in MODEL_VARIABLES}
+    os.environ.update(MODEL_VARIABLES)
     # The service's HTTP proxy takes token and limits from here.
     head = start_ray(
         arguments,
@@ -121,6 +127,8 @@ def cluster(s3: str) -> Iterator[Cluster]:
 
         ray.shutdown()
         os.environ.pop("RAY_ADDRESS", None)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
         # By force and by id: Ray's own way out takes half a minute.
         head.kill()
         head.wait()

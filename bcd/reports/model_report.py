@@ -9,22 +9,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from bcd import schema
 from bcd.metrics import aggregate, decision
 from bcd.model import novelty
-from bcd.reports import overlay, plots, style, thumbnails, trust_plots
+from bcd.reports import overlay, style, thumbnails
 from bcd.reports.style import PERCENT, format_difference, format_interval, format_metric
 from bcd.reports.thumbnails import Example
 from bcd.taxonomy import BENIGN, MALIGNANT, SUBTYPES, TUMOR_CLASSES
 from bcd.text import counted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # See `write_report`.
 Metrics = Mapping[str, Any]
@@ -80,6 +81,10 @@ def write_report(
         examples: by position in `images`, for the positions of `choose_examples`.
         unscored: `image_id` and `error` of what could not be scored.
     """
+    import matplotlib  # takes seconds with all figures; a job that only needs the sentences does without
+
+    from bcd.reports import plots
+
     patients = aggregate.groups(images, schema.PATIENT).fillna({schema.TUMOR_CLASS: plots.MIXED})
     folder = directory / "figures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -275,18 +280,23 @@ def _best(history: History, facts: Facts) -> Mapping[str, Any] | None:
     return max(stated or history, key=lambda row: row["validation_balanced_accuracy"], default=None)
 
 
-def _save(figure: Figure, path: Path, marks: Sequence[str]) -> Markup:
+def _save(figure: "Figure", path: Path, marks: Sequence[str]) -> Markup:
     """Write PNG and SVG files, and return the SVG to embed in the page."""
+    from bcd.reports import plots
+
     plots.mark(figure, marks)
     figure.savefig(path.with_suffix(".png"), dpi=plots.PNG_DPI, metadata={"Software": None})
+    figure.set_layout_engine("none")  # the layout that was just made is kept
     path.with_suffix(".svg").write_text(svg := plots.svg(figure), encoding="utf-8")
     return plots.inline(svg, path.name)
 
 
 def _draw(
     measured: Metrics, history: History, images: pd.DataFrame, patients: pd.DataFrame, facts: Facts
-) -> dict[str, Figure]:
+) -> dict[str, "Figure"]:
     """Every figure for which there are data, by file name."""
+    from bcd.reports import plots, trust_plots
+
     pooled, threshold = measured["pooled"], measured.get("threshold")
     drawn = {"confusion_matrix": plots.plot_confusion_matrix(pooled["confusion_matrix"], TUMOR_CLASSES)}
     if best := _best(history, facts):

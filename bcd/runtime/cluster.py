@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray._private.state import state as ray_state
@@ -23,19 +24,17 @@ CONNECT_TIMEOUT_S = 20
 # The most that an autoscaler may start, as CPU=192,GPU=4, set on the head node. Ray 2.60 has a field for it
 # in the GCS, but its own autoscalers leave it empty.
 LIMIT_VARIABLE = "BCD_CLUSTER_LIMIT"
-# The runtime environment of processes that hold a model. By default glibc returns the memory of every layer
+# Environment variables of processes that hold a model. By default glibc returns the memory of every layer
 # to the kernel and faults it in again page by page. Keeping up to 1 GiB for the next batch sped training up
 # from 6.1 to 7.4 images/s and scoring from 12.2 to 15.9 (ResNet50 in float32 on 2 cores). Waiting threads
 # yield their core: beside other processes, busy waiting slowed a training step from 6 to 12 s.
-MODEL_ENV = {
-    "env_vars": {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-        # ScoreCAM and AblationCAM would print a progress bar for every batch.
-        "TQDM_DISABLE": "1",
-    }
+MODEL_VARIABLES = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    # ScoreCAM and AblationCAM would print a progress bar for every batch.
+    "TQDM_DISABLE": "1",
 }
 
 
@@ -60,7 +59,16 @@ def connect(trains: bool = False) -> None:
     context.issue_detectors_config.detectors = []
 
 
+def worker_env() -> dict[str, Any]:
+    """The runtime environment of processes that hold a model: `MODEL_VARIABLES`, or nothing where all
+    processes of the cluster have them, as this one does. Then they can be processes that have started."""
+    if MODEL_VARIABLES.items() <= os.environ.items():
+        return {}
+    return {"env_vars": MODEL_VARIABLES}
+
+
 def _start(trains: bool) -> None:
+    os.environ.update(MODEL_VARIABLES)
     # For Ray Data in the workers of this cluster, too.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     # Ray's own processes warn about Ray's own code.

@@ -85,7 +85,8 @@ def _pooled(parts: Mapping[str, pa.Table], card: Card, shared: ray.ObjectRef) ->
     """A row of `SUMS` for every batch; no block has images of two parts."""
     size = predict.Settings.batch_size
     tables = [_listed(rows, part) for part, rows in parts.items()]
-    first, *others = [datasets.row_dataset(table, size) for table in tables]
+    waiting = cluster.waiting_cpus()
+    first, *others = [datasets.row_dataset(table, size, waiting) for table in tables]
     options = predict.reading_options(card, KEEP)
     return predict.on_models(first.union(*others), _Pooler, (shared,), options, size)
 

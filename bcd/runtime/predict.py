@@ -108,7 +108,7 @@ def on_models(
         compute=ActorPoolStrategy(min_size=1, max_size=pool.size, initial_size=pool.ready),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
-        runtime_env=cluster.MODEL_ENV,
+        runtime_env=cluster.worker_env(),
     )
 
 

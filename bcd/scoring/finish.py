@@ -14,7 +14,7 @@ from bcd.model.card import Card
 from bcd.runtime import predict
 from bcd.scoring import slides, tiling
 from bcd.scoring.ledger import GALLERY, SUMMARY, Ledger
-from bcd.text import counted
+from bcd.text import counted, duration
 
 OVERVIEW = [
     *(schema.IMAGE_ID, schema.URI, schema.SLIDE, schema.PATIENT, schema.X_LEVEL0_PX),
@@ -102,6 +102,10 @@ def closing_lines(uri: str, summary: Mapping[str, Any]) -> list[str]:
         f"{counted(summary['n_errors'], 'error')}; {counted(summary['n_rows'], 'row')}, "
         f"{summary['n_tiles']:,} of them tiles"
     ]
+    if summary.get("first_row_s") is not None:
+        lines.append(
+            f"first rows after {duration(summary['first_row_s'])}, all after {duration(summary['seconds'])}"
+        )
     lines += [f"  {code}: {count:,}" for code, count in sorted(summary["errors"].items())]
     warnings = summary[schema.WARNINGS]
     if warnings is None and summary["n_results"]:

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from bcd import schema
 from bcd.scoring import tiling
 from bcd.scoring.ledger import INPUT, Done
-from bcd.text import counted
+from bcd.text import counted, duration
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -29,11 +29,14 @@ class Progress:
         self._plans_uri = plans_uri
         self._started = self._printed = time.monotonic()
         self._done = self._rows = self._errors = 0
+        self.first: float | None = None
+        """When the first rows were committed, by the monotonic clock."""
         self.withheld: str | None = None
         self._weight = 0.0
 
     def add(self, counted: pa.Table) -> None:
         """Count the rows of one commit; `withheld` keeps the last reason for which a row was deferred."""
+        self.first = self.first or time.monotonic()
         columns = (counted[name].to_pylist() for name in (INPUT, "rows", "errors"))
         for name, rows, errors in zip(*columns, strict=True):
             self._rows += rows
@@ -55,7 +58,7 @@ class Progress:
         seconds = max(self._printed - self._started, 1e-3)
         share = self._weight / sum(self._weights.values())
         unfinished = self._done < len(self._weights) and 0 < share < 1
-        left = f"; about {_duration(seconds * (1 - share) / share)} left" if unfinished else ""
+        left = f"; about {duration(seconds * (1 - share) / share)} left" if unfinished else ""
         print(
             f"{self._done:,} of {counted(len(self._weights), 'input')}, {counted(self._rows, 'row')}, "
             f"{counted(self._errors, 'error')}; {self._rows / seconds:.1f} rows/s{left}",
@@ -67,9 +70,3 @@ class Progress:
         if self._weights:
             self._print()
         return round(self._rows / max(time.monotonic() - self._started, 1e-3), 2)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"

@@ -100,6 +100,7 @@ def run(config: ScoreConfig) -> str:
         "ignored": dict(found.passed.most_common()),
         "n_changed_inputs": len(changed),
         "rows_per_s": rate or None,
+        "first_row_s": round(progress.first - started, 1) if progress.first else None,
         "seconds": round(time.monotonic() - started, 1),
     }
     names = found.table[schema.IMAGE_ID].to_pylist()
@@ -240,9 +241,9 @@ def _reading(
     slides = todo.filter(maybe)
     sources = []
     if len(fields):
-        sources.append(datasets.row_dataset(fields, ROWS_PER_BLOCK))
+        sources.append(datasets.row_dataset(fields, ROWS_PER_BLOCK, cluster.waiting_cpus()))
     if len(slides):
-        tiles = datasets.row_dataset(slides, 1).map_batches(
+        tiles = datasets.row_dataset(slides, 1, cluster.waiting_cpus()).map_batches(
             tiling.expand,
             fn_kwargs={"tiling": tile_settings, "plans_uri": plans_uri, "done": done_tiles},
             batch_size=None,

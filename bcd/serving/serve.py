@@ -222,7 +222,7 @@ def create_application(config: ServiceConfig, host: str | None) -> Application:
         ray_actor_options={
             "num_cpus": config.num_cpus,
             "num_gpus": config.num_gpus,
-            "runtime_env": cluster.MODEL_ENV,
+            "runtime_env": cluster.worker_env(),
         },
         # The next batch gathers and is decoded while one is computed.
         max_ongoing_requests=2 * config.max_batch_size,

@@ -11,7 +11,6 @@ Haematoxylin and eosin both absorb mostly green. Pen ink absorbs mostly red (blu
 """
 
 import numpy as np
-from scipy import ndimage
 
 LEVELS = 256
 # Bounds of the threshold on the saturation, 0 to 1. White glass after JPEG has up to 0.03; pale collagen
@@ -100,6 +99,8 @@ def otsu(values: np.ndarray) -> int:
 
 
 def _without_small(region: np.ndarray, small_px: int) -> np.ndarray:
+    from scipy import ndimage  # takes half a second, and drivers need none of it
+
     labels, _ = ndimage.label(region)
     large = np.bincount(labels.ravel()) > small_px
     large[0] = False
@@ -111,6 +112,8 @@ def fraction(tissue: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
     `boxes`, float (n, 4), are x, y, width and height in pixels; outside the mask there is no tissue.
     """
+    from scipy import ndimage
+
     # Between whole pixels the integral of an image of squares is bilinear.
     integral = np.pad(tissue.cumsum(0).cumsum(1, dtype=np.float64), ((1, 0), (1, 0)))
     x, y, width, height = np.asarray(boxes, np.float64).reshape(-1, 4).T

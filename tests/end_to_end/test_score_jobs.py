@@ -44,13 +44,13 @@ from tests.cluster import (
 from tests.model.test_bundle import card, untrained
 
 pytestmark = pytest.mark.ray
-N_FIELDS = 330
+N_FIELDS = 250
 SCORER = r"ray::MapWorker\(MapBatches\(Scorer\)"
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """330 good fields, 11 odd ones, 30 broken ones, slides where they are at hand, and what is no input."""
+    """250 good fields, 11 odd ones, 30 broken ones, slides where they are at hand, and what is no input."""
     root = str(tmp_path_factory.mktemp("archive"))
     files = archives.fields(N_FIELDS) | archives.odd()
     files |= {name: content for name, (content, _) in archives.broken().items()}

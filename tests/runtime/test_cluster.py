@@ -206,7 +206,7 @@ def test_what_waits_asks_for_little_but_not_for_nothing(monkeypatch, cpus, asked
 def test_processes_with_a_model_draw_no_bars():
     """ScoreCAM of pytorch-grad-cam draws one for every batch."""
     code = "import tqdm; list(tqdm.tqdm(range(3)))"
-    for variables, drawn in (({}, True), (cluster.MODEL_ENV["env_vars"], False)):
+    for variables, drawn in (({}, True), (cluster.MODEL_VARIABLES, False)):
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, check=True
         )

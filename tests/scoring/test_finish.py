@@ -56,6 +56,8 @@ def test_closing_lines():
     assert lines[1:3] == ["  missing_mpp: 1", "  truncated: 1"]
     assert lines[3] == "  warned of unlike_training_data: 12 rows"
     assert lines[-1].endswith("/out/summary.json")
+    timed = finish.closing_lines("/out", counts | told | {"first_row_s": 18.8, "seconds": 5_000.0})
+    assert timed[1] == "first rows after 19 s, all after 83 min"
     blind = finish.closing_lines("/out", counts | told | {"warnings": None})
     assert blind[3] == "  the model has no statistics to identify images unlike its training data"
 

@@ -102,20 +102,3 @@ def test_a_resumed_slide_is_done_with_its_last_tile(tmp_path, clock, capsys):
 def test_nothing_to_do_is_no_line(tmp_path, clock, capsys):
     assert progress.Progress(inputs().slice(0, 0), str(tmp_path), ledger.Done()).end() == 0
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5_399, "90 min"), (5_400, "1.5 h")]
-)
-def test_durations(seconds, said):
-    assert progress._duration(seconds) == said
-
-
-def test_what_storage_said_is_kept(tmp_path, clock):
-    shown = progress.Progress(inputs(a__png=10, b__png=10), str(tmp_path), ledger.Done())
-    shown.add(counted(("a.png", 1, 0)))
-    assert shown.withheld is None
-    for reason in ("denied", None):
-        withheld = counted(("b.png", 0, 0)).drop_columns("reason")
-        shown.add(withheld.append_column("reason", pa.array([reason], pa.string())))
-        assert shown.withheld == "denied"
