@@ -145,10 +145,7 @@ def _preparing(config: TrainingConfig, n_images: int) -> tuple[Store, pa.Table] 
         )
         return ()
     total = size(n_images * store.image_bytes)
-    print(
-        f"prepared images: {total} in {store.folder}, {counted(len(found), 'image')} of them there",
-        flush=True,
-    )
+    print(f"prepared images: {total} in {store.folder}, which has {counted(len(found), 'image')}", flush=True)
     return store, found
 
 

@@ -55,8 +55,8 @@ def _job(config: TrainingConfig) -> str:
     return output.TRAIN if isinstance(config, TrainConfig) else output.CROSSVAL
 
 
-def finish_run(config: TrainingConfig, run_uri: str, timings: dict[str, float]) -> None:
-    """Mark the run as finished, with its durations in seconds."""
+def finish_run(config: TrainingConfig, run_uri: str, timings: dict[str, Any]) -> None:
+    """Mark the run as finished, with its durations in seconds, and what they depended on."""
     write_json(run_uri, RUN, _facts(config) | {"status": FINISHED, "timings": timings})
 
 

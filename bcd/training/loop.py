@@ -170,7 +170,7 @@ def _epoch(
         "images_per_s": n / seconds,
         "headspace": min(1.0, clock.seconds() / seconds),
         "images_from": stream.images_from,
-        "first_step_s": clock.first - task.started,
+        **({"first_step_s": clock.first - task.started} if epoch == 1 else {}),
         "class_counts": {name: counts[target] for target, name in enumerate(task.classes)},
         "workers": ray.train.get_context().get_world_size(),
         **_validation_metrics(task, validated),

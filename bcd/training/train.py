@@ -75,6 +75,10 @@ def run(
     owner = output.claim_folder(run_uri, output.TRAIN)
     evaluate.evaluate(storage.join(run_uri, run_directory.MODEL), table, facts, run_uri, owner)
     timings = {"train_s": round(trained - started, 1), "evaluate_s": round(time.time() - trained, 1)}
+    # A run that an older version began has records without these.
+    first, last = result.return_value[0], result.return_value[-1]
+    timings["first_step_s"] = first.get("first_step_s")
+    timings |= {name: last.get(name) for name in ("headspace", "images_from")}
     run_directory.finish_run(config, run_uri, timings)
     return run_uri
 

@@ -60,7 +60,9 @@ def test_the_run_directory_is_as_promised(run_uri, config):
     run = read_json(f"{run_uri}/run.json")
     assert run["status"] == "finished"
     assert run["versions"]["ray"]
-    assert run["timings"]["train_s"] > 0
+    assert run["timings"]["train_s"] > run["timings"]["first_step_s"] > 0
+    assert 0 < run["timings"]["headspace"] <= 1
+    assert run["timings"]["images_from"] == "host memory"
     assert output.read_marker(run_uri, output.TRAIN)  # every file in it is one that it may contain
 
 
