@@ -85,7 +85,8 @@ def _train(task: Task) -> list[dict[str, Any]]:
     listed = ray.get(task.listed) if task.listed is not None else None
     sizes = max(1, config.batch_size // context.get_world_size()), config.batch_size
     streams = streams_of(listed, config.seed, sizes, device)
-    streams[0].begin(len(state.history))
+    if len(state.history) < config.epochs:
+        streams[0].begin(len(state.history))
     torch.manual_seed(augmentation_seed(config.seed, context.get_world_rank(), len(state.history)))
     network = ray.train.torch.prepare_model(state.network, False)
     if isinstance(network, DistributedDataParallel):

@@ -74,7 +74,10 @@ def run(
     trained = time.time()
     owner = output.claim_folder(run_uri, output.TRAIN)
     evaluate.evaluate(storage.join(run_uri, run_directory.MODEL), table, facts, run_uri, owner)
-    timings = {"train_s": round(trained - started, 1), "evaluate_s": round(time.time() - trained, 1)}
+    timings: dict[str, Any] = {
+        "train_s": round(trained - started, 1),
+        "evaluate_s": round(time.time() - trained, 1),
+    }
     # A run that an older version began has records without these.
     first, last = result.return_value[0], result.return_value[-1]
     timings["first_step_s"] = first.get("first_step_s")
