@@ -6,7 +6,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 new = $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), \
 	"bcd needs Python 3.11 or newer: make PYTHON=python3.12"' && $(PYTHON) -m venv $(VENV)
 # uv is the faster one. It does not read pip's settings, so where it fails, pip does it.
-install = ($(PIP) uv && $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(1)) || $(PIP) $(1)
+install = ($(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python $(1)) || $(PIP) $(1)
+# Modules are compiled once, when they are first imported, and not by each of the processes that Ray starts.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo check test test-all lint docs env clean
 
