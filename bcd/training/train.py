@@ -74,16 +74,15 @@ def run(
     trained = time.time()
     owner = output.claim_folder(run_uri, output.TRAIN)
     evaluate.evaluate(storage.join(run_uri, run_directory.MODEL), table, facts, run_uri, owner)
-    timings: dict[str, Any] = {
-        "train_s": round(trained - started, 1),
-        "evaluate_s": round(time.time() - trained, 1),
-    }
-    # A run that an older version began has records without these.
-    first, last = result.return_value[0], result.return_value[-1]
-    timings["first_step_s"] = first.get("first_step_s")
-    timings |= {name: last.get(name) for name in ("headspace", "images_from")}
-    run_directory.finish_run(config, run_uri, timings)
+    timings = {"train_s": round(trained - started, 1), "evaluate_s": round(time.time() - trained, 1)}
+    run_directory.finish_run(config, run_uri, timings | _rates(result.return_value))
     return run_uri
+
+
+def _rates(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """When the first step ended, and how well the last epoch was fed; None in a run of an older version."""
+    last = {name: history[-1].get(name) for name in ("headspace", "images_from")}
+    return {"first_step_s": history[0].get("first_step_s")} | last
 
 
 def _pretrained(config: TrainConfig) -> "State | None":
