@@ -207,7 +207,19 @@ def test_processes_with_a_model_draw_no_bars():
     """ScoreCAM of pytorch-grad-cam draws one for every batch."""
     code = "import tqdm; list(tqdm.tqdm(range(3)))"
     for variables, drawn in (({}, True), (cluster.MODEL_VARIABLES, False)):
+        others = {name: value for name, value in os.environ.items() if name not in cluster.MODEL_VARIABLES}
         done = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, check=True
+            [sys.executable, "-c", code], env=others | variables, capture_output=True, check=True
         )
         assert bool(done.stderr) == drawn
+
+
+def test_processes_of_models_need_no_environment_where_all_have_it(monkeypatch):
+    for name in cluster.MODEL_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert cluster.worker_env() == {"env_vars": cluster.MODEL_VARIABLES}
+    for name, value in cluster.MODEL_VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    assert cluster.worker_env() == {}
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    assert cluster.worker_env() == {"env_vars": cluster.MODEL_VARIABLES}
