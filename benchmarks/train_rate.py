@@ -28,7 +28,7 @@ from bcd.model import train_step, weights
 from bcd.runtime import cluster, prepare
 from bcd.split import balance
 from bcd.taxonomy import TRAIN
-from bcd.training import train
+from bcd.training import feed, train
 
 
 class Rows(Dataset):
@@ -81,7 +81,8 @@ def ray_rate(table: pa.Table, config: TrainConfig) -> float:
     """Training images per second of the second epoch of a training run, validation included."""
     given = weights.pretrained(config.weights)
     with tempfile.TemporaryDirectory() as output:
-        result = train.train_model(config, output, table, given, cluster.scaling(config))
+        fed = feed.feed_of(config, table)
+        result = train.train_model(config, output, fed, given, cluster.scaling(config))
     record = result.return_value[1]
     return sum(record["class_counts"].values()) / record["seconds"]
 

@@ -123,6 +123,18 @@ def an_epoch(given, steps, n, epoch=1, size=2):
     return loop._train_epoch(given, steps, epoch, passes, loop.StepClock(torch.device("cpu")))
 
 
+def test_a_long_epoch_logs_how_far_it_is(monkeypatch, caplog):
+    alone(monkeypatch)
+    monkeypatch.setattr(loop, "PROGRESS_S", 0)
+    caplog.set_level("INFO", logger="bcd")
+    clock = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    told = loop.Told(task(40, epochs=3), 2)
+    told.tell(20)
+    told.tell(40)  # the line of the epoch follows
+    assert caplog.messages == ["epoch 2/3: 20 of 40 images, 2.0 images/s, 10 s left"]
+
+
 @pytest.mark.parametrize(("n", "epochs"), [(2, 1), (4, 1), (20, 3)])
 def test_no_step_has_the_rate_zero(monkeypatch, n, epochs):
     alone(monkeypatch)
