@@ -10,13 +10,16 @@ install = ($(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python $(1
 # Modules are compiled once, when they are first imported, and not by each of the processes that Ray starts.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo check test test-all lint docs env clean
+.PHONY: demo check pure test test-all lint docs env clean
 
 demo: $(VENV)/installed  ## generate synthetic images, train on them, evaluate, show where the report is
 	$(BIN)/python jobs/demo.py
 
-check: $(VENV)/installed-dev lint docs  ## lint, types, the site, and the tests that need no cluster and no browser
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not ray and not browser and not trial'
+check: $(VENV)/installed-dev  ## lint, types, the site, and the tests that need no other process
+	+$(MAKE) --no-print-directory --jobs 2 lint docs pure
+
+pure: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not process and not ray and not browser and not trial'
 
 test: $(VENV)/installed-dev lint  ## lint, types, and the tests that people run
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=25

@@ -23,7 +23,6 @@ from bcd import storage
 from bcd.data import synthetic
 from bcd.serving import middleware
 from tests.cluster import BIN, CLUSTER_CPUS, Cluster, free_port, kill, listens, processes, start_ray, wait_for
-from tests.service import LIMITS, TOKEN
 
 # Ray reads these when it is imported: the cluster asks for this token, and every client here has it.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -47,7 +46,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In one process the fast tests come first: a slip shows before a cluster starts. Of several one begins
-    with those that need Ray, which take longest."""
+    with those that need Ray, which take longest. Whatever asks for the S3 server is marked as such."""
+    for item in items:
+        if "s3" in getattr(item, "fixturenames", ()):
+            item.add_marker("process")
     first = bool(os.environ.get("PYTEST_XDIST_WORKER"))
     items.sort(key=lambda item: ("pytest.mark.ray" in item.path.read_text("utf-8")) != first)
 
@@ -105,8 +107,9 @@ def cluster(s3: str) -> Iterator[Cluster]:
     marker = f"BCD_TEST_CLUSTER={uuid.uuid4().hex}"
     arguments = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
     arguments += [f"--num-cpus={CLUSTER_CPUS}", f"--temp-dir={folder}", f"--object-store-memory={10**9}"]
-    # Imported here: the fast tests do without Ray.
+    # Imported here: the fast tests do without Ray, and what hands the tests out does without a model.
     from bcd.runtime.cluster import MODEL_VARIABLES
+    from tests.service import LIMITS, TOKEN
 
     # As on a cluster that a job starts: processes that have started become those of models.
     before = {name: os.environ.get(name) for name in MODEL_VARIABLES}

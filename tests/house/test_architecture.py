@@ -276,17 +276,20 @@ def imported(tmp_path_factory):
     return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE), folder
 
 
+@pytest.mark.process
 def test_importing_starts_writes_and_downloads_nothing(imported):
     done, folder = imported
     assert done.returncode == 0
     assert not list(folder.iterdir())
 
 
+@pytest.mark.process
 def test_light_modules_do_not_import_torch(imported):
     done, _ = imported
     assert json.loads(done.stdout.splitlines()[0]) == []
 
 
+@pytest.mark.process
 def test_jobs_start_without_torch(imported):
     """Workers that hold a model import it, and a training while Ray starts."""
     done, _ = imported

@@ -72,6 +72,7 @@ def test_whatever_else_lies_in_a_checkout_stays_there(tmp_path: Path, settings: 
     assert pack(folder, tmp_path / "package.zip", **settings) == sorted(CODE)
 
 
+@pytest.mark.process
 def test_the_jobs_run_from_what_was_sent(package: Path, tmp_path: Path) -> None:
     """As Ray runs them: unpacked, as the working directory, and first in PYTHONPATH."""
     zipfile.ZipFile(package).extractall(tmp_path)

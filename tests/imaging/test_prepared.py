@@ -33,7 +33,7 @@ def write(store, *numbers):
     prepared.write(store, [facts(n) for n in numbers], [pixels(n) for n in numbers])
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.process)])
 def store(request, tmp_path):
     uri = str(tmp_path) if request.param == "disk" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
     return prepared.Store(uri, *SIZE)

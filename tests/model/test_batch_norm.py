@@ -86,6 +86,7 @@ def found(tmp_path_factory):
     return [torch.load(folder / str(rank)) for rank in range(2)]
 
 
+@pytest.mark.process
 def test_two_workers_equal_one(found):
     whole = network()
     expected = step(whole, *data())
@@ -98,6 +99,7 @@ def test_two_workers_equal_one(found):
             torch.testing.assert_close(state[name], value, rtol=0, atol=1e-12)
 
 
+@pytest.mark.process
 def test_two_workers_equal_one_in_mixed_precision(found):
     batch_norm, x, gradient = layer()
     output, of_x, *of_parameters = through(batch_norm, x.float(), gradient.float())
@@ -117,6 +119,7 @@ def test_in_evaluation_it_is_plain_batch_norm():
     )
 
 
+@pytest.mark.process
 def test_running_statistics_of_workers_that_counted_apart_are_averaged(found):
     halves = [network() for _ in found]
     images, _ = data()

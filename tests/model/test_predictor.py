@@ -162,6 +162,7 @@ print(sorted({"ray", "cv2", "tensorboard", "torchvision", "torch._dynamo", "skle
 """
 
 
+@pytest.mark.process
 def test_loading_and_predicting_import_no_ray_and_no_compiler(tmp_path, network):
     predictor.save(network, card(), str(tmp_path / "model"))
     (tmp_path / "a.png").write_bytes(pictures.encode(pictures.gradient()))

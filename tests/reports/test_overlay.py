@@ -101,6 +101,7 @@ overlay.overlay(pixels, np.ones((7, 11)), 4, 224, 336)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("height", "width"), [(2_000, 4_000), (8_000, 1_000)])
 @pytest.mark.parametrize(("bytes_per_pixel", "enough"), [(16, True), (4, False)])
 def test_a_large_image_needs_little_more_memory_than_itself(

@@ -188,6 +188,7 @@ cli.main("demo")
 """
 
 
+@pytest.mark.process
 def test_a_named_cluster_that_does_not_answer_is_an_error_and_not_replaced():
     environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
     done = subprocess.run(

@@ -56,7 +56,7 @@ def expected(rows):
     return table(sorted({r["image_id"]: r for r in rows}.values(), key=lambda r: r["image_id"])).to_pylist()
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.process)])
 def output(request, tmp_path):
     """An empty output folder, here and there."""
     if request.param == "disk":

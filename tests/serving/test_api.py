@@ -238,6 +238,7 @@ def test_page_and_documentation_load_nothing_from_elsewhere(client):
         assert all(client.get(source).status_code == 200 for source in sources)
 
 
+@pytest.mark.process
 def test_requests_that_a_machine_thinks_up(client, tmp_path):
     """Schemathesis, from the OpenAPI document: no 5xx, and every answer as documented."""
     command = [
