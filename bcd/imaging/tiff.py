@@ -22,8 +22,10 @@ STARTS = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True),
 _TYPES = {1: (1, 2, 6, 7), 2: (3, 8), 4: (4, 9, 11, 13), 8: (5, 10, 12, 16, 17, 18)}
 SIZES = {kind: n_bytes for n_bytes, kinds in _TYPES.items() for kind in kinds}
 LETTERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
-# Tags: bytes of each strip, and of each tile.
+BYTES = 7
+# Tags: bytes of each strip, and of each tile; where each tile begins, and what its JPEG streams share.
 PART_BYTES = (279, 325)
+TILE_PLACES, TILE_BYTES, JPEG_TABLES = LONG = 324, 325, 347
 # Real files have some dozens of tags and, where their pages are focus planes or frames, hundreds of pages.
 MAX_TAGS, MAX_PAGES = 4_096, 1_000
 # Numbers read from a tag, one for each sample of a pixel; a palette has red, green and blue.
@@ -36,7 +38,7 @@ NUMBERS = {SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, 
 NUMBERS |= {PALETTE, TILE_WIDTH, TILE_HEIGHT, ORIENTATION, EXTRA, FORMAT, SUBSAMPLING}
 # Others are rejected: not every build of libtiff has them, fax decoders ignore damage and print a message for
 # every line, and old-style JPEG was never specified.
-UNCOMPRESSED = 1
+UNCOMPRESSED, JPEG = 1, 7
 COMPRESSIONS = {UNCOMPRESSED, 5, 7, 8, 32773, 32946, 34925, 50000}
 NAMES = dict.fromkeys((2, 3, 4), "CCITT fax") | dict.fromkeys((33003, 33005), "Aperio JPEG 2000")
 NAMES |= {6: "old-style JPEG", 32809: "ThunderScan", 34661: "JBIG", 34676: "SGI LogLuv", 34712: "JPEG 2000"}
@@ -55,14 +57,15 @@ IMAGEJ_START, PLANES_IMAGEJ = b"ImageJ=", re.compile(rb"^images=(\d+)", re.MULTI
 
 @dataclass(frozen=True)
 class Page:
-    """One page: its index in the file, numbers by tag, description (first page only), and the claimed size of
-    its largest strip or tile."""
+    """One page: its index in the file, numbers by tag, description (first page only), the claimed size of
+    its largest strip or tile, and of the tags that `values` reads byte order, type, count and value."""
 
     number: int
     tags: Mapping[int, tuple[int, ...]]
     description: bytes
     has_lookup_tables: bool
     largest_part_bytes: int
+    long: Mapping[int, tuple[str, int, int, bytes]]
 
     def one(self, tag: int, default: int = 0) -> int:
         """The first number of a tag."""
@@ -126,6 +129,7 @@ def _page(file: BinaryIO, order: str, is_big: bool, size_bytes: int, number: int
     if sum(SIZES.get(kind, 1) * count for _, kind, count, _ in entries) > size_bytes:
         raise ImageError("truncated", "its tags claim more bytes than the file has")
     tags, description, largest = dict[int, tuple[int, ...]](), b"", 0
+    long = {tag: (order, *rest) for tag, *rest in entries if tag in LONG and rest[0] in (*LETTERS, BYTES)}
     for tag, kind, count, value in entries:
         if tag in NUMBERS and kind in LETTERS:
             n_read = min(count, PALETTE_NUMBERS if tag == PALETTE else MAX_NUMBERS)
@@ -138,7 +142,15 @@ def _page(file: BinaryIO, order: str, is_big: bool, size_bytes: int, number: int
             largest = max(largest, int(np.frombuffer(content, order + LETTERS[kind]).max()))
     tags = {tag: values for tag, values in tags.items() if values}
     has_lookup_tables = any(entry[0] == IMAGEJ for entry in entries)
-    return Page(number, tags, description, has_lookup_tables, largest)
+    return Page(number, tags, description, has_lookup_tables, largest, long)
+
+
+def values(file: BinaryIO, page: Page, tag: int) -> np.ndarray:
+    """All numbers of a tag of any length, or its bytes; none where the page lacks it."""
+    if tag not in page.long:
+        return np.empty(0, np.uint8)
+    order, kind, count, value = page.long[tag]
+    return np.frombuffer(_value(file, order, kind, count, count, value), order + LETTERS.get(kind, "B"))
 
 
 def _value(file: BinaryIO, order: str, kind: int, count: int, n_read: int, value: bytes) -> bytes:

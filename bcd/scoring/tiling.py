@@ -105,7 +105,7 @@ def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
     thumbnail, scale = opened.thumbnail()
     mask = tissue.mask(thumbnail)
     share = tissue.fraction(mask, grid.boxes(scale))
-    chosen = np.flatnonzero((share >= tiling.min_tissue) & (share > 0))
+    chosen = grid.near(np.flatnonzero((share >= tiling.min_tissue) & (share > 0)))
     if not len(chosen):
         tiles = counted(len(grid), "tile")
         message = f"no tissue to score in {tiles}; --min-tissue is {tiling.min_tissue:g}"

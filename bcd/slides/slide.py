@@ -18,6 +18,7 @@ from PIL import Image
 
 from bcd.imaging import container, pixel_size, tiff
 from bcd.imaging.image import ImageError, boundary, to_srgb
+from bcd.slides import jpeg_tiles
 
 # Suffixes that only formats of OpenSlide 4 have. https://openslide.org/formats/
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm")
@@ -37,6 +38,7 @@ MAX_READ_PIXELS, MAX_SLIDE_PIXELS = container.MAX_PIXELS, 10**12
 # From this size, NDPI has longer addresses than TIFF, which it is otherwise.
 NDPI_BYTES = 2**32
 UNREADABLE = "unreadable", "the slide cannot be read"
+OPAQUE = 255
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Slide:
 
     Size and µm per pixel (across and down) are those of level 0, `downsamples` are level-0 pixels per pixel
     of each level, the ICC profile is None for sRGB, and the bounds are the upper left corner at level 0 of
-    the scanned region, to which QuPath crops a slide.
+    the scanned region, to which QuPath crops a slide. `tiles` reads what is in plain JPEG tiles.
     """
 
     handle: openslide.OpenSlide
@@ -57,12 +59,15 @@ class Slide:
     profile: bytes | None = None
     bounds_x_px: int = 0
     bounds_y_px: int = 0
+    tiles: jpeg_tiles.JpegTiles | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.handle.close()
+        if self.tiles:
+            self.tiles.close()
 
     def level_for(self, target_mpp: float) -> int:
         """The smallest level that has the detail of `target_mpp` µm/px, across and down. Raises ImageError
@@ -90,11 +95,27 @@ class Slide:
             needed = f"a tile needs {size[0]:,} x {size[1]:,} px of the slide"
             raise ImageError("too_many_pixels", f"{needed}; at most {MAX_READ_PIXELS:,} fit")
         with boundary(*UNREADABLE):
+            pixels = self._read_tiles(place, level, size)
+            if pixels is not None:
+                return pixels
             region = self.handle.read_region(place, level, size)
-            paper = Image.new("RGB", size, "white")
-            colors = to_srgb(region.convert("RGB"), self.profile) if self.profile else region
-            paper.paste(colors, mask=region)
-            return np.asarray(paper)
+            colors = self._in_srgb(region.convert("RGB"))
+            if region.getchannel("A").getextrema()[0] != OPAQUE:
+                paper = Image.new("RGB", size, "white")
+                paper.paste(colors, mask=region)
+                return np.asarray(paper)
+            return np.asarray(colors)
+
+    def _read_tiles(self, place: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray | None:
+        """The same pixels without OpenSlide, which interpolates where a place is between pixels of the level:
+        then None."""
+        x, y = (edge / self.downsamples[level] for edge in place)
+        if self.tiles is None or not (x.is_integer() and y.is_integer()):
+            return None
+        return self.tiles.read(int(x), int(y), level, *size)
+
+    def _in_srgb(self, colors: Image.Image) -> Image.Image:
+        return to_srgb(colors, self.profile) if self.profile else colors
 
     def thumbnail(self, max_side_px: int = 2048) -> tuple[np.ndarray, float]:
         """The whole slide as uint8 (h, w, 3) RGB, and its scale in pixels per level-0 pixel, at most 1.
@@ -143,9 +164,12 @@ def open_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -
             raise ImageError("too_many_pixels", f"a slide of {width:,} x {height:,} px is impossible")
         mpp = pixel_size.level0_mpp(properties, (width, height), given)
         downsamples, profile = tuple(handle.level_downsamples), handle.color_profile
+        tiles = None
+        if not profile and properties.get(openslide.PROPERTY_NAME_VENDOR) in jpeg_tiles.LAYOUTS:
+            tiles = jpeg_tiles.open_tiles(Path(path), handle.level_dimensions)
         stack.pop_all()
     icc = profile.tobytes() if profile else None
-    return Slide(handle, width, height, *mpp, downsamples, icc, *_bounds(properties))
+    return Slide(handle, width, height, *mpp, downsamples, icc, *_bounds(properties), tiles)
 
 
 def _bounds(properties: Mapping[str, str]) -> tuple[int, int]:

@@ -23,6 +23,16 @@ class Grid:
     def __len__(self) -> int:
         return len(self.x_level0_px)
 
+    def near(self, chosen: np.ndarray) -> np.ndarray:
+        """Indices of tiles, int (n,), in an order in which neighbours follow each other: the Z-order curve.
+
+        In that of rows, what two rows share would be decoded twice, unless a whole row were kept.
+        """
+        row, column = np.divmod(chosen, self.columns)
+        bits = range(max(self.rows, self.columns).bit_length())
+        code = sum((row >> i & 1) << 2 * i + 1 | (column >> i & 1) << 2 * i for i in bits)
+        return chosen[np.argsort(code)]
+
     def boxes(self, scale: float = 1.0) -> np.ndarray:
         """float64 (n, 4): x, y, width and height, in level-0 pixels times `scale`."""
         size = np.broadcast_to([self.width_level0_px, self.height_level0_px], (len(self), 2))

@@ -51,7 +51,9 @@ def test_a_slide_becomes_its_tiles_with_tissue(tmp_path):
     """5 x 5 tiles of 40 x 30 px; of the third column half has tissue."""
     table = expanded(write(tmp_path, {"s.tif": stained()}))
     assert table.schema == schema.READING
-    places = [(x, y) for y in (0, 30, 60, 90, 120) for x in (0, 40, 80)]
+    # Neighbours follow each other.
+    places = [(0, 0), (40, 0), (0, 30), (40, 30), (80, 0), (80, 30), (0, 60), (40, 60), (0, 90), (40, 90)]
+    places += [(80, 60), (80, 90), (0, 120), (40, 120), (80, 120)]
     nothing = dict.fromkeys(schema.READING.names)
     assert table.to_pylist() == [
         nothing

@@ -45,6 +45,12 @@ def test_boxes_scale_to_the_thumbnail():
     np.testing.assert_allclose(grid.boxes(0.5)[5], [343.5, 226, 343.5, 226])
 
 
+def test_neighbours_follow_each_other():
+    grid = tile.grid(4 * 700, 3 * 460, (0.5, 0.5), 0.5, 700, 460)
+    assert grid.near(np.arange(12)).tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 10, 11]
+    assert grid.near(np.array([2, 5, 8])).tolist() == [5, 2, 8]
+
+
 def test_a_tile_is_named_after_its_slide_place_and_scale():
     assert tile.tile_id("a/b.svs", 687, 452, 0.49) == "a/b.svs#687,452,0.49"
     assert tile.tile_id("a.svs", *np.array([0, 9]), np.float64(0.2)) == "a.svs#0,9,0.2"
