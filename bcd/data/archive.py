@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bcd import schema, storage
 from bcd.data import index, manifest
@@ -31,12 +32,12 @@ IMAGE_STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+
 class Archive:
     """The inputs, one row each (schema `schema.INPUTS`, sorted by id), and a count of other entries by kind.
 
-    `versions` has a text for each id that changes with its files, None if none can be read.
+    `versions` has a text for each row that changes with its files, null if none can be read.
     """
 
     table: pa.Table
+    versions: pa.Array
     passed: Counter[str] = field(default_factory=Counter)
-    versions: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def ignored(self) -> int:
@@ -58,9 +59,9 @@ def list_inputs(uri: str) -> Archive:
     """
     if manifest.is_one(uri):
         table = _from_manifest(uri)
-        ids, uris = (table[name].to_pylist() for name in (schema.IMAGE_ID, schema.URI))
-        found = storage.file_versions(uris)
-        return Archive(table, versions={name: found[place] for name, place in zip(ids, uris, strict=True)})
+        places = table[schema.URI].combine_chunks().dictionary_encode()
+        found = storage.file_versions(places.dictionary.to_pylist()).values()
+        return Archive(table, pa.array(found, pa.string()).take(places.indices))
     single = storage.is_file(uri)
     listing = _alone(uri) if single else storage.list_folder(uri)
     kept, passed = _select(listing)
@@ -74,12 +75,11 @@ def list_inputs(uri: str) -> Archive:
     for path, why in listing.faults.items():
         place = {schema.IMAGE_ID: path, schema.URI: f"{storage.absolute(uri)}/{path}"}
         rows.append(place | {schema.ERROR: UNREADABLE, schema.ERROR_MESSAGE: why})
-    return Archive(_table(rows), passed, {file.path: file.version for file in kept})
-
-
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    rows = sorted(rows, key=lambda row: row[schema.IMAGE_ID])
-    return pa.Table.from_pylist(rows, schema=schema.INPUTS)
+    table = pa.Table.from_pylist(rows, schema=schema.INPUTS).sort_by(schema.IMAGE_ID)
+    versions = {file.path: file.version for file in kept}
+    return Archive(
+        table, pa.array(map(versions.get, table[schema.IMAGE_ID].to_pylist()), pa.string()), passed
+    )
 
 
 def described(passed: Mapping[str, int]) -> str:
@@ -163,12 +163,11 @@ def _may_be_image(file: File) -> bool:
 def _from_manifest(uri: str) -> pa.Table:
     """Rows of a manifest, which may name one of the DICOM files of each slide."""
     found = manifest.read_manifest(uri)
-    rows = manifest.inputs(found, copies=True)
-    named = {row[schema.URI]: written.where for row, written in zip(rows, found.rows, strict=True)}
-    files = [File(uri, uri, dicom.LONG_HEAD_BYTES) for uri in named if uri.lower().endswith(slide.DICOM)]
+    table = manifest.inputs(found, copies=True)
+    is_dicom = pc.ends_with(pc.utf8_lower(table[schema.URI]), slide.DICOM)
+    files = [File(uri, uri, dicom.LONG_HEAD_BYTES) for uri in table[schema.URI].filter(is_dicom).to_pylist()]
     for first, paths in dicom.slides(dicom.headers(files)).items():
         if len(paths) > 1:
-            raise DataError(
-                f"{named[paths[1]]}: {paths[1]} is of the same slide as {first}; name one of them"
-            )
-    return _table(rows)
+            where = found.rows[pc.index(table[schema.URI], paths[1]).as_py()].where
+            raise DataError(f"{where}: {paths[1]} is of the same slide as {first}; name one of them")
+    return schema.fill(table, schema.INPUTS).sort_by(schema.IMAGE_ID)

@@ -110,7 +110,7 @@ def _from_manifest(data: str, given: Mapping[str, str]) -> tuple[list[dict[str, 
     if schema.TUMOR_CLASS not in found.columns and schema.SUBTYPE not in found.columns:
         needed = f"a column {schema.TUMOR_CLASS!r} or {schema.SUBTYPE!r} to train on"
         raise DataError(f"{data}: needs {needed}; {names.instead(found.columns)}")
-    rows = manifest.inputs(found, copies=False)
+    rows = manifest.inputs(found, copies=False).to_pylist()
     for row, written in zip(rows, found.rows, strict=True):
         row |= _labels(written, given) | {schema.MAGNIFICATION: manifest.magnification(written)}
         row[schema.PART] = _part(written)

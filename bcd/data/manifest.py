@@ -14,9 +14,11 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, overload
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bcd import schema, storage
@@ -39,6 +41,12 @@ ENCODINGS = {
 }
 # Uncompressed; ten million rows have about 1 GiB. A gzip file of a few MB can expand to any size.
 MAX_BYTES = 2**32
+# Columns of `inputs`, and one of its own.
+GIVEN = (schema.IMAGE_ID, schema.URI, schema.PATIENT, schema.CASE, schema.SLIDE, schema.MPP)
+_FILE = "file"
+# Python objects at a time. No column of a manifest has the second name: a header has no NUL.
+ROWS_AT_A_TIME = 10_000
+_WHERE = "\0where"
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 MAGNIFICATION = re.compile(r"([0-9]{1,4})(\.0*)? ?[xX×]?")
 
@@ -57,7 +65,41 @@ class Manifest:
 
     uri: str
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
+
+
+class _Rows(Sequence[Row]):
+    """The rows of a table, kept as columns: a million dictionaries would need half a GB."""
+
+    def __init__(self, rows: Iterator[Row], columns: Sequence[str]) -> None:
+        form = pa.schema([(name, pa.string()) for name in (*dict.fromkeys(columns), _WHERE)])
+        parts = iter(lambda: [row.cells | {_WHERE: row.where} for row in islice(rows, ROWS_AT_A_TIME)], [])
+        self._table = pa.concat_tables(
+            [form.empty_table(), *(pa.Table.from_pylist(part, form) for part in parts)]
+        )
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return next(_written(self._table.slice(range(len(self))[index], 1)))
+
+    def __iter__(self) -> Iterator[Row]:
+        for part in self._table.to_batches(max_chunksize=ROWS_AT_A_TIME):
+            yield from _written(part)
+
+
+def _written(part: pa.Table | pa.RecordBatch) -> Iterator[Row]:
+    for cells in part.to_pylist():
+        yield Row(cells.pop(_WHERE), {name: cell for name, cell in cells.items() if cell is not None})
 
 
 def is_one(uri: str) -> bool:
@@ -114,8 +156,9 @@ def _text(uri: str, text: str) -> Manifest:
     for _ in range(skipped):
         next(records)
     header = _header(uri, next(records, (1, []))[1])
-    rows = tuple(_row(f"{uri}, line {line}", header, cells, separator) for line, cells in records)
-    return Manifest(uri, tuple(filter(None, header)), rows)
+    rows = (_row(f"{uri}, line {line}", header, cells, separator) for line, cells in records)
+    columns = tuple(filter(None, header))
+    return Manifest(uri, columns, _Rows(rows, columns))
 
 
 def _separator(uri: str, text: str) -> tuple[str, int]:
@@ -185,11 +228,11 @@ def _parquet(uri: str, content: bytes) -> Manifest:
     for name, cells in columns.items():
         if nul := next((i for i, cell in enumerate(cells, 1) if "\0" in cell), 0):
             raise DataError(f"{uri}, row {nul}: the {name} contains a NUL byte; expected text")
-    rows = tuple(
+    rows = (
         Row(f"{uri}, row {i + 1}", {name: cells[i] for name, cells in columns.items() if cells[i]})
         for i in range(len(table))
     )
-    return Manifest(uri, tuple(header), rows)
+    return Manifest(uri, tuple(header), _Rows(rows, tuple(columns)))
 
 
 def _cells(name: str, column: pa.ChunkedArray) -> list[str]:
@@ -200,8 +243,8 @@ def _cells(name: str, column: pa.ChunkedArray) -> list[str]:
     return [(value.decode() if isinstance(value, bytes) else str(value)).strip() for value in values]
 
 
-def inputs(manifest: Manifest, copies: bool) -> list[dict[str, Any]]:
-    """A row per image with columns of `schema.INDEX`, without labels.
+def inputs(manifest: Manifest, copies: bool) -> pa.Table:
+    """A row per image with columns of `schema.INDEX`, in the manifest's order, without labels.
 
     Requires a column `uri`; `image_id` (by default the uri as written), `patient`, `case`, `slide` and `mpp`
     are optional. With `copies`, rows with an `image_id` each may name the same file.
@@ -211,24 +254,33 @@ def inputs(manifest: Manifest, copies: bool) -> list[dict[str, Any]]:
     if schema.URI not in manifest.columns:
         raise DataError(f"{manifest.uri}: no column {schema.URI!r}; {names.instead(manifest.columns)}")
     root = storage.parent(manifest.uri)
-    result = [_input(row, root) for row in manifest.rows]
-    wheres = [row.where for row in manifest.rows]
-    _require_once([row[schema.IMAGE_ID] for row in result], wheres, "image id")
-    named = [copies and schema.IMAGE_ID in row.cells for row in manifest.rows]
-    files = [posixpath.normpath(row[schema.URI]) for row in result]
-    _require_once([None if of else file for of, file in zip(named, files, strict=True)], wheres, "file")
-    return result
+    # As precise as written: users see these numbers in errors.
+    kinds = {schema.MPP: pa.float64()}
+    form = pa.schema([(name, kinds.get(name, pa.string())) for name in (*GIVEN, _FILE)])
+    rows = iter(manifest.rows)
+    parts = iter(lambda: [_input(row, root, copies) for row in islice(rows, ROWS_AT_A_TIME)], [])
+    table = pa.concat_tables([form.empty_table(), *(pa.Table.from_pylist(part, form) for part in parts)])
+    for name, kind in ((schema.IMAGE_ID, "image id"), (_FILE, "file")):
+        _require_once(table[name], manifest, kind)
+    return table.drop_columns(_FILE)
 
 
-def _require_once(values: Sequence[str | None], wheres: Sequence[str], kind: str) -> None:
-    first: dict[str, str] = {}
-    for value, where in zip(values, wheres, strict=True):
-        if value is not None and first.setdefault(value, where) != where:
-            line = first[value].rpartition(", ")[2]
-            raise DataError(f"{where}: {kind} {value!r} is in {line} already; each may occur once")
+def _require_once(values: pa.ChunkedArray, manifest: Manifest, kind: str) -> None:
+    """Of the values that are not null."""
+    values = values.combine_chunks()
+    if len(values) - values.null_count == pc.count_distinct(values).as_py():
+        return
+    first: dict[str, int] = {}
+    for i, value in enumerate(values.to_pylist()):
+        if value is not None and (before := first.setdefault(value, i)) != i:
+            line = manifest.rows[before].where.rpartition(", ")[2]
+            raise DataError(
+                f"{manifest.rows[i].where}: {kind} {value!r} is in {line} already; each may occur once"
+            )
 
 
-def _input(row: Row, root: str) -> dict[str, Any]:
+def _input(row: Row, root: str, copies: bool) -> dict[str, Any]:
+    """The columns GIVEN, and the file that no other row may name."""
     if not (uri := row.cells.get(schema.URI)):
         raise DataError(f"{row.where}: the {schema.URI} is empty")
     ids = (schema.PATIENT, schema.CASE, schema.SLIDE)
@@ -241,6 +293,7 @@ def _input(row: Row, root: str) -> dict[str, Any]:
         schema.MPP: _mpp(row),
         schema.IMAGE_ID: row.cells.get(schema.IMAGE_ID, uri),
         schema.URI: placed,
+        _FILE: None if copies and schema.IMAGE_ID in row.cells else posixpath.normpath(placed),
     }
 
 

@@ -217,7 +217,7 @@ def _disk(path: Path) -> Disk:
 def _find(flag: str, uri: str) -> str:
     """One of the images that a flag names."""
     if manifest.is_one(uri):
-        return manifest.inputs(manifest.read_manifest(uri), copies=True)[0][schema.URI]
+        return manifest.inputs(manifest.read_manifest(uri), copies=True)[schema.URI][0].as_py()
     if storage.is_file(uri):
         return uri
     suffixes = archive.SUFFIXES if flag == "--input" else index.IMAGE_SUFFIXES

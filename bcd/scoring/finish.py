@@ -26,7 +26,7 @@ OVERVIEW = [
 def present(
     ours: Ledger,
     plans: Sequence[tiling.Plan],
-    inputs: Sequence[str],
+    inputs: pa.ChunkedArray,
     settings: predict.Settings,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -51,15 +51,16 @@ def present(
 
 
 def _counts(
-    table: pa.Table, failed_inputs: pa.Table, described: pa.Table, inputs: Sequence[str]
+    table: pa.Table, failed_inputs: pa.Table, described: pa.Table, inputs: pa.ChunkedArray
 ) -> dict[str, int]:
     tiles = pc.is_valid(table[schema.X_LEVEL0_PX])
     fields = table.filter(pc.invert(tiles))
-    scored_slides = set(table.filter(tiles)[schema.SLIDE].to_pylist())
+    scored_slides = table.filter(tiles)[schema.SLIDE].unique()
     n_errors = len(failed_inputs)
     n_results = len(fields) - n_errors + len(scored_slides)
     # Files removed from the archive keep their rows.
-    n_inputs = len({*scored_slides, *fields[schema.IMAGE_ID].to_pylist(), *inputs})
+    names = [scored_slides, fields[schema.IMAGE_ID].combine_chunks(), inputs.combine_chunks()]
+    n_inputs = len(pa.chunked_array(names, pa.string()).unique())
     if n_inputs != n_results + n_errors:
         raise IncompleteError(f"{n_inputs:,} inputs, but {n_results:,} results and {n_errors:,} errors")
     return {

@@ -5,6 +5,7 @@ change has changed unless its bytes have the sha256 in its row; a slide, which h
 an input whose manifest now states another file, patient, slide or µm/px.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterable
 from typing import Any
@@ -31,8 +32,7 @@ def settle(ours: Ledger, older: Done, done: Done, found: Archive) -> list[str]:
     Raises:
         StorageError: a transient error for a file that may have changed.
     """
-    versions = pa.array(map(found.versions.get, found.table[schema.IMAGE_ID].to_pylist()), pa.string())
-    now = schema.fill(found.table.append_column(schema.VERSION, versions), schema.SEEN_INPUTS)
+    now = schema.fill(found.table.append_column(schema.VERSION, found.versions), schema.SEEN_INPUTS)
     uri = storage.join(ours.uri, FILE)
     before = storage.read_table(uri) if storage.exists(uri) else schema.SEEN_INPUTS.empty_table()
     changed = sorted(_changed(before, now, older, done))
@@ -49,14 +49,16 @@ def settle(ours: Ledger, older: Done, done: Done, found: Archive) -> list[str]:
 
 def _changed(before: pa.Table, now: pa.Table, older: Done, done: Done) -> set[str]:
     """Ids of the scored inputs that are not what they were."""
-    known = {row[schema.IMAGE_ID]: row for row in before.to_pylist()}
+    place = pc.index_in(now[schema.IMAGE_ID], before[schema.IMAGE_ID].combine_chunks())
+    now, old = now.filter(pc.is_valid(place)), before.take(place.drop_null())
+    differs = [_differ(now[name], old[name]) for name in (*FACTS, schema.VERSION)]
+    anything = functools.reduce(pc.or_, differs)
     changed, suspects = set[str](), list[dict[str, Any]]()
-    for row in now.to_pylist():
+    for row, was in zip(now.filter(anything).to_pylist(), old.filter(anything).to_pylist(), strict=True):
         name = row[schema.IMAGE_ID]
-        old = known.get(name)
-        if old is None or old == row or not (older.rows[name] or done.rows[name]):
+        if not (older.rows[name] or done.rows[name]):
             continue
-        if any(old[fact] != row[fact] for fact in FACTS):
+        if any(was[fact] != row[fact] for fact in FACTS):
             changed.add(name)
         else:
             suspects.append(row)
@@ -64,6 +66,12 @@ def _changed(before: pa.Table, now: pa.Table, older: Done, done: Done) -> set[st
     rows_of |= ledger.hashes(done, names)
     changed |= names - rows_of.keys()
     return changed | _other_bytes([row for row in suspects if row[schema.IMAGE_ID] in rows_of], rows_of)
+
+
+def _differ(one: pa.ChunkedArray, other: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Where two columns differ; null equals null."""
+    one_is_null = pc.xor(pc.is_null(one), pc.is_null(other))
+    return pc.or_(pc.not_equal(one, other).fill_null(False), one_is_null)
 
 
 def _other_bytes(suspects: list[dict[str, Any]], rows_of: dict[str, str]) -> set[str]:
@@ -100,11 +108,19 @@ def _forget_slides(ours: Ledger, names: list[str]) -> None:
 
 def require_same_slides(before: Archive, after: Archive, slides: Iterable[str]) -> None:
     """Raises IncompleteError if a slide was replaced while its tiles were read: they may be of both files."""
-    names = [name for name in slides if before.versions.get(name) != after.versions.get(name)]
+    names = sorted(slides)
+    first, second = (_versions(archive, names) for archive in (before, after))
+    names = [name for name in names if first.get(name) != second.get(name)]
     if names:
         raise IncompleteError(
             f"{changed_text(names, 'during this run')}: run the same command again to score them"
         )
+
+
+def _versions(archive: Archive, names: list[str]) -> dict[str, str | None]:
+    chosen = pc.is_in(archive.table[schema.IMAGE_ID], pa.array(names, pa.string()))
+    ids = archive.table[schema.IMAGE_ID].filter(chosen).to_pylist()
+    return dict(zip(ids, archive.versions.filter(chosen.combine_chunks()).to_pylist(), strict=True))
 
 
 def changed_text(names: list[str], when: str) -> str:

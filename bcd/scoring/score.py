@@ -103,7 +103,7 @@ def run(config: ScoreConfig) -> str:
         "first_row_s": round(progress.first - started, 1) if progress.first else None,
         "seconds": round(time.monotonic() - started, 1),
     }
-    names = found.table[schema.IMAGE_ID].to_pylist()
+    names = found.table[schema.IMAGE_ID]
     summary = finish.present(ours, list(books.plans.values()), names, settings, facts)
     ledger.close_ledger(ours, summary)
     for line in finish.closing_lines(ours.uri, summary):

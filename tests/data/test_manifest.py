@@ -194,14 +194,14 @@ def test_parquet_that_says_no_answer_is_refused(tmp_path, columns, said):
     ],
 )
 def test_where_a_row_points_to(tmp_path, uri, place):
-    (row,) = manifest.inputs(read(tmp_path / "m.csv", f"uri\n{uri}\n"), False)
+    (row,) = manifest.inputs(read(tmp_path / "m.csv", f"uri\n{uri}\n"), False).to_pylist()
     assert row[schema.URI] == place.replace("ROOT", str(tmp_path))
     assert row[schema.IMAGE_ID] == uri
 
 
 def test_a_file_may_be_named_again_only_where_each_row_has_an_id(tmp_path):
     rows = read(tmp_path / "m.csv", "uri,image_id\na.png,1\n./a.png,2\n")
-    assert [row[schema.IMAGE_ID] for row in manifest.inputs(rows, copies=True)] == ["1", "2"]
+    assert manifest.inputs(rows, copies=True)[schema.IMAGE_ID].to_pylist() == ["1", "2"]
     with pytest.raises(DataError, match=r"line 3: file '.*/a.png' is in line 2 already"):
         manifest.inputs(rows, copies=False)
     with pytest.raises(DataError, match=r"line 4: file '.*/a.png' is in line 3 already"):

@@ -30,9 +30,14 @@ DESCRIBED = pa.Table.from_pylist(
 FAILED_INPUTS = TABLE.filter(pa.array([False, True, False, False, True]))
 
 
+def counts(names):
+    inputs = pa.chunked_array([names], pa.string())
+    return finish._counts(TABLE, FAILED_INPUTS, DESCRIBED, inputs)
+
+
 def test_counts_add_up():
-    counts = finish._counts(TABLE, FAILED_INPUTS, DESCRIBED, ["a.png", "b.png", "s.svs", "t.svs"])
-    assert counts == {
+    found = counts(["a.png", "b.png", "s.svs", "t.svs"])
+    assert found == {
         "n_inputs": 4,
         "n_results": 2,
         "n_errors": 2,
@@ -45,20 +50,20 @@ def test_counts_add_up():
 
 def test_an_input_without_a_row_is_found():
     with pytest.raises(IncompleteError, match="5 inputs, but 2 results and 2 errors"):
-        finish._counts(TABLE, FAILED_INPUTS, DESCRIBED, ["a.png", "b.png", "s.svs", "t.svs", "lost.png"])
+        counts(["a.png", "b.png", "s.svs", "t.svs", "lost.png"])
 
 
 def test_closing_lines():
-    counts = finish._counts(TABLE, FAILED_INPUTS, DESCRIBED, ["a.png"])
+    found = counts(["a.png"])
     told = {"errors": {"truncated": 1, "missing_mpp": 1}, "warnings": {"unlike_training_data": 12}}
-    lines = finish.closing_lines("/out", counts | told)
+    lines = finish.closing_lines("/out", found | told)
     assert lines[0] == "4 inputs = 2 results + 2 errors; 5 rows, 2 of them tiles"
     assert lines[1:3] == ["  missing_mpp: 1", "  truncated: 1"]
     assert lines[3] == "  warned of unlike_training_data: 12 rows"
     assert lines[-1].endswith("/out/summary.json")
-    timed = finish.closing_lines("/out", counts | told | {"first_row_s": 18.8, "seconds": 5_000.0})
+    timed = finish.closing_lines("/out", found | told | {"first_row_s": 18.8, "seconds": 5_000.0})
     assert timed[1] == "first rows after 19 s, all after 83 min"
-    blind = finish.closing_lines("/out", counts | told | {"warnings": None})
+    blind = finish.closing_lines("/out", found | told | {"warnings": None})
     assert blind[3] == "  the model has no statistics to identify images unlike its training data"
 
 

@@ -39,7 +39,7 @@ def archive(changes=None, versions=None):
         for name in NAMES
     }
     table = pa.Table.from_pylist(list(facts.values()), schema=schema.INDEX)
-    return Archive(table, 0, dict.fromkeys(NAMES, "1-1") | (versions or {}))
+    return Archive(table, pa.array([(versions or {}).get(name, "1-1") for name in NAMES], pa.string()))
 
 
 def with_hash(known):
@@ -124,7 +124,8 @@ def test_a_file_that_was_not_there_and_came_is_scored(tmp_path):
 def test_what_has_left_the_archive_keeps_its_rows_until_another_file_comes(tmp_path, monkeypatch):
     scored(tmp_path, ROWS, merged=True)
     found = archive()
-    without = Archive(found.table.filter(pa.array([name != "f02.png" for name in NAMES])), 0, found.versions)
+    others = pa.array([name != "f02.png" for name in NAMES])
+    without = Archive(found.table.filter(others), found.versions.filter(others))
     assert settle(tmp_path, without)[1] == []
     assert "f02.png" in [known["image_id"] for known in rows_in(tmp_path)]
     monkeypatch.setattr(read, "contents", lambda uris: (b"other bytes" for _ in uris))
