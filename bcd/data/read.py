@@ -21,10 +21,8 @@ Picture = tuple[np.ndarray, int, int]
 Content = np.ndarray | bytes | image.ImageError
 
 
-def pixels(
-    batch: pa.Table, height_px: int, width_px: int, keep: Sequence[str], threads: int = 1
-) -> dict[str, Any]:
-    """Read, decode (in `threads`) and fit the image of every row into the network's input.
+def pixels(batch: pa.Table, height_px: int, width_px: int, keep: Sequence[str]) -> dict[str, Any]:
+    """Read, decode and fit the image of every row into the network's input.
 
     Rows have a `uri`; tiles, and prepared images, also the other columns of `schema.READING`. Returns the
     columns `keep`, `image` uint8 (n, height, width, 3), black if broken, `height_px` and `width_px` of the
@@ -36,7 +34,7 @@ def pixels(
     heights, widths = np.zeros(n, np.int32), np.zeros(n, np.int32)
     # Empty and not null for a good image: NumPy batches have no null for text.
     hashes, errors, messages = [""] * n, [""] * n, [""] * n
-    results = _fitted(batch.to_pylist(), threads, (height_px, width_px))
+    results = _fitted(batch.to_pylist(), (height_px, width_px))
     for i, (hashes[i], result) in enumerate(results):
         if isinstance(result, image.ImageError):
             errors[i], messages[i] = result.code, result.message
@@ -54,12 +52,13 @@ def pixels(
 
 
 def _fitted(
-    rows: list[dict[str, Any]], threads: int, size: tuple[int, int]
+    rows: list[dict[str, Any]], size: tuple[int, int]
 ) -> Iterator[tuple[str, Picture | image.ImageError]]:
     """Hashes and fitted images in order; files are fetched while others are decoded."""
-    with ThreadPoolExecutor(storage.READ_THREADS) as fetching, ThreadPoolExecutor(threads) as decoding:
+    with ThreadPoolExecutor(storage.READ_THREADS) as fetching:
         contents = [fetching.submit(_fetched, row, size) if _is_file(row) else None for row in rows]
-        yield from decoding.map(lambda row, content: _fit(row, content, size), rows, contents)
+        for row, content in zip(rows, contents, strict=True):
+            yield _fit(row, content, size)
 
 
 def _is_file(row: dict[str, Any]) -> bool:

@@ -157,7 +157,7 @@ def evaluate(
     predictions_uri = storage.join(folder, PREDICTIONS)
     settings = settings or predict.Settings(model_uri, model_id(card))
     inputs = schema.fill(test, schema.READING)
-    dataset = datasets.row_dataset(inputs, settings.batch_size, cluster.waiting_cpus())
+    dataset = datasets.row_dataset(inputs, settings.batch_size, **cluster.beside_models())
     rows = predict.score_rows(dataset, settings)
     with predict.one_model(settings):
         predict.write_predictions(rows, predictions_uri, owner)

@@ -115,8 +115,8 @@ def _framed(content: container.Content, kind: str) -> np.ndarray:
 
 
 def _decode_fast(content: container.Content) -> np.ndarray | None:
-    """Pillow's pixels of a plain PNG in less than half of its time, and without holding the interpreter; None
-    for any other image, and for one that Pillow has to judge."""
+    """Pillow's pixels of a plain PNG in less than half of its time; None for any other image, and for one
+    that Pillow has to judge. Threads do not share the work: the decoder holds the interpreter."""
     if content.rgb8_size is None:
         return None
     try:

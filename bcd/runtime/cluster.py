@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 from ray._private.state import state as ray_state
-from ray.data import DataContext
+from ray.data import DataContext, TaskPoolStrategy
 from ray.train import ScalingConfig
 
 from bcd.config.training import TrainConfig
@@ -49,6 +49,10 @@ def connect(trains: bool = False) -> None:
             _join(address)
         else:
             _start(trains)
+    # Ray 2.60's default grants each step what it used in the seconds before. Rounded, that was less than a
+    # task of the last step, which commits rows: it waited until all images were scored. This one grants all
+    # nodes.
+    os.environ.setdefault("RAY_DATA_CLUSTER_AUTOSCALER", "V2")
     # Ray Data logs every execution; the jobs print their own lines.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that there are no bars
@@ -73,6 +77,8 @@ def _start(trains: bool) -> None:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     # Ray's own processes warn about Ray's own code.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::DeprecationWarning")
+    # Ray ends idle processes beyond one per CPU after a second. Jobs of several steps would start them again.
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * cores()))
     # A process more that watches for nodes of a cloud that are about to be taken away.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Never a cluster that merely happens to run here: two jobs on one small machine starve each other.
@@ -201,6 +207,13 @@ def waiting_cpus() -> float:
     A request of 0 could also be placed on a head node that must run nothing (CPU 0).
     """
     return 0.01 if total_resources()["CPU"] > 1 else 0.0
+
+
+def beside_models() -> dict[str, Any]:
+    """Options of Ray Data for tasks that work while models hold all CPUs but one: as many at a time as there
+    are CPUs. Without a limit Ray would start a process for each task that asks for no whole CPU."""
+    limit = TaskPoolStrategy(max(1, int(total_resources()["CPU"])))
+    return {"num_cpus": waiting_cpus(), "compute": limit}
 
 
 @dataclass(frozen=True)

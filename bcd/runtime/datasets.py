@@ -29,22 +29,22 @@ MOST_TASKS = 10_000
 FINISHED_EPOCHS = "bcd_finished_epochs"
 
 
-def row_dataset(table: pa.Table, rows_per_block: int | None = None, num_cpus: float | None = None) -> Dataset:
+def row_dataset(table: pa.Table, rows_per_block: int | None = None, **options: Any) -> Dataset:
     """A dataset of rows in blocks of `rows_per_block`, by default of `rows_per_task`.
 
-    `num_cpus` is for the tasks that hand on the rows, where actors and not tasks read them.
+    The options of Ray Data are for the tasks that hand on the rows, where other tasks or actors read them.
     """
-    return _read(Rows(table, rows_per_block), num_cpus)
+    return _read(Rows(table, rows_per_block), options)
 
 
 def shuffled(table: pa.Table, seed: int) -> Dataset:
     """A dataset of rows in another random order at every pass, determined by the seed."""
-    return _read(Rows(table, seed=seed), None)
+    return _read(Rows(table, seed=seed), {})
 
 
-def _read(rows: "Rows", num_cpus: float | None) -> Dataset:
+def _read(rows: "Rows", options: dict[str, Any]) -> Dataset:
     # Ray Data would divide few tasks into more blocks.
-    return ray.data.read_datasource(rows, num_cpus=num_cpus, override_num_blocks=rows.n_tasks())
+    return ray.data.read_datasource(rows, override_num_blocks=rows.n_tasks(), **options)
 
 
 def rows_per_task(n: int) -> int:

@@ -9,7 +9,6 @@ import ray
 from ray.data import Dataset
 
 from bcd import schema
-from bcd.data import read
 from bcd.model import novelty
 from bcd.model.card import Card
 from bcd.model.novelty import FeatureStatistics
@@ -85,8 +84,8 @@ def _pooled(parts: Mapping[str, pa.Table], card: Card, shared: ray.ObjectRef) ->
     """A row of `SUMS` for every batch; no block has images of two parts."""
     size = predict.Settings.batch_size
     tables = [_listed(rows, part) for part, rows in parts.items()]
-    waiting = cluster.waiting_cpus()
-    first, *others = [datasets.row_dataset(table, size, waiting) for table in tables]
+    beside = cluster.beside_models()
+    first, *others = [datasets.row_dataset(table, size, **beside) for table in tables]
     options = predict.reading_options(card, KEEP)
     return predict.on_models(first.union(*others), _Pooler, (shared,), options, size)
 
@@ -105,14 +104,9 @@ class _Pooler:
 
         state, card = ray.get(shared)
         self._predictor = predictor.from_state(state, card)
-        self._threads = threads
-        if threads:
-            cluster.use_threads(threads)
+        cluster.use_threads(threads)
 
-    def __call__(self, batch: Any) -> pa.Table:
-        if self._threads:
-            options = predict.reading_options(self._predictor.card, KEEP)
-            batch = read.pixels(batch, **options, threads=self._threads)
+    def __call__(self, batch: dict[str, Any]) -> pa.Table:
         inspection.require_whole(batch[schema.ERROR], batch[schema.IMAGE_ID])
         # Copied, because a batch from another worker is a read-only view of Ray's object store.
         pooled, logit = self._predictor.pooled(np.array(batch[schema.IMAGE]))

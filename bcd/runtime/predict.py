@@ -83,28 +83,27 @@ def on_models(
     batch_size: int,
     max_workers: int | None = None,
 ) -> Dataset:
-    """Pass every image to an actor that holds a model.
+    """Pass every image to an actor that holds a model; other processes read for it meanwhile.
 
-    Without GPUs a worker reads its own images: pixels stay in its memory, and all its cores are used. GPUs
-    must not wait, so CPU workers read for them.
+    Reading in threads of the same process is no faster than in one: the PNG decoder holds the interpreter.
 
     Args:
         dataset: rows of schema `schema.READING`.
-        worker: constructed with `arguments` and the number of threads with which it reads images, 0 if they
-            are read for it; called with a block of rows, or with `batch_size` rows from `read.pixels`.
+        worker: constructed with `arguments` and a number of threads, called with rows from `read.pixels`:
+            `batch_size` of them on GPUs, else those of one block.
         arguments: of the constructor.
-        options: of `read.pixels`, where CPU workers call it.
+        options: of `read.pixels`.
     """
     pool = cluster.model_workers(max_workers)
-    if pool.num_gpus:
-        dataset = dataset.map_batches(
-            read.pixels, fn_kwargs=options, batch_size=None, batch_format="pyarrow", num_cpus=1
-        )
-    return dataset.map_batches(
+    readers: dict[str, Any] = {"num_cpus": 1} if pool.num_gpus else cluster.beside_models()
+    pixels = dataset.map_batches(
+        read.pixels, fn_kwargs=options, batch_size=None, batch_format="pyarrow", **readers
+    )
+    return pixels.map_batches(
         worker,
-        fn_constructor_args=(*arguments, 0 if pool.num_gpus else pool.threads),
+        fn_constructor_args=(*arguments, pool.threads),
         batch_size=batch_size if pool.num_gpus else None,
-        batch_format="numpy" if pool.num_gpus else "pyarrow",
+        batch_format="numpy",
         compute=ActorPoolStrategy(min_size=1, max_size=pool.size, initial_size=pool.ready),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
@@ -119,9 +118,8 @@ class Scorer:
         # Not at the top: jobs, and processes that read or write for them, do without torch.
         from bcd.model import predictor, resnet
 
-        self._settings, self._threads = settings, threads
-        if threads:
-            cluster.use_threads(threads)
+        cluster.use_threads(threads)
+        self._settings = settings
         self._predictor = predictor.load(
             settings.model_uri, precision=settings.precision, compiled=settings.compile
         )
@@ -132,13 +130,10 @@ class Scorer:
             schema.BCD_VERSION: provenance.own_version(),
         }
 
-    def __call__(self, batch: Any) -> pa.Table:
-        """Rows of predictions, from rows to read, or from images (n, height, width, 3) and their columns."""
+    def __call__(self, batch: dict[str, Any]) -> pa.Table:
+        """Rows of predictions, from images (n, height, width, 3) and the other columns of `read.pixels`."""
         # Raises BundleError here, because Ray would replace an actor that fails in its constructor.
         bundle.require_same(self._settings.model_uri, self._settings.model_id, self._predictor.model_id)
-        if self._threads:
-            options = reading_options(self._predictor.card, CARRIED)
-            batch = read.pixels(batch, **options, threads=self._threads)
         good = batch[schema.ERROR] == ""
         n = len(good)
         columns = {name: pa.array(batch[name], from_pandas=True) for name in CARRIED}

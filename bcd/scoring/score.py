@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.data import Dataset, TaskPoolStrategy
+from ray.data import Dataset
 
 from bcd import schema, storage
 from bcd.config.options import OPERATIONAL
@@ -241,15 +241,15 @@ def _reading(
     slides = todo.filter(maybe)
     sources = []
     if len(fields):
-        sources.append(datasets.row_dataset(fields, ROWS_PER_BLOCK, cluster.waiting_cpus()))
+        sources.append(datasets.row_dataset(fields, ROWS_PER_BLOCK, **cluster.beside_models()))
     if len(slides):
-        tiles = datasets.row_dataset(slides, 1, cluster.waiting_cpus()).map_batches(
+        beside = cluster.beside_models()
+        tiles = datasets.row_dataset(slides, 1, **beside).map_batches(
             tiling.expand,
             fn_kwargs={"tiling": tile_settings, "plans_uri": plans_uri, "done": done_tiles},
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=cluster.waiting_cpus(),
-            compute=TaskPoolStrategy(min(len(slides), max(1, int(cluster.total_resources()["CPU"]) // 2))),
+            **beside,
         )
         sources.append(tiles.repartition(target_num_rows_per_block=ROWS_PER_BLOCK))
     return sources[0].union(*sources[1:]) if len(sources) > 1 else sources[0]

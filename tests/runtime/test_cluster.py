@@ -188,6 +188,18 @@ cli.main("demo")
 """
 
 
+def test_the_last_step_is_granted_a_task(monkeypatch):
+    """As `cluster.connect` asks for: Ray calls the one that grants all nodes by this name."""
+    from ray.data._internal.cluster_autoscaler import ClusterAutoscalerVersion
+
+    monkeypatch.delenv("RAY_DATA_CLUSTER_AUTOSCALER", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    cluster.connect()
+    assert os.environ["RAY_DATA_CLUSTER_AUTOSCALER"] in {
+        version.value for version in ClusterAutoscalerVersion
+    }
+
+
 @pytest.mark.process
 def test_a_named_cluster_that_does_not_answer_is_an_error_and_not_replaced():
     environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}

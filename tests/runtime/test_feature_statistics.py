@@ -6,9 +6,10 @@ import pytest
 import ray
 
 from bcd import schema
+from bcd.data import read
 from bcd.errors import BcdError
 from bcd.model import weights
-from bcd.runtime import feature_statistics
+from bcd.runtime import feature_statistics, predict
 from tests import pictures
 from tests.model.test_bundle import card
 from tests.trained import statistics_here
@@ -51,5 +52,7 @@ def test_a_missing_image_is_named(joined, tmp_path):
     pooler = feature_statistics._Pooler(
         ray.put((weights.build(2, architecture="resnet18").state_dict(), card())), 2
     )
+    listed = feature_statistics._listed(rows, "train")
+    pixels = read.pixels(listed, **predict.reading_options(card(), feature_statistics.KEEP))
     with pytest.raises(BcdError, match=r"t-1.png became unusable"):
-        pooler(feature_statistics._listed(rows, "train"))
+        pooler(pixels)

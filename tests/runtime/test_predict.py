@@ -34,13 +34,23 @@ def model_uri(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scorer(model_uri):
-    """As on a CPU: it reads what it scores, with two threads."""
-    return predict.Scorer(settings(model_uri, batch_size=4), 2)
+    return Scores(settings(model_uri, batch_size=4))
 
 
 def settings(uri, **chosen):
     """Settings of a job that begins now."""
     return predict.Settings(uri, bundle.identify(uri), **chosen)
+
+
+class Scores:
+    """A worker and what reads for it, in one process: rows to predictions."""
+
+    def __init__(self, job):
+        self.worker = predict.Scorer(job, 2)
+
+    def __call__(self, rows):
+        options = predict.reading_options(self.worker._predictor.card, predict.CARRIED)
+        return self.worker(read.pixels(rows, **options))
 
 
 def reading(folder, contents):
@@ -138,13 +148,6 @@ def test_a_row_does_not_depend_on_its_neighbours_or_its_place(scorer, tmp_path):
     assert together.equals(backwards)
 
 
-def test_rows_that_come_read_give_the_same(scorer, model_uri, tmp_path):
-    """As on a GPU, where CPU workers read."""
-    rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b""})
-    ready = predict.Scorer(settings(model_uri, batch_size=4), 0)
-    assert ready(read.pixels(rows, 64, 96, predict.CARRIED)).equals(scorer(rows))
-
-
 def test_the_numbers_are_the_bundles_own(scorer, model_uri, tmp_path):
     contents = {f"{i}.png": pictures.encode(pictures.gradient(50 + 9 * i, 70)) for i in range(3)}
     found = scorer(reading(tmp_path, contents)).to_pylist()
@@ -194,7 +197,7 @@ def test_a_row_says_which_bytes_it_is_of_and_what_computed_it(scorer, model_uri,
     assert found[schema.SHA256].to_pylist() == [*read_whole, None, None]
     assert found[schema.ENGINE].to_pylist() == ["torch"] * 4
     assert found[schema.PRECISION].to_pylist() == ["float32"] * 4
-    half = predict.Scorer(settings(model_uri, precision="bfloat16", batch_size=4), 1)(table.slice(1, 1))
+    half = Scores(settings(model_uri, precision="bfloat16", batch_size=4))(table.slice(1, 1))
     assert half[schema.PRECISION].to_pylist() == ["bfloat16"]
 
 
@@ -207,7 +210,7 @@ def test_warnings_are_in_the_row(tmp_path):
         known = novelty.FeatureStatistics(**facts, cutoff=cutoff) if cutoff else None
         uri = str(tmp_path / f"model-{cutoff}")
         predictor.save(weights.build(2, seed=1, architecture="resnet18"), card(feature_statistics=known), uri)
-        good, bad = predict.Scorer(settings(uri, batch_size=2), 1)(rows).to_pylist()
+        good, bad = Scores(settings(uri, batch_size=2))(rows).to_pylist()
         assert (bad[schema.NOVELTY], bad[schema.NOVELTY_CUTOFF], bad[schema.WARNINGS]) == (None, None, None)
         told.append((good[schema.NOVELTY_CUTOFF], good[schema.WARNINGS]))
     first = np.float32(1e-6).item()
@@ -217,13 +220,13 @@ def test_warnings_are_in_the_row(tmp_path):
 def test_overlays_and_other_methods_on_request(model_uri, tmp_path):
     rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b""})
     job = settings(model_uri, batch_size=2, cam="layercam", cam_layer="layer3", overlays=True)
-    found = predict.Scorer(job, 1)(rows)
+    found = Scores(job)(rows)
     assert found.schema.equals(schema.predictions(4, 6, overlays=True))
     good, bad = found.to_pylist()
     assert np.asarray(Image.open(io.BytesIO(good[schema.OVERLAY]))).shape == (64, 96, 3)
     assert (good[schema.EVIDENCE_HEIGHT], good[schema.EVIDENCE_WIDTH]) == (4, 6)
     assert (good[schema.EVIDENCE_BIAS], bad[schema.OVERLAY], bad[schema.EVIDENCE]) == (None, None, None)
-    plain = predict.Scorer(replace(job, cam="evidence", cam_layer="layer4"), 1)(rows).to_pylist()
+    plain = Scores(replace(job, cam="evidence", cam_layer="layer4"))(rows).to_pylist()
     assert plain[0][schema.LOGIT] == good[schema.LOGIT]
 
 
@@ -244,9 +247,10 @@ def test_no_numbers_no_class(model_uri, tmp_path):
     white = np.full((64, 96, 3), 255, np.uint8)
     files = {"a.png": pictures.encode(pictures.gradient()), "w.png": pictures.encode(white), "x.png": b""}
     rows = reading(tmp_path, files | {"z.png": pictures.encode(pictures.gradient(50, 70))})
-    scorer = predict.Scorer(settings(model_uri, batch_size=2, overlays=True), 1)
+    scorer = Scores(settings(model_uri, batch_size=2, overlays=True))
     expected = scorer(rows).to_pylist()
-    scorer._predictor = replace(scorer._predictor, features=Overflowing(scorer._predictor.features))
+    worker = scorer.worker
+    worker._predictor = replace(worker._predictor, features=Overflowing(worker._predictor.features))
     found = scorer(rows).to_pylist()
     assert [row[schema.ERROR] for row in found] == [None, "not_finite", "empty", None]
     assert [found[i] for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
@@ -302,7 +306,7 @@ def test_a_batch_without_a_good_image_is_all_errors(model_uri):
         schema.Y_LEVEL0_PX: np.array([np.nan, 0.0]),
         schema.MPP: np.array([np.nan, 0.5], np.float32),
     }
-    result = predict.Scorer(settings(model_uri), 0)(batch)
+    result = predict.Scorer(settings(model_uri), 2)(batch)
     assert result.schema.equals(schema.predictions(2, 3))
     assert result[schema.ERROR].to_pylist() == ["empty", "truncated"]
     assert result[schema.LOGIT].null_count == result[schema.HEIGHT_PX].null_count == 2
