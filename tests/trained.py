@@ -11,8 +11,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bcd import schema, storage
 from bcd.config.training import TrainConfig
+from bcd.data import read
 from bcd.imaging import image
-from bcd.model import novelty, predictor
+from bcd.model import bundle, novelty, predictor
 from bcd.model.card import Card
 from bcd.model.novelty import FeatureStatistics
 from bcd.model.resnet import ResNet
@@ -24,7 +25,13 @@ from tests.runtime.test_datasets import small
 def score_here(dataset: Dataset, settings: predict.Settings, max_workers: int | None = None) -> Dataset:
     """In place of `predict.score_rows`: by the same worker, in this process, which has torch already."""
     rows = pa.concat_tables(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
-    return ray.data.from_arrow(predict.Scorer(settings, 2)(rows))
+    return ray.data.from_arrow(scored(rows, settings))
+
+
+def scored(rows: pa.Table, settings: predict.Settings) -> pa.Table:
+    """Predictions of rows of `schema.READING`, read and scored in this process."""
+    card = bundle.read_card(settings.model_uri)
+    return predict.Scorer(settings, 2)(read.pixels(rows, **predict.reading_options(card, predict.CARRIED)))
 
 
 def statistics_here(

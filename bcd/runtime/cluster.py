@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,8 @@ def connect(trains: bool = False) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # An archive with fewer blocks than the cluster has CPUs is no mistake.
+    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks for")
     # They advise every half minute on the memory and time of our own tasks.
     context.issue_detectors_config.detectors = []
 

@@ -22,7 +22,6 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bcd import schema, storage
 from bcd.config.scoring import ScoreConfig
-from bcd.data import read
 from bcd.data.archive import list_inputs
 from bcd.errors import ConfigError
 from bcd.imaging import image
@@ -43,6 +42,7 @@ from tests.cluster import (
     wait_for,
 )
 from tests.model.test_bundle import card, untrained
+from tests.trained import scored
 
 pytestmark = pytest.mark.ray
 N_FIELDS = 250
@@ -216,9 +216,7 @@ def test_a_killed_job_resumes_and_adds_new_files(resumed, archive, archive_on_s3
         ScoreConfig(model=model_uri, input=archive, output=str(tmp_path)), bundle.read_card(model_uri)
     )
     rows = tiling.expand(list_inputs(archive).table, tiles, str(tmp_path), frozenset())
-    worker, card = predict.Scorer(settings, 2), bundle.read_card(model_uri)
-    pixels = read.pixels(pa.concat_tables(rows), **predict.reading_options(card, predict.CARRIED))
-    expected = worker(pixels).sort_by(schema.IMAGE_ID)
+    expected = scored(pa.concat_tables(rows), settings).sort_by(schema.IMAGE_ID)
     before = table(output)
     assert_same(before, expected)
     storage.write_bytes(f"{archive_on_s3}/late.png", archives.odd()["odd/grey.png"])

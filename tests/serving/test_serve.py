@@ -41,6 +41,7 @@ from tests.end_to_end.test_page import CHROMIUM, PATIENCE_MS, launch, probabilit
 from tests.model.test_bundle import card, untrained
 from tests.service import LIMITS, TOKEN
 from tests.serving.test_api import statistics
+from tests.trained import scored
 
 N_PICTURES = 40
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
@@ -182,7 +183,7 @@ def archived(files, models, tmp_path_factory):
     rows = {}
     for uri, precision in zip(models, ("float32", "bfloat16"), strict=True):
         settings = predict.Settings(uri, bundle.identify(uri), precision)
-        rows[uri] = {row[schema.IMAGE_ID]: row for row in predict.Scorer(settings, 2)(listed).to_pylist()}
+        rows[uri] = {row[schema.IMAGE_ID]: row for row in scored(listed, settings).to_pylist()}
     return rows
 
 
