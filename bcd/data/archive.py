@@ -165,7 +165,9 @@ def _from_manifest(uri: str) -> pa.Table:
     found = manifest.read_manifest(uri)
     table = manifest.inputs(found, copies=True)
     is_dicom = pc.ends_with(pc.utf8_lower(table[schema.URI]), slide.DICOM)
-    files = [File(uri, uri, dicom.LONG_HEAD_BYTES) for uri in table[schema.URI].filter(is_dicom).to_pylist()]
+    # Several rows may name one file.
+    uris = table[schema.URI].filter(is_dicom).unique().to_pylist()
+    files = [File(uri, uri, dicom.LONG_HEAD_BYTES) for uri in uris]
     for first, paths in dicom.slides(dicom.headers(files)).items():
         if len(paths) > 1:
             where = found.rows[pc.index(table[schema.URI], paths[1]).as_py()].where

@@ -73,10 +73,7 @@ class _Rows(Sequence[Row]):
 
     def __init__(self, rows: Iterator[Row], columns: Sequence[str]) -> None:
         form = pa.schema([(name, pa.string()) for name in (*dict.fromkeys(columns), _WHERE)])
-        parts = iter(lambda: [row.cells | {_WHERE: row.where} for row in islice(rows, ROWS_AT_A_TIME)], [])
-        self._table = pa.concat_tables(
-            [form.empty_table(), *(pa.Table.from_pylist(part, form) for part in parts)]
-        )
+        self._table = _as_columns((row.cells | {_WHERE: row.where} for row in rows), form)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -95,6 +92,12 @@ class _Rows(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         for part in self._table.to_batches(max_chunksize=ROWS_AT_A_TIME):
             yield from _written(part)
+
+
+def _as_columns(rows: Iterator[dict[str, Any]], form: pa.Schema) -> pa.Table:
+    """A table of rows, of which few exist at a time."""
+    parts = iter(lambda: list(islice(rows, ROWS_AT_A_TIME)), [])
+    return pa.concat_tables([form.empty_table(), *(pa.Table.from_pylist(part, form) for part in parts)])
 
 
 def _written(part: pa.Table | pa.RecordBatch) -> Iterator[Row]:
@@ -257,9 +260,7 @@ def inputs(manifest: Manifest, copies: bool) -> pa.Table:
     # As precise as written: users see these numbers in errors.
     kinds = {schema.MPP: pa.float64()}
     form = pa.schema([(name, kinds.get(name, pa.string())) for name in (*GIVEN, _FILE)])
-    rows = iter(manifest.rows)
-    parts = iter(lambda: [_input(row, root, copies) for row in islice(rows, ROWS_AT_A_TIME)], [])
-    table = pa.concat_tables([form.empty_table(), *(pa.Table.from_pylist(part, form) for part in parts)])
+    table = _as_columns((_input(row, root, copies) for row in manifest.rows), form)
     for name, kind in ((schema.IMAGE_ID, "image id"), (_FILE, "file")):
         _require_once(table[name], manifest, kind)
     return table.drop_columns(_FILE)

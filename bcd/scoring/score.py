@@ -239,11 +239,10 @@ def _reading(
     maybe = pa.array([tiling.may_be_slide(uri) for uri in todo[schema.URI].to_pylist()], pa.bool_())
     fields = schema.fill(todo.filter(pc.invert(maybe)), schema.READING)
     slides = todo.filter(maybe)
-    sources = []
+    sources, beside = [], cluster.beside_models()
     if len(fields):
-        sources.append(datasets.row_dataset(fields, ROWS_PER_BLOCK, **cluster.beside_models()))
+        sources.append(datasets.row_dataset(fields, ROWS_PER_BLOCK, **beside))
     if len(slides):
-        beside = cluster.beside_models()
         tiles = datasets.row_dataset(slides, 1, **beside).map_batches(
             tiling.expand,
             fn_kwargs={"tiling": tile_settings, "plans_uri": plans_uri, "done": done_tiles},

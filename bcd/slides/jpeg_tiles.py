@@ -6,6 +6,7 @@ TIFF and Aperio slides are grids without overlaps, so that their tiles need only
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -91,10 +92,12 @@ class JpegTiles:
 
 
 def open_tiles(path: Path, sizes: Sequence[tuple[int, int]]) -> JpegTiles | None:
-    """Open the levels of a slide, of these widths and heights; None where none of them is in JPEG tiles."""
-    file = path.open("rb")
-    pages = [page for page in tiff.iterate_pages(file, path.stat().st_size) if _is_read(page)]
-    levels = [_level(file, [page for page in pages if page.size == size]) for size in sizes]
+    """Open the levels of a slide, of these widths and heights; None where none of them is in JPEG tiles, or
+    its tags are damaged."""
+    file, levels = path.open("rb"), list[Level | None]()
+    with suppress(ImageError), boundary("unreadable", "its tags"):
+        pages = [page for page in tiff.iterate_pages(file, path.stat().st_size) if _is_read(page)]
+        levels = [_level(file, [page for page in pages if page.size == size]) for size in sizes]
     if not any(levels):
         file.close()
         return None
@@ -133,15 +136,11 @@ def _level(file: BinaryIO, pages: Sequence[tiff.Page]) -> Level | None:
 def _decode(file: BinaryIO, levels: Sequence[Level | None], level: int, number: int) -> np.ndarray | None:
     grid = levels[level]
     assert grid
-    stored = os.pread(file.fileno(), int(grid.n_bytes[number]), int(grid.places[number]))
     size = grid.tile_height_px, grid.tile_width_px
-    if (stream := grid.stream(stored)) is None:
-        return None
-    try:
-        with boundary("unreadable", "a stored tile"):
-            # First, because decoding takes as much memory as the header asks for.
-            if simplejpeg.decode_jpeg_header(stream)[:2] != size:
-                return None
+    with suppress(ImageError), boundary("unreadable", "a stored tile"):
+        stored = os.pread(file.fileno(), int(grid.n_bytes[number]), int(grid.places[number]))
+        stream = grid.stream(stored)
+        # First, because decoding takes as much memory as the header asks for.
+        if stream and simplejpeg.decode_jpeg_header(stream)[:2] == size:
             return simplejpeg.decode_jpeg(stream, "RGB")
-    except ImageError:
-        return None
+    return None

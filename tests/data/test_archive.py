@@ -64,6 +64,8 @@ def test_a_manifest_names_each_dicom_slide_once(tmp_path):
         "3.dcm",
         "4.dcm",
     ]
+    twice = [{"image_id": name, "uri": "1.dcm"} for name in ("x", "y")]
+    assert ids(archive.list_inputs(manifest(tmp_path, twice))) == ["x", "y"]
     with pytest.raises(
         DataError, match=r"line 3: .*/2.dcm is of the same slide as .*/1.dcm; name one of them"
     ):

@@ -1,6 +1,7 @@
 """Whatever the file, the pixels are those of OpenSlide, to the bit."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,16 @@ def test_a_damaged_tile_is_left_to_openslide(tmp_path, kind):
                 opened.read(0, 0, 0, 2 * SIDE, SIDE)
         else:
             np.testing.assert_array_equal(opened.read(0, 0, 0, 2 * SIDE, SIDE), expected)
+
+
+@pytest.mark.parametrize("tag", [324, 347], ids=["places", "tables"])
+def test_damaged_tags_are_left_to_openslide(tmp_path, tag):
+    path = write(tmp_path / "s.tif", page(pictures.stained(2 * SIDE, 3 * SIDE)))
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(struct.pack("<HH", tag, 4 if tag == 324 else 1))
+    struct.pack_into("<I", content, entry + 8, len(content) - 2)
+    path.write_bytes(content)
+    assert slide.jpeg_tiles.open_tiles(path, [(3 * SIDE, 2 * SIDE)]) is None
 
 
 def test_neighbours_are_decoded_once_and_memory_is_bounded(tmp_path, monkeypatch):
