@@ -406,10 +406,17 @@ def write_bytes(uri: str, data: bytes) -> None:
     with _naming(uri, "write it"):
         if not is_remote(uri):
             filesystem.create_dir(posixpath.dirname(path), recursive=True)
-        with filesystem.open_output_stream(temporary, compression=None) as stream:
-            stream.write(data)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(_write, filesystem, temporary, data).result()
         if temporary != path:
             filesystem.move(temporary, path)
+
+
+def _write(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
+    """Write a file, in a thread: an exception between opening and writing, as a signal raises it in the main
+    thread (SIGTERM, Ctrl-C), closes the stream, which makes an empty object of it."""
+    with filesystem.open_output_stream(path, compression=None) as stream:
+        stream.write(data)
 
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> None:

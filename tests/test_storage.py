@@ -2,6 +2,8 @@ import copy
 import gzip
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -376,6 +378,28 @@ def test_tables_are_written_whole_and_read_in_part(tmp_path, s3):
         storage.write_bytes(f"{folder}/2.parquet", b"no table at all")
         with pytest.raises(StorageError, match=r"2.parquet: cannot read it"):
             storage.read_table(f"{folder}/2.parquet")
+
+
+def test_an_interrupted_write_leaves_no_empty_object(tmp_path, faulty, s3):
+    """SIGTERM while the object is opened, as Ray ends a worker: with its whole content, or not at all."""
+    uri, processes = f"{s3}/{tmp_path.name}/a", []
+
+    def fault(method, path):
+        if method == "POST" and "uploads" in path:
+            processes[0].terminate()
+
+    faulty.fault = fault
+    code = (
+        "import signal, sys; from bcd import storage; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
+        f"print(flush=True); sys.stdin.readline(); storage.write_bytes({uri!r}, b'123')"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        processes.append(process)
+        process.stdout.readline()
+        process.communicate("\n", timeout=60)
+    assert process.returncode == 7
+    assert [file.size_bytes for file in storage.list_files_if_any(f"{s3}/{tmp_path.name}")] in ([], [3])
 
 
 def test_no_more_is_read_than_allowed(tmp_path, s3):
