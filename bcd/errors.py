@@ -7,6 +7,7 @@ BcdError              jobs print its sentence and exit with code 2
 ├── BundleError
 ├── DivergedError
 ├── ResourceError
+├── BusyError
 ├── StorageError
 │   └── TooLargeError
 ├── IncompleteError   exit code 1
@@ -50,6 +51,10 @@ class DivergedError(BcdError):
 
 class ResourceError(BcdError):
     """The cluster has fewer CPUs or GPUs than the settings require."""
+
+
+class BusyError(BcdError):
+    """Another job writes into the same output, or may have taken it over."""
 
 
 class StorageError(BcdError):

@@ -13,7 +13,6 @@ import random
 import re
 import shutil
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from bcd import walk
+from bcd import disk
 from bcd.errors import StorageError, TooLargeError
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -44,8 +43,6 @@ ADDRESSING_STYLES = ("auto", "path", "virtual")
 READ_THREADS, LOOK_THREADS = 8, 32
 # A file of unknown size is read in pieces of this size.
 PIECE_BYTES = 2**16
-# Suffix of a file that is being written; one that a killed process left behind is unused.
-ASIDE = ".part"
 # Attempts of a request that a store does not answer or defers (503), with growing pauses: 7 to 10 s in all.
 ATTEMPTS = 5
 # The AWS SDK does not retry where the text of an error did not fit into the buffer of a small file.
@@ -221,22 +218,22 @@ def list_folder(uri: str) -> Listing:
     filesystem, root = resolve(uri)
     with _naming(uri, "list it"):
         _require_folder(filesystem, uri, root)
-        found = _walk_store(filesystem, root) if is_remote(uri) else walk.entries(root)
+        found = _walk_store(filesystem, root) if is_remote(uri) else disk.entries(root)
     below = absolute(uri).rstrip("/")
     sizes = sorted(found.sizes.items())
     files = [File(f"{below}/{path}", path, size, found.versions[path]) for path, size in sizes]
     return Listing(files, dict(sorted(found.faults.items())), found.passed)
 
 
-def _walk_store(filesystem: fs.FileSystem, root: str) -> walk.Entries:
-    found = walk.Entries()
+def _walk_store(filesystem: fs.FileSystem, root: str) -> disk.Entries:
+    found = disk.Entries()
     for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True)):
         # Not normalised: to an object store, a//b and a/b are two names.
         path = info.path.removeprefix(root.rstrip("/") + "/")
         if info.type != fs.FileType.File:
             continue
         if any(part.startswith(".") for part in path.split("/")):
-            found.passed[walk.HIDDEN] += 1
+            found.passed[disk.HIDDEN] += 1
         else:
             found.sizes[path], found.versions[path] = info.size, _version(info)
     return found
@@ -399,22 +396,21 @@ def download(uri: str, path: Path) -> None:
         shutil.copyfileobj(stream, target, 2**22)
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Write one file whole or not at all: a temporary file, then renamed, on a disk; one PUT on a store."""
+def write_bytes(uri: str, data: bytes, whole: bool = True) -> None:
+    """Write one file: on a store by one PUT; on a disk aside, synchronised and renamed, so that it is whole
+    or not there. On a disk a file that need not be `whole` is written in its place."""
     filesystem, path = resolve(uri)
-    temporary = path if is_remote(uri) else f"{path}.{uuid.uuid4().hex}{ASIDE}"
     with _naming(uri, "write it"):
         if not is_remote(uri):
-            filesystem.create_dir(posixpath.dirname(path), recursive=True)
+            (disk.write_aside if whole else disk.write_in_place)(path, data)
+            return
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(_write, filesystem, temporary, data).result()
-        if temporary != path:
-            filesystem.move(temporary, path)
+            pool.submit(_write_to_store, filesystem, path, data).result()
 
 
-def _write(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
-    """Write a file, in a thread: an exception between opening and writing, as a signal raises it in the main
-    thread (SIGTERM, Ctrl-C), closes the stream, which makes an empty object of it."""
+def _write_to_store(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
+    """Write an object, in a thread: an exception between opening and writing, as a signal raises it in the
+    main thread (SIGTERM, Ctrl-C), closes the stream, which makes an empty object of it."""
     with filesystem.open_output_stream(path, compression=None) as stream:
         stream.write(data)
 
@@ -457,10 +453,11 @@ def delete_folder(uri: str) -> None:
             filesystem.delete_dir(path)
 
 
-def delete_files(uri: str, pattern: str) -> None:
+def delete_files(uri: str, pattern: str, before: Callable[[], None] = lambda: None) -> None:
     """Delete the files below a folder, if it exists, whose relative path matches a regular expression as a
-    whole, and the folders that are then empty."""
+    whole, and the folders that are then empty. `before` is called when they are listed, and may raise."""
     found = [file.uri for file in list_files_if_any(uri) if re.fullmatch(pattern, file.path)]
+    before()
     with ThreadPoolExecutor(READ_THREADS) as pool:
         list(pool.map(delete_file, found))
     if not is_remote(uri):
@@ -470,15 +467,26 @@ def delete_files(uri: str, pattern: str) -> None:
 
 
 def delete_file(uri: str) -> None:
-    """Delete one file."""
+    """Delete one file, for good: on a disk, a power cut does not bring it back."""
     filesystem, path = resolve(uri)
     with _naming(uri, "delete it"):
-        filesystem.delete_file(path)
+        if is_remote(uri):
+            filesystem.delete_file(path)
+        else:
+            disk.delete_for_good(path)
 
 
-def check_writable(uri: str) -> None:
-    """Write and delete a small file below the URI, so that a run fails before its work; raises
-    StorageError."""
-    probe = join(uri, f".bcd-write-test-{uuid.uuid4().hex}")
-    write_bytes(probe, b"bcd")
-    delete_file(probe)
+def delete_half_written(uri: str) -> None:
+    """Delete what `write_bytes` left below a folder when its process ended; no other may write there."""
+    if not is_remote(uri):
+        with _naming(uri, "delete a file there"):
+            disk.remove_leftovers(absolute(uri))
+
+
+def delete_empty_folder(uri: str, name: str) -> None:
+    """Delete a folder on a disk that has one entry, which is the empty folder `name`; stores have none."""
+    path = absolute(uri)
+    with suppress(OSError):
+        if not is_remote(uri) and os.listdir(path) == [name]:
+            os.rmdir(os.path.join(path, name))
+            os.rmdir(path)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from bcd import schema, storage
 from bcd.config.scoring import ScoreConfig
 from bcd.data import archive
+from bcd.lease import Lease
 from bcd.scoring import finish, ledger, score
 from bcd.scoring.progress import Progress
 
@@ -61,11 +62,17 @@ def write_segments(work_uri: str, ids: list[str], uris: list[str]) -> None:
         ledger.commit(schema.fill(pa.table(columns), form), work_uri)
 
 
+def _claimed(uri: str) -> Lease:
+    lease = Lease(uri)
+    lease.claim()
+    return lease
+
+
 def books(folder: Path) -> tuple[ledger.Ledger, archive.Archive, score.Books]:
     """What a job does before its first row."""
     found = archive.list_inputs(str(folder / "manifest.parquet"))
     config = ScoreConfig(model="none", input=str(folder), output=str(folder / "out"))
-    ours, _ = ledger.open_ledger(config.output, config.model_dump(mode="json"))
+    ours, _ = ledger.open_ledger(_claimed(config.output), config.model_dump(mode="json"))
     return ours, found, score._settled(ours, found)[0]
 
 

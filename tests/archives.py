@@ -7,9 +7,17 @@ import numpy as np
 from PIL import Image
 
 from bcd import schema
+from bcd.lease import Lease
 from tests import pictures
 
 CUTS = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98, 0.999)
+
+
+def claimed(output: str) -> Lease:
+    """The lease of an output, as a job has it."""
+    lease = Lease(output)
+    lease.claim()
+    return lease
 
 
 def fields(n: int, height: int = 92, width: int = 140) -> dict[str, bytes]:

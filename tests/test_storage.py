@@ -109,12 +109,35 @@ def test_errors_name_the_uri(tmp_path):
         storage.exists("ftp://x/y")
 
 
-def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
+def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StorageError, match="cannot write it"):
-        storage.check_writable(str(tmp_path / "file"))
-    storage.check_writable(str(tmp_path / "new"))
+        storage.write_bytes(str(tmp_path / "file" / "a"), b"1")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            storage.write_bytes(str(tmp_path / "new" / "a"), b"1")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path):
+    left = tmp_path / "deep" / f"a.parquet.{'0f' * 16}.part"
+    kept = [tmp_path / "deep" / name for name in ("a.parquet", "b.part", f"{'0f' * 16}.part.txt")]
+    left.parent.mkdir()
+    for path in (left, *kept):
+        path.touch()
+    storage.delete_half_written(str(tmp_path))
+    assert sorted(left.parent.iterdir()) == sorted(kept)
+
+
+def test_a_folder_goes_only_where_nothing_else_is_in_it(tmp_path):
+    for name in ("a/.lease", "b/.lease", "c/.lease"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "b" / "x").touch()
+    (tmp_path / "c" / ".lease" / "y").touch()
+    for name in "abcd":
+        storage.delete_empty_folder(str(tmp_path / name), ".lease")
+    assert [(tmp_path / name).exists() for name in ("a", "b/.lease", "c/.lease/y")] == [False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from bcd import provenance, schema, storage
+from bcd import lease, provenance, schema, storage
 from bcd.audit import report, summary
 from bcd.config.checks import AuditConfig
 from bcd.data import breakhis, index, manifest, read, synthetic
@@ -32,7 +32,20 @@ def run(config: AuditConfig) -> summary.Audit:
     if schema.PART in table.column_names:
         splits.append(summary.Split("the data's own split", table[schema.PART].to_pylist(), 0))
     output.read_marker(config.output, output.AUDIT)
-    storage.check_writable(config.output)
+    with lease.held(config.output, config.wait):
+        result = _audited(config, table, warnings, splits)
+    print("\n".join(report.audit_lines(result)))
+    for name in (PAGE, RESULT, IMAGES, NEAR):
+        print(storage.join(config.output, name))
+    if result.leaking_splits:
+        raise AuditError(f"{', '.join(result.leaking_splits)}: a patient, slide or image is in several parts")
+    return result
+
+
+def _audited(
+    config: AuditConfig, table: pa.Table, warnings: list[str], splits: list[summary.Split]
+) -> summary.Audit:
+    """Read the images, and write what was found."""
     if config.pixels:
         cluster.connect()
         table = inspection.checked(table, _describe)
@@ -43,11 +56,6 @@ def run(config: AuditConfig) -> summary.Audit:
     missing = [text for text in warnings if text in counts]
     result = summary.summarise(table, missing, splits, pairs, config.outlier_z, doubts)
     _write(config, result, table, pairs)
-    print("\n".join(report.audit_lines(result)))
-    for name in (PAGE, RESULT, IMAGES, NEAR):
-        print(storage.join(config.output, name))
-    if result.leaking_splits:
-        raise AuditError(f"{', '.join(result.leaking_splits)}: a patient, slide or image is in several parts")
     return result
 
 

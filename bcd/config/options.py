@@ -51,7 +51,14 @@ def _sentence(error: Any) -> str:
     return f"{flag}{message[0].lower()}{message[1:]}" + (f", not {error['input']!r}" if flag else "")
 
 
-class LabelledConfig(Config):
+class OutputConfig(Config):
+    """Settings of a job that writes into a folder, of which one job at a time has the lease."""
+
+    wait: bool = False
+    """Wait while another job writes into the same output. Without it this one ends with exit code 2."""
+
+
+class LabelledConfig(OutputConfig):
     """Settings that name a data set whose classes are known."""
 
     data: str
@@ -72,7 +79,7 @@ class LabelledConfig(Config):
 OPERATIONAL = frozenset(
     {
         *("output", "name", "prepared", "num_workers", "device", "max_failures"),
-        *("max_workers", "parallel", "against"),
+        *("max_workers", "parallel", "against", "wait"),
     }
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from bcd import schema, storage, walk
+from bcd import disk, schema, storage
 from bcd.data import breakhis, folders, manifest, names
 from bcd.errors import DataError
 from bcd.taxonomy import MAX_MPP, MIN_MPP, PARTS, SUBTYPES, TUMOR_CLASSES, given_names, part_named
@@ -65,7 +65,7 @@ def _skipped(listing: storage.Listing) -> list[str]:
     for suffix in UNREAD_SUFFIXES:
         if n := suffixes[suffix[1:]]:
             found.append(f"skipped {counted(n, f'{suffix} file')}; expected {', '.join(IMAGE_SUFFIXES)}")
-    if n := listing.passed[walk.AGAIN]:
+    if n := listing.passed[disk.AGAIN]:
         found.append(f"skipped {counted(n, 'link')} to folders that are already listed")
     return found
 

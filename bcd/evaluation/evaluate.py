@@ -6,13 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bcd import provenance, schema, storage
+from bcd import lease, provenance, schema, storage
 from bcd.config.checks import AuditConfig
 from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import AUTO, OFF
 from bcd.config.training import TrainConfig
 from bcd.errors import DataError
 from bcd.evaluation import artifacts
+from bcd.lease import Lease
 from bcd.metrics import aggregate
 from bcd.model import bundle
 from bcd.model.card import Card, model_id
@@ -51,9 +52,19 @@ def run(config: EvaluateConfig) -> str:
     beside = storage.absolute(folder) == run_uri
     if beside and output.owner(run_uri) != output.TRAIN:
         raise DataError(f"{run_uri} is not the directory of a training: name an --output for the evaluation")
-    owner = output.claim_folder(folder, output.TRAIN if beside else output.EVALUATE)
-    storage.check_writable(folder)
+    job = output.TRAIN if beside else output.EVALUATE
+    output.read_marker(folder, job)
+    with lease.held(folder, config.wait) as own:
+        _evaluate_into(config, card, folder, beside, output.claim_folder(folder, job, own.require), own)
+    return folder
+
+
+def _evaluate_into(
+    config: EvaluateConfig, card: Card, folder: str, beside: bool, owner: str, own: Lease
+) -> None:
+    """Evaluate, and write into the folder, of which `owner` is the id."""
     cluster.connect()
+    run_uri = storage.parent(config.model)
     changed: dict[str, Any] = {"data": config.data, "prepared": _prepared_beside(config.prepared, run_uri)}
     changed |= {"classes": config.classes} if config.classes else {}
     training = TrainConfig(**card.training | changed)
@@ -62,8 +73,8 @@ def run(config: EvaluateConfig) -> str:
         raise DataError(f"{config.data} is not the model's own data: name an --output for its evaluation")
     settings = predict.Settings(config.model, model_id(card), config.precision, config.batch_size)
     table = located(table, store_of(training))
+    own.require()
     evaluate(config.model, table, facts, folder, owner, settings, kind, config.against)
-    return folder
 
 
 def _prepared_beside(given: str, run_uri: str) -> str:

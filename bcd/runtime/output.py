@@ -9,8 +9,9 @@ Hidden files and those of file managers are ignored, and never touched.
 import json
 import re
 import uuid
+from collections.abc import Callable
 
-from bcd import provenance, storage
+from bcd import disk, provenance, storage
 from bcd.errors import ConfigError
 
 TRAIN, CROSSVAL, EVALUATE, SCORE, AUDIT, DEMO = "train", "crossval", "evaluate", "score", "audit", "demo"
@@ -20,7 +21,7 @@ MARKER = ".bcd-output.json"
 # Written by file managers, besides hidden files.
 NOTES = ("Thumbs.db", "desktop.ini")
 # Suffix of a temporary file, which a killed job may leave behind.
-_ASIDE = rf"(\.[0-9a-f]+{re.escape(storage.ASIDE)})?"
+_ASIDE = rf"(\.[0-9a-f]+{re.escape(disk.ASIDE)})?"
 _REPORT = r"metrics\.json|test_images\.parquet|report\.html|figures/[\w-]+\.(svg|png)|predictions/part-ID-.+"
 _RUN = (
     r"(config|run|data|history)\.json|split\.parquet|exposure/epoch-\d+\.parquet"
@@ -43,11 +44,13 @@ FILES = {
 }
 
 
-def claim_folder(uri: str, job: str) -> str:
-    """Claim an empty folder for a job, or check an earlier claim (see `read_marker`); returns the id."""
+def claim_folder(uri: str, job: str, before: Callable[[], None] = lambda: None) -> str:
+    """Claim an empty folder for a job, or check an earlier claim (see `read_marker`); returns the id.
+    `before` is called before the marker is written, and may raise."""
     if (found := read_marker(uri, job)) is not None:
         return found
     marker = {"job": job, "id": uuid.uuid4().hex[:12], "bcd_version": provenance.own_version()}
+    before()
     storage.write_bytes(storage.join(uri, MARKER), json.dumps(marker, indent=2).encode())
     return marker["id"]
 

@@ -1,6 +1,7 @@
 """The directory of a run: its owner, whether it is finished, and the files from which a run resumes."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -25,11 +26,10 @@ SELECTION = "selection"
 
 
 def begin_run(config: TrainingConfig, run_uri: str) -> bool:
-    """Check that the run directory belongs to this run and is writable; True if the run is finished.
+    """Check that the run directory belongs to this run; True if the run is finished.
 
     Raises:
         ConfigError: it belongs to a run with other settings, or contains foreign files.
-        StorageError: nothing can be written there.
     """
     output.read_marker(run_uri, _job(config))
     if storage.exists(storage.join(run_uri, CONFIG)):
@@ -40,13 +40,12 @@ def begin_run(config: TrainingConfig, run_uri: str) -> bool:
             )
         if read_json(run_uri, RUN).get("status") == FINISHED:
             return True
-    storage.check_writable(run_uri)
     return False
 
 
-def claim_run(config: TrainingConfig, run_uri: str) -> None:
-    """Claim the directory for this run."""
-    output.claim_folder(run_uri, _job(config))
+def claim_run(config: TrainingConfig, run_uri: str, before: Callable[[], None] = lambda: None) -> None:
+    """Claim the directory for this run (see `output.claim_folder`)."""
+    output.claim_folder(run_uri, _job(config), before)
     write_json(run_uri, RUN, _facts(config) | {"status": "started"})
     write_json(run_uri, CONFIG, config.model_dump(mode="json"))
 

@@ -39,10 +39,11 @@ def settle(ours: Ledger, older: Done, done: Done, found: Archive) -> list[str]:
     if changed:
         ledger.reopen(ours, changed_text(changed, "since the last run"))
         for held in (older, done):
-            ledger.remove(held, set(changed))
+            ledger.remove(ours, held, set(changed))
         _forget_slides(ours, changed)
     absent = pc.invert(pc.is_in(before[schema.IMAGE_ID], now[schema.IMAGE_ID].combine_chunks()))
     if not (after := pa.concat_tables([now, before.filter(absent)])).equals(before):
+        ours.lease.require()
         storage.write_table(uri, after)
     return changed
 
@@ -103,6 +104,7 @@ def _forget_slides(ours: Ledger, names: list[str]) -> None:
         table = storage.read_table(uri)
         changed = pc.is_in(table[schema.SLIDE], pa.array(names, pa.string()))
         if pc.any(changed).as_py():
+            ours.lease.require()
             storage.write_table(uri, table.filter(pc.invert(changed)))
 
 

@@ -4,14 +4,16 @@
                                    flag that an error requires may be added: such rows are scored again
     inputs.parquet                 the inputs: a file that is replaced is scored again (`inputs`)
     work/GENERATION/*.parquet      segments: committed rows, each file written atomically
-    predictions/part-ID-GENERATION-NUMBER.parquet   the table: segments merged, sorted, each row once
-    summary.json                   written last: which generation is merged
+    predictions/part-ID-GENERATION-LEASE-NUMBER.parquet   the table: segments merged, sorted, each row once
+    summary.json                   written last: which generations are merged, under which lease
 
-ID is that of the output folder, so that files of another archive's table are not read.
+ID is that of the output folder, so that files of another archive's table are not read. One job at a time
+holds the lease of the folder (`bcd.lease`); the files of a merge that was not finished, even by a job that
+lost its lease without noticing, are known by their names, and removed.
 
 A segment is named after its rows: a task that is repeated after a lost node writes the same file again. Rows
-in two segments (of overlapping drivers) are merged into one. Merging can be repeated, too: files are named by
-generation, and the segments remain until the summary is written.
+in two segments are merged into one. Merging can be repeated, too: the segments remain until the summary is
+written, and that after the rows of the table are counted.
 """
 
 import hashlib
@@ -20,7 +22,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -28,8 +30,9 @@ import pyarrow.compute as pc
 
 from bcd import schema, storage
 from bcd.config.options import changed, changed_flags
-from bcd.errors import ConfigError
+from bcd.errors import BusyError, ConfigError, IncompleteError
 from bcd.imaging import image
+from bcd.lease import Lease
 from bcd.runtime import output
 
 CONFIG, SUMMARY, GALLERY = "config.json", "summary.json", "gallery.html"
@@ -67,9 +70,20 @@ class Done:
 class Ledger:
     """Places of the ledger of one output folder."""
 
-    uri: str
-    generation: int
+    lease: Lease
     owner: str
+    # Of each merged generation, the lease under which it was merged; "" for tables of older versions.
+    merges: tuple[str, ...]
+
+    @property
+    def uri(self) -> str:
+        """The output folder."""
+        return storage.absolute(self.lease.uri)
+
+    @property
+    def generation(self) -> int:
+        """Number of this run: one more than those that are finished."""
+        return len(self.merges) + 1
 
     @property
     def work_uri(self) -> str:
@@ -87,17 +101,27 @@ class Ledger:
         return storage.join(self.uri, PREDICTIONS)
 
     def part(self, number: int) -> str:
-        """Name of a file of the table; names of earlier generations sort before it."""
-        return f"part-{self.owner}-{self.generation:04d}-{number:05d}.parquet"
+        """Name of a file of the table."""
+        return f"part-{self.owner}-{_mark(self.generation, self.lease.id)}{number:05d}.parquet"
+
+    @property
+    def finished(self) -> str:
+        """Pattern of the names of the files that earlier generations merged."""
+        marks = [_mark(generation, lease) for generation, lease in enumerate(self.merges, 1)]
+        return rf"part-{self.owner}-({'|'.join(marks) or '(?!)'})\d+\.parquet"
+
+
+def _mark(generation: int, lease: str) -> str:
+    return f"{generation:04d}-{lease}-" if lease else f"{generation:04d}-"
 
 
 def open_ledger(
-    uri: str, settings: dict[str, Any], remedies: Remedies = NO_REMEDIES
+    lease: Lease, settings: dict[str, Any], remedies: Remedies = NO_REMEDIES
 ) -> tuple[Ledger, dict[str, Any] | None]:
     """Open the ledger of an output folder; returns it with the summary of the last finished run.
 
     Args:
-        uri: of the output folder.
+        lease: of the output folder.
         settings: all that determines a row, by flag.
         remedies: settings that may be added later; their errors are then scored again.
 
@@ -105,35 +129,34 @@ def open_ledger(
         ConfigError: the folder was written with other settings, or contains foreign files.
         StorageError: nothing can be written there.
     """
-    owner = output.claim_folder(uri, output.SCORE)
-    storage.check_writable(uri)
+    uri = lease.uri
+    owner = output.claim_folder(uri, output.SCORE, lease.require)
     old = read_settings(uri)
     added = [] if old is None else changed(old, settings)
     if old is None:
-        _write_settings(uri, settings)
+        _write_settings(lease, settings)
     elif not all(name in remedies and old.get(name) is None for name in added):
         raise ConfigError(
             f"{uri} contains rows scored with other settings: {'; '.join(changed_flags(old, settings))}. "
             "Repeat the earlier command to resume, or choose another --output"
         )
     summary = _read_json(uri, SUMMARY)
-    merged = summary["generation"] if summary else 0
+    merges = summary.get("merges", [""] * summary["generation"]) if summary else []
+    ours = Ledger(lease, owner, tuple(merges))
     # Segments left by a kill between summary and cleaning would be counted twice.
-    for generation in range(1, merged + 1):
-        _delete_work(uri, f"{generation:04d}")
-    ours = Ledger(storage.absolute(uri), merged + 1, owner)
+    _delete_work(ours)
     # An unfinished merge may have cut the files at other places.
-    unfinished = rf"part-{owner}-{ours.generation:04d}-\d+\.parquet"
-    half_written = rf"part-{owner}-.*{re.escape(storage.ASIDE)}"
-    storage.delete_files(ours.predictions_uri, f"{unfinished}|{half_written}")
+    _delete(ours, PREDICTIONS, rf"(?!{ours.finished}$)part-{owner}-.*")
     if added:
         # In this order: after a kill between the two, the same command forgets the rest.
         _forget(ours, frozenset().union(*(remedies[name] for name in added)))
-        _write_settings(uri, settings)
+        _write_settings(lease, settings)
     return ours, summary
 
 
-def _write_settings(uri: str, settings: dict[str, Any]) -> None:
+def _write_settings(lease: Lease, settings: dict[str, Any]) -> None:
+    uri = lease.uri
+    lease.require()
     storage.write_bytes(storage.join(uri, CONFIG), json.dumps(settings, indent=2).encode())
 
 
@@ -146,23 +169,29 @@ def _forget(ledger: Ledger, codes: frozenset[str]) -> None:
         whole_input = pc.is_null(rows[schema.X_LEVEL0_PX])
         return pc.and_(pc.is_in(rows[schema.ERROR], wanted).fill_null(False), whole_input)
 
-    _remove(merged(ledger).segments + committed(ledger).segments, select)
+    _remove(ledger, merged(ledger).segments + committed(ledger).segments, select)
 
 
-def remove(done: Done, names: set[str]) -> None:
+def remove(ledger: Ledger, done: Done, names: set[str]) -> None:
     """Remove the rows of these inputs."""
     wanted = pa.array(sorted(names), pa.string())
-    _remove(_with_rows_of(done, names), lambda rows: pc.is_in(_with_input(rows)[INPUT], wanted))
+    _remove(ledger, _with_rows_of(done, names), lambda rows: pc.is_in(_with_input(rows)[INPUT], wanted))
 
 
-def _remove(segments: Iterable[Segment], select: Callable[[pa.Table], pa.ChunkedArray]) -> None:
+def _remove(
+    ledger: Ledger, segments: Iterable[Segment], select: Callable[[pa.Table], pa.ChunkedArray]
+) -> None:
     """Remove rows file by file, each atomically: a kill neither loses nor doubles another row."""
     for segment in segments:
         selected = select(storage.read_table(segment.uri, [*COUNTED, schema.ERROR]))
-        if pc.all(selected).as_py():
+        if not pc.any(selected).as_py():
+            continue
+        kept = storage.read_table(segment.uri).filter(pc.invert(selected))
+        ledger.lease.require()
+        if len(kept):
+            _write(segment.uri, kept)
+        else:
             storage.delete_file(segment.uri)
-        elif pc.any(selected).as_py():
-            _write(segment.uri, storage.read_table(segment.uri).filter(pc.invert(selected)))
 
 
 def _with_rows_of(done: Done, names: set[str]) -> list[Segment]:
@@ -181,10 +210,16 @@ def hashes(done: Done, names: set[str]) -> dict[str, str]:
     return digests
 
 
-def _delete_work(uri: str, generation: str = r"\d{4}") -> None:
-    """Remove segments and plans; foreign files remain."""
-    pattern = rf"{generation}/(plans/)?[0-9a-f]{{24}}\.(parquet|json|png)(\..*{re.escape(storage.ASIDE)})?"
-    storage.delete_files(storage.join(uri, WORK), pattern)
+def _delete_work(ledger: Ledger) -> None:
+    """Remove segments and plans of finished generations; foreign files remain."""
+    finished = "|".join(f"{generation:04d}" for generation in range(1, ledger.generation)) or "(?!)"
+    name = r"[0-9a-f]{24}\.(parquet|json|png)"
+    _delete(ledger, WORK, rf"({finished})/(plans/)?{name}")
+
+
+def _delete(ledger: Ledger, folder: str, pattern: str) -> None:
+    """Delete files below a folder of the output, as far as they are there now."""
+    storage.delete_files(storage.join(ledger.uri, folder), pattern, ledger.lease.require)
 
 
 def read_settings(uri: str) -> dict[str, Any] | None:
@@ -235,7 +270,7 @@ def _with_input(table: pa.Table) -> pa.Table:
 def merged(ledger: Ledger) -> Done:
     """Content of the table from earlier generations, without files of an unfinished merge."""
     files = storage.list_files_if_any(ledger.predictions_uri)
-    return _scan(file for file in files if file.path < ledger.part(0))
+    return _scan(file for file in files if re.fullmatch(ledger.finished, file.path))
 
 
 def committed(ledger: Ledger) -> Done:
@@ -284,9 +319,11 @@ def tile_ids(done: Done, slides: set[str]) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Part:
-    """One file of the table: inputs from `first` to `last`, and the segments that may contain their rows."""
+    """One file of the table: inputs from `first` to `last`, and the segments that may contain their rows;
+    written only while the lease is held, whose claim is at `claim_uri`."""
 
     uri: str
+    claim_uri: str
     first: str
     last: str
     segments: tuple[str, ...]
@@ -307,6 +344,7 @@ def cut_parts(ledger: Ledger, done: Done) -> list[Part]:
     return [
         Part(
             storage.join(ledger.predictions_uri, ledger.part(i)),
+            ledger.lease.claim_uri,
             names[0],
             names[-1],
             tuple(s.uri for s in done.segments if s.first <= names[-1] and s.last >= names[0]),
@@ -316,11 +354,17 @@ def cut_parts(ledger: Ledger, done: Done) -> list[Part]:
 
 
 def merge(part: Part) -> int:
-    """Write one file of the table, each row once (see `_once`); returns its number of rows."""
+    """Write one file of the table, each row once (see `_once`); returns its number of rows.
+
+    Raises:
+        BusyError: the lease is lost.
+    """
     inside = (pc.field(INPUT) >= part.first) & (pc.field(INPUT) <= part.last)
     # Fields and tiles mix in a segment, so that most segments may contain a row of this file: one at a time.
     rows = [_with_input(storage.read_table(uri)).filter(inside) for uri in part.segments]
     table = _once(pa.concat_tables(rows))
+    if not storage.exists(part.claim_uri):
+        raise BusyError(f"{part.uri} is not written, because another job took over the folder")
     _write(part.uri, table.drop_columns(INPUT))
     return len(table)
 
@@ -329,11 +373,25 @@ def reopen(ours: Ledger, why: str) -> None:
     """Mark the table as incomplete in the summary of the last finished run, until the next one ends."""
     if summary := _read_json(ours.uri, SUMMARY):
         content = json.dumps(summary | {"incomplete": why}, indent=2)
+        ours.lease.require()
         storage.write_bytes(storage.join(ours.uri, SUMMARY), content.encode())
 
 
-def close_ledger(ledger: Ledger, summary: dict[str, Any]) -> None:
-    """Write the summary: the table is complete, and the segments are deleted."""
-    content = json.dumps(summary | {"generation": ledger.generation}, indent=2, allow_nan=False)
+def close_ledger(ledger: Ledger, summary: dict[str, Any], n_rows: int) -> None:
+    """Count the rows of the table, write the summary, and delete the segments.
+
+    Raises:
+        IncompleteError: the table does not have `n_rows` rows.
+    """
+    found = storage.dataset(ledger.predictions_uri).count_rows()
+    if found != n_rows:
+        raise IncompleteError(
+            f"{ledger.predictions_uri} has {found:,} rows where {n_rows:,} are due: another program wrote "
+            "there. Run the same command again to resume"
+        )
+    merges = [*ledger.merges, ledger.lease.id]
+    facts = summary | {"generation": len(merges), "merges": merges}
+    content = json.dumps(facts, indent=2, allow_nan=False)
+    ledger.lease.require()
     storage.write_bytes(storage.join(ledger.uri, SUMMARY), content.encode())
-    _delete_work(ledger.uri)
+    _delete_work(replace(ledger, merges=tuple(merges)))

@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 import ray
 from ray.data import Dataset
 
-from bcd import schema, storage
+from bcd import lease, schema, storage
 from bcd.config.options import OPERATIONAL
 from bcd.config.scoring import ScoreConfig
 from bcd.data import archive
 from bcd.errors import ConfigError, IncompleteError
+from bcd.lease import Lease
 from bcd.model import bundle
 from bcd.model.card import Card
 from bcd.runtime import cluster, datasets, output, predict
@@ -75,10 +76,16 @@ def run(config: ScoreConfig) -> str:
     output.read_marker(config.output, output.SCORE)  # before any work
     model_id = bundle.identify(config.model)
     card = bundle.read_same(config.model, model_id)
+    with lease.held(config.output, config.wait) as held:
+        return _fill(config, held, card, model_id, started)
+
+
+def _fill(config: ScoreConfig, held: Lease, card: Card, model_id: str, started: float) -> str:
+    """Score what is missing in the output; `started` is when the job began."""
     found = archive.list_inputs(config.input)
     cluster.connect()
     compiled = _compiles(config, found.table)
-    ours, summary = ledger.open_ledger(config.output, _deciding(config, model_id, compiled), _remedies(card))
+    ours, summary = ledger.open_ledger(held, _deciding(config, model_id, compiled), _remedies(card))
     books, changed = _settled(ours, found)
     todo = books.open_inputs()
     if not len(todo) and summary and "incomplete" not in summary and not books.done.rows:
@@ -94,7 +101,7 @@ def run(config: ScoreConfig) -> str:
     _require_balance(books, progress.withheld)
     if books.plans:
         inputs.require_same_slides(found, archive.list_inputs(config.input), books.plans)
-    _merge(ours, books.done)
+    n_rows = sum(books.older.rows.values()) + _merge(ours, books.done)
     facts = _facts(config, card, model_id) | {
         "n_ignored_files": found.ignored,
         "ignored": dict(found.passed.most_common()),
@@ -105,7 +112,7 @@ def run(config: ScoreConfig) -> str:
     }
     names = found.table[schema.IMAGE_ID]
     summary = finish.present(ours, list(books.plans.values()), names, settings, facts)
-    ledger.close_ledger(ours, summary)
+    ledger.close_ledger(ours, summary, n_rows)
     for line in finish.closing_lines(ours.uri, summary):
         print(line, flush=True)
     return ours.uri
@@ -254,8 +261,11 @@ def _reading(
     return sources[0].union(*sources[1:]) if len(sources) > 1 else sources[0]
 
 
-def _merge(ours: Ledger, done: Done) -> None:
+def _merge(ours: Ledger, done: Done) -> int:
+    """Merge the segments into the table; returns the number of rows."""
+    ours.lease.require()
     task = ray.remote(num_cpus=1, max_retries=-1)(ledger.merge)
     written = ray.get([task.remote(part) for part in ledger.cut_parts(ours, done)])
     if sum(written) < len(done.rows):
         raise IncompleteError(f"{sum(written):,} rows were merged for {len(done.rows):,} inputs")
+    return sum(written)

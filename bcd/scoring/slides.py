@@ -44,6 +44,7 @@ def write_slides(ours: Ledger, plans: Sequence[tiling.Plan], broken: pa.Table, c
         new = pa.concat_tables(tables)[schema.SLIDE]
         tables.append(old.filter(pc.invert(pc.is_in(old[schema.SLIDE], new.combine_chunks()))))
     table = pa.concat_tables(tables).sort_by(schema.SLIDE)
+    ours.lease.require()
     storage.write_table(uri, table)
     return table
 

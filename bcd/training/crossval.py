@@ -10,11 +10,12 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayTaskError
 
-from bcd import provenance, schema, storage
+from bcd import lease, provenance, schema, storage
 from bcd.config.options import OFF, Protocol
 from bcd.config.training import CrossvalConfig, TrainConfig, TrainingConfig
 from bcd.errors import DataError
 from bcd.evaluation import artifacts, evaluate
+from bcd.lease import Lease
 from bcd.metrics import aggregate, compare
 from bcd.model import bundle
 from bcd.reports import model_report
@@ -72,12 +73,15 @@ def run(config: CrossvalConfig) -> str:
         print(f"{uri} is finished: see report.html there, or choose another --name to run it again")
         return uri
     started = time.time()
-    cluster.connect(trains=True)
-    if not finished:
-        _train_missing(config, uri, [fold for arm in folds.values() for fold in arm])
-    _report(config, uri, [_arm(protocol, arm, config) for protocol, arm in folds.items()])
-    if not finished:
-        run_directory.finish_run(config, uri, {"seconds": round(time.time() - started, 1)})
+    with lease.held(uri, config.wait) as own:
+        cluster.connect(trains=True)
+        if not finished:
+            _train_missing(config, own, [fold for arm in folds.values() for fold in arm])
+        arms = [_arm(protocol, arm, config) for protocol, arm in folds.items()]
+        own.require()
+        _report(config, uri, arms)
+        if not finished:
+            run_directory.finish_run(config, uri, {"seconds": round(time.time() - started, 1)})
     return uri
 
 
@@ -111,7 +115,7 @@ def _folds(config: CrossvalConfig, uri: str, protocol: Protocol) -> Iterator[Fol
             yield Fold(repeat, fold, TrainConfig(**settings))
 
 
-def _train_missing(config: CrossvalConfig, uri: str, folds: Sequence[Fold]) -> None:
+def _train_missing(config: CrossvalConfig, own: Lease, folds: Sequence[Fold]) -> None:
     """Train the missing folds; data that cannot be split end the study before any training."""
     for fold in folds:
         prepare.published_fold(fold.config)  # before pixels are read
@@ -122,7 +126,7 @@ def _train_missing(config: CrossvalConfig, uri: str, folds: Sequence[Fold]) -> N
         for text in prepare.prepare(fold.config, inspected)[1].warnings:
             if text not in inspected[1].warnings:
                 print(f"warning: {_name(fold)}: {text}", flush=True)
-    run_directory.claim_run(config, uri)
+    run_directory.claim_run(config, own.uri, own.require)
     placed = prepare.located(inspected[0], prepare.store_of(folds[0].config))
     _train(folds, inspected, config.parallel, feed.hold(folds[0].config, placed))
 

@@ -19,10 +19,11 @@ from ray.train import (
     WorkerGroupError,
 )
 
-from bcd import storage, taxonomy
+from bcd import lease, storage, taxonomy
 from bcd.config.training import TrainConfig
 from bcd.errors import BcdError, StorageError
 from bcd.evaluation import evaluate
+from bcd.lease import Lease
 from bcd.runtime import cluster, datasets, inspection, output, run_directory
 from bcd.runtime.prepare import DatasetFacts, describe_split, load_data_set, located, prepare, store_of
 from bcd.runtime.run_directory import EXPOSURE, SELECTION
@@ -53,11 +54,34 @@ def run(
         BcdError: an error for the user, before any long work where possible.
     """
     run_uri = storage.join(config.output, config.name)
-    if run_directory.begin_run(config, run_uri):
-        if (fault := export.fault(run_uri)) is None:
-            print(f"{run_uri} is finished: see report.html there, or choose another --name to train again")
-            return run_uri
-        print(f"{fault}. Writing a new bundle from its checkpoint", flush=True)
+    if _open_work(config, run_uri) is not None:
+        with lease.held(run_uri, config.wait) as own:
+            # Another job may have finished it meanwhile.
+            if (work := _open_work(config, run_uri)) is not None:
+                print(work, end="", flush=True)
+                _complete(config, run_uri, own, inspected, runs_per_node, held)
+                return run_uri
+    print(f"{run_uri} is finished: see report.html there, or choose another --name to train again")
+    return run_uri
+
+
+def _open_work(config: TrainConfig, run_uri: str) -> str | None:
+    """What a run lacks, as a line of the log, which is empty for an ordinary training; None if finished."""
+    if not run_directory.begin_run(config, run_uri):
+        return ""
+    fault = export.fault(run_uri)
+    return fault and f"{fault}. Writing a new bundle from its checkpoint\n"
+
+
+def _complete(
+    config: TrainConfig,
+    run_uri: str,
+    own: Lease,
+    inspected: tuple[pa.Table, DatasetFacts] | None,
+    runs_per_node: int,
+    held: Held | None,
+) -> None:
+    """Train, or continue a run, and evaluate it."""
     started = time.time()
     with ThreadPoolExecutor(1) as pool:
         # Ray starts meanwhile.
@@ -65,18 +89,19 @@ def run(
         cluster.connect(trains=True)
         pretrained = reading.result()
     scaling = cluster.scaling(config)
-    table, facts = _split(config, run_uri, inspected)
+    table, facts = _split(config, run_uri, inspected, own)
     table = located(table, store_of(config))
     fed = feed.feed_of(config, table, held)
     result = train_model(config, run_uri, fed, pretrained, scaling, runs_per_node, started)
+    own.require()
     run_directory.write_json(run_uri, run_directory.HISTORY, result.return_value)
     export.bundle_of(config, storage.join(run_uri, run_directory.MODEL), table, facts, result)
     trained = time.time()
     owner = output.claim_folder(run_uri, output.TRAIN)
     evaluate.evaluate(storage.join(run_uri, run_directory.MODEL), table, facts, run_uri, owner)
     timings = {"train_s": round(trained - started, 1), "evaluate_s": round(time.time() - trained, 1)}
+    own.require()
     run_directory.finish_run(config, run_uri, timings | _rates(result.return_value))
-    return run_uri
 
 
 def _rates(history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -92,7 +117,7 @@ def _pretrained(config: TrainConfig) -> "State | None":
 
 
 def _split(
-    config: TrainConfig, run_uri: str, inspected: tuple[pa.Table, DatasetFacts] | None
+    config: TrainConfig, run_uri: str, inspected: tuple[pa.Table, DatasetFacts] | None, own: Lease
 ) -> tuple[pa.Table, DatasetFacts]:
     """The split rows of this run, made once and read back by a resumed run.
 
@@ -104,7 +129,7 @@ def _split(
         return table, DatasetFacts(**run_directory.read_json(run_uri, run_directory.DATA))
     table, facts = prepare(config, inspected)
     export.require_valid_card(config, table, facts)
-    run_directory.claim_run(config, run_uri)
+    run_directory.claim_run(config, run_uri, own.require)
     run_directory.write_json(run_uri, run_directory.DATA, facts.model_dump())
     run_directory.write_split(run_uri, table)
     print("\n".join(describe_split(config, table, facts)), flush=True)

@@ -5,7 +5,10 @@ However a job was disturbed, the table is that of an undisturbed run, each row o
 
 import itertools
 import os
+import random
 import re
+import socket
+import time
 import uuid
 from pathlib import Path
 
@@ -20,7 +23,7 @@ import pytest
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from bcd import schema, storage
+from bcd import lease, schema, storage
 from bcd.config.scoring import ScoreConfig
 from bcd.data.archive import list_inputs
 from bcd.errors import ConfigError
@@ -337,3 +340,41 @@ def test_a_kill_changes_nothing(
         assert kill(found(), SCORER if victim == "actor" else "")
     finished(job)
     assert_same(table(output), table(undisturbed))
+
+
+def test_a_second_job_ends_and_says_who_writes_there(model_uri, archive, tmp_path):
+    """Without Ray: before anything else."""
+    with lease.held(str(tmp_path)) as ours:
+        log, _ = (job := start(model_uri, archive, tmp_path)).communicate(timeout=PATIENCE_S)
+        who = f"process {os.getpid()} on {socket.gethostname()}, since {ours.since}"
+        assert f"error: {tmp_path} is being written by another job ({who}): --wait waits for its end" in log
+        assert job.returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == [lease.FOLDER]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """An archive of a few small files, one of them damaged."""
+    root = tmp_path_factory.mktemp("few")
+    for name, content in (archives.fields(12, 30, 40) | {"half.png": b"half"}).items():
+        storage.write_bytes(f"{root}/{name}", content)
+    return str(root)
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("seed", range(20))
+def test_jobs_on_one_output_at_random_moments_give_one_table(seed, joined, model_uri, few, tmp_path, s3):
+    draw = random.Random(seed)
+    output = f"{s3}/{uuid.uuid4().hex}" if seed % 2 else str(tmp_path)
+    jobs = []
+    for _ in range(2 + seed % 2):
+        jobs.append(start(model_uri, few, output))
+        time.sleep(draw.uniform(0, 8))
+    logs = [job.communicate(timeout=PATIENCE_S)[0] for job in jobs]
+    codes = [job.returncode for job in jobs]
+    assert {0} <= set(codes) <= {0, 2}, logs
+    for code, log in zip(codes, logs, strict=True):
+        assert ("is being written by another job (process" if code else output) in log
+    names = table(output)[schema.IMAGE_ID].to_pylist()
+    assert sorted(names) == sorted(list_inputs(few).table[schema.IMAGE_ID].to_pylist())
+    assert read_json(f"{output}/summary.json")["n_rows"] == len(names) == 13

@@ -69,7 +69,7 @@ WITH_TORCH = {
     "bcd.preflight.doctor",
     "bcd.serving.serve",
 }
-MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 17_600
+MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 18_000
 
 
 def folder_of(name: str) -> str:
@@ -125,7 +125,11 @@ def test_ray_and_torch_are_imported_where_they_belong():
 def test_folders_modules_and_functions_are_small():
     folders = Counter(folder_of(name_of(path)) for path in MODULES)
     found = [f"{folder}: {n} modules" for folder, n in folders.items() if folder and n > MOST_MODULES]
-    there = [path for path in (ROOT / "bcd").iterdir() if not path.name.startswith("__")]
+    there = [
+        path
+        for path in (ROOT / "bcd").iterdir()
+        if not path.name.startswith("__") and path.name != "py.typed"
+    ]
     found += [
         f"{kind.__name__}: {n}"
         for kind, n, most in (

@@ -13,6 +13,7 @@ from bcd.data.archive import Archive
 from bcd.errors import IncompleteError
 from bcd.runtime import inspection
 from bcd.scoring import inputs, ledger, tiling
+from tests.archives import claimed
 from tests.scoring.test_ledger import (
     ROWS,
     SETTINGS,
@@ -57,7 +58,7 @@ def hashes_without_ray(monkeypatch):
 
 def settle(output, found):
     """What a job does first; returns the ledger and what is to be scored again."""
-    ours, _ = ledger.open_ledger(str(output), SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(str(output)), SETTINGS)
     changed = inputs.settle(ours, ledger.merged(ours), ledger.committed(ours), found)
     return ours, changed
 
@@ -152,7 +153,6 @@ def test_a_kill_while_rows_are_removed_loses_and_doubles_none(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         for name in ("write_bytes", "delete_file"):
             patch.setattr(storage, name, counting(getattr(storage, name)))
-        patch.setattr(storage, "check_writable", lambda uri: None)
         patch.setattr(read, "contents", lambda uris: (b"other bytes" for _ in uris))
         with contextlib.suppress(KeyboardInterrupt):
             settle(tmp_path, archive(versions={"f03.png": "2-1", "f08.png": "2-1"}))

@@ -2,14 +2,16 @@ import random
 import uuid
 import weakref
 from collections import Counter
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 
-from bcd import schema, storage
+from bcd import disk, schema, storage
 from bcd.errors import ConfigError
 from bcd.scoring import ledger
 from bcd.slides import tile
+from tests.archives import claimed
 
 FORM = schema.predictions(2, 3)
 SETTINGS = {"model": "abc", "input": "in", "cam": "evidence"}
@@ -38,7 +40,8 @@ def commit(ours, rows):
 def finish(ours):
     """Merge what is committed, and close the ledger; returns rows per file."""
     written = [ledger.merge(part) for part in ledger.cut_parts(ours, ledger.committed(ours))]
-    ledger.close_ledger(ours, {"rows": sum(written)})
+    n_rows = sum(written) + sum(ledger.merged(ours).rows.values())
+    ledger.close_ledger(ours, {"rows": sum(written)}, n_rows)
     return written
 
 
@@ -81,21 +84,22 @@ ROWS += [tile_of(name, x, y) for name in ("s.svs", "a.svs") for y in (0, 100, 20
 
 
 def test_begin_refuses_other_settings_and_names_them(output):
-    ours, summary = ledger.open_ledger(output, SETTINGS)
+    ours, summary = ledger.open_ledger(claimed(output), SETTINGS)
     assert (ours.uri, ours.generation, summary) == (output, 1, None)
-    assert ledger.open_ledger(output, SETTINGS) == (ours, None)
+    again, summary = ledger.open_ledger(claimed(output), SETTINGS)
+    assert (replace(again, lease=ours.lease), summary) == (ours, None)
     other = {"model": "xyz", "input": "in", "overlays": "png"}
     with pytest.raises(
         ConfigError,
         match=r"other settings: --cam evidence -> None; --model abc -> xyz; --overlays None -> png. Repeat",
     ):
-        ledger.open_ledger(output, other)
+        ledger.open_ledger(claimed(output), other)
     assert ledger.read_settings(output) == SETTINGS
     assert ledger.read_settings(f"{output}/none") is None
 
 
 def test_the_same_rows_committed_twice_are_one_file(output):
-    ours, _ = ledger.open_ledger(output, SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(output), SETTINGS)
     for rows in (ROWS[:5], ROWS[4::-1], ROWS[5:7]):
         commit(ours, rows)
     assert len(storage.list_files(ours.work_uri)) == 2
@@ -103,7 +107,7 @@ def test_the_same_rows_committed_twice_are_one_file(output):
 
 
 def test_a_commit_counts_rows_and_errors_per_input(tmp_path):
-    ours, _ = ledger.open_ledger(str(tmp_path), SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(str(tmp_path)), SETTINGS)
     broken = tile_of("s.svs", 7, 7) | {"error": "unreadable"}
     counted = commit(ours, [*ROWS[8:], broken])
     assert counted.column_names == ["input", "rows", "errors", "withheld", "reason"]
@@ -117,7 +121,7 @@ def test_a_commit_counts_rows_and_errors_per_input(tmp_path):
 
 def test_rows_that_storage_did_not_give_are_left_to_the_next_run(output):
     """An error row counts as done, and would stay for ever."""
-    ours, _ = ledger.open_ledger(output, SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(output), SETTINGS)
     lost = [r | {"error": "unavailable", "error_message": "denied"} for r in ROWS[7:12]]
     counted = commit(ours, lost)
     assert [r for r in counted.to_pylist() if r["input"] == "s.svs"] == [
@@ -136,7 +140,7 @@ def test_rows_that_storage_did_not_give_are_left_to_the_next_run(output):
 
 def test_what_is_committed_counts_each_row_once(output):
     """Tasks of a killed driver continue for a moment: their segments overlap those of the next."""
-    ours, _ = ledger.open_ledger(output, SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(output), SETTINGS)
     for rows in (ROWS[8:14], ROWS[9:16], [ROWS[9]], ROWS[12:13]):
         commit(ours, rows)
     done = ledger.committed(ours)
@@ -147,15 +151,15 @@ def test_what_is_committed_counts_each_row_once(output):
 
 
 def test_plans_and_half_written_segments_are_no_segments(tmp_path):
-    ours, _ = ledger.open_ledger(str(tmp_path), SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(str(tmp_path)), SETTINGS)
     commit(ours, ROWS[:1])
     storage.write_bytes(f"{ours.plans_uri}/p.parquet", b"no segment")
-    storage.write_bytes(f"{ours.work_uri}/0.parquet.0{storage.ASIDE}", b"half")
+    storage.write_bytes(f"{ours.work_uri}/0.parquet.0{disk.ASIDE}", b"half")
     assert ledger.committed(ours).rows == {"f00.png": 1}
 
 
 def test_merging_sorts_and_keeps_a_slide_in_one_file(output, small_files):
-    ours, _ = ledger.open_ledger(output, SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(output), SETTINGS)
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
     for at in range(0, len(ROWS), 5):
         commit(ours, shuffled[at : at + 8])
@@ -174,18 +178,18 @@ def test_merging_sorts_and_keeps_a_slide_in_one_file(output, small_files):
 
 
 def test_a_file_has_about_the_bytes_it_should(tmp_path, monkeypatch):
-    ours, _ = ledger.open_ledger(str(tmp_path), SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(str(tmp_path)), SETTINGS)
     commit(ours, ROWS[:9])
     monkeypatch.setattr(ledger, "FILE_BYTES", storage.list_files(ours.work_uri)[0].size_bytes // 2)
     assert finish(ours) == [4, 4, 1]
     assert [file.path for file in storage.list_files(ours.predictions_uri)] == [
-        f"part-{ours.owner}-0001-0000{i}.parquet" for i in range(3)
+        f"part-{ours.owner}-0001-{ours.lease.id}-0000{i}.parquet" for i in range(3)
     ]
 
 
 def test_merging_holds_one_segment_at_a_time(tmp_path, monkeypatch, small_files):
     """Every segment may hold rows of every file: together they are the whole archive."""
-    ours, _ = ledger.open_ledger(str(tmp_path), SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(str(tmp_path)), SETTINGS)
     for i in range(9):
         commit(ours, [ROWS[i], row("a.png"), row("z.png")])
     real, held, most = storage.read_table, [], []
@@ -212,7 +216,7 @@ def test_any_rows_in_any_overlapping_segments_give_each_row_once(tmp_path, monke
         tile_of(f"{i}.svs", x, draw.randrange(3)) for i in range(3) for x in range(draw.randrange(1, 30))
     ]
     monkeypatch.setattr(ledger, "FILE_BYTES", draw.choice([1, 3_000, 2**27]))
-    ours, _ = ledger.open_ledger(str(tmp_path), SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(str(tmp_path)), SETTINGS)
     cuts = [rows[at : at + 7] for at in range(0, len(rows), 7)]
     for segment in cuts + [draw.sample(rows, draw.randrange(1, len(rows))) for _ in range(5)]:
         commit(ours, segment)
@@ -226,7 +230,7 @@ def test_any_rows_in_any_overlapping_segments_give_each_row_once(tmp_path, monke
 
 def attempt(output, rows):
     """What the pipeline does, step by step; a test kills it by taking no further step."""
-    ours, _ = ledger.open_ledger(output, SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(output), SETTINGS)
     older, done = ledger.merged(ours), ledger.committed(ours)
     wanted = Counter(map(input_of, rows))
     missing = {name for name in wanted - done.rows if name not in older.rows}
@@ -236,7 +240,7 @@ def attempt(output, rows):
         yield commit(ours, todo[at : at + 6])
     for part in ledger.cut_parts(ours, ledger.committed(ours)):
         yield ledger.merge(part)
-    ledger.close_ledger(ours, {})
+    ledger.close_ledger(ours, {}, len(rows))
 
 
 def input_of(known):
@@ -273,11 +277,11 @@ def test_killed_in_the_middle_of_merging_while_files_were_added(output, small_fi
 
 
 def test_killed_between_merging_and_summary(output):
-    ours, _ = ledger.open_ledger(output, SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(output), SETTINGS)
     commit(ours, ROWS)
     written = [ledger.merge(part) for part in ledger.cut_parts(ours, ledger.committed(ours))]
-    again, summary = ledger.open_ledger(output, SETTINGS)
-    assert (again, summary) == (ours, None)
+    again, summary = ledger.open_ledger(claimed(output), SETTINGS)
+    assert (again.generation, summary) == (1, None)
     assert ledger.merged(again).rows == {}
     assert sum(ledger.committed(again).rows.values()) == len(ROWS)
     assert finish(again) == written
@@ -285,35 +289,35 @@ def test_killed_between_merging_and_summary(output):
 
 
 def test_killed_between_summary_and_cleaning(output, monkeypatch):
-    ours, _ = ledger.open_ledger(output, SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(output), SETTINGS)
     commit(ours, ROWS[:8])
     with monkeypatch.context() as patch:
         patch.setattr(storage, "delete_files", killed)
         with pytest.raises(KeyboardInterrupt):
             finish(ours)
     assert len(ledger.committed(ours).segments) == 1
-    again, summary = ledger.open_ledger(output, SETTINGS)
-    assert (again.generation, summary) == (2, {"rows": 8, "generation": 1})
+    again, summary = ledger.open_ledger(claimed(output), SETTINGS)
+    assert (again.generation, summary) == (2, {"rows": 8, "generation": 1, "merges": [ours.lease.id]})
     assert storage.list_files_if_any(f"{output}/work") == []
     assert ledger.merged(again).rows == dict.fromkeys([r["image_id"] for r in ROWS[:8]], 1)
     list(attempt(output, ROWS))
     assert rows_in(output) == expected(ROWS)
 
 
-def killed(uri, pattern):
+def killed(*arguments):
     raise KeyboardInterrupt
 
 
 def test_half_written_files_of_the_table_are_removed(tmp_path):
     list(attempt(str(tmp_path), ROWS[:3]))
     (part,) = (tmp_path / "predictions").iterdir()
-    part.with_name(f"{part.name}.0{storage.ASIDE}").write_bytes(b"half")
-    ledger.open_ledger(str(tmp_path), SETTINGS)
+    part.with_name(f"{part.name}.0{disk.ASIDE}").write_bytes(b"half")
+    ledger.open_ledger(claimed(str(tmp_path)), SETTINGS)
     assert list((tmp_path / "predictions").iterdir()) == [part]
 
 
 def test_a_slide_that_could_be_read_after_all_has_no_error_beside_its_tiles(tmp_path):
-    ours, _ = ledger.open_ledger(str(tmp_path), SETTINGS)
+    ours, _ = ledger.open_ledger(claimed(str(tmp_path)), SETTINGS)
     commit(ours, ROWS[10:17])
     commit(ours, [row("s.svs", slide="s.svs", error="unreadable"), row("t.svs", slide="t.svs", error="x")])
     done = ledger.committed(ours)
@@ -327,8 +331,8 @@ def test_a_slide_that_could_be_read_after_all_has_no_error_beside_its_tiles(tmp_
 def test_a_finished_output_has_no_segments_and_an_older_table(output):
     list(attempt(output, ROWS))
     assert storage.list_files_if_any(f"{output}/work") == []
-    ours, summary = ledger.open_ledger(output, SETTINGS)
-    assert (ours.generation, summary) == (2, {"generation": 1})
+    ours, summary = ledger.open_ledger(claimed(output), SETTINGS)
+    assert (ours.generation, summary) == (2, {"generation": 1, "merges": list(ours.merges)})
     older = ledger.merged(ours)
     assert older.rows == Counter(map(input_of, ROWS))
     assert ledger.committed(ours) == ledger.Done()
@@ -343,7 +347,7 @@ def failed(name, code):
 
 
 def begun(output, **flags):
-    return ledger.open_ledger(output, SETTINGS | {"mpp": None} | flags, REMEDIES)[0]
+    return ledger.open_ledger(claimed(output), SETTINGS | {"mpp": None} | flags, REMEDIES)[0]
 
 
 @seldom_on_s3

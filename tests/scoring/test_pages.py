@@ -1,6 +1,7 @@
 import pyarrow as pa
 import pytest
 
+from bcd.lease import Lease
 from bcd.scoring import ledger, pages
 from tests.scoring.test_finish import TABLE, judged
 
@@ -16,7 +17,7 @@ def test_failures_are_named_by_kind():
 
 
 def test_the_table_of_images_begins_with_the_most_malignant_and_ends_with_errors(monkeypatch):
-    ours = ledger.Ledger("/out", 1, "0")
+    ours = ledger.Ledger(Lease("/out"), "0", ())
     scored = judged(("b", 0.2, [], 1.0), ("a", 0.9, ["unlike_training_data"], 1.0), ("c", 0.5, [], 1.0))
     failed = TABLE.drop_columns("n").filter(pa.array([False, True, True, False, True]))
     table = pa.concat_tables([scored, failed])

@@ -8,6 +8,7 @@ from bcd import schema, storage
 from bcd.config.scoring import ScoreConfig
 from bcd.errors import ConfigError, IncompleteError
 from bcd.scoring import ledger, score, tiling
+from tests.archives import claimed
 
 PLAN = tiling.Plan(
     slide="s.svs",
@@ -53,7 +54,7 @@ def test_compiling_is_decided_once_for_an_output(tmp_path, monkeypatch):
     assert score._compiles(config, inputs("a.svs", size_bytes=score.COMPILE_FROM_SLIDE_BYTES))
     assert score._compiles(config.model_copy(update={"compile": "on"}), few)
     assert not score._compiles(config.model_copy(update={"compile": "off"}), many)
-    ledger.open_ledger(str(tmp_path), {"compile": False})
+    ledger.open_ledger(claimed(str(tmp_path)), {"compile": False})
     assert not score._compiles(config, many)
 
 
@@ -93,7 +94,10 @@ def test_an_incomplete_job_says_how_to_resume():
 
 def test_plans_are_read_side_by_side(tmp_path, monkeypatch):
     """One after the other, each is a round trip to the object store."""
-    ours, names = ledger.Ledger(str(tmp_path), 1, "0"), [f"{i}.svs" for i in range(storage.READ_THREADS)]
+    ours, names = (
+        ledger.Ledger(claimed(str(tmp_path)), "0", ()),
+        [f"{i}.svs" for i in range(storage.READ_THREADS)],
+    )
     together = threading.Barrier(len(names), timeout=60)
     monkeypatch.setattr(ledger, "committed", lambda ours: ledger.Done(rows=Counter(names)))
 

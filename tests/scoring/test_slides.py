@@ -18,6 +18,7 @@ from bcd.scoring import ledger, slides, tiling
 from bcd.slides import slide_cache
 from bcd.taxonomy import TUMOR_CLASSES, classes, malignant_mask
 from tests import pictures
+from tests.archives import claimed
 from tests.model.test_bundle import card
 
 NAME = "CMU-1-Small-Region.svs"
@@ -42,7 +43,7 @@ def planned(folder, contents, tile_settings, generation=1):
     """Tiles and plans of an archive of slides, as the pipeline makes them."""
     for name, content in contents.items():
         storage.write_bytes(f"{folder}/in/{name}", content)
-    ours = ledger.Ledger(f"{folder}/out", generation, "0")
+    ours = ledger.Ledger(claimed(f"{folder}/out"), "0", ("",) * (generation - 1))
     inputs = archive.list_inputs(f"{folder}/in").table
     inputs = inputs.filter(pa.array([name in contents for name in inputs[schema.IMAGE_ID].to_pylist()]))
     tiles = pa.concat_tables(tiling.expand(inputs, tile_settings, ours.plans_uri, frozenset()))
@@ -204,7 +205,7 @@ def test_slides_of_a_manifest_have_any_uri(tmp_path, kind, request):
     at["remote"] = f"{request.getfixturevalue('s3')}/{tmp_path.name}" if kind == "remote" else ""
     storage.write_bytes(f"{at['remote'] or f'{tmp_path}/in'}/s.tif", stained())
     storage.write_bytes(f"{tmp_path}/lists/m.csv", f"uri\n{at[kind]}/s.tif\n".encode())
-    ours = ledger.Ledger(f"{tmp_path}/out", 1, "0")
+    ours = ledger.Ledger(claimed(f"{tmp_path}/out"), "0", ())
     inputs = archive.list_inputs(f"{tmp_path}/lists/m.csv").table
     tiles = pa.concat_tables(tiling.expand(inputs, SYNTHETIC, ours.plans_uri, frozenset()))
     plan = tiling.read_plan(ours.plans_uri, f"{at[kind]}/s.tif")

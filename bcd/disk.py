@@ -1,18 +1,24 @@
-"""Every entry below a local folder: files, unreadable entries, and counts of skipped ones.
+"""The local disk: every entry below a folder, and files written whole or not at all.
 
-A link to a folder is followed once, and never in a loop. Folders are listed before links, so that a file
-below both has its own path.
+Entries are files, unreadable ones, and counts of skipped ones. A link to a folder is followed once, and never
+in a loop. Folders are listed before links, so that a file below both has its own path.
 """
 
 import errno
 import os
+import re
+import uuid
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 # Reasons to skip an entry, besides its suffix.
 HIDDEN, SPECIAL = "hidden", "no regular file"
 LOOP, AGAIN = "link to a folder above it", "link to a folder that is listed already"
+# Suffix of a file that is being written; one that a killed process left behind is unused.
+ASIDE = ".part"
+HALF_WRITTEN = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(ASIDE)}$")
 
 
 @dataclass
@@ -107,3 +113,51 @@ def _is_folder(entry: "os.DirEntry[str]", path: str, found: Entries) -> bool:
 def _text(name: str) -> str:
     """A name as text, with escapes for bytes that are not UTF-8."""
     return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def write_in_place(path: str, data: bytes) -> None:
+    """Write a file that may be found half-written; makes its folder."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def write_aside(path: str, data: bytes) -> None:
+    """Write a file whole or not at all, in a power cut too; makes its folder."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}{ASIDE}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else the new name may have nothing in it
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+    sync_folder(os.path.dirname(path))
+
+
+def delete_for_good(path: str) -> None:
+    """Delete a file for good: a power cut does not bring it back."""
+    os.remove(path)
+    sync_folder(os.path.dirname(path))
+
+
+def sync_folder(folder: str) -> None:
+    """Make the names in a folder last, before what depends on them is changed."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network drives cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(root: str) -> None:
+    """Delete what `write_aside` left below a folder when its process ended; nobody else may write there."""
+    paths = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
+    for path in list(filter(HALF_WRITTEN.search, paths)):
+        os.remove(path)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bcd import walk
+from bcd import disk
 
 
 def plant(root, *names):
@@ -22,16 +22,16 @@ def test_files_have_sizes_and_all_else_is_counted(tmp_path):
     plant(tmp_path, "b/2.png", "a.png", ".hidden/x.png", ".DS_Store", "b/._2.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "empty.png").mkdir()
-    found = walk.entries(str(tmp_path))
+    found = disk.entries(str(tmp_path))
     assert found.sizes == {"a.png": 5, "b/2.png": 7}
     assert found.faults == {}
-    assert found.passed == {walk.HIDDEN: 3, walk.SPECIAL: 1}
+    assert found.passed == {disk.HIDDEN: 3, disk.SPECIAL: 1}
 
 
 def test_a_link_to_a_file_is_a_file(tmp_path):
     plant(tmp_path, "out/1.png", "in/2.png")
     link(tmp_path, "in/1.png", "../out/1.png")
-    assert walk.entries(str(tmp_path / "in")).sizes == {"1.png": 9, "2.png": 8}
+    assert disk.entries(str(tmp_path / "in")).sizes == {"1.png": 9, "2.png": 8}
 
 
 def test_a_linked_folder_is_followed_once(tmp_path):
@@ -39,9 +39,9 @@ def test_a_linked_folder_is_followed_once(tmp_path):
     plant(tmp_path, "out/deep/1.png", "in/z/2.png")
     for name, target in (("a", "z"), ("b", "../out"), ("c", "../out"), ("d", "../out/deep")):
         link(tmp_path, f"in/{name}", target)
-    found = walk.entries(str(tmp_path / "in"))
+    found = disk.entries(str(tmp_path / "in"))
     assert found.sizes == {"z/2.png": 10, "b/deep/1.png": 14}
-    assert found.passed == {walk.AGAIN: 3}
+    assert found.passed == {disk.AGAIN: 3}
 
 
 def test_loops_end(tmp_path):
@@ -53,9 +53,9 @@ def test_loops_end(tmp_path):
         for other in names:
             link(tmp_path, f"{name}/to {other[3:]}", f"../{other[3:]}")
     link(tmp_path, "in/above", "../..")
-    found = walk.entries(str(tmp_path / "in"))
+    found = disk.entries(str(tmp_path / "in"))
     assert sorted(found.sizes) == [f"{name[3:]}/1.png" for name in names]
-    assert found.passed == {walk.LOOP: 8 + 8 + 1, walk.AGAIN: 8 * 7}
+    assert found.passed == {disk.LOOP: 8 + 8 + 1, disk.AGAIN: 8 * 7}
     assert found.faults == {}
 
 
@@ -67,7 +67,7 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path):
     with open(os.path.join(os.fsencode(tmp_path), b"b\xff.png"), "wb"):
         pass
     os.mkdir(os.path.join(os.fsencode(tmp_path), b"c\xfe"))
-    found = walk.entries(str(tmp_path))
+    found = disk.entries(str(tmp_path))
     assert found.sizes == {"a.png": 5}
     assert found.faults == {
         "gone.png": "a link to /nowhere/x.png: No such file or directory",
@@ -88,13 +88,13 @@ def test_a_folder_that_is_not_for_us_is_a_fault_and_the_rest_is_listed(tmp_path,
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    found = walk.entries(str(tmp_path))
+    found = disk.entries(str(tmp_path))
     assert (found.sizes, found.faults) == (
         {"b/2.png": 7},
         {"a": "the folder cannot be listed: Permission denied"},
     )
     with pytest.raises(PermissionError):
-        walk.entries(str(tmp_path / "b"))
+        disk.entries(str(tmp_path / "b"))
 
 
 def test_a_disk_that_fails_is_no_fault_of_an_entry(tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_disk_that_fails_is_no_fault_of_an_entry(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(OSError, match="Input/output error"):
-        walk.entries(str(tmp_path))
+        disk.entries(str(tmp_path))
 
 
 def test_a_long_chain_of_folders_is_no_recursion(tmp_path):
@@ -114,4 +114,4 @@ def test_a_long_chain_of_folders_is_no_recursion(tmp_path):
         deep = deep / "d"
     deep.mkdir(parents=True)
     (deep / "x.png").write_bytes(b"1")
-    assert walk.entries(str(tmp_path)).sizes == {"d/" * 200 + "x.png": 1}
+    assert disk.entries(str(tmp_path)).sizes == {"d/" * 200 + "x.png": 1}

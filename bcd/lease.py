@@ -1,0 +1,254 @@
+"""One job at a time writes into an output: the claims in its folder `.lease`.
+
+    .lease/ID.json    the claim of one job: who and since when, renewed every `BEAT_S`
+
+A job writes its claim, and then lists the folder. Object stores and disks list what was written before, so of
+two jobs the one that lists later sees the claim of the other: never do both find themselves alone. This
+needs no conditional writes, which pyarrow does not offer (decision 8).
+
+A claim that has not changed for `EXPIRES_S` while another job watched it, or whose process on the same host
+is gone, is deleted, and the output taken over. A job that has not written its claim for half of this time, or
+does not find it, has lost the lease, and deletes and publishes nothing more: see `Lease.require`.
+"""
+
+import json
+import os
+import random
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import Any
+
+from bcd import storage
+from bcd.errors import BusyError, StorageError
+
+FOLDER = ".lease"
+# Of a claim: renewed, and expired without that.
+BEAT_S, EXPIRES_S = 5.0, 60.0
+# Between two looks at the claims of other jobs.
+LOOK_S = 1.0
+
+
+def claim_uri(uri: str, lease_id: str) -> str:
+    """The file of a claim to an output, which exists while the lease is held."""
+    return storage.join(uri, FOLDER, f"{lease_id}.json")
+
+
+@dataclass
+class Lease:
+    """The claim of this job to an output."""
+
+    uri: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    since: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
+    _written: float = field(default=0.0, compare=False)
+    _lost: bool = field(default=False, compare=False)
+    _lock: Lock = field(default_factory=lambda: Lock(), compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy in another process cannot renew the claim: its `require` fails."""
+        return Lease, (self.uri, self.id, self.since)
+
+    @property
+    def claim_uri(self) -> str:
+        """The file of the claim."""
+        return claim_uri(self.uri, self.id)
+
+    def claim(self) -> None:
+        """Write the claim."""
+        started = _now()
+        content = {"since": self.since, "host": socket.gethostname(), "pid": os.getpid(), "place": _place()}
+        storage.write_bytes(self.claim_uri, json.dumps(content).encode(), whole=False)
+        self._written = started
+
+    def require(self) -> None:
+        """Renew the claim: directly before anything is deleted or replaced, after all that is read for
+        it, because a job may pause while it reads.
+
+        Raises:
+            BusyError: the lease is lost, because this job was not seen for a while.
+            StorageError: the output cannot be read or written.
+        """
+        with self._lock:
+            before = self._written
+            self._lost = self._lost or not storage.exists(self.claim_uri)
+            if not self._lost:
+                self.claim()
+                self._lost = _now() - before > EXPIRES_S / 2
+            if self._lost:
+                self._delete()  # it may have been renewed too late
+                raise BusyError(
+                    f"{self.uri} may belong to another job by now: this one could not write there for "
+                    f"{EXPIRES_S / 2:.0f} s. Nothing is lost: run the same command again to resume"
+                )
+
+    def release(self) -> None:
+        """Delete the claim."""
+        with self._lock:
+            self._lost = True
+            self._delete()
+
+    def _delete(self) -> None:
+        # Where another job took over, it is deleted already.
+        with suppress(StorageError):
+            storage.delete_file(self.claim_uri)
+
+
+@contextmanager
+def held(uri: str, wait: bool = False) -> Iterator[Lease]:
+    """Hold the lease of an output folder.
+
+    Args:
+        uri: of the folder; made where there is none.
+        wait: until another job that holds it has ended.
+
+    Raises:
+        BusyError: another job holds it, and `wait` is false.
+        StorageError: the folder cannot be read or written.
+    """
+    is_new = not storage.exists(uri)
+    lease = _acquired(storage.absolute(uri), wait)
+    ended = Event()
+    beating = Thread(target=_beat, args=(lease, ended), name="bcd-lease", daemon=True)
+    beating.start()
+    try:
+        storage.delete_half_written(uri)
+        yield lease
+    finally:
+        ended.set()
+        beating.join()
+        lease.release()
+        if is_new:
+            storage.delete_empty_folder(uri, FOLDER)
+
+
+def _beat(lease: Lease, ended: Event) -> None:
+    """Keep the claim alive. Whether that succeeded is for `Lease.require` to say."""
+    while not ended.wait(BEAT_S):
+        with suppress(StorageError):  # a store with a bad day
+            try:
+                lease.require()
+            except BusyError:
+                return
+
+
+@dataclass
+class _Claim:
+    """The claim of another job, as this one sees it; times by the clock of this one."""
+
+    uri: str
+    version: str
+    content: dict[str, Any]
+    seen: float = field(default_factory=lambda: _watched_time())
+    is_live: bool = False
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether its job has ended without a word."""
+        return _is_gone(self.content) or _watched_time() - self.seen > EXPIRES_S
+
+    @property
+    def owner(self) -> str:
+        """The job, as a sentence names it."""
+        known = {name: self.content.get(name, "?") for name in ("pid", "host", "since")}
+        return "another job (process {pid} on {host}, since {since})".format(**known)
+
+
+def _acquired(uri: str, wait: bool) -> Lease:
+    known, said = dict[str, _Claim](), False
+    while True:
+        known = {claim.uri: claim for claim in _looked(uri, known)}
+        if not known:
+            lease = Lease(uri)
+            lease.claim()
+            if [file.uri for file in _files(uri)] == [lease.claim_uri]:
+                return lease
+            lease.release()  # two jobs came at once, and neither has begun
+            _sleep(random.uniform(0, LOOK_S))
+            continue
+        first = next(iter(known.values()))
+        if first.is_live and not wait:
+            raise BusyError(f"{uri} is being written by {first.owner}: --wait waits for its end")
+        if not said:
+            said = True
+            print(f"{uri} is claimed by {first.owner}: looking whether it is alive", flush=True)
+        _sleep(LOOK_S)
+
+
+def _looked(uri: str, known: dict[str, _Claim]) -> Iterator[_Claim]:
+    """The claims of others; those of dead jobs are deleted."""
+    for file in _files(uri):
+        claim = known.get(file.uri)
+        if claim is None or claim.version != file.version:
+            if (content := _content(file.uri)) is None:
+                continue
+            claim = _Claim(file.uri, file.version, content, is_live=claim is not None)
+        if claim.is_dead:
+            _delete(file.uri)
+        else:
+            yield claim
+
+
+def _files(uri: str) -> list[storage.File]:
+    folder = storage.join(uri, FOLDER)
+    return storage.list_folder(folder).files if storage.is_folder(folder) else []
+
+
+def _content(uri: str) -> dict[str, Any] | None:
+    """What a claim says; None where it was deleted meanwhile."""
+    try:
+        found = json.loads(storage.read_bytes(uri))
+    except ValueError:
+        return {}
+    except StorageError:
+        if storage.exists(uri):
+            raise
+        return None
+    return found if isinstance(found, dict) else {}
+
+
+def _delete(uri: str) -> None:
+    try:
+        storage.delete_file(uri)
+    except StorageError:
+        if storage.exists(uri):
+            raise
+
+
+def _place() -> str | None:
+    """Where process ids are those of this process: the kernel since its start, and the namespace."""
+    try:
+        started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{started} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _is_gone(content: dict[str, Any]) -> bool:
+    """Whether the process of a claim ran here, and has ended."""
+    if content.get("place") is None or content["place"] != _place():
+        return False
+    try:
+        status = Path(f"/proc/{content.get('pid')}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return status.rpartition(")")[2].split()[0] in ("Z", "X")
+
+
+def _now() -> float:
+    """Seconds that passed for others, too, while this computer slept."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _watched_time() -> float:
+    """Seconds in which this process could look: a job on the same computer slept with it."""
+    return time.monotonic()
+
+
+_sleep = time.sleep

@@ -1,0 +1,198 @@
+"""Scoring jobs in a simulated world: the real job, with a model that needs no Ray and no pixels."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as pads
+import pytest
+
+from bcd import disk, storage
+from bcd.config.scoring import ScoreConfig
+from bcd.errors import BcdError
+from bcd.model import bundle
+from bcd.runtime import cluster, inspection, predict
+from bcd.scoring import finish, ledger, score, slides
+from tests.model.test_bundle import card
+from tests.scoring.test_ledger import row, table
+from tests.simulation.world import InTurn, Killed, Odds, World
+
+# Runs of a job that is ended again and again, before its world becomes quiet.
+MOST_RUNS = 12
+CARD = card()
+
+
+class Inline:
+    """`ray`: tasks run where they are started."""
+
+    @staticmethod
+    def remote(**options: Any) -> Any:
+        """Of `ray`."""
+        return lambda work: type("Task", (), {"remote": staticmethod(work)})
+
+    @staticmethod
+    def get(result: Any) -> Any:
+        """Of `ray`."""
+        return result
+
+
+class Scoring:
+    """An archive of small files, the jobs that score it, and what their table must be."""
+
+    def __init__(self, world: World, n_files: int) -> None:
+        self.world = world
+        self.input = world.root / "in"
+        self.input.mkdir()
+        for number in range(n_files):
+            self.write(f"{number:02}.png")
+        self.config = ScoreConfig(model="m", input=str(self.input), output=world.output, compile="off")
+        self.ended: list[str] = []
+        self.committed: dict[tuple[str, str], float] = {}
+
+    def write(self, name: str) -> None:
+        """Add or replace a file."""
+        (self.input / name).write_bytes(self.world.draw.randbytes(self.world.draw.randrange(5, 50)))
+
+    def expected(self) -> dict[str, str]:
+        """Of each image, the hash of its bytes."""
+        return {path.name: _hash(path.read_bytes()) for path in sorted(self.input.iterdir())}
+
+    def found(self) -> list[tuple[str, str]]:
+        """The same, as the table has it."""
+        folder = self.world.root / "out" / "predictions"
+        rows = pads.dataset(folder, format="parquet").to_table(columns=["image_id", "sha256"]).to_pylist()
+        return sorted((row["image_id"], row["sha256"]) for row in rows)
+
+    def check(self) -> None:
+        """The table is whole, each row once."""
+        assert self.found() == sorted(self.expected().items()), "\n".join(self.world.trace[-40:])
+
+    def check_summary(self) -> None:
+        """A summary that does not say "incomplete" counts rows that are there, each once."""
+        path = self.world.root / "out" / ledger.SUMMARY
+        if path.exists() and "incomplete" not in (summary := json.loads(path.read_text())):
+            names = [name for name, _ in self.found()]
+            assert len(set(names)) == len(names) >= summary["n_rows"], "\n".join(self.world.trace[-40:])
+
+    def check_once(self, name: str, digest: str) -> None:
+        """What was committed before this process began is not scored again."""
+        before = self.committed.get((name, digest), self.world.now)
+        assert before >= self.world.current.started, f"{name} again\n" + "\n".join(self.world.trace[-40:])
+
+    def check_nothing_is_left(self) -> None:
+        """No segment, claim or half-written file, once the world is quiet."""
+        root = self.world.root / "out"
+        files = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+        left = [
+            str(path) for path in files if path.parts[0] in ("work", ".lease") or path.suffix == disk.ASIDE
+        ]
+        assert not left, f"{left}\n" + "\n".join(self.world.trace[-40:])
+
+    def job(self) -> None:
+        """One process that runs the job until it ends; what a finished one leaves is whole."""
+        try:
+            score.run(self.config)
+        except BcdError as error:
+            self.ended.append(f"{type(error).__name__}: {error}")
+        else:
+            self.check()
+            self.ended.append("finished")
+
+    def run(self, n_jobs: int) -> None:
+        """Start jobs at drawn moments, each again in place of one that ends too early, until all succeed."""
+        world, open_jobs = self.world, n_jobs
+        for number in range(2 * MOST_RUNS):
+            world.odds = Odds() if number >= MOST_RUNS else world.odds
+            started = []
+            for at in range(open_jobs):
+                host = 0 if world.one_host else number * n_jobs + at
+                started.append(world.begin(f"job-{number}-{at}", host, self.job))
+            self.ended.clear()
+            world.run()
+            self.check_summary()
+            for thread in started:
+                if thread.failure is not None and not isinstance(thread.failure, Killed):
+                    raise thread.failure
+            open_jobs = 1
+            if "finished" in self.ended:
+                return
+        raise AssertionError("no job succeeded:\n" + "\n".join(self.ended + world.trace[-40:]))
+
+    def score_rows(self, ours: ledger.Ledger, books: Any, progress: Any, todo: Any, *settings: Any) -> float:
+        """In place of `score._score`: some rows at a time, some of them twice, as lost workers do."""
+        draw, rows = self.world.draw, todo.to_pylist()
+        while rows:
+            size = draw.randrange(1, 4)
+            batch, rows = rows[:size], rows[size:]
+            digests = {one["image_id"]: _hash(storage.read_bytes(one["uri"])) for one in batch}
+            for name, digest in digests.items():
+                self.check_once(name, digest)
+            for _ in range(1 + (draw.random() < 0.2)):
+                known = table([row(name, sha256=digest) for name, digest in digests.items()])
+                counted = ledger.commit(known, ours.work_uri)
+            progress.add(counted)
+            now = dict.fromkeys(digests.items(), self.world.now)
+            self.committed = now | self.committed
+            rows += batch[:1] if draw.random() < 0.05 and len(rows) > 3 else []
+        return 1.0
+
+    @contextmanager
+    def entered(self) -> Iterator["Scoring"]:
+        """With the world around it."""
+        with pytest.MonkeyPatch.context() as patch, self.world.entered(patch):
+            patch.setattr(bundle, "identify", lambda uri: "abc")
+            patch.setattr(bundle, "read_same", lambda uri, model_id: CARD)
+            patch.setattr(cluster, "connect", lambda: None)
+            patch.setattr(predict, "one_model", lambda settings: nullcontext())
+            patch.setattr(inspection, "checked", lambda rows, check: check(rows))
+            patch.setattr(score, "_score", self.score_rows)
+            patch.setattr(finish, "_write_gallery", _gallery)
+            for module in (score, finish, slides):
+                patch.setattr(module, "ray", Inline)
+            for module in (score, ledger):
+                patch.setattr(module, "ThreadPoolExecutor", InTurn)
+            patch.setattr(ledger, "FILE_BYTES", self.world.draw.choice([1, 20_000, 2**27]))
+            yield self
+
+
+def _gallery(ours: ledger.Ledger, *content: Any) -> None:
+    storage.write_bytes(storage.join(ours.uri, ledger.GALLERY), b"page")
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def history(seed: int, root: Path, plant: Any = None) -> Scoring:
+    """What one seed does to an archive: jobs, and files that are added and replaced between them. `plant`
+    puts a fault into the code (see `planted`)."""
+    draw = random.Random(seed)
+    kind = draw.choice(["quiet", "kills", "errors", "pauses", "all"])
+    every = kind == "all"
+    odds = Odds(
+        kill=draw.choice([0.5, 0.9]) if kind == "kills" or every else 0.0,
+        power_cut=draw.choice([0.0, 0.5, 1.0]) if kind == "kills" or every else 0.0,
+        error=0.02 if kind == "errors" or every else 0.0,
+        late_error=0.02 if kind == "errors" or every else 0.0,
+        pause=draw.choice([0.01, 0.05]) if kind == "pauses" or every else 0.0,
+    )
+    world = World(seed, root, odds, remote=draw.random() < 0.4, one_host=draw.random() < 0.5)
+    simulated = Scoring(world, draw.randrange(1, 9))
+    with simulated.entered(), pytest.MonkeyPatch.context() as patch:
+        if plant:
+            plant(patch, world)
+        for _ in range(draw.randrange(1, 4)):
+            simulated.run(draw.choice([1, 1, 2, 3]))
+            simulated.check()
+            for _ in range(draw.randrange(3)):
+                simulated.write(f"{draw.randrange(12):02}.png")
+        world.odds = Odds()
+        simulated.write("99.png")
+        simulated.run(1)
+        simulated.check()
+        simulated.check_nothing_is_left()
+    return simulated

@@ -1,0 +1,50 @@
+"""Scoring jobs survive whatever a seed does to them; and the simulator finds faults that are planted."""
+
+import pytest
+
+from tests.simulation.planted import PLANTED
+from tests.simulation.scoring import history
+
+# Seconds of simulated processes, which `make check` leaves out.
+pytestmark = pytest.mark.process
+BATCH, FEW, MANY = 25, 100, 10_000
+# The rarest of the planted faults shows in one of some hundred seeds.
+MOST_SEEDS = 2_000
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(first, marks=() if first < FEW else pytest.mark.trial)
+        for first in range(0, MANY, BATCH)
+        if first < FEW or first % 500 == 0
+    ],
+)
+def test_whatever_happens_the_same_command_ends_with_the_whole_table(first, tmp_path):
+    for seed in range(first, first + (BATCH if first < FEW else 500)):
+        (root := tmp_path / str(seed)).mkdir()
+        try:
+            history(seed, root)
+        except BaseException as failure:
+            failure.add_note(f"seed {seed}")
+            raise
+
+
+def test_a_seed_always_does_the_same(tmp_path):
+    traces = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        traces.append(history(14, tmp_path / name).world.trace)
+    assert traces[0] == traces[1] != []
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_is_found(name, tmp_path):
+    for seed in range(MOST_SEEDS):
+        (root := tmp_path / str(seed)).mkdir()
+        try:
+            history(seed, root, PLANTED[name])
+        except (AssertionError, LookupError, ValueError, OSError):
+            return
+    pytest.fail(f"{name}: not found in {MOST_SEEDS:,} seeds")
