@@ -1,12 +1,17 @@
 """The HTTP interface as a FastAPI app: its routes and errors. An `Engine` computes."""
 
 import asyncio
+import base64
+import hashlib
+import re
+from collections.abc import Iterable
 from importlib.resources import files
 from typing import Annotated, Any, Protocol
 
 import numpy as np
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
@@ -48,6 +53,8 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+# Where FastAPIOffline mounts the files of Swagger UI.
+DOCS_FILES = "/static-offline-docs"
 
 
 class Engine(Protocol):
@@ -89,6 +96,8 @@ WORK_ERRORS = _errors(400, 401, 408, 413, 415, 422, 500, 503, 504)
 def create_app(engine: Engine, limits: Limits, max_images: int) -> FastAPI:
     """The app around an engine, without authentication and limits, which are `middleware.Guard`'s."""
     app = FastAPIOffline(
+        docs_url=None,
+        redoc_url=None,
         title="bcd",
         version=provenance.own_version(),
         description=f"Breast-histopathology fields of view: probability and evidence. **{NOTICE}**",
@@ -202,11 +211,34 @@ def _add_page(app: FastAPI) -> None:
     page = folder.joinpath("index.html").read_text(encoding="utf-8")
     headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
 
+    docs = get_swagger_ui_html(
+        openapi_url="/openapi.json",
+        title=app.title,
+        swagger_js_url=f"{DOCS_FILES}/swagger-ui-bundle.js",
+        swagger_css_url=f"{DOCS_FILES}/swagger-ui.css",
+        swagger_favicon_url=f"{DOCS_FILES}/favicon.png",
+    )
+    scripts = re.findall(rb"<script>(.*?)</script>", bytes(docs.body), re.DOTALL)
+    docs.headers["Content-Security-Policy"] = _docs_policy(scripts)
+    docs.headers["X-Content-Type-Options"] = "nosniff"
+
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
         return Response(page, media_type="text/html; charset=utf-8", headers=headers)
 
+    @app.get("/docs", include_in_schema=False)
+    async def documentation() -> Response:
+        return docs
+
     app.mount("/page", StaticFiles(directory=str(folder)), name="page")
+
+
+def _docs_policy(scripts: Iterable[bytes]) -> str:
+    """`PAGE_POLICY` for Swagger UI: with its own inline scripts, by their hashes, and inline styles."""
+    hashes = [base64.b64encode(hashlib.sha256(script).digest()).decode() for script in scripts]
+    allowed = " ".join(["'self'", *(f"'sha256-{value}'" for value in hashes)])
+    policy = PAGE_POLICY.replace("script-src 'self'", f"script-src {allowed}")
+    return policy.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
 
 
 async def _look(engine: Engine, sent: upload.Sent) -> tuple[np.ndarray, Prediction]:

@@ -11,7 +11,7 @@ import hmac
 import ipaddress
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,18 @@ PROXY_CALLBACK = "bcd.serving.middleware:proxy_middlewares"
 # The limits of the proxy as JSON, set by `jobs/serve.py`.
 LIMITS_VARIABLE = "BCD_SERVE_LIMITS"
 # `/-/healthz` of the proxy is for load balancers; its `/-/routes` lists applications and requires the token.
-PUBLIC = ("/", "/healthz", "/readyz", "/docs", "/redoc", "/openapi.json", "/-/healthz")
+PUBLIC = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/-/healthz")
 PUBLIC_FOLDERS = ("/page/", "/static-offline-docs/")
+# Headers by which Ray Serve lets a caller choose timeouts, replicas and the ids of requests; `-` and `_` are
+# one to it. Of ray.serve._private.constants of Ray 2.60.
+RAY_HEADERS = frozenset(
+    {
+        *(b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-request-id", b"x-session-id"),
+        b"serve-multiplexed-model-id",
+    }
+)
+# An answer about a patient's image belongs into no cache.
+NO_STORE = (b"cache-control", b"no-store")
 
 
 class RefusedError(Exception):
@@ -46,7 +56,7 @@ class RefusedError(Exception):
         """Send the answer as ASGI messages."""
         body = json.dumps(self.document()).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body))} | self.headers
-        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()] + [NO_STORE]
         await send({"type": "http.response.start", "status": self.status, "headers": pairs})
         await send({"type": "http.response.body", "body": body})
 
@@ -94,6 +104,7 @@ class _Answer:
     """Sends an answer, with plain-text errors of the framework replaced by ours."""
 
     send: Send
+    private: bool
     started: bool = False
     replaced: RefusedError | None = None
 
@@ -103,6 +114,8 @@ class _Answer:
             self.replaced = _translate(message)
             if self.replaced:
                 return await self.replaced.send(self.send)
+            if self.private:
+                message = {**message, "headers": [*message["headers"], NO_STORE]}
         if not self.replaced:
             await self.send(message)
         return None
@@ -144,33 +157,48 @@ class Guard:
         """Answer one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        answer = _Answer(send)
+        scope = {**scope, "headers": _own_headers(scope["headers"])}
+        answer = _Answer(send, private=not _is_public(scope["path"]))
         try:
             self._authenticate(scope)
-            if self._open >= self.limits.max_requests and scope["method"] == "POST":
-                raise overloaded(f"{self._open} requests are being answered")
-            self._open += 1
-            try:
-                await self._answered(scope, receive, answer)
-            finally:
-                self._open -= 1
+            if scope["method"] in ("GET", "HEAD"):
+                await self._answered(scope, _replay(b"", receive), answer)
+            else:
+                await self._worked(scope, receive, answer)
         except RefusedError as refused:
             # An answer that has begun cannot be replaced; the client sees that it is cut off.
             if not answer.started:
                 await refused.send(send)
         return None
 
+    async def _worked(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        """A request with a body, from a caller who may send one: only these count against the limit."""
+        if self._open >= self.limits.max_requests:
+            raise overloaded(f"{self._open} requests are being answered")
+        self._open += 1
+        try:
+            body = await self._body(scope, receive)
+            await self._answered(scope, _replay(body, receive), answer)
+        finally:
+            self._open -= 1
+
     def _authenticate(self, scope: Scope) -> None:
-        path = scope["path"]
-        if path in PUBLIC or path.startswith(PUBLIC_FOLDERS):
+        headers = dict(scope["headers"])
+        if _is_public(scope["path"]):
+            if scope["method"] not in ("GET", "HEAD"):
+                why = "this address answers GET and HEAD only; see /docs"
+                raise RefusedError(405, "method_not_allowed", why, {"Allow": "GET, HEAD"})
             return
         if self.token_digest is None:
             host = (scope.get("server") or (None,))[0]
             if self.loopback_only and not is_loopback(host):
                 why = f"this service has no token ({TOKEN_VARIABLE}), so it answers this machine only"
                 raise RefusedError(403, "no_token_set", why)
+            if not is_loopback(_host_name(headers.get(b"host", b"localhost"))):
+                # A page from elsewhere whose name was made to resolve to this machine (DNS rebinding).
+                why = "without a token this service is asked by the names localhost and 127.0.0.1 only"
+                raise RefusedError(403, "unknown_host", why)
             return
-        headers = dict(scope["headers"])
         kind, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         # Digests of equal length, compared in constant time: timing reveals nothing about the token.
         if kind.lower() != "bearer" or not hmac.compare_digest(digest(given.strip()), self.token_digest):
@@ -178,10 +206,9 @@ class Guard:
             raise RefusedError(401, "unauthorized", why, {"WWW-Authenticate": "Bearer"})
 
     async def _answered(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        body = await self._body(scope, receive) if scope["method"] in ("POST", "PUT", "PATCH") else b""
         try:
             async with asyncio.timeout(self.limits.answer_timeout_s):
-                await self.app(scope, _replay(body, receive), answer)
+                await self.app(scope, receive, answer)
         except TimeoutError:
             why = f"no answer within {self.limits.answer_timeout_s:g} s; try again"
             raise RefusedError(504, "timeout", why) from None
@@ -215,6 +242,25 @@ class Guard:
         except TimeoutError:
             why = f"the body did not arrive within {self.limits.upload_timeout_s:g} s"
             raise RefusedError(408, "slow_upload", why, {"Connection": "close"}) from None
+
+
+def _is_public(path: str) -> bool:
+    return path in PUBLIC or path.startswith(PUBLIC_FOLDERS)
+
+
+def _own_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Without those that Ray Serve obeys, and those that it cannot decode."""
+    return [
+        (name, value)
+        for name, value in headers
+        if name.lower().replace(b"_", b"-") not in RAY_HEADERS and (name + value).isascii()
+    ]
+
+
+def _host_name(header: bytes) -> str:
+    """The name or address in a header `Host`, without port."""
+    host = header.decode("ascii")
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 
 
 def _replay(body: bytes, receive: Receive) -> Callable[[], Any]:

@@ -37,6 +37,7 @@ from bcd.model.predictor import Prediction
 from bcd.runtime import cluster
 from bcd.serving import api, middleware
 
+OTHER_MODES = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
 NAME = "bcd"
 # A replica is ready if a forward pass succeeded at most this long ago.
 READY_FOR_S = 10.0
@@ -255,6 +256,7 @@ def _token_digest(config: ServiceConfig) -> str | None:
 
 def run(config: ServeConfig) -> None:
     """Serve until SIGTERM or SIGINT, then finish the accepted requests."""
+    _require_plain_serve()
     application = create_application(config, config.host)
     _require_free(config.host, config.port)
     # For the proxy of a cluster that we start; the proxy of a running cluster has its own environment.
@@ -278,6 +280,16 @@ def run(config: ServeConfig) -> None:
     print("finishing accepted requests", flush=True)
     serve.delete(NAME)
     serve.shutdown()
+
+
+def _require_plain_serve() -> None:
+    """Reject modes of Ray Serve in which requests pass by our limits and our token."""
+    for name in OTHER_MODES:
+        if os.environ.get(name, "0").lower() not in ("0", "false", ""):
+            raise ConfigError(
+                f"{name} is set: in that mode of Ray Serve requests reach replicas past the limits of this "
+                "service; unset it"
+            )
 
 
 def _require_capacity(config: ServeConfig) -> None:

@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -878,3 +879,14 @@ def test_the_tables_of_the_gallery_are_sorted_and_filtered(browser: Any, tmp_pat
         assert errors == []
         # A phone needs no scrolling sideways.
         assert page.evaluate("document.documentElement.scrollWidth") == 400
+
+
+def test_the_documentation_works_under_its_policy(page, shot):
+    """Swagger UI, with its inline script and its styles, from the service alone."""
+    engine = SimpleNamespace(card=card(), model_id="abc")
+    with service.serving(service.guarded(engine, token=None)) as url:
+        page.goto(f"{url}/docs")
+        sync_api.expect(page.locator(".opblock")).to_have_count(5)
+        page.locator(".opblock-summary").first.click()
+        sync_api.expect(page.get_by_text("One image (PNG, JPEG or TIFF) as raw body")).to_be_visible()
+        shot()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import threading
 import time
@@ -43,6 +44,9 @@ class Echo:
                 return await PlainTextResponse("timed out", 408)(scope, receive, send)
             case "/v1/none":
                 return await PlainTextResponse("Path not found", 404)(scope, receive, send)
+            case "/v1/headers":
+                known = [[part.decode("latin-1") for part in pair] for pair in scope["headers"]]
+                return await JSONResponse(dict(known))(scope, receive, send)
         return await JSONResponse({"size": len(body)})(scope, receive, send)
 
 
@@ -80,6 +84,80 @@ def test_with_the_token_or_on_public_paths_everything_is(url):
     assert httpx.post(url + "/v1/x", content=b"abc", headers=AUTHORISED).json() == {"size": 3}
     for path in (*middleware.PUBLIC, "/-/healthz", "/page/app.js"):
         assert httpx.get(url + path).status_code == 200
+
+
+def test_public_addresses_read_no_body_and_take_no_slot(url, echo):
+    """More callers than slots send a body that never ends, and wait for an answer."""
+    before, address = (
+        echo.calls,
+        (url.rpartition(":")[0].removeprefix("http://"), int(url.rpartition(":")[2])),
+    )
+    with contextlib.ExitStack() as stack:
+        for method, path in itertools.product(("POST", "PUT", "DELETE", "OPTIONS"), ("/healthz", "/page/x")):
+            client = stack.enter_context(socket.create_connection(address, timeout=60))
+            client.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n".encode())
+            answer = client.recv(10_000)
+            assert answer.startswith(b"HTTP/1.1 405")
+            assert b"allow: GET, HEAD" in answer
+        for path in ("/healthz", "/"):
+            client = stack.enter_context(socket.create_connection(address, timeout=60))
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n".encode())
+            assert client.recv(10_000).startswith(b"HTTP/1.1 200")
+        assert httpx.post(url + "/v1/x", content=b"abc", headers=AUTHORISED).json() == {"size": 3}
+    assert echo.calls == before + 3
+
+
+def test_callers_do_not_steer_ray_serve(url):
+    """By its headers, in each spelling; and bytes that it cannot decode do not reach it."""
+    own = {name.decode(): "1" for name in middleware.RAY_HEADERS}
+    given = (
+        own | {name.replace("-", "_").upper(): "1" for name in own} | {"X-Kept": "a", "X-Bad": b"\xe9\xff"}
+    )
+    found = httpx.get(url + "/v1/headers", headers=AUTHORISED | given).json()
+    assert {name for name in found if name.startswith(("x-", "serve"))} == {"x-kept"}
+    assert httpx.get(url + "/v1/x", headers={"Authorization": b"Bearer \xe9"}).status_code == 401
+
+
+def test_ray_serve_has_the_headers_that_are_taken_away():
+    """Of the installed release: a new one may add others."""
+    from ray.serve._private import constants
+
+    known = {
+        value.encode().replace(b"_", b"-")
+        for name, value in vars(constants).items()
+        if name.startswith("SERVE_HTTP_") and name.endswith("_HEADER")
+    }
+    known |= {constants.SERVE_SESSION_ID.encode(), constants.SERVE_MULTIPLEXED_MODEL_ID.encode()}
+    assert {name.replace(b"_", b"-") for name in known} == middleware.RAY_HEADERS
+
+
+def test_answers_about_images_stay_out_of_caches(url):
+    for path in ("/v1/x", "/v1/text"):
+        answer = httpx.post(url + path, content=b"x", headers=AUTHORISED)
+        assert answer.headers.get_list("cache-control") == ["no-store"]
+    assert httpx.post(url + "/v1/x").headers["cache-control"] == "no-store"
+    assert "cache-control" not in httpx.get(url + "/").headers
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("localhost", True),
+        ("127.0.0.1:8000", True),
+        ("[::1]:8000", True),
+        ("evil.example", False),
+        ("localhost.evil.example:8000", False),
+        ("10.0.0.7", False),
+        ("", False),
+    ],
+)
+def test_without_a_token_a_page_from_elsewhere_is_not_answered(host, allowed):
+    """Whose name resolves to this machine."""
+    with serving(Guard(Echo(), LIMITS, None, loopback_only=True)) as address:
+        answer = httpx.get(address + "/v1/x", headers={"Host": host})
+        assert answer.status_code == (200 if allowed else 403)
+        assert allowed or code(answer) == (403, "unknown_host")
+        assert httpx.get(address + "/healthz", headers={"Host": host}).status_code == 200
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -706,3 +706,10 @@ def test_the_example_for_clusters_is_valid():
     checked = ServeDeploySchema(**yaml.safe_load((ROOT / "serve.yaml").read_text()))
     assert checked.applications[0].import_path == "bcd.serving.serve:app"
     assert ServiceConfig(**checked.applications[0].args).num_gpus == 0.25
+
+
+@pytest.mark.parametrize("name", serve.OTHER_MODES)
+def test_modes_of_ray_serve_that_pass_by_our_limits_are_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=f"{name} is set.*unset it"):
+        serve.run(ServeConfig(model="m"))
