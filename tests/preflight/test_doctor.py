@@ -167,8 +167,7 @@ def planted(tmp_path, good_model):
             {
                 "capacity": "4 training workers and 1 CPU for reading images need 5 CPUs, but the cluster",
                 "data": "{}/empty: nothing to read below it; expected .png, ",
-                "output": "{0}/manifest.csv/runs: cannot write it: [Errno 20] Cannot create directory "
-                "'{0}/manifest.csv/runs'. Detail: [errno 20] Not a directory",
+                "output": "{0}/manifest.csv/runs: cannot write it: [Errno 20] Not a directory: '{0}/",
                 "weights": "{}/vgg.safetensors: not the weights of a ResNet50: ",
             },
         ),
