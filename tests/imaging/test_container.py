@@ -89,6 +89,16 @@ def test_of_several_images_in_a_jpeg_the_first_counts():
     np.testing.assert_array_equal(image.decode(content), FROM_JPEG)
 
 
+def test_many_scans_of_a_large_image_are_refused(monkeypatch):
+    """Each costs a pass over all pixels: 95 bytes, 0.06 s."""
+    progressive = pictures.encode(PIXELS, "JPEG", progressive=True)
+    pixels = PIXELS.shape[0] * PIXELS.shape[1]
+    monkeypatch.setattr(container, "MAX_SCANNED_PIXELS", 10 * pixels)
+    assert container.jpeg(progressive)  # Pillow writes ten
+    monkeypatch.setattr(container, "MAX_SCANNED_PIXELS", 10 * pixels - 1)
+    assert refused(progressive) == ("unsupported_format", "a JPEG of more than 9 scans")
+
+
 def test_progressive_scans_belong_together():
     content = pictures.encode(PIXELS, "JPEG", progressive=True, quality=95)
     assert content.count(b"\xff\xda") > 3
