@@ -1,12 +1,16 @@
 """The Ray cluster: join or start one, and divide its CPUs and GPUs among trainings and models."""
 
+import atexit
 import logging
 import os
 import re
+import shutil
 import socket
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,6 +26,8 @@ DATA_CPUS = 1
 # More threads on one small batch gain little.
 CPUS_PER_MODEL = 4
 CONNECT_TIMEOUT_S = 20
+# Of the folder for temporary files, below which Ray has its sockets.
+MOST_TEMPORARY_LENGTH = 24
 # The most that an autoscaler may start, as CPU=192,GPU=4, set on the head node. Ray 2.60 has a field for it
 # in the GCS, but its own autoscalers leave it empty.
 LIMIT_VARIABLE = "BCD_CLUSTER_LIMIT"
@@ -84,15 +90,38 @@ def _start(trains: bool) -> None:
     os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * cores()))
     # A process more that watches for nodes of a cloud that are about to be taken away.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    token = Path.home() / ".ray" / "auth_token"
+    token.parent.mkdir(mode=0o700, exist_ok=True)
+    # It advises to switch the token off.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     # Never a cluster that merely happens to run here: two jobs on one small machine starve each other.
     ray.init(
         address="local",
+        _temp_dir=_private_folder(),
         num_cpus=max(1 + DATA_CPUS, cores()),
         logging_level=logging.WARNING,
         # Eleven processes and 170 MiB, a quarter of the start, for a page that ends with the job. But Ray
         # Train queries it, and warns about once a second where it is missing.
         include_dashboard=trains,
     )
+    if token.exists():
+        token.chmod(0o600)  # Ray lets all users read it, and so run code as this one
+
+
+def _private_folder() -> str:
+    """A folder for Ray's logs, sockets and spilled objects, deleted when this process ends. Ray opens its own
+    to all users, who could read names of images there; the one above it is closed."""
+    root = tempfile.gettempdir()
+    # The address of a socket has at most 107 bytes.
+    root = root if len(root) <= MOST_TEMPORARY_LENGTH else "/tmp"
+    closed = tempfile.mkdtemp(prefix="bcd-ray-", dir=root)
+    atexit.register(_end, closed)
+    return os.path.join(closed, "ray")
+
+
+def _end(folder: str) -> None:
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _join(address: str) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from io import BufferedRandom
 from pathlib import Path
 
 from bcd import storage
+from bcd.errors import StorageError
 from bcd.imaging import pixel_size
 from bcd.slides import dicom, slide
 
@@ -49,6 +51,7 @@ def stage(uri: str) -> Staged:
     if not storage.is_remote(uri):
         return Staged(Path(storage.absolute(uri)), None)
     # The version distinguishes a slide from one that it replaced under the same name.
+    _require_private()
     folder = CACHE / hashlib.sha256(f"{uri} {storage.version(uri)}".encode()).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / LOCK).open("a+b")  # held as long as the slide is used
@@ -64,6 +67,17 @@ def stage(uri: str) -> Staged:
                 _make_room()
                 _fetch(uri, folder)
                 _fetched["bytes"] += _size(folder)
+
+
+def _require_private() -> None:
+    """Make the cache, for this user alone, in a folder where others may have put something in its place."""
+    with suppress(FileExistsError):
+        CACHE.mkdir(mode=0o700, parents=True)
+    status = CACHE.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise StorageError(f"{CACHE} is not a folder of this user: remove it, or set TMPDIR to another place")
+    if status.st_mode & 0o077:
+        CACHE.chmod(0o700)
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import ray
@@ -138,6 +140,29 @@ def test_runs_beside_each_other_share_the_cores(monkeypatch):
     for workers in (1, 3, 5, 32):
         cluster.share_cores(workers)
     assert threads == [16, 5, 3, 1]
+
+
+def test_a_cluster_of_ours_keeps_its_files_from_other_users(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cluster, "MOST_TEMPORARY_LENGTH", 1_000)
+    ended = []
+    monkeypatch.setattr(cluster.atexit, "register", lambda *call: ended.append(call))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    folder = Path(cluster._private_folder())
+    assert (folder.name, folder.parent.parent) == ("ray", tmp_path)
+    assert folder.parent.stat().st_mode & 0o777 == 0o700
+    folder.mkdir()
+    ((end, place),) = ended
+    end(place)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sockets_of_ray_have_short_addresses(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("deep/" * 20)))
+    folder = Path(cluster._private_folder())
+    session = "session_2026-11-29_20-03-45_865307_25573/sockets/plasma_store"
+    assert len(str(folder / session)) < 107
+    folder.parent.rmdir()
 
 
 @pytest.fixture

@@ -49,6 +49,30 @@ def kept(cache):
     return sorted(path.name for path in cache.rglob("*") if path.is_file() and path.name != slide_cache.LOCK)
 
 
+def test_the_cache_is_for_its_user_alone(tmp_path):
+    slide_cache.CACHE.mkdir(mode=0o755)
+    slide_cache._require_private()
+    assert slide_cache.CACHE.stat().st_mode & 0o777 == 0o700
+    slide_cache.CACHE.rmdir()
+    slide_cache._require_private()
+    assert slide_cache.CACHE.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "of another user"])
+def test_what_others_put_in_its_place_is_not_used(tmp_path, monkeypatch, kind):
+    (tmp_path / "theirs").mkdir()
+    if kind == "link":
+        slide_cache.CACHE.symlink_to(tmp_path / "theirs")
+    elif kind == "file":
+        slide_cache.CACHE.touch()
+    else:
+        slide_cache.CACHE.mkdir()
+        monkeypatch.setattr(os, "getuid", lambda: 4711)
+    with pytest.raises(StorageError, match="cache is not a folder of this user: remove it, or set TMPDIR"):
+        slide_cache.stage("s3://bucket/a.svs")
+    assert list((tmp_path / "theirs").iterdir()) == []
+
+
 def test_a_local_file_is_not_copied(tmp_path, cache, fetched):
     for uri in (str(tmp_path / "a.svs"), f"file://{tmp_path}/a.svs"):
         assert slide_cache.stage(uri) == slide_cache.Staged(tmp_path / "a.svs", None)
