@@ -165,20 +165,30 @@ def _acquired(uri: str, wait: bool) -> Lease:
     while True:
         known = {claim.uri: claim for claim in _looked(uri, known)}
         if not known:
-            lease = Lease(uri)
-            lease.claim()
-            if [file.uri for file in _files(uri)] == [lease.claim_uri]:
+            if lease := _claimed(uri):
                 return lease
-            lease.release()  # two jobs came at once, and neither has begun
+            # Two jobs came at once, and neither has begun.
             _sleep(random.uniform(0, LOOK_S))
             continue
-        first = next(iter(known.values()))
-        if first.is_live and not wait:
-            raise BusyError(f"{uri} is being written by {first.owner}: --wait waits for its end")
+        if not wait and (live := [claim for claim in known.values() if claim.is_live]):
+            raise BusyError(f"{uri} is being written by {live[0].owner}: --wait waits for its end")
         if not said:
             said = True
+            first = next(iter(known.values()))
             print(f"{uri} is claimed by {first.owner}: looking whether it is alive", flush=True)
         _sleep(LOOK_S)
+
+
+def _claimed(uri: str) -> Lease | None:
+    """The lease, if no other claim is there once ours is."""
+    lease, is_alone = Lease(uri), False
+    try:
+        lease.claim()
+        is_alone = [file.uri for file in _files(uri)] == [lease.claim_uri]
+    finally:
+        if not is_alone:
+            lease.release()
+    return lease if is_alone else None
 
 
 def _looked(uri: str, known: dict[str, _Claim]) -> Iterator[_Claim]:
