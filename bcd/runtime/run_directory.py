@@ -44,8 +44,10 @@ def begin_run(config: TrainingConfig, run_uri: str) -> bool:
 
 
 def claim_run(config: TrainingConfig, run_uri: str, before: Callable[[], None] = lambda: None) -> None:
-    """Claim the directory for this run (see `output.claim_folder`)."""
+    """Claim the directory for this run (see `output.claim_folder`). `before` is called before each file that
+    could replace one of another job, and may raise."""
     output.claim_folder(run_uri, _job(config), before)
+    before()
     write_json(run_uri, RUN, _facts(config) | {"status": "started"})
     write_json(run_uri, CONFIG, config.model_dump(mode="json"))
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,18 +10,16 @@ from typing import Any
 import pyarrow.dataset as pads
 import pytest
 
-from bcd import disk, storage
+from bcd import storage
 from bcd.config.scoring import ScoreConfig
-from bcd.errors import BcdError
 from bcd.model import bundle
 from bcd.runtime import cluster, inspection, predict
 from bcd.scoring import finish, ledger, score, slides
 from tests.model.test_bundle import card
 from tests.scoring.test_ledger import row, table
-from tests.simulation.world import InTurn, Killed, Odds, World
+from tests.simulation.jobs import Jobs, drawn_world
+from tests.simulation.world import InTurn, Odds, World
 
-# Runs of a job that is ended again and again, before its world becomes quiet.
-MOST_RUNS = 12
 CARD = card()
 
 
@@ -40,87 +37,47 @@ class Inline:
         return result
 
 
-class Scoring:
+class Scoring(Jobs):
     """An archive of small files, the jobs that score it, and what their table must be."""
 
     def __init__(self, world: World, n_files: int) -> None:
-        self.world = world
+        super().__init__(world)
         self.input = world.root / "in"
         self.input.mkdir()
         for number in range(n_files):
             self.write(f"{number:02}.png")
         self.config = ScoreConfig(model="m", input=str(self.input), output=world.output, compile="off")
-        self.ended: list[str] = []
         self.committed: dict[tuple[str, str], float] = {}
 
     def write(self, name: str) -> None:
         """Add or replace a file."""
         (self.input / name).write_bytes(self.world.draw.randbytes(self.world.draw.randrange(5, 50)))
 
-    def expected(self) -> dict[str, str]:
-        """Of each image, the hash of its bytes."""
-        return {path.name: _hash(path.read_bytes()) for path in sorted(self.input.iterdir())}
+    def work(self) -> None:
+        """`jobs/score.py`."""
+        score.run(self.config)
 
     def found(self) -> list[tuple[str, str]]:
-        """The same, as the table has it."""
-        folder = self.world.root / "out" / "predictions"
-        rows = pads.dataset(folder, format="parquet").to_table(columns=["image_id", "sha256"]).to_pylist()
-        return sorted((row["image_id"], row["sha256"]) for row in rows)
+        """Of each row of the table, the image and the hash of its bytes."""
+        rows = pads.dataset(self.folder / "predictions", format="parquet").to_table(["image_id", "sha256"])
+        return sorted((known["image_id"], known["sha256"]) for known in rows.to_pylist())
 
     def check(self) -> None:
         """The table is whole, each row once."""
-        assert self.found() == sorted(self.expected().items()), "\n".join(self.world.trace[-40:])
+        files = sorted(self.input.iterdir())
+        assert self.found() == [(path.name, _hash(path.read_bytes())) for path in files], self.story
 
-    def check_summary(self) -> None:
+    def check_between(self) -> None:
         """A summary that does not say "incomplete" counts rows that are there, each once."""
-        path = self.world.root / "out" / ledger.SUMMARY
+        path = self.folder / ledger.SUMMARY
         if path.exists() and "incomplete" not in (summary := json.loads(path.read_text())):
             names = [name for name, _ in self.found()]
-            assert len(set(names)) == len(names) >= summary["n_rows"], "\n".join(self.world.trace[-40:])
+            assert len(set(names)) == len(names) >= summary["n_rows"], self.story
 
     def check_once(self, name: str, digest: str) -> None:
         """What was committed before this process began is not scored again."""
         before = self.committed.get((name, digest), self.world.now)
-        assert before >= self.world.current.started, f"{name} again\n" + "\n".join(self.world.trace[-40:])
-
-    def check_nothing_is_left(self) -> None:
-        """No segment, claim or half-written file, once the world is quiet."""
-        root = self.world.root / "out"
-        files = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
-        left = [
-            str(path) for path in files if path.parts[0] in ("work", ".lease") or path.suffix == disk.ASIDE
-        ]
-        assert not left, f"{left}\n" + "\n".join(self.world.trace[-40:])
-
-    def job(self) -> None:
-        """One process that runs the job until it ends; what a finished one leaves is whole."""
-        try:
-            score.run(self.config)
-        except BcdError as error:
-            self.ended.append(f"{type(error).__name__}: {error}")
-        else:
-            self.check()
-            self.ended.append("finished")
-
-    def run(self, n_jobs: int) -> None:
-        """Start jobs at drawn moments, each again in place of one that ends too early, until all succeed."""
-        world, open_jobs = self.world, n_jobs
-        for number in range(2 * MOST_RUNS):
-            world.odds = Odds() if number >= MOST_RUNS else world.odds
-            started = []
-            for at in range(open_jobs):
-                host = 0 if world.one_host else number * n_jobs + at
-                started.append(world.begin(f"job-{number}-{at}", host, self.job))
-            self.ended.clear()
-            world.run()
-            self.check_summary()
-            for thread in started:
-                if thread.failure is not None and not isinstance(thread.failure, Killed):
-                    raise thread.failure
-            open_jobs = 1
-            if "finished" in self.ended:
-                return
-        raise AssertionError("no job succeeded:\n" + "\n".join(self.ended + world.trace[-40:]))
+        assert before >= self.world.current.started, f"{name} again\n{self.story}"
 
     def score_rows(self, ours: ledger.Ledger, books: Any, progress: Any, todo: Any, *settings: Any) -> float:
         """In place of `score._score`: some rows at a time, some of them twice, as lost workers do."""
@@ -135,8 +92,7 @@ class Scoring:
                 known = table([row(name, sha256=digest) for name, digest in digests.items()])
                 counted = ledger.commit(known, ours.work_uri)
             progress.add(counted)
-            now = dict.fromkeys(digests.items(), self.world.now)
-            self.committed = now | self.committed
+            self.committed = dict.fromkeys(digests.items(), self.world.now) | self.committed
             rows += batch[:1] if draw.random() < 0.05 and len(rows) > 3 else []
         return 1.0
 
@@ -170,17 +126,8 @@ def _hash(content: bytes) -> str:
 def history(seed: int, root: Path, plant: Any = None) -> Scoring:
     """What one seed does to an archive: jobs, and files that are added and replaced between them. `plant`
     puts a fault into the code (see `planted`)."""
-    draw = random.Random(seed)
-    kind = draw.choice(["quiet", "kills", "errors", "pauses", "all"])
-    every = kind == "all"
-    odds = Odds(
-        kill=draw.choice([0.5, 0.9]) if kind == "kills" or every else 0.0,
-        power_cut=draw.choice([0.0, 0.5, 1.0]) if kind == "kills" or every else 0.0,
-        error=0.02 if kind == "errors" or every else 0.0,
-        late_error=0.02 if kind == "errors" or every else 0.0,
-        pause=draw.choice([0.01, 0.05]) if kind == "pauses" or every else 0.0,
-    )
-    world = World(seed, root, odds, remote=draw.random() < 0.4, one_host=draw.random() < 0.5)
+    world = drawn_world(seed, root)
+    draw = world.draw
     simulated = Scoring(world, draw.randrange(1, 9))
     with simulated.entered(), pytest.MonkeyPatch.context() as patch:
         if plant:
@@ -194,5 +141,5 @@ def history(seed: int, root: Path, plant: Any = None) -> Scoring:
         simulated.write("99.png")
         simulated.run(1)
         simulated.check()
-        simulated.check_nothing_is_left()
+        simulated.check_nothing_is_left(("work", ".lease"))
     return simulated
