@@ -36,11 +36,11 @@ class LocalEngine:
 
 def guarded(
     engine: api.Engine, limits: middleware.Limits | None = None, token: str | None = TOKEN
-) -> middleware.Guard:
+) -> ASGIApp:
     """The app as a replica builds it."""
     limits = limits or middleware.Limits()
     app = api.create_app(engine, limits, max_images=4)
-    return middleware.Guard(app, limits, middleware.digest(token) if token else None, loopback_only=True)
+    return middleware.guarded(app, limits, middleware.digest(token) if token else None)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Settings of the service."""
 
+import re
+
 from pydantic import Field, model_validator
 
 from bcd.config.options import Config, Precision
@@ -47,6 +49,19 @@ class ServiceConfig(Config):
 
     answer_timeout_s: float = Field(default=60, gt=0)
     """Seconds in which a request must be answered, else 504."""
+
+    cors_origins: tuple[str, ...] = ()
+    """Origins, such as https://viewer.example.org, whose web pages may call this service; by default none but
+    its own page."""
+
+    @model_validator(mode="after")
+    def _origins_are_named(self) -> "ServiceConfig":
+        for origin in self.cors_origins:
+            if not re.fullmatch(r"https?://[\w.:\[\]-]+", origin):
+                raise ValueError(
+                    f"--cors-origins {origin}: expected a scheme and a host, as https://HOST:PORT"
+                )
+        return self
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> "ServiceConfig":

@@ -11,11 +11,12 @@ import hmac
 import ipaddress
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TOKEN_VARIABLE, DIGEST_VARIABLE = "BCD_API_TOKEN", "BCD_API_TOKEN_SHA256"
@@ -68,12 +69,13 @@ def overloaded(why: str) -> RefusedError:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of requests, as in `bcd.config.serving.ServiceConfig`."""
+    """Limits of requests, and pages that may send them, as in `bcd.config.serving.ServiceConfig`."""
 
     max_body_bytes: int = 32 * 2**20
     max_requests: int = 64
     upload_timeout_s: float = 30.0
     answer_timeout_s: float = 60.0
+    cors_origins: Sequence[str] = ()
 
 
 def digest(token: str) -> str:
@@ -96,7 +98,30 @@ def proxy_middlewares() -> list[Middleware]:
     limits = Limits(**json.loads(os.environ.get(LIMITS_VARIABLE, "{}")))
     token = os.environ.get(TOKEN_VARIABLE)
     known = os.environ.get(DIGEST_VARIABLE) or (digest(token) if token else None)
-    return [Middleware(Guard, limits=limits, token_digest=known)]
+    return [*_cors(limits), Middleware(Guard, limits=limits, token_digest=known)]
+
+
+def _cors(limits: Limits) -> list[Middleware]:
+    """Before the guard: a browser asks without the token whether it may send one."""
+    if not limits.cors_origins:
+        return []
+    headers = ["Authorization", "Content-Type"]
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=limits.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=headers,
+        )
+    ]
+
+
+def guarded(app: ASGIApp, limits: Limits, token_digest: str | None) -> ASGIApp:
+    """The app of a replica behind its guard."""
+    guard: ASGIApp = Guard(app, limits, token_digest, loopback_only=True)
+    for outer in _cors(limits):
+        guard = outer.cls(guard, *outer.args, **outer.kwargs)
+    return guard
 
 
 @dataclass

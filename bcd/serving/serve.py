@@ -26,6 +26,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
+from starlette.types import ASGIApp
 
 from bcd import storage
 from bcd.config.serving import ServeConfig, ServiceConfig
@@ -130,11 +131,11 @@ class Replica:
             if not prediction.finite.all():
                 raise BundleError(f"{config.model}: {NOT_FINITE_MESSAGE}")
 
-    def __serve_build_asgi_app__(self) -> middleware.Guard:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         self._forward.set_max_batch_size(self._config.max_batch_size)
         limits = _limits(self._config)
         app = api.create_app(self, limits, self._config.max_images)
-        return middleware.Guard(app, limits, self._token_digest, loopback_only=True)
+        return middleware.guarded(app, limits, self._token_digest)
 
     async def look(self, content: bytes) -> Seen:
         """See `api.Engine`."""
@@ -238,6 +239,7 @@ def _limits(config: ServiceConfig) -> middleware.Limits:
         max_requests=2 * config.max_batch_size * config.max_replicas + config.max_queued,
         upload_timeout_s=config.upload_timeout_s,
         answer_timeout_s=config.answer_timeout_s,
+        cors_origins=config.cors_origins,
     )
 
 

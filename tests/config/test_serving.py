@@ -13,3 +13,11 @@ def test_a_service_has_its_bounds_in_order():
 def test_every_setting_has_a_help_text():
     for name, setting in ServeConfig.model_fields.items():
         assert setting.description, f"{name} has no docstring"
+
+
+def test_origins_are_named():
+    origins = ("https://viewer.example", "http://localhost:3000", "http://[::1]:3000")
+    assert ServiceConfig(model="m", cors_origins=origins).cors_origins == origins
+    for origin in ("*", "viewer.example", "https://a/b", "https://*.example", "file:///", "null"):
+        with pytest.raises(ConfigError, match="expected a scheme and a host, as https://HOST:PORT"):
+            ServiceConfig(model="m", cors_origins=(origin,))

@@ -160,6 +160,26 @@ def test_without_a_token_a_page_from_elsewhere_is_not_answered(host, allowed):
         assert httpx.get(address + "/healthz", headers={"Host": host}).status_code == 200
 
 
+def test_pages_of_named_origins_may_ask_and_others_not():
+    limits = Limits(cors_origins=("https://viewer.example",))
+    with serving(middleware.guarded(Echo(), limits, middleware.digest(TOKEN))) as address:
+        for origin in ("https://viewer.example", "https://evil.example"):
+            asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            asked |= {"Access-Control-Request-Headers": "authorization"}
+            allowed = httpx.options(address + "/v1/x", headers=asked).headers
+            answer = httpx.post(address + "/v1/x", content=b"x", headers=AUTHORISED | {"Origin": origin})
+            is_named = origin == "https://viewer.example"
+            expected = origin if is_named else None
+            assert allowed.get("access-control-allow-origin") == expected
+            assert answer.headers.get("access-control-allow-origin") == expected
+        assert code(httpx.post(address + "/v1/x", headers={"Origin": origin})) == (401, "unauthorized")
+
+
+def test_by_default_no_page_from_elsewhere_may_ask(url):
+    headers = AUTHORISED | {"Origin": "https://viewer.example"}
+    assert "access-control-allow-origin" not in httpx.get(url + "/v1/x", headers=headers).headers
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_large_body_is_refused_while_it_is_read(url, echo, chunked):
     before, sent = echo.calls, 0
