@@ -68,7 +68,7 @@ class Jobs:
             started = []
             for at in range(1 if number else n_jobs):
                 host = 0 if world.one_host else number * n_jobs + at
-                started.append(world.begin(f"job-{number}-{at}", host, self.job))
+                started.append(world.begin(host, self.job))
             world.run()
             self.check_between()
             for thread in started:

@@ -87,8 +87,9 @@ class World:
 
     # Scheduling.
 
-    def begin(self, name: str, host: int, work: Callable[[], object]) -> Thread:
+    def begin(self, host: int, work: Callable[[], object]) -> Thread:
         """Add a process, which starts within half a minute."""
+        name = f"job-{len(self.processes)}"
         starts = self.now + self.draw.uniform(0, 30)
         process = Process(name, host, wakes=starts, started=starts)
         if self.draw.random() < self.odds.kill:
