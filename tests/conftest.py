@@ -93,7 +93,7 @@ def s3() -> Iterator[str]:
         server.kill()
         server.wait()
         for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +131,7 @@ def cluster(s3: str) -> Iterator[Cluster]:
         ray.shutdown()
         os.environ.pop("RAY_ADDRESS", None)
         for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
         # By force and by id: Ray's own way out takes half a minute.
         head.kill()
         head.wait()
