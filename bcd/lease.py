@@ -35,11 +35,6 @@ BEAT_S, EXPIRES_S = 5.0, 60.0
 LOOK_S = 1.0
 
 
-def claim_uri(uri: str, lease_id: str) -> str:
-    """The file of a claim to an output, which exists while the lease is held."""
-    return storage.join(uri, FOLDER, f"{lease_id}.json")
-
-
 @dataclass
 class Lease:
     """The claim of this job to an output."""
@@ -57,8 +52,8 @@ class Lease:
 
     @property
     def claim_uri(self) -> str:
-        """The file of the claim."""
-        return claim_uri(self.uri, self.id)
+        """The file of the claim, which exists while the lease is held."""
+        return storage.join(self.uri, FOLDER, f"{self.id}.json")
 
     def claim(self) -> None:
         """Write the claim."""

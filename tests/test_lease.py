@@ -40,7 +40,7 @@ def claims(output):
 
 def elsewhere(output, **known):
     """The claim of a job on another host, which does nothing more."""
-    uri = lease.claim_uri(output, uuid.uuid4().hex)
+    uri = lease.Lease(output).claim_uri
     facts = {"host": "node-7", "pid": 4711, "since": "2026-11-29 18:00 UTC", "place": "other"} | known
     storage.write_bytes(uri, json.dumps(facts).encode())
     return uri

@@ -1,6 +1,7 @@
 """What simulated jobs of every kind share: they run until one succeeds, and leave nothing half-written."""
 
 import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bcd import disk
@@ -24,6 +25,17 @@ def drawn_world(seed: int, root: Path) -> World:
         pause=draw.choice([0.01, 0.05]) if kind == "pauses" or every else 0.0,
     )
     return World(seed, root, odds, remote=draw.random() < 0.4, one_host=draw.random() < 0.5)
+
+
+def live_through(history: Callable[[int, Path], object], seeds: Iterable[int], root: Path) -> None:
+    """Each seed in a folder of its own; a failure names its seed."""
+    for seed in seeds:
+        (folder := root / str(seed)).mkdir()
+        try:
+            history(seed, folder)
+        except BaseException as failure:
+            failure.add_note(f"seed {seed}")
+            raise
 
 
 class Jobs:

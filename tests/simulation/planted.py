@@ -155,6 +155,7 @@ def the_summary_comes_before_the_table(patch, world):
 
     def merge(ours, done):
         known = {"generation": ours.generation, "merges": [*ours.merges, ours.lease.id]}
+        known["n_rows"] = sum(done.rows.values())
         text = ledger.json.dumps(known).encode()
         storage.write_bytes(storage.join(ours.uri, ledger.SUMMARY), text)
         return real(ours, done)

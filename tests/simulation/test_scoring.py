@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.simulation.jobs import live_through
 from tests.simulation.planted import PLANTED
 from tests.simulation.scoring import history
 
@@ -23,13 +24,7 @@ EVENTFUL = 29
     ],
 )
 def test_whatever_happens_the_same_command_ends_with_the_whole_table(first, tmp_path):
-    for seed in range(first, first + (BATCH if first < FEW else 500)):
-        (root := tmp_path / str(seed)).mkdir()
-        try:
-            history(seed, root)
-        except BaseException as failure:
-            failure.add_note(f"seed {seed}")
-            raise
+    live_through(history, range(first, first + (BATCH if first < FEW else 500)), tmp_path)
 
 
 def test_a_seed_always_does_the_same(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.simulation.jobs import live_through
 from tests.simulation.training import history
 
 # Seconds of simulated processes, which `make check` leaves out.
@@ -12,10 +13,4 @@ pytestmark = pytest.mark.process
     "first", [0, *(pytest.param(n, marks=pytest.mark.trial) for n in range(500, 3_000, 500))]
 )
 def test_whatever_happens_the_same_command_ends_with_a_finished_run(first, tmp_path):
-    for seed in range(first, first + (500 if first else 50)):
-        (root := tmp_path / str(seed)).mkdir()
-        try:
-            history(seed, root)
-        except BaseException as failure:
-            failure.add_note(f"seed {seed}")
-            raise
+    live_through(history, range(first, first + (500 if first else 50)), tmp_path)
