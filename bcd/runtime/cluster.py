@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,7 @@ def _start(trains: bool) -> None:
     os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * cores()))
     # A process more that watches for nodes of a cloud that are about to be taken away.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    token = Path.home() / ".ray" / "auth_token"
-    token.parent.mkdir(mode=0o700, exist_ok=True)
+    _close_token()
     # It advises to switch the token off.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     # Never a cluster that merely happens to run here: two jobs on one small machine starve each other.
@@ -104,8 +104,16 @@ def _start(trains: bool) -> None:
         # Train queries it, and warns about once a second where it is missing.
         include_dashboard=trains,
     )
-    if token.exists():
-        token.chmod(0o600)  # Ray lets all users read it, and so run code as this one
+    _close_token()
+
+
+def _close_token() -> None:
+    """Keep Ray's token from other users, who could run code as this one; Ray lets all of them read it."""
+    token = Path("~/.ray/auth_token").expanduser()
+    with suppress(OSError):  # a home, or a mounted secret, that is read only
+        token.parent.mkdir(mode=0o700, exist_ok=True)
+        if token.exists():
+            token.chmod(0o600)
 
 
 def _private_folder() -> str:

@@ -157,6 +157,30 @@ def test_a_cluster_of_ours_keeps_its_files_from_other_users(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_token_of_ray_is_for_its_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cluster._close_token()
+    token = tmp_path / ".ray" / "auth_token"
+    assert token.parent.stat().st_mode & 0o777 == 0o700
+    token.touch(mode=0o644)
+    cluster._close_token()
+    assert token.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_token_that_cannot_be_closed_stops_no_job(tmp_path, monkeypatch):
+    """A mounted secret, a home that is a file or is not there."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").touch()
+
+    def refuse(path, mode):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    for home in (tmp_path, tmp_path / ".ray" / "auth_token", tmp_path / "nowhere" / "deep"):
+        monkeypatch.setenv("HOME", str(home))
+        cluster._close_token()
+
+
 def test_sockets_of_ray_have_short_addresses(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("deep/" * 20)))
     folder = Path(cluster._private_folder())
