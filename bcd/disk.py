@@ -41,9 +41,14 @@ def entries(root: str) -> Entries:
         # The shortest path to a folder first, and among equals the first by name.
         links.sort(key=lambda path: (path.count("/"), path), reverse=True)
         path = folders.pop() if folders else links.pop()
-        if path and not _is_new(os.path.join(root, path), seen, found):
-            continue
-        below = _list(root, path, found)
+        try:
+            if path and not _is_new(os.path.join(root, path), seen, found):
+                continue
+            below = _list(root, path, found)
+        except FileNotFoundError:
+            if not path:
+                raise
+            continue  # removed meanwhile
         folders += sorted(below[0], reverse=True)
         links += below[1]
     return found

@@ -9,6 +9,7 @@ BcdError              jobs print its sentence and exit with code 2
 ├── ResourceError
 ├── BusyError
 ├── StorageError
+│   ├── MissingError
 │   └── TooLargeError
 ├── IncompleteError   exit code 1
 ├── AuditError        exit code 1
@@ -70,6 +71,14 @@ class StorageError(BcdError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class MissingError(StorageError):
+    """There is no such file, or no such folder: perhaps no longer, where another job works too."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, True)
+        self.args = (message,)
 
 
 class IncompleteError(BcdError):

@@ -26,7 +26,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 from bcd import storage
-from bcd.errors import BusyError, StorageError
+from bcd.errors import BusyError, MissingError, StorageError
 
 FOLDER = ".lease"
 # Of a claim: renewed, and expired without that.
@@ -179,7 +179,8 @@ def _claimed(uri: str) -> Lease | None:
     lease, is_alone = Lease(uri), False
     try:
         lease.claim()
-        is_alone = [file.uri for file in _files(uri)] == [lease.claim_uri]
+        claims = storage.list_files_if_any(storage.join(uri, FOLDER))
+        is_alone = [claim.uri for claim in claims] == [lease.claim_uri]
     finally:
         if not is_alone:
             lease.release()
@@ -188,21 +189,17 @@ def _claimed(uri: str) -> Lease | None:
 
 def _looked(uri: str, known: dict[str, _Claim]) -> Iterator[_Claim]:
     """The claims of others; those of dead jobs are deleted."""
-    for file in _files(uri):
+    for file in storage.list_files_if_any(storage.join(uri, FOLDER)):
         claim = known.get(file.uri)
         if claim is None or claim.version != file.version:
             if (content := _content(file.uri)) is None:
                 continue
             claim = _Claim(file.uri, file.version, content, is_live=claim is not None)
         if claim.is_dead:
-            _delete(file.uri)
+            with suppress(MissingError):
+                storage.delete_file(file.uri)
         else:
             yield claim
-
-
-def _files(uri: str) -> list[storage.File]:
-    folder = storage.join(uri, FOLDER)
-    return storage.list_folder(folder).files if storage.is_folder(folder) else []
 
 
 def _content(uri: str) -> dict[str, Any] | None:
@@ -211,19 +208,9 @@ def _content(uri: str) -> dict[str, Any] | None:
         found = json.loads(storage.read_bytes(uri))
     except ValueError:
         return {}
-    except StorageError:
-        if storage.exists(uri):
-            raise
+    except MissingError:
         return None
     return found if isinstance(found, dict) else {}
-
-
-def _delete(uri: str) -> None:
-    try:
-        storage.delete_file(uri)
-    except StorageError:
-        if storage.exists(uri):
-            raise
 
 
 def _place() -> str | None:

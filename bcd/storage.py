@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from bcd import disk
-from bcd.errors import StorageError, TooLargeError
+from bcd.errors import MissingError, StorageError, TooLargeError
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # The standard allows one slash, too.
@@ -167,12 +167,15 @@ def _naming(uri: str, action: str) -> Iterator[None]:
 def failure(uri: str, action: str, error: OSError | pa.ArrowInvalid) -> StorageError:
     """An exception of pyarrow as a sentence that names the URI and the failed action."""
     reason = str(error).split("; Details")[0].strip()
-    return StorageError(f"{uri}: cannot {action}: {reason}", _is_permanent(uri, error))
+    message = f"{uri}: cannot {action}: {reason}"
+    if isinstance(error, FileNotFoundError):
+        return MissingError(message)
+    return StorageError(message, _is_permanent(uri, error))
 
 
 def _is_permanent(uri: str, error: Exception) -> bool:
     """Whether an error is caused by this file, and not by the network, the store, the disk or our token."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | pa.ArrowInvalid):
+    if isinstance(error, NotADirectoryError | PermissionError | pa.ArrowInvalid):
         return True
     if not is_remote(uri):
         return getattr(error, "errno", None) == ENAMETOOLONG or Path(absolute(uri)).is_dir()
@@ -250,14 +253,16 @@ def list_files(uri: str) -> list[File]:
 def _require_folder(filesystem: fs.FileSystem, uri: str, path: str) -> None:
     found = filesystem.get_file_info(path).type
     if found == fs.FileType.File:
-        raise StorageError(f"{uri} is a file; expected a folder", True)
+        raise MissingError(f"{uri} is a file; expected a folder")
     if found != fs.FileType.Directory:
-        raise StorageError(f"{uri}: there is no such folder; check the path or bucket name", True)
+        raise MissingError(f"{uri}: there is no such folder; check the path or bucket name")
 
 
 def list_files_if_any(uri: str) -> list[File]:
     """The files of `list_folder`, none where there is no such folder."""
-    return list_files(uri) if is_folder(uri) else []
+    with suppress(MissingError):  # not a look first: it may go in between
+        return list_files(uri)
+    return []
 
 
 def first_file(uri: str, suffixes: tuple[str, ...]) -> File | None:
@@ -302,7 +307,7 @@ def version(uri: str) -> str:
     StorageError where there is no such file, or no access to it."""
     info = _info(uri)
     if info.type != fs.FileType.File:
-        raise StorageError(f"{uri}: cannot read it: there is no such file", True)
+        raise MissingError(f"{uri}: cannot read it: there is no such file")
     return _version(info)
 
 

@@ -1,6 +1,7 @@
 """Entries of folders as people leave them."""
 
 import os
+import shutil
 
 import pytest
 
@@ -95,6 +96,24 @@ def test_a_folder_that_is_not_for_us_is_a_fault_and_the_rest_is_listed(tmp_path,
     )
     with pytest.raises(PermissionError):
         disk.entries(str(tmp_path / "b"))
+
+
+def test_a_folder_that_is_removed_meanwhile_is_none_of_the_content(tmp_path, monkeypatch):
+    plant(tmp_path, "a/1.png", "b/2.png")
+    listed = os.scandir
+
+    def scandir(path):
+        if path != f"{tmp_path}/":
+            return listed(path)
+        found = list(listed(path))
+        shutil.rmtree(tmp_path / "a")
+        return found
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = disk.entries(str(tmp_path))
+    assert (found.sizes, found.faults) == ({"b/2.png": 7}, {})
+    with pytest.raises(FileNotFoundError):
+        disk.entries(str(tmp_path / "a"))
 
 
 def test_a_disk_that_fails_is_no_fault_of_an_entry(tmp_path, monkeypatch):

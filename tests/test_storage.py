@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pytest
 
 from bcd import storage
-from bcd.errors import StorageError, TooLargeError
+from bcd.errors import MissingError, StorageError, TooLargeError
 from tests import faults
 
 # Linux answers a read of its first bytes with EIO, as a disk or a network drive does that fails.
@@ -75,6 +75,15 @@ def test_a_folder_that_may_not_be_there_lists_nothing(tmp_path, s3):
         storage.write_bytes(f"{folder}/a.bin", b"123")
         assert storage.list_files_if_any(folder) == [storage.File(f"{folder}/a.bin", "a.bin", 3)]
         assert storage.list_files_if_any(f"{folder}/a.bin") == []
+
+
+def test_nor_does_one_that_goes_while_it_is_listed(tmp_path, s3, monkeypatch):
+    """The last job deletes the last claim in a folder: to S3 the folder is gone with it."""
+    monkeypatch.setattr(storage, "_require_folder", lambda filesystem, uri, path: None)
+    for folder in (str(tmp_path / "some"), f"{s3}/{tmp_path.name}-gone"):
+        assert storage.list_files_if_any(folder) == []
+        with pytest.raises(MissingError, match="cannot list it"):
+            storage.list_folder(folder)
 
 
 def test_download_copies_files_larger_than_a_piece(tmp_path, s3):
@@ -270,6 +279,8 @@ def test_what_is_missing_stays_missing(s3, tmp_path):
 def test_an_error_keeps_its_kind_between_processes():
     error = copy.copy(StorageError("a: gone", lasting=True))
     assert (str(error), error.lasting) == ("a: gone", True)
+    missing = copy.copy(MissingError("a: gone"))
+    assert (type(missing), str(missing), missing.lasting) == (MissingError, "a: gone", True)
 
 
 def test_clients_are_shared_until_a_variable_changes(s3, monkeypatch):
