@@ -92,10 +92,7 @@ def decode(data: bytes) -> np.ndarray:
         ImageError: with code `empty`, `too_large`, `unsupported_format`, `too_many_pixels`, `truncated` or
             `unreadable`.
     """
-    if not data:
-        raise ImageError("empty", "the file has no bytes")
-    if len(data) > MAX_FILE_BYTES:
-        raise ImageError("too_large", f"{len(data):,} bytes; at most {MAX_FILE_BYTES:,} are read")
+    _require_size(data)
     with boundary("truncated", "the image cannot be decoded"):
         if container.PNG.startswith(data[:8]):
             return _framed(container.png_content(data), "PNG")
@@ -104,6 +101,24 @@ def decode(data: bytes) -> np.ndarray:
         if data[:4] in tiff.STARTS:
             return _tiff(data)
     raise ImageError("unsupported_format", f"not a {', '.join(FORMATS)} image")
+
+
+def decode_plain(data: bytes) -> np.ndarray | None:
+    """`decode` for PNGs of 8-bit RGB without transparency, profile or metadata, in less than half of the
+    time; None for any other image. Every parser of it is memory-safe, and bounded by the number of pixels."""
+    _require_size(data)
+    if not container.PNG.startswith(data[:8]):
+        return None
+    with boundary("truncated", "the image cannot be decoded"):
+        content = container.png_content(data)
+    return None if content.profile or content.exif or content.xmp else _decode_fast(content)
+
+
+def _require_size(data: bytes) -> None:
+    if not data:
+        raise ImageError("empty", "the file has no bytes")
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError("too_large", f"{len(data):,} bytes; at most {MAX_FILE_BYTES:,} are read")
 
 
 def _framed(content: container.Content, kind: str) -> np.ndarray:

@@ -122,6 +122,16 @@ def test_ray_and_torch_are_imported_where_they_belong():
     )
 
 
+def test_images_are_decoded_where_a_bad_one_affects_only_itself():
+    offenders(
+        f"{name_of(path)}:{node.lineno} calls image.decode: decoder.decode_safely bounds its time and memory"
+        for path in MODULES
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "image.decode"
+        if name_of(path) != "bcd.imaging.decoder"
+    )
+
+
 def test_folders_modules_and_functions_are_small():
     folders = Counter(folder_of(name_of(path)) for path in MODULES)
     found = [f"{folder}: {n} modules" for folder, n in folders.items() if folder and n > MOST_MODULES]

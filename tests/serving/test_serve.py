@@ -96,11 +96,11 @@ class Unloaded(serve.Replica.__base__):
     """A replica's way from a request to the batch, with Ray Serve's own queue, and no model behind it."""
 
     def __init__(self, size):
-        self._gate, self._decodes_ahead = serve.Gate(size), False
+        self._gate = serve.Gate(size)
         self._forward.set_max_batch_size(size)
         self.begun, self.may_end = asyncio.Event(), asyncio.Event()
 
-    async def _seen(self, given):
+    async def _predict(self, given):
         self.begun.set()
         await self.may_end.wait()
         return given
@@ -123,10 +123,10 @@ def test_clients_that_leave_at_any_moment_hold_up_nobody(make_batch_queue, size)
 
     async def story(turns):
         replica = Unloaded(size)
-        first = asyncio.create_task(replica.look(b"first"))
+        first = asyncio.create_task(replica._in_batch(b"first"))
         await replica.begun.wait()
-        leaving = [asyncio.create_task(replica.look(b"leaves")) for _ in range(size)]
-        staying = [asyncio.create_task(replica.look(b"stays")) for _ in range(2 * size)]
+        leaving = [asyncio.create_task(replica._in_batch(b"leaves")) for _ in range(size)]
+        staying = [asyncio.create_task(replica._in_batch(b"stays")) for _ in range(2 * size)]
         await asyncio.sleep(0)
         replica.may_end.set()
         for _ in range(turns):
@@ -673,17 +673,17 @@ def test_a_replica_answers_with_no_other_model(models):
 
 def test_a_replica_without_numbers_is_not_ready(models, monkeypatch):
     loaded = predictor.load(models[0], "cpu")
-    replica = Unloaded(1)
+    replica, predicted = Unloaded(1), serve.Replica.__base__._predict
     replica._predictor, replica._computer, replica._succeeded = loaded, ThreadPoolExecutor(1), 0.0
     pictures = [np.zeros((64, 96, 3), np.uint8)]
-    asyncio.run(replica._predict(pictures))
+    asyncio.run(predicted(replica, pictures))
     assert replica._succeeded > 0
     broken = replace(loaded, features=lambda batch: torch.full((len(batch), 512, 4, 6), torch.nan))
     replica._predictor = broken
-    (prediction,) = asyncio.run(replica._predict(pictures))
+    (prediction,) = asyncio.run(predicted(replica, pictures))
     assert prediction.predicted_class == [None]
     assert replica._succeeded == -serve.READY_FOR_S
-    replica.look = lambda content: replica._predict(pictures)
+    replica.look = lambda content: predicted(replica, pictures)
     replica._canary = b""
     assert not asyncio.run(replica.ready())
     # Nor does one start.
