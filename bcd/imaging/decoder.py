@@ -1,8 +1,8 @@
 """Decode images so that a bad one affects only itself.
 
-Plain PNGs are decoded here, by a decoder in Rust whose time and memory their size bounds. Those for all other
-images are written in C: a file may crash them, keep them busy or make them allocate. They run in child
-processes that may use so much CPU time and memory for an image, and are kept for the next one.
+Plain PNGs that are not large are decoded here, by a decoder in Rust. Those for all other images are written in
+C: a file may crash them, keep them busy or make them allocate. They run in child processes that may use so
+much CPU time and memory for an image, and are kept for the next one.
 
 A child reads the number of bytes of an image (8, little endian) and its bytes. It answers with a line of
 JSON, the size or the error, and the pixels.
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,19 @@ from bcd.imaging import image
 
 # Of one image. Those of 64 million pixels take up to 9 s and 2.5 GB (16 bits, one colour transparent).
 MAX_CPU_S, MAX_MEMORY_BYTES = 30, 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Budget:
+    """CPU time for one image, in whole seconds, and the niceness of the process that decodes it."""
+
+    cpu_s: int = MAX_CPU_S
+    niceness: int = 0
+
+
+ARCHIVE = Budget()
+# Where others wait: nearly all images need far less than the first, and the rest gives way to them.
+QUICK, PATIENT = Budget(cpu_s=1), Budget(niceness=10)
 # Until an image is given up that uses no CPU time, on a machine where others do.
 MAX_WALL_S = 600
 # Of messages of libtiff, of which one can print a line for each row.
@@ -44,8 +58,8 @@ VARIABLES = {
 COMMAND = (sys.executable, "-P", "-c", "from bcd.imaging import decoder; decoder.serve_parent()")
 
 
-def decode_safely(data: bytes) -> np.ndarray:
-    """`image.decode`, in a child process where the decoder is not memory-safe.
+def decode_safely(data: bytes, budget: Budget = ARCHIVE) -> np.ndarray:
+    """`image.decode`, in a child process where the decoder is not memory-safe, or the image is large.
 
     Raises:
         ImageError: as `image.decode`, and with code `too_slow`; `too_large` also where decoding needs more
@@ -55,10 +69,10 @@ def decode_safely(data: bytes) -> np.ndarray:
     if pixels is not None:
         return pixels
     try:
-        return _decode_apart(data)
+        return _decode_apart(data, budget)
     except _EndedError:  # perhaps another ended it, as the kernel does on a machine without free memory
         try:
-            return _decode_apart(data)
+            return _decode_apart(data, budget)
         except _EndedError as error:
             raise ImageError("unreadable", f"the decoder crashes: {error}") from None
 
@@ -70,12 +84,12 @@ class _EndedError(Exception):
 class _Child:
     """A child process that decodes one image after another."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget) -> None:
         paths = [path or os.getcwd() for path in sys.path]
-        self.is_idle = True
+        self.is_idle, self._budget = True, budget
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            COMMAND,
+            [*COMMAND, str(budget.cpu_s), str(budget.niceness)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,
@@ -126,7 +140,7 @@ class _Child:
     def _ended(self) -> Exception:
         code = self._process.wait()
         if code == -signal.SIGXCPU:
-            return ImageError("too_slow", f"decoding takes more than {MAX_CPU_S} s of CPU time")
+            return ImageError("too_slow", f"decoding takes more than {self._budget.cpu_s} s of CPU time")
         name = signal.strsignal(-code) if code < 0 else f"exit code {code}"
         return _EndedError(" ".join(filter(None, (name, self._said()))))
 
@@ -139,16 +153,17 @@ class _Child:
                 file.close()
 
 
-# Children that wait for an image, by their parent: after a fork, they are not those of the new process.
-_idle: dict[int, list[_Child]] = {}
+# Children that wait for an image, by their budget and parent: after a fork, they are not those of the new
+# process.
+_idle: dict[tuple[int, Budget], list[_Child]] = {}
 
 
-def _decode_apart(data: bytes) -> np.ndarray:
-    ours = _idle.setdefault(os.getpid(), [])
+def _decode_apart(data: bytes, budget: Budget) -> np.ndarray:
+    ours = _idle.setdefault((os.getpid(), budget), [])
     try:
         child = ours.pop()
     except IndexError:
-        child = _Child()
+        child = _Child(budget)
     try:
         return child.decode(data)
     finally:
@@ -160,19 +175,23 @@ def _decode_apart(data: bytes) -> np.ndarray:
 
 @atexit.register
 def _close_all() -> None:
-    for child in _idle.pop(os.getpid(), []):
-        child.close()
+    for parent, budget in list(_idle):
+        if parent == os.getpid():
+            for child in _idle.pop((parent, budget)):
+                child.close()
 
 
 def serve_parent() -> None:
-    """The child process: decode what the parent sends until it has ended."""
+    """The child process: decode what the parent sends until it has ended; its arguments are a `Budget`."""
+    cpu_s, niceness = map(int, sys.argv[1:])
+    os.nice(niceness)
     _limit(resource.RLIMIT_AS, MAX_MEMORY_BYTES)
     _limit(resource.RLIMIT_FSIZE, MAX_MESSAGE_BYTES)
     _limit(resource.RLIMIT_CORE, 0)  # images of patients stay in memory
     with open(0, "rb") as given, open(1, "wb") as taken:
         while len(head := given.read(8)) == 8:
             data = given.read(int.from_bytes(head, "little"))
-            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + MAX_CPU_S)
+            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + cpu_s)
             answer, pixels = _answer(data)
             taken.write(json.dumps(answer).encode() + b"\n")
             taken.write(pixels)

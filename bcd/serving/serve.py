@@ -117,6 +117,8 @@ class Replica:
         bundle.require_same(config.model, model_id, self._predictor.model_id)
         self.card, self.model_id = self._predictor.card, self._predictor.model_id
         self._decoders = ThreadPoolExecutor(threads, "decode")
+        # One at a time: those that take long would hold up the others, and need most memory.
+        self._patient = ThreadPoolExecutor(1, "decode slowly")
         self._computer = ThreadPoolExecutor(1, "compute")
         self._gate = Gate(config.max_batch_size)
         self._succeeded = -READY_FOR_S
@@ -135,8 +137,12 @@ class Replica:
 
     async def look(self, content: bytes) -> Seen:
         """See `api.Engine`."""
-        loop = asyncio.get_running_loop()
-        pixels, fitted = await loop.run_in_executor(self._decoders, self._decoded, content)
+        try:
+            pixels, fitted = await self._decode(self._decoders, content, decoder.QUICK)
+        except image.ImageError as error:
+            if error.code != "too_slow":
+                raise
+            pixels, fitted = await self._decode(self._patient, content, decoder.PATIENT)
         return pixels, await self._in_batch(fitted)
 
     async def _in_batch(self, fitted: np.ndarray) -> Prediction:
@@ -170,10 +176,16 @@ class Replica:
         self._succeeded = time.monotonic() if prediction.finite.all() else -READY_FOR_S
         return prediction.rows()
 
-    def _decoded(self, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    async def _decode(
+        self, threads: ThreadPoolExecutor, content: bytes, budget: decoder.Budget
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The image as sent, and as input of the network."""
-        pixels = decoder.decode_safely(content)
-        return pixels, self._predictor.fit(pixels)
+
+        def decoded() -> tuple[np.ndarray, np.ndarray]:
+            pixels = decoder.decode_safely(content, budget)
+            return pixels, self._predictor.fit(pixels)
+
+        return await asyncio.get_running_loop().run_in_executor(threads, decoded)
 
 
 def app(config: ServiceConfig) -> Application:

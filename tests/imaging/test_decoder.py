@@ -28,7 +28,12 @@ def child(monkeypatch):
 
 
 def processes():
-    return [one._process.pid for one in decoder._idle.get(os.getpid(), [])]
+    return [
+        one._process.pid
+        for (parent, _), idle in decoder._idle.items()
+        for one in idle
+        if parent == os.getpid()
+    ]
 
 
 def result(decode, data):
@@ -81,9 +86,9 @@ def test_a_child_is_kept_for_the_next_image(child):
 
 
 def test_an_image_that_takes_too_long_is_too_slow(child):
-    child("decoder.MAX_CPU_S = 1; image.decode = lambda data: [0 for _ in iter(int, 1)]")
-    with pytest.raises(ImageError, match=r"decoding takes more than \d+ s of CPU time") as caught:
-        decoder.decode_safely(JPEG)
+    child("image.decode = lambda data: [0 for _ in iter(int, 1)]")
+    with pytest.raises(ImageError, match=r"decoding takes more than 1 s of CPU time") as caught:
+        decoder.decode_safely(JPEG, decoder.QUICK)
     assert caught.value.code == "too_slow"
     assert processes() == []
 
@@ -146,6 +151,21 @@ def test_after_a_fork_no_child_is_shared(child, monkeypatch):
         assert processes() != before
         decoder._close_all()
     assert processes() == before
+
+
+def test_a_large_image_is_decoded_in_a_child(child, monkeypatch):
+    """In this process it would hold up the other threads."""
+    monkeypatch.setattr(image, "PLAIN_PIXELS", 200 * 300 - 1)
+    assert (decoder.decode_safely(kinds()["png"]) == PIXELS).all()
+    assert len(processes()) == 1
+
+
+def test_each_budget_has_its_children(child):
+    for budget in (decoder.ARCHIVE, decoder.QUICK, decoder.PATIENT, decoder.PATIENT):
+        decoder.decode_safely(JPEG, budget)
+    found = [(os.getpriority(os.PRIO_PROCESS, pid)) for pid in processes()]
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert found == [mine, mine, mine + 10]
 
 
 def test_a_child_has_limits(child):

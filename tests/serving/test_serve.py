@@ -10,10 +10,13 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +28,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 from ray import serve as ray_serve
 from ray.serve.schema import ServeDeploySchema
 
@@ -502,6 +506,70 @@ def test_a_killed_replica_costs_only_what_was_in_flight(service, cluster, files)
     in_flight = [begun for begun, _ in lost if begun <= killed]
     assert len(in_flight) <= clients
     assert all(answer.status_code == 200 for begun, answer in answers if begun > back)
+
+
+def bombs():
+    """Small bodies by what they cost: 64 million pixels, scans, streams that libtiff complains of."""
+    black = Image.new("RGB", (8_000, 8_000))
+    few = pictures.encode(pictures.gradient(), "JPEG", progressive=True)
+    tiff = pictures.encode(pictures.stained(256, 256), "TIFF", compression="jpeg")
+    scan = few[few.rindex(b"\xff\xda") : -2]
+    rows = zlib.compress(bytes(8_000 * (6 * 8_000 + 1)), 1)
+    header = struct.pack(">IIBBBBB", 8_000, 8_000, 16, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"tRNS", bytes(6))]
+    parts += [(b"IDAT", rows[i : i + 2**20]) for i in range(0, len(rows), 2**20)] + [(b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in parts
+    ]
+    return {
+        "progressive JPEG": pictures.encode(black, "JPEG", progressive=True),
+        "JPEG of 500 scans": few[:-2] + 500 * scan + few[-2:],
+        "PNG": pictures.encode(black),
+        "PNG of 16 bits": b"\x89PNG\r\n\x1a\n" + b"".join(chunks),
+        "TIFF, LZW": pictures.encode(black, "TIFF", compression="tiff_lzw"),
+        "TIFF, damaged": tiff[:1_000] + b"\xff\xf0" + tiff[1_002:],
+    }
+
+
+@pytest.mark.trial
+@pytest.mark.ray
+def test_bombs_among_the_images_hold_up_nobody(service, files, capsys):
+    """One in fifty, for BCD_SOAK_MINUTES: the other answers take at most twice their usual time."""
+    minutes = float(os.environ.get("BCD_SOAK_MINUTES", "30"))
+    given, slow = itertools.cycle(bombs().items()), []
+
+    def answers(pool, seconds, with_bombs):
+        """Seconds of each answer of four clients; bombs are sent beside."""
+        times, until = [], time.monotonic() + seconds
+        for n, content in enumerate(itertools.cycle(files.values())):
+            if time.monotonic() > until:
+                return times
+            if with_bombs and n % 50 == 49:
+                name, bomb = next(given)
+                slow.append((name, pool.submit(service.ask, bomb)))
+            begun = time.monotonic()
+            assert service.ask(content).status_code == 200
+            times.append(time.monotonic() - begun)
+        return times
+
+    (replica,) = [p for p in psutil.process_iter() if re.match(REPLICA, "".join(p.cmdline()[:1]))]
+    with ThreadPoolExecutor(100) as pool, ThreadPoolExecutor(4) as clients:
+        usual, tested = (
+            np.concatenate(list(clients.map(lambda _: answers(pool, seconds, with_bombs), range(4))))
+            for seconds, with_bombs in ((30, False), (60 * minutes, True))
+        )
+        largest = max(p.memory_info().rss for p in [replica, *replica.children(recursive=True)])
+        statuses = Counter((name, one.result().status_code) for name, one in slow)
+    with capsys.disabled():
+        for name, times in (("usual", usual), ("with bombs", tested)):
+            print(f"\n{name}: {len(times)} answers, p50, p95 and longest (s):", end=" ")
+            print(*np.round(np.quantile(times, [0.5, 0.95, 1]), 3), end=" ")
+        print(f"\nbombs: {dict(statuses)}\nlargest process at the end: {largest / 2**20:.0f} MiB")
+    assert {status for _, status in statuses} <= {200, 422, 503, 504}
+    assert np.median(tested) <= 2 * np.median(usual)
+    assert len(slow) > 5
+    assert {p.pid for p in psutil.process_iter()} >= {replica.pid}
 
 
 @pytest.mark.trial
