@@ -1,8 +1,8 @@
 """Decode images so that a bad one affects only itself.
 
-Plain PNGs that are not large are decoded here, by a decoder in Rust. Those for all other images are written in
-C: a file may crash them, keep them busy or make them allocate. They run in child processes that may use so
-much CPU time and memory for an image, and are kept for the next one.
+Plain PNGs that are not large are decoded here, by a decoder in Rust. Those for all other images are written
+in C: a file may crash them, keep them busy or make them allocate. They run in child processes that may use
+so much CPU time and memory for an image, and are kept for the next one.
 
 A child reads the number of bytes of an image (8, little endian) and its bytes. It answers with a line of
 JSON, the size or the error, and the pixels.

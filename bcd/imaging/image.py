@@ -148,10 +148,14 @@ def _decode_fast(content: container.Content) -> np.ndarray | None:
 
 def _tiff(data: bytes) -> np.ndarray:
     """Decode a TIFF, which Pillow turns upright itself."""
-    pages = tiff.pages(io.BytesIO(data), len(data))
+    file = io.BytesIO(data)
+    pages = tiff.pages(file, len(data))
     chosen = tiff.composite(pages) or [tiff.main_page(pages)]
+    for page in chosen:
+        tiff.require_read(page, len(pages))
+        tiff.require_whole_streams(file, page)
     try:
-        channels = [_tiff_page(data, page, len(pages)) for page in chosen]
+        channels = [_tiff_page(data, page) for page in chosen]
     except UnidentifiedImageError:
         message = f"a TIFF of {tiff.describe_samples(chosen[0])} is not supported"
         raise ImageError("unsupported_format", message) from None
@@ -159,8 +163,7 @@ def _tiff(data: bytes) -> np.ndarray:
     return _finished(merged, channels[0].info.get("icc_profile"))
 
 
-def _tiff_page(data: bytes, page: tiff.Page, n_pages: int) -> Image.Image:
-    tiff.require_read(page, n_pages)
+def _tiff_page(data: bytes, page: tiff.Page) -> Image.Image:
     is_inverted = page.bits > 8 and page.one(tiff.PHOTOMETRIC) == tiff.WHITE_IS_ZERO
     return _eight_bits(data, "TIFF", page.number, tiff.significant_bits(page), is_inverted)
 

@@ -555,10 +555,11 @@ def test_bombs_among_the_images_hold_up_nobody(service, files, capsys):
 
     (replica,) = [p for p in psutil.process_iter() if re.match(REPLICA, "".join(p.cmdline()[:1]))]
     with ThreadPoolExecutor(100) as pool, ThreadPoolExecutor(4) as clients:
-        usual, tested = (
-            np.concatenate(list(clients.map(lambda _: answers(pool, seconds, with_bombs), range(4))))
-            for seconds, with_bombs in ((30, False), (60 * minutes, True))
+        alone, beside = (
+            [clients.submit(answers, pool, *how) for _ in range(4)]
+            for how in ((30, False), (60 * minutes, True))
         )
+        usual, tested = (np.concatenate([one.result() for one in running]) for running in (alone, beside))
         largest = max(p.memory_info().rss for p in [replica, *replica.children(recursive=True)])
         statuses = Counter((name, one.result().status_code) for name, one in slow)
     with capsys.disabled():
