@@ -242,7 +242,7 @@ def _end(data: bytes, place: int, most_scans: int) -> int:
     raise ImageError("unsupported_format", f"a JPEG of more than {most_scans} scans")
 
 
-def require_whole(stream: bytes) -> None:
+def require_whole_stream(stream: bytes) -> None:
     """Check that a JPEG stream of a TIFF has an end, and nothing after it. Raises ImageError `truncated` or
     `unsupported_format`."""
     first = next((end for marker, _, end in _segments(stream) if marker == SOS), None)

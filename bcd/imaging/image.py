@@ -153,7 +153,7 @@ def _tiff(data: bytes) -> np.ndarray:
     chosen = tiff.composite(pages) or [tiff.main_page(pages)]
     for page in chosen:
         tiff.require_read(page, len(pages))
-        tiff.require_whole_streams(file, page)
+        tiff.require_whole_parts(file, page)
     try:
         channels = [_tiff_page(data, page) for page in chosen]
     except UnidentifiedImageError:

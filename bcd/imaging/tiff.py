@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bcd.errors import ImageError
-from bcd.imaging.container import require_size, require_whole
+from bcd.imaging.container import require_size, require_whole_stream
 
 # First bytes of a file: byte order, and classic or BigTIFF.
 STARTS = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True)}
@@ -209,7 +209,7 @@ def require_read(page: Page, n_pages: int) -> None:
         raise ImageError("unsupported_format", f"{fault}; save it as an ordinary 8-bit TIFF or PNG")
 
 
-def require_whole_streams(file: BinaryIO, page: Page) -> None:
+def require_whole_parts(file: BinaryIO, page: Page) -> None:
     """Check that each JPEG stream of a page is whole: libjpeg fills one that ends early with grey. Raises
     ImageError `truncated`."""
     if page.one(COMPRESSION) != JPEG:
@@ -219,7 +219,7 @@ def require_whole_streams(file: BinaryIO, page: Page) -> None:
     )
     for place, size in zip(places.tolist(), sizes.tolist(), strict=False):
         file.seek(int(place))
-        require_whole(file.read(int(size)))
+        require_whole_stream(file.read(int(size)))
 
 
 def _fault(page: Page) -> str | None:
