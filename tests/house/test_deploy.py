@@ -400,6 +400,15 @@ def test_the_commands_name_what_is_there():
     assert applied == {name for name in TEXTS if name.endswith(".yaml")}
 
 
+def test_redis_is_an_option_that_kuberay_knows():
+    (block,) = re.findall(r"```yaml\n(.*?)```", TEXTS["README.md"], re.S)
+    options = yaml.safe_load(block)
+    assert options.keys() == {"gcsFaultToleranceOptions"} <= CLUSTER_FIELDS
+    redis = options["gcsFaultToleranceOptions"]
+    assert redis.keys() == {"redisAddress", "redisPassword"}
+    assert redis["redisPassword"]["valueFrom"].keys() == {"secretKeyRef"}, "no password in a file"
+
+
 def test_the_commands_for_ray_and_for_the_jobs_are_valid():
     ours = [line for line in SHOWN if commands.is_rays(line)]
     assert ours
