@@ -99,6 +99,8 @@ def test_no_container_has_a_token_for_kubernetes(group):
 
 @every_cluster
 def test_but_the_autoscaler_where_ray_reads_it(spec):
+    shared = mounts(container(spec["headGroupSpec"])).keys() & mounts(spec["autoscalerOptions"]).keys()
+    assert shared == {"tls"}, "nothing that a job could write"
     (mount,) = [m for m in spec["autoscalerOptions"]["volumeMounts"] if m["name"] == "kubernetes"]
     assert mount["readOnly"]
     (volume,) = [v for v in pod(spec["headGroupSpec"])["spec"]["volumes"] if v["name"] == "kubernetes"]
