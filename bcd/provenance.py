@@ -54,8 +54,8 @@ def command() -> str:
 def bill_of_materials(file: str, sha256: str, when: datetime) -> dict[str, Any]:
     """The software bill of materials (CycloneDX 1.6) of a file with a model: every package that is installed
     here. Equal but for the time in equal environments."""
-    model = {"type": "machine-learning-model", "bom-ref": file, "name": file}
-    model |= {"hashes": [{"alg": "SHA-256", "content": sha256}]}
+    model: dict[str, Any] = {"type": "machine-learning-model", "bom-ref": file, "name": file}
+    model["hashes"] = [{"alg": "SHA-256", "content": sha256}]
     packages = {f"pkg:pypi/{name}@{quote(number)}": (name, number) for name, number in _installed().items()}
     components = [
         {"type": "library", "bom-ref": purl, "name": name, "version": number, "purl": purl}

@@ -79,7 +79,7 @@ class LabelledConfig(OutputConfig):
 OPERATIONAL = frozenset(
     {
         *("output", "name", "prepared", "num_workers", "device", "max_failures"),
-        *("max_workers", "parallel", "against", "wait"),
+        *("max_workers", "parallel", "against", "wait", "require_signature"),
     }
 )
 
