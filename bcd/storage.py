@@ -265,8 +265,8 @@ def list_files_if_any(uri: str) -> list[File]:
     return []
 
 
-def first_file(uri: str, suffixes: tuple[str, ...]) -> File | None:
-    """A file below a folder whose name ends with one of the suffixes, found without listing all of them.
+def first_files(uri: str, suffixes: tuple[str, ...]) -> Iterator[File]:
+    """Yield the files below a folder whose names end with one of the suffixes, without listing all of them.
     Raises StorageError where the folder does not exist or cannot be read."""
     filesystem, root = resolve(uri)
     with _naming(uri, "list it"):
@@ -282,11 +282,11 @@ def first_file(uri: str, suffixes: tuple[str, ...]) -> File | None:
             infos.sort(key=lambda info: info.path)
             seen = [info for info in infos if not info.base_name.startswith(".")]
             files = [info for info in seen if info.type == fs.FileType.File]
-            if found := [info for info in files if info.base_name.lower().endswith(suffixes)]:
-                path = posixpath.relpath(found[0].path, root)
-                return File(join(uri, path), path, found[0].size)
+            for info in files:
+                if info.base_name.lower().endswith(suffixes):
+                    path = posixpath.relpath(info.path, root)
+                    yield File(join(uri, path), path, info.size)
             folders += [info.path for info in seen if info.type == fs.FileType.Directory]
-    return None
 
 
 def sizes(uris: Sequence[str]) -> list[int | None]:
@@ -391,6 +391,14 @@ def read_range(uri: str, offset: int, n_bytes: int) -> bytes:
     filesystem, path = resolve(uri)
     with _naming(uri, "read it"), filesystem.open_input_file(path) as file:
         return file.read_at(n_bytes, offset)
+
+
+@contextmanager
+def opened(uri: str) -> Iterator[tuple[io.BufferedReader, int]]:
+    """One file to read at any place, and its size in bytes. An error while it is read is a StorageError."""
+    filesystem, path = resolve(uri)
+    with _naming(uri, "read it"), filesystem.open_input_file(path) as file:
+        yield io.BufferedReader(file, PIECE_BYTES), file.size()
 
 
 @_persistent

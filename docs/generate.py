@@ -71,6 +71,11 @@ SECTIONS: list[tuple[str, str, pa.Schema]] = [
         "`near_duplicates.parquet` of an audit.",
         schema.NEAR_DUPLICATES,
     ),
+    (
+        "Identifiers: what may identify a patient",
+        "`identifiers.parquet` of an audit, whose `image_id` is the path of any file or folder of the data.",
+        schema.IDENTIFIERS,
+    ),
     ("Exposure: the images that each epoch used", "`exposure/epoch-N.parquet` of a run.", schema.EXPOSURE),
     (
         "Inputs: the state of each input when it was scored",
@@ -132,6 +137,9 @@ MEANING: dict[str, str] = {
     schema.IMAGE_ID_A: "first image of the pair",
     schema.IMAGE_ID_B: "second image of the pair",
     schema.HAMMING_DISTANCE: "bits of 256 in which the perceptual hashes differ",
+    schema.IDENTIFIER: "kind of the statement: person, date of birth, number, date, image of the label, ...",
+    schema.FOUND_IN: "a name, a column of ids, or a field of the metadata such as `EXIF Artist`",
+    schema.MASKED: "the first character of the value; empty for an image",
     schema.EPOCH: "epoch, counted from 1",
     schema.VERSION: "size and time of change of the file when it was scored",
     **{
