@@ -47,3 +47,14 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"
+
+
+# The folders of an absolute path, which belong to one machine; a URI of a store has none.
+_FOLDERS = re.compile(r"(?<![\w.:/~-])(?:file://)?~?/(?:[^\s/'\"]+/)*(?=[^\s/'\"])")
+
+
+def without_folders(text: str) -> str:
+    """A text for a page that others see: of each absolute path on this machine, only the last part."""
+    if re.match(r"~?/|file:/", text) and "\n" not in text:
+        return text.rstrip("/").rpartition("/")[2]
+    return _FOLDERS.sub("", text)

@@ -89,13 +89,13 @@ def _images(ours: Ledger, table: pa.Table) -> gallery.Images:
 
 
 def link(uri: str, folder: str) -> str | None:
-    """Link from a page in a folder to a file: a relative path or a URI; None if it might be a script."""
+    """Link from a page in a folder to a file: a relative path or a URI; None if it might be a script, or would
+    lead from a store to one machine."""
     if storage.is_remote(uri):
         return quote(uri, safe=":/") if uri.lower().startswith(LINKED) else None
-    path = storage.absolute(uri)
     if storage.is_remote(folder):
-        return f"file://{quote(path)}"
-    return quote(os.path.relpath(path, storage.absolute(folder)))
+        return None
+    return quote(os.path.relpath(storage.absolute(uri), storage.absolute(folder)))
 
 
 def _failures(table: pa.Table) -> dict[str, gallery.Failures]:
