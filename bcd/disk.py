@@ -127,12 +127,13 @@ def write_in_place(path: str, data: bytes) -> None:
         file.write(data)
 
 
-def write_aside(path: str, data: bytes) -> None:
-    """Write a file whole or not at all, in a power cut too; makes its folder."""
+def write_aside(path: str, data: bytes, mode: int = 0o666) -> None:
+    """Write a file whole or not at all, in a power cut too; makes its folder. Its permissions are at most
+    `mode`."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}{ASIDE}"
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # else the new name may have nothing in it

@@ -409,13 +409,17 @@ def download(uri: str, path: Path) -> None:
         shutil.copyfileobj(stream, target, 2**22)
 
 
-def write_bytes(uri: str, data: bytes, whole: bool = True) -> None:
+def write_bytes(uri: str, data: bytes, whole: bool = True, private: bool = False) -> None:
     """Write one file: on a store by one PUT; on a disk aside, synchronised and renamed, so that it is whole
-    or not there. On a disk a file that need not be `whole` is written in its place."""
+    or not there. On a disk a file that need not be `whole` is written in its place, and of a `private` one
+    other users can read nothing."""
     filesystem, path = resolve(uri)
     with _naming(uri, "write it"):
         if not is_remote(uri):
-            (disk.write_aside if whole else disk.write_in_place)(path, data)
+            if private:
+                disk.write_aside(path, data, 0o600)
+            else:
+                (disk.write_aside if whole else disk.write_in_place)(path, data)
             return
         with ThreadPoolExecutor(1) as pool:
             pool.submit(_write_to_store, filesystem, path, data).result()
@@ -428,11 +432,12 @@ def _write_to_store(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
         stream.write(data)
 
 
-def write_table(uri: str, table: pa.Table, **options: Any) -> None:
-    """Write one Parquet file, whole or not at all; options are those of `pyarrow.parquet.write_table`."""
+def write_table(uri: str, table: pa.Table, private: bool = False, **options: Any) -> None:
+    """Write one Parquet file, whole or not at all, and `private` as in `write_bytes`; options are those of
+    `pyarrow.parquet.write_table`."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", **options)
-    write_bytes(uri, buffer.getvalue())
+    write_bytes(uri, buffer.getvalue(), private=private)
 
 
 @_persistent

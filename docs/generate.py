@@ -76,6 +76,11 @@ SECTIONS: list[tuple[str, str, pa.Schema]] = [
         "`identifiers.parquet` of an audit, whose `image_id` is the path of any file or folder of the data.",
         schema.IDENTIFIERS,
     ),
+    (
+        "Pseudonyms: the map of ids that replace names",
+        "`KEY.ID.parquet` beside the key of a scoring job with `--pseudonymise KEY`.",
+        schema.PSEUDONYMS,
+    ),
     ("Exposure: the images that each epoch used", "`exposure/epoch-N.parquet` of a run.", schema.EXPOSURE),
     (
         "Inputs: the state of each input when it was scored",
@@ -140,6 +145,8 @@ MEANING: dict[str, str] = {
     schema.IDENTIFIER: "kind of the statement: person, date of birth, number, date, image of the label, ...",
     schema.FOUND_IN: "a name, a column of ids, or a field of the metadata such as `EXIF Artist`",
     schema.MASKED: "the first character of the value; empty for an image",
+    schema.PSEUDONYM: "the id in the tables",
+    schema.ORIGINAL: "the id or name that it replaces",
     schema.EPOCH: "epoch, counted from 1",
     schema.VERSION: "size and time of change of the file when it was scored",
     **{
