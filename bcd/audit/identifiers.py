@@ -22,8 +22,8 @@ from bcd.text import counted
 PERSON, NAME_NUMBER, BIRTH, DATE, NUMBER = "person", "name and number", "date of birth", "date", "number"
 DEVICE, PLACE, FREE_TEXT, LABEL_IMAGE = "device", "place", "free text", "image of the label"
 FILE_NAME, ATTRIBUTE, NOT_READ = "name of a file or slide", "attribute of the patient", "unread metadata"
-# Of one file: most bytes read of a DICOM header, and most findings.
-MOST_HEAD_BYTES, MOST_FINDINGS = 2**20, 50
+# Of one file: most bytes read of a DICOM header, and most findings; of one text, most characters.
+MOST_HEAD_BYTES, MOST_FINDINGS, MOST_CHARACTERS = 2**20, 50, 10_000
 # MIRAX's table of a slide, beside its pixels.
 MIRAX_TABLE, MIRAX_LABEL = "slidedat.ini", "barcode"
 # What a field means, by its name in small letters without separators; the first that fits.
@@ -78,7 +78,8 @@ WORDS = frozenset(
 MARKERS = frozenset({"mrn", "pid", "accession", "acc", "accno", "accnr", "patientid", "patid", "fallnr"})
 # Numbers that identify nobody: UUIDs, UIDs of DICOM, hashes.
 NEUTRAL = re.compile(
-    r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+(?:\.\d+){4,}|\b(?=\w*\d)[0-9a-f]{16,}\b", re.IGNORECASE
+    r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d{1,39}(?:\.\d{1,39}){4,}|\b(?=\w*\d)[0-9a-f]{16,}\b",
+    re.IGNORECASE,
 )
 LETTERS = r"A-Za-z\u00c0-\u024f"
 TOKEN = re.compile(rf"[0-9{LETTERS}']+")
@@ -93,7 +94,7 @@ PATTERNS = {
         r"(?i:\bdob|\bd\.o\.b\.?|birth ?da(?:te|y)|date of birth|\bborn|\bgeb)\W{0,3}\d[\d./-]{3,9}"
     ),
     PERSON: re.compile(
-        rf"[{LETTERS}]{{2,}}\^[{LETTERS}]+|[\w.+-]+@[\w-]+\.[\w.-]+|"
+        rf"[{LETTERS}]{{2,40}}\^[{LETTERS}]+|[\w.+-]{{1,64}}@[\w-]{{1,64}}\.[\w.-]+|"
         r"\b[A-ZÀ-Þ][a-zà-ÿ]{2,}, [A-ZÀ-Þ][a-zà-ÿ]{2,}|(?i:patient|name) ?[:=] ?[A-ZÀ-Þ][\wà-ÿ]+"
     ),
     DATE: re.compile(
@@ -285,7 +286,7 @@ def _of_note(note: Note) -> Iterator[tuple[str, str, str]]:
     if what:
         yield what, place, masked(text)
         return
-    for kind, value in in_text(text):
+    for kind, value in in_text(text[:MOST_CHARACTERS]):
         yield kind, place, masked(value)
 
 

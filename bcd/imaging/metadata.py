@@ -18,6 +18,8 @@ from bcd.imaging import container, tiff
 
 # Of one text, of all that precedes the pixels of a JPEG, and parts or pages of a file.
 MAX_TEXT_BYTES, MAX_HEAD_BYTES, MAX_PARTS, MAX_PAGES = 2**18, 2**20, 20_000, 100
+# Of one file, and elements of XML in each other.
+MAX_BYTES, MAX_DEPTH = 2**23, 100
 # Tags of TIFF and EXIF by number; the last three are of Hamamatsu: the slide's label, the scanner, and pairs
 # of names and values.
 # fmt: off
@@ -44,8 +46,8 @@ NDPI_LENS, NDPI_MACRO = 65421, -1.0
 APP13, COMMENT, PHOTOSHOP = 0xED, 0xFE, b"Photoshop 3.0\0"
 # A line of Aperio's and Ventana's descriptions that names the page: of the label, or the whole glass.
 LABEL = re.compile(r"^\s*(label|macro)\b(?![ _]*=)", re.IGNORECASE | re.MULTILINE)
-TAG = re.compile(r"<(/?)([A-Za-z][\w:.-]*)([^<>]*)>([^<]*)")
-ATTRIBUTE = re.compile(r"([A-Za-z][\w:.-]*)\s*=\s*(?:\"([^\"<]*)\"|'([^'<]*)')")
+TAG = re.compile(r"<(/?)([A-Za-z][\w:.-]{0,99})([^<>]*)>([^<]*)")
+ATTRIBUTE = re.compile(r"\b([A-Za-z][\w:.-]{0,99})\s?=\s?(?:\"([^\"<]*)\"|'([^'<]*)')")
 # Elements of RDF that only hold a value together.
 BRACKETS = {"rdf:li", "rdf:Seq", "rdf:Bag", "rdf:Alt", "rdf:Description", "rdf:RDF", "x:xmpmeta"}
 
@@ -59,6 +61,20 @@ class Note:
     text: str
 
 
+class _Limited:
+    """A file of which at most `MAX_BYTES` are read, whatever its headers claim."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._left = file, MAX_BYTES
+        self.seek = file.seek
+
+    def read(self, n_bytes: int) -> bytes:
+        """Of a file; nothing once all are read."""
+        content = self._file.read(min(n_bytes, self._left))
+        self._left -= len(content)
+        return content
+
+
 def notes(file: BinaryIO, size_bytes: int) -> Iterator[Note]:
     """What a PNG, JPEG or TIFF file (SVS, NDPI and others, too) states; nothing for other formats.
 
@@ -66,16 +82,17 @@ def notes(file: BinaryIO, size_bytes: int) -> Iterator[Note]:
     """
     start = file.read(8)
     file.seek(0)
+    limited = _Limited(file)
     with suppress(struct.error, ImageError, ValueError):
         if start == container.PNG:
-            yield from _png(file)
+            yield from _png(limited)
         elif start.startswith(container.JPEG):
-            yield from _jpeg(file.read(MAX_HEAD_BYTES))
+            yield from _jpeg(limited.read(MAX_HEAD_BYTES))
         elif start[:4] in tiff.STARTS:
-            yield from _tiff(file, size_bytes, "TIFF")
+            yield from _tiff(limited, size_bytes, "TIFF")
 
 
-def _png(file: BinaryIO) -> Iterator[Note]:
+def _png(file: _Limited) -> Iterator[Note]:
     place = len(container.PNG)
     for _ in range(MAX_PARTS):
         file.seek(place)
@@ -125,7 +142,7 @@ def _app1(content: bytes) -> Iterator[Note]:
 
 def _exif(content: bytes) -> Iterator[Note]:
     with suppress(struct.error, ImageError):
-        yield from _tiff(io.BytesIO(content), len(content), "EXIF")
+        yield from _tiff(_Limited(io.BytesIO(content)), len(content), "EXIF")
 
 
 def _iptc(content: bytes) -> Iterator[Note]:
@@ -139,7 +156,7 @@ def _iptc(content: bytes) -> Iterator[Note]:
 class _Layout:
     """How a TIFF writes numbers; `long` are the addresses of BigTIFF, and of NDPI from 4 GiB on."""
 
-    file: BinaryIO
+    file: _Limited
     size_bytes: int
     order: str
     big: bool
@@ -176,7 +193,7 @@ class _Layout:
         return self.file.read(min(n_bytes, MAX_TEXT_BYTES))
 
 
-def _tiff(file: BinaryIO, size_bytes: int, kind: str) -> Iterator[Note]:
+def _tiff(file: _Limited, size_bytes: int, kind: str) -> Iterator[Note]:
     order, big = tiff.STARTS.get(file.read(4), ("", False))
     if not order:
         return
@@ -262,6 +279,7 @@ def xml_notes(place: str, text: str) -> Iterator[Note]:
             continue
         pairs = ((key, a or b) for key, a, b in ATTRIBUTE.findall(rest) if not key.startswith("xmlns"))
         given = {key.rpartition(":")[2]: unescape(value) for key, value in pairs}
+        del above[:-MAX_DEPTH]
         above.append(given.get("Name", name) if name == "Attribute" else name)
         owner = next((one for one in reversed(above) if one not in BRACKETS), name).rpartition(":")[2]
         yield from (Note(place, key, value) for key, value in given.items() if value.strip())

@@ -6,6 +6,7 @@ from bcd.audit import identifiers
 from bcd.audit.identifiers import Identifier
 from bcd.data import archive
 from bcd.errors import StorageError
+from tests import pictures
 from tests import planted_identifiers as planted
 
 FILES = planted.files()
@@ -121,6 +122,14 @@ def test_a_transient_error_is_none_of_the_file(monkeypatch):
     monkeypatch.setattr(identifiers.storage, "opened", refuse)
     with pytest.raises(StorageError):
         identifiers.in_stored("a.svs", "s3://bucket/a.svs")
+
+
+@pytest.mark.parametrize("text", ["a", "1", "a.1", "A^", "x=<a ", "<", "Ab, "])
+def test_a_hostile_text_takes_no_longer_than_another(text):
+    """Regular expressions whose time grows with the square would need minutes."""
+    content = 10**5 * text.encode()
+    for tags in ({"t270": content}, {"t270": b"<a " + content}, {"t65449": content}):
+        identifiers.in_content("a.tif", pictures.tiff(pictures.tiff_page(pictures.gradient(), **tags)))
 
 
 def test_a_sum_names_the_kinds():

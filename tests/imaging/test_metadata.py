@@ -99,6 +99,14 @@ def test_little_is_read_of_a_large_file():
 
     content = planted.png()
     pixels = struct.pack(">I", 10**6) + b"IDAT" + bytes(10**6 + 4)
+    long = (
+        struct.pack(">I", metadata.MAX_TEXT_BYTES)
+        + b"tEXt"
+        + b"Key\0".ljust(metadata.MAX_TEXT_BYTES + 4, b"a")
+    )
+    claims = Counting(content[:33] + 100 * long + content[33:])
+    assert len(list(metadata.notes(claims, 10**6))) == metadata.MAX_BYTES // metadata.MAX_TEXT_BYTES
+    assert claims.n_read <= metadata.MAX_BYTES + 8
     file = Counting(content[:33] + pixels + content[33:])
     assert Note("PNG", "Author", planted.NAME) in list(metadata.notes(file, 10**6))
     assert file.n_read < len(content) + 100
