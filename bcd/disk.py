@@ -144,6 +144,11 @@ def write_aside(path: str, data: bytes, mode: int = 0o666) -> None:
     sync_folder(os.path.dirname(path))
 
 
+def write_private(path: str, data: bytes) -> None:
+    """Write a file, likewise, that only its owner can read."""
+    write_aside(path, data, 0o600)
+
+
 def delete_for_good(path: str) -> None:
     """Delete a file for good: a power cut does not bring it back."""
     os.remove(path)

@@ -282,10 +282,10 @@ def first_files(uri: str, suffixes: tuple[str, ...]) -> Iterator[File]:
             infos.sort(key=lambda info: info.path)
             seen = [info for info in infos if not info.base_name.startswith(".")]
             files = [info for info in seen if info.type == fs.FileType.File]
-            for info in files:
-                if info.base_name.lower().endswith(suffixes):
-                    path = posixpath.relpath(info.path, root)
-                    yield File(join(uri, path), path, info.size)
+            found = [info for info in files if info.base_name.lower().endswith(suffixes)]
+            for info in found:
+                path = posixpath.relpath(info.path, root)
+                yield File(join(uri, path), path, info.size)
             folders += [info.path for info in seen if info.type == fs.FileType.Directory]
 
 
@@ -393,14 +393,6 @@ def read_range(uri: str, offset: int, n_bytes: int) -> bytes:
         return file.read_at(n_bytes, offset)
 
 
-@contextmanager
-def opened(uri: str) -> Iterator[tuple[io.BufferedReader, int]]:
-    """One file to read at any place, and its size in bytes. An error while it is read is a StorageError."""
-    filesystem, path = resolve(uri)
-    with _naming(uri, "read it"), filesystem.open_input_file(path) as file:
-        yield io.BufferedReader(file, PIECE_BYTES), file.size()
-
-
 @_persistent
 def download(uri: str, path: Path) -> None:
     """Copy one file to the local disk, in pieces: a slide may be larger than memory."""
@@ -411,15 +403,14 @@ def download(uri: str, path: Path) -> None:
 
 def write_bytes(uri: str, data: bytes, whole: bool = True, private: bool = False) -> None:
     """Write one file: on a store by one PUT; on a disk aside, synchronised and renamed, so that it is whole
-    or not there. On a disk a file that need not be `whole` is written in its place, and of a `private` one
-    other users can read nothing."""
+    or not there. On a disk, one that need not be `whole` is written in its place, and a `private` one is
+    closed to other users."""
     filesystem, path = resolve(uri)
     with _naming(uri, "write it"):
         if not is_remote(uri):
-            if private:
-                disk.write_aside(path, data, 0o600)
-            else:
-                (disk.write_aside if whole else disk.write_in_place)(path, data)
+            (disk.write_private if private else disk.write_aside if whole else disk.write_in_place)(
+                path, data
+            )
             return
         with ThreadPoolExecutor(1) as pool:
             pool.submit(_write_to_store, filesystem, path, data).result()
@@ -433,8 +424,7 @@ def _write_to_store(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
 
 
 def write_table(uri: str, table: pa.Table, private: bool = False, **options: Any) -> None:
-    """Write one Parquet file, whole or not at all, and `private` as in `write_bytes`; options are those of
-    `pyarrow.parquet.write_table`."""
+    """Write one Parquet file, whole or not at all; `private` as above, options of `pq.write_table`."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", **options)
     write_bytes(uri, buffer.getvalue(), private=private)

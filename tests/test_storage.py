@@ -183,8 +183,6 @@ def test_the_first_files_are_found_without_listing_all(tmp_path, s3):
         assert list(storage.first_files(f"{root}/a", (".png",))) == []
         with pytest.raises(StorageError, match=r"none: there is no such folder"):
             next(storage.first_files(f"{root}/none", (".png",)))
-        with storage.opened(f"{root}/b/c/2.png") as (file, size_bytes):
-            assert (file.seek(3), file.read(9), size_bytes) == (3, b"45", 5)
 
 
 def test_read_start_reads_as_much_as_there_is(tmp_path, s3):

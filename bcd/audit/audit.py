@@ -75,7 +75,7 @@ def _audited(
     missing = [text for text in warnings if text in counts]
     result = summary.summarise(table, missing, splits, pairs, config.outlier_z, doubts, found)
     if config.identifiers_only:
-        result = summary.only(result, "identifier")
+        result = summary.identifiers_only(result)
     _write(config, result, table, pairs, found)
     return result
 

@@ -47,7 +47,7 @@ FIELDS = [
         ),
     }.items()
 ]
-# Values that stand for none, and texts that programs write.
+# Values that mean none, and texts that programs write.
 NO_VALUE = re.compile(
     r"[\W0_]*|(unknown|none|null|n/?a|nan|anonymi[sz]ed|anonymous|removed|de-?identified|redacted|yes|no)",
     re.IGNORECASE,
@@ -58,8 +58,8 @@ BY_PROGRAMS = re.compile(
     re.IGNORECASE,
 )
 # Words beside a number that name no person.
-WORDS = frozenset(
-    """image img pic picture photo scan slide wsi tile field fov patch region roi mask frame sample specimen
+WORDS = {"picture", "patch"} | set(
+    """image img pic photo scan slide wsi tile field fov region roi mask frame sample specimen
     biopsy case patient pat subject person donor study series set data dataset train training test testing
     valid validation val fold split part batch group class label category benign malignant normal tumor tumour
     cancer carcinoma ductal lobular mucinous papillary adenosis fibroadenoma phyllodes tubular adenoma
@@ -225,12 +225,16 @@ def in_stored(name: str, uri: str) -> list[Identifier]:
     """The same of a file on storage, of which only the header is read; that it cannot be read is a finding.
     Raises StorageError for a transient error."""
     try:
-        with storage.opened(uri) as (file, size_bytes):
-            return _in_file(name, file, size_bytes)
+        filesystem, path = storage.resolve(uri)
+        with filesystem.open_input_file(path) as file:
+            return _in_file(name, io.BufferedReader(file, storage.PIECE_BYTES), file.size())
+    except OSError as error:
+        failure = storage.failure(uri, "read it", error)
     except StorageError as error:
-        if not error.lasting:
-            raise
-        return [Identifier(name, NOT_READ, "the file", "")]
+        failure = error
+    if not failure.lasting:
+        raise failure
+    return [Identifier(name, NOT_READ, "the file", "")]
 
 
 def _in_file(name: str, file: BinaryIO, size_bytes: int) -> list[Identifier]:

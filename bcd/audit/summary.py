@@ -118,10 +118,11 @@ def summarise(
     )
 
 
-def only(audit: Audit, kind: str) -> Audit:
-    """The audit with the findings of one kind."""
-    found = tuple(one for one in audit.findings if one.kind == kind)
-    return audit.model_copy(update={"findings": found, "verdict": _verdict((), (), found)})
+def identifiers_only(audit: Audit) -> Audit:
+    """The audit with no other finding than what may identify a patient."""
+    found = tuple(one for one in audit.findings if one.kind == "identifier")
+    verdict = found[0].sentence if found else "no statement found that may identify a patient"
+    return audit.model_copy(update={"findings": found, "verdict": verdict})
 
 
 def _verdict(leaking: Sequence[str], given: Sequence[SplitFacts], found: Sequence[Finding]) -> str:

@@ -211,6 +211,7 @@ def test_what_identifies_in_an_archive_without_classes_is_found(joined, s3, tmp_
         storage.write_bytes(f"{root}/{name}", content)
     result = audit.run(AuditConfig(data=root, output=str(tmp_path / "out"), identifiers_only=True))
     assert kinds(result) == {"identifier": sum(len(expected) for _, expected in files.values())}
+    assert result.verdict == result.findings[0].sentence
     found = {name: set() for name in files}
     for row in pq.read_table(tmp_path / "out/identifiers.parquet").to_pylist():
         found[row[schema.IMAGE_ID]].add((row[schema.IDENTIFIER], row[schema.FOUND_IN]))

@@ -1,5 +1,7 @@
 """What identifies patients is planted in files of every kind, in names and ids; all is found, and no more."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from bcd.audit import identifiers
@@ -111,16 +113,18 @@ def test_a_stored_file_is_searched_by_its_header(tmp_path):
         path.write_bytes(content)
         found = identifiers.in_stored(path.name, str(path))
         assert {(one.what, one.found_in) for one in found} == expected
-    (gone,) = identifiers.in_stored("gone.svs", str(tmp_path / "gone.svs"))
-    assert gone.what == identifiers.NOT_READ
+    for place in (str(tmp_path / "gone.svs"), "ftp://host/gone.svs"):
+        (gone,) = identifiers.in_stored("gone.svs", place)
+        assert gone.what == identifiers.NOT_READ
 
 
 def test_a_transient_error_is_none_of_the_file(monkeypatch):
-    def refuse(uri):
-        raise StorageError("no answer")
+    def refuse(path):
+        raise OSError("no answer")
 
-    monkeypatch.setattr(identifiers.storage, "opened", refuse)
-    with pytest.raises(StorageError):
+    store = SimpleNamespace(open_input_file=refuse)
+    monkeypatch.setattr(identifiers.storage, "resolve", lambda uri: (store, "bucket/a.svs"))
+    with pytest.raises(StorageError, match=r"s3://bucket/a.svs: cannot read it: no answer"):
         identifiers.in_stored("a.svs", "s3://bucket/a.svs")
 
 
@@ -130,6 +134,7 @@ def test_a_hostile_text_takes_no_longer_than_another(text):
     content = 10**5 * text.encode()
     for tags in ({"t270": content}, {"t270": b"<a " + content}, {"t65449": content}):
         identifiers.in_content("a.tif", pictures.tiff(pictures.tiff_page(pictures.gradient(), **tags)))
+    list(identifiers.in_text(content[: identifiers.MOST_CHARACTERS].decode()))
 
 
 def test_a_sum_names_the_kinds():
