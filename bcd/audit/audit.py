@@ -123,7 +123,7 @@ def _stated(name: str, uri: str) -> list[dict[str, str]] | str:
 
 
 def _packed(found: Sequence[Identifier]) -> list[dict[str, str]]:
-    return [dict(zip(schema.IDENTIFIERS.names, astuple(one), strict=True)) for one in found]
+    return [dict(zip(schema.IDENTIFIERS.names, astuple(one)[:-1], strict=True)) for one in found]
 
 
 def _identifiers(described: pa.Table) -> Iterator[Identifier]:

@@ -255,10 +255,9 @@ def unusual_sizes(table: pa.Table) -> Finding:
 
 
 def identifying(found: Sequence[Identifier]) -> Finding:
-    """Statements that may identify a patient; names of files are masked as their values are."""
-    first = [one.sentence(identifiers.hidden(one.name)) for one in found[:MOST_DETAILS]]
-    sentence = identifiers.summed(found)
-    return Finding.of("identifier", sentence, plain(first), len(found))
+    """Statements that may identify a patient, without their values."""
+    first = plain(identifiers.sentences(found, MOST_DETAILS))
+    return Finding.of("identifier", identifiers.summed(found), first, len(found))
 
 
 def without_patient(table: pa.Table) -> Finding:

@@ -7,7 +7,7 @@ and UIDs are no finding.
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -107,17 +107,13 @@ PATTERNS = {
 @dataclass(frozen=True)
 class Identifier:
     """A statement that may identify a patient: in which file or folder, of what kind, where, and its value
-    with all but the first character hidden."""
+    with all but the first character hidden; `words` are the names in an id, which are in no table."""
 
     name: str
     what: str
     found_in: str
     masked: str
-
-    def sentence(self, hidden: str) -> str:
-        """For a report, with the name of the file as it may be shown there."""
-        value = f" ({self.masked})" if self.masked else ""
-        return f"{hidden}: {self.what} in {self.found_in}{value}"
+    words: tuple[str, ...] = ()
 
 
 def masked(value: str) -> str:
@@ -172,11 +168,21 @@ def _number_length(tokens: list[tuple[str, int, int]]) -> int:
     return 2 if CASE_YEAR.fullmatch(first) and re.fullmatch(r"\d{3,6}", second) else 0
 
 
-def hidden(path: str) -> str:
-    """A path for a report, with what identifies a patient in it masked."""
+def sentences(found: Sequence[Identifier], most: int) -> list[str]:
+    """The first statements for a report: names of files are masked as their values are."""
+    words = {word.casefold() for one in found for word in one.words}
+    return [
+        f"{hidden(one.name, words)}: {one.what} in {one.found_in}"
+        + (f" ({one.masked})" if one.masked else "")
+        for one in found[:most]
+    ]
+
+
+def hidden(path: str, words: Collection[str] = ()) -> str:
+    """A path with what identifies a patient in it masked, and any of these words in small letters, too."""
     for _, value in in_text(path):
         path = path.replace(value, masked(value))
-    return path
+    return TOKEN.sub(lambda match: masked(match[0]) if match[0].casefold() in words else match[0], path)
 
 
 def in_names(paths: Iterable[str]) -> Iterator[Identifier]:
@@ -207,7 +213,8 @@ def in_ids(column: str, values: Iterable[str | None], names: Iterable[str]) -> I
         if not found and re.fullmatch(rf"[{LETTERS}' ,.-]+", value):
             found = [(PERSON, value)] if any(map(_is_name, TOKEN.findall(value))) else []
         for what, text in found:
-            yield Identifier(name, what, f"the {column}", masked(text))
+            words = tuple(filter(_is_name, TOKEN.findall(text)))
+            yield Identifier(name, what, f"the {column}", masked(text), words)
 
 
 def has_metadata(path: str) -> bool:

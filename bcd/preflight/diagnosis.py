@@ -240,8 +240,8 @@ def check_privacy(sample: Sample | None) -> Iterator[Check]:
     if not sample.found:
         yield Check("privacy", "ok", f"nothing in names and metadata of {searched} identifies a patient")
         return
-    first = [one.sentence(identifiers.hidden(one.name)) for one in sample.found]
-    seen = f"{identifiers.summed(sample.found)}, among {searched}; {some(first, separator='; ')}"
+    first = some(identifiers.sentences(sample.found, len(sample.found)), separator="; ")
+    seen = f"{identifiers.summed(sample.found)}, among {searched}; {first}"
     step = (
         "jobs/audit.py --identifiers-only lists all of them. Before results are shared, remove them or use "
         "--pseudonymise KEY."

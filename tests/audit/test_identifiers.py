@@ -53,7 +53,7 @@ def test_what_identifies_in_a_name_is_found_and_hidden(name):
     first, *_ = identifiers.in_names([name])
     assert first.what == planted.NAMES[name]
     for digits in ("1950", "7654321", planted.SECRET):
-        assert digits not in first.sentence(identifiers.hidden(first.name))
+        assert digits not in identifiers.sentences([first], 1)[0]
 
 
 def test_nothing_is_found_in_names_of_public_data():
@@ -76,11 +76,15 @@ def test_ids_that_are_names_are_found_once():
     assert {one.found_in for one in found} == {"the patient"}
 
 
+def test_a_patient_is_not_named_by_the_folder_either():
+    found = list(identifiers.in_ids("patient", ["Smith"], ["malignant/Smith/smith 1.png"]))
+    assert identifiers.sentences(found, 9) == ["malignant/S***/s*** 1.png: person in the patient (S***)"]
+
+
 def test_no_value_is_shown():
     found = [one for name, (content, _) in FILES.items() for one in identifiers.in_content(name, content)]
     found += [*identifiers.in_names(planted.NAMES), *identifiers.in_ids("case", planted.IDS, planted.IDS)]
-    said = [one.sentence(identifiers.hidden(one.name)) for one in found]
-    assert not [text for text in said if planted.SECRET in text.casefold() and "the case" not in text]
+    assert not [text for text in identifiers.sentences(found, 999) if planted.SECRET in text.casefold()]
     assert max(len(one.masked) for one in found) == len("Z***")
 
 
