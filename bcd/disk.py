@@ -127,13 +127,14 @@ def write_in_place(path: str, data: bytes) -> None:
         file.write(data)
 
 
-def write_aside(path: str, data: bytes, mode: int = 0o666) -> None:
-    """Write a file whole or not at all, in a power cut too; makes its folder. Its permissions are at most
-    `mode`."""
+def write_aside(path: str, data: bytes, private: bool = False) -> None:
+    """Write a file whole or not at all, in a power cut too; makes its folder."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}{ASIDE}"
     try:
-        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        with open(temporary, "xb") as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)  # before it has content
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # else the new name may have nothing in it
@@ -146,7 +147,7 @@ def write_aside(path: str, data: bytes, mode: int = 0o666) -> None:
 
 def write_private(path: str, data: bytes) -> None:
     """Write a file, likewise, that only its owner can read."""
-    write_aside(path, data, 0o600)
+    write_aside(path, data, private=True)
 
 
 def delete_for_good(path: str) -> None:

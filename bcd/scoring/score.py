@@ -207,7 +207,9 @@ def _remedies(card: Card) -> ledger.Remedies:
     return remedies if card.mpp else remedies | {"tile_mpp": MPP_ERRORS}
 
 
-def _settled(ours: Ledger, found: archive.Archive, names: Pseudonyms | None) -> tuple[Books, list[str]]:
+def _settled(
+    ours: Ledger, found: archive.Archive, names: Pseudonyms | None = None
+) -> tuple[Books, list[str]]:
     """The committed rows, without those of changed inputs, and the ids of these inputs."""
     books = _books(ours, found.table)
     changed = inputs.settle(ours, books.older, books.done, found, names)
