@@ -26,6 +26,11 @@ SCN = (
     f'<?xml version="1.0"?><scn xmlns="http://example.com/2010/10/01"><collection><barcode>{NAME}</barcode>'
     '<image name="a"/><image name="b"/></collection></scn>'
 )
+PHILIPS = (
+    f'<DataObject><Attribute Name="PIM_DP_UFS_BARCODE" Group="0x301D">{NAME}</Attribute>'
+    '<Attribute Name="DICOM_ACQUISITION_DATETIME" Group="0x0008">"20160718122300.000000"</Attribute>'
+    '<Attribute Name="PIM_DP_IMAGE_TYPE" Group="0x301D">LABELIMAGE</Attribute></DataObject>'
+)
 SLIDEDAT = f"[GENERAL]\r\nSLIDE_NAME = {NAME}\r\n[LAYER]\r\nLAYER_0_NAME = SlideBarcode\r\n"
 Found = set[tuple[str, str]]
 
@@ -134,6 +139,12 @@ def files() -> dict[str, tuple[bytes, Found]]:
             | {("number", "DICOM PatientID"), ("date of birth", "DICOM PatientBirthDate")}
             | {("number", "DICOM SpecimenIdentifier"), ("number", "DICOM LabelText")},
         ),
+        "i.bif": (plain["i.bif"], {("image of the label", "TIFF, label"), ("number", "XMP Barcode1D")}),
+        "j.tiff": (
+            plain["j.tiff"],
+            {("number", f"{slide} PIM_DP_UFS_BARCODE"), ("date", f"{slide} DICOM_ACQUISITION_DATETIME")}
+            | {("image of the label", f"{slide}, label")},
+        ),
         "h/Slidedat.ini": (
             SLIDEDAT.encode(),
             {
@@ -147,6 +158,8 @@ def files() -> dict[str, tuple[bytes, Found]]:
 TIFFS: dict[str, dict[str, Any]] = {
     "c.tif": {"t270": NAME.encode(), "t315": NAME.encode()},
     "f.scn": {"t270": SCN.encode()},
+    "i.bif": {"t270": b"Label_Image", "t700": f'<Metadata><iScan Barcode1D="{NAME}"/></Metadata>'.encode()},
+    "j.tiff": {"t270": PHILIPS.encode()},
 }
 # Names of files and folders, and ids, with what identifies in them.
 NAMES = {

@@ -54,7 +54,8 @@ NO_VALUE = re.compile(
 )
 BY_PROGRAMS = re.compile(
     r"ImageJ=|\{\"shape\"|OLYMPUS DIGITAL CAMERA|SONY DSC|created with |CREATOR: gd-jpeg|LEAD Technologies|"
-    r"file written by adobe|screenshot$|optimi[sz]ed |software:|lavc|Aperio",
+    r"file written by adobe|screenshot$|optimi[sz]ed |software:|lavc|Aperio|"
+    r"(label|probability)[ _]image$|thumbnail$|level=\d+ ",
     re.IGNORECASE,
 )
 # Words beside a number that name no person.

@@ -45,7 +45,7 @@ GPS_TAGS = {2: "GPSLatitude", 4: "GPSLongitude", 29: "GPSDateStamp"}
 NDPI_LENS, NDPI_MACRO = 65421, -1.0
 APP13, COMMENT, PHOTOSHOP = 0xED, 0xFE, b"Photoshop 3.0\0"
 # A line of Aperio's and Ventana's descriptions that names the page: of the label, or the whole glass.
-LABEL = re.compile(r"^\s*(label|macro)\b(?![ _]*=)", re.IGNORECASE | re.MULTILINE)
+LABEL = re.compile(r"^\s*(label|macro)(?![a-z0-9]|[ _]*=)", re.IGNORECASE | re.MULTILINE)
 TAG = re.compile(r"<(/?)([A-Za-z][\w:.-]{0,99})([^<>]*)>([^<]*)")
 ATTRIBUTE = re.compile(r"\b([A-Za-z][\w:.-]{0,99})\s?=\s?(?:\"([^\"<]*)\"|'([^'<]*)')")
 # Elements of RDF that only hold a value together.
