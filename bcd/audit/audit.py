@@ -161,6 +161,10 @@ def _described(row: dict[str, Any], content: bytes | image.ImageError) -> dict[s
     if isinstance(content, bytes):
         found = identifiers.in_content(row[schema.IMAGE_ID], content)
         known = {schema.SHA256: hashlib.sha256(content).hexdigest(), _FOUND.name: _packed(found)}
+    elif content.code == "too_large" and isinstance(
+        stated := _stated(row[schema.IMAGE_ID], row[schema.URI]), list
+    ):
+        known = {_FOUND.name: stated}
     try:
         return known | appearance.measure_appearance(read.picture(row, content=content))
     except image.ImageError as error:

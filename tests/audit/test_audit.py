@@ -12,7 +12,7 @@ from bcd import cli, schema, storage
 from bcd.audit import audit
 from bcd.config.checks import AuditConfig
 from bcd.data import breakhis
-from bcd.errors import AuditError, DataError, StorageError
+from bcd.errors import AuditError, DataError, ImageError, StorageError
 from tests import pictures, planted_identifiers
 from tests.imaging.test_appearance import tissue
 
@@ -200,6 +200,16 @@ def test_names_and_ids_that_identify_are_findings_without_pixels(tmp_path, capsy
         assert "benign/D***: name and number in the name of the folder (D***)" in text
         assert "1950" not in text
     assert "What may identify a patient" in page
+
+
+def test_what_a_file_too_large_to_decode_states_is_found(tmp_path):
+    content, expected = planted_identifiers.files()["d.svs"]
+    (tmp_path / "d.tif").write_bytes(content)
+    row = {schema.IMAGE_ID: "d.tif", schema.URI: str(tmp_path / "d.tif")}
+    described = audit._described(row, ImageError("too_large", "large"))
+    assert described[schema.ERROR] == "too_large"
+    assert len(described["identifiers"]) == len(expected)
+    assert audit._described(row, ImageError("unreadable", "no"))["identifiers"] == []
 
 
 @pytest.mark.ray
