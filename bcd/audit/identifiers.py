@@ -72,6 +72,7 @@ WORDS = {"picture", "patch"} | set(
     run job exp experiment version raw crop copy new old original converted exported untitled anon anonymous
     anonymized anonymised deidentified pseudonym idx index number file folder output result score demo
     synthetic the and for from with year page dsc dscn uid uuid sha md hash rev unknown none null other
+    brca crc luad lusc coad stad kirc prad gbm lgg idc ilc dcis lcis scc bcc hcc nct
     tif tiff png jpg jpeg svs ndpi mrxs scn bif svslide dcm csv tsv parquet txt json xml ini zip
     jan january feb february mar march apr april may jun june jul july aug august sep sept september oct
     october nov november dec december""".split()  # noqa: SIM905
@@ -124,13 +125,14 @@ def masked(value: str) -> str:
 
 
 def in_text(text: str) -> Iterator[tuple[str, str]]:
-    """Kind and value of what identifies a patient in a name or a free text."""
-    rest = NEUTRAL.sub(" ", text)
+    """Kind and value of what identifies a patient in a name or a free text; values are parts of it."""
+    rest = NEUTRAL.sub("\0", text)
     for what, pattern in PATTERNS.items():
         for match in pattern.finditer(rest):
             yield what, match[0]
-        rest = pattern.sub(" ", rest)
-    yield from _beside_names(rest, [(match[0], *match.span()) for match in TOKEN.finditer(rest)])
+        rest = pattern.sub("\0", rest)
+    for part in rest.split("\0"):
+        yield from _beside_names(part, [(match[0], *match.span()) for match in TOKEN.finditer(part)])
 
 
 def _beside_names(text: str, tokens: list[tuple[str, int, int]]) -> Iterator[tuple[str, str]]:

@@ -27,7 +27,7 @@ CLEAN_NAMES = [
         "0005f7aaab2800f6170c399693a96917.tiff",
         "camelyon16/normal_001.tif",
     ),
-    *("14-22549/14-13412.png", "glas-10", "Scans 2019/slides 2020.csv"),
+    *("14-22549/14-13412.png", "glas-10", "CRC_12345.png", "Scans 2019/slides 2020.csv"),
 ]
 
 
@@ -74,6 +74,18 @@ def test_ids_that_are_names_are_found_once():
         (str(i), what) for i, what in enumerate(planted.IDS.values())
     ]
     assert {one.found_in for one in found} == {"the patient"}
+
+
+def test_values_are_parts_of_the_text():
+    """What is between two of them hides neither."""
+    text = "Doe_1950 b34c7c0e-1950-4b8f-9c40-9d2b1e1a2b3c 12345-Roe 19500312 Zoe_S19-12345"
+    found = list(identifiers.in_text(text))
+    assert found == [
+        ("date", "19500312"),
+        ("name and number", "Doe_1950"),
+        ("name and number", "Zoe_S19-12345"),
+    ]
+    assert identifiers.hidden(text).split()[0] == "D***"
 
 
 def test_a_patient_is_not_named_by_the_folder_either():
