@@ -402,15 +402,13 @@ def download(uri: str, path: Path) -> None:
 
 
 def write_bytes(uri: str, data: bytes, whole: bool = True, private: bool = False) -> None:
-    """Write one file: on a store by one PUT; on a disk aside, synchronised and renamed, so that it is whole
-    or not there. On a disk, one that need not be `whole` is written in its place, and a `private` one is
-    closed to other users."""
+    """Write one file, whole or not at all: on a disk aside, synchronised and renamed, unless it need not be
+    `whole`; there a `private` one is closed to other users."""
     filesystem, path = resolve(uri)
     with _naming(uri, "write it"):
         if not is_remote(uri):
-            (disk.write_private if private else disk.write_aside if whole else disk.write_in_place)(
-                path, data
-            )
+            write = disk.write_private if private else disk.write_aside if whole else disk.write_in_place
+            write(path, data)
             return
         with ThreadPoolExecutor(1) as pool:
             pool.submit(_write_to_store, filesystem, path, data).result()
