@@ -127,12 +127,14 @@ def write_in_place(path: str, data: bytes) -> None:
         file.write(data)
 
 
-def write_aside(path: str, data: bytes) -> None:
+def write_aside(path: str, data: bytes, private: bool = False) -> None:
     """Write a file whole or not at all, in a power cut too; makes its folder."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}{ASIDE}"
     try:
         with open(temporary, "xb") as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)  # before it has content
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # else the new name may have nothing in it
@@ -141,6 +143,11 @@ def write_aside(path: str, data: bytes) -> None:
         with suppress(FileNotFoundError):
             os.remove(temporary)
     sync_folder(os.path.dirname(path))
+
+
+def write_private(path: str, data: bytes) -> None:
+    """Write a file, likewise, that only its owner can read."""
+    write_aside(path, data, private=True)
 
 
 def delete_for_good(path: str) -> None:

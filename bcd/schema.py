@@ -37,6 +37,10 @@ PHASH, TISSUE_FRACTION = "phash", "tissue_fraction"
 HEMATOXYLIN_OD_MEAN, HEMATOXYLIN_OD_STD = "hematoxylin_od_mean", "hematoxylin_od_std"
 EOSIN_OD_MEAN, EOSIN_OD_STD = "eosin_od_mean", "eosin_od_std"
 IMAGE_ID_A, IMAGE_ID_B, HAMMING_DISTANCE = "image_id_a", "image_id_b", "hamming_distance"
+# What may identify a patient: its kind, where it is found, and its value, mostly hidden.
+IDENTIFIER, FOUND_IN, MASKED = "identifier", "found_in", "masked"
+# Of the map of ids that replace names.
+PSEUDONYM, ORIGINAL = "pseudonym", "original"
 
 
 def _columns(kind: pa.DataType, *names: str, required: bool = False) -> list[pa.Field]:
@@ -88,6 +92,13 @@ AUDIT = pa.schema(
 NEAR_DUPLICATES = pa.schema(
     [*_columns(_TEXT, IMAGE_ID_A, IMAGE_ID_B), *_columns(pa.int16(), HAMMING_DISTANCE)]
 )
+
+# Statements in names, ids and metadata that may identify a patient. `image_id` is the path of any file or
+# folder of the data; for an id, an image that has it.
+IDENTIFIERS = pa.schema([*_columns(_TEXT, IMAGE_ID, IDENTIFIER, FOUND_IN, MASKED, required=True)])
+
+# The map of ids that replace names; `uri` is that of an image or slide.
+PSEUDONYMS = pa.schema([*_columns(_TEXT, PSEUDONYM, ORIGINAL, required=True), *_columns(_TEXT, URI)])
 
 # The images that each epoch used, once per use.
 EXPOSURE = pa.schema([*_columns(pa.int32(), EPOCH), *_columns(_TEXT, IMAGE_ID)])

@@ -266,8 +266,8 @@ def list_files_if_any(uri: str) -> list[File]:
     return []
 
 
-def first_file(uri: str, suffixes: tuple[str, ...]) -> File | None:
-    """A file below a folder whose name ends with one of the suffixes, found without listing all of them.
+def first_files(uri: str, suffixes: tuple[str, ...]) -> Iterator[File]:
+    """Yield the files below a folder whose names end with one of the suffixes, without listing all of them.
     Raises StorageError where the folder does not exist or cannot be read."""
     filesystem, root = resolve(uri)
     with _naming(uri, "list it"):
@@ -283,11 +283,11 @@ def first_file(uri: str, suffixes: tuple[str, ...]) -> File | None:
             infos.sort(key=lambda info: info.path)
             seen = [info for info in infos if not info.base_name.startswith(".")]
             files = [info for info in seen if info.type == fs.FileType.File]
-            if found := [info for info in files if info.base_name.lower().endswith(suffixes)]:
-                path = posixpath.relpath(found[0].path, root)
-                return File(join(uri, path), path, found[0].size)
+            found = [info for info in files if info.base_name.lower().endswith(suffixes)]
+            for info in found:
+                path = posixpath.relpath(info.path, root)
+                yield File(join(uri, path), path, info.size)
             folders += [info.path for info in seen if info.type == fs.FileType.Directory]
-    return None
 
 
 def sizes(uris: Sequence[str]) -> list[int | None]:
@@ -402,13 +402,14 @@ def download(uri: str, path: Path) -> None:
         shutil.copyfileobj(stream, target, 2**22)
 
 
-def write_bytes(uri: str, data: bytes, whole: bool = True) -> None:
+def write_bytes(uri: str, data: bytes, whole: bool = True, private: bool = False) -> None:
     """Write one file, whole or not at all: on a disk aside, synchronised and renamed, unless it need not be
-    `whole`."""
+    `whole`; there a `private` one is closed to other users."""
     filesystem, path = resolve(uri)
     with _naming(uri, "write it"):
         if not is_remote(uri):
-            (disk.write_aside if whole else disk.write_in_place)(path, data)
+            write = disk.write_private if private else disk.write_aside if whole else disk.write_in_place
+            write(path, data)
             return
         with ThreadPoolExecutor(1) as pool:
             pool.submit(_write_to_store, filesystem, path, data).result()
@@ -421,11 +422,11 @@ def _write_to_store(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
         stream.write(data)
 
 
-def write_table(uri: str, table: pa.Table, **options: Any) -> None:
-    """Write one Parquet file, whole or not at all; options are those of `pyarrow.parquet.write_table`."""
+def write_table(uri: str, table: pa.Table, private: bool = False, **options: Any) -> None:
+    """Write one Parquet file, whole or not at all; `private` as above, options of `pq.write_table`."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", **options)
-    write_bytes(uri, buffer.getvalue())
+    write_bytes(uri, buffer.getvalue(), private=private)
 
 
 @_persistent

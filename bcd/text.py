@@ -91,3 +91,14 @@ def _one_line(value: str) -> str:
 
 def _entities(shown: str) -> str:
     return "".join(f"&#{ord(character)};" for character in shown)
+
+
+# The folders of an absolute path, which belong to one machine; a URI of a store has none.
+_FOLDERS = re.compile(r"(?<![\w.:/~-])(?:file://)?~?/(?:[^\s/'\"]+/)*(?=[^\s/'\"])")
+
+
+def without_folders(text: str) -> str:
+    """A text for a page that others see: of each absolute path on this machine, only the last part."""
+    if re.match(r"~?/|file:/", text) and "\n" not in text:
+        return text.rstrip("/").rpartition("/")[2]
+    return _FOLDERS.sub("", text)

@@ -75,6 +75,16 @@ SECTIONS: list[tuple[str, str, pa.Schema]] = [
         "`near_duplicates.parquet` of an audit.",
         schema.NEAR_DUPLICATES,
     ),
+    (
+        "Identifiers: what may identify a patient",
+        "`identifiers.parquet` of an audit, whose `image_id` is the path of any file or folder of the data.",
+        schema.IDENTIFIERS,
+    ),
+    (
+        "Pseudonyms: the map of ids that replace names",
+        "`KEY.ID.parquet` beside the key of a scoring job with `--pseudonymise KEY`.",
+        schema.PSEUDONYMS,
+    ),
     ("Exposure: the images that each epoch used", "`exposure/epoch-N.parquet` of a run.", schema.EXPOSURE),
     (
         "Inputs: the state of each input when it was scored",
@@ -136,6 +146,11 @@ MEANING: dict[str, str] = {
     schema.IMAGE_ID_A: "first image of the pair",
     schema.IMAGE_ID_B: "second image of the pair",
     schema.HAMMING_DISTANCE: "bits of 256 in which the perceptual hashes differ",
+    schema.IDENTIFIER: "kind of the statement: person, date of birth, number, date, image of the label, ...",
+    schema.FOUND_IN: "a name, a column of ids, or a field of the metadata such as `EXIF Artist`",
+    schema.MASKED: "the first character of the value; empty for an image",
+    schema.PSEUDONYM: "the id in the tables",
+    schema.ORIGINAL: "the id or name that it replaces",
     schema.EPOCH: "epoch, counted from 1",
     schema.VERSION: "size and time of change of the file when it was scored",
     **{

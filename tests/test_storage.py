@@ -173,14 +173,16 @@ def test_files_of_another_machine_are_refused():
         storage.read_bytes("file://host/x")
 
 
-def test_first_file_finds_one_without_listing_all(tmp_path, s3):
+def test_the_first_files_are_found_without_listing_all(tmp_path, s3):
     for root in (str(tmp_path), f"{s3}/{tmp_path.name}-first"):
         for name in ("a/notes.txt", "a/.hidden/x.png", "b/c/1.PNG", "b/c/2.png"):
             storage.write_bytes(f"{root}/{name}", b"12345")
-        assert storage.first_file(root, (".png",)) == storage.File(f"{root}/b/c/1.PNG", "b/c/1.PNG", 5)
-        assert storage.first_file(f"{root}/a", (".png",)) is None
+        found = storage.first_files(root, (".png",))
+        assert next(found) == storage.File(f"{root}/b/c/1.PNG", "b/c/1.PNG", 5)
+        assert [file.path for file in found] == ["b/c/2.png"]
+        assert list(storage.first_files(f"{root}/a", (".png",))) == []
         with pytest.raises(StorageError, match=r"none: there is no such folder"):
-            storage.first_file(f"{root}/none", (".png",))
+            next(storage.first_files(f"{root}/none", (".png",)))
 
 
 def test_read_start_reads_as_much_as_there_is(tmp_path, s3):

@@ -62,3 +62,19 @@ def test_values_in_markdown_are_shown_as_they_are(value, shown):
 def test_values_as_code_stay_in_it(value, shown):
     assert text.as_code(value) == shown
     assert text.in_markdown(text.as_code(value)) == shown
+
+
+def test_a_text_for_others_has_no_folders_of_this_machine():
+    for given, shown in {
+        "/home/alice/My data/BreaKHis_v1/": "BreaKHis_v1",
+        "~/data": "data",
+        "file:///data/x.png": "x.png",
+        "s3://bucket/a/b": "s3://bucket/a/b",
+        "relative/a": "relative/a",
+        "python jobs/train.py --data /srv/a/b --output=/runs --mpp 0.5": (
+            "python jobs/train.py --data b --output=runs --mpp 0.5"
+        ),
+        "/a/x.png: cannot read it": "x.png: cannot read it",
+        "0.5 µm/px; see s3://bucket/a and '/b/c'": "0.5 µm/px; see s3://bucket/a and 'c'",
+    }.items():
+        assert text.without_folders(given) == shown

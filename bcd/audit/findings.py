@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from bcd import schema
+from bcd.audit import identifiers
+from bcd.audit.identifiers import Identifier
 from bcd.data import breakhis
 from bcd.imaging import appearance
 from bcd.split import duplicates, quarantine
@@ -52,6 +54,10 @@ _NEXT_STEPS: Mapping[Severity, Mapping[str, str]] = {
         "blank": "Look at them: a field without tissue teaches glass as a sign of its label.",
         "stain_outlier": (
             "Look at them: another stain or scanner, pen, blood, blur? Keep what archives will also contain."
+        ),
+        "identifier": (
+            "Remove them before images, names or results are shared. jobs/score.py --pseudonymise KEY keeps "
+            "names and ids out of its results; what is in the images remains. All are in identifiers.parquet."
         ),
         "no_patient": "Name the patients: without them no split can be trusted, and no leak detected.",
         "reading": (
@@ -246,6 +252,12 @@ def unusual_sizes(table: pa.Table) -> Finding:
     ]
     n = sum(len(by_size[size]) for size in others)
     return Finding.of("size", f"{counted(n, 'image')} not {usual} like most", plain(sentences), n)
+
+
+def identifying(found: Sequence[Identifier]) -> Finding:
+    """Statements that may identify a patient, without their values."""
+    first = plain(identifiers.sentences(found, MOST_DETAILS))
+    return Finding.of("identifier", identifiers.summed(found), first, len(found))
 
 
 def without_patient(table: pa.Table) -> Finding:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from bcd import schema
 from bcd.audit import findings
 from bcd.audit.findings import Finding, Frozen, plain
+from bcd.audit.identifiers import Identifier
 from bcd.data import breakhis
 from bcd.data.manifest import Manifest
 from bcd.errors import DataError
@@ -74,6 +75,7 @@ def summarise(
     near_pairs: NDArray[np.int64],
     outlier_z: float,
     doubts: Sequence[str] = (),
+    identifiers: Sequence[Identifier] = (),
 ) -> Audit:
     """All facts and findings about a data set, the most serious first.
 
@@ -84,6 +86,7 @@ def summarise(
         near_pairs: (n, 3) from `duplicates.near`.
         outlier_z: robust z-score beyond which a stain is unusual.
         doubts: of `index.read_index`, about names of folders, columns and patients.
+        identifiers: what may identify a patient.
     """
     examined = [_examine(table, given) for given in splits]
     facts = [one for one, _ in examined]
@@ -95,6 +98,7 @@ def summarise(
         findings.broken(table),
         findings.blank(table),
         findings.stain_outliers(table, outlier_z),
+        findings.identifying(identifiers),
         findings.without_patient(table),
         Finding.of("published_counts", "the files are not those published", plain(warnings)),
         Finding.of("reading", "names that may have another meaning", plain(doubts)),
@@ -112,6 +116,13 @@ def summarise(
         findings=tuple(found),
         counts=_counts(table),
     )
+
+
+def identifiers_only(audit: Audit) -> Audit:
+    """The audit with no other finding than what may identify a patient."""
+    found = tuple(one for one in audit.findings if one.kind == "identifier")
+    verdict = found[0].sentence if found else "no statement found that may identify a patient"
+    return audit.model_copy(update={"findings": found, "verdict": verdict})
 
 
 def _verdict(leaking: Sequence[str], given: Sequence[SplitFacts], found: Sequence[Finding]) -> str:

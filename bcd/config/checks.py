@@ -32,11 +32,15 @@ class AuditConfig(LabelledConfig):
     them) and part (train, validation or test), such as the split.parquet of a run."""
 
     output: str = "audit"
-    """Folder for audit.html, audit.json, images.parquet and near_duplicates.parquet: local, s3:// or
-    gs://."""
+    """Folder for audit.html, audit.json, images.parquet, near_duplicates.parquet and identifiers.parquet:
+    local, s3:// or gs://."""
 
     pixels: bool = True
     """Read every image once. Without it only names and file sizes are checked, in seconds."""
+
+    identifiers_only: bool = False
+    """Search only for what may identify a patient, in anything that jobs/score.py reads, whose classes need
+    not be known: names, ids, and metadata of images and slides."""
 
     near_bits: int = Field(default=60, ge=0, le=90)
     """Images whose perceptual hashes differ in at most this many of 256 bits are near duplicates. Unrelated
@@ -45,6 +49,14 @@ class AuditConfig(LabelledConfig):
     outlier_z: float = Field(default=3.5, gt=0)
     """Robust z-score (median, MAD) beyond which an image's haematoxylin or eosin is unusual; 3.5 is the
     cut-off of Iglewicz and Hoaglin 1993."""
+
+    @model_validator(mode="after")
+    def _identifiers_need_no_split(self) -> "AuditConfig":
+        if self.identifiers_only and (self.split or self.folds):
+            raise ValueError(
+                "--identifiers-only checks no --split or --folds: run the audit once more without it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _split_is_a_table(self) -> "AuditConfig":
@@ -70,7 +82,8 @@ class DoctorConfig(Config):
     """--data of jobs/train.py: every node reads one of its images."""
 
     input: str | None = None
-    """--input of jobs/score.py: every node reads one of its images or slides, at most 4 MiB."""
+    """--input of jobs/score.py: every node reads one of its images or slides, at most 4 MiB; names and
+    metadata of the first 20 are searched for what may identify a patient."""
 
     output: str | None = None
     """--output of jobs/train.py or jobs/score.py: every node writes 4 MiB, another reads them, and they are

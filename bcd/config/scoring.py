@@ -27,6 +27,11 @@ class ScoreConfig(OutputConfig, SignedConfig):
     output: str
     """Folder for the table, the slides' heat maps and the gallery: local, s3:// or gs://."""
 
+    pseudonymise: str | None = None
+    """KEY, a file of at least 32 random bytes: ids made with it replace the names of images, slides and
+    patients in all that is written, and no URI is; the map of ids is written beside KEY. A local path, s3://
+    or gs://."""
+
     cam: Cam = "evidence"
     """evidence: the closed form, free with the forward pass; its mean plus evidence_bias is the log-odds.
     Others: raw values of that method of pytorch-grad-cam, at many times the cost."""

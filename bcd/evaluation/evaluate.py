@@ -30,7 +30,7 @@ from bcd.runtime.prepare import (
     store_of,
 )
 from bcd.split import duplicates, split
-from bcd.text import counted
+from bcd.text import counted, without_folders
 
 PREDICTIONS = "predictions"
 # What is tested: the test part of the model's own data, data that it has not seen, or others with --force.
@@ -217,7 +217,7 @@ def _about(card: Card, facts: DatasetFacts, kind: str) -> dict[str, Any]:
     return {
         schema.MODEL_ID: model_id(card),
         "title": f"Breast cancer detection: {card.training['name']}",
-        "data": facts.data or card.training["data"],
+        "data": without_folders(facts.data or card.training["data"]),
         "target": card.target,
         "weights": card.training["weights"],
         "best_epoch": card.validation[schema.EPOCH],
@@ -233,5 +233,5 @@ def _about(card: Card, facts: DatasetFacts, kind: str) -> dict[str, Any]:
         "split_fingerprint": facts.split_fingerprint,
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),
-        "command": provenance.command(),
+        "command": without_folders(provenance.command()),
     }

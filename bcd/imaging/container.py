@@ -96,10 +96,10 @@ def _rgb8_size(chunks: list[bytes]) -> tuple[int, int] | None:
 def _note(name: bytes, content: bytes, notes: dict[bytes, bytes]) -> None:
     """Keep a text that may contain the orientation; an eXIf chunk has priority."""
     if content.startswith(XMP_KEYWORD + b"\0"):
-        notes[XMP_KEYWORD] = _text(name, content)
+        notes[XMP_KEYWORD] = chunk_text(name, content)
     elif content.startswith(EXIF_KEYWORD + b"\0"):
         with suppress(ValueError):
-            found = bytes.fromhex("".join(_text(name, content).decode("latin-1").split("\n")[3:]))
+            found = bytes.fromhex("".join(chunk_text(name, content).decode("latin-1").split("\n")[3:]))
             notes.setdefault(EXIF_KEYWORD, found.removeprefix(EXIF_START))
 
 
@@ -126,7 +126,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
     raise ImageError("unsupported_format", f"a PNG of more than {MAX_CHUNKS:,} chunks")
 
 
-def _text(name: bytes, content: bytes) -> bytes:
+def chunk_text(name: bytes, content: bytes) -> bytes:
     """The text of a chunk; empty where it is compressed and damaged or too large."""
     rest = content.partition(b"\0")[2]
     if name == b"tEXt":
@@ -178,7 +178,7 @@ def jpeg(data: bytes) -> Content:
     `too_many_pixels` or `unsupported_format`."""
     kept, profile, layers, has_adobe, exif, xmp = [data[:2]], dict[int, bytes](), 0, False, b"", b""
     n_pixels = 1
-    for marker, start, end in _segments(data):
+    for marker, start, end in segments(data):
         content = data[start + 4 : end]
         if marker in SOF:
             layers, n_pixels = _require_read(marker, content)
@@ -201,7 +201,7 @@ def jpeg(data: bytes) -> Content:
     raise ImageError("truncated", "the file ends within its header")
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield marker, start and end of each segment of the header; skip bytes between them."""
     place = 2
     for _ in range(MAX_CHUNKS):
@@ -245,7 +245,7 @@ def _end(data: bytes, place: int, most_scans: int) -> int:
 def require_whole_stream(stream: bytes) -> None:
     """Check that a JPEG stream of a TIFF has an end, and nothing after it. Raises ImageError `truncated` or
     `unsupported_format`."""
-    first = next((end for marker, _, end in _segments(stream) if marker == SOS), None)
+    first = next((end for marker, _, end in segments(stream) if marker == SOS), None)
     if first is None or stream[_end(stream, first, MAX_SCANS) :].strip(b"\0\xff"):
         raise ImageError("truncated", "a JPEG stream in it ends early")
 

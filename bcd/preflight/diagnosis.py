@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
 
-from bcd.preflight.node import Action, Attempt, Capacity, ClusterFacts, Node
-from bcd.text import counted, listed, size
+from bcd.audit import identifiers
+from bcd.preflight.node import Action, Attempt, Capacity, ClusterFacts, Node, Sample
+from bcd.text import counted, listed, size, some
 
 Verdict = Literal["ok", "warning", "fault"]
 Key = TypeVar("Key")
@@ -77,6 +78,7 @@ def diagnose(facts: ClusterFacts) -> list[Check]:
         *check_object_store(workers),
         *check_disks(machines, facts.stages_slides_bytes),
         *check_places(machines),
+        *check_privacy(facts.sample),
     ]
 
 
@@ -228,6 +230,23 @@ def check_places(nodes: Sequence[Node]) -> Iterator[Check]:
             yield Check(title, "fault", f"{names}: {error}", NEXT_STEPS[action])
         if not failed:
             yield _speed(title, mine)
+
+
+def check_privacy(sample: Sample | None) -> Iterator[Check]:
+    """What may identify a patient in some of the inputs; no value is shown in full."""
+    if sample is None:
+        return
+    searched = counted(sample.n_inputs, "input")
+    if not sample.found:
+        yield Check("privacy", "ok", f"nothing in names and metadata of {searched} identifies a patient")
+        return
+    first = some(identifiers.sentences(sample.found, len(sample.found)), separator="; ")
+    seen = f"{identifiers.summed(sample.found)}, among {searched}; {first}"
+    step = (
+        "jobs/audit.py --identifiers-only lists all of them. Before results are shared, remove them or use "
+        "--pseudonymise KEY."
+    )
+    yield Check("privacy", "warning", seen, step)
 
 
 def _speed(title: str, tried: Sequence[tuple[Attempt, str]]) -> Check:

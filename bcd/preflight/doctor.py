@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bcd import provenance, schema, storage, taxonomy
+from bcd.audit import identifiers
 from bcd.config.checks import DoctorConfig
 from bcd.config.options import IMAGENET_WEIGHTS, RANDOM_WEIGHTS, Architecture
 from bcd.data import archive, index, manifest
 from bcd.errors import BcdError, DataError, DiagnosisError, ResourceError
 from bcd.preflight import diagnosis
 from bcd.preflight.diagnosis import Check
-from bcd.preflight.node import Action, Attempt, Capacity, Clock, ClusterFacts, Disk, Machine, Node
+from bcd.preflight.node import Action, Attempt, Capacity, Clock, ClusterFacts, Disk, Machine, Node, Sample
 from bcd.runtime import cluster
 from bcd.slides import slide_cache
 from bcd.text import counted
@@ -36,6 +38,8 @@ from bcd.text import counted
 # Prefix of the temporary folder in the output; hidden, so that no job reads it.
 PROBE = ".bcd-doctor-"
 PROBE_BYTES = 4 * 2**20
+# Inputs that are searched for what may identify a patient.
+SAMPLED = 20
 # Round trips, of which the fastest measures the clock.
 PINGS = 5
 # A small request that Ray's control service rejects without a token, where tokens are required.
@@ -110,6 +114,7 @@ def gather(config: DoctorConfig) -> ClusterFacts:
         stages_slides_bytes=slide_cache.CACHE_BYTES if storage.is_remote(config.input or "") else 0,
         capacity=_capacity(config),
         nodes=nodes,
+        sample=_sample(party, config.input),
     )
 
 
@@ -176,6 +181,17 @@ class Examiner:
             return Attempt(flag, action, uri, error=_naming(uri, str(error)))
         return Attempt(flag, action, place, time.perf_counter() - started, n_bytes)
 
+    def sample(self, uri: str) -> Sample:
+        """What may identify a patient in some of the inputs."""
+        try:
+            places = _first_inputs(uri)
+            found = [*identifiers.in_names(places)]
+            for name, place in places.items():
+                found += identifiers.in_stored(name, place)
+        except BcdError:  # which reading an image reports
+            return Sample(0, ())
+        return Sample(len(places), found)
+
     def _perform(self, flag: str, action: Action, uri: str) -> tuple[str, int]:
         """The URI that was used, and the bytes read or written."""
         match action:
@@ -221,10 +237,21 @@ def _find(flag: str, uri: str) -> str:
     if storage.is_file(uri):
         return uri
     suffixes = archive.SUFFIXES if flag == "--input" else index.IMAGE_SUFFIXES
-    found = storage.first_file(uri, suffixes)
+    found = next(storage.first_files(uri, suffixes), None)
     if found is None:
         raise DataError(f"{uri}: nothing to read below it; expected {', '.join(suffixes)} files")
     return found.uri
+
+
+def _first_inputs(uri: str) -> dict[str, str]:
+    """URIs of the first inputs, by name."""
+    if manifest.is_one(uri):
+        rows = manifest.inputs(manifest.read_manifest(uri), copies=True).slice(0, SAMPLED)
+        return dict(zip(rows[schema.IMAGE_ID].to_pylist(), rows[schema.URI].to_pylist(), strict=True))
+    if storage.is_file(uri):
+        return {uri.rpartition("/")[2]: uri}
+    found = storage.first_files(uri, archive.SUFFIXES)
+    return {file.path: file.uri for file in islice(found, SAMPLED)}
 
 
 def _load(architecture: Architecture, flag: str, uri: str) -> None:
@@ -279,6 +306,16 @@ def _attempts(party: Party, flag: str, uri: str) -> list[Attempts]:
     found = party.attempt(flag, "find", one)
     (sample,) = found.values()
     return [found if sample.error else party.attempt(flag, "read", dict.fromkeys(everywhere, sample.uri))]
+
+
+def _sample(party: Party, uri: str | None) -> Sample | None:
+    """The sample of the inputs, read on one node; None without one."""
+    if uri is None or not party.members:
+        return None
+    examiner = next(iter(party.members))
+    answers, _ = party.call({examiner: party.members[examiner].sample.remote(storage.absolute(uri))})
+    found = answers.get(examiner)
+    return found if found and found.n_inputs else None
 
 
 def _probe(party: Party, flag: str, uri: str) -> list[Attempts]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bcd.audit.identifiers import Identifier
+
 # find: search one image below a folder; see: read what another node wrote.
 Action = Literal["find", "read", "write", "see", "delete", "load"]
 
@@ -105,10 +107,18 @@ class Capacity:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """The number of inputs that were searched, and what may identify a patient in them."""
+
+    n_inputs: int
+    found: Sequence[Identifier]
+
+
+@dataclass(frozen=True)
 class ClusterFacts:
     """All facts: address of the cluster, whether it rejects requests without a token (None: unknown),
-    versions of this process, whether the job may use GPUs, bytes of slides that it stages, capacity and
-    nodes."""
+    versions of this process, whether the job may use GPUs, bytes of slides that it stages, capacity, nodes,
+    and what may identify a patient in a sample of the inputs (None: not searched)."""
 
     address: str
     rejects_unauthenticated: bool | None
@@ -117,3 +127,4 @@ class ClusterFacts:
     stages_slides_bytes: int
     capacity: Capacity
     nodes: Sequence[Node]
+    sample: Sample | None = None

@@ -92,7 +92,7 @@ def format_interval(interval: Sequence[float] | None, name: str = "") -> str:
 
 @cache
 def templates() -> jinja2.Environment:
-    """The environment of all HTML templates, with the `palette` and filters for counts and metrics."""
+    """The environment of all HTML templates, with the `palette` and filters for counts, metrics and paths."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bcd.reports"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -102,6 +102,7 @@ def templates() -> jinja2.Environment:
         "value": format_metric,
         "interval": format_interval,
         "points": format_difference,
+        "place": text.without_folders,
     }
     return environment
 

@@ -37,7 +37,7 @@ FILES = {
     SCORE: r"(config|summary)\.json|(slides|inputs)\.parquet|gallery\.html"
     r"|slides/.+/(heatmap\.png|tiles\.geojson)|predictions/part-ID-.+"
     r"|work/\d{4}/(plans/)?[0-9a-f]{24}\.(parquet|json|png)",
-    AUDIT: r"audit\.(html|json)|(images|near_duplicates)\.parquet",
+    AUDIT: r"audit\.(html|json)|(images|near_duplicates|identifiers)\.parquet",
     DEMO: r"(archive/)?BreaKHis_v1/(SYNTHETIC\.txt|histology_slides/.+\.png)|archive/cut short\.png"
     rf"|(run|scores)/.+|prepared/{_SHARDS}",
     PREPARED: _SHARDS,

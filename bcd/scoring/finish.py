@@ -28,10 +28,12 @@ def present(
     inputs: pa.ChunkedArray,
     settings: predict.Settings,
     facts: Mapping[str, Any],
+    places: pa.Table | None = None,
 ) -> dict[str, Any]:
     """Write `slides.parquet`, the heat maps and `gallery.html`; returns the summary, which contains `facts`.
 
-    `inputs` are the ids of all inputs, `plans` those of the slides scored in this generation.
+    `inputs` are the ids of all inputs, `plans` those of the slides scored in this generation; `places` their
+    URIs where the table does not contain them.
 
     Raises:
         IncompleteError: results and errors do not add up to the inputs.
@@ -45,7 +47,7 @@ def present(
     summary = dict(facts) | _counts(table, whole_inputs, described, inputs)
     summary |= {"errors": _by_code(failed), "warnings": _by_warning(table)}
     drawing = ray.remote(num_cpus=1, max_retries=-1)(_write_gallery)
-    ray.get(drawing.remote(ours, table, described, card, summary))
+    ray.get(drawing.remote(ours, table, described, card, summary, places))
     return summary
 
 
@@ -87,12 +89,17 @@ def _by_warning(table: pa.Table) -> dict[str, int] | None:
 
 
 def _write_gallery(
-    ours: Ledger, table: pa.Table, described: pa.Table, card: Card, facts: Mapping[str, Any]
+    ours: Ledger,
+    table: pa.Table,
+    described: pa.Table,
+    card: Card,
+    facts: Mapping[str, Any],
+    places: pa.Table | None,
 ) -> None:
     # Not at the top: the job itself does without the libraries that draw.
     from bcd.scoring import pages
 
-    pages.write_gallery(ours, table, described, card, facts)
+    pages.write_gallery(ours, table, described, card, facts, places)
 
 
 def closing_lines(uri: str, summary: Mapping[str, Any]) -> list[str]:

@@ -8,12 +8,12 @@ an input whose manifest now states another file, patient, slide or µm/px.
 import functools
 import hashlib
 from collections.abc import Iterable
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from bcd import schema, storage, text
+from bcd.audit.pseudonyms import Pseudonyms
 from bcd.data import read
 from bcd.data.archive import Archive
 from bcd.errors import IncompleteError
@@ -26,16 +26,21 @@ FILE = "inputs.parquet"
 FACTS = [name for name in schema.SEEN_INPUTS.names if name not in (schema.IMAGE_ID, schema.VERSION)]
 
 
-def settle(ours: Ledger, older: Done, done: Done, found: Archive) -> list[str]:
+def settle(
+    ours: Ledger, older: Done, done: Done, found: Archive, names: Pseudonyms | None = None
+) -> list[str]:
     """Remove the rows of changed inputs from table (`older`) and segments (`done`); returns their ids.
+
+    With `names`, the URIs and versions of inputs are kept as ids, which show that they changed.
 
     Raises:
         StorageError: a transient error for a file that may have changed.
     """
     now = schema.fill(found.table.append_column(schema.VERSION, found.versions), schema.SEEN_INPUTS)
+    now = names.table(now, (schema.URI, schema.VERSION)) if names else now
     uri = storage.join(ours.uri, FILE)
     before = storage.read_table(uri) if storage.exists(uri) else schema.SEEN_INPUTS.empty_table()
-    changed = sorted(_changed(before, now, older, done))
+    changed = sorted(_changed(before, now, older, done, found.table))
     if changed:
         ledger.reopen(ours, changed_text(changed, "since the last run"))
         for held in (older, done):
@@ -48,13 +53,13 @@ def settle(ours: Ledger, older: Done, done: Done, found: Archive) -> list[str]:
     return changed
 
 
-def _changed(before: pa.Table, now: pa.Table, older: Done, done: Done) -> set[str]:
-    """Ids of the scored inputs that are not what they were."""
+def _changed(before: pa.Table, now: pa.Table, older: Done, done: Done, listed: pa.Table) -> set[str]:
+    """Ids of the scored inputs that are not what they were; `listed` has their URIs."""
     place = pc.index_in(now[schema.IMAGE_ID], before[schema.IMAGE_ID].combine_chunks())
     now, old = now.filter(pc.is_valid(place)), before.take(place.drop_null())
     differs = [_differ(now[name], old[name]) for name in (*FACTS, schema.VERSION)]
     anything = functools.reduce(pc.or_, differs)
-    changed, suspects = set[str](), list[dict[str, Any]]()
+    changed, suspects = set[str](), set[str]()
     for row, was in zip(now.filter(anything).to_pylist(), old.filter(anything).to_pylist(), strict=True):
         name = row[schema.IMAGE_ID]
         if not (older.rows[name] or done.rows[name]):
@@ -62,11 +67,11 @@ def _changed(before: pa.Table, now: pa.Table, older: Done, done: Done) -> set[st
         if any(was[fact] != row[fact] for fact in FACTS):
             changed.add(name)
         else:
-            suspects.append(row)
-    rows_of = ledger.hashes(older, names := {row[schema.IMAGE_ID] for row in suspects})
-    rows_of |= ledger.hashes(done, names)
-    changed |= names - rows_of.keys()
-    return changed | _other_bytes([row for row in suspects if row[schema.IMAGE_ID] in rows_of], rows_of)
+            suspects.add(name)
+    rows_of = ledger.hashes(older, suspects) | ledger.hashes(done, suspects)
+    changed |= suspects - rows_of.keys()
+    files = listed.filter(pc.is_in(listed[schema.IMAGE_ID], pa.array(rows_of, pa.string())))
+    return changed | _other_bytes(files, rows_of)
 
 
 def _differ(one: pa.ChunkedArray, other: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -75,12 +80,12 @@ def _differ(one: pa.ChunkedArray, other: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.or_(pc.not_equal(one, other).fill_null(False), one_is_null)
 
 
-def _other_bytes(suspects: list[dict[str, Any]], rows_of: dict[str, str]) -> set[str]:
+def _other_bytes(suspects: pa.Table, rows_of: dict[str, str]) -> set[str]:
     """Ids of the files whose sha256 is not that of their row."""
-    if not suspects:
+    if not len(suspects):
         return set()
     print(f"{len(suspects):,} files have another size or time of change; comparing their bytes", flush=True)
-    table = inspection.checked(schema.fill(pa.Table.from_pylist(suspects), schema.INDEX), _hashed)
+    table = inspection.checked(schema.fill(suspects, schema.INDEX), _hashed)
     pairs = zip(table[schema.IMAGE_ID].to_pylist(), table[schema.SHA256].to_pylist(), strict=True)
     return {name for name, digest in pairs if digest != rows_of[name]}
 

@@ -41,6 +41,9 @@ WORK, PREDICTIONS = "work", "predictions"
 FILE_BYTES = 128 * 2**20
 ROWS_PER_GROUP = 16_384
 INPUT = "input"
+# Codes of errors whose messages name files, and what a row has for them where names are hidden.
+NAMING = ("unreadable", "too_large", image.UNAVAILABLE)
+HIDDEN_MESSAGE = "not shown, because it may name the file"
 COUNTED = [schema.IMAGE_ID, schema.SLIDE, schema.Y_LEVEL0_PX, schema.X_LEVEL0_PX]
 # Name of a setting -> codes of the errors that it resolves.
 Remedies = Mapping[str, frozenset[str]]
@@ -232,12 +235,15 @@ def _read_json(uri: str, name: str) -> dict[str, Any] | None:
     return json.loads(storage.read_bytes(file_uri)) if storage.exists(file_uri) else None
 
 
-def commit(batch: pa.Table, work_uri: str) -> pa.Table:
+def commit(batch: pa.Table, work_uri: str, hides_uris: bool = False) -> pa.Table:
     """Write rows as one segment, atomically, except those with a transient error, which are deferred.
+
+    With `hides_uris` a row has the id of its input for its URI, and no message that may name a file.
 
     Returns:
         Per input: rows and errors written, rows deferred (`withheld`), and one of their reasons.
     """
+    batch = _without_uris(batch) if hides_uris else batch
     withheld = pc.equal(batch[schema.ERROR], image.UNAVAILABLE).fill_null(False)
     kept = batch.filter(pc.invert(withheld))
     if len(kept):
@@ -250,6 +256,26 @@ def commit(batch: pa.Table, work_uri: str) -> pa.Table:
     facts["reason"] = pc.if_else(withheld, batch[schema.ERROR_MESSAGE], pa.scalar(None, pa.string()))
     counted = pa.table(facts).group_by(INPUT).aggregate([*((key, "sum") for key in marks), ("reason", "min")])
     return counted.rename_columns([INPUT, *marks, "reason"])
+
+
+def _without_uris(batch: pa.Table) -> pa.Table:
+    pairs = zip(
+        *(batch[name].to_pylist() for name in (schema.URI, schema.ERROR, schema.ERROR_MESSAGE)), strict=True
+    )
+    messages = pa.array([discreet(*pair) for pair in pairs], pa.string())
+    for name, values in ((schema.URI, _with_input(batch)[INPUT]), (schema.ERROR_MESSAGE, messages)):
+        place = batch.column_names.index(name)
+        batch = batch.set_column(place, batch.schema.field(name), values)
+    return batch
+
+
+def discreet(uri: str, code: str | None, message: str | None) -> str | None:
+    """The message of an error, unless it may name a file: readers of storage and slides name theirs."""
+    if message is None or code is None:
+        return message
+    parts = {part for piece in uri.split("/") for part in (piece, piece.rpartition(".")[0]) if len(part) > 2}
+    named = any(part.casefold() in message.casefold() for part in parts)
+    return HIDDEN_MESSAGE if named or code in NAMING else message
 
 
 def is_withheld(counted: pa.Table) -> bool:

@@ -23,48 +23,71 @@ SHOWN_PER_ERROR = 5
 
 
 def write_gallery(
-    ours: Ledger, table: pa.Table, described: pa.Table, card: Card, facts: Mapping[str, Any]
+    ours: Ledger,
+    table: pa.Table,
+    described: pa.Table,
+    card: Card,
+    facts: Mapping[str, Any],
+    places: pa.Table | None = None,
 ) -> None:
-    """Collect from the merged table what the gallery shows, and write it."""
+    """Collect from the merged table what the gallery shows, and write it.
+
+    `places` are the URIs of inputs by id where the table does not contain them; then the page has no links.
+    """
     results = table.filter(pc.is_valid(table[schema.PROBABILITY_MALIGNANT]))
     probabilities = results[schema.PROBABILITY_MALIGNANT].to_numpy()
     owners = [results[name].to_pandas().to_numpy(object) for name in (schema.SLIDE, schema.PATIENT)]
     unlike = results[schema.NOVELTY].to_numpy(), slides.warned(results)
     chosen = gallery.choose_groups(probabilities, card.threshold, gallery.PER_GROUP, *unlike, owners)
     described_slides = described.to_pylist()
-    places = [i for group in chosen.values() for i in group]
-    examples = _examples(ours, results.take(pa.array(places, pa.int64())), card.classes, described_slides)
-    by_place = dict(zip(places, examples, strict=True))
+    positions = [i for group in chosen.values() for i in group]
+    shown = results.take(pa.array(positions, pa.int64()))
+    examples = _examples(ours, shown, card.classes, described_slides, places)
+    by_position = dict(zip(positions, examples, strict=True))
     page = gallery.render_gallery(
         facts,
         probabilities,
-        {name: [by_place[i] for i in group] for name, group in chosen.items()},
+        {name: [by_position[i] for i in group] for name, group in chosen.items()},
         _failures(table),
-        _slides(ours, described_slides),
+        _slides(ours, described_slides, places is None),
         (card.input_height_px, card.input_width_px),
-        _images(ours, table),
+        _images(ours, table, places is None),
     )
     storage.write_bytes(storage.join(ours.uri, GALLERY), page.encode())
 
 
 def _examples(
-    ours: Ledger, results: pa.Table, classes: Sequence[str], described: Sequence[Mapping[str, Any]]
+    ours: Ledger,
+    results: pa.Table,
+    classes: Sequence[str],
+    described: Sequence[Mapping[str, Any]],
+    places: pa.Table | None,
 ) -> list[Example]:
     """Examples for the gallery from the whole rows, with maps, of these results."""
     ids = results[schema.IMAGE_ID].to_pylist()
     whole = storage.dataset(ours.predictions_uri).to_table(filter=pc.field(schema.IMAGE_ID).isin(ids))
-    rows = {row[schema.IMAGE_ID]: row for row in whole.to_pylist()}
+    rows = {row[schema.IMAGE_ID]: row for row in _placed(whole.to_pylist(), places)}
     mpp = {row[schema.SLIDE]: (row[schema.MPP], row[schema.MPP_Y]) for row in described}
     return [
         replace(
             thumbnails.example_of_row(rows[name], classes, mpp.get(rows[name][schema.SLIDE])),
-            link=link(rows[name][schema.URI], ours.uri),
+            link=link(rows[name][schema.URI], ours.uri) if places is None else None,
         )
         for name in ids
     ]
 
 
-def _images(ours: Ledger, table: pa.Table) -> gallery.Images:
+def _placed(rows: list[dict[str, Any]], places: pa.Table | None) -> list[dict[str, Any]]:
+    """The rows with the URIs of their inputs, as far as they are still there."""
+    if places is None:
+        return rows
+    wanted = pa.array([row[schema.URI] for row in rows], pa.string())  # the id of the input
+    known = places.filter(pc.is_in(places[schema.IMAGE_ID], wanted))
+    uris = dict(zip(known[schema.IMAGE_ID].to_pylist(), known[schema.URI].to_pylist(), strict=True))
+    return [row | {schema.URI: uris.get(row[schema.URI], row[schema.URI])} for row in rows]
+
+
+def _images(ours: Ledger, table: pa.Table, linked: bool = True) -> gallery.Images:
     """The images that are not slides, the most malignant first, and errors last."""
     slide = pc.equal(table[schema.SLIDE], table[schema.IMAGE_ID]).fill_null(False)
     fields = table.filter(pc.and_not(pc.is_null(table[schema.X_LEVEL0_PX]), slide))
@@ -75,7 +98,7 @@ def _images(ours: Ledger, table: pa.Table) -> gallery.Images:
     rows = [
         gallery.GalleryRow(
             name=row[schema.IMAGE_ID],
-            link=link(row[schema.URI], ours.uri),
+            link=link(row[schema.URI], ours.uri) if linked else None,
             patient=row[schema.PATIENT],
             predicted_class=row[schema.PREDICTED_CLASS],
             probability_malignant=row[schema.PROBABILITY_MALIGNANT],
@@ -89,13 +112,13 @@ def _images(ours: Ledger, table: pa.Table) -> gallery.Images:
 
 
 def link(uri: str, folder: str) -> str | None:
-    """Link from a page in a folder to a file: a relative path or a URI; None if it might be a script."""
+    """Link from a page in a folder to a file: a relative path or a URI; None if it might be a script, or a
+    path on one machine in a page that is elsewhere."""
     if storage.is_remote(uri):
         return quote(uri, safe=":/") if uri.lower().startswith(LINKED) else None
-    path = storage.absolute(uri)
     if storage.is_remote(folder):
-        return f"file://{quote(path)}"
-    return quote(os.path.relpath(path, storage.absolute(folder)))
+        return None
+    return quote(os.path.relpath(storage.absolute(uri), storage.absolute(folder)))
 
 
 def _failures(table: pa.Table) -> dict[str, gallery.Failures]:
@@ -108,13 +131,13 @@ def _failures(table: pa.Table) -> dict[str, gallery.Failures]:
     return failures
 
 
-def _slides(ours: Ledger, rows: list[dict[str, Any]]) -> list[gallery.GallerySlide]:
+def _slides(ours: Ledger, rows: list[dict[str, Any]], linked: bool = True) -> list[gallery.GallerySlide]:
     scored = [row[schema.SLIDE] for row in rows if row[schema.ERROR] is None]
     shown = set(scored[: gallery.MAX_SLIDES])
-    return [_slide(ours, row, row[schema.SLIDE] in shown) for row in rows]
+    return [_slide(ours, row, row[schema.SLIDE] in shown, linked) for row in rows]
 
 
-def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.GallerySlide:
+def _slide(ours: Ledger, row: dict[str, Any], shown: bool, linked: bool) -> gallery.GallerySlide:
     heat_map = storage.join(slides.folder(ours.uri, row[schema.SLIDE]), slides.HEATMAP)
     geojson = f"{slides.slide_folder(row[schema.SLIDE])}/{slides.GEOJSON}"
     return gallery.GallerySlide(
@@ -126,6 +149,6 @@ def _slide(ours: Ledger, row: dict[str, Any], shown: bool) -> gallery.GallerySli
         geojson=geojson if row[schema.ERROR] is None else None,
         n_warned=row[schema.WARNED_TILES] or 0,
         patient=row[schema.PATIENT],
-        link=link(row[schema.URI], ours.uri),
+        link=link(row[schema.URI], ours.uri) if linked else None,
         error=row[schema.ERROR],
     )

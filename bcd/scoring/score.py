@@ -17,6 +17,8 @@ import ray
 from ray.data import Dataset
 
 from bcd import lease, schema, storage
+from bcd.audit import pseudonyms
+from bcd.audit.pseudonyms import Pseudonyms
 from bcd.config.options import OPERATIONAL
 from bcd.config.scoring import ScoreConfig
 from bcd.data import archive
@@ -64,6 +66,15 @@ class Books:
         return self.inputs.filter(pa.array([not self.is_complete(name) for name in names], pa.bool_()))
 
 
+@dataclass(frozen=True)
+class _Model:
+    """The model that the job began with: its card, its id, and the hash of a card that was verified."""
+
+    card: Card
+    id: str
+    card_sha256: str | None
+
+
 def run(config: ScoreConfig) -> str:
     """Score the inputs that are not scored yet, and return the URI of the output folder.
 
@@ -74,60 +85,90 @@ def run(config: ScoreConfig) -> str:
     started = time.monotonic()
     if storage.join(config.output, "").startswith(storage.join(config.input, "")):
         raise ConfigError(f"--output {config.output} is inside --input: its images would be scored too")
+    names = _pseudonyms(config)
     output.read_marker(config.output, output.SCORE)  # before any work
     card_sha256 = signing.verified(config.model, config.require_signature)
     model_id = bundle.identify(config.model, card_sha256)
-    card = bundle.read_same(config.model, model_id, card_sha256)
+    model = _Model(bundle.read_same(config.model, model_id, card_sha256), model_id, card_sha256)
     with lease.held(config.output, config.wait) as held:
-        return _fill(config, held, card, model_id, card_sha256, started)
+        return _fill(config, held, model, names, started)
 
 
-def _fill(
-    config: ScoreConfig, held: Lease, card: Card, model_id: str, card_sha256: str | None, started: float
-) -> str:
-    """Score what is missing in the output; `started` is when the job began."""
+def _pseudonyms(config: ScoreConfig) -> Pseudonyms | None:
+    """The ids that replace names, if any; raises ConfigError for a key that would be published."""
+    if config.pseudonymise is None:
+        return None
+    for flag, folder in (("--output", config.output), ("--input", config.input)):
+        if storage.absolute(config.pseudonymise).startswith(storage.join(folder, "")):
+            raise ConfigError(
+                f"--pseudonymise {config.pseudonymise} is inside {flag}: keep the key elsewhere"
+            )
+    return pseudonyms.read_key(config.pseudonymise)
+
+
+def _listed(config: ScoreConfig, names: Pseudonyms | None) -> tuple[archive.Archive, pa.Table]:
+    """The inputs, under ids where names are hidden, and under their own names."""
     found = archive.list_inputs(config.input)
+    if names is None:
+        return found, found.table
+    table, columns = names.table(found.table), (schema.URI, schema.ERROR, schema.ERROR_MESSAGE)
+    messages = [ledger.discreet(*row) for row in zip(*(table[c].to_pylist() for c in columns), strict=True)]
+    table = table.set_column(
+        table.column_names.index(columns[2]), columns[2], pa.array(messages, pa.string())
+    )
+    order = pc.sort_indices(table, [(schema.IMAGE_ID, "ascending")])
+    return archive.Archive(table.take(order), found.versions.take(order), found.passed), found.table
+
+
+def _fill(config: ScoreConfig, held: Lease, model: _Model, names: Pseudonyms | None, started: float) -> str:
+    """Score what is missing in the output; `started` is when the job began."""
+    found, named = _listed(config, names)
     cluster.connect()
     compiled = _compiles(config, found.table)
-    ours, summary = ledger.open_ledger(held, _deciding(config, model_id, compiled), _remedies(card))
-    books, changed = _settled(ours, found)
+    ours, summary = ledger.open_ledger(
+        held, _deciding(config, model.id, compiled, names), _remedies(model.card)
+    )
+    if names:
+        print(f"map of ids: {names.write_map(named, ours.owner)}", flush=True)
+    books, changed = _settled(ours, found, names)
     todo = books.open_inputs()
     if not len(todo) and summary and "incomplete" not in summary and not books.done.rows:
         n = counted(len(found.table), "input")
         print(f"{ours.uri} is finished: {n}, all scored; see gallery.html there")
         return ours.uri
     _announce(found, todo)
-    settings = _settings(config, model_id, card_sha256, compiled)
+    settings = _settings(config, model, compiled)
     progress = Progress(todo, ours.plans_uri, books.done)
     with predict.one_model(settings):
-        rate = _score(ours, books, progress, todo, settings, _tile_settings(config, card), config.max_workers)
+        rate = _score(
+            ours, books, progress, todo, settings, _tile_settings(config, model.card), config.max_workers
+        )
     books = _books(ours, found.table)
     _require_balance(books, progress.withheld)
     if books.plans:
-        inputs.require_same_slides(found, archive.list_inputs(config.input), books.plans)
+        inputs.require_same_slides(found, _listed(config, names)[0], books.plans)
     n_rows = sum(books.older.rows.values()) + _merge(ours, books.done)
-    facts = _facts(config, card, model_id) | {
+    facts = _facts(config, model.card, model.id, names) | {
         "n_ignored_files": found.ignored,
-        "ignored": dict(found.passed.most_common()),
+        "ignored": {} if names else dict(found.passed.most_common()),
         "n_changed_inputs": len(changed),
         "rows_per_s": rate or None,
         "first_row_s": round(progress.first - started, 1) if progress.first else None,
         "seconds": round(time.monotonic() - started, 1),
     }
-    names = found.table[schema.IMAGE_ID]
-    summary = finish.present(ours, list(books.plans.values()), names, settings, facts)
+    ids, places = found.table[schema.IMAGE_ID], found.table.select([schema.IMAGE_ID, schema.URI])
+    plans = list(books.plans.values())
+    summary = finish.present(ours, plans, ids, settings, facts, places if names else None)
     ledger.close_ledger(ours, summary, n_rows)
     for line in finish.closing_lines(ours.uri, summary):
         print(line, flush=True)
     return ours.uri
 
 
-def _settings(
-    config: ScoreConfig, model_id: str, card_sha256: str | None, compiled: bool
-) -> predict.Settings:
+def _settings(config: ScoreConfig, model: _Model, compiled: bool) -> predict.Settings:
     shared = config.model_dump(include={"precision", "batch_size", "cam", "cam_layer"})
-    shared |= {"overlays": config.overlays == "png", "compile": compiled, "card_sha256": card_sha256}
-    return predict.Settings(config.model, model_id, **shared)
+    shared |= {"overlays": config.overlays == "png", "compile": compiled, "card_sha256": model.card_sha256}
+    return predict.Settings(config.model, model.id, **shared)
 
 
 def _tile_settings(config: ScoreConfig, card: Card) -> tiling.Tiling:
@@ -138,13 +179,14 @@ def _tile_settings(config: ScoreConfig, card: Card) -> tiling.Tiling:
         mpp=config.mpp,
         min_tissue=config.min_tissue,
         mpp_override=config.mpp_override,
+        hides_uris=config.pseudonymise is not None,
     )
 
 
-def _facts(config: ScoreConfig, card: Card, model_id: str) -> dict[str, Any]:
+def _facts(config: ScoreConfig, card: Card, model_id: str, names: Pseudonyms | None) -> dict[str, Any]:
+    shown = {"title": f"Scored archive: {config.input}", "input": config.input}
     return {
-        "title": f"Scored archive: {config.input}",
-        "input": config.input,
+        **({"title": "Scored archive", "pseudonyms": names.fingerprint} if names else shown),
         "model_id": model_id,
         **config.model_dump(include={"precision", "cam", "cam_layer"}),
         **{name: getattr(card, name) for name in ("target", "threshold", "synthetic", "leaky")},
@@ -164,9 +206,11 @@ def _compiles(config: ScoreConfig, inputs: pa.Table) -> bool:
     return long and (shutil.which("g++") is not None or cluster.total_resources()["GPU"] > 0)
 
 
-def _deciding(config: ScoreConfig, model_id: str, compiled: bool) -> dict[str, Any]:
-    """The settings that determine a row; the model by its content, independent of its place."""
+def _deciding(config: ScoreConfig, model_id: str, compiled: bool, names: Pseudonyms | None) -> dict[str, Any]:
+    """The settings that determine a row; model and key by their content, independent of their place."""
     settings = config.model_dump(mode="json", exclude=set(OPERATIONAL))
+    if names:
+        settings |= {"input": names.of(config.input), "pseudonymise": names.fingerprint}
     return settings | {"model": model_id, "compile": compiled}
 
 
@@ -176,10 +220,12 @@ def _remedies(card: Card) -> ledger.Remedies:
     return remedies if card.mpp else remedies | {"tile_mpp": MPP_ERRORS}
 
 
-def _settled(ours: Ledger, found: archive.Archive) -> tuple[Books, list[str]]:
+def _settled(
+    ours: Ledger, found: archive.Archive, names: Pseudonyms | None = None
+) -> tuple[Books, list[str]]:
     """The committed rows, without those of changed inputs, and the ids of these inputs."""
     books = _books(ours, found.table)
-    changed = inputs.settle(ours, books.older, books.done, found)
+    changed = inputs.settle(ours, books.older, books.done, found, names)
     if changed:
         print(f"{inputs.changed_text(changed, 'since the last run')}: scoring them again", flush=True)
         books = _books(ours, found.table)
@@ -233,7 +279,7 @@ def _score(
     dataset = _reading(todo, tile_settings, ours.plans_uri, done_tiles)
     commits = predict.score_rows(dataset, settings, max_workers).map_batches(
         ledger.commit,
-        fn_kwargs={"work_uri": ours.work_uri},
+        fn_kwargs={"work_uri": ours.work_uri, "hides_uris": tile_settings.hides_uris},
         batch_size=ROWS_PER_SEGMENT * pool.size if settings.cam == "evidence" else ROWS_PER_BLOCK,
         batch_format="pyarrow",
         num_cpus=cluster.waiting_cpus(),

@@ -22,7 +22,8 @@ from bcd.text import counted
 class Tiling:
     """How slides are cut. A tile has the size of a training field, in pixels and in µm.
 
-    mpp applies to slides that state none, mpp_override to all; min_tissue is a share of a tile's area.
+    mpp applies to slides that state none, mpp_override to all; min_tissue is a share of a tile's area. With
+    `hides_uris`, plans name a slide by its id only.
     """
 
     tile_mpp: float | None
@@ -31,6 +32,7 @@ class Tiling:
     mpp: float | None
     min_tissue: float
     mpp_override: float | None = None
+    hides_uris: bool = False
 
     def given(self, row: dict[str, Any]) -> pixel_size.Given:
         """The µm per pixel that is given for a slide, a row of `schema.INDEX`."""
@@ -84,7 +86,9 @@ def _expanded(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozens
         if tiles is None and not slide.is_slide(slide_cache.stage(row[schema.URI]).path, tiling.given(row)):
             return _reading(row)
         tiles = _tiles(row, tiling, plans_uri) if tiles is None else tiles
-        return tiles.filter(pc.invert(pc.is_in(tiles[schema.IMAGE_ID], pa.array(done, pa.string()))))
+        tiles = tiles.filter(pc.invert(pc.is_in(tiles[schema.IMAGE_ID], pa.array(done, pa.string()))))
+        place = pa.array([row[schema.URI]] * len(tiles), pa.string())  # which the plan may not contain
+        return tiles.set_column(tiles.column_names.index(schema.URI), schema.READING.field(schema.URI), place)
     except StorageError as error:
         raise read.withheld(error) from error
 
@@ -112,7 +116,7 @@ def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
         raise image.ImageError("no_tissue", message)
     plan = Plan(
         slide=row[schema.IMAGE_ID],
-        uri=row[schema.URI],
+        uri=row[schema.IMAGE_ID] if tiling.hides_uris else row[schema.URI],
         patient=row[schema.PATIENT],
         width_px=opened.width_px,
         height_px=opened.height_px,

@@ -23,7 +23,7 @@ from bcd.runtime import cluster, prepare, run_directory
 from bcd.runtime.prepare import DatasetFacts
 from bcd.split import split
 from bcd.taxonomy import N_FOLDS
-from bcd.text import counted
+from bcd.text import counted, without_folders
 from bcd.training import export, feed, train
 from bcd.training.feed import Held
 
@@ -175,7 +175,7 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
     data = _known(folds)
     about = {
         "title": f"Breast cancer detection: {config.name}, {counted(len(folds), 'model')}",
-        "data": config.data,
+        "data": without_folders(config.data),
         "target": config.target,
         "weights": config.weights,
         "protocol": protocol,
@@ -185,7 +185,7 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
         "data_fingerprint": data.data_fingerprint,
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),
-        "command": provenance.command(),
+        "command": without_folders(provenance.command()),
     }
     measured = about | artifacts.measure_run(pooled, failed, card.classes)
     measured |= {"threshold": None, "folds": list(rows), "spread": _spread(rows)}

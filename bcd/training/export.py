@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from ray.train import Result
 
-from bcd import provenance, schema, storage, taxonomy
+from bcd import provenance, schema, storage, taxonomy, text
 from bcd.config.options import Architecture
 from bcd.config.training import TrainConfig
 from bcd.errors import BundleError
@@ -21,6 +21,9 @@ from bcd.split import split
 
 if TYPE_CHECKING:
     from bcd.model.resnet import ResNet
+
+# Settings of the training that no other job reads from the card: others see no folders of this machine.
+PLACES = ("data", "output", "prepared")
 
 
 def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFacts, result: Result) -> None:
@@ -68,6 +71,7 @@ def _best(result: Result, n_classes: int, architecture: Architecture) -> tuple["
 
 
 def _card(config: TrainConfig, train: pa.Table, facts: DatasetFacts, measured: dict[str, Any]) -> Card:
+    settings = config.model_dump(mode="json")
     shared = config.model_dump(
         include={"architecture", "target", "input_height_px", "input_width_px", "protocol", "fold", "seed"}
     ) | facts.model_dump(
@@ -80,7 +84,7 @@ def _card(config: TrainConfig, train: pa.Table, facts: DatasetFacts, measured: d
         magnifications=_distinct(train, schema.MAGNIFICATION),
         leaky=config.protocol in split.LEAKY,
         warnings=tuple(facts.warnings),
-        training=config.model_dump(mode="json"),
+        training=settings | {name: text.without_folders(settings[name]) for name in PLACES},
         validation={name: measured[name] for name in (schema.EPOCH, SCORE, "n_validation")},
         versions=provenance.versions(),
         git_commit=provenance.git_commit(),

@@ -5,6 +5,7 @@ Workers synchronise twice an epoch, to add up training and validation; both sums
 
 import logging
 import math
+import socket
 import tempfile
 import time
 from collections import Counter
@@ -347,9 +348,16 @@ def _publish(task: Task, board: SummaryWriter, folder: Path, record: dict[str, A
         if isinstance(value, float):
             board.add_scalar(name, value, record["epoch"])
     board.flush()
-    storage.upload_folder(folder, storage.join(task.run_uri, "tensorboard"))
+    for path in folder.iterdir():
+        uri = storage.join(task.run_uri, "tensorboard", without_host(path.name))
+        storage.write_bytes(uri, path.read_bytes())
     # Ray Train echoes what a worker prints: a print would appear twice.
     logger.info(progress_line(record, task.config.epochs))
+
+
+def without_host(name: str) -> str:
+    """The name of a file of TensorBoard without that of this host, which others need not know."""
+    return name.replace(f".{socket.gethostname()}.", ".")
 
 
 def progress_line(record: dict[str, Any], epochs: int) -> str:

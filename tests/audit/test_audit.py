@@ -12,8 +12,8 @@ from bcd import cli, schema, storage
 from bcd.audit import audit
 from bcd.config.checks import AuditConfig
 from bcd.data import breakhis
-from bcd.errors import AuditError, DataError, StorageError
-from tests import pictures
+from bcd.errors import AuditError, DataError, ImageError, StorageError
+from tests import pictures, planted_identifiers
 from tests.imaging.test_appearance import tissue
 
 
@@ -180,3 +180,50 @@ def test_a_split_that_does_not_leak_ends_well(tree, tmp_path):
     assert result.leaking_splits == ()
     assert kinds(result).keys() <= {"published_counts", "case_crossing"}
     assert "Synthetic data." in (tmp_path / "out/audit.html").read_text()
+
+
+def test_names_and_ids_that_identify_are_findings_without_pixels(tmp_path, capsys):
+    for name in ("benign/Doe_1950/1.png", "malignant/p7/2.png", "malignant/p8/19500312.png"):
+        storage.write_bytes(str(tmp_path / "data" / name), pictures.encode(pictures.gradient()))
+    result = audit.run(AuditConfig(data=str(tmp_path / "data"), output=str(tmp_path / "out"), pixels=False))
+    assert kinds(result)["identifier"] == 3
+    table = pq.read_table(tmp_path / "out/identifiers.parquet")
+    assert table.schema == schema.IDENTIFIERS
+    assert [tuple(row.values()) for row in table.to_pylist()] == [
+        ("benign/Doe_1950", "name and number", "the name of the folder", "D***"),
+        ("malignant/p8/19500312.png", "date", "the name of the file", "1***"),
+        ("benign/Doe_1950/1.png", "name and number", "the patient", "D***"),
+    ]
+    said, page = capsys.readouterr().out, (tmp_path / "out/audit.html").read_text()
+    for text in (said, page):
+        assert "3 statements in 3 files or folders that may identify a patient" in text
+        assert "benign/D***: name and number in the name of the folder (D***)" in text
+        assert "1950" not in text
+    assert "What may identify a patient" in page
+
+
+def test_what_a_file_too_large_to_decode_states_is_found(tmp_path):
+    content, expected = planted_identifiers.files()["d.svs"]
+    (tmp_path / "d.tif").write_bytes(content)
+    row = {schema.IMAGE_ID: "d.tif", schema.URI: str(tmp_path / "d.tif")}
+    described = audit._described(row, ImageError("too_large", "large"))
+    assert described[schema.ERROR] == "too_large"
+    assert len(described["identifiers"]) == len(expected)
+    assert audit._described(row, ImageError("unreadable", "no"))["identifiers"] == []
+
+
+@pytest.mark.ray
+def test_what_identifies_in_an_archive_without_classes_is_found(joined, s3, tmp_path):
+    files, root = planted_identifiers.files(), f"{s3}/{tmp_path.name}-identifiers"
+    for name, content in [(name, content) for name, (content, _) in files.items()] + [
+        (f"clean/{name}", content) for name, content in planted_identifiers.clean().items()
+    ]:
+        storage.write_bytes(f"{root}/{name}", content)
+    result = audit.run(AuditConfig(data=root, output=str(tmp_path / "out"), identifiers_only=True))
+    assert kinds(result) == {"identifier": sum(len(expected) for _, expected in files.values())}
+    assert result.verdict == result.findings[0].sentence
+    found = {name: set() for name in files}
+    for row in pq.read_table(tmp_path / "out/identifiers.parquet").to_pylist():
+        found[row[schema.IMAGE_ID]].add((row[schema.IDENTIFIER], row[schema.FOUND_IN]))
+    assert found == {name: expected for name, (_, expected) in files.items()}
+    assert planted_identifiers.SECRET not in (tmp_path / "out/audit.html").read_text()

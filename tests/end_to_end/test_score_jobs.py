@@ -45,6 +45,7 @@ from tests.cluster import (
     wait_for,
 )
 from tests.model.test_bundle import card, untrained
+from tests.scoring.test_pseudonymised import named_in
 from tests.trained import scored
 
 pytestmark = pytest.mark.ray
@@ -378,3 +379,21 @@ def test_jobs_on_one_output_at_random_moments_give_one_table(seed, joined, model
     names = table(output)[schema.IMAGE_ID].to_pylist()
     assert sorted(names) == sorted(list_inputs(few).table[schema.IMAGE_ID].to_pylist())
     assert read_json(f"{output}/summary.json")["n_rows"] == len(names) == 13
+
+
+def test_a_pseudonymised_job_names_nobody(joined, model_uri, tmp_path):
+    """On Ray: `tests/scoring/test_pseudonymised.py` has the details."""
+    files = list(archives.fields(3).values())
+    contents = {f"Doe_1950/{i}.png": content for i, content in enumerate(files)}
+    contents |= {"Doe_1950/cut.png": files[0][:90], "Roe/Zephyr.svs": b"no slide at all"}
+    for name, content in contents.items():
+        storage.write_bytes(str(tmp_path / "patients" / name), content)
+    key = tmp_path / "key"
+    key.touch(0o600)
+    key.write_bytes(os.urandom(32))
+    output = tmp_path / "out"
+    places = {"input": str(tmp_path / "patients"), "output": str(output)}
+    score.run(ScoreConfig(model=model_uri, pseudonymise=str(key), **places))
+    assert named_in(output) == []
+    assert sorted(filter(None, table(output)[schema.ERROR].to_pylist())) == ["truncated", "unreadable"]
+    assert "can no longer be read" not in (output / "gallery.html").read_text()

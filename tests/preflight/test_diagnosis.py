@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from bcd.audit.identifiers import Identifier
 from bcd.preflight import diagnosis
 from bcd.preflight.diagnosis import COLOURS, GIB, INSTALL, MIB, NEXT_STEPS, PLAIN, Check, table_lines, verdict
-from bcd.preflight.node import Attempt, Capacity, Clock, ClusterFacts, Disk, Machine, Node
+from bcd.preflight.node import Attempt, Capacity, Clock, ClusterFacts, Disk, Machine, Node, Sample
 
 VERSIONS = {"python": "3.12.3", "bcd": "0.2.0", "ray": "2.60.0", "torch": "2.11.0", "numpy": "2.2.0"}
 MACHINE = Machine(
@@ -351,3 +352,17 @@ def test_the_last_sentence_counts_and_says_whether_to_start():
     )
     assert verdict(CHECKS[:1], "jobs/score.py") == "nothing found: jobs/score.py can start."
     assert verdict(CHECKS[2:], "jobs/serve.py") == "1 warning: jobs/serve.py can start."
+
+
+def test_what_identifies_patients_in_the_inputs_is_a_warning_without_its_value():
+    assert not list(diagnosis.check_privacy(None))
+    (well,) = diagnosis.check_privacy(Sample(20, ()))
+    assert well == Check("privacy", "ok", "nothing in names and metadata of 20 inputs identifies a patient")
+    found = [Identifier("Doe_1950/a.svs", "person", "TIFF Artist", "D***")] * 5
+    (seen,) = diagnosis.diagnose(replace(HEALTHY, sample=Sample(20, found)))[len(ALL_WELL) :]
+    assert (seen.name, seen.verdict) == ("privacy", "warning")
+    assert seen.seen.startswith(
+        "5 statements in 1 file or folder that may identify a patient: 5 person, among 20"
+    )
+    assert "D***/a.svs: person in TIFF Artist (D***)" in seen.seen
+    assert "1950" not in seen.seen

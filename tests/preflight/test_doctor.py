@@ -28,6 +28,7 @@ from bcd import provenance, storage
 from bcd.config.checks import DoctorConfig
 from bcd.model import bundle, predictor, weights
 from bcd.preflight import diagnosis, doctor
+from tests import planted_identifiers
 from tests.cluster import CLUSTER_CPUS, ROOT, free_port, kill, listens, processes, start_ray, wait_for
 from tests.model.test_bundle import card
 
@@ -120,10 +121,16 @@ def test_nothing_is_found_on_a_healthy_cluster_with_local_disks(idle, tree, good
     output = tmp_path / "scores"
     checks = doctor.run(config("score", input=tree, output=str(output), model=good_model))
     assert {check.verdict for check in checks} == {"ok"}
-    assert [check.name for check in checks][-3:] == ["input", "output", "model"]
+    assert [check.name for check in checks][-4:] == ["input", "output", "model", "privacy"]
     assert everything_below(str(output)) == []
     assert {check.verdict for check in doctor.run(config("serve"))} == {"ok"}
     assert "not checked, because not given: --model\n" in capsys.readouterr().out
+    content, expected = planted_identifiers.files()["d.svs"]
+    storage.write_bytes(str(tmp_path / "archive/Doe_1950/d.svs"), content)
+    privacy = doctor.examine(config("score", input=str(tmp_path / "archive")))[-1]
+    assert privacy.verdict == "warning"
+    assert privacy.seen.startswith(f"{len(expected) + 1} statements in 2 files or folders that may identify")
+    assert "1950" not in privacy.seen
 
 
 def gcs():

@@ -32,7 +32,7 @@ WRITTEN = {
     "slides/a/b.svs/tiles.geojson predictions/part-ID-0001-00000.parquet "
     "predictions/part-ID-0001-00000.parquet.0a1b.part work/0001/0123456789abcdef01234567.parquet "
     "work/0001/plans/0123456789abcdef01234567.json",
-    "audit": "audit.html audit.json images.parquet near_duplicates.parquet",
+    "audit": "audit.html audit.json images.parquet near_duplicates.parquet identifiers.parquet",
     "demo": "BreaKHis_v1/SYNTHETIC.txt BreaKHis_v1/histology_slides/breast/a.png archive/cut short.png "
     "archive/BreaKHis_v1/histology_slides/breast/a.png run/config.json scores/gallery.html",
 }

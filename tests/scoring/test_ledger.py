@@ -401,3 +401,20 @@ def test_a_flag_beside_another_setting_is_refused(output):
     with pytest.raises(ConfigError, match=r"--cam evidence -> layercam; --mpp None -> 0\.5"):
         begun(output, mpp=0.5, cam="layercam")
     assert ledger.read_settings(output)["mpp"] is None
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "shown"),
+    [
+        (None, None, True),
+        ("truncated", "the file ends or is damaged after 90 bytes", True),
+        ("missing_mpp", "the slide has no µm/px; --mpp gives it", True),
+        ("unsupported_format", "what is in Doe_1950 is not read", False),
+        ("truncated", "CUT is damaged", False),
+        ("unreadable", "a link to /gone/smith: no such file", False),
+        ("unavailable", "no answer", False),
+    ],
+)
+def test_a_message_that_may_name_a_file_is_hidden(code, message, shown):
+    found = ledger.discreet("s3://bucket/Doe_1950/cut.png", code, message)
+    assert found == (message if shown else ledger.HIDDEN_MESSAGE)

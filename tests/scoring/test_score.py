@@ -71,7 +71,7 @@ def test_without_a_compiler_auto_does_not_compile(tmp_path, monkeypatch):
 def test_settings_that_determine_a_row_are_recorded(flag, value, tmp_path):
     config = ScoreConfig(model="m", input="i", output="o")
     other = config.model_copy(update={flag: value, "output": "p", "max_workers": 3})
-    one, two = (score._deciding(c, "id", False) for c in (config, other))
+    one, two = (score._deciding(c, "id", False, None) for c in (config, other))
     assert {key for key in one if one[key] != two[key]} == {flag}
 
 

@@ -179,12 +179,12 @@ def replaced_files_are_not_noticed(patch, world):
 def versions_are_recorded_too_early(patch, world):
     """The new versions of files are written before the rows of the old ones are deleted."""
 
-    def settle(ours, older, done, found):
+    def settle(ours, older, done, found, names):
         now = schema.fill(found.table.append_column(schema.VERSION, found.versions), schema.SEEN_INPUTS)
         uri = storage.join(ours.uri, inputs.FILE)
         before = storage.read_table(uri) if storage.exists(uri) else now.slice(0, 0)
         storage.write_table(uri, now)
-        changed = inputs._changed(before, now, older, done)
+        changed = inputs._changed(before, now, older, done, found.table)
         for rows in (older, done):
             ledger.remove(ours, rows, changed)
         return sorted(changed)

@@ -1,4 +1,6 @@
 import contextlib
+import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +31,17 @@ RECORD = {
     "images_from": "host memory",
     "seconds": 60.0,
 }
+
+
+def test_files_of_tensorboard_do_not_name_the_host(tmp_path, monkeypatch):
+    task = SimpleNamespace(run_uri=str(tmp_path / "run"), config=SimpleNamespace(epochs=12))
+    (tmp_path / "board").mkdir()
+    board = loop.SummaryWriter(tmp_path / "board")
+    loop._publish(task, board, tmp_path / "board", RECORD)
+    board.close()
+    (made,), (published,) = ((tmp_path / name).iterdir() for name in ("board", "run/tensorboard"))
+    assert f".{socket.gethostname()}." in made.name
+    assert re.fullmatch(r"events\.out\.tfevents\.\d+\.\d+\.\d+", published.name)
 
 
 def test_progress_line():

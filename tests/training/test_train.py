@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import socket
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,6 +64,9 @@ def test_the_run_directory_is_as_promised(run_uri, config):
     assert run["timings"]["train_s"] > run["timings"]["first_step_s"] > 0
     assert 0 < run["timings"]["headspace"] <= 1
     assert run["timings"]["images_from"] == "host memory"
+    paths = [file.path for file in storage.list_files(f"{run_uri}/tensorboard")]
+    assert all(path.startswith("events.out.tfevents.") for path in paths)
+    assert not [path for path in paths if socket.gethostname() in path]
     assert output.read_marker(run_uri, output.TRAIN)  # every file in it is one that it may contain
 
 
