@@ -1,6 +1,7 @@
 """The audit job: list a data set, read every image once on CPU workers, and write the findings."""
 
 import hashlib
+import logging
 import re
 from contextlib import suppress
 from typing import Any
@@ -16,6 +17,8 @@ from bcd.errors import AuditError, DataError
 from bcd.imaging import appearance, image
 from bcd.runtime import cluster, inspection, output
 from bcd.split import duplicates
+
+logger = logging.getLogger(__name__)
 
 PAGE, RESULT, IMAGES, NEAR = "audit.html", "audit.json", "images.parquet", "near_duplicates.parquet"
 
@@ -34,9 +37,10 @@ def run(config: AuditConfig) -> summary.Audit:
     output.read_marker(config.output, output.AUDIT)
     with lease.held(config.output, config.wait):
         result = _audited(config, table, warnings, splits)
-    print("\n".join(report.audit_lines(result)))
+    for line in report.audit_lines(result):
+        logger.info(line)
     for name in (PAGE, RESULT, IMAGES, NEAR):
-        print(storage.join(config.output, name))
+        logger.info(storage.join(config.output, name))
     if result.leaking_splits:
         raise AuditError(f"{', '.join(result.leaking_splits)}: a patient, slide or image is in several parts")
     return result

@@ -1,5 +1,6 @@
 """Evaluate a model on patients that it has never seen: predictions, metrics, report, card."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from bcd.runtime.prepare import (
 )
 from bcd.split import duplicates, split
 from bcd.text import counted
+
+logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions"
 # What is tested: the test part of the model's own data, data that it has not seen, or others with --force.
@@ -164,7 +167,7 @@ def evaluate(
     """
     card = bundle.read_card(model_uri)
     test = part_of(table, split.TEST)
-    print(f"scoring the test part: {counted(len(test), 'image')}", flush=True)
+    logger.info(f"scoring the test part: {counted(len(test), 'image')}")
     predictions_uri = storage.join(folder, PREDICTIONS)
     settings = settings or predict.Settings(model_uri, model_id(card))
     inputs = schema.fill(test, schema.READING)

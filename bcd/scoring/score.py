@@ -4,6 +4,7 @@ list inputs -> skip committed ones -> fields, and tiles of slides -> predictions
 -> require completeness -> merge into the table -> slides, gallery -> summary
 """
 
+import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from bcd.scoring.ledger import Done, Ledger
 from bcd.scoring.progress import Progress
 from bcd.slides import slide
 from bcd.text import counted
+
+logger = logging.getLogger(__name__)
 
 # That a worker reads and scores at a time; 15 MB of pixels at 224x336.
 ROWS_PER_BLOCK = 64
@@ -90,7 +93,7 @@ def _fill(config: ScoreConfig, held: Lease, card: Card, model_id: str, started: 
     todo = books.open_inputs()
     if not len(todo) and summary and "incomplete" not in summary and not books.done.rows:
         n = counted(len(found.table), "input")
-        print(f"{ours.uri} is finished: {n}, all scored; see gallery.html there")
+        logger.info(f"{ours.uri} is finished: {n}, all scored; see gallery.html there")
         return ours.uri
     _announce(found, todo)
     settings = _settings(config, model_id, compiled)
@@ -114,7 +117,7 @@ def _fill(config: ScoreConfig, held: Lease, card: Card, model_id: str, started: 
     summary = finish.present(ours, list(books.plans.values()), names, settings, facts)
     ledger.close_ledger(ours, summary, n_rows)
     for line in finish.closing_lines(ours.uri, summary):
-        print(line, flush=True)
+        logger.info(line)
     return ours.uri
 
 
@@ -175,7 +178,7 @@ def _settled(ours: Ledger, found: archive.Archive) -> tuple[Books, list[str]]:
     books = _books(ours, found.table)
     changed = inputs.settle(ours, books.older, books.done, found)
     if changed:
-        print(f"{inputs.changed_text(changed, 'since the last run')}: scoring them again", flush=True)
+        logger.info(f"{inputs.changed_text(changed, 'since the last run')}: scoring them again")
         books = _books(ours, found.table)
     return books, changed
 
@@ -206,7 +209,7 @@ def _announce(found: archive.Archive, todo: pa.Table) -> None:
         line += f" ({found.ignored:,} other entries are not read: {archive.described(found.passed)})"
     if len(todo) < len(found.table):
         line += f"; {len(found.table) - len(todo):,} are already scored, resuming with {len(todo):,}"
-    print(line, flush=True)
+    logger.info(line)
 
 
 def _score(

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import logging
 import re
 from collections.abc import Iterable
 from importlib.resources import files
@@ -37,7 +38,9 @@ from bcd.serving.documents import (
     answer,
     drawn,
 )
-from bcd.serving.middleware import Limits, RefusedError
+from bcd.serving.middleware import REQUEST_ID, Limits, RefusedError
+
+logger = logging.getLogger(__name__)
 
 STATUS = {
     "unsupported_format": 415,
@@ -155,7 +158,7 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         With `Accept: image/png` the answer is the image with its evidence drawn over it; the header
         `X-Evidence-Limit` is the number of log-odds per cell at full colour.
         """
-        pixels, prediction = await _look(engine, await upload.one(request))
+        pixels, prediction = await _look(engine, await upload.one(request), request)
         if request.headers.get("accept", "").lower().startswith("image/png"):
             png = await asyncio.to_thread(drawn, engine.card, pixels, prediction)
             headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{LIMIT:g}"}
@@ -173,7 +176,7 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
     async def predict_batch(request: Request) -> Any:
         """Several images as multipart field `files`: an answer or an error for each."""
         files = await upload.many(request, max_images)
-        return BatchAnswer(results=await asyncio.gather(*(_item(engine, sent) for sent in files)))
+        return BatchAnswer(results=await asyncio.gather(*(_item(engine, sent, request) for sent in files)))
 
 
 def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) -> None:
@@ -241,14 +244,22 @@ def _docs_policy(scripts: Iterable[bytes]) -> str:
     return policy.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
 
 
-async def _look(engine: Engine, sent: upload.Sent) -> tuple[np.ndarray, Prediction]:
-    # In a thread: recognising a slide may require a file on disk.
-    return await engine.look(await asyncio.to_thread(upload.field_of, sent))
-
-
-async def _item(engine: Engine, sent: upload.Sent) -> BatchItem:
+async def _look(engine: Engine, sent: upload.Sent, request: Request) -> tuple[np.ndarray, Prediction]:
     try:
-        pixels, prediction = await _look(engine, sent)
+        # In a thread: recognising a slide may require a file on disk.
+        return await engine.look(await asyncio.to_thread(upload.field_of, sent))
+    except image.ImageError as error:
+        # Never its name, which may be a patient's: the hash of its bytes is in the rows of an archive, too.
+        digest = hashlib.sha256(sent.content).hexdigest() if isinstance(sent.content, bytes) else None
+        request_id = request.headers.get(REQUEST_ID.decode())
+        facts = {"request_id": request_id, "image_id": digest, "code": error.code}
+        logger.info(f"an image cannot be used: {error.code}", extra=facts)
+        raise
+
+
+async def _item(engine: Engine, sent: upload.Sent, request: Request) -> BatchItem:
+    try:
+        pixels, prediction = await _look(engine, sent, request)
         document = await asyncio.to_thread(answer, engine.card, engine.model_id, pixels, prediction)
     except image.ImageError as error:
         return BatchItem(name=sent.name, error=ErrorBody(code=error.code, message=error.message))

@@ -29,6 +29,7 @@ from ray.serve.context import _get_global_client
 from starlette.types import ASGIApp
 
 from bcd import storage
+from bcd.config import log
 from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.errors import NOT_FINITE_MESSAGE, BundleError, ConfigError, ResourceError
 from bcd.imaging import image
@@ -37,6 +38,8 @@ from bcd.model.card import model_id
 from bcd.model.predictor import Prediction
 from bcd.runtime import cluster
 from bcd.serving import api, middleware
+
+logger = logging.getLogger(__name__)
 
 OTHER_MODES = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
 NAME = "bcd"
@@ -113,6 +116,7 @@ class Replica:
         if config.max_replicas > 1:  # together they use no more cores than they reserve
             threads = max(1, int(config.num_cpus))
         cluster.use_threads(threads)
+        log.join()
         self._config, self._token_digest = config, token_digest
         # Ray shows all GPUs to a process that reserves none: every replica would use the first.
         device = None if config.num_gpus else "cpu"
@@ -277,9 +281,9 @@ def run(config: ServeConfig) -> None:
     # After the start of Ray, which sets handlers of its own.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    print(f"serving {config.model} at http://{config.host}:{config.port} (stop with Ctrl-C)", flush=True)
+    logger.info(f"serving {config.model} at http://{config.host}:{config.port} (stop with Ctrl-C)")
     stop.wait()
-    print("finishing accepted requests", flush=True)
+    logger.info("finishing accepted requests")
     serve.delete(NAME)
     serve.shutdown()
 
