@@ -1,6 +1,6 @@
 """The lines of a job and of the service: text, or one JSON object per line (`--log-format`).
 
-Modules write to `logging.getLogger(__name__)`; a job calls `start`, a process that Ray starts for it `join`.
+Modules write to `logging.getLogger(__name__)`; a job calls `start`, a process that Ray starts for it `hand_on`.
 
 What C++ parts of Ray write reaches no logger of Python. So this file is also a program (`python log.py json`)
 through which a job's stderr passes, and in JSON its stdout. It imports the standard library only.
@@ -57,12 +57,13 @@ def start(job: str, form: "LogFormat" = "text") -> None:
     _attach(_Output(form))
 
 
-def join() -> None:
+def hand_on(job: str, form: "LogFormat" = "text") -> None:
     """Write the lines of a process that Ray has started to stderr, which Ray hands on to the job's.
 
-    Ray Train would repeat what goes to stdout.
+    Ray Train would repeat what goes to stdout. The job and the format are those of the variables, if set.
     """
-    _attach(_Output(os.environ.get(FORMAT_VARIABLE, "text"), sys.stderr))
+    os.environ.setdefault(JOB_VARIABLE, job)
+    _attach(_Output(os.environ.get(FORMAT_VARIABLE, form), sys.stderr))
 
 
 def _attach(handler: logging.Handler) -> None:

@@ -40,7 +40,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     log_format: LogFormat = "text"
-    """text prints lines for people; json one object per line, with time, level, job and message."""
+    """Form of the log: lines of text, or one JSON object per line with time, level, job and message."""
 
     def __init__(self, **settings: Any) -> None:
         try:

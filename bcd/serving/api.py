@@ -5,7 +5,8 @@ import base64
 import hashlib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any, Protocol
 
@@ -98,6 +99,8 @@ WORK_ERRORS = _errors(400, 401, 408, 413, 415, 422, 500, 503, 504)
 
 def create_app(engine: Engine, limits: Limits, max_images: int) -> FastAPI:
     """The app around an engine, without authentication and limits, which are `middleware.Guard`'s."""
+    # It logs bytes of forms that it cannot read; the answer says what is wrong with them.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     app = FastAPIOffline(
         docs_url=None,
         redoc_url=None,
@@ -158,13 +161,15 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         With `Accept: image/png` the answer is the image with its evidence drawn over it; the header
         `X-Evidence-Limit` is the number of log-odds per cell at full colour.
         """
-        pixels, prediction = await _look(engine, await upload.one(request), request)
-        if request.headers.get("accept", "").lower().startswith("image/png"):
-            png = await asyncio.to_thread(drawn, engine.card, pixels, prediction)
-            headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{LIMIT:g}"}
-            return Response(png, media_type="image/png", headers=headers)
-        given = engine.card, engine.model_id, pixels, prediction
-        return await asyncio.to_thread(answer, *given, overlay, preview)
+        sent = await upload.one(request)
+        async with _logged(sent, request):
+            seen = await _look(engine, sent)
+            if not request.headers.get("accept", "").lower().startswith("image/png"):
+                given = engine.card, engine.model_id, *seen
+                return await asyncio.to_thread(answer, *given, overlay, preview)
+            png = await asyncio.to_thread(drawn, engine.card, *seen[1:])
+        headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{LIMIT:g}"}
+        return Response(png, media_type="image/png", headers=headers)
 
     @app.post(
         "/v1/predict/batch",
@@ -244,23 +249,29 @@ def _docs_policy(scripts: Iterable[bytes]) -> str:
     return policy.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
 
 
-async def _look(engine: Engine, sent: upload.Sent, request: Request) -> tuple[np.ndarray, Prediction]:
-    try:
-        # In a thread: recognising a slide may require a file on disk.
-        return await engine.look(await asyncio.to_thread(upload.field_of, sent))
-    except image.ImageError as error:
-        # Never its name, which may be a patient's: the hash of its bytes is in the rows of an archive, too.
-        digest = hashlib.sha256(sent.content).hexdigest() if isinstance(sent.content, bytes) else None
-        request_id = request.headers.get(REQUEST_ID.decode())
-        facts = {"request_id": request_id, "image_id": digest, "code": error.code}
-        logger.info(f"an image cannot be used: {error.code}", extra=facts)
-        raise
+async def _look(engine: Engine, sent: upload.Sent) -> tuple[bytes, np.ndarray, Prediction]:
+    # In a thread: recognising a slide may require a file on disk.
+    content = await asyncio.to_thread(upload.field_of, sent)
+    return content, *await engine.look(content)
 
 
 async def _item(engine: Engine, sent: upload.Sent, request: Request) -> BatchItem:
     try:
-        pixels, prediction = await _look(engine, sent, request)
-        document = await asyncio.to_thread(answer, engine.card, engine.model_id, pixels, prediction)
+        async with _logged(sent, request):
+            seen = await _look(engine, sent)
+            document = await asyncio.to_thread(answer, engine.card, engine.model_id, *seen)
     except image.ImageError as error:
         return BatchItem(name=sent.name, error=ErrorBody(code=error.code, message=error.message))
     return BatchItem(name=sent.name, answer=document)
+
+
+@asynccontextmanager
+async def _logged(sent: upload.Sent, request: Request) -> AsyncIterator[None]:
+    """Log why an image has no answer: never with its name, which may be a patient's, but with its hash."""
+    try:
+        yield
+    except image.ImageError as error:
+        facts = {"image_id": await asyncio.to_thread(sent.sha256), "code": error.code}
+        facts["request_id"] = request.headers.get(REQUEST_ID.decode())
+        logger.info(f"an image cannot be used: {error.code}", extra=facts)
+        raise

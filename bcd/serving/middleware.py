@@ -107,7 +107,7 @@ def is_loopback(host: str | None) -> bool:
 
 def proxy_middlewares() -> list[Middleware]:
     """The guard of Ray Serve's HTTP proxy, with token and limits from its environment."""
-    log.join()
+    log.hand_on("serve")
     limits = Limits(**json.loads(os.environ.get(LIMITS_VARIABLE, "{}")))
     token = os.environ.get(TOKEN_VARIABLE)
     known = os.environ.get(DIGEST_VARIABLE) or (digest(token) if token else None)

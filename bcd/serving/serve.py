@@ -116,7 +116,7 @@ class Replica:
         if config.max_replicas > 1:  # together they use no more cores than they reserve
             threads = max(1, int(config.num_cpus))
         cluster.use_threads(threads)
-        log.join()
+        log.hand_on("serve", config.log_format)
         self._config, self._token_digest = config, token_digest
         # Ray shows all GPUs to a process that reserves none: every replica would use the first.
         device = None if config.num_gpus else "cpu"

@@ -169,7 +169,7 @@ def _train(
 
 def _train_apart(*given: Any) -> str:
     """`train.run` in a process of Ray."""
-    log.join()
+    log.hand_on("crossval")
     return train.run(*given)
 
 

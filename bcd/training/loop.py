@@ -77,7 +77,7 @@ def _train(task: Task) -> list[dict[str, Any]]:
     config, context = task.config, ray.train.get_context()
     # Without Ray Train's lines about every report and checkpoint.
     logging.getLogger().setLevel(logging.WARNING)
-    log.join()
+    log.hand_on("train")
     device = ray.train.torch.get_device()
     resnet.set_precision(config.precision)
     if device.type == "cpu":

@@ -69,8 +69,7 @@ def run(
         with lease.held(run_uri, config.wait) as own:
             # Another job may have finished it meanwhile.
             if (work := _open_work(config, run_uri)) is not None:
-                if work:
-                    logger.info(work)
+                logger.info(work)
                 _complete(config, run_uri, own, inspected, runs_per_node, held)
                 return run_uri
     logger.info(f"{run_uri} is finished: see report.html there, or choose another --name to train again")
@@ -78,9 +77,9 @@ def run(
 
 
 def _open_work(config: TrainConfig, run_uri: str) -> str | None:
-    """What a run lacks, as a line of the log, which is empty for an ordinary training; None if finished."""
+    """What a run lacks, as a line of the log; None if it is finished."""
     if not run_directory.begin_run(config, run_uri):
-        return ""
+        return f"training {run_uri}"
     fault = export.fault(run_uri)
     return fault and f"{fault}. Writing a new bundle from its checkpoint"
 

@@ -47,7 +47,7 @@ def test_json_is_an_object_per_line(capsys):
 
 def test_processes_of_ray_write_in_the_format_of_the_job(capsys):
     log.start("train", "json")
-    log.join()
+    log.hand_on("unknown")
     logger.info("epoch 1")
     said = capsys.readouterr()
     assert said.out == ""
@@ -58,6 +58,14 @@ def test_processes_of_ray_write_in_the_format_of_the_job(capsys):
         log.foreign(f"\x1b[36m(RayTrainWorker pid=7, ip=10.0.0.2)\x1b[0m {said.err.strip()}")
     )
     assert handed_on == line | {"process": "RayTrainWorker pid=7, ip=10.0.0.2"}
+
+
+def test_on_a_cluster_that_others_started_a_process_knows_its_own_job(capsys, monkeypatch):
+    monkeypatch.delenv(log.JOB_VARIABLE)
+    monkeypatch.delenv(log.FORMAT_VARIABLE)
+    log.hand_on("serve", "json")
+    logger.info("answered")
+    assert json.loads(capsys.readouterr().err)["job"] == "serve"
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_the_answer_is_what_the_bundle_says(client, loaded):
     assert answer["novelty"] == pytest.approx(float(expected.novelty[0]), rel=1e-5)
     assert (answer["warnings"], answer["overlay_png"], answer["preview_png"]) == ([], None, None)
     assert (answer["model_id"], answer["notice"]) == (loaded.model_id, NOTICE)
+    assert answer["sha256"] == hashlib.sha256(FIELD).hexdigest()
 
 
 def test_the_map_covers_a_stated_part_of_the_image(client, loaded):
