@@ -1,6 +1,6 @@
 """The lines of a job and of the service: text, or one JSON object per line (`--log-format`).
 
-Modules write to `logging.getLogger(__name__)`; a job calls `start`, a process that Ray starts for it `hand_on`.
+Modules write to `logging.getLogger(__name__)`. A job calls `start`, processes that Ray starts call `hand_on`.
 
 What C++ parts of Ray write reaches no logger of Python. So this file is also a program (`python log.py json`)
 through which a job's stderr passes, and in JSON its stdout. It imports the standard library only.
@@ -48,11 +48,11 @@ def start(job: str, form: "LogFormat" = "text") -> None:
     In JSON so are the lines of Ray, its workers and libraries, unless somebody has replaced the streams.
     """
     os.environ.update({JOB_VARIABLE: job, FORMAT_VARIABLE: form})
-    if sys.stderr is sys.__stderr__:
+    if sys.stderr is not None and sys.stderr is sys.__stderr__:
         _pass(2, form)
     if form == "json":
         sys.excepthook = _log_fault
-        if sys.stdout is sys.__stdout__:
+        if sys.stdout is not None and sys.stdout is sys.__stdout__:
             _pass(1, form)
     _attach(_Output(form))
 
