@@ -104,6 +104,8 @@ def create_app(engine: Engine, limits: Limits, max_images: int) -> FastAPI:
     app = FastAPIOffline(
         docs_url=None,
         redoc_url=None,
+        # Starlette fails on an address that it would redirect and whose query is no UTF-8.
+        redirect_slashes=False,
         title="bcd",
         version=provenance.own_version(),
         description=f"Breast-histopathology fields of view: probability and evidence. **{NOTICE}**",

@@ -187,6 +187,7 @@ def test_an_image_that_fails_is_found_by_its_hash_and_the_id_of_its_request(clie
         ("/v1/predict", {"data": {"file": "text"}}, (415, "unsupported_format")),
         ("/v1/predict?overlay=perhaps", {"content": FIELD}, (422, "invalid_request")),
         ("/v1/nothing", {"content": FIELD}, (404, "not_found")),
+        ("/v1/predict/", {"content": FIELD}, (404, "not_found")),
         ("/v1/model", {"content": FIELD}, (405, "method_not_allowed")),
     ],
 )

@@ -125,7 +125,7 @@ def request(images: list[bytes], draw: random.Random) -> tuple[dict, list[dict]]
 
 
 async def answer_to(app, scope, messages) -> tuple[int, dict[bytes, bytes], bytes]:
-    """Status, headers and body; an error where there is none in time."""
+    """Status, headers and body; raises what a server would answer with 500, and TimeoutError."""
     sent, waiting = [], iter(messages)
 
     async def receive():
