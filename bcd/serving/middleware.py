@@ -328,9 +328,10 @@ def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
         "seconds": round(seconds, 3),
         "request_id": answer.request_id.decode(),
     }
-    said = " ".join(str(facts[name]) for name in ("method", "path", "status", "code") if facts[name])
-    level = logging.WARNING if (status or 500) >= 500 else logging.INFO
-    logger.log(level, f"{said}, {seconds:.3f} s", extra=facts)
+    # Without a status the caller has left.
+    words = facts["method"], facts["path"], status or "no answer", facts["code"]
+    level = logging.WARNING if status and status >= 500 else logging.INFO
+    logger.log(level, f"{' '.join(str(word) for word in words if word)}, {seconds:.3f} s", extra=facts)
 
 
 def _is_public(path: str) -> bool:
