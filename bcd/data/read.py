@@ -1,9 +1,10 @@
 """Read and decode the image of a row, a whole file or a tile of a slide."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +12,18 @@ from PIL import Image
 
 from bcd import schema, storage
 from bcd.errors import StorageError, TooLargeError
-from bcd.imaging import image, pixel_size, prepared
+from bcd.imaging import decoder, image, pixel_size, prepared
 from bcd.slides import slide_cache
 from bcd.slides.slide import Slide, open_slide
 
 # An image fitted into the network's input, and its original height and width.
 Picture = tuple[np.ndarray, int, int]
-# Of a row that is a file: its prepared image, or its bytes.
-Content = np.ndarray | bytes | image.ImageError
+# Of a row that is a file: its prepared image, or its bytes; None where these are read in their turn.
+Content = np.ndarray | bytes | image.ImageError | None
+# Files that are fetched before they are needed, together at most 128 MiB; larger ones are read in their turn.
+AHEAD, AHEAD_BYTES = storage.READ_THREADS, 2**24
+Given = TypeVar("Given")
+Fetched = TypeVar("Fetched")
 
 
 def pixels(batch: pa.Table, height_px: int, width_px: int, keep: Sequence[str]) -> dict[str, Any]:
@@ -55,10 +60,21 @@ def _fitted(
     rows: list[dict[str, Any]], size: tuple[int, int]
 ) -> Iterator[tuple[str, Picture | image.ImageError]]:
     """Hashes and fitted images in order; files are fetched while others are decoded."""
-    with ThreadPoolExecutor(storage.READ_THREADS) as fetching:
-        contents = [fetching.submit(_fetched, row, size) if _is_file(row) else None for row in rows]
-        for row, content in zip(rows, contents, strict=True):
-            yield _fit(row, content, size)
+    contents = _ahead(lambda row: _fetched(row, size), rows)
+    for row, content in zip(rows, contents, strict=True):
+        yield _fit(row, content, size)
+
+
+def _ahead(fetch: Callable[[Given], Fetched], given: Iterable[Given]) -> Iterator[Fetched]:
+    """Results in order; some are fetched while the caller uses those before."""
+    with ThreadPoolExecutor(storage.READ_THREADS) as pool:
+        waiting = deque[Future[Fetched]]()
+        for one in given:
+            waiting.append(pool.submit(fetch, one))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _is_file(row: dict[str, Any]) -> bool:
@@ -67,14 +83,16 @@ def _is_file(row: dict[str, Any]) -> bool:
 
 
 def _fetched(row: dict[str, Any], size: tuple[int, int]) -> Content:
+    if not _is_file(row):
+        return None
     found = prepared.read(row, *size)
-    return _try_read(row[schema.URI]) if found is None else found
+    return _try_read_ahead(row[schema.URI]) if found is None else found
 
 
 def _fit(
-    row: dict[str, Any], content: Future[Content] | None, size: tuple[int, int]
+    row: dict[str, Any], content: Content, size: tuple[int, int]
 ) -> tuple[str, Picture | image.ImageError]:
-    read = content.result() if content else None
+    read = _try_read(row[schema.URI]) if content is None and _is_file(row) else content
     if isinstance(read, np.ndarray):
         return row[schema.SHA256], (read, row[schema.HEIGHT_PX], row[schema.WIDTH_PX])
     digest = hashlib.sha256(read).hexdigest() if isinstance(read, bytes) else ""
@@ -98,7 +116,7 @@ def picture(row: dict[str, Any], content: bytes | image.ImageError | None = None
         raise image.ImageError(error, row[schema.ERROR_MESSAGE])
     if row.get(schema.X_LEVEL0_PX) is not None:
         return _tile(row)
-    return image.decode(require_bytes(_try_read(row[schema.URI]) if content is None else content))
+    return decoder.decode_safely(require_bytes(_try_read(row[schema.URI]) if content is None else content))
 
 
 def _tile(row: dict[str, Any]) -> np.ndarray:
@@ -133,10 +151,16 @@ def _cut(slide: Slide, row: dict[str, Any]) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(square, Image.Resampling.BILINEAR))
 
 
-def _try_read(uri: str) -> bytes | image.ImageError:
+def _try_read_ahead(uri: str) -> bytes | image.ImageError | None:
+    found = _try_read(uri, min(AHEAD_BYTES, image.MAX_FILE_BYTES))
+    is_large = isinstance(found, image.ImageError) and found.code == "too_large"
+    return None if is_large else found
+
+
+def _try_read(uri: str, most_bytes: int | None = None) -> bytes | image.ImageError:
     try:
         with image.boundary("unreadable", f"{uri}: cannot read it"):
-            return storage.read_bytes(uri, image.MAX_FILE_BYTES)
+            return storage.read_bytes(uri, most_bytes or image.MAX_FILE_BYTES)
     except StorageError as error:
         return withheld(error)
     except image.ImageError as error:
@@ -159,5 +183,5 @@ def withheld(error: StorageError) -> image.ImageError:
 
 def contents(uris: list[str]) -> Iterator[bytes | image.ImageError]:
     """Contents in order; files are fetched while the caller decodes."""
-    with ThreadPoolExecutor(storage.READ_THREADS) as pool:
-        yield from pool.map(_try_read, uris)
+    for uri, content in zip(uris, _ahead(_try_read_ahead, uris), strict=True):
+        yield _try_read(uri) if content is None else content

@@ -242,6 +242,14 @@ def _end(data: bytes, place: int, most_scans: int) -> int:
     raise ImageError("unsupported_format", f"a JPEG of more than {most_scans} scans")
 
 
+def require_whole_stream(stream: bytes) -> None:
+    """Check that a JPEG stream of a TIFF has an end, and nothing after it. Raises ImageError `truncated` or
+    `unsupported_format`."""
+    first = next((end for marker, _, end in _segments(stream) if marker == SOS), None)
+    if first is None or stream[_end(stream, first, MAX_SCANS) :].strip(b"\0\xff"):
+        raise ImageError("truncated", "a JPEG stream in it ends early")
+
+
 def _joined(parts: dict[int, bytes]) -> bytes | None:
     """The profile from its parts: `{1: number of parts and first bytes, 2: ...}`."""
     if not parts:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bcd.errors import ImageError
-from bcd.imaging.container import require_size
+from bcd.imaging.container import require_size, require_whole_stream
 
 # First bytes of a file: byte order, and classic or BigTIFF.
 STARTS = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True)}
@@ -23,9 +23,10 @@ _TYPES = {1: (1, 2, 6, 7), 2: (3, 8), 4: (4, 9, 11, 13), 8: (5, 10, 12, 16, 17, 
 SIZES = {kind: n_bytes for n_bytes, kinds in _TYPES.items() for kind in kinds}
 LETTERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 BYTES = 7
-# Tags: bytes of each strip, and of each tile; where each tile begins, and what its JPEG streams share.
-PART_BYTES = (279, 325)
-TILE_PLACES, TILE_BYTES, JPEG_TABLES = LONG = 324, 325, 347
+# Tags: where each strip or tile begins, and its bytes; what its JPEG streams share.
+TILE_PLACES, TILE_BYTES, JPEG_TABLES = 324, 325, 347
+PART_PLACES, PART_BYTES = (273, TILE_PLACES), (279, TILE_BYTES)
+LONG = {*PART_PLACES, *PART_BYTES, JPEG_TABLES}
 # Real files have some dozens of tags and, where their pages are focus planes or frames, hundreds of pages.
 MAX_TAGS, MAX_PAGES = 4_096, 1_000
 # Numbers read from a tag, one for each sample of a pixel; a palette has red, green and blue.
@@ -206,6 +207,19 @@ def require_read(page: Page, n_pages: int) -> None:
     require_size(*page.size)
     if fault := _fault(page) or _fault_of_samples(page) or _fault_of_planes(page, n_pages):
         raise ImageError("unsupported_format", f"{fault}; save it as an ordinary 8-bit TIFF or PNG")
+
+
+def require_whole_parts(file: BinaryIO, page: Page) -> None:
+    """Check that each JPEG stream of a page is whole: libjpeg fills one that ends early with grey. Raises
+    ImageError `truncated`."""
+    if page.one(COMPRESSION) != JPEG:
+        return
+    places, sizes = (
+        np.concatenate([values(file, page, tag) for tag in tags]) for tags in (PART_PLACES, PART_BYTES)
+    )
+    for place, size in zip(places.tolist(), sizes.tolist(), strict=False):
+        file.seek(int(place))
+        require_whole_stream(file.read(int(size)))
 
 
 def _fault(page: Page) -> str | None:

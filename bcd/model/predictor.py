@@ -12,7 +12,7 @@ from safetensors.torch import save as save_safetensors
 from bcd import storage
 from bcd.config.options import CLOSED_FORM
 from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError, ImageError
-from bcd.imaging import image
+from bcd.imaging import decoder, image
 from bcd.model import bundle, cam, novelty, resnet, weights
 from bcd.model.card import STRIDE_PX, Card, dump, model_id
 from bcd.model.resnet import ResNet, normalise
@@ -168,7 +168,7 @@ def canary() -> np.ndarray:
 def _decoded(contents: Sequence[bytes]) -> Iterator[np.ndarray]:
     for i, content in enumerate(contents):
         try:
-            yield image.decode(content)
+            yield decoder.decode_safely(content)
         except ImageError as error:
             raise ImageError(error.code, f"image {i + 1} of {len(contents)}: {error.message}") from error
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from bcd.imaging import image
+from bcd.imaging import decoder, image
 from bcd.reports import overlay, plots, style, thumbnails
 from bcd.reports.thumbnails import Example
 
@@ -203,6 +203,6 @@ def _drawn(slides: Sequence[GallerySlide]) -> list[tuple[GallerySlide, str]]:
     size_px = 2 * MAX_SLIDE_WIDTH_PX, MAX_SLIDE_WIDTH_PX
     contents = [(slide, slide.heat_map) for slide in slides if slide.heat_map][:MAX_SLIDES]
     return [
-        (slide, thumbnails.data_uri(image.shrink(image.decode(content), *size_px)))
+        (slide, thumbnails.data_uri(image.shrink(decoder.decode_safely(content), *size_px)))
         for slide, content in contents
     ]

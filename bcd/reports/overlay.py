@@ -13,7 +13,7 @@ from PIL import Image, ImageColor
 
 from bcd import schema, storage
 from bcd.errors import DataError
-from bcd.imaging import image
+from bcd.imaging import decoder, image
 from bcd.model import card
 from bcd.reports.style import BLUE, VERMILION
 
@@ -91,7 +91,7 @@ def overlay_of_row(
 def _read(row: Mapping[str, Any]) -> np.ndarray:
     if not pd.isna(row[schema.X_LEVEL0_PX]):
         raise DataError(f"{row[schema.IMAGE_ID]}: is a tile of a slide; give its pixels")
-    pixels = image.decode(storage.read_bytes(row[schema.URI]))
+    pixels = decoder.decode_safely(storage.read_bytes(row[schema.URI]))
     if pixels.shape[:2] != (row[schema.HEIGHT_PX], row[schema.WIDTH_PX]):
         raise DataError(
             f"{row[schema.IMAGE_ID]}: is {pixels.shape[1]} x {pixels.shape[0]} px, but "

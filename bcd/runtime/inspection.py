@@ -16,7 +16,7 @@ import ray
 from bcd import schema
 from bcd.data import read
 from bcd.errors import BcdError, DataError, StorageError
-from bcd.imaging import image, prepared
+from bcd.imaging import decoder, image, prepared
 from bcd.imaging.prepared import Store
 from bcd.runtime import datasets
 from bcd.text import counted, duration, some
@@ -150,7 +150,7 @@ def _inspected(content: bytes | image.ImageError, preparing: _Preparing | None) 
         digest = hashlib.sha256(data).hexdigest()
         if preparing and (facts := preparing.known(digest)):
             return facts
-        pixels = image.decode(data)
+        pixels = decoder.decode_safely(data)
     except image.ImageError as error:
         return {schema.ERROR: f"{error.code}: {error.message}"}
     from bcd.imaging import appearance  # takes seconds, and no other worker needs it

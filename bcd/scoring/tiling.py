@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from bcd import schema, storage
 from bcd.data import read
 from bcd.errors import StorageError
-from bcd.imaging import image, pixel_size
+from bcd.imaging import decoder, image, pixel_size
 from bcd.slides import slide, slide_cache, tile, tissue
 from bcd.text import counted
 
@@ -185,4 +185,4 @@ def read_plan(plans_uri: str, slide_id: str) -> Plan | None:
 
 def read_thumbnail(plans_uri: str, slide_id: str) -> np.ndarray:
     """uint8 (h, w, 3) RGB of a planned slide."""
-    return image.decode(storage.read_bytes(_uri(plans_uri, slide_id, "png")))
+    return decoder.decode_safely(storage.read_bytes(_uri(plans_uri, slide_id, "png")))

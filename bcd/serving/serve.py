@@ -1,9 +1,8 @@
 """Serve a model over HTTP with Ray Serve: `app` builds the application, `run` is called by `jobs/serve.py`.
 
-A replica decodes and computes off the event loop. While it computes a batch, requests wait at the gate and
-then form the next batch. So no request waits for a timer: a single one is computed at once, and under load
-batches fill by themselves. On CPUs decoding is part of the batch, because threads that decode meanwhile
-compete with the network's for the cores; in front of a GPU it happens before the gate.
+A replica decodes and computes off the event loop. While it computes a batch, requests that are decoded wait
+at the gate and then form the next batch. So no request waits for a timer, nor for an image that takes long to
+decode: a single one is computed at once, and under load batches fill by themselves.
 """
 
 import asyncio
@@ -32,7 +31,7 @@ from bcd import storage
 from bcd.config import log
 from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.errors import NOT_FINITE_MESSAGE, BundleError, ConfigError, ResourceError
-from bcd.imaging import image
+from bcd.imaging import decoder, image
 from bcd.model import bundle, predictor
 from bcd.model.card import model_id
 from bcd.model.predictor import Prediction
@@ -47,8 +46,6 @@ NAME = "bcd"
 READY_FOR_S = 10.0
 READY_TIMEOUT_S = 20.0
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
-# The image as sent and as input of the network, or why it cannot be decoded.
-Decoded = tuple[np.ndarray, np.ndarray] | image.ImageError
 # The image as sent, and its prediction.
 Seen = tuple[np.ndarray, Prediction]
 
@@ -124,8 +121,9 @@ class Replica:
         bundle.require_same(config.model, model_id, self._predictor.model_id)
         self.card, self.model_id = self._predictor.card, self._predictor.model_id
         self._decoders = ThreadPoolExecutor(threads, "decode")
+        # One at a time: those that take long would hold up the others, and need most memory.
+        self._patient = ThreadPoolExecutor(1, "decode slowly")
         self._computer = ThreadPoolExecutor(1, "compute")
-        self._decodes_ahead = self._predictor.device.type != "cpu"
         self._gate = Gate(config.max_batch_size)
         self._succeeded = -READY_FOR_S
         canary = np.zeros((self.card.input_height_px, self.card.input_width_px, 3), np.uint8)
@@ -143,16 +141,21 @@ class Replica:
 
     async def look(self, content: bytes) -> Seen:
         """See `api.Engine`."""
-        given = await self._decode(content) if self._decodes_ahead else content
+        try:
+            pixels, fitted = await self._decode(self._decoders, content, decoder.QUICK)
+        except image.ImageError as error:
+            if error.code != "too_slow":
+                raise
+            pixels, fitted = await self._decode(self._patient, content, decoder.PATIENT)
+        return pixels, await self._in_batch(fitted)
+
+    async def _in_batch(self, fitted: np.ndarray) -> Prediction:
         await self._gate.enter()
         try:
-            seen = await self._forward(given)
+            return await self._forward(fitted)
         except asyncio.CancelledError:
             self._gate.pass_on()
             raise
-        if isinstance(seen, image.ImageError):
-            raise seen
-        return seen
 
     async def ready(self) -> bool:
         """See `api.Engine`."""
@@ -163,38 +166,30 @@ class Replica:
         return time.monotonic() - self._succeeded <= READY_FOR_S
 
     @serve.batch(batch_wait_timeout_s=0.0, max_concurrent_batches=1)
-    async def _forward(self, given: list[bytes | Decoded]) -> list[Seen | image.ImageError]:
+    async def _forward(self, fitted: list[np.ndarray]) -> list[Prediction]:
         self._gate.close()
         try:
-            return await self._seen(given)
+            return await self._predict(fitted)
         finally:
             self._gate.open()
 
-    async def _seen(self, given: list[Any]) -> list[Seen | image.ImageError]:
-        if not self._decodes_ahead:
-            given = await asyncio.gather(*map(self._decode, given))
-        fitted = [one[1] for one in given if not isinstance(one, image.ImageError)]
-        predictions = iter(await self._predict(fitted))
-        return [one if isinstance(one, image.ImageError) else (one[0], next(predictions)) for one in given]
-
     async def _predict(self, fitted: list[np.ndarray]) -> list[Prediction]:
-        if not fitted:
-            return []
         loop = asyncio.get_running_loop()
         prediction = await loop.run_in_executor(self._computer, self._predictor.predict, np.stack(fitted))
         # The weights were finite when they were loaded: a replica with other logits now is broken.
         self._succeeded = time.monotonic() if prediction.finite.all() else -READY_FOR_S
         return prediction.rows()
 
-    async def _decode(self, content: bytes) -> Decoded:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decoded, content)
+    async def _decode(
+        self, threads: ThreadPoolExecutor, content: bytes, budget: decoder.Budget
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The image as sent, and as input of the network."""
 
-    def _decoded(self, content: bytes) -> Decoded:
-        try:
-            pixels = image.decode(content)
-        except image.ImageError as error:
-            return error
-        return pixels, self._predictor.fit(pixels)
+        def decoded() -> tuple[np.ndarray, np.ndarray]:
+            pixels = decoder.decode_safely(content, budget)
+            return pixels, self._predictor.fit(pixels)
+
+        return await asyncio.get_running_loop().run_in_executor(threads, decoded)
 
 
 def app(config: ServiceConfig) -> Application:

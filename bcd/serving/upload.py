@@ -104,7 +104,7 @@ async def many(request: Request, most: int) -> list[Sent]:
 
 
 def field_of(sent: Sent) -> bytes:
-    """The bytes of a possible field of view, for `image.decode`.
+    """The bytes of a possible field of view, for `decoder.decode_safely`.
 
     Raises:
         ImageError: the error of the part; `whole_slide`, recognised by the content as in an archive;

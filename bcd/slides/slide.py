@@ -213,7 +213,7 @@ def _require_tiles(page: tiff.Page, size_bytes: int) -> None:
 
 
 def is_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -> bool:
-    """Whether a file on the local disk is a whole slide, and not an image for `image.decode`.
+    """Whether a file on the local disk is a whole slide, and not an image for `decoder.decode_safely`.
 
     The suffix decides, so that a damaged `.svs` is a damaged slide; for other suffixes, the content, and
     `given`, the user's statements of its µm per pixel. Raises ImageError `unreadable`.

@@ -46,6 +46,31 @@ def test_whatever_is_raised_for_one_image_is_the_row_of_that_image(monkeypatch, 
     np.testing.assert_array_equal(found[schema.IMAGE][0], pictures.gradient())
 
 
+def test_few_files_are_in_memory_before_they_are_needed(monkeypatch, tmp_path):
+    """And of large ones a single one."""
+    uris = [str(tmp_path / f"{i:02}.png") for i in range(40)]
+    for i, uri in enumerate(uris):
+        storage.write_bytes(uri, bytes([i]) * (200 if i % 10 == 9 else 100))
+    monkeypatch.setattr(read, "AHEAD_BYTES", 150)
+    taken, ahead, large, read_bytes = [], [0], [], storage.read_bytes
+
+    def counted(uri, most):
+        content = read_bytes(uri, most)
+        if most == 150:
+            ahead.append(uris.index(uri) - len(taken))
+        else:
+            large.append((uris.index(uri), len(taken)))
+        return content
+
+    monkeypatch.setattr(storage, "read_bytes", counted)
+    for content in read.contents(uris):
+        taken.append(content)
+    assert [len(content) for content in taken] == [200 if i % 10 == 9 else 100 for i in range(40)]
+    assert [content[0] for content in taken] == list(range(40))
+    assert max(ahead) <= read.AHEAD
+    assert large == [(i, i) for i in (9, 19, 29, 39)]
+
+
 def test_a_tile_of_a_slide_that_cannot_be_fetched_now_is_left_to_a_rerun(monkeypatch):
     def fails(uri, given):
         raise StorageError(f"{uri}: no")

@@ -216,3 +216,13 @@ def test_bigtiff_is_read_too():
     np.testing.assert_array_equal(image.decode(content), AS_GREY)
     (page,) = tiff.pages(io.BytesIO(content), len(content))
     assert (page.size, page.bits, page.one(tiff.COMPRESSION)) == ((70, 46), 8, 1)
+
+
+@pytest.mark.parametrize("marker", [b"\xff\xd9", b"\xff\xf0", b"\xff\xc8"])
+def test_a_jpeg_stream_that_ends_early_is_truncated(marker):
+    """libjpeg fills the rest with grey."""
+    good = pictures.encode(pictures.stained(256, 256), "TIFF", compression="jpeg")
+    for place in (1_000, 2_000, 3_000):
+        with pytest.raises(image.ImageError) as caught:
+            image.decode(good[:place] + marker + good[place + 2 :])
+        assert caught.value.code == "truncated"

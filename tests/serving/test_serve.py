@@ -10,10 +10,13 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +28,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 from ray import serve as ray_serve
 from ray.serve.schema import ServeDeploySchema
 
@@ -102,11 +106,11 @@ class Unloaded(serve.Replica.__base__):
     """A replica's way from a request to the batch, with Ray Serve's own queue, and no model behind it."""
 
     def __init__(self, size):
-        self._gate, self._decodes_ahead = serve.Gate(size), False
+        self._gate = serve.Gate(size)
         self._forward.set_max_batch_size(size)
         self.begun, self.may_end = asyncio.Event(), asyncio.Event()
 
-    async def _seen(self, given):
+    async def _predict(self, given):
         self.begun.set()
         await self.may_end.wait()
         return given
@@ -129,10 +133,10 @@ def test_clients_that_leave_at_any_moment_hold_up_nobody(make_batch_queue, size)
 
     async def story(turns):
         replica = Unloaded(size)
-        first = asyncio.create_task(replica.look(b"first"))
+        first = asyncio.create_task(replica._in_batch(b"first"))
         await replica.begun.wait()
-        leaving = [asyncio.create_task(replica.look(b"leaves")) for _ in range(size)]
-        staying = [asyncio.create_task(replica.look(b"stays")) for _ in range(2 * size)]
+        leaving = [asyncio.create_task(replica._in_batch(b"leaves")) for _ in range(size)]
+        staying = [asyncio.create_task(replica._in_batch(b"stays")) for _ in range(2 * size)]
         await asyncio.sleep(0)
         replica.may_end.set()
         for _ in range(turns):
@@ -510,6 +514,71 @@ def test_a_killed_replica_costs_only_what_was_in_flight(service, cluster, files)
     assert all(answer.status_code == 200 for begun, answer in answers if begun > back)
 
 
+def bombs():
+    """Small bodies by what they cost: 64 million pixels, scans, streams that libtiff complains of."""
+    black = Image.new("RGB", (8_000, 8_000))
+    few = pictures.encode(pictures.gradient(), "JPEG", progressive=True)
+    tiff = pictures.encode(pictures.stained(256, 256), "TIFF", compression="jpeg")
+    scan = few[few.rindex(b"\xff\xda") : -2]
+    rows = zlib.compress(bytes(8_000 * (6 * 8_000 + 1)), 1)
+    header = struct.pack(">IIBBBBB", 8_000, 8_000, 16, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"tRNS", bytes(6))]
+    parts += [(b"IDAT", rows[i : i + 2**20]) for i in range(0, len(rows), 2**20)] + [(b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in parts
+    ]
+    return {
+        "progressive JPEG": pictures.encode(black, "JPEG", progressive=True),
+        "JPEG of 500 scans": few[:-2] + 500 * scan + few[-2:],
+        "PNG": pictures.encode(black),
+        "PNG of 16 bits": b"\x89PNG\r\n\x1a\n" + b"".join(chunks),
+        "TIFF, LZW": pictures.encode(black, "TIFF", compression="tiff_lzw"),
+        "TIFF, damaged": tiff[:1_000] + b"\xff\xf0" + tiff[1_002:],
+    }
+
+
+@pytest.mark.trial
+@pytest.mark.ray
+def test_bombs_among_the_images_hold_up_nobody(service, files, capsys):
+    """One in fifty, for BCD_SOAK_MINUTES: the other answers take at most twice their usual time."""
+    minutes = float(os.environ.get("BCD_SOAK_MINUTES", "30"))
+    given, slow = itertools.cycle(bombs().items()), []
+
+    def answers(pool, seconds, with_bombs):
+        """Seconds of each answer of four clients; bombs are sent beside."""
+        times, until = [], time.monotonic() + seconds
+        for n, content in enumerate(itertools.cycle(files.values())):
+            if time.monotonic() > until:
+                return times
+            if with_bombs and n % 50 == 49:
+                name, bomb = next(given)
+                slow.append((name, pool.submit(service.ask, bomb)))
+            begun = time.monotonic()
+            assert service.ask(content).status_code == 200
+            times.append(time.monotonic() - begun)
+        return times
+
+    (replica,) = [p for p in psutil.process_iter() if re.match(REPLICA, "".join(p.cmdline()[:1]))]
+    with ThreadPoolExecutor(100) as pool, ThreadPoolExecutor(4) as clients:
+        alone, beside = (
+            [clients.submit(answers, pool, *how) for _ in range(4)]
+            for how in ((30, False), (60 * minutes, True))
+        )
+        usual, tested = (np.concatenate([one.result() for one in running]) for running in (alone, beside))
+        largest = max(p.memory_info().rss for p in [replica, *replica.children(recursive=True)])
+        statuses = Counter((name, one.result().status_code) for name, one in slow)
+    with capsys.disabled():
+        for name, times in (("usual", usual), ("with bombs", tested)):
+            print(f"\n{name}: {len(times)} answers, p50, p95 and longest (s):", end=" ")
+            print(*np.round(np.quantile(times, [0.5, 0.95, 1]), 3), end=" ")
+        print(f"\nbombs: {dict(statuses)}\nlargest process at the end: {largest / 2**20:.0f} MiB")
+    assert {status for _, status in statuses} <= {200, 422, 503, 504}
+    assert np.median(tested) <= 2 * np.median(usual)
+    assert len(slow) > 5
+    assert {p.pid for p in psutil.process_iter()} >= {replica.pid}
+
+
 @pytest.mark.trial
 @pytest.mark.ray
 def test_a_second_bundle_under_load_loses_no_request(
@@ -680,17 +749,17 @@ def test_a_replica_answers_with_no_other_model(models):
 
 def test_a_replica_without_numbers_is_not_ready(models, monkeypatch):
     loaded = predictor.load(models[0], "cpu")
-    replica = Unloaded(1)
+    replica, predicted = Unloaded(1), serve.Replica.__base__._predict
     replica._predictor, replica._computer, replica._succeeded = loaded, ThreadPoolExecutor(1), 0.0
     pictures = [np.zeros((64, 96, 3), np.uint8)]
-    asyncio.run(replica._predict(pictures))
+    asyncio.run(predicted(replica, pictures))
     assert replica._succeeded > 0
     broken = replace(loaded, features=lambda batch: torch.full((len(batch), 512, 4, 6), torch.nan))
     replica._predictor = broken
-    (prediction,) = asyncio.run(replica._predict(pictures))
+    (prediction,) = asyncio.run(predicted(replica, pictures))
     assert prediction.predicted_class == [None]
     assert replica._succeeded == -serve.READY_FOR_S
-    replica.look = lambda content: replica._predict(pictures)
+    replica.look = lambda content: predicted(replica, pictures)
     replica._canary = b""
     assert not asyncio.run(replica.ready())
     # Nor does one start.
