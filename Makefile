@@ -10,7 +10,7 @@ install = ($(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python $(1
 # Modules are compiled once, when they are first imported, and not by each of the processes that Ray starts.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo check pure test test-all lint docs env clean
+.PHONY: demo check pure test test-all lint docs env requirements clean
 
 demo: $(VENV)/installed  ## generate synthetic images, train on them, evaluate, show where the report is
 	$(BIN)/python jobs/demo.py
@@ -34,6 +34,11 @@ lint: $(VENV)/installed-dev
 
 docs: $(VENV)/installed-dev  ## the documentation site, in site/; fails on a broken link, needs no network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+requirements: $(VENV)/installed-dev  ## the hashes of what images and the nodes of cluster.yaml install
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra aws --constraints constraints.txt --generate-hashes \
+		--python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate \
+		--no-emit-index-url --output-file deploy/requirements.txt
 
 env: $(VENV)/installed-dev  ## the environment for development
 

@@ -21,7 +21,7 @@ from configparser import Error as ConfigError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from errno import ENAMETOOLONG
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import unquote
@@ -120,15 +120,16 @@ def _s3(variables: tuple[tuple[str, str], ...]) -> fs.S3FileSystem:
     known = dict(variables)
     endpoint = known.get("AWS_ENDPOINT_URL_S3") or known.get("AWS_ENDPOINT_URL")
     region = known.get("AWS_REGION") or known.get("AWS_DEFAULT_REGION")
+    # A small object is one PUT, and not the three requests of a multipart upload.
     tries = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
+    client = partial(fs.S3FileSystem, retry_strategy=tries, allow_delayed_open=True)
     if not endpoint:
-        return fs.S3FileSystem(region=region, retry_strategy=tries)
+        return client(region=region)
     scheme, _, host = endpoint.rpartition("://")
-    return fs.S3FileSystem(
+    return client(
         region=region or "us-east-1",
         endpoint_override=host,
         scheme=scheme or "https",
-        retry_strategy=tries,
         force_virtual_addressing=_addressing(known) == "virtual",
     )
 
@@ -402,8 +403,8 @@ def download(uri: str, path: Path) -> None:
 
 
 def write_bytes(uri: str, data: bytes, whole: bool = True) -> None:
-    """Write one file: on a store by one PUT; on a disk aside, synchronised and renamed, so that it is whole
-    or not there. On a disk a file that need not be `whole` is written in its place."""
+    """Write one file, whole or not at all: on a disk aside, synchronised and renamed, unless it need not be
+    `whole`."""
     filesystem, path = resolve(uri)
     with _naming(uri, "write it"):
         if not is_remote(uri):

@@ -419,7 +419,7 @@ def test_an_interrupted_write_leaves_no_empty_object(tmp_path, faulty, s3):
     uri, processes = f"{s3}/{tmp_path.name}/a", []
 
     def fault(method, path):
-        if method == "POST" and "uploads" in path:
+        if method == "PUT":
             processes[0].terminate()
 
     faulty.fault = fault
@@ -434,6 +434,18 @@ def test_an_interrupted_write_leaves_no_empty_object(tmp_path, faulty, s3):
         process.communicate("\n", timeout=60)
     assert process.returncode == 7
     assert [file.size_bytes for file in storage.list_files_if_any(f"{s3}/{tmp_path.name}")] in ([], [3])
+
+
+def test_a_small_object_is_written_by_one_request(tmp_path, faulty, s3):
+    seen = []
+    faulty.fault = lambda method, path: seen.append(method)
+    uri = f"{s3}/{tmp_path.name}/a"
+    storage.write_bytes(uri, b"123")
+    assert seen == ["PUT"]
+    assert storage.read_bytes(uri) == b"123"
+    large = bytes(20 * 2**20)
+    storage.write_bytes(uri, large)
+    assert storage.read_bytes(uri) == large
 
 
 def test_no_more_is_read_than_allowed(tmp_path, s3):

@@ -85,6 +85,8 @@ def _start(trains: bool) -> None:
     os.environ.update(MODEL_VARIABLES)
     # For Ray Data in the workers of this cluster, too.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+    # By default Ray reports statistics on each cluster to its makers.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's own processes warn about Ray's own code.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::DeprecationWarning")
     # Ray ends idle processes beyond one per CPU after a second. Jobs of several steps would start them again.

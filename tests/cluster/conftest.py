@@ -82,10 +82,10 @@ def scoring(hosts, archive, model_uri, bucket):
 def training(hosts, data, bucket):
     """Starts a training."""
 
-    def start(*more):
+    def start(*more, epochs=EPOCHS):
         name = uuid.uuid4().hex
         arguments = train_arguments(
-            data, bucket, name, "--epochs", str(EPOCHS), "--learning-rate", "0.001", *more
+            data, bucket, name, "--epochs", str(epochs), "--learning-rate", "0.001", *more
         )
         return Job(hosts, f"{bucket}/jobs/{name}", arguments)
 

@@ -12,7 +12,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bcd import storage
 from bcd.runtime import inspection
-from tests import faults
+from tests import faults, policies
 from tests.cluster import PATIENCE_S, finish, finished, read_json, start_job, submit
 from tests.trained import check_whole, wait_for_epoch
 
@@ -107,6 +107,7 @@ def test_a_store_on_a_bad_day_costs_a_training_time_only(cluster, data, s3):
         store.fault, store.delay_s = faults.bad_day(), 0.02
         finished(start_job(*train_arguments(data, s3, "bad-day", *same), **store.variables))
         assert len(store.asked) > 400
+        assert policies.used(store.asked) <= policies.actions("s3-jobs.json")
     print(f"{between - started:.0f} s on a good day, {time.monotonic() - between:.0f} s on a bad one")
     check_whole(f"{s3}/jobs/bad-day", 3)
     good, bad = (read_json(f"{s3}/jobs/{name}/history.json") for name in ("good-day", "bad-day"))

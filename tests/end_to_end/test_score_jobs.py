@@ -31,7 +31,7 @@ from bcd.imaging import image
 from bcd.model import bundle, predictor, weights
 from bcd.runtime import predict
 from bcd.scoring import score, tiling
-from tests import archives, faults
+from tests import archives, faults, policies
 from tests.cluster import (
     PATIENCE_S,
     finish,
@@ -290,6 +290,7 @@ def test_a_store_on_a_bad_day_costs_time_only(archive_on_s3, model_uri, s3, undi
         finished(start(model_uri, archive_on_s3, output, **store.variables))
         assert len(store.asked) > N_FIELDS
         assert {"GET", "HEAD", "PUT"} <= {method for method, _ in store.asked}
+        assert policies.used(store.asked) <= policies.actions("s3-jobs.json")
     assert_same(table(output), table(undisturbed))
 
 

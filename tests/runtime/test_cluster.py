@@ -157,6 +157,16 @@ def test_a_cluster_of_ours_keeps_its_files_from_other_users(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, "0"), ("1", "1")])
+def test_ray_reports_nothing_unless_it_is_wanted(before, after, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {} if before is None else {"RAY_USAGE_STATS_ENABLED": before})
+    monkeypatch.setattr(cluster.ray, "init", lambda **options: None)
+    monkeypatch.setattr(cluster, "_close_token", lambda: None)
+    monkeypatch.setattr(cluster, "_private_folder", lambda: str(tmp_path))
+    cluster._start(trains=False)
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == after
+
+
 def test_the_token_of_ray_is_for_its_user_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     cluster._close_token()
