@@ -19,7 +19,8 @@ HOST = "198.18.77.2"
 OUTSIDE = f"""
 set -e
 mount -t tmpfs tmpfs /tmp; mount -t tmpfs tmpfs /dev/shm; chmod 1777 /tmp /dev/shm; mkdir -m 755 /tmp/home
-ip link set lo up; ip link add host type dummy; ip addr add {HOST}/24 dev host; ip link set host up
+ip link set lo up; ip link add host type veth peer name other
+ip addr add {HOST}/24 dev host; ip link set host up; ip link set other up
 ip route add default dev host
 exec "$@"
 """
