@@ -41,7 +41,8 @@ class Cluster:
 
 def other_lines(log: str, known: Sequence[str]) -> list[str]:
     """Lines of a job's log that no pattern matches, besides those of `ray job submit` about where it runs."""
-    patterns = [re.compile(pattern) for pattern in (*known, r".*\tINFO job_manager\.py:.*", r"")]
+    submitted = (r".*\tINFO job_manager\.py:.*", r"Running entrypoint for job \w+: .*")
+    patterns = [re.compile(pattern) for pattern in (*known, *submitted, r"")]
     return [line for line in log.splitlines() if not any(pattern.fullmatch(line) for pattern in patterns)]
 
 
