@@ -14,6 +14,7 @@ from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig
+from bcd.config.signing import SignConfig, VerifyConfig
 from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
 from bcd.errors import BcdError
 
@@ -29,6 +30,8 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "crossval": (CrossvalConfig, "training.crossval"),
         "score": (ScoreConfig, "scoring.score"),
         "serve": (ServeConfig, "serving.serve"),
+        "sign": (SignConfig, "preflight.signing"),
+        "verify": (VerifyConfig, "preflight.signing"),
     }
 )
 

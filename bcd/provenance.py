@@ -1,11 +1,17 @@
-"""The code behind a result: versions, git commit, command."""
+"""The code behind a result: versions, git commit, command; and the documents that state it for a model."""
 
 import platform
+import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import version
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import distributions, version
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "kornia-rs", "simplejpeg")
 
@@ -43,3 +49,77 @@ def _git(folder: Path, *arguments: str) -> str:
 def command() -> str:
     """The command line of this process."""
     return " ".join(["python", *sys.argv])
+
+
+def bill_of_materials(file: str, sha256: str, when: datetime) -> dict[str, Any]:
+    """The software bill of materials (CycloneDX 1.6) of a file with a model: every package that is installed
+    here. Equal but for the time in equal environments."""
+    model: dict[str, Any] = {"type": "machine-learning-model", "bom-ref": file, "name": file}
+    model["hashes"] = [{"alg": "SHA-256", "content": sha256}]
+    packages = {f"pkg:pypi/{name}@{quote(number)}": (name, number) for name, number in _installed().items()}
+    components = [
+        {"type": "library", "bom-ref": purl, "name": name, "version": number, "purl": purl}
+        for purl, (name, number) in packages.items()
+    ]
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {"timestamp": _stamp(when), "component": model},
+        "components": components,
+        "dependencies": [{"ref": file, "dependsOn": list(packages)}, *({"ref": purl} for purl in packages)],
+    }
+
+
+def statement(
+    file: str,
+    sha256: str,
+    settings: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+    commit: str | None,
+    when: datetime,
+) -> dict[str, Any]:
+    """How a file with a model was made: an in-toto statement with SLSA provenance. Equal but for the time for
+    equal arguments of equal commands in equal environments.
+
+    Args:
+        file: its name.
+        sha256: of its content.
+        settings: of the training; `data` is the URI of the training data.
+        fingerprints: of the data and of their split.
+        commit: of the code, where known.
+        when: the training ended.
+    """
+    data = {"name": settings["data"], "annotations": dict(fingerprints)}
+    code = {"name": "bcd", "annotations": {"git_commit": commit or "unknown", "version": own_version()}}
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": file, "digest": {"sha256": sha256}}],
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {
+            "buildDefinition": {
+                "buildType": "urn:bcd:training:1",
+                "externalParameters": {"command": command(), "settings": dict(settings)},
+                "resolvedDependencies": [data, code],
+            },
+            "runDetails": {
+                "builder": {"id": "urn:bcd:train", "version": versions()},
+                "metadata": {"finishedOn": _stamp(when)},
+            },
+        },
+    }
+
+
+@lru_cache(maxsize=1)
+def _installed() -> dict[str, str]:
+    """Versions of the installed packages, sorted by normal name; of two, that of the one that is imported."""
+    found: dict[str, str] = {}
+    for each in distributions():
+        facts = each.metadata  # parsed at each access
+        if name := facts["Name"]:
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), facts["Version"])
+    return dict(sorted(found.items()))
+
+
+def _stamp(when: datetime) -> str:
+    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,8 +1,18 @@
-"""Text: numbers with their nouns, lists, and names normalised for comparison."""
+"""Text: numbers with their nouns, lists, names normalised for comparison, and values within Markdown."""
 
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+# Characters that are markup somewhere in Markdown. Backslashes only where every renderer knows them, else
+# entities: Python-Markdown would pass `\<script>` on as HTML.
+_MARKUP = str.maketrans(
+    {character: f"\\{character}" for character in "\\`*_[]"}
+    | {character: f"&#{ord(character)};" for character in "&<>|~$"}
+)
+# Markup at the start of a block only: headings, lists, rules.
+_AT_START = re.compile(r"^( ?)([#+=-]+(?=\s|$)|\d+(?=[.)](?:\s|$)))")
 
 
 def counted(n: int, noun: str, many: str | None = None) -> str:
@@ -47,3 +57,37 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"
+
+
+class Markdown(str):
+    """Text that is Markdown already: `in_markdown` returns it as it is."""
+
+
+def in_markdown(value: Any) -> Any:
+    """A value as Markdown that shows it, in one line: names that users gave become no links, images, tables,
+    blocks or HTML. Anything but text is returned as it is."""
+    if not isinstance(value, str) or isinstance(value, Markdown):
+        return value
+    shown = _one_line(value).translate(_MARKUP)
+    # Addresses become links without any markup.
+    shown = re.sub(r":(?=//)", "&#58;", shown)
+    shown = re.sub(r"(?<=www)\.", "&#46;", shown, flags=re.IGNORECASE)
+    return _AT_START.sub(lambda match: match[1] + _entities(match[2]), shown)
+
+
+def as_code(value: str) -> Markdown:
+    """A value as Markdown code, in one line."""
+    shown = _one_line(value)
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    margin = "" if shown and "`" not in shown else " "
+    return Markdown(f"{fence}{margin}{shown}{margin}{fence}")
+
+
+def _one_line(value: str) -> str:
+    """With blanks for white space, and marks for characters that are not seen, such as those that reverse
+    the direction of a text."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in re.sub(r"\s+", " ", value))
+
+
+def _entities(shown: str) -> str:
+    return "".join(f"&#{ord(character)};" for character in shown)

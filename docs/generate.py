@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pyarrow as pa
+import tyro
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -21,6 +22,7 @@ from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig
+from bcd.config.signing import SignConfig, VerifyConfig
 from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
 
 DOCS = Path(__file__).parent
@@ -31,6 +33,8 @@ JOBS: dict[str, type[Config]] = {
     "audit": AuditConfig,
     "score": ScoreConfig,
     "serve": ServeConfig,
+    "sign": SignConfig,
+    "verify": VerifyConfig,
     "doctor": DoctorConfig,
     "demo": DemoConfig,
 }
@@ -160,7 +164,9 @@ def _job(name: str) -> str:
 
 def _flag(key: str, field: FieldInfo) -> str:
     flag = f"--{key.replace('_', '-')}"
-    if field.annotation is bool:
+    if get_args(tyro.conf.Positional[str])[1] in field.metadata:
+        head = f"`{key.upper()}`"
+    elif field.annotation is bool:
         head = f"`{flag}`, `--no-{flag[2:]}`"
     else:
         head = f"`{flag} {_values(field.annotation)}`"

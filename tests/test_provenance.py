@@ -1,5 +1,9 @@
+import json
 import sys
+from datetime import UTC, datetime, timedelta, timezone
 from importlib.metadata import version
+
+import pytest
 
 from bcd import provenance
 
@@ -34,3 +38,37 @@ def test_commit_is_named_in_a_checkout_and_absent_elsewhere(tmp_path, monkeypatc
 def test_command(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["jobs/train.py", "--data", "x"])
     assert provenance.command() == "python jobs/train.py --data x"
+
+
+FILE = ("model.safetensors", "a" * 64)
+NOON = datetime(2026, 11, 29, 12, tzinfo=UTC)
+
+
+def test_the_bill_of_materials_is_valid_cyclonedx():
+    validation = pytest.importorskip("cyclonedx.validation.json")
+    schema = pytest.importorskip("cyclonedx.schema")
+    validator = validation.JsonStrictValidator(schema.SchemaVersion.V1_6)
+    content = provenance.bill_of_materials(*FILE, NOON)
+    assert validator.validate_str(json.dumps(content)) is None
+    assert validator.validate_str(json.dumps(content | {"specversion": "1.6"})) is not None
+
+
+def test_the_bill_of_materials_names_what_is_installed():
+    content = provenance.bill_of_materials(*FILE, NOON)
+    packages = {each["name"]: each["version"] for each in content["components"]}
+    assert packages["torch"] == version("torch")
+    assert list(packages) == sorted(packages)
+    references = [each["bom-ref"] for each in content["components"]]
+    assert len(set(references)) == len(references)
+    assert content["dependencies"][0] == {"ref": FILE[0], "dependsOn": references}
+
+
+def test_documents_of_origin_differ_in_their_times_only():
+    later = datetime(2026, 11, 29, 14, tzinfo=timezone(timedelta(hours=1)))
+    facts = ({"data": "d", "seed": 0}, {"data_fingerprint": "f" * 64}, "0123456789ab")
+    for make in (
+        lambda when: provenance.bill_of_materials(*FILE, when),
+        lambda when: provenance.statement(*FILE, *facts, when),
+    ):
+        early, late = (json.dumps(make(when)) for when in (NOON, later))
+        assert early.replace("T12:00:00Z", "T13:00:00Z") == late

@@ -33,3 +33,32 @@ def test_sizes(n_bytes, expected):
 )
 def test_durations(seconds, expected):
     assert text.duration(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("<script>alert(1)</script>", "&#60;script&#62;alert(1)&#60;/script&#62;"),
+        ("[see](https://e.example)", r"\[see\](https&#58;//e.example)"),
+        ("![](www.e.example)", r"!\[\](www&#46;e.example)"),
+        ("a | b\r\n|---|", "a &#124; b &#124;---&#124;"),
+        ("# a", "&#35; a"),
+        ("1. a", "&#49;. a"),
+        ("*a* `b` _c_", r"\*a\* \`b\` \_c\_"),
+        ("a\u202eb\x00", "a\ufffdb\ufffd"),
+        ("0.93 of 12, at 0.49 µm/px: 100 %", "0.93 of 12, at 0.49 µm/px: 100 %"),
+        (text.Markdown("*a*"), "*a*"),
+        (0.5, 0.5),
+    ],
+)
+def test_values_in_markdown_are_shown_as_they_are(value, shown):
+    assert text.in_markdown(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [("a b", "`a b`"), ("a`b", "`` a`b ``"), ("`` <b>", "``` `` <b> ```"), ("a\n\nb", "`a b`"), ("", "`  `")],
+)
+def test_values_as_code_stay_in_it(value, shown):
+    assert text.as_code(value) == shown
+    assert text.in_markdown(text.as_code(value)) == shown

@@ -3,9 +3,10 @@
 from pydantic import Field, model_validator
 
 from bcd.config.options import AUTO, LabelledConfig, Precision
+from bcd.config.signing import SignedConfig
 
 
-class EvaluateConfig(LabelledConfig):
+class EvaluateConfig(LabelledConfig, SignedConfig):
     """Evaluate a model on its held-out test part, or on data that it has never seen."""
 
     model: str

@@ -83,7 +83,7 @@ class LabelledConfig(OutputConfig):
 OPERATIONAL = frozenset(
     {
         *("output", "name", "prepared", "num_workers", "device", "max_failures"),
-        *("max_workers", "parallel", "against", "wait", "log_format"),
+        *("max_workers", "parallel", "against", "wait", "require_signature", "log_format"),
     }
 )
 

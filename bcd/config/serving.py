@@ -4,10 +4,11 @@ import re
 
 from pydantic import Field, model_validator
 
-from bcd.config.options import Config, Precision
+from bcd.config.options import Precision
+from bcd.config.signing import SignedConfig
 
 
-class ServiceConfig(Config):
+class ServiceConfig(SignedConfig):
     """Settings of `serve run bcd.serving.serve:app model=URI`, and the args in serve.yaml."""
 
     model: str

@@ -18,6 +18,7 @@ from bcd.lease import Lease
 from bcd.metrics import aggregate
 from bcd.model import bundle
 from bcd.model.card import Card, model_id
+from bcd.preflight import signing
 from bcd.reports import model_report
 from bcd.runtime import cluster, datasets, output, predict, run_directory
 from bcd.runtime.prepare import (
@@ -47,7 +48,8 @@ def run(config: EvaluateConfig) -> str:
     Raises:
         DataError: the model may have been trained on the data.
     """
-    card = bundle.read_card(config.model)
+    card_sha256 = signing.verified(config.model, config.require_signature)
+    card = bundle.read_card(config.model, card_sha256)
     if config.against:
         artifacts.require_images(config.against)
     run_uri = storage.parent(config.model)
@@ -58,12 +60,19 @@ def run(config: EvaluateConfig) -> str:
     job = output.TRAIN if beside else output.EVALUATE
     output.read_marker(folder, job)
     with lease.held(folder, config.wait) as own:
-        _evaluate_into(config, card, folder, beside, output.claim_folder(folder, job, own.require), own)
+        owner = output.claim_folder(folder, job, own.require)
+        _evaluate_into(config, card, card_sha256, folder, beside, owner, own)
     return folder
 
 
 def _evaluate_into(
-    config: EvaluateConfig, card: Card, folder: str, beside: bool, owner: str, own: Lease
+    config: EvaluateConfig,
+    card: Card,
+    card_sha256: str | None,
+    folder: str,
+    beside: bool,
+    owner: str,
+    own: Lease,
 ) -> None:
     """Evaluate, and write into the folder, of which `owner` is the id."""
     cluster.connect()
@@ -74,7 +83,9 @@ def _evaluate_into(
     table, facts, kind = _tested(config, card, training, *load_data_set(training))
     if kind != HELD_OUT and beside:
         raise DataError(f"{config.data} is not the model's own data: name an --output for its evaluation")
-    settings = predict.Settings(config.model, model_id(card), config.precision, config.batch_size)
+    settings = predict.Settings(
+        config.model, model_id(card), config.precision, config.batch_size, card_sha256=card_sha256
+    )
     table = located(table, store_of(training))
     own.require()
     evaluate(config.model, table, facts, folder, owner, settings, kind, config.against)
@@ -165,11 +176,11 @@ def evaluate(
 
     They are written into `folder`, of which `owner` is the id (see `output.claim_folder`), each atomically.
     """
-    card = bundle.read_card(model_uri)
+    settings = settings or predict.Settings(model_uri, model_id(bundle.read_card(model_uri)))
+    card = predict.read_card_of(settings)
     test = part_of(table, split.TEST)
     logger.info(f"scoring the test part: {counted(len(test), 'image')}")
     predictions_uri = storage.join(folder, PREDICTIONS)
-    settings = settings or predict.Settings(model_uri, model_id(card))
     inputs = schema.fill(test, schema.READING)
     dataset = datasets.row_dataset(inputs, settings.batch_size, **cluster.beside_models())
     rows = predict.score_rows(dataset, settings)
@@ -184,7 +195,7 @@ def evaluate(
     measured["summary"] = model_report.summary(measured)
     measured["too_few_patients"] = model_report.too_few_patients(measured)
     if kind == HELD_OUT:
-        bundle.write_card(card.model_copy(update={"metrics": measured}), model_uri)
+        _write_metrics(card, measured, model_uri)
     if against:
         measured["comparison"] = artifacts.compared(images, against)
     shown = about | facts.model_dump() | {"input_size_px": (card.input_height_px, card.input_width_px)}
@@ -195,6 +206,14 @@ def evaluate(
     history = run_directory.read_json(run_uri, run_directory.HISTORY) if in_run else []
     artifacts.write_artifacts(folder, measured, history, images, shown, unscored)
     return measured
+
+
+def _write_metrics(card: Card, measured: dict[str, Any], model_uri: str) -> None:
+    """Write metrics into the card, unless the bundle is signed: its signature would no longer be valid."""
+    if bundle.is_signed(model_uri):
+        logger.info(f"{model_uri} is signed and keeps its card: the metrics are in the output only")
+    else:
+        bundle.write_card(card.model_copy(update={"metrics": measured}), model_uri)
 
 
 def _about(card: Card, facts: DatasetFacts, kind: str) -> dict[str, Any]:

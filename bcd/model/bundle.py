@@ -1,23 +1,50 @@
-"""The files of a model bundle: weights, a machine-readable card, and the same card as a README.
+"""The files of a model bundle: weights, a machine-readable card, the same card as a README, and origin.
 
     <uri>/model.safetensors   float32 tensors, names of torchvision's network
+    <uri>/sbom.cdx.json       the packages of the environment that wrote it (CycloneDX)
+    <uri>/provenance.json     data, code, command and settings that made the weights (in-toto, SLSA)
     <uri>/README.md           the card as text
     <uri>/card.json           written last: without it there is no bundle
+    <uri>/model.sig           of a signed bundle, see `bcd.preflight.signing`
+
+Bundles of version 0.2.0 have neither of the documents about their origin; nothing reads them.
 
 The card contains what training decided (classes, input size, mean and std, threshold), so that training,
 archives and the service cannot diverge. Nothing in a bundle is ever unpickled. This module needs no torch.
 """
 
 import hashlib
+import json
+from datetime import UTC, datetime
 from importlib.resources import files
 
 import jinja2
 
-from bcd import storage
+from bcd import provenance, storage
 from bcd.errors import BundleError
 from bcd.model.card import Card, dump, model_id, parse_card
+from bcd.text import as_code, in_markdown
 
 WEIGHTS, CARD, README = "model.safetensors", "card.json", "README.md"
+MATERIALS, ORIGIN, SIGNATURE = "sbom.cdx.json", "provenance.json", "model.sig"
+
+
+def write_bundle(weights: bytes, card: Card, uri: str) -> None:
+    """Write all files of a bundle, in place of another; its signature is deleted first."""
+    if is_signed(uri):
+        storage.delete_file(storage.join(uri, SIGNATURE))
+    storage.write_bytes(storage.join(uri, WEIGHTS), weights)
+    file, now = (WEIGHTS, hashlib.sha256(weights).hexdigest()), datetime.now(UTC)
+    prints = {"data_fingerprint": card.data_fingerprint, "split_fingerprint": card.split_fingerprint}
+    origin = provenance.statement(*file, card.training, prints, card.git_commit, now)
+    for name, document in ((MATERIALS, provenance.bill_of_materials(*file, now)), (ORIGIN, origin)):
+        storage.write_bytes(storage.join(uri, name), json.dumps(document, indent=2).encode())
+    write_card(card, uri)
+
+
+def is_signed(uri: str) -> bool:
+    """Whether the bundle at the URI has a signature, valid or not."""
+    return storage.exists(storage.join(uri, SIGNATURE))
 
 
 def write_card(card: Card, uri: str) -> None:
@@ -31,28 +58,35 @@ def is_complete(uri: str) -> bool:
     return storage.exists(storage.join(uri, CARD))
 
 
-def read_card(uri: str) -> Card:
-    """Read and validate `card.json`. Raises BundleError where there is no bundle, or it has no valid card of
-    this format."""
+def read_card(uri: str, card_sha256: str | None = None) -> Card:
+    """Read and validate `card.json`. Raises BundleError where there is no bundle, it has no valid card of
+    this format, or its bytes have another SHA-256 than the given one, which is that of a verified card."""
     if not is_complete(uri):
         raise BundleError(f"{uri}: no model bundle there; expected {CARD}, {WEIGHTS} and {README}")
-    card = parse_card(storage.read_bytes(storage.join(uri, CARD)), uri)
+    content = storage.read_bytes(storage.join(uri, CARD))
+    if card_sha256 not in (None, hashlib.sha256(content).hexdigest()):
+        raise BundleError(
+            f"{uri}: {CARD} is no longer the one whose signature was verified when the job started. Restore "
+            "the signed bundle, or have the new one signed, and run the same command again"
+        )
+    card = parse_card(content, uri)
     if not (card.weights_sha256 and card.canary_logit):
         raise BundleError(f"{uri}: the model card lacks the hash of the weights or the canary's logits")
     return card
 
 
-def identify(uri: str) -> str:
+def identify(uri: str, card_sha256: str | None = None) -> str:
     """The `model_id` of the bundle at a URI, after a check of card and weights. Raises BundleError where
-    there is no bundle, or it is damaged."""
-    card = read_card(uri)
+    there is no bundle, or it is damaged, or not the verified one (see `read_card`)."""
+    card = read_card(uri, card_sha256)
     read_weights_of(uri, card)
     return model_id(card)
 
 
-def read_same(uri: str, identity: str) -> Card:
-    """The card at a URI; raises BundleError where it is no longer that of the given `model_id`."""
-    card = read_card(uri)
+def read_same(uri: str, identity: str, card_sha256: str | None = None) -> Card:
+    """The card at a URI; raises BundleError where it is no longer that of the given `model_id`, or not the
+    verified one (see `read_card`)."""
+    card = read_card(uri, card_sha256)
     require_same(uri, identity, model_id(card))
     return card
 
@@ -82,5 +116,7 @@ def read_weights_of(uri: str, card: Card) -> bytes:
 
 def _readme(card: Card) -> str:
     template = files("bcd").joinpath("reports", "templates", "model_card.md").read_text(encoding="utf-8")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(card=card, model_id=model_id(card))
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=in_markdown
+    )
+    return environment.from_string(template).render(card=card, model_id=model_id(card), as_code=as_code)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from safetensors.torch import save as save_safetensors
 
-from bcd import storage
 from bcd.config.options import CLOSED_FORM
 from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError, ImageError
 from bcd.imaging import decoder, image
@@ -184,13 +183,16 @@ def save(network: ResNet, card: Card, uri: str) -> str:
     facts = {"weights_sha256": hashlib.sha256(content).hexdigest(), "canary_logit": tuple(logit.tolist())}
     card = card.model_copy(update=facts)
     dump(card)  # before anything is written
-    storage.write_bytes(storage.join(uri, bundle.WEIGHTS), content)
-    bundle.write_card(card, uri)
+    bundle.write_bundle(content, card, uri)
     return model_id(card)
 
 
 def load(
-    uri: str, device: str | torch.device | None = None, precision: str = "float32", compiled: bool = False
+    uri: str,
+    device: str | torch.device | None = None,
+    precision: str = "float32",
+    compiled: bool = False,
+    card_sha256: str | None = None,
 ) -> Predictor:
     """Load a bundle from a local folder, s3:// or gs://, ready to predict.
 
@@ -199,13 +201,15 @@ def load(
         device: by default the GPU where there is one.
         precision: `float32` (the same numbers on every machine), `bfloat16`, or `auto`.
         compiled: compile for batches of one size, which takes a minute at the first batch.
+        card_sha256: of the card of a verified bundle, from `bcd.preflight.signing.verify`: any other bundle
+            is rejected before its weights are read.
 
     Raises:
         BundleError: there is no bundle, it was changed, or this machine computes other logits than the one
             that wrote it.
         StorageError: the URI cannot be read.
     """
-    card = bundle.read_card(uri)
+    card = bundle.read_card(uri, card_sha256)
     content = bundle.read_weights_of(uri, card)
     try:
         state = weights.read_weights(content, bundle.WEIGHTS)

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from bcd import provenance, schema, storage
 from bcd.config.options import CLOSED_FORM
 from bcd.data import read
-from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE
+from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError
 from bcd.imaging import image
 from bcd.model import bundle, novelty
 from bcd.model.card import Card
@@ -39,7 +39,7 @@ class Settings:
     """Everything besides the image that determines the numbers of a row; see `config.ScoreConfig`.
 
     The `model_id` is that of the bundle at the start of the job: workers load it later, and much later after
-    a node is lost.
+    a node is lost. So is `card_sha256`, of a job that verified the bundle's signature.
     """
 
     model_uri: str
@@ -50,11 +50,12 @@ class Settings:
     cam_layer: str = "layer4"
     overlays: bool = False
     compile: bool = False
+    card_sha256: str | None = None
 
 
 def score_rows(dataset: Dataset, settings: Settings, max_workers: int | None = None) -> Dataset:
     """Score rows of `schema.READING`: one row of `schema.predictions` for each, a result or an error."""
-    options = reading_options(bundle.read_same(settings.model_uri, settings.model_id), CARRIED)
+    options = reading_options(read_card_of(settings), CARRIED)
     return on_models(dataset, Scorer, (settings,), options, settings.batch_size, max_workers)
 
 
@@ -64,10 +65,15 @@ def one_model(settings: Settings) -> Iterator[None]:
     try:
         yield
     except RayError:
-        now = bundle.identify(settings.model_uri)
+        now = bundle.identify(settings.model_uri, settings.card_sha256)
         bundle.require_same(settings.model_uri, settings.model_id, now)
         raise
-    bundle.read_same(settings.model_uri, settings.model_id)
+    read_card_of(settings)
+
+
+def read_card_of(settings: Settings) -> Card:
+    """The card of the bundle; raises BundleError if it is not the one that the job began with."""
+    return bundle.read_same(settings.model_uri, settings.model_id, settings.card_sha256)
 
 
 def reading_options(card: Card, keep: Sequence[str]) -> dict[str, Any]:
@@ -120,9 +126,17 @@ class Scorer:
 
         cluster.use_threads(threads)
         self._settings = settings
-        self._predictor = predictor.load(
-            settings.model_uri, precision=settings.precision, compiled=settings.compile
-        )
+        self._fault: BundleError | None = None
+        try:
+            self._predictor = predictor.load(
+                settings.model_uri,
+                precision=settings.precision,
+                compiled=settings.compile,
+                card_sha256=settings.card_sha256,
+            )
+        except BundleError as error:  # raised later, because Ray would replace an actor that fails here
+            self._fault = error
+            return
         self._constant = {
             schema.MODEL_ID: self._predictor.model_id,
             schema.ENGINE: COMPILED if settings.compile else EAGER,
@@ -132,7 +146,8 @@ class Scorer:
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         """Rows of predictions, from images (n, height, width, 3) and the other columns of `read.pixels`."""
-        # Raises BundleError here, because Ray would replace an actor that fails in its constructor.
+        if self._fault:
+            raise self._fault
         bundle.require_same(self._settings.model_uri, self._settings.model_id, self._predictor.model_id)
         good = batch[schema.ERROR] == ""
         n = len(good)

@@ -9,7 +9,6 @@ import ray
 
 from bcd import schema, storage
 from bcd.errors import IncompleteError
-from bcd.model import bundle
 from bcd.model.card import Card
 from bcd.runtime import predict
 from bcd.scoring import slides, tiling
@@ -41,7 +40,7 @@ def present(
     failed = table.filter(pc.is_valid(table[schema.ERROR]))
     whole_inputs = failed.filter(pc.is_null(failed[schema.X_LEVEL0_PX]))
     broken = whole_inputs.filter(pc.equal(whole_inputs[schema.SLIDE], whole_inputs[schema.IMAGE_ID]))
-    card = bundle.read_same(settings.model_uri, settings.model_id)
+    card = predict.read_card_of(settings)
     described = slides.write_slides(ours, plans, broken, card)
     summary = dict(facts) | _counts(table, whole_inputs, described, inputs)
     summary |= {"errors": _by_code(failed), "warnings": _by_warning(table)}

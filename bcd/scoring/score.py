@@ -25,6 +25,7 @@ from bcd.errors import ConfigError, IncompleteError
 from bcd.lease import Lease
 from bcd.model import bundle
 from bcd.model.card import Card
+from bcd.preflight import signing
 from bcd.runtime import cluster, datasets, output, predict
 from bcd.scoring import finish, inputs, ledger, tiling
 from bcd.scoring.ledger import Done, Ledger
@@ -77,13 +78,16 @@ def run(config: ScoreConfig) -> str:
     if storage.join(config.output, "").startswith(storage.join(config.input, "")):
         raise ConfigError(f"--output {config.output} is inside --input: its images would be scored too")
     output.read_marker(config.output, output.SCORE)  # before any work
-    model_id = bundle.identify(config.model)
-    card = bundle.read_same(config.model, model_id)
+    card_sha256 = signing.verified(config.model, config.require_signature)
+    model_id = bundle.identify(config.model, card_sha256)
+    card = bundle.read_same(config.model, model_id, card_sha256)
     with lease.held(config.output, config.wait) as held:
-        return _fill(config, held, card, model_id, started)
+        return _fill(config, held, card, model_id, card_sha256, started)
 
 
-def _fill(config: ScoreConfig, held: Lease, card: Card, model_id: str, started: float) -> str:
+def _fill(
+    config: ScoreConfig, held: Lease, card: Card, model_id: str, card_sha256: str | None, started: float
+) -> str:
     """Score what is missing in the output; `started` is when the job began."""
     found = archive.list_inputs(config.input)
     cluster.connect()
@@ -96,7 +100,7 @@ def _fill(config: ScoreConfig, held: Lease, card: Card, model_id: str, started: 
         logger.info(f"{ours.uri} is finished: {n}, all scored; see gallery.html there")
         return ours.uri
     _announce(found, todo)
-    settings = _settings(config, model_id, compiled)
+    settings = _settings(config, model_id, card_sha256, compiled)
     progress = Progress(todo, ours.plans_uri, books.done)
     with predict.one_model(settings):
         rate = _score(ours, books, progress, todo, settings, _tile_settings(config, card), config.max_workers)
@@ -121,10 +125,12 @@ def _fill(config: ScoreConfig, held: Lease, card: Card, model_id: str, started: 
     return ours.uri
 
 
-def _settings(config: ScoreConfig, model_id: str, compiled: bool) -> predict.Settings:
+def _settings(
+    config: ScoreConfig, model_id: str, card_sha256: str | None, compiled: bool
+) -> predict.Settings:
     shared = config.model_dump(include={"precision", "batch_size", "cam", "cam_layer"})
-    overlays = config.overlays == "png"
-    return predict.Settings(config.model, model_id, overlays=overlays, compile=compiled, **shared)
+    shared |= {"overlays": config.overlays == "png", "compile": compiled, "card_sha256": card_sha256}
+    return predict.Settings(config.model, model_id, **shared)
 
 
 def _tile_settings(config: ScoreConfig, card: Card) -> tiling.Tiling:

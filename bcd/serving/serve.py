@@ -35,6 +35,7 @@ from bcd.imaging import decoder, image
 from bcd.model import bundle, predictor
 from bcd.model.card import model_id
 from bcd.model.predictor import Prediction
+from bcd.preflight import signing
 from bcd.runtime import cluster
 from bcd.serving import api, middleware
 
@@ -106,9 +107,16 @@ class Replica:
         config: of the service.
         token_digest: `middleware.digest` of the token; None answers requests from this machine only.
         model_id: of the deployed model; a replica that starts later rejects any other.
+        card_sha256: of its card, if its signature was verified; a replica loads no other.
     """
 
-    def __init__(self, config: ServiceConfig, token_digest: str | None, model_id: str) -> None:
+    def __init__(
+        self,
+        config: ServiceConfig,
+        token_digest: str | None,
+        model_id: str,
+        card_sha256: str | None = None,
+    ) -> None:
         threads = min(cluster.CPUS_PER_MODEL, cluster.cores())
         if config.max_replicas > 1:  # together they use no more cores than they reserve
             threads = max(1, int(config.num_cpus))
@@ -117,7 +125,7 @@ class Replica:
         self._config, self._token_digest = config, token_digest
         # Ray shows all GPUs to a process that reserves none: every replica would use the first.
         device = None if config.num_gpus else "cpu"
-        self._predictor = predictor.load(config.model, device, config.precision)
+        self._predictor = predictor.load(config.model, device, config.precision, card_sha256=card_sha256)
         bundle.require_same(config.model, model_id, self._predictor.model_id)
         self.card, self.model_id = self._predictor.card, self._predictor.model_id
         self._decoders = ThreadPoolExecutor(threads, "decode")
@@ -203,9 +211,10 @@ def create_application(config: ServiceConfig, host: str | None) -> Application:
 
     Raises:
         ConfigError: other machines reach the address, and there is no token.
-        BundleError: there is no model.
+        BundleError: there is no model, or not the signature that is required.
     """
-    identity = model_id(bundle.read_card(config.model))
+    card_sha256 = signing.verified(config.model, config.require_signature)
+    identity = model_id(bundle.read_card(config.model, card_sha256))
     token_digest = _token_digest(config)
     if token_digest is None and host is not None and not middleware.is_loopback(host):
         raise ConfigError(
@@ -229,7 +238,7 @@ def create_application(config: ServiceConfig, host: str | None) -> Application:
         max_ongoing_requests=2 * config.max_batch_size,
         max_queued_requests=config.max_queued,
     )
-    return options.bind(service, token_digest, identity)
+    return options.bind(service, token_digest, identity, card_sha256)
 
 
 def _limits(config: ServiceConfig) -> middleware.Limits:

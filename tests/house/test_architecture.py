@@ -69,7 +69,7 @@ WITH_TORCH = {
     "bcd.preflight.doctor",
     "bcd.serving.serve",
 }
-MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 18_750
+MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 19_250
 
 
 def folder_of(name: str) -> str:
@@ -277,6 +277,7 @@ for name in every:
     importlib.import_module(name)
 assert (threading.active_count(), set(pathlib.Path().iterdir())) == before
 assert not ray.is_initialized()
+assert not {'model_signing', 'sigstore'} & set(sys.modules), "imported without being asked for"
 """
 
 

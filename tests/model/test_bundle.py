@@ -1,9 +1,13 @@
 import hashlib
+import json
+import re
 from functools import partial
 
+import markdown
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from safetensors.torch import save
 
 from bcd import provenance
@@ -79,6 +83,86 @@ def test_the_readme_says_where_patients_are_too_few(few):
     text = bundle._readme(card(metrics=metrics))
     assert ("**Too few patients.** 2 benign and 9" in text) == bool(few)
     assert "On 1 image of 1 patient that it was not trained on" in text
+
+
+INJECTIONS = (
+    *("<img src=x onerror=alert(1)>", "[see](https://e.example)", "![](https://e.example/x.png)", "a | b"),
+    *("a\n\n# b\n\n| c | d |\n|---|---|\n| e | f |", "` <b>x</b> `", "<https://e.example>", "- [x](y)"),
+)
+
+
+def elements(text):
+    """The elements of a README as two renderers see it; their text and the number of items left out."""
+    pages = (
+        markdown.markdown(text, extensions=["tables"]),
+        MarkdownIt("commonmark").enable("table").render(text),
+    )
+    return [re.findall(r"<(?!/?li)[^>]*>", page) for page in pages]
+
+
+@pytest.mark.parametrize("place", ["warnings", "data", "versions", "table"])
+def test_names_add_no_markup_to_the_readme(place):
+    def readme(name):
+        changes = {
+            "warnings": {"warnings": (name,)},
+            "data": {"training": card().training | {"data": name}},
+            "versions": {"versions": {name: name}},
+            "table": {"metrics": {"summary": [[name, name, name]], "n_images": 1, "n_patients": 1}},
+        }
+        return bundle._readme(card(**changes[place]))
+
+    plain = elements(readme("a name"))
+    offenders = [name for name in INJECTIONS if elements(readme(name)) != plain]
+    assert offenders == []
+
+
+def test_a_bundle_states_its_origin(tmp_path, network):
+    predictor.save(network, card(git_commit="0123456789ab"), str(tmp_path))
+    known = bundle.read_card(str(tmp_path))
+    origin = json.loads((tmp_path / "provenance.json").read_bytes())
+    assert origin["subject"] == [{"name": "model.safetensors", "digest": {"sha256": known.weights_sha256}}]
+    build = origin["predicate"]["buildDefinition"]
+    assert build["externalParameters"]["settings"] == known.training
+    assert build["resolvedDependencies"][0]["annotations"]["data_fingerprint"] == known.data_fingerprint
+    assert build["resolvedDependencies"][1]["annotations"]["git_commit"] == "0123456789ab"
+    materials = json.loads((tmp_path / "sbom.cdx.json").read_bytes())
+    assert materials["metadata"]["component"]["hashes"][0]["content"] == known.weights_sha256
+
+
+def test_a_bundle_without_documents_of_its_origin_is_loaded(tmp_path, network):
+    """As version 0.2.0 wrote them."""
+    written = predictor.save(network, card(), str(tmp_path))
+    (tmp_path / "sbom.cdx.json").unlink()
+    (tmp_path / "provenance.json").unlink()
+    assert predictor.load(str(tmp_path)).model_id == written
+
+
+def test_another_card_than_the_verified_one_is_rejected(tmp_path, network):
+    """Also one with the same `model_id`, which leaves metrics out."""
+    uri = str(tmp_path)
+    identity = predictor.save(network, card(), uri)
+    verified = hashlib.sha256((tmp_path / "card.json").read_bytes()).hexdigest()
+    assert predictor.load(uri, card_sha256=verified).model_id == identity
+    metrics = {"summary": [], "n_images": 1, "n_patients": None}
+    bundle.write_card(bundle.read_card(uri).model_copy(update={"metrics": metrics}), uri)
+    assert bundle.identify(uri) == identity
+    for use in (
+        predictor.load,
+        bundle.read_card,
+        bundle.identify,
+        partial(bundle.read_same, identity=identity),
+    ):
+        with pytest.raises(BundleError, match=r"card.json is no longer the one whose signature was verified"):
+            use(uri, card_sha256=verified)
+
+
+def test_a_new_bundle_has_no_signature_of_another(tmp_path, network):
+    predictor.save(network, card(), str(tmp_path))
+    (tmp_path / "model.sig").write_bytes(b"signature")
+    bundle.write_card(bundle.read_card(str(tmp_path)), str(tmp_path))
+    assert bundle.is_signed(str(tmp_path))
+    predictor.save(network, card(), str(tmp_path))
+    assert not bundle.is_signed(str(tmp_path))
 
 
 def test_no_card_no_bundle(tmp_path, network):

@@ -708,9 +708,9 @@ def started(models, monkeypatch):
     """Starts a replica in this process, as on a machine of 4 cores; gives what it uses."""
     used = {}
 
-    def load(uri, device, precision):
+    def load(uri, device, precision, card_sha256):
         used["device"] = device
-        return loaded(uri, "cpu", precision)
+        return loaded(uri, "cpu", precision, card_sha256=card_sha256)
 
     loaded = predictor.load
     monkeypatch.setattr(predictor, "load", load)

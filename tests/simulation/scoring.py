@@ -100,8 +100,8 @@ class Scoring(Jobs):
     def entered(self) -> Iterator["Scoring"]:
         """With the world around it."""
         with pytest.MonkeyPatch.context() as patch, self.world.entered(patch):
-            patch.setattr(bundle, "identify", lambda uri: "abc")
-            patch.setattr(bundle, "read_same", lambda uri, model_id: CARD)
+            patch.setattr(bundle, "identify", lambda *_: "abc")
+            patch.setattr(bundle, "read_same", lambda *_: CARD)
             patch.setattr(cluster, "connect", lambda: None)
             patch.setattr(predict, "one_model", lambda settings: nullcontext())
             patch.setattr(inspection, "checked", lambda rows, check: check(rows))

@@ -1,0 +1,51 @@
+"""Settings of the jobs that sign and verify a model bundle, and of those that require a signature."""
+
+import tyro
+
+from bcd.config.options import Config
+
+
+class SignConfig(Config):
+    """Sign a model bundle: others can then verify that it is unchanged, and who signed it.
+
+    The signature covers every file of the bundle and is written beside them as model.sig, in the format of
+    OpenSSF Model Signing. Sign last: whatever is changed, added or removed later makes it invalid. Requires
+    `pip install model-signing pyopenssl`. No network is used, except for the bundle itself.
+    """
+
+    bundle: tyro.conf.Positional[str]
+    """The model bundle: a local folder, s3:// or gs://."""
+
+    key: str
+    """File with the private key, on this machine: PEM, elliptic curve P-256, P-384 or P-521, as made by
+    `openssl ecparam -name prime256v1 -genkey -noout -out signing.pem`. Those who verify need its public half:
+    `openssl ec -in signing.pem -pubout -out signing.pub`. The variable BCD_KEY_PASSWORD holds the password of
+    an encrypted key."""
+
+    certificate: str | None = None
+    """File with the certificate of the key, on this machine, and after it those that lead to a root: PEM.
+    Those who verify then need the certificate of the root, not the public key. The key may not be
+    encrypted."""
+
+
+class VerifyConfig(Config):
+    """Verify that a model bundle is as it was signed: no file changed, added or removed.
+
+    Exit code 0 if so, 2 with one sentence if not. Requires `pip install model-signing pyopenssl`. No network
+    is used, except for the bundle itself.
+    """
+
+    bundle: tyro.conf.Positional[str]
+    """The model bundle: a local folder, s3:// or gs://."""
+
+    key: str
+    """File with the public key of who signed the bundle, or with the root certificates to which the signer's
+    certificate must lead: PEM, a local path, s3:// or gs://."""
+
+
+class SignedConfig(Config):
+    """Settings of a job that may require a signed model."""
+
+    require_signature: str | None = None
+    """Use the model only if its signature is valid for this public key or root certificate, see --key of
+    jobs/verify.py. It is verified when the job starts; processes that load another bundle later reject it."""
