@@ -52,7 +52,9 @@ AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
 # All that a service prints where nothing is wrong.
 LINES = (
     r"serving .* at http://127.0.0.1:\d+ \(stop with Ctrl-C\)",
-    r"\x1b\[36m\(ProxyActor pid=\d+\)\x1b\[0m (GET|POST) /\S* (200|401 unauthorized), .*; request .*",
+    r"\x1b\[36m\(ProxyActor pid=\d+\)\x1b\[0m POST /\S* (200|401 unauthorized), .*; request .*",
+    # From who asks too early.
+    r"\x1b\[36m\(ProxyActor pid=\d+\)\x1b\[0m (warning: )?GET /readyz (404|503)( \w+)?, .*; request .*",
     r"finishing accepted requests",
 )
 REPLICA = r"ray::ServeReplica:bcd:Replica"
