@@ -1,5 +1,6 @@
 """The command line of the jobs: `bcd train ...`, the same as `python jobs/train.py ...`."""
 
+import logging
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -7,6 +8,7 @@ from types import MappingProxyType
 
 import tyro
 
+from bcd.config import log
 from bcd.config.checks import AuditConfig, DoctorConfig
 from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
@@ -56,8 +58,9 @@ def main(job: str, doc: str | None = None) -> None:
     """
     config_type, pipeline = JOBS[job]
     config = tyro.cli(config_type, description=doc)
+    log.start(job, config.log_format)
     try:
         import_module(f"bcd.{pipeline}").run(config)
     except BcdError as error:
-        print(f"error: {error}", file=sys.stderr)
+        logging.getLogger(__name__).error(error)
         sys.exit(error.exit_code)

@@ -1,5 +1,6 @@
 """The demo: all jobs on synthetic images, small enough for two cores."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from bcd.runtime import output, run_directory
 from bcd.scoring import score
 from bcd.training import train
 
+logger = logging.getLogger(__name__)
+
 
 def run(config: DemoConfig) -> str:
     """Generate images, train on them, evaluate, score an archive; returns the URI of the run."""
@@ -18,9 +21,8 @@ def run(config: DemoConfig) -> str:
     output.claim_folder(str(folder), output.DEMO)
     plan = synthetic.PatientPlan(patients_per_subtype=config.patients_per_subtype, seed=config.seed)
     paths = synthetic.write_tree(folder, plan)
-    print(
-        f"wrote {len(paths):,} synthetic images to {folder}; results on them say nothing about tissue",
-        flush=True,
+    logger.info(
+        f"wrote {len(paths):,} synthetic images to {folder}; results on them say nothing about tissue"
     )
     training = TrainConfig(
         data=str(folder / "BreaKHis_v1"),
@@ -38,7 +40,7 @@ def run(config: DemoConfig) -> str:
     archive = _archive(folder / "archive", config.seed + 1)
     model_uri = storage.join(run_uri, run_directory.MODEL)
     score.run(ScoreConfig(model=model_uri, input=archive, output=str(folder / "scores")))
-    print(f"to use the model in a browser: {sys.executable} jobs/serve.py --model {model_uri}", flush=True)
+    logger.info(f"to use the model in a browser: {sys.executable} jobs/serve.py --model {model_uri}")
     return run_uri
 
 
@@ -47,5 +49,5 @@ def _archive(folder: Path, seed: int) -> str:
     plan = synthetic.PatientPlan(patients_per_subtype=1, images_per_magnification=1, seed=seed)
     paths = synthetic.write_tree(folder, plan)
     (folder / "cut short.png").write_bytes(paths[0].read_bytes()[:20_000])
-    print(f"wrote an archive of {len(paths) + 1} files to {folder}, one of them truncated", flush=True)
+    logger.info(f"wrote an archive of {len(paths) + 1} files to {folder}, one of them truncated")
     return str(folder)

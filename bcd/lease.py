@@ -12,6 +12,7 @@ does not find it, has lost the lease, and deletes and publishes nothing more: se
 """
 
 import json
+import logging
 import os
 import random
 import socket
@@ -27,6 +28,8 @@ from typing import Any
 
 from bcd import storage
 from bcd.errors import BusyError, MissingError, StorageError
+
+logger = logging.getLogger(__name__)
 
 FOLDER = ".lease"
 # Of a claim: renewed, and expired without that.
@@ -170,7 +173,7 @@ def _acquired(uri: str, wait: bool) -> Lease:
         if not said:
             said = True
             first = next(iter(known.values()))
-            print(f"{uri} is claimed by {first.owner}: looking whether it is alive", flush=True)
+            logger.info(f"{uri} is claimed by {first.owner}: looking whether it is alive")
         _sleep(LOOK_S)
 
 

@@ -20,6 +20,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from bcd import storage
+from bcd.config import log
 from bcd.data import synthetic
 from bcd.serving import middleware
 from tests.cluster import BIN, CLUSTER_CPUS, Cluster, free_port, kill, listens, processes, start_ray, wait_for
@@ -52,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("process")
     first = bool(os.environ.get("PYTEST_XDIST_WORKER"))
     items.sort(key=lambda item: ("pytest.mark.ray" in item.path.read_text("utf-8")) != first)
+
+
+@pytest.fixture(autouse=True)
+def lines() -> None:
+    """What a job logs is printed, as it is for people."""
+    log.start("test")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The audit job: list a data set, read every image once on CPU workers, and write the findings."""
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from bcd.errors import AuditError, DataError, StorageError
 from bcd.imaging import appearance, image
 from bcd.runtime import cluster, inspection, output
 from bcd.split import duplicates
+
+logger = logging.getLogger(__name__)
 
 PAGE, RESULT, IMAGES, NEAR = "audit.html", "audit.json", "images.parquet", "near_duplicates.parquet"
 IDENTIFIERS = "identifiers.parquet"
@@ -41,9 +44,10 @@ def run(config: AuditConfig) -> summary.Audit:
     output.read_marker(config.output, output.AUDIT)
     with lease.held(config.output, config.wait):
         result = _audited(config, table, warnings, splits)
-    print("\n".join(report.audit_lines(result)))
+    for line in report.audit_lines(result):
+        logger.info(line)
     for name in (PAGE, RESULT, IMAGES, NEAR, IDENTIFIERS):
-        print(storage.join(config.output, name))
+        logger.info(storage.join(config.output, name))
     if result.leaking_splits:
         raise AuditError(f"{', '.join(result.leaking_splits)}: a patient, slide or image is in several parts")
     return result

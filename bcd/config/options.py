@@ -15,6 +15,7 @@ from bcd.taxonomy import given_names
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Protocol = Literal["case", "patient", "official", "image"]
 Precision = Literal["auto", "float32", "bfloat16"]
+LogFormat = Literal["text", "json"]
 Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
 # fmt: off
 Cam = Literal["evidence", "gradcam", "gradcam++", "layercam", "eigencam", "xgradcam", "hirescam", "scorecam",
@@ -37,6 +38,9 @@ class Config(BaseModel):
     """Frozen settings that reject unknown names and whose errors name the flag."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    log_format: LogFormat = "text"
+    """Form of the log: lines of text, or one JSON object per line with time, level, job and message."""
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -79,7 +83,7 @@ class LabelledConfig(OutputConfig):
 OPERATIONAL = frozenset(
     {
         *("output", "name", "prepared", "num_workers", "device", "max_failures"),
-        *("max_workers", "parallel", "against", "wait", "require_signature"),
+        *("max_workers", "parallel", "against", "wait", "require_signature", "log_format"),
     }
 )
 

@@ -1,5 +1,6 @@
 """From scored test rows to metrics, the table of test images, and the report with its figures."""
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from bcd.model import novelty
 from bcd.model.card import Card
 from bcd.reports import model_report, thumbnails
 from bcd.runtime import inspection, predict, run_directory
+
+logger = logging.getLogger(__name__)
 
 METRICS, REPORT, IMAGES = "metrics.json", "report.html", "test_images.parquet"
 # A JSON object.
@@ -76,8 +79,8 @@ def write_artifacts(
     drawing = ray.remote(num_cpus=1, max_retries=-1)(_draw)
     ray.get(drawing.remote(output, measured, history, images, facts, unscored.to_dict("records")))
     for line in model_report.summary_lines(measured):
-        print(line)
-    print(f"report: {storage.join(output, REPORT)}", flush=True)
+        logger.info(line)
+    logger.info(f"report: {storage.join(output, REPORT)}")
 
 
 def _draw(

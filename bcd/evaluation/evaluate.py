@@ -1,5 +1,6 @@
 """Evaluate a model on patients that it has never seen: predictions, metrics, report, card."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from bcd.runtime.prepare import (
 )
 from bcd.split import duplicates, split
 from bcd.text import counted, without_folders
+
+logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions"
 # What is tested: the test part of the model's own data, data that it has not seen, or others with --force.
@@ -176,7 +179,7 @@ def evaluate(
     settings = settings or predict.Settings(model_uri, model_id(bundle.read_card(model_uri)))
     card = predict.read_card_of(settings)
     test = part_of(table, split.TEST)
-    print(f"scoring the test part: {counted(len(test), 'image')}", flush=True)
+    logger.info(f"scoring the test part: {counted(len(test), 'image')}")
     predictions_uri = storage.join(folder, PREDICTIONS)
     inputs = schema.fill(test, schema.READING)
     dataset = datasets.row_dataset(inputs, settings.batch_size, **cluster.beside_models())
@@ -208,7 +211,7 @@ def evaluate(
 def _write_metrics(card: Card, measured: dict[str, Any], model_uri: str) -> None:
     """Write metrics into the card, unless the bundle is signed: its signature would no longer be valid."""
     if bundle.is_signed(model_uri):
-        print(f"{model_uri} is signed and keeps its card: the metrics are in the output only", flush=True)
+        logger.info(f"{model_uri} is signed and keeps its card: the metrics are in the output only")
     else:
         bundle.write_card(card.model_copy(update={"metrics": measured}), model_uri)
 

@@ -5,6 +5,7 @@ differ.
 """
 
 import io
+import logging
 import re
 import struct
 import zipfile
@@ -22,6 +23,8 @@ from bcd.config.options import IMAGENET_WEIGHTS, RANDOM_WEIGHTS, Architecture
 from bcd.errors import BundleError
 from bcd.model.resnet import ResNet
 from bcd.text import some
+
+logger = logging.getLogger(__name__)
 
 State = Mapping[str, Tensor]
 
@@ -81,7 +84,7 @@ def pretrained(weights: str, architecture: Architecture = "resnet50") -> dict[st
     }
     if any(steps.values()):
         done = ", ".join(step for step, is_done in steps.items() if is_done)
-        print(f"--weights {weights}: {done}", flush=True)
+        logger.info(f"--weights {weights}: {done}")
     try:
         fitting(skeleton(2, architecture).state_dict(), inside, architecture)
     except BundleError as error:

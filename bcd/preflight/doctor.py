@@ -4,6 +4,7 @@ An actor that requires no CPU runs on each node, so that busy nodes and a head w
 A failure or timeout there becomes a line of the table, and the other checks still run.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -35,6 +36,8 @@ from bcd.runtime import cluster
 from bcd.slides import slide_cache
 from bcd.text import counted
 
+logger = logging.getLogger(__name__)
+
 # Prefix of the temporary folder in the output; hidden, so that no job reads it.
 PROBE = ".bcd-doctor-"
 PROBE_BYTES = 4 * 2**20
@@ -56,13 +59,13 @@ def run(config: DoctorConfig) -> list[Check]:
     job = f"jobs/{config.purpose}.py"
     width = shutil.get_terminal_size((diagnosis.WIDEST, 24)).columns
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print("\n".join(["", *diagnosis.table_lines(checks, width, coloured), ""]))
+    logger.info("\n".join(["", *diagnosis.table_lines(checks, width, coloured), ""]))
     if without := config.not_given():
-        print(f"not checked, because not given: {', '.join(without)}")
+        logger.info(f"not checked, because not given: {', '.join(without)}")
     sentence = diagnosis.verdict(checks, job)
     if any(check.verdict == "fault" for check in checks):
         raise DiagnosisError(sentence)
-    print(sentence)
+    logger.info(sentence)
     return checks
 
 
@@ -79,7 +82,7 @@ def examine(config: DoctorConfig) -> list[Check]:
 def gather(config: DoctorConfig) -> ClusterFacts:
     """Examine every node that Ray considers alive."""
     known = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-    print(f"examining {counted(len(known), 'node')} for jobs/{config.purpose}.py", flush=True)
+    logger.info(f"examining {counted(len(known), 'node')} for jobs/{config.purpose}.py")
     everyone = Party(
         {
             name: _examiner(name, config.architecture, node["Resources"].get("GPU", 0) > 0)

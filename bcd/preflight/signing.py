@@ -9,6 +9,7 @@ handed to every process that loads the bundle: it uses no other card, and no wei
 import base64
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from bcd.errors import BundleError, ConfigError
 from bcd.model import bundle
 from bcd.model.bundle import CARD, SIGNATURE
 from bcd.text import counted, some
+
+logger = logging.getLogger(__name__)
 
 # In a private folder, beside the signature: the copy of the bundle, and the key to verify with.
 COPY, KEY = "bundle", "key.pem"
@@ -60,7 +63,7 @@ def verified(uri: str, key: str | None) -> str | None:
     if key is None:
         return None
     digest = verify(uri, key)
-    print(f"{uri}: the signature is valid for {key}", flush=True)
+    logger.info(f"{uri}: the signature is valid for {key}")
     return digest
 
 
@@ -97,7 +100,7 @@ def sign(uri: str, key: str, certificate: str | None = None) -> None:
         signature = (folder / SIGNATURE).read_bytes()
     storage.write_bytes(storage.join(uri, SIGNATURE), signature)
     n_files = counted(len(_parsed(signature).files), "file")
-    print(f"signed {n_files} of the model {model_id}: {storage.join(uri, SIGNATURE)}")
+    logger.info(f"signed {n_files} of the model {model_id}: {storage.join(uri, SIGNATURE)}")
 
 
 def verify(uri: str, key: str) -> str:

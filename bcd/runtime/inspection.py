@@ -1,6 +1,7 @@
 """Read every image of a data set once, on CPU workers: its hashes, and whether it can be used."""
 
 import hashlib
+import logging
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -19,6 +20,8 @@ from bcd.imaging import decoder, image, prepared
 from bcd.imaging.prepared import Store
 from bcd.runtime import datasets
 from bcd.text import counted, duration, some
+
+logger = logging.getLogger(__name__)
 
 # What to do after a transient error of storage.
 ASK_AGAIN = "check the network and the credentials, and run the same command again"
@@ -46,7 +49,7 @@ def inspect_images(
     known = None if index is None else ray.put(index.combine_chunks())
     result = checked(table, _inspect_batch, store=store, known=known)
     if n := pc.sum(result[_LOST]).as_py():
-        print(f"warning: {counted(n, 'prepared image')} could not be written", flush=True)
+        logger.warning(f"{counted(n, 'prepared image')} could not be written")
     whole = pc.is_null(result[schema.ERROR])
     bad, good = result.filter(pc.invert(whole)), result.filter(whole)
     broken = dict(_pairs(bad, schema.IMAGE_ID, schema.ERROR))
@@ -67,7 +70,7 @@ def checked(table: pa.Table, check: Callable[..., pa.Table], **options: Any) -> 
         require_given(batch[schema.IMAGE_ID].to_pylist(), batch[schema.ERROR].to_pylist())
         batches.append(batch)
         if (done + len(batch)) // step > done // step:
-            print(_progress(done + len(batch), len(table), time.monotonic() - started), flush=True)
+            logger.info(_progress(done + len(batch), len(table), time.monotonic() - started))
         done += len(batch)
     return pa.concat_tables(batches).sort_by(schema.IMAGE_ID)
 

@@ -3,6 +3,7 @@
 An evaluation calls the same `prepare` as the training, and proves by its fingerprint that the split is equal.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from bcd.runtime import inspection, output
 from bcd.split import balance, quarantine, split
 from bcd.taxonomy import TUMOR_CLASSES, Target
 from bcd.text import counted, size
+
+logger = logging.getLogger(__name__)
 
 
 class DatasetFacts(BaseModel):
@@ -62,7 +65,7 @@ def prepare(
         parts = _divided(config, table, fold)
     except BcdError:
         # They often name the cause, such as a column of another name.
-        print("".join(f"warning: {text}\n" for text in facts.warnings), end="", flush=True)
+        log_warnings(facts)
         raise
     is_given = schema.PART in table.column_names or config.protocol == "official"
     warnings = split.share_warnings(parts, None if is_given else _wanted(config)) + warnings
@@ -133,19 +136,15 @@ def _preparing(config: TrainingConfig, n_images: int) -> tuple[Store, pa.Table] 
     output.claim_folder(store.uri, output.PREPARED)
     found, n_unusable = prepared.list_images(store)
     if n_unusable:
-        print(
-            f"warning: {counted(n_unusable, 'shard')} in {store.folder} cannot be used: damaged or incomplete"
-        )
+        damaged = counted(n_unusable, "shard")
+        logger.warning(f"{damaged} in {store.folder} cannot be used: damaged or incomplete")
     n_new = max(0, n_images - len(found))
     if not store.has_room(n_new):
         needed = size(n_new * store.image_bytes)
-        print(
-            f"warning: no images are prepared in {store.uri}: {needed} would leave too little space",
-            flush=True,
-        )
+        logger.warning(f"no images are prepared in {store.uri}: {needed} would leave too little space")
         return ()
     total = size(n_images * store.image_bytes)
-    print(f"prepared images: {total} in {store.folder}, which has {counted(len(found), 'image')}", flush=True)
+    logger.info(f"prepared images: {total} in {store.folder}, which has {counted(len(found), 'image')}")
     return store, found
 
 
@@ -185,8 +184,7 @@ def published_fold(config: TrainConfig) -> Mapping[str, str] | None:
 
 def describe_split(config: TrainConfig, table: pa.Table, facts: DatasetFacts) -> list[str]:
     """The lines that describe the split in the log."""
-    lines = [f"warning: {text}" for text in facts.warnings]
-    lines += [f"left out, broken: {text}" for text in facts.broken]
+    lines = [f"left out, broken: {text}" for text in facts.broken]
     lines += [f"left out, quarantined: {text}" for text in facts.quarantined]
     for part in split.PARTS:
         rows = part_of(table, part)
@@ -194,9 +192,15 @@ def describe_split(config: TrainConfig, table: pa.Table, facts: DatasetFacts) ->
         of = "unknown patients" if patients.null_count else counted(len(patients.unique()), "patient")
         counts = ", ".join(f"{n:,} {name}" for name, n in balance.counts(rows, "tumor_class").items())
         lines.append(f"{part}: {counted(len(rows), 'image')} of {of} ({counts})")
-    if config.protocol in split.LEAKY:
-        lines.append("warning: --protocol image puts patients into more than one part; its numbers mislead")
     return lines
+
+
+def log_warnings(facts: DatasetFacts, protocol: str | None = None) -> None:
+    """Log what is doubtful about a data set, and about its split by a protocol."""
+    for text in facts.warnings:
+        logger.warning(text)
+    if protocol in split.LEAKY:
+        logger.warning(f"--protocol {protocol} puts patients into more than one part; its numbers mislead")
 
 
 def part_of(table: pa.Table, part: str) -> pa.Table:

@@ -7,6 +7,7 @@ an input whose manifest now states another file, patient, slide or µm/px.
 
 import functools
 import hashlib
+import logging
 from collections.abc import Iterable
 
 import pyarrow as pa
@@ -21,6 +22,8 @@ from bcd.runtime import inspection
 from bcd.scoring import ledger, tiling
 from bcd.scoring.ledger import Done, Ledger
 from bcd.scoring.slides import TABLE
+
+logger = logging.getLogger(__name__)
 
 FILE = "inputs.parquet"
 FACTS = [name for name in schema.SEEN_INPUTS.names if name not in (schema.IMAGE_ID, schema.VERSION)]
@@ -84,7 +87,7 @@ def _other_bytes(suspects: pa.Table, rows_of: dict[str, str]) -> set[str]:
     """Ids of the files whose sha256 is not that of their row."""
     if not len(suspects):
         return set()
-    print(f"{len(suspects):,} files have another size or time of change; comparing their bytes", flush=True)
+    logger.info(f"{len(suspects):,} files have another size or time of change; comparing their bytes")
     table = inspection.checked(schema.fill(suspects, schema.INDEX), _hashed)
     pairs = zip(table[schema.IMAGE_ID].to_pylist(), table[schema.SHA256].to_pylist(), strict=True)
     return {name for name, digest in pairs if digest != rows_of[name]}

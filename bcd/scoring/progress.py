@@ -1,5 +1,6 @@
 """Progress of a scoring job, printed as lines."""
 
+import logging
 import time
 
 import pyarrow as pa
@@ -9,6 +10,8 @@ from bcd import schema
 from bcd.scoring import tiling
 from bcd.scoring.ledger import INPUT, Done
 from bcd.text import counted, duration
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -59,10 +62,9 @@ class Progress:
         share = self._weight / sum(self._weights.values())
         unfinished = self._done < len(self._weights) and 0 < share < 1
         left = f"; about {duration(seconds * (1 - share) / share)} left" if unfinished else ""
-        print(
+        logger.info(
             f"{self._done:,} of {counted(len(self._weights), 'input')}, {counted(self._rows, 'row')}, "
-            f"{counted(self._errors, 'error')}; {self._rows / seconds:.1f} rows/s{left}",
-            flush=True,
+            f"{counted(self._errors, 'error')}; {self._rows / seconds:.1f} rows/s{left}"
         )
 
     def end(self) -> float:

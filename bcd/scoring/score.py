@@ -4,6 +4,7 @@ list inputs -> skip committed ones -> fields, and tiles of slides -> predictions
 -> require completeness -> merge into the table -> slides, gallery -> summary
 """
 
+import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ from bcd.scoring.ledger import Done, Ledger
 from bcd.scoring.progress import Progress
 from bcd.slides import slide
 from bcd.text import counted
+
+logger = logging.getLogger(__name__)
 
 # That a worker reads and scores at a time; 15 MB of pixels at 224x336.
 ROWS_PER_BLOCK = 64
@@ -129,12 +132,12 @@ def _fill(config: ScoreConfig, held: Lease, model: _Model, names: Pseudonyms | N
         held, _deciding(config, model.id, compiled, names), _remedies(model.card)
     )
     if names:
-        print(f"map of ids: {names.write_map(named, ours.owner)}", flush=True)
+        logger.info(f"map of ids: {names.write_map(named, ours.owner)}")
     books, changed = _settled(ours, found, names)
     todo = books.open_inputs()
     if not len(todo) and summary and "incomplete" not in summary and not books.done.rows:
         n = counted(len(found.table), "input")
-        print(f"{ours.uri} is finished: {n}, all scored; see gallery.html there")
+        logger.info(f"{ours.uri} is finished: {n}, all scored; see gallery.html there")
         return ours.uri
     _announce(found, todo)
     settings = _settings(config, model, compiled)
@@ -161,7 +164,7 @@ def _fill(config: ScoreConfig, held: Lease, model: _Model, names: Pseudonyms | N
     summary = finish.present(ours, plans, ids, settings, facts, places if names else None)
     ledger.close_ledger(ours, summary, n_rows)
     for line in finish.closing_lines(ours.uri, summary):
-        print(line, flush=True)
+        logger.info(line)
     return ours.uri
 
 
@@ -227,7 +230,7 @@ def _settled(
     books = _books(ours, found.table)
     changed = inputs.settle(ours, books.older, books.done, found, names)
     if changed:
-        print(f"{inputs.changed_text(changed, 'since the last run')}: scoring them again", flush=True)
+        logger.info(f"{inputs.changed_text(changed, 'since the last run')}: scoring them again")
         books = _books(ours, found.table)
     return books, changed
 
@@ -258,7 +261,7 @@ def _announce(found: archive.Archive, todo: pa.Table) -> None:
         line += f" ({found.ignored:,} other entries are not read: {archive.described(found.passed)})"
     if len(todo) < len(found.table):
         line += f"; {len(found.table) - len(todo):,} are already scored, resuming with {len(todo):,}"
-    print(line, flush=True)
+    logger.info(line)
 
 
 def _score(

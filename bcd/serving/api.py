@@ -3,8 +3,10 @@
 import asyncio
 import base64
 import hashlib
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any, Protocol
 
@@ -37,7 +39,9 @@ from bcd.serving.documents import (
     answer,
     drawn,
 )
-from bcd.serving.middleware import Limits, RefusedError
+from bcd.serving.middleware import REQUEST_ID, Limits, RefusedError
+
+logger = logging.getLogger(__name__)
 
 STATUS = {
     "unsupported_format": 415,
@@ -95,9 +99,13 @@ WORK_ERRORS = _errors(400, 401, 408, 413, 415, 422, 500, 503, 504)
 
 def create_app(engine: Engine, limits: Limits, max_images: int) -> FastAPI:
     """The app around an engine, without authentication and limits, which are `middleware.Guard`'s."""
+    # It logs bytes of forms that it cannot read; the answer says what is wrong with them.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     app = FastAPIOffline(
         docs_url=None,
         redoc_url=None,
+        # Starlette fails on an address that it would redirect and whose query is no UTF-8.
+        redirect_slashes=False,
         title="bcd",
         version=provenance.own_version(),
         description=f"Breast-histopathology fields of view: probability and evidence. **{NOTICE}**",
@@ -155,13 +163,15 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         With `Accept: image/png` the answer is the image with its evidence drawn over it; the header
         `X-Evidence-Limit` is the number of log-odds per cell at full colour.
         """
-        pixels, prediction = await _look(engine, await upload.one(request))
-        if request.headers.get("accept", "").lower().startswith("image/png"):
-            png = await asyncio.to_thread(drawn, engine.card, pixels, prediction)
-            headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{LIMIT:g}"}
-            return Response(png, media_type="image/png", headers=headers)
-        given = engine.card, engine.model_id, pixels, prediction
-        return await asyncio.to_thread(answer, *given, overlay, preview)
+        sent = await upload.one(request)
+        async with _logged(sent, request):
+            seen = await _look(engine, sent)
+            if not request.headers.get("accept", "").lower().startswith("image/png"):
+                given = engine.card, engine.model_id, *seen
+                return await asyncio.to_thread(answer, *given, overlay, preview)
+            png = await asyncio.to_thread(drawn, engine.card, *seen[1:])
+        headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{LIMIT:g}"}
+        return Response(png, media_type="image/png", headers=headers)
 
     @app.post(
         "/v1/predict/batch",
@@ -173,7 +183,7 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
     async def predict_batch(request: Request) -> Any:
         """Several images as multipart field `files`: an answer or an error for each."""
         files = await upload.many(request, max_images)
-        return BatchAnswer(results=await asyncio.gather(*(_item(engine, sent) for sent in files)))
+        return BatchAnswer(results=await asyncio.gather(*(_item(engine, sent, request) for sent in files)))
 
 
 def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) -> None:
@@ -241,15 +251,29 @@ def _docs_policy(scripts: Iterable[bytes]) -> str:
     return policy.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
 
 
-async def _look(engine: Engine, sent: upload.Sent) -> tuple[np.ndarray, Prediction]:
+async def _look(engine: Engine, sent: upload.Sent) -> tuple[bytes, np.ndarray, Prediction]:
     # In a thread: recognising a slide may require a file on disk.
-    return await engine.look(await asyncio.to_thread(upload.field_of, sent))
+    content = await asyncio.to_thread(upload.field_of, sent)
+    return content, *await engine.look(content)
 
 
-async def _item(engine: Engine, sent: upload.Sent) -> BatchItem:
+async def _item(engine: Engine, sent: upload.Sent, request: Request) -> BatchItem:
     try:
-        pixels, prediction = await _look(engine, sent)
-        document = await asyncio.to_thread(answer, engine.card, engine.model_id, pixels, prediction)
+        async with _logged(sent, request):
+            seen = await _look(engine, sent)
+            document = await asyncio.to_thread(answer, engine.card, engine.model_id, *seen)
     except image.ImageError as error:
         return BatchItem(name=sent.name, error=ErrorBody(code=error.code, message=error.message))
     return BatchItem(name=sent.name, answer=document)
+
+
+@asynccontextmanager
+async def _logged(sent: upload.Sent, request: Request) -> AsyncIterator[None]:
+    """Log why an image has no answer: never with its name, which may be a patient's, but with its hash."""
+    try:
+        yield
+    except image.ImageError as error:
+        facts = {"image_id": await asyncio.to_thread(sent.sha256), "code": error.code}
+        facts["request_id"] = request.headers.get(REQUEST_ID.decode())
+        logger.info(f"an image cannot be used: {error.code}", extra=facts)
+        raise

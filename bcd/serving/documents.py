@@ -1,6 +1,7 @@
 """The JSON documents of the service; that of an image has the values of the archive job for equal bytes."""
 
 import base64
+import hashlib
 
 import numpy as np
 from pydantic import BaseModel
@@ -78,6 +79,7 @@ class Answer(BaseModel):
     warnings: list[Warn]
     overlay_png: str | None = None
     preview_png: str | None = None
+    sha256: str
     model_id: str
     version: str
     notice: str = NOTICE
@@ -128,12 +130,13 @@ class Health(BaseModel):
 def answer(
     card: Card,
     model_id: str,
+    content: bytes,
     pixels: np.ndarray,
     prediction: Prediction,
     with_overlay: bool = False,
     with_preview: bool = False,
 ) -> Answer:
-    """The document of one decoded image, uint8 (h, w, 3) RGB, and its prediction of one row.
+    """The document of one image: its bytes, its pixels, uint8 (h, w, 3) RGB, and its prediction of one row.
 
     With the overlay it includes the image under its evidence, with the preview the image itself, for clients
     that cannot decode the file.
@@ -164,6 +167,7 @@ def answer(
         ],
         overlay_png=_base64(overlay_png),
         preview_png=_base64(preview_png),
+        sha256=hashlib.sha256(content).hexdigest(),
         model_id=model_id,
         version=provenance.own_version(),
     )

@@ -10,7 +10,11 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import logging
 import os
+import re
+import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +22,10 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bcd.config import log
+
+logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE, DIGEST_VARIABLE = "BCD_API_TOKEN", "BCD_API_TOKEN_SHA256"
 # Names the function that Ray Serve calls when it starts an HTTP proxy.
@@ -28,11 +36,15 @@ LIMITS_VARIABLE = "BCD_SERVE_LIMITS"
 # `/-/healthz` of the proxy is for load balancers; its `/-/routes` lists applications and requires the token.
 PUBLIC = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/-/healthz")
 PUBLIC_FOLDERS = ("/page/", "/static-offline-docs/")
+WORK = ("/v1/predict", "/v1/predict/batch", "/v1/model")
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+# The id of a request, in its answer and its line of the log; Ray Serve calls it the same.
+REQUEST_ID = b"x-request-id"
 # Headers by which Ray Serve lets a caller choose timeouts, replicas and the ids of requests; `-` and `_` are
 # one to it. Of ray.serve._private.constants of Ray 2.60.
 RAY_HEADERS = frozenset(
     {
-        *(b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-request-id", b"x-session-id"),
+        *(b"x-request-timeout-seconds", b"x-request-disconnect-disabled", REQUEST_ID, b"x-session-id"),
         b"serve-multiplexed-model-id",
     }
 )
@@ -95,6 +107,7 @@ def is_loopback(host: str | None) -> bool:
 
 def proxy_middlewares() -> list[Middleware]:
     """The guard of Ray Serve's HTTP proxy, with token and limits from its environment."""
+    log.hand_on("serve")
     limits = Limits(**json.loads(os.environ.get(LIMITS_VARIABLE, "{}")))
     token = os.environ.get(TOKEN_VARIABLE)
     known = os.environ.get(DIGEST_VARIABLE) or (digest(token) if token else None)
@@ -112,13 +125,15 @@ def _cors(limits: Limits) -> list[Middleware]:
             allow_origins=limits.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=headers,
+            expose_headers=[REQUEST_ID.decode()],
         )
     ]
 
 
 def guarded(app: ASGIApp, limits: Limits, token_digest: str | None) -> ASGIApp:
-    """The app of a replica behind its guard."""
-    guard: ASGIApp = Guard(app, limits, token_digest, loopback_only=True)
+    """The app of a replica behind its guard, which may be behind that of the proxy."""
+    behind = PROXY_VARIABLE in os.environ
+    guard: ASGIApp = Guard(app, limits, token_digest, loopback_only=True, behind_proxy=behind)
     for outer in _cors(limits):
         guard = outer.cls(guard, *outer.args, **outer.kwargs)
     return guard
@@ -126,24 +141,41 @@ def guarded(app: ASGIApp, limits: Limits, token_digest: str | None) -> ASGIApp:
 
 @dataclass
 class _Answer:
-    """Sends an answer, with plain-text errors of the framework replaced by ours."""
+    """Sends an answer with the request's id, and plain-text errors of the framework replaced by ours."""
 
     send: Send
     private: bool
-    started: bool = False
+    request_id: bytes
+    status: int | None = None
     replaced: RefusedError | None = None
 
+    @property
+    def started(self) -> bool:
+        """Whether the client has the head of an answer."""
+        return self.status is not None
+
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.started = True
-            self.replaced = _translate(message)
-            if self.replaced:
-                return await self.replaced.send(self.send)
-            if self.private:
-                message = {**message, "headers": [*message["headers"], NO_STORE]}
+        if message["type"] == "http.response.start" and (error := _translate(message)):
+            return await self.refuse(error)
         if not self.replaced:
-            await self.send(message)
+            await self._send(message)
         return None
+
+    async def refuse(self, error: RefusedError) -> None:
+        """Send an error in place of any other answer."""
+        self.replaced = error
+        await error.send(self._send)
+
+    async def _send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            # Ray Serve adds the id as well.
+            headers = [pair for pair in message["headers"] if pair[0].lower() != REQUEST_ID]
+            headers.append((REQUEST_ID, self.request_id))
+            if self.private and NO_STORE not in headers:
+                headers.append(NO_STORE)
+            message = {**message, "headers": headers}
+        await self.send(message)
 
 
 def _translate(message: Message) -> RefusedError | None:
@@ -170,20 +202,24 @@ class Guard:
         limits: of requests.
         token_digest: `digest` of the token that `/v1/*` requires; None requires none.
         loopback_only: without a token, reject requests that arrive at another address than loopback.
+        behind_proxy: keep the id that the proxy's guard gave a request, and leave the line about it to that.
     """
 
     app: ASGIApp
     limits: Limits = field(default_factory=Limits)
     token_digest: str | None = None
     loopback_only: bool = False
+    behind_proxy: bool = False
     _open: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        scope = {**scope, "headers": _own_headers(scope["headers"])}
-        answer = _Answer(send, private=not _is_public(scope["path"]))
+        request_id = self._identify(scope["headers"])
+        scope = {**scope, "headers": [*_own_headers(scope["headers"]), (REQUEST_ID, request_id)]}
+        answer = _Answer(send, private=not _is_public(scope["path"]), request_id=request_id)
+        started = time.monotonic()
         try:
             self._authenticate(scope)
             if scope["method"] in ("GET", "HEAD"):
@@ -193,8 +229,16 @@ class Guard:
         except RefusedError as refused:
             # An answer that has begun cannot be replaced; the client sees that it is cut off.
             if not answer.started:
-                await refused.send(send)
+                await answer.refuse(refused)
+        finally:
+            if not self.behind_proxy:
+                _log(scope, answer, time.monotonic() - started)
         return None
+
+    def _identify(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+        given = dict(headers).get(REQUEST_ID, b"")
+        is_ours = self.behind_proxy and re.fullmatch(rb"[0-9a-f-]{36}", given)
+        return given if is_ours else str(uuid.uuid4()).encode()
 
     async def _worked(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         """A request with a body, from a caller who may send one: only these count against the limit."""
@@ -267,6 +311,27 @@ class Guard:
         except TimeoutError:
             why = f"the body did not arrive within {self.limits.upload_timeout_s:g} s"
             raise RefusedError(408, "slow_upload", why, {"Connection": "close"}) from None
+
+
+def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
+    """A line about a request, unless it fetched something public. What a caller chose is not repeated: a path
+    or a method may contain a token."""
+    status, path = answer.status, scope["path"]
+    if _is_public(path) and (status or 500) < 400:
+        return
+    folder = next((folder for folder in PUBLIC_FOLDERS if path.startswith(folder)), "another address")
+    facts = {
+        "method": scope["method"] if scope["method"] in METHODS else "another method",
+        "path": path if path in PUBLIC + WORK else folder,
+        "status": status,
+        "code": answer.replaced.code if answer.replaced else None,
+        "seconds": round(seconds, 3),
+        "request_id": answer.request_id.decode(),
+    }
+    # Without a status the caller has left.
+    words = facts["method"], facts["path"], status or "no answer", facts["code"]
+    level = logging.WARNING if status and status >= 500 else logging.INFO
+    logger.log(level, f"{' '.join(str(word) for word in words if word)}, {seconds:.3f} s", extra=facts)
 
 
 def _is_public(path: str) -> bool:

@@ -28,6 +28,7 @@ from ray.serve.context import _get_global_client
 from starlette.types import ASGIApp
 
 from bcd import storage
+from bcd.config import log
 from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.errors import NOT_FINITE_MESSAGE, BundleError, ConfigError, ResourceError
 from bcd.imaging import decoder, image
@@ -37,6 +38,8 @@ from bcd.model.predictor import Prediction
 from bcd.preflight import signing
 from bcd.runtime import cluster
 from bcd.serving import api, middleware
+
+logger = logging.getLogger(__name__)
 
 OTHER_MODES = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
 NAME = "bcd"
@@ -118,6 +121,7 @@ class Replica:
         if config.max_replicas > 1:  # together they use no more cores than they reserve
             threads = max(1, int(config.num_cpus))
         cluster.use_threads(threads)
+        log.hand_on("serve", config.log_format)
         self._config, self._token_digest = config, token_digest
         # Ray shows all GPUs to a process that reserves none: every replica would use the first.
         device = None if config.num_gpus else "cpu"
@@ -281,11 +285,14 @@ def run(config: ServeConfig) -> None:
     # After the start of Ray, which sets handlers of its own.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    print(f"serving {config.model} at http://{config.host}:{config.port} (stop with Ctrl-C)", flush=True)
+    logger.info(f"serving {config.model} at http://{config.host}:{config.port} (stop with Ctrl-C)")
     stop.wait()
-    print("finishing accepted requests", flush=True)
+    logger.info("finishing accepted requests")
     serve.delete(NAME)
-    serve.shutdown()
+    if "RAY_ADDRESS" in os.environ:
+        # A cluster of ours ends with this process. Here Ray 2.60 waits for a task of the controller that it
+        # kills, and prints that the task has infinite retries.
+        serve.shutdown()
 
 
 def _require_plain_serve() -> None:

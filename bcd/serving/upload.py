@@ -4,6 +4,7 @@ Nothing is guessed or ignored: unknown options and fields, parts of a form that 
 in text and whole slides are errors.
 """
 
+import hashlib
 import re
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
@@ -46,6 +47,10 @@ class Sent:
 
     name: str
     content: bytes | ImageError
+
+    def sha256(self) -> str | None:
+        """As in the rows of an archive; None where there are no bytes."""
+        return hashlib.sha256(self.content).hexdigest() if isinstance(self.content, bytes) else None
 
 
 def options(*known: str) -> Callable[[Request], Awaitable[None]]:

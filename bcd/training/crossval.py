@@ -1,5 +1,6 @@
 """Cross-validation: train and evaluate one model per fold, and report over all of them."""
 
+import logging
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from bcd import lease, provenance, schema, storage
+from bcd.config import log
 from bcd.config.options import OFF, Protocol
 from bcd.config.training import CrossvalConfig, TrainConfig, TrainingConfig
 from bcd.errors import DataError
@@ -26,6 +28,8 @@ from bcd.taxonomy import N_FOLDS
 from bcd.text import counted, without_folders
 from bcd.training import export, feed, train
 from bcd.training.feed import Held
+
+logger = logging.getLogger(__name__)
 
 
 class Fold(NamedTuple):
@@ -70,7 +74,7 @@ def run(config: CrossvalConfig) -> str:
     folds = {protocol: list(_folds(config, uri, protocol)) for protocol in config.protocols()}
     finished = run_directory.begin_run(config, uri) and _is_published(folds.values())
     if finished and not config.against:
-        print(f"{uri} is finished: see report.html there, or choose another --name to run it again")
+        logger.info(f"{uri} is finished: see report.html there, or choose another --name to run it again")
         return uri
     started = time.time()
     with lease.held(uri, config.wait) as own:
@@ -89,7 +93,7 @@ def _is_published(arms: Iterable[Sequence[Fold]]) -> bool:
     """Whether the bundle of every fold of a finished study is usable."""
     faults = [fault for arm in arms for fold in arm if (fault := export.fault(fold.uri))]
     if faults:
-        print(f"{faults[0]}. Writing new bundles from the checkpoints", flush=True)
+        logger.info(f"{faults[0]}. Writing new bundles from the checkpoints")
     return not faults
 
 
@@ -125,7 +129,7 @@ def _train_missing(config: CrossvalConfig, own: Lease, folds: Sequence[Fold]) ->
         run_directory.resume(fold.config, fold.uri, inspected[0])
         for text in prepare.prepare(fold.config, inspected)[1].warnings:
             if text not in inspected[1].warnings:
-                print(f"warning: {_name(fold)}: {text}", flush=True)
+                logger.warning(f"{_name(fold)}: {text}")
     run_directory.claim_run(config, own.uri, own.require)
     placed = prepare.located(inspected[0], prepare.store_of(folds[0].config))
     _train(folds, inspected, config.parallel, feed.hold(folds[0].config, placed))
@@ -141,12 +145,12 @@ def _train(
     at_once = min(len(folds), parallel or cluster.room(folds[0].config))
     if at_once == 1:
         for number, fold in enumerate(folds, 1):
-            print(f"\n{_name(fold)}: {number} of {len(folds)}", flush=True)
+            logger.info(f"\n{_name(fold)}: {number} of {len(folds)}")
             train.run(fold.config, inspected, held=held)
         return
-    print(f"{counted(len(folds), 'fold')}, {at_once} at a time", flush=True)
+    logger.info(f"{counted(len(folds), 'fold')}, {at_once} at a time")
     # A fold drives its own workers and needs no CPU of its own. Lost with its node, it resumes elsewhere.
-    remote = ray.remote(num_cpus=0, max_retries=folds[0].config.max_failures)(train.run)
+    remote = ray.remote(num_cpus=0, max_retries=folds[0].config.max_failures)(_train_apart)
     shared, waiting = ray.put(inspected), list(folds)
     running: dict[ray.ObjectRef, Fold] = {}
     while waiting or running:
@@ -160,7 +164,13 @@ def _train(
         except RayTaskError as error:
             raise error.cause from error
         left = len(waiting) + len(running)
-        print(f"{_name(fold)}: finished, {left} of {len(folds)} left", flush=True)
+        logger.info(f"{_name(fold)}: finished, {left} of {len(folds)} left")
+
+
+def _train_apart(*given: Any) -> str:
+    """`train.run` in a process of Ray."""
+    log.hand_on("crossval")
+    return train.run(*given)
 
 
 def _name(fold: Fold) -> str:
@@ -257,14 +267,14 @@ def _report(config: CrossvalConfig, uri: str, arms: Sequence[Arm]) -> None:
     """Report the first honest arm, with the effect of a leak and the comparison, and each of several arms."""
     main = next((arm for arm in arms if not arm.facts["leaky"]), arms[0])
     for arm in arms if len(arms) > 1 else ():
-        print(f"\nprotocol {arm.protocol}")
+        logger.info(f"\nprotocol {arm.protocol}")
         arm_uri = storage.join(uri, arm.protocol)
         artifacts.write_artifacts(arm_uri, arm.measured, [], arm.images, arm.facts, arm.unscored)
     measured = dict(main.measured)
     for arm in arms:
         if arm.facts["leaky"] and arm is not main:
             measured["leak"] = _leak(arm, main)
-            print(f"\n{model_report.leak_sentence(measured['leak'])}")
+            logger.info(f"\n{model_report.leak_sentence(measured['leak'])}")
     if config.against:
         measured["comparison"] = artifacts.compared(main.images, config.against)
     artifacts.write_artifacts(uri, measured, [], main.images, main.facts, main.unscored)

@@ -1,5 +1,6 @@
 """From the best epoch to a bundle: novelty statistics, temperature, threshold; without the test part."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from bcd.split import split
 
 if TYPE_CHECKING:
     from bcd.model.resnet import ResNet
+
+logger = logging.getLogger(__name__)
 
 # Settings of the training that no other job reads from the card: others see no folders of this machine.
 PLACES = ("data", "output", "prepared")
@@ -66,7 +69,7 @@ def _best(result: Result, n_classes: int, architecture: Architecture) -> tuple["
                 return weights.assembled(n_classes, tensors, architecture), measured
         except BundleError as error:
             epoch = measured[schema.EPOCH]
-            print(f"warning: the checkpoint of epoch {epoch} is damaged: {error}", flush=True)
+            logger.warning(f"the checkpoint of epoch {epoch} is damaged: {error}")
     raise BundleError("no checkpoint of this run is intact; choose another --name to train again")
 
 

@@ -5,6 +5,7 @@ the same order of rows and takes its share of them. Else Ray Data streams images
 the files.
 """
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ from bcd.runtime import datasets, inspection
 from bcd.runtime.prepare import part_of
 from bcd.split import balance
 from bcd.taxonomy import TRAIN, VALIDATION, Target
+
+logger = logging.getLogger(__name__)
 
 # Of the object store of every node, images may occupy this share: Ray Data needs the rest.
 SHARE_OF_STORE = 0.5
@@ -101,7 +104,7 @@ def hold(config: TrainingConfig, rows: pa.Table) -> Held | None:
     if config.prepared == OFF or not _fits(len(rows) * image_bytes):
         return None
     total = text.size(len(rows) * image_bytes)
-    print(f"reading {text.counted(len(rows), 'image')} into memory: {total} on every node", flush=True)
+    logger.info(f"reading {text.counted(len(rows), 'image')} into memory: {total} on every node")
     ready = schema.fill(rows, schema.READING)
     n = min(max(1, BLOCK_BYTES // image_bytes), datasets.rows_per_task(len(rows)))
     shares = [ready.slice(start, n).combine_chunks() for start in range(0, len(rows), n)]

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 from bcd import schema, storage
+from bcd.config import log
 from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
 from bcd.metrics import measures
 from bcd.model import predictor, resnet, train_step, weights
@@ -77,7 +78,7 @@ def _train(task: Task) -> list[dict[str, Any]]:
     config, context = task.config, ray.train.get_context()
     # Without Ray Train's lines about every report and checkpoint.
     logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("bcd").setLevel(logging.INFO)
+    log.hand_on("train")
     device = ray.train.torch.get_device()
     resnet.set_precision(config.precision)
     if device.type == "cpu":

@@ -1,5 +1,6 @@
 """Train a model: index, split, balance, stream, fit, bundle, evaluate; resumable at every step."""
 
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,23 @@ from bcd.errors import BcdError, StorageError
 from bcd.evaluation import evaluate
 from bcd.lease import Lease
 from bcd.runtime import cluster, datasets, inspection, output, run_directory
-from bcd.runtime.prepare import DatasetFacts, describe_split, load_data_set, located, prepare, store_of
+from bcd.runtime.prepare import (
+    DatasetFacts,
+    describe_split,
+    load_data_set,
+    located,
+    log_warnings,
+    prepare,
+    store_of,
+)
 from bcd.runtime.run_directory import EXPOSURE, SELECTION
 from bcd.training import export, feed
 from bcd.training.feed import Feed, Held
 
 if TYPE_CHECKING:
     from bcd.model.weights import State
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -58,19 +69,19 @@ def run(
         with lease.held(run_uri, config.wait) as own:
             # Another job may have finished it meanwhile.
             if (work := _open_work(config, run_uri)) is not None:
-                print(work, end="", flush=True)
+                logger.info(work)
                 _complete(config, run_uri, own, inspected, runs_per_node, held)
                 return run_uri
-    print(f"{run_uri} is finished: see report.html there, or choose another --name to train again")
+    logger.info(f"{run_uri} is finished: see report.html there, or choose another --name to train again")
     return run_uri
 
 
 def _open_work(config: TrainConfig, run_uri: str) -> str | None:
-    """What a run lacks, as a line of the log, which is empty for an ordinary training; None if finished."""
+    """What a run lacks, as a line of the log; None if it is finished."""
     if not run_directory.begin_run(config, run_uri):
-        return ""
+        return f"training {run_uri}"
     fault = export.fault(run_uri)
-    return fault and f"{fault}. Writing a new bundle from its checkpoint\n"
+    return fault and f"{fault}. Writing a new bundle from its checkpoint"
 
 
 def _complete(
@@ -132,7 +143,9 @@ def _split(
     run_directory.claim_run(config, run_uri, own.require)
     run_directory.write_json(run_uri, run_directory.DATA, facts.model_dump())
     run_directory.write_split(run_uri, table)
-    print("\n".join(describe_split(config, table, facts)), flush=True)
+    log_warnings(facts, config.protocol)
+    for line in describe_split(config, table, facts):
+        logger.info(line)
     return table, facts
 
 

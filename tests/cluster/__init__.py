@@ -39,6 +39,13 @@ class Cluster:
         return processes(self.session, self.marker)
 
 
+def other_lines(log: str, known: Sequence[str]) -> list[str]:
+    """Lines of a job's log that no pattern matches, besides those of `ray job submit` about where it runs."""
+    submitted = (r".*\tINFO job_manager\.py:.*", r"Running entrypoint for job \w+: .*")
+    patterns = [re.compile(pattern) for pattern in (*known, *submitted, r"")]
+    return [line for line in log.splitlines() if not any(pattern.fullmatch(line) for pattern in patterns)]
+
+
 def free_port() -> int:
     """A port on loopback that nobody listens on."""
     with socket.socket() as server:

@@ -37,6 +37,7 @@ from tests.cluster import (
     finish,
     finished,
     kill,
+    other_lines,
     processes,
     read_json,
     start_job,
@@ -126,6 +127,24 @@ def resumed(cluster, archive_on_s3, model_uri, s3):
     status, log = finish(client, submit(cluster, *arguments))
     assert status == JobStatus.SUCCEEDED, log
     return output, bundle_uri, log
+
+
+# All that a scoring prints where nothing is wrong; broken files are results.
+LINES = (
+    r"[\d,]+ inputs( \(.* other entries? .*\))?(; [\d,]+ are already scored, resuming with [\d,]+)?",
+    r"[\d,]+ of [\d,]+ inputs, [\d,]+ rows?, [\d,]+ errors?; [\d.]+ rows/s(; about .* left)?",
+    r"[\d,]+ inputs = [\d,]+ results \+ [\d,]+ errors; [\d,]+ rows, [\d,]+ of them tiles",
+    r"first rows after .*, all after .*",
+    r"  [a-z_]+: [\d,]+",
+    r"  the model has no statistics to identify images unlike its training data",
+    r"(table|gallery|summary): +s3://.*",
+)
+
+
+def test_a_scoring_prints_what_is_known_and_no_warning(resumed):
+    """Though broken and odd images of many formats are among its inputs."""
+    assert not other_lines(resumed[2], LINES)
+    assert other_lines("warning: 12 inputs", LINES)
 
 
 def assert_same(found, expected):

@@ -1,7 +1,9 @@
 """The interface around a bundle, without Ray: documents, errors, forms, and a run of schemathesis."""
 
 import base64
+import hashlib
 import io
+import json
 import subprocess
 from dataclasses import replace
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bcd.config import log
 from bcd.imaging import image
 from bcd.model import novelty, predictor, weights
 from bcd.model.card import Card
@@ -82,6 +85,7 @@ def test_the_answer_is_what_the_bundle_says(client, loaded):
     assert answer["novelty"] == pytest.approx(float(expected.novelty[0]), rel=1e-5)
     assert (answer["warnings"], answer["overlay_png"], answer["preview_png"]) == ([], None, None)
     assert (answer["model_id"], answer["notice"]) == (loaded.model_id, NOTICE)
+    assert answer["sha256"] == hashlib.sha256(FIELD).hexdigest()
 
 
 def test_the_map_covers_a_stated_part_of_the_image(client, loaded):
@@ -158,6 +162,21 @@ def test_a_batch_has_an_answer_or_an_error_for_each(client):
     ]
 
 
+def test_an_image_that_fails_is_found_by_its_hash_and_the_id_of_its_request(client, capsys):
+    """Of a form, too; its name is in no line."""
+    broken = FIELD[: len(FIELD) // 2]
+    digest = hashlib.sha256(broken).hexdigest()
+    log.start("serve", "json")
+    for path, field in (("/v1/predict", "file"), ("/v1/predict/batch", "files")):
+        answer = client.post(path, files={field: ("Name of a person.png", broken)})
+        image_line, request_line = map(json.loads, capsys.readouterr().out.splitlines())
+        assert (image_line["image_id"], image_line["code"]) == (digest, "truncated")
+        ids = {line["request_id"] for line in (image_line, request_line)}
+        assert ids == {answer.headers["x-request-id"]}
+        assert (request_line["path"], request_line["status"]) == (path, answer.status_code)
+        assert "person" not in f"{image_line} {request_line}"
+
+
 @pytest.mark.parametrize(
     ("path", "request_", "expected"),
     [
@@ -168,6 +187,7 @@ def test_a_batch_has_an_answer_or_an_error_for_each(client):
         ("/v1/predict", {"data": {"file": "text"}}, (415, "unsupported_format")),
         ("/v1/predict?overlay=perhaps", {"content": FIELD}, (422, "invalid_request")),
         ("/v1/nothing", {"content": FIELD}, (404, "not_found")),
+        ("/v1/predict/", {"content": FIELD}, (404, "not_found")),
         ("/v1/model", {"content": FIELD}, (405, "method_not_allowed")),
     ],
 )

@@ -25,7 +25,7 @@ def eight():
 
 def test_of_eight_classes_the_map_explains_the_predicted_one(eight):
     prediction = eight.predict(eight.fit(PIXELS)[None])
-    found = documents.answer(eight.card, "id", PIXELS, prediction)
+    found = documents.answer(eight.card, "id", b"", PIXELS, prediction)
     assert found.evidence.explains == f"{found.predicted_class} against the rest"
     centred = prediction.logit[0].max() - prediction.logit[0].mean()
     assert np.mean(found.evidence.values) + found.evidence.bias == pytest.approx(centred, abs=1e-4)
@@ -38,7 +38,7 @@ def test_of_eight_classes_the_map_explains_the_predicted_one(eight):
 def test_the_map_covers_what_the_overlay_draws(eight):
     """Enlarging the covered part over the image is what `bcd.reports.overlay` does."""
     prediction = eight.predict(eight.fit(PIXELS)[None])
-    covers = documents.answer(eight.card, "id", PIXELS, prediction).evidence.covers
+    covers = documents.answer(eight.card, "id", b"", PIXELS, prediction).evidence.covers
     values = prediction.evidence[0]
     box = np.array([covers.left, covers.top, covers.right, covers.bottom])
     box *= [values.shape[1], values.shape[0]] * 2
@@ -50,7 +50,7 @@ def test_the_map_covers_what_the_overlay_draws(eight):
 def test_a_large_image_has_a_small_preview(eight):
     large = pictures.gradient(1_100, 2_200)
     prediction = eight.predict(eight.fit(large)[None])
-    found = documents.answer(eight.card, "id", large, prediction, with_preview=True)
+    found = documents.answer(eight.card, "id", b"", large, prediction, with_preview=True)
     assert Image.open(io.BytesIO(base64.b64decode(found.preview_png))).size == (1024, 512)
     assert (found.width_px, found.height_px) == (2_200, 1_100)
     assert found.overlay_png is None

@@ -6,6 +6,7 @@ import itertools
 import socket
 import threading
 import time
+import uuid
 
 import httpx
 import pytest
@@ -114,8 +115,47 @@ def test_callers_do_not_steer_ray_serve(url):
         own | {name.replace("-", "_").upper(): "1" for name in own} | {"X-Kept": "a", "X-Bad": b"\xe9\xff"}
     )
     found = httpx.get(url + "/v1/headers", headers=AUTHORISED | given).json()
-    assert {name for name in found if name.startswith(("x-", "serve"))} == {"x-kept"}
+    assert {name for name in found if name.startswith(("x-", "serve"))} == {"x-kept", "x-request-id"}
+    assert uuid.UUID(found["x-request-id"])
     assert httpx.get(url + "/v1/x", headers={"Authorization": b"Bearer \xe9"}).status_code == 401
+
+
+def lines(capsys):
+    """The text of each line about a request, and its id."""
+    return [line.rpartition("; request ")[::2] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_each_request_has_an_id_in_its_answer_and_its_line(url, capsys):
+    """Those that fetch something public have no line, and no line repeats what a caller chose."""
+    answers = [
+        httpx.get(url + "/v1/model", headers=AUTHORISED | {"X-Request-Id": str(uuid.uuid4())}),
+        httpx.get(url + "/v1/secret?token=secret"),
+        httpx.get(url + "/healthz"),
+        httpx.post(url + "/page/secret"),
+        httpx.post(url + "/v1/predict", content=b"x" * 2_000, headers=AUTHORISED),
+        httpx.request("TRACE", url + "/v1/text", headers=AUTHORISED),
+    ]
+    told = lines(capsys)
+    ids = [answer.headers.get_list("x-request-id") for answer in answers]
+    assert [[name] for _, name in told] == ids[:2] + ids[3:]
+    assert len({*map(tuple, ids)}) == len(answers)
+    assert [text.rpartition(", ")[0] for text, _ in told] == [
+        "GET /v1/model 200",
+        "GET another address 401 unauthorized",
+        "POST /page/ 405 method_not_allowed",
+        "POST /v1/predict 413 body_too_large",
+        "warning: another method another address 500 internal",
+    ]
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_behind_the_proxy_its_id_is_kept_and_no_line_written(echo, capsys, is_ours):
+    given = str(uuid.uuid4()) if is_ours else "a	text"
+    with serving(Guard(echo, LIMITS, behind_proxy=True)) as address:
+        answer = httpx.get(address + "/v1/headers", headers={"X-Request-Id": given})
+    assert answer.headers["x-request-id"] == answer.json()["x-request-id"]
+    assert (answer.json()["x-request-id"] == given) is is_ours
+    assert lines(capsys) == []
 
 
 def test_ray_serve_has_the_headers_that_are_taken_away():

@@ -40,7 +40,7 @@ from bcd.model import bundle, predictor
 from bcd.runtime import predict
 from bcd.serving import middleware, serve
 from tests import archives, pictures
-from tests.cluster import BIN, PATIENCE_S, ROOT, free_port, kill, wait_for
+from tests.cluster import BIN, PATIENCE_S, ROOT, free_port, kill, other_lines, wait_for
 from tests.end_to_end.test_page import CHROMIUM, PATIENCE_MS, launch, probability, sync_api
 from tests.model.test_bundle import card, untrained
 from tests.service import LIMITS, TOKEN
@@ -49,6 +49,14 @@ from tests.trained import scored
 
 N_PICTURES = 40
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
+# All that a service prints where nothing is wrong.
+LINES = (
+    r"serving .* at http://127.0.0.1:\d+ \(stop with Ctrl-C\)",
+    r"\x1b\[36m\(ProxyActor pid=\d+\)\x1b\[0m POST /\S* (200|401 unauthorized), .*; request .*",
+    # From who asks too early.
+    r"\x1b\[36m\(ProxyActor pid=\d+\)\x1b\[0m (warning: )?GET /readyz (404|503)( \w+)?, .*; request .*",
+    r"finishing accepted requests",
+)
 REPLICA = r"ray::ServeReplica:bcd:Replica"
 # The largest difference that rounding in bfloat16 may make to a probability, between batches of any shape.
 BFLOAT16 = 0.02
@@ -650,8 +658,9 @@ def test_the_door_serves_with_a_token_and_ends_on_sigterm(models, files, tmp_pat
             results = accepted.result().json()["results"]
         assert [item["error"] for item in results] == [None] * 16
         assert job.wait(PATIENCE_S) == 0, log()
+        assert not other_lines(log(), LINES)
         assert "finishing accepted requests" in log()
-        assert "Traceback" not in log()
+        assert len(re.findall(r" 200, .*; request ", log())) == 2
         assert TOKEN not in log()
     psutil.wait_procs(children, timeout=60)
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]

@@ -20,7 +20,7 @@ from bcd.model import bundle, predictor, weights
 from bcd.runtime import output, prepare
 from bcd.training import train
 from bcd.training.feed import Feed
-from tests.cluster import read_json
+from tests.cluster import other_lines, read_json
 from tests.runtime.test_datasets import small
 from tests.trained import check_whole, trained_by_a_job
 
@@ -35,6 +35,27 @@ def config(trained):
 @pytest.fixture(scope="module")
 def run_uri(trained):
     return trained.uri
+
+
+# All that a training prints where nothing is wrong.
+LINES = (
+    r"training s3://.*",
+    r"prepared images: .* in s3://.*, which has \d+ images",
+    r"checked [\d,]+ of [\d,]+ images; \d+ images/s(; .* left)?",
+    r"(train|validation|test): \d+ images of \d+ patients \(\d+ benign, \d+ malignant\)",
+    r"reading \d+ images into memory: .* on every node",
+    r"\x1b\[36m\(RayTrainWorker pid=\d+\)\x1b\[0m epoch \d/2: .*",
+    r"scoring the test part: \d+ images",
+    r"test part: \d+ images, .* \[synthetic data\]",
+    r" +value   95 % interval over patients",
+    r"  (balanced accuracy|sensitivity|specificity|AUC|(image|patient) recognition rate) .*",
+    r"report: s3://.*/report\.html",
+)
+
+
+def test_a_training_prints_what_is_known_and_no_warning(trained):
+    assert not other_lines(trained.log, LINES)
+    assert other_lines("prepared images: no", LINES)
 
 
 def test_every_epoch_and_the_test_part_are_there(trained):
