@@ -32,8 +32,7 @@ resnet.set_precision(config.precision)
 size = config.input_height_px, config.input_width_px
 network = weights.build(2, None, 0, config.architecture).to(device).to(memory_format=torch.channels_last)
 optimizer = train_step.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
-preset = train_step.augmentation(*size) if config.augment else None
-step = train_step.Step(network.train(), optimizer, device, config.precision, preset)
+step = train_step.Step(network.train(), optimizer, device, config.precision, config.augment)
 images = torch.randint(0, 256, (config.batch_size, *size, 3), dtype=torch.uint8)
 target = torch.arange(config.batch_size) % 2
 for n_steps in (2, 12):
