@@ -236,8 +236,11 @@ def commit(batch: pa.Table, work_uri: str) -> pa.Table:
     """Write rows as one segment, atomically, except those with a transient error, which are deferred.
 
     Returns:
-        Per input: rows and errors written, rows deferred (`withheld`), and one of their reasons.
+        Per input: rows and errors written, rows deferred (`withheld`), one of their reasons, and the sums of
+        `schema.TIMES`, which are not written; null where the rows have none.
     """
+    times = schema.fill(batch, schema.TIMES)
+    batch = batch.select([name for name in batch.column_names if name not in times.column_names])
     withheld = pc.equal(batch[schema.ERROR], image.UNAVAILABLE).fill_null(False)
     kept = batch.filter(pc.invert(withheld))
     if len(kept):
@@ -248,8 +251,10 @@ def commit(batch: pa.Table, work_uri: str) -> pa.Table:
     marks = {"rows": pc.invert(withheld), "errors": failed, "withheld": withheld}
     facts = {INPUT: _with_input(batch)[INPUT]} | {key: mark.cast("int64") for key, mark in marks.items()}
     facts["reason"] = pc.if_else(withheld, batch[schema.ERROR_MESSAGE], pa.scalar(None, pa.string()))
-    counted = pa.table(facts).group_by(INPUT).aggregate([*((key, "sum") for key in marks), ("reason", "min")])
-    return counted.rename_columns([INPUT, *marks, "reason"])
+    facts |= {name: times[name] for name in times.column_names}
+    sums = [(key, "sum") for key in (*marks, *times.column_names)]
+    counted = pa.table(facts).group_by(INPUT).aggregate([*sums, ("reason", "min")])
+    return counted.rename_columns([INPUT, *marks, *times.column_names, "reason"])
 
 
 def is_withheld(counted: pa.Table) -> bool:

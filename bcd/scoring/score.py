@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -107,6 +107,8 @@ def _fill(config: ScoreConfig, held: Lease, card: Card, model_id: str, started: 
         "ignored": dict(found.passed.most_common()),
         "n_changed_inputs": len(changed),
         "rows_per_s": rate or None,
+        "headspace": progress.headspace,
+        "images_from": progress.images_from,
         "first_row_s": round(progress.first - started, 1) if progress.first else None,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -120,8 +122,8 @@ def _fill(config: ScoreConfig, held: Lease, card: Card, model_id: str, started: 
 
 def _settings(config: ScoreConfig, model_id: str, compiled: bool) -> predict.Settings:
     shared = config.model_dump(include={"precision", "batch_size", "cam", "cam_layer"})
-    overlays = config.overlays == "png"
-    return predict.Settings(config.model, model_id, overlays=overlays, compile=compiled, **shared)
+    settings = predict.Settings(config.model, model_id, compile=compiled, timed=True, **shared)
+    return replace(settings, overlays=config.overlays == "png")
 
 
 def _tile_settings(config: ScoreConfig, card: Card) -> tiling.Tiling:
