@@ -136,9 +136,10 @@ def tiles_of(slide: str, model_uri: str, plans_uri: str) -> pa.Table:
     return pa.concat_tables(tiling.expand(found, cut, plans_uri, frozenset()))
 
 
-def compared(name: str, fed: Callable[[], float], run: Callable[[], tuple[float, float]]) -> None:
-    """Measure a run between two turns of a fed worker, and print a line."""
-    before = fed()
+def compared(
+    name: str, before: float, fed: Callable[[], float], run: Callable[[], tuple[float, float]]
+) -> float:
+    """Measure a run, then a turn of a fed worker, and print a line; returns the rate of that turn."""
     rate, recorded = run()
     after = fed()
     print(
@@ -146,6 +147,7 @@ def compared(name: str, fed: Callable[[], float], run: Callable[[], tuple[float,
         f"headspace {2 * rate / (before + after):.2f}, recorded {recorded:.2f}",
         flush=True,
     )
+    return after
 
 
 def parsed() -> argparse.Namespace:
@@ -154,7 +156,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     for name in ("--model", "--data", "--slide"):
         parser.add_argument(name, required=True)
-    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--protocol", default="case")
     parser.add_argument("--precision", default="float32")
@@ -184,13 +186,15 @@ def main() -> None:
             f"{card.input_height_px}x{card.input_width_px}, {card.architecture}, {flags.precision}",
             flush=True,
         )
+        before = fed_rate(TRAINED, config.model_dump_json())
         for name, given, in_memory in (
             ("training from files", off, False),
             ("training from prepared images", config, False),
             ("training from memory", config, True),
         ):
-            compared(
+            before = compared(
                 name,
+                before,
                 lambda: fed_rate(TRAINED, config.model_dump_json()),
                 lambda given=given, in_memory=in_memory: trained(given, flags.rows, in_memory),
             )
@@ -203,14 +207,15 @@ def score_all(flags: argparse.Namespace, config: TrainConfig, folder: str) -> No
     table, _ = prepare.prepare(config)
     located = prepare.located(table, prepare.store_of(config))
     tiles = tiles_of(flags.slide, flags.model, storage.join(folder, "plans"))
-    pool = cluster.model_workers(1)
+    pool, before = cluster.model_workers(1), 0.0
     for name, rows in (("files", table), ("prepared images", located), ("a slide", tiles)):
         given = repeated(schema.fill(rows, schema.READING), flags.rows)
         uri = storage.join(folder, f"{name.replace(' ', '-')}.parquet")
         storage.write_table(uri, given.slice(0, ROWS_PER_BLOCK))
         arguments = flags.model, flags.precision, uri, str(pool.threads)
-        compared(
+        before = compared(
             f"scoring from {name}",
+            before or fed_rate(SCORED, *arguments),
             lambda arguments=arguments: fed_rate(SCORED, *arguments),
             lambda given=given: scored(given, settings),
         )
