@@ -27,6 +27,7 @@ NOVELTY, NOVELTY_CUTOFF, WARNINGS = "novelty", "novelty_cutoff", "warnings"
 # Errors and provenance.
 ERROR, ERROR_MESSAGE, MODEL_ID, EPOCH = "error", "error_message", "model_id", "epoch"
 ENGINE, PRECISION, BCD_VERSION = "engine", "precision", "bcd_version"
+COMPUTE_S, ELAPSED_S = "compute_s", "elapsed_s"
 # Slides.
 TILES, BACKGROUND_TILES, ERROR_TILES = "tiles", "background_tiles", "error_tiles"
 WARNED_TILES, TISSUE_AREA_MM2 = "warned_tiles", "tissue_area_mm2"
@@ -132,6 +133,10 @@ READING = pa.schema(
         *_columns(_TEXT, ERROR, ERROR_MESSAGE),
     ]
 )
+
+# Beside the predictions, until they are committed: seconds in which a model worker computed a row, and all of
+# its time, as shares of those of a batch.
+TIMES = pa.schema([*_columns(pa.float64(), COMPUTE_S, ELAPSED_S)])
 
 # The inputs of an archive when they were scored: a row depends on these, and on the pixels.
 SEEN_INPUTS = pa.schema(

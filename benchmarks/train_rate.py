@@ -56,9 +56,8 @@ class PlainLoop:
             device, memory_format=torch.channels_last
         )
         optimizer = train_step.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
-        preset = train_step.augmentation(config.input_height_px, config.input_width_px)
         self.rate = config.learning_rate
-        self.step = train_step.Step(network.train(), optimizer, device, config.precision, preset)
+        self.step = train_step.Step(network.train(), optimizer, device, config.precision, config.augment)
         self.loader = DataLoader(
             Rows(table, config),
             config.batch_size,

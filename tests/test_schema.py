@@ -21,7 +21,7 @@ def test_every_column_constant_is_spelled_as_its_name():
     constants = {n: v for n, v in vars(schema).items() if n.isupper() and isinstance(v, str)}
     assert all(value == name.lower() for name, value in constants.items())
     tables = schema.INDEX, schema.SPLIT, schema.EXPOSURE, schema.READING, schema.SLIDES
-    tables += schema.AUDIT, schema.NEAR_DUPLICATES, schema.INPUTS, schema.SEEN_INPUTS
+    tables += schema.AUDIT, schema.NEAR_DUPLICATES, schema.INPUTS, schema.SEEN_INPUTS, schema.TIMES
     tables += (schema.IDENTIFIERS, schema.PSEUDONYMS)
     used = {name for table in (*tables, schema.predictions(1, 1, overlays=True)) for name in table.names}
     used |= {schema.IMAGE, schema.TARGET, schema.POSITION}

@@ -64,8 +64,8 @@ class ScoreConfig(OutputConfig, SignedConfig):
     """Images per forward pass."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the network first: costs half a minute, gains 6 %, which pays on long archives. auto: from
-    20,000 files or 4 GB of slides, if every node has a compiler (g++)."""
+    """Compile the network first, which costs half a minute and changes rounding. auto: from 20,000 files or
+    4 GB of slides on GPUs, and on CPUs where --precision is bfloat16 and a compiler (g++) is installed."""
 
     max_workers: int | None = Field(default=None, ge=1)
     """Largest number of model workers; by default one per GPU, else one per four CPUs."""

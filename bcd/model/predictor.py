@@ -76,6 +76,11 @@ class Predictor:
         """Fit a decoded image (h, w, 3) into the input size (height, width, 3); both uint8 RGB."""
         return image.fit(pixels, self.card.input_height_px, self.card.input_width_px)
 
+    def stage(self, n: int) -> np.ndarray:
+        """Memory for a batch of n images (n, height, width, 3), uint8, from which a GPU copies by itself."""
+        shape = (n, self.card.input_height_px, self.card.input_width_px, 3)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda").numpy()
+
     @torch.inference_mode()
     def predict(
         self, images: np.ndarray, method: str = CLOSED_FORM, layer: str = cam.LAYERS[-1]
@@ -87,11 +92,12 @@ class Predictor:
         """
         batch = self._normalised(images)
         output = self._output(batch)
-        evidence, bias = output.evidence.cpu(), output.evidence_bias.cpu()
+        logit, evidence, bias, pooled = _on_cpu(
+            output.logit, output.evidence, output.evidence_bias, output.pooled
+        )
         if method != CLOSED_FORM:
             evidence = cam.explain(self.network, batch, method, layer, output.logit.argmax(1))
             bias = torch.full_like(bias, torch.nan)
-        logit = output.logit.cpu()
         probability = probabilities(logit)
         malignant = malignant_share(probability, self.card.classes)
         return Prediction(
@@ -101,7 +107,7 @@ class Predictor:
             self._decide(logit, probability, malignant),
             evidence.numpy(),
             bias.numpy(),
-            self._novelty(output.pooled),
+            self._novelty(pooled.numpy()),
         )
 
     def predict_files(self, contents: Sequence[bytes]) -> Prediction:
@@ -116,7 +122,7 @@ class Predictor:
         return output.pooled.cpu().numpy(), output.logit.cpu().numpy()
 
     def _normalised(self, images: np.ndarray) -> torch.Tensor:
-        batch = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
+        batch = torch.from_numpy(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         batch = normalise(batch, self.card.mean, self.card.std)
         return batch.contiguous(memory_format=torch.channels_last)
 
@@ -124,11 +130,11 @@ class Predictor:
         with resnet.autocast(self.device, self.precision):
             return resnet.explained(self.network, self.features(batch))
 
-    def _novelty(self, pooled: torch.Tensor) -> np.ndarray:
+    def _novelty(self, pooled: np.ndarray) -> np.ndarray:
         statistics = self.card.feature_statistics
         if statistics is None:
             return np.full(len(pooled), np.nan, np.float32)
-        return novelty.distance(pooled.cpu().numpy(), statistics.mean, statistics.spread)
+        return novelty.distance(pooled, statistics.mean, statistics.spread)
 
     def _decide(
         self, logit: torch.Tensor, probability: torch.Tensor, malignant: torch.Tensor
@@ -146,6 +152,13 @@ class Predictor:
             output = resnet.forward(self.network, self._normalised(canary()[None]))
         summand = (output.pooled.abs() @ self.network.fc.weight.abs().T).max()
         return output.logit[0].cpu().numpy(), float(summand)
+
+
+def _on_cpu(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Copies of tensors of one type, in one transfer, for which a GPU is waited for once."""
+    sizes = [tensor.numel() for tensor in tensors]
+    parts = torch.cat([tensor.flatten() for tensor in tensors]).cpu().split(sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def probabilities(logit: torch.Tensor) -> torch.Tensor:

@@ -132,7 +132,12 @@ def compiled_features(network: ResNet) -> Callable[[Tensor], Tensor]:
 
     Requires a C++ compiler on CPUs. The first call compiles for the shape of its batch, in about a minute.
     """
-    function = torch.compile(partial(features, network), dynamic=False, options={"freezing": True})
+    # Not at the top: see above. For the process, because an option of one function comes too late:
+    # torch 2.15 has all weights as inputs by then, and fuses and packs none.
+    from torch._inductor import config
+
+    config.freezing = True
+    function = torch.compile(partial(features, network), dynamic=False)
     return cast(Callable[[Tensor], Tensor], function)
 
 

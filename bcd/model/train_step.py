@@ -7,7 +7,7 @@ step on eight workers, plain batch norm would normalise by four images each.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,14 +15,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torchvision.transforms import v2
 
 from bcd.model import resnet
 from bcd.model.resnet import normalise
 
-# torchvision draws one crop, flip and colour per call; this many images share a draw. Small enough for
-# variety within a batch, large enough to keep a GPU busy.
-IMAGES_PER_DRAW = 4
+# Of the augmentation: shares of the area that are kept, the most by which a side is stretched, tries to find
+# such a part, and the largest changes of brightness, contrast and saturation, and of the hue in radians.
+AREA, STRETCH, TRIES = (0.6, 1.0), 0.1, 10
+FACTOR, HUE = 0.2, 0.03 * 2 * math.pi
+# Maps from places in an image turned by 0, 90, 180 and 270 degrees to those in the image, x before y.
+QUARTER_TURNS = torch.tensor(
+    [[[1, 0], [0, 1]], [[0, -1], [1, 0]], [[-1, 0], [0, -1]], [[0, 1], [-1, 0]]]
+).float()
+
+
+def _color_parts() -> tuple[Tensor, Tensor, Tensor]:
+    """Linear maps of RGB to its luma, as a grey; to the rest, its chroma; and to that, its hue turned by a
+    right angle."""
+    luma = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)
+    rest = torch.eye(3) - luma
+    # The turn about the grey axis, and the same luma again.
+    about_grey = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    return luma, rest, rest @ about_grey
+
+
+COLOR_PARTS = _color_parts()
 
 
 def optimizer(
@@ -89,45 +106,89 @@ def weights_as_loss(network: nn.Module) -> Tensor:
     return torch.where(finite, 0.0, torch.nan)
 
 
-def augmentation(height: int, width: int) -> v2.Transform:
-    """Training preset for `augment`: what may change in a field of tissue without changing its class."""
-    aspect = width / height
-    return v2.Compose(
-        [
-            v2.RandomHorizontalFlip(),
-            QuarterTurns(),
-            v2.RandomResizedCrop(
-                (height, width), scale=(0.6, 1.0), ratio=(aspect * 0.9, aspect * 1.1), antialias=True
-            ),
-            # Stains differ between laboratories far more than between classes.
-            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.03),
-        ]
-    )
+class Draws(NamedTuple):
+    """What augmentation changes in each of n images; on the CPU.
 
-
-class QuarterTurns(v2.Transform):
-    """Rotate by 0, 90, 180 or 270 degrees, without resampling; height and width may change places."""
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
-        """Draw the number of turns from torch's generator."""
-        return {"turns": int(torch.randint(4, ()))}
-
-    def transform(self, inpt: torch.Tensor, params: dict[str, int]) -> torch.Tensor:
-        """Turn (..., height, width)."""
-        return torch.rot90(inpt, params["turns"], (-2, -1))
-
-
-def augment(images: torch.Tensor, transform: v2.Transform) -> torch.Tensor:
-    """Apply the training preset to a whole batch on its own device.
-
-    Args:
-        images: uint8 (n, 3, height, width).
-        transform: from `augmentation`.
-
-    Returns:
-        uint8 of the same shape.
+    First is_flipped (n,) bool, then turns (n,), by 90 degrees each, then the part of the turned image that
+    fills the result: its corner and size (n, 2) in px, x before y. Last color (n, 4): factors of brightness,
+    contrast and saturation, and the turn of the hue in radians.
     """
-    return torch.cat([transform(group) for group in images.split(IMAGES_PER_DRAW)])
+
+    is_flipped: Tensor
+    turns: Tensor
+    corner: Tensor
+    part: Tensor
+    color: Tensor
+
+
+def draw(n: int, height_px: int, width_px: int) -> Draws:
+    """Draw from torch's generator what may change in a field of tissue without changing its class."""
+    is_flipped, turns = torch.rand(n) < 0.5, torch.randint(4, (n,))
+    corner, part = _draw_parts(_turned(turns, height_px, width_px), width_px / height_px)
+    # Stains differ between laboratories far more than between classes.
+    factors, hue = torch.empty(n, 3).uniform_(1 - FACTOR, 1 + FACTOR), torch.empty(n, 1).uniform_(-HUE, HUE)
+    return Draws(is_flipped, turns, corner, part, torch.cat([factors, hue], 1))
+
+
+def _turned(turns: Tensor, height_px: int, width_px: int) -> Tensor:
+    """Width and height (n, 2) of images after their turns."""
+    size = torch.tensor([width_px, height_px]).expand(len(turns), 2)
+    return torch.where((turns % 2 == 1)[:, None], size.flip(1), size)
+
+
+def _draw_parts(size: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
+    """Corner and size of a part of images of sizes (n, 2), as torchvision's RandomResizedCrop draws them: one
+    that does not fit is drawn again, and after `TRIES` it is the largest, in the middle."""
+    n, low, high = len(size), aspect * (1 - STRETCH), aspect * (1 + STRETCH)
+    area = size.prod(1, keepdim=True) * torch.empty(n, TRIES).uniform_(*AREA)
+    ratio = torch.empty(n, TRIES).uniform_(math.log(low), math.log(high)).exp()
+    parts = torch.stack([area * ratio, area / ratio], 2).sqrt().round()
+    does_fit = (parts <= size[:, None]).all(2)
+    part = parts[torch.arange(n), does_fit.int().argmax(1)]
+    corner = (torch.rand(n, 2) * (size - part + 1)).floor()
+    width, height = size.unbind(1)
+    largest = torch.stack([(height * high).round(), (width / low).round()], 1).minimum(size)
+    is_found, middle = does_fit.any(1, keepdim=True), ((size - largest) / 2).floor()
+    return torch.where(is_found, corner, middle), torch.where(is_found, part, largest)
+
+
+def augment(images: Tensor, draws: Draws) -> Tensor:
+    """Apply the draws to a whole batch, on its own device.
+
+    Takes uint8 (n, 3, height, width), and returns the same type and shape.
+    """
+    places = _places(draws, *images.shape[2:]).to(images.device, non_blocking=True)
+    grid = functional.affine_grid(places, list(images.shape), align_corners=False)
+    kept = images.to(torch.float32, memory_format=torch.contiguous_format)
+    # Without a filter: at most a tenth of the resolution is lost.
+    parts = functional.grid_sample(kept, grid, padding_mode="border", align_corners=False)
+    changed = recolor(parts, draws.color.to(images.device, non_blocking=True))
+    return changed.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _places(draws: Draws, height_px: int, width_px: int) -> Tensor:
+    """Affine maps (n, 2, 3) from places in the result to places in the image, both from -1 to 1, x before
+    y."""
+    size = _turned(draws.turns, height_px, width_px)
+    scale, shift = draws.part / size, (2 * draws.corner + draws.part) / size - 1
+    places = QUARTER_TURNS[draws.turns] @ torch.cat([torch.diag_embed(scale), shift[..., None]], 2)
+    places[draws.is_flipped, 0] *= -1
+    return places
+
+
+def recolor(images: Tensor, color: Tensor) -> Tensor:
+    """Change the colours of float32 (n, 3, height, width), from 0 to 255, by the `color` of `Draws`; results
+    may exceed that range.
+
+    In whatever order the four are applied, they are one linear map: of a colour about its luma, of luma about
+    its mean over the image, and of everything by the brightness.
+    """
+    luma, chroma, turned = (part.to(images.device, non_blocking=True) for part in COLOR_PARTS)
+    brightness, contrast, saturation, hue = color[..., None, None].unbind(1)
+    change = luma + saturation * (hue.cos() * chroma + hue.sin() * turned)
+    offset = brightness * (1 - contrast) * (luma @ images.mean((2, 3))[..., None])
+    changed = torch.baddbmm(offset, brightness * contrast * change, images.flatten(2))
+    return changed.view_as(images)
 
 
 @dataclass(frozen=True)
@@ -138,7 +199,7 @@ class Step:
     optimizer: torch.optim.Optimizer
     device: torch.device
     precision: str
-    augmentation: v2.Transform | None
+    augments: bool
 
     def __call__(self, images: Tensor, target: Tensor, rate: float) -> Tensor:
         """Train on uint8 (n, height, width, 3) RGB and int64 (n,) class indices, at a learning rate.
@@ -149,8 +210,8 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        if self.augmentation is not None:
-            batch = augment(batch, self.augmentation)
+        if self.augments:
+            batch = augment(batch, draw(len(batch), *batch.shape[2:]))
         batch = normalise(batch).contiguous(memory_format=torch.channels_last)
         with resnet.autocast(self.device, self.precision):
             logit = self.network(batch)

@@ -3,6 +3,7 @@
 The test part of a training run, archives and tiles all use this path, so that equal bytes give equal numbers.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class Settings:
     """Everything besides the image that determines the numbers of a row; see `config.ScoreConfig`.
 
     The `model_id` is that of the bundle at the start of the job: workers load it later, and much later after
-    a node is lost. So is `card_sha256`, of a job that verified the bundle's signature.
+    a node is lost. So is `card_sha256`, of a job that verified the bundle's signature. `timed` rows have the
+    columns of `schema.TIMES`, too.
     """
 
     model_uri: str
@@ -51,6 +53,7 @@ class Settings:
     overlays: bool = False
     compile: bool = False
     card_sha256: str | None = None
+    timed: bool = False
 
 
 def score_rows(dataset: Dataset, settings: Settings, max_workers: int | None = None) -> Dataset:
@@ -117,6 +120,29 @@ def on_models(
     )
 
 
+class Stopwatch:
+    """How much of its time a worker computes, from its first batch on."""
+
+    def __init__(self) -> None:
+        self._computed = 0.0
+        self._last: float | None = None
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Context of a computation."""
+        started = time.monotonic()
+        yield
+        self._computed += time.monotonic() - started
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds of computing, and all seconds, since the last call; 0 for the first batch, which waits for
+        the start of others, and compiles."""
+        now = time.monotonic()
+        found = (0.0, 0.0) if self._last is None else (self._computed, now - self._last)
+        self._computed, self._last = 0.0, now
+        return found
+
+
 class Scorer:
     """An actor that holds one model and scores batches; a worker of `on_models`."""
 
@@ -126,6 +152,7 @@ class Scorer:
 
         cluster.use_threads(threads)
         self._settings = settings
+        self._stopwatch = Stopwatch()
         self._fault: BundleError | None = None
         try:
             self._predictor = predictor.load(
@@ -137,6 +164,7 @@ class Scorer:
         except BundleError as error:  # raised later, because Ray would replace an actor that fails here
             self._fault = error
             return
+        self._staged = self._predictor.stage(settings.batch_size)
         self._constant = {
             schema.MODEL_ID: self._predictor.model_id,
             schema.ENGINE: COMPILED if settings.compile else EAGER,
@@ -158,7 +186,15 @@ class Scorer:
             columns[name] = pa.array(batch[name], pa.string(), mask=good)
         columns[schema.SHA256] = pa.array(batch[schema.SHA256], pa.string(), mask=batch[schema.SHA256] == "")
         columns |= {name: pa.array([value] * n) for name, value in self._constant.items()}
-        return self._table(columns, batch[schema.IMAGE][good], good)
+        images = batch[schema.IMAGE]
+        table = self._table(columns, images if good.all() else images[good], good)
+        return self._timed(table) if self._settings.timed else table
+
+    def _timed(self, table: pa.Table) -> pa.Table:
+        n = len(table)
+        for field, seconds in zip(schema.TIMES, self._stopwatch.lap(), strict=True):
+            table = table.append_column(field, pa.array([seconds / n] * n, field.type))
+        return table
 
     def _table(self, columns: dict[str, pa.Array], images: np.ndarray, good: np.ndarray) -> pa.Table:
         height, width = self._predictor.evidence_size(self._settings.cam_layer)
@@ -180,9 +216,10 @@ class Scorer:
         return schema.fill(pa.table(columns), form)
 
     def _results(self, images: np.ndarray, form: pa.Schema) -> pa.Table:
-        n, size = len(images), self._settings.batch_size
-        padded = np.concatenate([images, np.zeros((size - n, *images.shape[1:]), np.uint8)])
-        prediction = self._predictor.predict(padded, self._settings.cam, self._settings.cam_layer)
+        n = len(images)
+        self._staged[:n], self._staged[n:] = images, 0
+        with self._stopwatch.computing():
+            prediction = self._predictor.predict(self._staged, self._settings.cam, self._settings.cam_layer)
         maps = prediction.evidence[:n]
         height, width = maps.shape[1:]
         statistics = self._predictor.card.feature_statistics

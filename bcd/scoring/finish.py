@@ -113,6 +113,10 @@ def closing_lines(uri: str, summary: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"first rows after {duration(summary['first_row_s'])}, all after {duration(summary['seconds'])}"
         )
+    if summary.get("rows_per_s"):
+        headspace = "not measured" if summary["headspace"] is None else f"{summary['headspace']:.2f}"
+        images = f", images from {summary['images_from']}" if summary["images_from"] else ""
+        lines.append(f"{summary['rows_per_s']:.1f} rows/s (headspace {headspace}{images})")
     lines += [f"  {code}: {count:,}" for code, count in sorted(summary["errors"].items())]
     warnings = summary[schema.WARNINGS]
     if warnings is None and summary["n_results"]:

@@ -241,8 +241,11 @@ def commit(batch: pa.Table, work_uri: str, hides_uris: bool = False) -> pa.Table
     With `hides_uris` a row has the id of its input for its URI, and no message that may name a file.
 
     Returns:
-        Per input: rows and errors written, rows deferred (`withheld`), and one of their reasons.
+        Per input: rows and errors written, rows deferred (`withheld`), one of their reasons, and the sums of
+        `schema.TIMES`, which are not written; null where the rows have none.
     """
+    times = schema.fill(batch, schema.TIMES)
+    batch = batch.select([name for name in batch.column_names if name not in times.column_names])
     batch = _without_uris(batch) if hides_uris else batch
     withheld = pc.equal(batch[schema.ERROR], image.UNAVAILABLE).fill_null(False)
     kept = batch.filter(pc.invert(withheld))
@@ -254,8 +257,10 @@ def commit(batch: pa.Table, work_uri: str, hides_uris: bool = False) -> pa.Table
     marks = {"rows": pc.invert(withheld), "errors": failed, "withheld": withheld}
     facts = {INPUT: _with_input(batch)[INPUT]} | {key: mark.cast("int64") for key, mark in marks.items()}
     facts["reason"] = pc.if_else(withheld, batch[schema.ERROR_MESSAGE], pa.scalar(None, pa.string()))
-    counted = pa.table(facts).group_by(INPUT).aggregate([*((key, "sum") for key in marks), ("reason", "min")])
-    return counted.rename_columns([INPUT, *marks, "reason"])
+    facts |= {name: times[name] for name in times.column_names}
+    sums = [(key, "sum") for key in (*marks, *times.column_names)]
+    counted = pa.table(facts).group_by(INPUT).aggregate([*sums, ("reason", "min")])
+    return counted.rename_columns([INPUT, *marks, *times.column_names, "reason"])
 
 
 def _without_uris(batch: pa.Table) -> pa.Table:

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from bcd import schema
 from bcd.scoring import tiling
 from bcd.scoring.ledger import INPUT, Done
-from bcd.text import counted, duration
+from bcd.text import counted, duration, listed
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ class Progress:
         self._before = before.rows
         self._expected: dict[str, int] = {}
         self._missing: dict[str, int] = {}
+        self._planned: set[str] = set()
         uris = todo[schema.URI].to_pylist()
         self._slides = {name for name, uri in zip(names, uris, strict=True) if tiling.may_be_slide(uri)}
         self._plans_uri = plans_uri
@@ -35,7 +36,8 @@ class Progress:
         self.first: float | None = None
         """When the first rows were committed, by the monotonic clock."""
         self.withheld: str | None = None
-        self._weight = 0.0
+        self._weight = self._computed = self._elapsed = 0.0
+        self._from: set[str] = set()
 
     def add(self, counted: pa.Table) -> None:
         """Count the rows of one commit; `withheld` keeps the last reason for which a row was deferred."""
@@ -46,15 +48,31 @@ class Progress:
             self._errors += errors
             if name not in self._expected:
                 plan = tiling.read_plan(self._plans_uri, name) if name in self._slides else None
+                self._planned |= {name} if plan else set()
                 self._expected[name] = (plan.tiles if plan else 1) - self._before[name]
                 self._missing[name] = self._expected[name]
             self._missing[name] -= rows
             self._done += not self._missing[name]
             self._weight += self._weights[name] * rows / max(1, self._expected[name])
+            if rows > errors:
+                self._from.add("slides" if name in self._planned else "files")
+        self._computed += pc.sum(counted[schema.COMPUTE_S]).as_py() or 0.0
+        self._elapsed += pc.sum(counted[schema.ELAPSED_S]).as_py() or 0.0
         self.withheld = pc.max(counted["reason"]).as_py() or self.withheld
         running = self._done < len(self._weights)
         if running and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._print()
+
+    @property
+    def headspace(self) -> float | None:
+        """Fraction of the workers' time, from the first batch of each to its last, in which their models
+        compute; None where no worker had a second batch."""
+        return min(1.0, self._computed / self._elapsed) if self._elapsed else None
+
+    @property
+    def images_from(self) -> str | None:
+        """Where the images came from."""
+        return listed(sorted(self._from)) or None
 
     def _print(self) -> None:
         self._printed = time.monotonic()

@@ -95,9 +95,7 @@ def _train(task: Task) -> list[dict[str, Any]]:
         # Running statistics are equal on all workers, or made so by `train_step.average_batch_norm`. Torch
         # 2.11 accepts this only under this name, about which torch 2.13 warns if it is an argument.
         network.broadcast_buffers = False
-    height, width = config.input_height_px, config.input_width_px
-    augmentation = train_step.augmentation(height, width) if config.augment else None
-    step = train_step.Step(network, state.optimizer, device, config.precision, augmentation)
+    step = train_step.Step(network, state.optimizer, device, config.precision, config.augment)
     with tempfile.TemporaryDirectory() as folder:
         board = SummaryWriter(folder) if context.get_world_rank() == 0 else None
         for epoch in range(len(state.history) + 1, config.epochs + 1):

@@ -1,7 +1,9 @@
 import copy
+from collections import OrderedDict
 from functools import partial
 
 import torch
+from torch import nn
 
 from bcd.model import predictor, resnet, weights
 
@@ -92,3 +94,21 @@ def test_probability_malignant_sums_over_malignant_subtypes():
     torch.testing.assert_close(
         predictor.malignant_share(probabilities, ("A", "DC", "F", "LC")), torch.tensor([0.6])
     )
+
+
+def test_compiling_fuses_and_packs_the_convolutions(monkeypatch):
+    """Where torch takes weights as inputs, it compiles too, and gains nothing."""
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "freezing", False)
+    torch.manual_seed(0)
+    layers = {"conv1": nn.Conv2d(3, 8, 3), "relu": nn.ReLU(), "avgpool": nn.Identity()}
+    network = nn.Sequential(OrderedDict(layers)).requires_grad_(False)
+    images = torch.randn(2, 3, 16, 24).contiguous(memory_format=torch.channels_last)
+    counters.clear()
+    with torch.inference_mode():
+        found = resnet.compiled_features(network)(images)
+        torch.testing.assert_close(found, resnet.features(network, images))
+    assert counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] == 1
+    assert counters["inductor"]["mkldnn_unary_fusion_matcher_count"] == 1

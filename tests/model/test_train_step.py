@@ -1,6 +1,15 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    resized_crop,
+)
 
 from bcd.model import train_step, weights
 from tests import pictures
@@ -26,8 +35,7 @@ def test_steps_learn_black_from_white(precision):
     torch.manual_seed(0)
     network = weights.build(2, seed=0, architecture="resnet18").to(memory_format=torch.channels_last).train()
     optimizer = train_step.optimizer(network, "adamw", 1e-3, 0.01)
-    preset = train_step.augmentation(32, 64)
-    step = train_step.Step(network, optimizer, torch.device("cpu"), precision, preset)
+    step = train_step.Step(network, optimizer, torch.device("cpu"), precision, augments=True)
     images = torch.cat([torch.zeros(4, 32, 64, 3), torch.full((4, 32, 64, 3), 255)]).to(torch.uint8)
     target = torch.tensor([0] * 4 + [1] * 4)
     losses = [step(images, target, 1e-3).item() for _ in range(3)]
@@ -74,22 +82,105 @@ def test_weights_and_running_statistics_follow_the_losses():
         assert train_step.weights_as_loss(network).isnan()
 
 
-def test_augmentation_keeps_shape_and_type_varies_and_is_seeded():
-    batch = torch.from_numpy(np.stack([pictures.gradient(96, 144)] * 8)).permute(0, 3, 1, 2)
-    preset = train_step.augmentation(96, 144)
-    torch.manual_seed(1)
-    first, second = train_step.augment(batch, preset), train_step.augment(batch, preset)
-    torch.manual_seed(1)
-    again = train_step.augment(batch, preset)
-    assert first.shape == batch.shape
-    assert first.dtype == torch.uint8
-    torch.testing.assert_close(first, again)
-    assert not torch.equal(first, second)
-    assert not torch.equal(first[0], first[train_step.IMAGES_PER_DRAW])
+def batch_of(n, height, width):
+    """Smooth images uint8 (n, 3, height, width), between 80 and 175, where no change of colour saturates."""
+    small = torch.randint(
+        80, 176, (n, 3, height // 8, width // 8), generator=torch.Generator().manual_seed(2)
+    )
+    return functional.interpolate(small.float(), (height, width), mode="bilinear").to(torch.uint8)
 
 
-def test_quarter_turns_are_exact_and_all_four_occur():
-    batch = torch.from_numpy(pictures.gradient(4, 6)).permute(2, 0, 1)[None]
-    turned = [train_step.QuarterTurns()(batch) for _ in range(60)]
-    for k in range(4):
-        assert any(torch.equal(t, torch.rot90(batch, k, (-2, -1))) for t in turned)
+def one_by_one(images, draws):
+    """What `augment` does, image by image and step by step, as torchvision does it; without hue."""
+    height, width = images.shape[2:]
+    for i, whole in enumerate(images.float()):
+        left, top, across, down = torch.cat([draws.corner[i], draws.part[i]]).int().tolist()
+        whole = whole.flip(-1) if draws.is_flipped[i] else whole
+        turned = torch.rot90(whole, int(draws.turns[i]), (-2, -1))
+        part = resized_crop(turned, top, left, down, across, [height, width], antialias=False) / 255
+        changes = list(
+            zip((adjust_brightness, adjust_contrast, adjust_saturation), draws.color[i], strict=False)
+        )
+        # Their order does not matter.
+        for change, factor in changes if i % 2 else reversed(changes):
+            part = change(part, factor.item())
+        yield part * 255
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 64), (64, 64)])
+def test_a_batch_is_augmented_as_its_images_one_by_one(height, width):
+    torch.manual_seed(1)
+    images, draws = batch_of(32, height, width), train_step.draw(32, height, width)
+    draws.color[:, 3] = 0
+    found = train_step.augment(images, draws)
+    assert (found.shape, found.dtype) == (images.shape, torch.uint8)
+    expected = torch.stack(list(one_by_one(images, draws)))
+    # A part is not enlarged alone: at its edge its neighbours outside count.
+    inside = (..., slice(2, -2), slice(2, -2))
+    torch.testing.assert_close(found[inside].float(), expected[inside], atol=0.6, rtol=0)
+    assert (found.float() - images).abs().mean() > 5
+
+
+def test_every_image_has_draws_of_its_own_from_the_seed():
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        draws.append(train_step.draw(64, 96, 144))
+    for one, other in zip(*draws, strict=True):
+        assert torch.equal(one, other)
+    assert len(draws[0].color.unique(dim=0)) == 64
+    images = torch.from_numpy(pictures.gradient(96, 144)).permute(2, 0, 1).expand(64, -1, -1, -1)
+    assert len(train_step.augment(images, draws[0]).unique(dim=0)) == 64
+
+
+def test_draws_are_distributed_as_those_of_torchvision():
+    """Turned images of this size have no part that fits, and give the largest in the middle."""
+    torch.manual_seed(4)
+    n, aspect = 4_000, 1.5
+    draws = train_step.draw(n, 96, 144)
+    assert draws.is_flipped.float().mean() == pytest.approx(0.5, abs=0.03)
+    assert (draws.turns.bincount() / n).tolist() == pytest.approx([0.25] * 4, abs=0.03)
+    is_turned = draws.turns % 2 == 1
+    kept = torch.cat([draws.corner, draws.part], 1)
+    assert kept[is_turned].unique(dim=0).tolist() == [[0, 36, 96, 71]]
+    theirs = v2.RandomResizedCrop((96, 144), scale=(0.6, 1.0), ratio=(aspect * 0.9, aspect * 1.1))
+    drawn = [theirs.make_params([torch.empty(3, 96, 144)]) for _ in range(1_000)]
+    expected = torch.tensor(
+        [[one[key] for key in ("left", "top", "width", "height")] for one in drawn]
+    ).float()
+    upright = kept[~is_turned]
+    torch.testing.assert_close(upright.mean(0), expected.mean(0), atol=1, rtol=0)
+    torch.testing.assert_close(upright.std(0), expected.std(0), atol=1, rtol=0)
+    assert (upright[:, :2] >= 0).all()
+    assert (upright[:, :2] + upright[:, 2:] <= torch.tensor([144, 96])).all()
+    low, high = draws.color.min(0).values.tolist(), draws.color.max(0).values.tolist()
+    assert low == pytest.approx([0.8, 0.8, 0.8, -0.06 * torch.pi], abs=1e-3)
+    assert high == pytest.approx([1.2, 1.2, 1.2, 0.06 * torch.pi], abs=1e-3)
+
+
+def test_a_turn_of_the_hue_keeps_the_luma_and_is_that_of_hsv_for_stains():
+    """Of haematoxylin and eosin, strong and weak, by the largest turn in either direction."""
+    stains = torch.tensor(
+        [[110, 80, 160], [190, 170, 215], [215, 120, 170], [240, 200, 220], [128, 128, 128]]
+    )
+    images = stains.T.reshape(1, 3, 1, 5).float()
+    for turn in (-0.03, 0.03):
+        color = torch.tensor([[1.0, 1.0, 1.0, turn * 2 * torch.pi]])
+        found = train_step.recolor(images, color)
+        luma = [torch.einsum("nchw,c->nhw", one, train_step.COLOR_PARTS[0][0]) for one in (found, images)]
+        torch.testing.assert_close(*luma)
+        expected = adjust_hue(images / 255, turn) * 255
+        assert (expected - images).abs().max() == pytest.approx(17.1, abs=0.1)
+        assert (found - expected).abs().max() < 5.1
+        torch.testing.assert_close(found[..., 4], images[..., 4])
+
+
+def test_images_are_turned_and_flipped_exactly():
+    image = torch.from_numpy(pictures.gradient(64, 64)).permute(2, 0, 1)
+    turns = torch.arange(4).repeat(2)
+    whole = torch.zeros(8, 2), torch.full((8, 2), 64.0)
+    unchanged = torch.tensor([[1.0, 1, 1, 0]]).expand(8, 4)
+    draws = train_step.Draws(torch.arange(8) < 4, turns, *whole, unchanged)
+    found = train_step.augment(image.expand(8, -1, -1, -1), draws)
+    for i, turned in enumerate(found):
+        assert torch.equal(turned, torch.rot90(image.flip(-1) if i < 4 else image, i, (-2, -1)))

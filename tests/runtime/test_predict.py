@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -146,6 +147,56 @@ def test_a_row_does_not_depend_on_its_neighbours_or_its_place(scorer, tmp_path):
     assert together[schema.LOGIT].null_count == 1
     assert together.equals(alone)
     assert together.equals(backwards)
+
+
+@pytest.mark.parametrize("n_good", [8, 5])
+def test_images_are_staged_to_the_bit(scorer, model_uri, n_good):
+    """Views of Ray's object store are read-only; batches are whole, or filled with black."""
+    images = np.stack([pictures.gradient(64, 96) // (i + 1) for i in range(8)])
+    images.flags.writeable = False
+    batch = read_images(images, np.arange(8) < n_good)
+    found = scorer.worker(batch)
+    model, size = predictor.load(model_uri, device="cpu"), 4
+    padded = np.zeros((8, 64, 96, 3), np.uint8)
+    padded[:n_good] = images[:n_good]
+    expected = [model.predict(padded[at : at + size]) for at in (0, 4)]
+    for name, field in (
+        (schema.LOGIT, "logit"),
+        (schema.PROBABILITY, "probability"),
+        (schema.EVIDENCE, "evidence"),
+        (schema.EVIDENCE_BIAS, "evidence_bias"),
+    ):
+        values = np.concatenate([getattr(one, field) for one in expected])[:n_good].reshape(n_good, -1)
+        rows = np.array(found[name].to_pylist()[:n_good], np.float32).reshape(n_good, -1)
+        np.testing.assert_array_equal(rows, values)
+    assert found[schema.ERROR].null_count == n_good
+
+
+def test_a_worker_measures_how_much_of_its_time_it_computes(monkeypatch):
+    """From the end of the first batch on: 2 of 5 seconds, then 0 of 1."""
+    now = iter([0.0, 4.0, 10.0, 12.0, 14.0, 15.0, 16.0])
+    monkeypatch.setattr(predict, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    watch = predict.Stopwatch()
+    with watch.computing():
+        pass
+    assert watch.lap() == (0, 0)
+    with watch.computing():
+        pass
+    assert watch.lap() == (2, 5)
+    assert watch.lap() == (0, 1)
+
+
+def test_timed_rows_share_the_seconds_of_their_batch(model_uri):
+    batch = read_images(np.zeros((3, 64, 96, 3), np.uint8), np.array([True, False, True]))
+    plain = predict.Scorer(settings(model_uri, batch_size=2), 1)
+    timed = predict.Scorer(settings(model_uri, batch_size=2, timed=True), 1)
+    first, second = timed(batch), timed(batch)
+    assert first.select(plain(batch).column_names).equals(plain(batch))
+    assert first.column_names == [*plain(batch).column_names, *schema.TIMES.names]
+    assert set(first[schema.ELAPSED_S].to_pylist()) == {0}
+    computed, elapsed = (second[name].to_pylist() for name in schema.TIMES.names)
+    assert len({*computed}) == len({*elapsed}) == 1
+    assert 0 < computed[0] < elapsed[0]
 
 
 def test_the_numbers_are_the_bundles_own(scorer, model_uri, tmp_path):
@@ -291,6 +342,21 @@ def test_a_job_whose_model_changed_says_so(tmp_path):
         raise RayError
     with pytest.raises(BundleError, match="has changed since the start"), predict.one_model(job):
         pass
+
+
+def read_images(images, good):
+    """What `read.pixels` gives for fields of 46x70 px, some of them broken."""
+    n = len(images)
+    return {
+        schema.IMAGE: images,
+        schema.HEIGHT_PX: np.full(n, 46, np.int32),
+        schema.WIDTH_PX: np.full(n, 70, np.int32),
+        schema.SHA256: np.array([""] * n, object),
+        schema.ERROR: np.where(good, "", "empty").astype(object),
+        schema.ERROR_MESSAGE: np.where(good, "", "no bytes").astype(object),
+        **{name: np.array([f"{i}" for i in range(n)], object) for name in predict.CARRIED},
+        **{name: np.full(n, np.nan) for name in (schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX, schema.MPP)},
+    }
 
 
 def test_a_batch_without_a_good_image_is_all_errors(model_uri):

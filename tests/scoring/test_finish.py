@@ -63,6 +63,11 @@ def test_closing_lines():
     assert lines[-1].endswith("/out/summary.json")
     timed = finish.closing_lines("/out", found | told | {"first_row_s": 18.8, "seconds": 5_000.0})
     assert timed[1] == "first rows after 19 s, all after 83 min"
+    rate = {"rows_per_s": 27.31, "headspace": 0.978, "images_from": "files and slides"}
+    rated = finish.closing_lines("/out", found | told | rate)
+    assert rated[1] == "27.3 rows/s (headspace 0.98, images from files and slides)"
+    rated = finish.closing_lines("/out", found | told | rate | {"headspace": None, "images_from": None})
+    assert rated[1] == "27.3 rows/s (headspace not measured)"
     blind = finish.closing_lines("/out", found | told | {"warnings": None})
     assert blind[3] == "  the model has no statistics to identify images unlike its training data"
 

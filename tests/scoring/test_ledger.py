@@ -110,8 +110,8 @@ def test_a_commit_counts_rows_and_errors_per_input(tmp_path):
     ours, _ = ledger.open_ledger(claimed(str(tmp_path)), SETTINGS)
     broken = tile_of("s.svs", 7, 7) | {"error": "unreadable"}
     counted = commit(ours, [*ROWS[8:], broken])
-    assert counted.column_names == ["input", "rows", "errors", "withheld", "reason"]
-    assert sorted(tuple(r.values()) for r in counted.to_pylist()) == [
+    assert counted.column_names == ["input", "rows", "errors", "withheld", *schema.TIMES.names, "reason"]
+    assert sorted(tuple(r.values()) for r in counted.drop_columns(schema.TIMES.names).to_pylist()) == [
         ("a.svs", 9, 0, 0, None),
         ("f08.png", 1, 0, 0, None),
         ("s.svs", 10, 1, 0, None),
@@ -119,13 +119,29 @@ def test_a_commit_counts_rows_and_errors_per_input(tmp_path):
     ]
 
 
+def test_the_times_of_rows_are_added_up_and_not_written(tmp_path):
+    """Of a slide with two tiles and a field: the file is that of rows without times, to the byte."""
+    rows, files = table([*ROWS[:1], tile_of("s.svs", 0, 0), tile_of("s.svs", 7, 0)]), []
+    timed = rows.append_column(schema.COMPUTE_S, pa.array([0.5, 0.25, 0.25]))
+    timed = timed.append_column(schema.ELAPSED_S, pa.array([1.0, 0.5, 0.5]))
+    for name, given in (("plain", rows), ("timed", timed)):
+        ours, _ = ledger.open_ledger(claimed(str(tmp_path / name)), SETTINGS)
+        counted = ledger.commit(given, ours.work_uri)
+        (file,) = storage.list_files(ours.work_uri)
+        files.append((file.path, storage.read_bytes(file.uri)))
+    assert files[0] == files[1]
+    found = {r["input"]: (r["rows"], r["compute_s"], r["elapsed_s"]) for r in counted.to_pylist()}
+    assert found == {ROWS[0]["image_id"]: (1, 0.5, 1.0), "s.svs": (2, 0.5, 1.0)}
+
+
 def test_rows_that_storage_did_not_give_are_left_to_the_next_run(output):
     """An error row counts as done, and would stay for ever."""
     ours, _ = ledger.open_ledger(claimed(output), SETTINGS)
     lost = [r | {"error": "unavailable", "error_message": "denied"} for r in ROWS[7:12]]
     counted = commit(ours, lost)
+    told = {"input": "s.svs", "rows": 0, "errors": 0, "withheld": 2, "reason": "denied"}
     assert [r for r in counted.to_pylist() if r["input"] == "s.svs"] == [
-        {"input": "s.svs", "rows": 0, "errors": 0, "withheld": 2, "reason": "denied"}
+        told | dict.fromkeys(schema.TIMES.names)
     ]
     assert ledger.committed(ours) == ledger.Done()
     assert storage.list_files_if_any(ours.work_uri) == []

@@ -34,8 +34,11 @@ def inputs(**sizes):
     return pa.Table.from_pylist(rows, schema=schema.INDEX)
 
 
-def counted(*rows):
-    table = pa.Table.from_pylist([dict(zip(("input", "rows", "errors"), row, strict=True)) for row in rows])
+def counted(*rows, times=(None, None)):
+    names = ("input", "rows", "errors", *schema.TIMES.names)
+    facts = [dict(zip(names, (*row, *times), strict=True)) for row in rows]
+    form = pa.schema([("input", pa.string()), ("rows", pa.int64()), ("errors", pa.int64()), *schema.TIMES])
+    table = pa.Table.from_pylist(facts, schema=form)
     return table.append_column("reason", pa.nulls(len(table), pa.string()))
 
 
@@ -97,6 +100,28 @@ def test_a_resumed_slide_is_done_with_its_last_tile(tmp_path, clock, capsys):
     assert capsys.readouterr().out == "1 of 2 inputs, 4 rows, 0 errors; 0.2 rows/s; about 9 s left\n"
     shown.add(counted(("t.tif", 1, 0)))
     assert shown.end() == 0.25
+
+
+def test_headspace_is_the_share_of_computing_in_all_time_of_workers(tmp_path, clock):
+    shown = progress.Progress(inputs(a__png=1, b__png=1, c__png=1), str(tmp_path), ledger.Done())
+    shown.add(counted(("a.png", 1, 0), times=(0.0, 0.0)))
+    assert shown.headspace is None
+    shown.add(counted(("b.png", 1, 0), times=(3.0, 4.0)))
+    shown.add(counted(("c.png", 1, 0), times=(4.0, 16.0)))
+    assert shown.headspace == 7 / 20
+
+
+def test_where_images_came_from(tmp_path, clock):
+    """An input without a result came from nowhere."""
+    plan(tmp_path, "s.svs", 2)
+    sizes = {"a__png": 1, "s__svs": 1, "t__tif": 1}
+    shown = progress.Progress(inputs(**sizes), str(tmp_path), ledger.Done())
+    shown.add(counted(("a.png", 1, 1)))
+    assert shown.images_from is None
+    shown.add(counted(("s.svs", 2, 1)))
+    assert shown.images_from == "slides"
+    shown.add(counted(("t.tif", 1, 0)))
+    assert shown.images_from == "files and slides"
 
 
 def test_nothing_to_do_is_no_line(tmp_path, clock, capsys):

@@ -47,7 +47,8 @@ def test_an_input_is_complete_with_all_its_rows():
 
 def test_compiling_is_decided_once_for_an_output(tmp_path, monkeypatch):
     monkeypatch.setattr(score.shutil, "which", lambda name: "/usr/bin/g++")
-    config = ScoreConfig(model="m", input="i", output=str(tmp_path))
+    monkeypatch.setattr(score.cluster, "total_resources", lambda: {"CPU": 2.0, "GPU": 0.0})
+    config = ScoreConfig(model="m", input="i", output=str(tmp_path), precision="bfloat16")
     few, many = inputs("a.png"), inputs(*(f"{i}.png" for i in range(score.COMPILE_FROM_FILES)))
     assert not score._compiles(config, few)
     assert score._compiles(config, many)
@@ -58,11 +59,24 @@ def test_compiling_is_decided_once_for_an_output(tmp_path, monkeypatch):
     assert not score._compiles(config, many)
 
 
-def test_without_a_compiler_auto_does_not_compile(tmp_path, monkeypatch):
-    monkeypatch.setattr(score.shutil, "which", lambda name: None)
-    monkeypatch.setattr(score.cluster, "total_resources", lambda: {"CPU": 2.0, "GPU": 0.0})
-    config = ScoreConfig(model="m", input="i", output=str(tmp_path))
-    assert not score._compiles(config, inputs("a.svs", size_bytes=score.COMPILE_FROM_SLIDE_BYTES))
+@pytest.mark.parametrize(
+    ("n_gpus", "precision", "compiler", "expected"),
+    [
+        (0, "float32", "/usr/bin/g++", False),
+        (0, "auto", "/usr/bin/g++", False),
+        (0, "bfloat16", "/usr/bin/g++", True),
+        (0, "bfloat16", None, False),
+        (1, "float32", None, True),
+        (1, "bfloat16", None, True),
+    ],
+)
+def test_auto_compiles_by_device_and_precision(n_gpus, precision, compiler, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(score.shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(score.cluster, "total_resources", lambda: {"CPU": 2.0, "GPU": float(n_gpus)})
+    config = ScoreConfig(model="m", input="i", output=str(tmp_path), precision=precision)
+    slides = inputs("a.svs", size_bytes=score.COMPILE_FROM_SLIDE_BYTES)
+    assert score._compiles(config, slides) == expected
+    assert not score._compiles(config, inputs("a.svs"))
 
 
 @pytest.mark.parametrize(
