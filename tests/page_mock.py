@@ -7,6 +7,7 @@ images of certain heights: see `TRICKS`.
 import asyncio
 import base64
 import copy
+import hashlib
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -129,6 +130,7 @@ def document(content: bytes, with_overlay: bool, with_preview: bool) -> dict[str
         "threshold": CARD["threshold"],
         "width_px": width,
         "height_px": height,
+        "sha256": hashlib.sha256(content).hexdigest(),
         "evidence": {
             "height": 7,
             "width": 11,

@@ -765,7 +765,7 @@ def test_a_replica_without_numbers_is_not_ready(models, monkeypatch):
     replica._canary = b""
     assert not asyncio.run(replica.ready())
     # Nor does one start.
-    monkeypatch.setattr(predictor, "load", lambda *_: broken)
+    monkeypatch.setattr(predictor, "load", lambda *_, **__: broken)
     with pytest.raises(BundleError, match="the model's logits are not finite numbers"):
         serve.Replica.__base__(ServiceConfig(model=models[0], max_batch_size=1), None, broken.model_id)
 
