@@ -27,6 +27,7 @@ from bcd.text import as_code, in_markdown
 
 WEIGHTS, CARD, README = "model.safetensors", "card.json", "README.md"
 MATERIALS, ORIGIN, SIGNATURE = "sbom.cdx.json", "provenance.json", "model.sig"
+FILES = (WEIGHTS, CARD, README, MATERIALS, ORIGIN, SIGNATURE)
 
 
 def write_bundle(weights: bytes, card: Card, uri: str) -> None:

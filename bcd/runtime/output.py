@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from bcd import disk, provenance, storage
 from bcd.errors import ConfigError
+from bcd.model import bundle
 
 TRAIN, CROSSVAL, EVALUATE, SCORE, AUDIT, DEMO = "train", "crossval", "evaluate", "score", "audit", "demo"
 # No job, but what trainings and evaluations share.
@@ -25,7 +26,7 @@ _ASIDE = rf"(\.[0-9a-f]+{re.escape(disk.ASIDE)})?"
 _REPORT = r"metrics\.json|test_images\.parquet|report\.html|figures/[\w-]+\.(svg|png)|predictions/part-ID-.+"
 _RUN = (
     r"(config|run|data|history)\.json|split\.parquet|exposure/epoch-\d+\.parquet"
-    r"|(tensorboard|checkpoints)/.+|model/(model\.safetensors|card\.json|README\.md)"
+    rf"|(tensorboard|checkpoints)/.+|model/({'|'.join(map(re.escape, bundle.FILES))})"
 )
 _FOLD = r"(case|patient|official|image)"
 _SHARDS = r"\d+x\d+-v\d+/[0-9a-f]+-[0-9a-f]+\.(rgb|parquet)"

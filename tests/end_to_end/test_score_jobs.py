@@ -135,6 +135,7 @@ LINES = (
     r"[\d,]+ of [\d,]+ inputs, [\d,]+ rows?, [\d,]+ errors?; [\d.]+ rows/s(; about .* left)?",
     r"[\d,]+ inputs = [\d,]+ results \+ [\d,]+ errors; [\d,]+ rows, [\d,]+ of them tiles",
     r"first rows after .*, all after .*",
+    r"[\d.]+ rows/s \(headspace (not measured|[\d.]+), images from .*\)",
     r"  [a-z_]+: [\d,]+",
     r"  the model has no statistics to identify images unlike its training data",
     r"(table|gallery|summary): +s3://.*",

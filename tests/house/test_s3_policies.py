@@ -29,7 +29,7 @@ def read(folder: str) -> None:
     """Every way in which bcd reads."""
     assert storage.is_folder(folder)
     assert [file.path for file in storage.list_files(folder)] == ["a.bin", "table/b.parquet"]
-    assert storage.first_file(folder, (".parquet",))
+    assert next(storage.first_files(folder, (".parquet",)))
     assert storage.read_bytes(f"{folder}/a.bin") == storage.read_start(f"{folder}/a.bin", 3) == b"123"
     assert storage.read_range(f"{folder}/a.bin", 1, 1) == b"2"
     assert storage.dataset(f"{folder}/table").to_table() == storage.read_table(f"{folder}/table/b.parquet")

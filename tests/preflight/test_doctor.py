@@ -158,7 +158,7 @@ def planted(tmp_path, good_model):
             {
                 "capacity": "1 GPU workers asked for, but the cluster has 0 GPUs",
                 "data": "{}/none: there is no such folder; check the path or bucket name",
-                "output": "s3://nobucket/runs: cannot write it: When initiating multiple part upload for key "
+                "output": "s3://nobucket/runs: cannot write it: When uploading object with key "
                 "'runs' in bucket 'nobucket': AWS Error NO_SUCH_BUCKET",
                 "weights": "{}/none.pth: cannot read it: ",
             },
