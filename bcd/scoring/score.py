@@ -262,7 +262,8 @@ def _require_balance(books: Books, withheld: str | None = None) -> None:
 def _announce(found: archive.Archive, todo: pa.Table) -> None:
     line = counted(len(found.table), "input")
     if found.ignored:
-        line += f" ({found.ignored:,} other entries are not read: {archive.described(found.passed)})"
+        others = counted(found.ignored, "other entry is", "other entries are")
+        line += f" ({others} not read: {archive.described(found.passed)})"
     if len(todo) < len(found.table):
         line += f"; {len(found.table) - len(todo):,} are already scored, resuming with {len(todo):,}"
     logger.info(line)
