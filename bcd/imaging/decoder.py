@@ -63,22 +63,30 @@ def decode_safely(data: bytes, budget: Budget = ARCHIVE) -> np.ndarray:
 
     Raises:
         ImageError: as `image.decode`, and with code `too_slow`; `too_large` also where decoding needs more
-            than `MAX_MEMORY_BYTES`; `unreadable` where the decoder crashes.
+            than `MAX_MEMORY_BYTES`; `unreadable` where the decoder crashes; `unavailable` where it was
+            killed, as by the kernel of a machine without free memory.
     """
     pixels = image.decode_plain(data)
     if pixels is not None:
         return pixels
     try:
         return _decode_apart(data, budget)
-    except _EndedError:  # perhaps another ended it, as the kernel does on a machine without free memory
+    except _EndedError:  # perhaps by accident
         try:
             return _decode_apart(data, budget)
         except _EndedError as error:
+            if error.signal == signal.SIGKILL:
+                message = "the decoder was killed, perhaps because memory ran out"
+                raise ImageError(image.UNAVAILABLE, message) from None
             raise ImageError("unreadable", f"the decoder crashes: {error}") from None
 
 
 class _EndedError(Exception):
-    """The child ended before it answered."""
+    """A signal ended the child before it answered."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.strsignal(number))
+        self.signal = number
 
 
 class _Child:
@@ -94,6 +102,7 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=self._messages,
             env=os.environ | VARIABLES | {"PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,  # Ctrl-C is for this process, which ends the child
         )
         assert self._process.stdin
         assert isinstance(self._process.stdout, io.BufferedReader)
@@ -141,8 +150,11 @@ class _Child:
         code = self._process.wait()
         if code == -signal.SIGXCPU:
             return ImageError("too_slow", f"decoding takes more than {self._budget.cpu_s} s of CPU time")
-        name = signal.strsignal(-code) if code < 0 else f"exit code {code}"
-        return _EndedError(" ".join(filter(None, (name, self._said()))))
+        if code < 0:
+            return _EndedError(-code)
+        # No fault of the image, whose row would be an error for good.
+        said = os.pread(self._messages.fileno(), MAX_MESSAGE_BYTES, 0).decode(errors="replace").strip()
+        return RuntimeError(f"the process of the decoder ended with exit code {code}: {said}")
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -200,16 +212,14 @@ def serve_parent() -> None:
 
 def _answer(data: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
     try:
-        pixels = image.decode(data)
-    except ImageError as error:
-        if isinstance(error.__cause__, MemoryError):
-            error = ImageError(
-                "too_large", f"decoding needs more than {MAX_MEMORY_BYTES / 2**30:g} GiB of memory"
-            )
-        return {"code": error.code, "message": error.message}, b""
-    return {"height": pixels.shape[0], "width": pixels.shape[1]}, np.ascontiguousarray(pixels).reshape(
-        -1
-    ).data
+        pixels = np.ascontiguousarray(image.decode(data))
+    except (ImageError, MemoryError) as error:
+        if isinstance(error, ImageError) and not isinstance(error.__cause__, MemoryError):
+            return {"code": error.code, "message": error.message}, b""
+        needed = f"decoding needs more than {MAX_MEMORY_BYTES / 2**30:g} GiB of memory"
+        return {"code": "too_large", "message": needed}, b""
+    height, width, _ = pixels.shape
+    return {"height": height, "width": width}, pixels.reshape(-1).data
 
 
 def _limit(kind: int, most: int) -> None:

@@ -51,6 +51,7 @@ STATUS = {
     "too_many_pixels": 422,
     NOT_FINITE: 500,
     "too_large": 413,
+    image.UNAVAILABLE: 503,
 }
 # The page loads nothing from other hosts, and sends nothing to them.
 PAGE_POLICY = (
@@ -125,7 +126,8 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(image.ImageError)
     async def broken(request: Request, error: image.ImageError) -> Response:
         status = STATUS.get(error.code, 422)
-        return await refused(request, RefusedError(status, error.code, error.message))
+        headers = {"Retry-After": "1"} if status == 503 else None
+        return await refused(request, RefusedError(status, error.code, error.message, headers))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

@@ -120,6 +120,23 @@ def test_an_image_that_crashes_the_decoder_is_unreadable(child):
     assert processes() == []
 
 
+@pytest.mark.parametrize(
+    ("code", "message"), [("SIGKILL", "the decoder was killed"), ("SIGABRT", "the decoder crashes: Aborted")]
+)
+def test_one_that_is_killed_may_be_read_later(child, code, message):
+    """The kernel kills where memory runs out, whatever the image is."""
+    child(f"image.decode = lambda data: os.kill(os.getpid(), signal.{code})")
+    with pytest.raises(ImageError, match=message) as caught:
+        decoder.decode_safely(JPEG)
+    assert caught.value.code == ("unavailable" if code == "SIGKILL" else "unreadable")
+
+
+def test_a_decoder_that_cannot_start_is_no_fault_of_the_image(child):
+    child("1 / 0")
+    with pytest.raises(RuntimeError, match=r"ended with exit code 1: [^$]*ZeroDivisionError"):
+        decoder.decode_safely(JPEG)
+
+
 def test_a_child_that_another_ended_is_replaced(child):
     decoder.decode_safely(JPEG)
     (pid,) = processes()

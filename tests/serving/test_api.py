@@ -136,6 +136,16 @@ def test_broken_images_have_the_archive_jobs_codes(client, name):
     assert answer.status_code == (415 if code == "unsupported_format" else 422)
 
 
+def test_where_the_decoder_was_killed_the_caller_may_try_again(client, monkeypatch):
+    def killed(content):
+        raise image.ImageError(image.UNAVAILABLE, "the decoder was killed")
+
+    monkeypatch.setattr(image, "decode", killed)
+    answer = client.post("/v1/predict", content=FIELD)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"]["code"] == "unavailable"
+
+
 @pytest.mark.parametrize("name", sorted(archives.odd()))
 def test_odd_images_are_answered(client, loaded, name):
     answer = client.post("/v1/predict", content=archives.odd()[name]).json()
