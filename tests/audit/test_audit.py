@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import shutil
 import sys
 
@@ -89,7 +90,7 @@ def test_everything_that_was_planted_is_found_and_nothing_else(joined, planted, 
     # Pairs: equal files twice, near ones three times; alone: glass and the dark one.
     assert html.count('src="data:image/jpeg') == 2 * 5 + 2
     said = capsys.readouterr().out
-    assert "checked 16 of 31 images" in said
+    assert re.search("checked 1[56] of 31 images", said)  # whichever block came first
     assert "VERDICT: split.csv leaks" in said
 
 

@@ -131,7 +131,8 @@ def resumed(cluster, archive_on_s3, model_uri, s3):
 
 # All that a scoring prints where nothing is wrong; broken files are results.
 LINES = (
-    r"[\d,]+ inputs( \(.* other entries? .*\))?(; [\d,]+ are already scored, resuming with [\d,]+)?",
+    r"[\d,]+ inputs?( \(.* other (entry is|entries are) not read: .*\))?"
+    r"(; [\d,]+ are already scored, resuming with [\d,]+)?",
     r"[\d,]+ of [\d,]+ inputs, [\d,]+ rows?, [\d,]+ errors?; [\d.]+ rows/s(; about .* left)?",
     r"[\d,]+ inputs = [\d,]+ results \+ [\d,]+ errors; [\d,]+ rows, [\d,]+ of them tiles",
     r"first rows after .*, all after .*",
