@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def lines() -> None:
-    """What a job logs is printed, as it is for people."""
+    """Print the log of a job as text."""
     log.start("test")
 
 

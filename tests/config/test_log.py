@@ -1,4 +1,4 @@
-"""Lines of jobs: text for people, one object per line for programs; Ray's own lines among them."""
+"""The log of a job, as text and as JSON, which also contains the lines that Ray prints."""
 
 import io
 import json
