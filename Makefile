@@ -25,7 +25,7 @@ test: $(VENV)/installed-dev lint  ## lint, types, and the tests that people run
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=25
 
 test-all: $(VENV)/installed-dev lint  ## everything, the long trials too: hours
-	$(BIN)/python -m pytest -m '' --durations=25
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m '' --durations=25
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -25,8 +25,8 @@ from tests.trained import check_whole
 
 pytestmark = [pytest.mark.ray, pytest.mark.trial]
 # What the archive would take on one undisturbed host, twice as long as here, and the length of the training.
-MINUTES = float(os.environ.get("BCD_SOAK_MINUTES", "60"))
-EPOCHS = int(os.environ.get("BCD_SOAK_EPOCHS", "60"))
+MINUTES = float(os.environ.get("BCD_SOAK_MINUTES", "10"))
+EPOCHS = int(os.environ.get("BCD_SOAK_EPOCHS", "12"))
 SECONDS_BETWEEN_LOSSES = 90
 # Private memory and object store, the largest of the last third of the job against that of the first.
 FLAT = 1.15

@@ -544,7 +544,7 @@ def bombs():
 @pytest.mark.ray
 def test_bombs_among_the_images_hold_up_nobody(service, files, capsys):
     """One in fifty, for BCD_SOAK_MINUTES: the other answers take at most twice their usual time."""
-    minutes = float(os.environ.get("BCD_SOAK_MINUTES", "30"))
+    minutes = float(os.environ.get("BCD_SOAK_MINUTES", "10"))
     given, slow = itertools.cycle(bombs().items()), []
 
     def answers(pool, seconds, with_bombs):
