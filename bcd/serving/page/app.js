@@ -11,6 +11,7 @@ const IN_FLIGHT = 4;
 const THUMB_PX = 96;
 // Files in a folder that is dropped; others, such as lists and thumbnails of the system, are no images.
 const IMAGE = /\.(png|jpe?g|tiff?|svs|ndpi|scn|bif|svslide|dcm)$/i;
+const MIRAX = /\.mrxs$/i;
 const STEPS = { ArrowLeft: -1, ArrowRight: 1 };
 
 // The `status` of an item is waiting, sending, held (until there is a valid token), done or failed; its `source` is the
@@ -60,7 +61,7 @@ async function send(item, signal) {
     item.answer = await predict(item, signal);
     item.status = "done";
   } catch (error) {
-    if (error.code === "whole_slide" && state.about?.limits.max_slide_bytes) return void makeSlide(item);
+    if (error.code === "whole_slide" && state.about.limits.max_slide_bytes && !MIRAX.test(item.name)) return void makeSlide(item);
     fail(item, signal.aborted ? signal.reason : error);
   }
   // "Clear all" may have removed the item.
@@ -99,9 +100,9 @@ async function predict(item, signal) {
     const both = `${mebibytes(item.file.size)}; the service accepts ${mebibytes(most)}`;
     throw new ServiceError("body_too_large", `${both}. Score whole slides with jobs/score.py`);
   }
-  if (/\.mrxs$/i.test(item.name)) {
+  if (MIRAX.test(item.name)) {
     // It contains a small image of the slide; the slide's pixels are in a folder beside it.
-    throw new ServiceError("unreadable", "a MIRAX slide is several files; score it with jobs/score.py");
+    throw new ServiceError("whole_slide", "a MIRAX slide is several files; score it with jobs/score.py");
   }
   // Read first: a folder or a missing file would look like a lost network.
   const body = await item.file.arrayBuffer().catch(() => {
