@@ -53,8 +53,6 @@ READY_TIMEOUT_S = 20.0
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 # Settings that are URIs, which replicas on other nodes use.
 PLACES = ("model", "slides", "archive")
-# CPUs of a job that scores a slide: of a model, and of what reads for it.
-CPUS_PER_SLIDE_JOB = 2
 # The image as sent, and its prediction.
 Seen = tuple[np.ndarray, Prediction]
 
@@ -336,9 +334,10 @@ def _require_plain_serve() -> None:
 def _require_capacity(config: ServeConfig) -> None:
     """Reject what the cluster does not have: Serve would wait for ever."""
     have = cluster.total_resources()
-    if config.slides and config.num_cpus * config.min_replicas + CPUS_PER_SLIDE_JOB > have["CPU"]:
+    # The job that scores a slide takes one for its model, and a part of another.
+    if config.slides and config.num_cpus * config.max_replicas + 1 >= have["CPU"]:
         raise ResourceError(
-            f"--slides requires {CPUS_PER_SLIDE_JOB} CPUs besides those of the replicas: the cluster has "
+            f"--slides requires more than one CPU besides those of the replicas, but the cluster has "
             f"{have['CPU']:g}; lower --num-cpus, or score slides with jobs/score.py"
         )
     for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):

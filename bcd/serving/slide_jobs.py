@@ -61,7 +61,12 @@ class SlideJobs:
         return storage.join(self.uri, job_id, *parts)
 
     def add_sent(self, job_id: str, name: str, mpp: float | None) -> About:
-        """Queue a slide whose file is in its subfolder already."""
+        """Queue a slide whose file is in its subfolder already, or delete it where too many wait."""
+        try:
+            self._require_room()
+        except RefusedError:
+            storage.delete_folder(self.folder(job_id))
+            raise
         return self._add(job_id, name, self.folder(job_id, SENT, name), mpp)
 
     def add_named(self, name: str, mpp: float | None) -> About:
@@ -76,18 +81,17 @@ class SlideJobs:
         uri = storage.join(self.archive, name)
         if not inside or not storage.is_file(uri):
             raise RefusedError(404, "no_slide", "the archive of this service has no file of this name")
+        self._require_room()
         return self._add(new_id(), name, uri, mpp)
 
     def _add(self, job_id: str, name: str, uri: str, mpp: float | None) -> About:
-        self.require_room()
         since = datetime.now(UTC).isoformat(timespec="seconds")
         about = About(id=job_id, name=name, uri=uri, mpp=mpp, since=since)
         storage.write_bytes(self.folder(job_id, ABOUT), about.model_dump_json().encode())
         storage.write_bytes(storage.join(self.uri, WAITING, f"{time.time_ns():020d}-{job_id}"), b"")
         return about
 
-    def require_room(self) -> None:
-        """Raises RefusedError where as many slides wait as may."""
+    def _require_room(self) -> None:
         if len(self.waiting()) >= self.most:
             raise overloaded(f"{self.most} slides are waiting")
 

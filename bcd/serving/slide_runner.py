@@ -32,7 +32,16 @@ LOOK_S = 1.0
 MOST_RUNS = 3
 # Until a cancelled job, asked to end, is made to.
 END_S = 10.0
-COMMAND = (sys.executable, "-P", "-c", "from bcd import cli; cli.console()", "score")
+# The kernel ends the job with the replica that started it (PR_SET_PDEATHSIG): nobody else could cancel it.
+PROGRAM = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, {int(signal.SIGKILL)})
+if os.getppid() == 1:
+    sys.exit(1)
+from bcd import cli
+cli.console()
+"""
+COMMAND = (sys.executable, "-P", "-c", PROGRAM, "score")
 # Of a line about progress, for callers: others may name files of the service.
 TOLD = ("message", "rows", "share")
 # Exit codes of jobs that a repetition does not help: settings are wrong.
