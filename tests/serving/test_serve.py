@@ -302,8 +302,7 @@ def test_a_batch_request_has_the_same_numbers(service, archived, models, files):
 @pytest.mark.ray
 def test_a_slide_is_scored_as_in_an_archive_though_its_replica_is_lost(service, models, tmp_path):
     """The replica that runs the job is killed; the next one runs it again."""
-    noise = np.random.default_rng(0).integers(150, 230, (920, 1400, 3), np.uint8)
-    content = pictures.tiled_tiff(noise, 0.49, side=256)
+    content = pictures.tiled_tiff(pictures.stained(920, 1400), 0.49, side=256)
     sent = httpx.post(f"{service.url}/v1/slides?name=a.tif", content=content, headers=AUTHORISED)
     assert sent.status_code == 202
     address = service.url + sent.headers["location"]
