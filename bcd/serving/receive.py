@@ -114,19 +114,17 @@ async def slide_file(scope: Scope, receive: Receive, limits: Limits, name: str) 
     target = storage.join(limits.slides, job_id, SENT, name)
     remote = storage.is_remote(target)
     folder = Path(tempfile.mkdtemp() if remote else storage.join(limits.slides, job_id))
-    path = folder / SENT / name
+    path, whole = folder / SENT / name, False
     try:
         path.parent.mkdir(parents=True)
-        await _write(
-            path, chunks(receive, scope, limits.max_slide_bytes, "too large for this service"), limits
-        )
+        pieces = chunks(receive, scope, limits.max_slide_bytes, "this service takes no larger slides")
+        await _write(path, pieces, limits)
         if remote:
             await asyncio.to_thread(storage.upload, path, target)
-    except BaseException:
-        await asyncio.to_thread(shutil.rmtree, folder, True)
-        raise
-    if remote:
-        await asyncio.to_thread(shutil.rmtree, folder, True)
+        whole = True
+    finally:
+        if remote or not whole:
+            await asyncio.to_thread(shutil.rmtree, folder, True)
     return job_id
 
 

@@ -157,10 +157,10 @@ class SlideJobs:
         facts = self._read(job_id, f"{OUTPUT}/{ledger.SUMMARY}")
         if row[schema.ERROR]:
             error = {"code": row[schema.ERROR], "message": row[schema.ERROR_MESSAGE]}
-            return {"model_id": facts["model_id"], "error": error}
+            return {schema.MODEL_ID: facts[schema.MODEL_ID], "error": error}
         known = {name: value for name, value in row.items() if name not in HIDDEN}
         links = {name: f"{SLIDES}/{job_id}/{name}" for name in FILES}
-        return {"model_id": facts["model_id"], "slide": known, "files": links}
+        return {schema.MODEL_ID: facts[schema.MODEL_ID], "slide": known, "files": links}
 
     def file(self, job_id: str, name: str) -> bytes:
         """One of `FILES` of a slide. Raises RefusedError where it has none."""

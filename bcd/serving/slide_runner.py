@@ -13,10 +13,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from bcd import lease, storage
 from bcd.errors import BusyError, StorageError
@@ -125,7 +125,7 @@ class SlideRunner:
             _end(process)
 
 
-def _lines(stream: BinaryIO) -> Any:
+def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
     """Lines as they come, and None each `LOOK_S` without one."""
     os.set_blocking(stream.fileno(), False)
     rest = b""
