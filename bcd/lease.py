@@ -123,7 +123,16 @@ def held(uri: str, wait: bool = False) -> Iterator[Lease]:
         beating.join()
         lease.release()
         if is_new:
-            storage.delete_empty_folder(uri, FOLDER)
+            _delete_empty(uri)
+
+
+def _delete_empty(uri: str) -> None:
+    """Delete a folder on a disk where nothing was written but the lease; stores have no empty folders."""
+    path = storage.absolute(uri)
+    with suppress(OSError):
+        if not storage.is_remote(uri) and os.listdir(path) == [FOLDER]:
+            os.rmdir(os.path.join(path, FOLDER))
+            os.rmdir(path)
 
 
 def _beat(lease: Lease, ended: Event) -> None:

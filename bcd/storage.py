@@ -444,9 +444,19 @@ def dataset(uri: str) -> pads.Dataset:
         return pads.dataset(path, filesystem=filesystem, format="parquet")
 
 
+def upload(path: Path, uri: str) -> None:
+    """Copy one local file to a store, in pieces."""
+    filesystem, target = resolve(uri)
+    try:
+        with _naming(uri, "write it"), path.open("rb") as source, filesystem.open_output_stream(target) as to:
+            shutil.copyfileobj(source, to, 2**22)
+    except StorageError:
+        delete_file(uri)  # an error closes the stream, which makes a file of it
+        raise
+
+
 def upload_folder(folder: Path, uri: str, last: str | None = None) -> None:
-    """Copy every file below a local folder; the file at the path `last`, the success marker, is written
-    last."""
+    """Copy every file below a local folder; that at the path `last`, the success marker, is the last."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in sorted(paths, key=lambda path: path.relative_to(folder).as_posix() == last):
         write_bytes(join(uri, path.relative_to(folder).as_posix()), path.read_bytes())
@@ -488,12 +498,3 @@ def delete_half_written(uri: str) -> None:
     if not is_remote(uri):
         with _naming(uri, "delete a file there"):
             disk.remove_leftovers(absolute(uri))
-
-
-def delete_empty_folder(uri: str, name: str) -> None:
-    """Delete a folder on a disk that has one entry, which is the empty folder `name`; stores have none."""
-    path = absolute(uri)
-    with suppress(OSError):
-        if not is_remote(uri) and os.listdir(path) == [name]:
-            os.rmdir(os.path.join(path, name))
-            os.rmdir(path)

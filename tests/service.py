@@ -1,8 +1,11 @@
 """A service without Ray: the same app around a bundle in this process, on a real socket."""
 
 import contextlib
+import os
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import uvicorn
@@ -10,12 +13,13 @@ from starlette.types import ASGIApp
 
 from bcd.imaging import image
 from bcd.model import predictor
-from bcd.serving import api, middleware
+from bcd.serving import api, middleware, receive
 from tests.cluster import free_port, wait_for
 
 TOKEN = "a-token-for-tests"
-# Of the service on the tests' cluster.
-LIMITS = middleware.Limits(max_body_bytes=8 * 2**20, upload_timeout_s=3)
+# Of the service on the tests' cluster, and where that keeps slides.
+SENT = Path(tempfile.gettempdir(), f"bcd-sent-{os.getpid()}")
+LIMITS = receive.Limits(max_body_bytes=8 * 2**20, upload_timeout_s=3, slides=str(SENT))
 
 
 class LocalEngine:
@@ -34,11 +38,9 @@ class LocalEngine:
         return self.works
 
 
-def guarded(
-    engine: api.Engine, limits: middleware.Limits | None = None, token: str | None = TOKEN
-) -> ASGIApp:
+def guarded(engine: api.Engine, limits: receive.Limits | None = None, token: str | None = TOKEN) -> ASGIApp:
     """The app as a replica builds it."""
-    limits = limits or middleware.Limits()
+    limits = limits or receive.Limits()
     app = api.create_app(engine, limits, max_images=4)
     return middleware.guarded(app, limits, middleware.digest(token) if token else None)
 

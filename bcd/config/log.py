@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # By which the processes of a Ray that a job starts know the job and the format.
 JOB_VARIABLE, FORMAT_VARIABLE = "BCD_JOB", "BCD_LOG_FORMAT"
 # Of `extra`, besides the message: what a line is about.
-FIELDS = ("request_id", "image_id", "method", "path", "status", "seconds", "code")
+FIELDS = ("request_id", "image_id", "method", "path", "status", "seconds", "code", "rows", "share")
 # Ray 2.60 prints it in red, once in a process, about the actors of its own Ray Data, which starts another one
 # where a restart fails. No setting prevents it: Ray Data always hands its actors objects of the store.
 ADVICE = b"has constructor arguments in the object store and max_restarts > 0"

@@ -51,6 +51,19 @@ class ServiceConfig(SignedConfig):
     answer_timeout_s: float = Field(default=60, gt=0)
     """Seconds in which a request must be answered, else 504."""
 
+    slides: str | None = None
+    """Folder for whole slides that callers send to /v1/slides, and for their results: local (of every node),
+    s3:// or gs://. Without it the service scores single fields only."""
+
+    archive: str | None = None
+    """Folder whose slides callers of /v1/slides may name in place of sending them."""
+
+    max_slide_bytes: int = Field(default=8 * 2**30, ge=1)
+    """Largest slide that is received, in bytes."""
+
+    max_slides: int = Field(default=16, ge=1)
+    """Slides that wait to be scored, one after the other; more are answered 503."""
+
     cors_origins: tuple[str, ...] = ()
     """Origins, such as https://viewer.example.org, whose web pages may call this service; by default none but
     its own page."""
@@ -62,6 +75,12 @@ class ServiceConfig(SignedConfig):
                 raise ValueError(
                     f"--cors-origins {origin}: expected a scheme and a host, as https://HOST:PORT"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _archive_has_a_place_for_results(self) -> "ServiceConfig":
+        if self.archive is not None and self.slides is None:
+            raise ValueError("--archive requires --slides, the folder for the results")
         return self
 
     @model_validator(mode="after")

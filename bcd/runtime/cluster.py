@@ -286,4 +286,8 @@ def model_workers(limit: int | None = None) -> Pool:
         min(most, max(1, min(int(total) // threads, (int(total) - 1) // num_cpus)))
         for total in (have["CPU"], now.get("CPU", 0))
     )
+    # What others hold, such as a service that stays, is not ours: reserve less, so that one still stays free.
+    free = int(ray.available_resources().get("CPU", 0))
+    if free < int(now.get("CPU", 0)):
+        num_cpus = max(1, min(num_cpus, (free - 1) // ready))
     return Pool(size, ready, threads, num_cpus, 0)

@@ -65,7 +65,9 @@ def _examples(
 ) -> list[Example]:
     """Examples for the gallery from the whole rows, with maps, of these results."""
     ids = results[schema.IMAGE_ID].to_pylist()
-    whole = storage.dataset(ours.predictions_uri).to_table(filter=pc.field(schema.IMAGE_ID).isin(ids))
+    # Of a list without values, as in an archive of errors only, Arrow would not know the type.
+    wanted = pc.field(schema.IMAGE_ID).isin(pa.array(ids, pa.string()))
+    whole = storage.dataset(ours.predictions_uri).to_table(filter=wanted)
     rows = {row[schema.IMAGE_ID]: row for row in _placed(whole.to_pylist(), places)}
     mpp = {row[schema.SLIDE]: (row[schema.MPP], row[schema.MPP_Y]) for row in described}
     return [

@@ -82,7 +82,8 @@ class Progress:
         left = f"; about {duration(seconds * (1 - share) / share)} left" if unfinished else ""
         logger.info(
             f"{self._done:,} of {counted(len(self._weights), 'input')}, {counted(self._rows, 'row')}, "
-            f"{counted(self._errors, 'error')}; {self._rows / seconds:.1f} rows/s{left}"
+            f"{counted(self._errors, 'error')}; {self._rows / seconds:.1f} rows/s{left}",
+            extra={"rows": self._rows, "share": round(share, 3)},
         )
 
     def end(self) -> float:

@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from bcd import provenance
@@ -26,7 +27,7 @@ from bcd.imaging import image
 from bcd.model.card import Card
 from bcd.model.predictor import Prediction
 from bcd.reports.overlay import LIMIT
-from bcd.serving import upload
+from bcd.serving import slide_jobs, upload
 from bcd.serving.documents import (
     NOTICE,
     Answer,
@@ -36,10 +37,15 @@ from bcd.serving.documents import (
     ErrorDocument,
     Health,
     ModelDocument,
+    NamedSlide,
+    SlideDocument,
     answer,
     drawn,
 )
-from bcd.serving.middleware import REQUEST_ID, Limits, RefusedError
+from bcd.serving.middleware import REQUEST_ID, SENT_ID
+from bcd.serving.receive import SLIDES, Limits, RefusedError, require_name
+from bcd.serving.slide_jobs import SlideJobs
+from bcd.taxonomy import MAX_MPP, MIN_MPP
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +101,15 @@ def _body(field: str, schema: dict[str, Any], *raw: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
+Scale = Annotated[
+    float | None, Query(ge=MIN_MPP, le=MAX_MPP, description="µm per pixel of a slide that states none")
+]
 WORK_ERRORS = _errors(400, 401, 408, 413, 415, 422, 500, 503, 504)
 
 
-def create_app(engine: Engine, limits: Limits, max_images: int) -> FastAPI:
-    """The app around an engine, without authentication and limits, which are `middleware.Guard`'s."""
+def create_app(engine: Engine, limits: Limits, max_images: int, slides: SlideJobs | None = None) -> FastAPI:
+    """The app around an engine, and a folder of slides if it scores any; without authentication and limits,
+    which are `middleware.Guard`'s."""
     # It logs bytes of forms that it cannot read; the answer says what is wrong with them.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     app = FastAPIOffline(
@@ -113,6 +123,8 @@ def create_app(engine: Engine, limits: Limits, max_images: int) -> FastAPI:
     )
     _handle_errors(app)
     _add_work(app, engine, max_images)
+    if slides:
+        _add_slides(app, slides)
     _add_facts(app, engine, limits, max_images)
     _add_page(app)
     return app
@@ -188,6 +200,96 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         return BatchAnswer(results=await asyncio.gather(*(_item(engine, sent, request) for sent in files)))
 
 
+SLIDE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            IMAGE_TYPES[-1]: BINARY,
+            "application/json": {"schema": NamedSlide.model_json_schema()},
+        },
+    }
+}
+
+
+def _add_slides(app: FastAPI, jobs: SlideJobs) -> None:
+    """Add the routes to an app, whose guard has put a slide that was sent into its place already."""
+    bearer = [Depends(HTTPBearer(auto_error=False))]
+    _add_slide_post(app, jobs, bearer)
+
+    @app.get(
+        SLIDES + "/{job_id}",
+        response_model=SlideDocument,
+        response_model_exclude_none=True,
+        responses=_errors(401, 404, 503),
+        dependencies=[*bearer, Depends(upload.options())],
+    )
+    async def about_slide(job_id: str) -> Any:
+        """State, progress and, once it is done, the result of a slide."""
+        return await asyncio.to_thread(jobs.document, job_id)
+
+    @app.get(
+        SLIDES + "/{job_id}/{name}",
+        response_class=Response,
+        responses=_errors(401, 404, 503),
+        dependencies=[*bearer, Depends(upload.options())],
+    )
+    async def file_of_slide(job_id: str, name: str) -> Any:
+        """A file of the result: the heat map, or the tiles as GeoJSON for QuPath."""
+        if name not in slide_jobs.FILES:
+            why = f"a slide has no {name[:40]}; it has {' and '.join(slide_jobs.FILES)}"
+            raise RefusedError(404, "not_found", why)
+        return Response(await asyncio.to_thread(jobs.file, job_id, name), media_type=slide_jobs.FILES[name])
+
+    @app.delete(
+        SLIDES + "/{job_id}",
+        status_code=204,
+        responses=_errors(401, 404, 503),
+        dependencies=[*bearer, Depends(upload.options())],
+    )
+    async def remove_slide(job_id: str) -> Response:
+        """Cancel a slide that waits or is being scored; delete one that has ended, with all its files."""
+        await asyncio.to_thread(jobs.remove, job_id)
+        return Response(status_code=204)
+
+
+def _add_slide_post(app: FastAPI, jobs: SlideJobs, bearer: list[Any]) -> None:
+    @app.post(
+        SLIDES,
+        status_code=202,
+        response_model=SlideDocument,
+        response_model_exclude_none=True,
+        responses=_errors(400, 401, 404, 408, 413, 415, 422, 503),
+        openapi_extra=SLIDE_BODY,
+        dependencies=[*bearer, Depends(upload.options("name", "mpp"))],
+    )
+    async def add_slide(request: Request, name: str | None = None, mpp: Scale = None) -> Any:
+        """Score a whole slide: its bytes as the body, with `name`, or JSON that names one of the archive.
+
+        The answer has the id under which its state and result are found.
+        """
+        sent = request.headers.get(SENT_ID.decode())
+        if sent:
+            about = await asyncio.to_thread(jobs.add_sent, sent, require_name(name), mpp)
+        else:
+            named = await _named(request)
+            about = await asyncio.to_thread(jobs.add_named, named.name, named.mpp)
+        document = await asyncio.to_thread(jobs.document, about.id)
+        shown = SlideDocument.model_validate(document).model_dump(mode="json", exclude_none=True)
+        return JSONResponse(shown, 202, {"Location": f"{SLIDES}/{about.id}"})
+
+
+async def _named(request: Request) -> NamedSlide:
+    if request.query_params:
+        raise RefusedError(422, "unknown_option", "with a body of JSON, name and mpp belong into the body")
+    try:
+        return NamedSlide.model_validate_json(await request.body())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the body"
+        why = f'{where}: {first["msg"]}; expected JSON such as {{"name": "2026/biopsy.svs"}}'
+        raise RefusedError(422, "invalid_request", why) from None
+
+
 def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) -> None:
     bearer = Depends(HTTPBearer(auto_error=False))
 
@@ -203,6 +305,8 @@ def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) ->
         """The model card, its identity, the limits, and the scale of the overlays."""
         numbers = {"max_body_bytes": limits.max_body_bytes, "max_images": max_images}
         numbers["max_pixels"] = image.MAX_PIXELS
+        if limits.slides:
+            numbers["max_slide_bytes"] = limits.max_slide_bytes
         return ModelDocument(model_id=engine.model_id, version=app.version, card=engine.card, limits=numbers)
 
     @app.get("/healthz", response_model=Health)

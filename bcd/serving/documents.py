@@ -2,9 +2,11 @@
 
 import base64
 import hashlib
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from bcd import provenance
 from bcd.imaging import image
@@ -13,6 +15,7 @@ from bcd.model import novelty
 from bcd.model.card import Card
 from bcd.model.predictor import Prediction
 from bcd.reports import overlay
+from bcd.taxonomy import MAX_MPP, MIN_MPP
 
 NOTICE = "Research use only. Not a medical device, and not for diagnosis."
 # Longest side of the image for browsers that cannot decode the file.
@@ -30,6 +33,42 @@ class ErrorDocument(BaseModel):
     """The body of every error."""
 
     error: ErrorBody
+
+
+class SlideProgress(BaseModel):
+    """How far a slide is: the last line of its job, tiles done, and the share of the work."""
+
+    message: str
+    rows: int = 0
+    share: float = 0.0
+
+
+class SlideDocument(BaseModel):
+    """A slide: its state, how many are before it, its progress, or its result.
+
+    `slide` is its row of `slides.parquet`, `files` the addresses of its heat map and of its tiles.
+    """
+
+    id: str
+    name: str
+    since: str
+    mpp: float | None = None
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    before: int | None = None
+    progress: SlideProgress | None = None
+    error: ErrorBody | None = None
+    model_id: str | None = None
+    slide: Mapping[str, Any] | None = None
+    files: Mapping[str, str] | None = None
+
+
+class NamedSlide(BaseModel):
+    """A slide of the service's archive, by its path there; `mpp` in µm per pixel if it states none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, max_length=1_024)
+    mpp: float | None = Field(default=None, ge=MIN_MPP, le=MAX_MPP)
 
 
 class Covers(BaseModel):

@@ -15,15 +15,18 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qs
 
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bcd.config import log
+from bcd.serving import receive as receiving
+from bcd.serving.receive import NO_STORE, SLIDES, Limits, RefusedError, overloaded
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +39,14 @@ LIMITS_VARIABLE = "BCD_SERVE_LIMITS"
 # `/-/healthz` of the proxy is for load balancers; its `/-/routes` lists applications and requires the token.
 PUBLIC = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/-/healthz")
 PUBLIC_FOLDERS = ("/page/", "/static-offline-docs/")
-WORK = ("/v1/predict", "/v1/predict/batch", "/v1/model")
+WORK = ("/v1/predict", "/v1/predict/batch", "/v1/model", SLIDES)
+# Slides that a process receives at a time.
+MAX_SLIDES_AT_ONCE = 4
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # The id of a request, in its answer and its line of the log; Ray Serve calls it the same.
 REQUEST_ID = b"x-request-id"
+# The id of a slide that the guard has received, for the app behind it; callers cannot set it.
+SENT_ID = b"x-bcd-slide"
 # Headers by which Ray Serve lets a caller choose timeouts, replicas and the ids of requests; `-` and `_` are
 # one to it. Of ray.serve._private.constants of Ray 2.60.
 RAY_HEADERS = frozenset(
@@ -48,46 +55,6 @@ RAY_HEADERS = frozenset(
         b"serve-multiplexed-model-id",
     }
 )
-# An answer about a patient's image belongs into no cache.
-NO_STORE = (b"cache-control", b"no-store")
-
-
-class RefusedError(Exception):
-    """An error answer: its HTTP status, a stable code for programs, and a sentence."""
-
-    def __init__(
-        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(status, code, message)
-        self.status, self.code, self.message, self.headers = status, code, message, dict(headers or {})
-
-    def document(self) -> dict[str, Any]:
-        """The body of the answer."""
-        return {"error": {"code": self.code, "message": self.message}}
-
-    async def send(self, send: Send) -> None:
-        """Send the answer as ASGI messages."""
-        body = json.dumps(self.document()).encode()
-        headers = {"content-type": "application/json", "content-length": str(len(body))} | self.headers
-        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()] + [NO_STORE]
-        await send({"type": "http.response.start", "status": self.status, "headers": pairs})
-        await send({"type": "http.response.body", "body": body})
-
-
-def overloaded(why: str) -> RefusedError:
-    """The error of a service at its limit of requests."""
-    return RefusedError(503, "overloaded", f"{why}; try again in a second", {"Retry-After": "1"})
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of requests, and pages that may send them, as in `bcd.config.serving.ServiceConfig`."""
-
-    max_body_bytes: int = 32 * 2**20
-    max_requests: int = 64
-    upload_timeout_s: float = 30.0
-    answer_timeout_s: float = 60.0
-    cors_origins: Sequence[str] = ()
 
 
 def digest(token: str) -> str:
@@ -211,19 +178,23 @@ class Guard:
     loopback_only: bool = False
     behind_proxy: bool = False
     _open: int = 0
+    _slides: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request_id = self._identify(scope["headers"])
-        scope = {**scope, "headers": [*_own_headers(scope["headers"]), (REQUEST_ID, request_id)]}
+        own = _own_headers(scope["headers"], self.behind_proxy)
+        scope = {**scope, "headers": [*own, (REQUEST_ID, request_id)]}
         answer = _Answer(send, private=not _is_public(scope["path"]), request_id=request_id)
         started = time.monotonic()
         try:
             self._authenticate(scope)
             if scope["method"] in ("GET", "HEAD"):
                 await self._answered(scope, _replay(b"", receive), answer)
+            elif self._is_slide(scope):
+                await self._received(scope, receive, answer)
             else:
                 await self._worked(scope, receive, answer)
         except RefusedError as refused:
@@ -246,10 +217,38 @@ class Guard:
             raise overloaded(f"{self._open} requests are being answered")
         self._open += 1
         try:
-            body = await self._body(scope, receive)
+            body = await receiving.body(scope, receive, self.limits)
             await self._answered(scope, _replay(body, receive), answer)
         finally:
             self._open -= 1
+
+    def _is_slide(self, scope: Scope) -> bool:
+        """Whether the body is a slide, for a file, unless the proxy's guard has received it already."""
+        headers = dict(scope["headers"])
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if scope["path"] != SLIDES or scope["method"] != "POST" or kind == b"application/json":
+            return False
+        if self.limits.slides is None:
+            why = "this service scores no slides: start it with --slides, or score them with jobs/score.py"
+            raise RefusedError(404, "no_slides", why)
+        if kind.startswith(b"multipart/"):
+            why = f"a slide is the body itself, not a form: curl -X POST -T a.svs '...{SLIDES}?name=a.svs'"
+            raise RefusedError(415, "unsupported_format", why)
+        return SENT_ID not in headers
+
+    async def _received(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        """A slide: received into a file, whose id takes the place of the body."""
+        if self._slides >= MAX_SLIDES_AT_ONCE:
+            raise overloaded(f"{self._slides} slides are being received")
+        query = parse_qs(scope["query_string"].decode("ascii", "replace"))
+        name = receiving.require_name(query.get("name", [None])[-1])
+        self._slides += 1
+        try:
+            job_id = await receiving.slide_file(scope, receive, self.limits, name)
+        finally:
+            self._slides -= 1
+        scope = {**scope, "headers": [*scope["headers"], (SENT_ID, job_id.encode())]}
+        await self._answered(scope, _replay(b"", receive), answer)
 
     def _authenticate(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
@@ -286,32 +285,6 @@ class Guard:
             why = "the replica that computed the answer has ended; try again"
             raise RefusedError(503, "replica_lost", why, {"Retry-After": "1"})
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body, counted while it is read: memory never holds more than allowed."""
-        most = self.limits.max_body_bytes
-        # The connection stays open: the server drops the rest, and the client sees the answer, not a reset.
-        why = f"the body is larger than {most:,} bytes; score whole slides with jobs/score.py"
-        refused = RefusedError(413, "body_too_large", why)
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > most:
-            raise refused
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(self.limits.upload_timeout_s):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise RefusedError(400, "disconnected", "the client disconnected while sending")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > most:
-                        raise refused
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
-        except TimeoutError:
-            why = f"the body did not arrive within {self.limits.upload_timeout_s:g} s"
-            raise RefusedError(408, "slow_upload", why, {"Connection": "close"}) from None
-
 
 def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
     """A line about a request, unless it fetched something public. What a caller chose is not repeated: a path
@@ -319,7 +292,8 @@ def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
     status, path = answer.status, scope["path"]
     if _is_public(path) and (status or 500) < 400:
         return
-    folder = next((folder for folder in PUBLIC_FOLDERS if path.startswith(folder)), "another address")
+    known = (*PUBLIC_FOLDERS, f"{SLIDES}/")
+    folder = next((folder for folder in known if path.startswith(folder)), "another address")
     facts = {
         "method": scope["method"] if scope["method"] in METHODS else "another method",
         "path": path if path in PUBLIC + WORK else folder,
@@ -338,12 +312,13 @@ def _is_public(path: str) -> bool:
     return path in PUBLIC or path.startswith(PUBLIC_FOLDERS)
 
 
-def _own_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Without those that Ray Serve obeys, and those that it cannot decode."""
+def _own_headers(headers: Iterable[tuple[bytes, bytes]], behind_proxy: bool) -> list[tuple[bytes, bytes]]:
+    """Without those that Ray Serve obeys, those that it cannot decode, and what only our proxy sets."""
+    dropped = RAY_HEADERS if behind_proxy else RAY_HEADERS | {SENT_ID}
     return [
         (name, value)
         for name, value in headers
-        if name.lower().replace(b"_", b"-") not in RAY_HEADERS and (name + value).isascii()
+        if name.lower().replace(b"_", b"-") not in dropped and (name + value).isascii()
     ]
 
 

@@ -21,6 +21,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions
@@ -38,6 +39,9 @@ from bcd.model.predictor import Prediction
 from bcd.preflight import signing
 from bcd.runtime import cluster
 from bcd.serving import api, middleware
+from bcd.serving.receive import Limits
+from bcd.serving.slide_jobs import SlideJobs
+from bcd.serving.slide_runner import SlideRunner
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,8 @@ NAME = "bcd"
 READY_FOR_S = 10.0
 READY_TIMEOUT_S = 20.0
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
+# Settings that are URIs, which replicas on other nodes use.
+PLACES = ("model", "slides", "archive")
 # The image as sent, and its prediction.
 Seen = tuple[np.ndarray, Prediction]
 
@@ -143,8 +149,10 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         self._forward.set_max_batch_size(self._config.max_batch_size)
-        limits = _limits(self._config)
-        app = api.create_app(self, limits, self._config.max_images)
+        limits, slides = _limits(self._config), _slide_jobs(self._config)
+        if slides:
+            _runner(self._config, slides).start()
+        app = api.create_app(self, limits, self._config.max_images, slides)
         return middleware.guarded(app, limits, self._token_digest)
 
     async def look(self, content: bytes) -> Seen:
@@ -222,7 +230,8 @@ def create_application(config: ServiceConfig, host: str | None) -> Application:
             f"{middleware.TOKEN_VARIABLE} or --token-file, or listen on 127.0.0.1"
         )
     settings = config.model_dump(include=set(ServiceConfig.model_fields))
-    service = ServiceConfig(**settings | {"model": storage.absolute(config.model)})
+    places = {name: storage.absolute(uri) for name in PLACES if (uri := getattr(config, name))}
+    service = ServiceConfig(**settings | places)
     replicas: dict[str, Any] = {"num_replicas": config.min_replicas}
     if config.max_replicas > config.min_replicas:
         bounds = {"min_replicas": config.min_replicas, "max_replicas": config.max_replicas}
@@ -241,13 +250,30 @@ def create_application(config: ServiceConfig, host: str | None) -> Application:
     return options.bind(service, token_digest, identity, card_sha256)
 
 
-def _limits(config: ServiceConfig) -> middleware.Limits:
-    return middleware.Limits(
+def _slide_jobs(config: ServiceConfig) -> SlideJobs | None:
+    if config.slides is None:
+        return None
+    archive = storage.absolute(config.archive) if config.archive else None
+    return SlideJobs(storage.absolute(config.slides), archive, config.max_slides)
+
+
+def _runner(config: ServiceConfig, jobs: SlideJobs) -> SlideRunner:
+    """Scores slides as `jobs/score.py` does, on the cluster of this replica."""
+    flags = ["--model", config.model, "--precision", config.precision]
+    if config.require_signature:
+        flags += ["--require-signature", config.require_signature]
+    return SlideRunner(jobs, flags, {"RAY_ADDRESS": ray.get_runtime_context().gcs_address})
+
+
+def _limits(config: ServiceConfig) -> Limits:
+    return Limits(
         max_body_bytes=config.max_body_bytes,
         max_requests=2 * config.max_batch_size * config.max_replicas + config.max_queued,
         upload_timeout_s=config.upload_timeout_s,
         answer_timeout_s=config.answer_timeout_s,
         cors_origins=config.cors_origins,
+        slides=storage.absolute(config.slides) if config.slides else None,
+        max_slide_bytes=config.max_slide_bytes,
     )
 
 
@@ -308,6 +334,12 @@ def _require_plain_serve() -> None:
 def _require_capacity(config: ServeConfig) -> None:
     """Reject what the cluster does not have: Serve would wait for ever."""
     have = cluster.total_resources()
+    # The job that scores a slide takes one for its model, and a part of another.
+    if config.slides and config.num_cpus * config.max_replicas + 1 >= have["CPU"]:
+        raise ResourceError(
+            f"--slides requires more than one CPU besides those of the replicas, but the cluster has "
+            f"{have['CPU']:g}; lower --num-cpus, or score slides with jobs/score.py"
+        )
     for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
         if each * config.min_replicas > have[kind]:
             raise ResourceError(

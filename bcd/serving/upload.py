@@ -17,7 +17,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
 from bcd.imaging.image import ImageError
-from bcd.serving.middleware import RefusedError
+from bcd.serving.receive import RefusedError
 from bcd.slides import slide
 from bcd.text import listed
 

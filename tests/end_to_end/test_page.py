@@ -21,12 +21,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
+from bcd import schema, storage
 from bcd.imaging import image
 from bcd.model import predictor
 from bcd.reports import gallery, overlay
+from bcd.scoring import slides
+from bcd.serving import api, middleware
+from bcd.serving.receive import Limits
+from bcd.serving.slide_jobs import SlideJobs
 from tests import page_mock, pictures, service
 from tests.cluster import wait_for
 from tests.imaging.test_image import SWAPPED
@@ -819,6 +825,112 @@ def reports() -> tuple[str, str]:
     facts = test_gallery.FACTS | {"synthetic": True, "leaky": True}
     report = test_model_report.without_figures(test_model_report.of(1, 3))
     return test_gallery.page(facts=facts), report
+
+
+@pytest.fixture
+def slide_jobs(tmp_path: Path) -> SlideJobs:
+    """Slides of the service at `slides_url`; the test is what scores them."""
+    return SlideJobs(str(tmp_path / "slides"), None, 16)
+
+
+@pytest.fixture
+def slides_url(slide_jobs: SlideJobs) -> Iterator[str]:
+    """A service that takes slides of up to 1 MiB."""
+    limits = Limits(max_body_bytes=2**19, slides=slide_jobs.uri, max_slide_bytes=2**20)
+    engine = SimpleNamespace(card=card(), model_id="9f2c4e81a07b35d6")
+    app = api.create_app(engine, limits, 4, slide_jobs)  # type: ignore[arg-type]
+    with service.serving(middleware.guarded(app, limits, None)) as url:
+        yield url
+
+
+def finish_slide(jobs: SlideJobs, job_id: str, name: str) -> None:
+    """What the archive job writes, with the tissue of a gradient."""
+    row = {
+        schema.SLIDE: name,
+        schema.URI: "/secret",
+        schema.WIDTH_PX: 40_000,
+        schema.HEIGHT_PX: 30_000,
+        schema.MPP: 0.25,
+        schema.MPP_Y: 0.25,
+        schema.TILES: 1_234,
+        schema.BACKGROUND_TILES: 10,
+        schema.ERROR_TILES: 0,
+        schema.WARNED_TILES: 7,
+        schema.MALIGNANT_TILE_SHARE: 0.125,
+        schema.TISSUE_AREA_MM2: 41.25,
+    }
+    output = jobs.folder(job_id, "output")
+    storage.write_table(f"{output}/slides.parquet", pa.Table.from_pylist([row], schema.SLIDES))
+    folder = slides.folder(output, name)
+    storage.write_bytes(f"{folder}/{slides.HEATMAP}", pictures.encode(pictures.gradient(300, 400)))
+    storage.write_bytes(f"{folder}/{slides.GEOJSON}", b"{}")
+    storage.write_bytes(f"{output}/summary.json", b'{"model_id": "9f2c4e81a07b35d6"}')
+
+
+@pytest.mark.parametrize(
+    "page", [{}, {"viewport": {"width": 390, "height": 800}, "color_scheme": "dark"}], indirect=True
+)
+def test_a_slide_is_followed_to_its_heat_map(
+    page: Page, slides_url: str, slide_jobs: SlideJobs, shot: Any
+) -> None:
+    page.goto(slides_url)
+    expect(page.locator("#drop-limits")).to_contain_text("whole slides up to 1 MiB")
+    sent = [
+        {"name": name, "mimeType": "", "buffer": b"x" * size}
+        for name, size in (("a.svs", 5), ("b.tif", 2**19 + 1))
+    ]
+    page.set_input_files("#files", [*sent, {"name": "c.svs", "mimeType": "", "buffer": b"x" * (2**20 + 1)}])
+    cards = page.locator("#slides > li")
+    expect(cards.nth(1)).to_contain_text("waiting, 1 before it")
+    expect(cards.nth(2)).to_contain_text("accepts slides of 1 MiB")
+    first, second = slide_jobs.waiting()
+    slide_jobs.note(first, "progress.json", {"message": "0 of 1 input", "rows": 500, "share": 0.4})
+    expect(cards.nth(0)).to_contain_text("being scored, 40 %")
+    shot("-running")
+    finish_slide(slide_jobs, first, "a.svs")
+    slide_jobs.forget_waiting(first)
+    expect(cards.nth(0).locator("img")).to_have_js_property("naturalWidth", 400)
+    expect(cards.nth(0)).to_contain_text("12.5 %")
+    expect(cards.nth(0)).to_contain_text("1,234")
+    shot("-done")
+    with page.expect_download() as download:
+        cards.nth(0).get_by_role("button", name="Tiles for QuPath").click()
+    assert download.value.suggested_filename == f"a.svs.{slides.GEOJSON}"
+    page.reload()  # the tab knows its slides
+    expect(cards).to_have_count(2)
+    expect(cards.nth(0)).to_contain_text("12.5 %")
+    cards.nth(1).get_by_role("button", name="Cancel").click()
+    expect(cards.nth(1)).to_contain_text("cancelled")
+    assert slide_jobs.state(second) == "cancelled"
+    cards.nth(0).get_by_role("button", name="Delete").click()
+    expect(cards).to_have_count(1)
+    assert not storage.exists(slide_jobs.folder(first))
+
+
+def test_a_folder_that_is_dropped_gives_its_images(page: Page, mock: page_mock.Mock) -> None:
+    """In folders below it, too; what is no image in a folder is left out."""
+    page.goto(mock.url)
+    expect(page.locator("#drop")).to_be_visible()
+    page.evaluate(
+        """(content) => {
+            const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
+            const file = (name) => ({ isFile: true, name, file: (done) => done(new File([bytes], name)) });
+            const folder = (name, all) => {
+                const parts = [all.slice(0, 1), all.slice(1), []];
+                const readEntries = (done) => done(parts.shift() ?? []);
+                return { isDirectory: true, name, createReader: () => ({ readEntries }) };
+            };
+            const top = folder("case", [file("a.png"), file("Thumbs.db"), folder("deep", [file("b.png")])]);
+            const event = new Event("drop", { bubbles: true, cancelable: true });
+            const items = [{ webkitGetAsEntry: () => top }];
+            const value = { items, files: [bytes], types: ["Files"] };
+            Object.defineProperty(event, "dataTransfer", { value });
+            document.dispatchEvent(event);
+        }""",
+        base64.b64encode(file("a.png")["buffer"]).decode(),
+    )
+    expect(page.locator("#count")).to_have_text("2 of 2 done")
+    assert page.locator("#rows .name").all_text_contents() == ["a.png", "b.png"]
 
 
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.trial)])

@@ -108,6 +108,7 @@ def test_model_workers_leave_a_cpu_free(monkeypatch, nodes, gpus, limit, expecte
     fake(monkeypatch, sum(nodes), gpus)
     now = {"CPU": float(sum(nodes)), "GPU": float(gpus)}
     monkeypatch.setattr(ray, "cluster_resources", lambda: now)
+    monkeypatch.setattr(ray, "available_resources", lambda: now)
     found = [{"Alive": True, "Resources": {"CPU": float(n)} if n else {}} for n in nodes]
     monkeypatch.setattr(ray, "nodes", lambda: [*found, {"Alive": False, "Resources": {"CPU": 1.0}}])
     pool = cluster.model_workers(limit)
@@ -116,9 +117,33 @@ def test_model_workers_leave_a_cpu_free(monkeypatch, nodes, gpus, limit, expecte
     assert pool.size * pool.num_cpus < max(2, sum(nodes))
 
 
+@pytest.mark.parametrize(
+    ("nodes", "held", "expected"),
+    [
+        ([4], 1, (1, 2, 4)),
+        ([4], 2, (1, 1, 4)),
+        ([2], 1, (1, 1, 2)),
+        ([16], 1, (4, 3, 4)),
+        ([4, 4], 2, (2, 2, 4)),
+    ],
+)
+def test_model_workers_reserve_less_beside_others(monkeypatch, nodes, held, expected):
+    """A service holds CPUs as long as it is up; a job that waited for them would never end."""
+    total = float(sum(nodes))
+    fake(monkeypatch, total)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": total})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": total - held})
+    monkeypatch.setattr(
+        ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(n)}} for n in nodes]
+    )
+    pool = cluster.model_workers()
+    assert (pool.size, pool.num_cpus, pool.threads) == expected
+
+
 def test_model_workers_count_on_nodes_that_an_autoscaler_adds(monkeypatch):
     fake(monkeypatch, 32)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    for facts in ("cluster_resources", "available_resources"):
+        monkeypatch.setattr(ray, facts, lambda: {"CPU": 8.0})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
     pool = cluster.model_workers()
     assert (pool.size, pool.ready) == (8, 2)
@@ -202,7 +227,8 @@ def test_sockets_of_ray_have_short_addresses(tmp_path, monkeypatch):
 @pytest.fixture
 def only_a_head(monkeypatch):
     """A cluster whose workers an autoscaler has yet to start."""
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 8e9})
+    for facts in ("cluster_resources", "available_resources"):
+        monkeypatch.setattr(ray, facts, lambda: {"memory": 8e9})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {}}])
     monkeypatch.setattr(cluster.ray_state, "get_max_resources_from_cluster_config", lambda: None)
 

@@ -1,8 +1,12 @@
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
+from bcd import schema, storage
 from bcd.lease import Lease
 from bcd.scoring import ledger, pages
+from tests.model.test_bundle import card
+from tests.reports.test_gallery import FACTS
 from tests.scoring.test_finish import TABLE, judged
 
 
@@ -28,6 +32,14 @@ def test_the_table_of_images_begins_with_the_most_malignant_and_ends_with_errors
     monkeypatch.setattr(pages.gallery, "MAX_ROWS", 2)
     found = pages._images(ours, table)
     assert ([row.name for row in found.rows], found.total) == (["a", "c"], 4)
+
+
+def test_an_archive_of_errors_only_has_a_gallery(tmp_path):
+    ours = ledger.Ledger(Lease(str(tmp_path)), "0", ())
+    failed = TABLE.drop_columns("n").filter(pc.is_valid(TABLE[schema.ERROR]))
+    storage.write_table(f"{ours.predictions_uri}/part.parquet", failed)
+    pages.write_gallery(ours, failed, schema.SLIDES.empty_table(), card(), FACTS)
+    assert "truncated" in (tmp_path / "gallery.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from bcd.imaging import image
 from bcd.model import novelty, predictor, weights
 from bcd.model.card import Card
 from bcd.reports import overlay
-from bcd.serving import api, middleware
+from bcd.serving import api, receive
 from bcd.serving.documents import NOTICE
 from tests import archives, pictures
 from tests.cluster import BIN
@@ -221,7 +221,7 @@ def test_the_model_says_what_it_is(client, loaded):
     about = client.get("/v1/model").json()
     assert Card.model_validate(about["card"]) == loaded.card.model_copy(update={"feature_statistics": None})
     assert about["limits"] == {
-        "max_body_bytes": middleware.Limits().max_body_bytes,
+        "max_body_bytes": receive.Limits().max_body_bytes,
         "max_images": 4,
         "max_pixels": image.MAX_PIXELS,
     }

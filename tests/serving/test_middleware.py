@@ -13,7 +13,8 @@ import pytest
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from bcd.serving import middleware
-from bcd.serving.middleware import Guard, Limits
+from bcd.serving.middleware import Guard
+from bcd.serving.receive import Limits
 from tests.service import TOKEN, serving
 
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}

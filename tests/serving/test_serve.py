@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -25,6 +26,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -38,12 +40,13 @@ from bcd.data import archive
 from bcd.errors import BundleError, ConfigError, ResourceError
 from bcd.model import bundle, predictor
 from bcd.runtime import predict
+from bcd.scoring import tiling
 from bcd.serving import middleware, serve
 from tests import archives, pictures
 from tests.cluster import BIN, PATIENCE_S, ROOT, free_port, kill, other_lines, wait_for
 from tests.end_to_end.test_page import CHROMIUM, PATIENCE_MS, launch, probability, sync_api
 from tests.model.test_bundle import card, untrained
-from tests.service import LIMITS, TOKEN
+from tests.service import LIMITS, SENT, TOKEN
 from tests.serving.test_api import statistics
 from tests.trained import scored
 
@@ -209,7 +212,8 @@ def deploy(cluster, port, folder, model_uri, **arguments):
                 "name": "bcd",
                 "import_path": "bcd.serving.serve:app",
                 "route_prefix": "/",
-                "args": {"model": model_uri, "max_body_bytes": LIMITS.max_body_bytes} | arguments,
+                "args": {"model": model_uri, "max_body_bytes": LIMITS.max_body_bytes, "slides": str(SENT)}
+                | arguments,
             }
         ],
     }
@@ -255,6 +259,7 @@ def service(cluster, archived, models, tmp_path_factory):
     wait_for(running.is_ready, PATIENCE_S, "the service")
     yield running
     ray_serve.shutdown()
+    shutil.rmtree(SENT)
 
 
 def log_odds(row):
@@ -292,6 +297,42 @@ def test_a_batch_request_has_the_same_numbers(service, archived, models, files):
     assert [item["name"] for item in results] == names
     wanted = [log_odds(archived[models[0]][name]) for name in names]
     np.testing.assert_allclose([item["answer"]["log_odds"] for item in results], wanted, atol=1e-4)
+
+
+@pytest.mark.ray
+def test_a_slide_is_scored_as_in_an_archive_though_its_replica_is_lost(service, models, tmp_path):
+    """The replica that runs the job is killed; the next one runs it again."""
+    content = pictures.tiled_tiff(pictures.stained(920, 1400), 0.49, side=256)
+    sent = httpx.post(f"{service.url}/v1/slides?name=a.tif", content=content, headers=AUTHORISED)
+    assert sent.status_code == 202
+    address = service.url + sent.headers["location"]
+
+    def found(path=""):
+        return httpx.get(address + path, headers=AUTHORISED, timeout=60)
+
+    wait_for(lambda: found().json()["state"] == "running", PATIENCE_S, "work on the slide")
+    (replica,) = [p for p in psutil.process_iter() if re.match(REPLICA, "".join(p.cmdline()[:1]))]
+    replica.kill()
+    wait_for(
+        lambda: found().status_code == 200 and found().json()["state"] == "done", PATIENCE_S, "its result"
+    )
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tif").write_bytes(content)
+    settings = predict.Settings(models[0], bundle.identify(models[0]))
+    facts = card()
+    size = {"tile_width_px": facts.field_width_px, "tile_height_px": facts.field_height_px}
+    tiles = tiling.Tiling(tile_mpp=max(facts.mpp), **size, mpp=None, min_tissue=0.1)
+    inputs = archive.list_inputs(str(tmp_path / "in")).table
+    rows = pa.concat_tables(tiling.expand(inputs, tiles, str(tmp_path / "plans"), frozenset()))
+    expected = scored(rows, settings)[schema.PROBABILITY_MALIGNANT].to_numpy()
+    row = found().json()["slide"]
+    assert (row["tiles"], row["error_tiles"], len(expected)) == (4, 0, 4)
+    for name, share in schema.QUANTILES.items():
+        assert row[name] == pytest.approx(np.quantile(expected, share), abs=1e-5)
+    assert len(found("/tiles.geojson").json()["features"]) == 4
+    assert found("/heatmap.png").content.startswith(b"\x89PNG")
+    assert httpx.delete(address, headers=AUTHORISED).status_code == 204
+    assert found().status_code == 404
 
 
 @pytest.mark.ray

@@ -12,7 +12,7 @@ from PIL import Image
 
 from bcd.imaging import image
 from bcd.model.predictor import Prediction
-from bcd.serving import api, middleware, upload
+from bcd.serving import api, receive, upload
 from tests import pictures
 from tests.model.test_bundle import card
 from tests.service import serving
@@ -40,7 +40,7 @@ class Engine:
 @pytest.fixture(scope="module")
 def client():
     with (
-        serving(api.create_app(Engine(), middleware.Limits(), max_images=4)) as url,
+        serving(api.create_app(Engine(), receive.Limits(), max_images=4)) as url,
         httpx.Client(base_url=url) as opened,
     ):
         yield opened

@@ -3,11 +3,15 @@
 import { showModel } from "./model.js";
 import { decode, draw, drawLegend, laidOver, pixelsOf, pngOf, strengthsOf } from "./picture.js";
 import { ServiceError, ask, token } from "./service.js";
+import { addSlide, forgetSlides, isSlide, resumeSlides } from "./slides.js";
 import { addRow, arrange, buildHeads, csv, fillRow, sorted } from "./table.js";
 import { brief, chip, element, make, mebibytes, plural, probability, sentence, show, side, signed, words, wrap } from "./text.js";
 
 const IN_FLIGHT = 4;
 const THUMB_PX = 96;
+// Files in a folder that is dropped; others, such as lists and thumbnails of the system, are no images.
+const IMAGE = /\.(png|jpe?g|tiff?|svs|ndpi|scn|bif|svslide|dcm)$/i;
+const MIRAX = /\.mrxs$/i;
 const STEPS = { ArrowLeft: -1, ArrowRight: 1 };
 
 // The `status` of an item is waiting, sending, held (until there is a valid token), done or failed; its `source` is the
@@ -19,7 +23,10 @@ const say = (text) => (element("status").textContent = text);
 
 // ---- the queue ------------------------------------------------------------------------------------------------
 
-function add(files) {
+function add(given) {
+  const limits = state.about?.limits ?? {};
+  given.filter((file) => isSlide(file, limits)).forEach(addSlide);
+  const files = given.filter((file) => !isSlide(file, limits));
   if (!files.length) return;
   const first = state.items.length;
   // Files that are dropped before the model is known wait.
@@ -54,12 +61,21 @@ async function send(item, signal) {
     item.answer = await predict(item, signal);
     item.status = "done";
   } catch (error) {
+    if (error.code === "whole_slide" && state.about.limits.max_slide_bytes && !MIRAX.test(item.name)) return void makeSlide(item);
     fail(item, signal.aborted ? signal.reason : error);
   }
   // "Clear all" may have removed the item.
   if (!state.items.includes(item)) return;
   fill(item);
   if (state.chosen === item) renderViewer();
+}
+
+/** What looked like a field is a slide: send it as one. */
+function makeSlide(item) {
+  state.items.splice(state.items.indexOf(item), 1);
+  arrange(state.items);
+  if (state.chosen === item) choose(state.items[0] ?? null);
+  addSlide(item.file);
 }
 
 function fail(item, error) {
@@ -77,14 +93,16 @@ function fail(item, error) {
 }
 
 async function predict(item, signal) {
+  // It was dropped before the limits were known.
+  if (isSlide(item.file, state.about.limits)) throw new ServiceError("whole_slide", "it is a whole slide");
   const most = state.about.limits.max_body_bytes;
   if (item.file.size > most) {
     const both = `${mebibytes(item.file.size)}; the service accepts ${mebibytes(most)}`;
     throw new ServiceError("body_too_large", `${both}. Score whole slides with jobs/score.py`);
   }
-  if (/\.mrxs$/i.test(item.name)) {
+  if (MIRAX.test(item.name)) {
     // It contains a small image of the slide; the slide's pixels are in a folder beside it.
-    throw new ServiceError("whole_slide", "this page accepts single fields of view; score slides with jobs/score.py");
+    throw new ServiceError("whole_slide", "a MIRAX slide is several files; score it with jobs/score.py");
   }
   // Read first: a folder or a missing file would look like a lost network.
   const body = await item.file.arrayBuffer().catch(() => {
@@ -344,6 +362,7 @@ async function enter(event) {
 function forget() {
   token.forget();
   clearAll();
+  forgetSlides();
   state.about = null;
   show("forget", false);
   show("work", false);
@@ -367,6 +386,7 @@ async function connect() {
   show("forget", Boolean(token.known()));
   show("work", true);
   showModel(state.about);
+  resumeSlides(state.about.limits);
   if (first) element("opacity").value = 100 * state.about.overlay.opacity;
   slide();
   if (entered) element("files").focus();
@@ -398,9 +418,30 @@ function takeDrops() {
     mark(false);
     if (!event.dataTransfer.files.length) return;
     event.preventDefault();
-    add([...event.dataTransfer.files]);
+    filesOf(event.dataTransfer).then(add);
   });
   document.addEventListener("paste", (event) => add([...event.clipboardData.files]));
+}
+
+/** The files of a drop, and those of its folders that may be images. */
+async function filesOf(transfer) {
+  const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.() ?? null);
+  if (!entries.some((entry) => entry?.isDirectory)) return [...transfer.files];
+  return (await Promise.all(entries.map((entry) => within(entry)))).flat();
+}
+
+async function within(entry, inFolder = false) {
+  if (entry?.isFile) {
+    return !inFolder || IMAGE.test(entry.name) ? [await new Promise((resolve, reject) => entry.file(resolve, reject))] : [];
+  }
+  const reader = entry?.createReader();
+  const found = [];
+  // A reader gives a hundred entries at a time, and none at its end.
+  for (let some = [1]; reader && some.length; ) {
+    some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+    for (const one of some) found.push(...(await within(one, true)));
+  }
+  return found;
 }
 
 function onClick(id, action) {

@@ -62,7 +62,8 @@ export function showModel(about) {
   showMeasures(card);
   showDetails(about);
   const most = mebibytes(limits.max_body_bytes);
-  element("drop-limits").textContent = `PNG, JPEG or TIFF · one field of view each · up to ${most} per file`;
+  const slides = limits.max_slide_bytes ? ` · whole slides up to ${mebibytes(limits.max_slide_bytes)}` : "";
+  element("drop-limits").textContent = `PNG, JPEG or TIFF · one field of view each · up to ${most} per file${slides}`;
   showScale(about);
 }
 
