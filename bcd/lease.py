@@ -26,7 +26,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
 
-from bcd import storage
+from bcd import disk, storage
 from bcd.errors import BusyError, MissingError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -122,8 +122,8 @@ def held(uri: str, wait: bool = False) -> Iterator[Lease]:
         ended.set()
         beating.join()
         lease.release()
-        if is_new:
-            storage.delete_empty_folder(uri, FOLDER)
+        if is_new and not storage.is_remote(uri):
+            disk.delete_empty_folder(storage.absolute(uri), FOLDER)
 
 
 def _beat(lease: Lease, ended: Event) -> None:

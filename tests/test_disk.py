@@ -134,3 +134,13 @@ def test_a_long_chain_of_folders_is_no_recursion(tmp_path):
     deep.mkdir(parents=True)
     (deep / "x.png").write_bytes(b"1")
     assert disk.entries(str(tmp_path)).sizes == {"d/" * 200 + "x.png": 1}
+
+
+def test_a_folder_goes_only_where_nothing_else_is_in_it(tmp_path):
+    for name in ("a/.lease", "b/.lease", "c/.lease"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "b" / "x").touch()
+    (tmp_path / "c" / ".lease" / "y").touch()
+    for name in "abcd":
+        disk.delete_empty_folder(str(tmp_path / name), ".lease")
+    assert [(tmp_path / name).exists() for name in ("a", "b/.lease", "c/.lease/y")] == [False, True, True]

@@ -139,16 +139,6 @@ def test_what_a_killed_process_left_is_deleted(tmp_path):
     assert sorted(left.parent.iterdir()) == sorted(kept)
 
 
-def test_a_folder_goes_only_where_nothing_else_is_in_it(tmp_path):
-    for name in ("a/.lease", "b/.lease", "c/.lease"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "b" / "x").touch()
-    (tmp_path / "c" / ".lease" / "y").touch()
-    for name in "abcd":
-        storage.delete_empty_folder(str(tmp_path / name), ".lease")
-    assert [(tmp_path / name).exists() for name in ("a", "b/.lease", "c/.lease/y")] == [False, True, True]
-
-
 @pytest.mark.parametrize(
     ("uri", "expected"),
     [
