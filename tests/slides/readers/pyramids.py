@@ -65,7 +65,9 @@ def aperio(
     whole = Image.fromarray(tissue(height, width))
     text = APERIO.format(width, height, mpp).encode() + b"\0"
     levels = [page(np.asarray(whole), RGB, side=side, t270=text)]
-    levels += [page(np.asarray(whole.resize(size)), RGB, side=side, t270=text) for size in smaller]
+    # The nearest pixels keep the grain, and so the bytes that a pixel has.
+    small = [np.asarray(whole.resize(size, Image.Resampling.NEAREST)) for size in smaller]
+    levels += [page(pixels, RGB, side=side, t270=text) for pixels in small]
     thumbnail, label, macro = (pictures.gradient(40 + i, 60) for i in range(3))
     others = [
         pictures.tiff_page(thumbnail, t270=b"Aperio thumbnail\0"),

@@ -99,7 +99,7 @@ def damaged(tiles: list[bytes], kind: str) -> list[bytes]:
 
 @pytest.mark.parametrize("kind", ["cut", "zeros", "of another size", "no JPEG", "long"])
 def test_a_damaged_tile_costs_what_it_covers(tmp_path, kind):
-    """OpenSlide fills what is missing of a cut one with grey."""
+    """OpenSlide reads the one with zeros, too, and what is decoded from them."""
     pixels = np.random.default_rng(1).integers(0, 256, (2 * SIDE, 3 * SIDE, 3), np.uint8)
     tags, tiles = page(pixels)
     path = write(tmp_path / "s.tif", (tags, damaged(tiles, kind)))
