@@ -17,7 +17,7 @@ from PIL import Image
 import bcd
 from bcd.imaging import image
 from bcd.slides import slide
-from tests.slides.readers.pyramids import page, write
+from tests.slides.parts.pyramids import page, write
 
 FACTOR, MPP = 4, 0.5
 HEIGHT_PX, WIDTH_PX = 200, 240

@@ -18,7 +18,7 @@ from PIL import Image
 
 from bcd.imaging import container, pixel_size, tiff
 from bcd.imaging.image import ImageError, boundary, to_srgb
-from bcd.slides.readers import pyramid, tiff_reader
+from bcd.slides.parts import pyramid, tiff_reader
 
 # Suffixes that only formats of OpenSlide 4 have. https://openslide.org/formats/
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm")

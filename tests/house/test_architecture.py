@@ -53,11 +53,22 @@ def depth(node: ast.AST) -> int:
 # A folder imports from itself and from those before it. "" holds the modules beside the folders, `DOORS`
 # those of them that start everything.
 RANKS = [
-    *("", "config", "metrics", "imaging", "slides.readers", "slides", "data", "split", "model", "reports"),
-    *("runtime", "audit", "preflight", "evaluation", "training", "scoring", "serving", "doors"),
+    *(
+        "",
+        "config",
+        "metrics",
+        "imaging",
+        "slides.readers",
+        "slides.parts",
+        "slides",
+        "data",
+        "split",
+        "model",
+    ),
+    *("reports", "runtime", "audit", "preflight", "evaluation", "training", "scoring", "serving", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
-LIGHT = {"", "config", "metrics", "imaging", "slides.readers", "slides", "data", "split"}
+LIGHT = {"", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"}
 WITH_RAY = {
     *("runtime", "evaluation", "training", "scoring"),
     *("bcd.audit.audit", "bcd.preflight.doctor", "bcd.serving.serve"),

@@ -13,7 +13,7 @@ from bcd.data import archive, read
 from bcd.scoring import tiling
 from bcd.slides import slide_cache
 from tests import faults
-from tests.slides.readers.pyramids import aperio, write
+from tests.slides.parts.pyramids import aperio, write
 
 SIDE = 128
 # A third, so that the second level has about a tenth of the bytes; 6,401 px are no whole multiple of it.

@@ -9,7 +9,7 @@ from bcd.errors import StorageError
 from bcd.imaging import image, pixel_size
 from bcd.slides import slide_cache
 from tests import pictures
-from tests.slides.readers import pyramids
+from tests.slides.parts import pyramids
 from tests.slides.test_dicom import OTHERS, dicom_file
 
 

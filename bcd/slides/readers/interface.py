@@ -8,12 +8,14 @@ import numpy as np
 
 # Code and action of what a damaged slide raises.
 UNREADABLE = "unreadable", "the slide cannot be read"
+# Properties with µm per pixel across and down at level 0.
+MPP_X, MPP_Y = "openslide.mpp-x", "openslide.mpp-y"
 
 
 @dataclass(frozen=True)
 class Facts:
     """Width and height of each level in pixels, level-0 pixels per pixel of each level, OpenSlide's
-    properties (or the same statements of another format), the ICC profile (None for sRGB), and name and
+    properties (of another format, those that it states), the ICC profile (None for sRGB), and name and
     version of the reader."""
 
     sizes: tuple[tuple[int, int], ...]

@@ -14,12 +14,12 @@ from PIL import Image
 from bcd.errors import ImageError
 from bcd.imaging import tiff
 from bcd.imaging.image import to_srgb
-from bcd.slides.readers.jpeg_tiles import Level, read_level
+from bcd.slides.parts.jpeg_tiles import Level, read_level
+from bcd.slides.readers.interface import MPP_X, MPP_Y
 
 # OpenSlide's names of the layouts and of what a slide states.
 APERIO, PLAIN = "aperio", "generic-tiff"
 LAYOUT, DESCRIPTION = "openslide.vendor", "tiff.ImageDescription"
-MPP_X, MPP_Y = "openslide.mpp-x", "openslide.mpp-y"
 # Tags of other layouts: pages below a page, Ventana's XML, thumbnails and masks as of old, those of Argos and
 # Hamamatsu.
 OTHERS = {330, 700, tiff.OLD_SUBFILE, 65_000, *range(65_420, 65_500)}

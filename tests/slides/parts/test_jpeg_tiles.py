@@ -5,9 +5,9 @@ import pytest
 
 from bcd.imaging import image
 from bcd.slides import slide
-from bcd.slides.readers import tiff_reader
+from bcd.slides.parts import tiff_reader
 from tests import pictures
-from tests.slides.readers.pyramids import RGB, SIDE, YCBCR, aperio, jpeg, page, write
+from tests.slides.parts.pyramids import RGB, SIDE, YCBCR, aperio, jpeg, page, write
 from tests.slides.test_slide import QUARTER, flattened
 
 SAMPLES = [

@@ -145,12 +145,15 @@ class Parts:
                 self.request([part])
                 continue
             if (error := request.exception()) is not None:
-                with self._lock:
-                    if self._held.get(part) is request:
-                        self._forget(part)
+                self._give_up(part, request)
                 raise error
             if (content := request.result().get(part)) is not None:  # else forgotten meanwhile
                 return content
+
+    def _give_up(self, part: Part, request: Future[dict[Part, bytes]]) -> None:
+        with self._lock:
+            if self._held.get(part) is request:
+                self._forget(part)
 
     def _fetched(self, parts: Sequence[Part]) -> dict[Part, bytes]:
         start, end = parts[0][0], max(map(sum, parts))

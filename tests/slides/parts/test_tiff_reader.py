@@ -15,10 +15,10 @@ from bcd import storage
 from bcd.errors import StorageError
 from bcd.imaging import image
 from bcd.slides import slide
-from bcd.slides.readers import jpeg_tiles, source, tiff_reader
+from bcd.slides.parts import jpeg_tiles, source, tiff_reader
 from tests import faults, pictures
 from tests.imaging.test_image import SWAPPED
-from tests.slides.readers.pyramids import SIDE, aperio, page, tissue, write
+from tests.slides.parts.pyramids import SIDE, aperio, page, tissue, write
 
 # 3 and 12 are not reached exactly, as in nearly every slide of a scanner.
 SIZES = [(1_201, 901), (400, 300), (100, 75)]

@@ -9,12 +9,13 @@ from PIL import ImageCms
 
 from bcd.errors import ImageError
 from bcd.imaging import tiff
-from bcd.slides.readers import pyramid
+from bcd.slides.parts import pyramid
+from bcd.slides.readers.interface import MPP_X, MPP_Y
 from tests import pictures
 from tests.imaging.test_image import SWAPPED
-from tests.slides.readers.pyramids import SIDE, aperio, page, write
+from tests.slides.parts.pyramids import SIDE, aperio, page, write
 
-NAMES = (pyramid.LAYOUT, pyramid.DESCRIPTION, pyramid.MPP_X, pyramid.MPP_Y)
+NAMES = (pyramid.LAYOUT, pyramid.DESCRIPTION, MPP_X, MPP_Y)
 REAL = ["slides/CMU-1-Small-Region.svs", "slides/tiny.svs"]
 REAL += ["cases/slides/yellowed_glass.tif", "cases/slides/x0.5_y0.25.tif"]
 
@@ -32,7 +33,7 @@ def require_openslides(path):
         assert (tuple(sizes), found.downsamples) == (handle.level_dimensions, handle.level_downsamples)
         theirs = {name: handle.properties[name] for name in NAMES if name in handle.properties}
         profile = handle.color_profile
-    for name in (pyramid.MPP_X, pyramid.MPP_Y):
+    for name in (MPP_X, MPP_Y):
         assert float(found.properties.get(name, "nan")) == pytest.approx(
             float(theirs.pop(name, "nan")), rel=1e-15, nan_ok=True
         )
@@ -58,7 +59,7 @@ def test_an_aperio_pyramid_has_the_levels_and_the_scale_of_openslide(tmp_path):
     path = write(tmp_path / "s.svs", *aperio(401, 303, (100, 75), (25, 18), mpp="0.2527"))
     found = require_openslides(path)
     assert found.downsamples == (1.0, (401 / 100 + 303 / 75) / 2, (401 / 25 + 303 / 18) / 2)
-    assert [found.properties[name] for name in (pyramid.LAYOUT, pyramid.MPP_X)] == ["aperio", "0.2527"]
+    assert [found.properties[name] for name in (pyramid.LAYOUT, MPP_X)] == ["aperio", "0.2527"]
 
 
 @pytest.mark.parametrize("mpp", ["0,25", "no number", "", "1e-1", "0.25|MPP = 0.5"])

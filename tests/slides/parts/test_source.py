@@ -7,7 +7,7 @@ import pytest
 
 from bcd import storage
 from bcd.errors import ImageError, StorageError
-from bcd.slides.readers import source
+from bcd.slides.parts import source
 from tests import faults
 
 CONTENT = bytes(range(256)) * 400

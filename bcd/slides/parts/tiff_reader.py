@@ -15,9 +15,9 @@ from PIL import Image
 from bcd import storage
 from bcd.errors import ImageError
 from bcd.imaging.image import boundary, to_srgb
-from bcd.slides.readers import source
+from bcd.slides.parts import source
+from bcd.slides.parts.pyramid import Pyramid, read_pyramid
 from bcd.slides.readers.interface import Facts
-from bcd.slides.readers.pyramid import Pyramid, read_pyramid
 
 # Decoded tiles of one slide: neighbours of a rectangle to read, which come next.
 DECODED_BYTES = 2**25
