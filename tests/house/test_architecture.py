@@ -53,19 +53,9 @@ def depth(node: ast.AST) -> int:
 # A folder imports from itself and from those before it. "" holds the modules beside the folders, `DOORS`
 # those of them that start everything.
 RANKS = [
-    *(
-        "",
-        "config",
-        "metrics",
-        "imaging",
-        "slides.readers",
-        "slides.parts",
-        "slides",
-        "data",
-        "split",
-        "model",
-    ),
-    *("reports", "runtime", "audit", "preflight", "evaluation", "training", "scoring", "serving", "doors"),
+    *("", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"),
+    *("model", "reports", "runtime", "audit", "preflight", "evaluation", "training", "scoring", "serving"),
+    "doors",
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = {"", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"}
