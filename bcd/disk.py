@@ -173,3 +173,11 @@ def remove_leftovers(root: str) -> None:
     paths = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
     for path in list(filter(HALF_WRITTEN.search, paths)):
         os.remove(path)
+
+
+def delete_empty_folder(path: str, name: str) -> None:
+    """Delete a folder that has one entry, which is the empty folder `name`."""
+    with suppress(OSError):
+        if os.listdir(path) == [name]:
+            os.rmdir(os.path.join(path, name))
+            os.rmdir(path)

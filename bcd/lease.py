@@ -26,7 +26,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
 
-from bcd import storage
+from bcd import disk, storage
 from bcd.errors import BusyError, MissingError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -116,23 +116,15 @@ def held(uri: str, wait: bool = False) -> Iterator[Lease]:
     beating = Thread(target=_beat, args=(lease, ended), name="bcd-lease", daemon=True)
     beating.start()
     try:
-        storage.delete_half_written(uri)
+        if not storage.is_remote(uri):
+            disk.remove_leftovers(storage.absolute(uri))  # of jobs that ended while they wrote
         yield lease
     finally:
         ended.set()
         beating.join()
         lease.release()
-        if is_new:
-            _delete_empty(uri)
-
-
-def _delete_empty(uri: str) -> None:
-    """Delete a folder on a disk where nothing was written but the lease; stores have no empty folders."""
-    path = storage.absolute(uri)
-    with suppress(OSError):
-        if not storage.is_remote(uri) and os.listdir(path) == [FOLDER]:
-            os.rmdir(os.path.join(path, FOLDER))
-            os.rmdir(path)
+        if is_new and not storage.is_remote(uri):
+            disk.delete_empty_folder(storage.absolute(uri), FOLDER)
 
 
 def _beat(lease: Lease, ended: Event) -> None:

@@ -38,8 +38,7 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # The standard allows one slash, too.
 FILE_SCHEME = re.compile(r"file:/", re.IGNORECASE)
 ADDRESSING_STYLES = ("auto", "path", "virtual")
-# Concurrent requests per process: hides the latency of an object store, and is harmless on a disk. More where
-# nothing is read, since an object store has a latency for each request.
+# Concurrent requests per process, which hide the latency of an object store; more where nothing is read.
 READ_THREADS, LOOK_THREADS = 8, 32
 # A file of unknown size is read in pieces of this size.
 PIECE_BYTES = 2**16
@@ -186,10 +185,9 @@ def _is_permanent(uri: str, error: Exception) -> bool:
 def _may_list_bucket(uri: str) -> bool:
     """Whether the store still permits access to the bucket: then access to this file alone is denied."""
     filesystem, path = resolve(uri)
-    try:
+    with suppress(OSError):
         return filesystem.get_file_info(path.partition("/")[0]).type == fs.FileType.Directory
-    except OSError:
-        return False
+    return False
 
 
 def exists(uri: str) -> bool:
@@ -324,10 +322,9 @@ def file_versions(uris: Iterable[str]) -> dict[str, str | None]:
 
 
 def _version_if_any(uri: str) -> str | None:
-    try:
+    with suppress(StorageError):
         return version(uri)
-    except StorageError:
-        return None
+    return None
 
 
 def _persistent(read: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -387,11 +384,24 @@ def read_start(uri: str, n_bytes: int) -> bytes:
 
 
 @_persistent
+def open_file(uri: str) -> pa.NativeFile:
+    """Open one file for `read_at` by any number of threads; of a store this is one request."""
+    filesystem, path = resolve(uri)
+    with _naming(uri, "read it"):
+        return filesystem.open_input_file(path)
+
+
+@_persistent
+def read_at(file: pa.NativeFile, uri: str, offset: int, n_bytes: int) -> bytes:
+    """`n_bytes` of an open file from an offset on, in one request, fewer where it ends before."""
+    with _naming(uri, "read it"):
+        return file.read_at(n_bytes, offset)
+
+
 def read_range(uri: str, offset: int, n_bytes: int) -> bytes:
     """`n_bytes` of one file from an offset on, fewer where it ends before."""
-    filesystem, path = resolve(uri)
-    with _naming(uri, "read it"), filesystem.open_input_file(path) as file:
-        return file.read_at(n_bytes, offset)
+    with open_file(uri) as file:
+        return read_at(file, uri, offset, n_bytes)
 
 
 @_persistent
@@ -432,8 +442,7 @@ def write_table(uri: str, table: pa.Table, private: bool = False, **options: Any
 @_persistent
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """One Parquet file, or some of its columns."""
-    filesystem, path = resolve(uri)
-    with _naming(uri, "read it"), filesystem.open_input_file(path) as file:
+    with open_file(uri) as file, _naming(uri, "read it"):
         return pq.read_table(file, columns=columns)
 
 
@@ -445,14 +454,10 @@ def dataset(uri: str) -> pads.Dataset:
 
 
 def upload(path: Path, uri: str) -> None:
-    """Copy one local file to a store, in pieces."""
+    """Copy one local file to a store, in pieces; after an error there may be a part of it."""
     filesystem, target = resolve(uri)
-    try:
-        with _naming(uri, "write it"), path.open("rb") as source, filesystem.open_output_stream(target) as to:
-            shutil.copyfileobj(source, to, 2**22)
-    except StorageError:
-        delete_file(uri)  # an error closes the stream, which makes a file of it
-        raise
+    with _naming(uri, "write it"), path.open("rb") as source, filesystem.open_output_stream(target) as to:
+        shutil.copyfileobj(source, to, 2**22)
 
 
 def upload_folder(folder: Path, uri: str, last: str | None = None) -> None:
@@ -491,10 +496,3 @@ def delete_file(uri: str) -> None:
             filesystem.delete_file(path)
         else:
             disk.delete_for_good(path)
-
-
-def delete_half_written(uri: str) -> None:
-    """Delete what `write_bytes` left below a folder when its process ended; no other may write there."""
-    if not is_remote(uri):
-        with _naming(uri, "delete a file there"):
-            disk.remove_leftovers(absolute(uri))

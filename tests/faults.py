@@ -22,12 +22,14 @@ HOP_BY_HOP = ("connection", "transfer-encoding", "expect")
 
 @dataclass
 class Store:
-    """The store in front: where it listens, what it answers to METHOD and PATH, and what it was asked."""
+    """The store in front: where it listens, what it answers to METHOD and PATH, what it was asked, and the
+    number of bytes of each answer."""
 
     endpoint: str = ""
     fault: Callable[[str, str], Fault | None] = lambda method, path: None
     delay_s: float = 0.0
     asked: list[tuple[str, str]] = field(default_factory=list)
+    sent_bytes: list[int] = field(default_factory=list)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -98,6 +100,7 @@ def store(behind: str) -> Iterator[Store]:
                 self.send_header("content-length", "0")
             self.end_headers()
             if self.command != "HEAD":
+                found.sent_bytes.append(len(content))
                 self.wfile.write(content)
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815

@@ -134,3 +134,23 @@ def test_a_long_chain_of_folders_is_no_recursion(tmp_path):
     deep.mkdir(parents=True)
     (deep / "x.png").write_bytes(b"1")
     assert disk.entries(str(tmp_path)).sizes == {"d/" * 200 + "x.png": 1}
+
+
+def test_a_folder_goes_only_where_nothing_else_is_in_it(tmp_path):
+    for name in ("a/.lease", "b/.lease", "c/.lease"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "b" / "x").touch()
+    (tmp_path / "c" / ".lease" / "y").touch()
+    for name in "abcd":
+        disk.delete_empty_folder(str(tmp_path / name), ".lease")
+    assert [(tmp_path / name).exists() for name in ("a", "b/.lease", "c/.lease/y")] == [False, True, True]
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path):
+    left = tmp_path / "deep" / f"a.parquet.{'0f' * 16}.part"
+    kept = [tmp_path / "deep" / name for name in ("a.parquet", "b.part", f"{'0f' * 16}.part.txt")]
+    left.parent.mkdir()
+    for path in (left, *kept):
+        path.touch()
+    disk.remove_leftovers(str(tmp_path))
+    assert sorted(left.parent.iterdir()) == sorted(kept)

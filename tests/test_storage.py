@@ -129,16 +129,6 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_deleted(tmp_path):
-    left = tmp_path / "deep" / f"a.parquet.{'0f' * 16}.part"
-    kept = [tmp_path / "deep" / name for name in ("a.parquet", "b.part", f"{'0f' * 16}.part.txt")]
-    left.parent.mkdir()
-    for path in (left, *kept):
-        path.touch()
-    storage.delete_half_written(str(tmp_path))
-    assert sorted(left.parent.iterdir()) == sorted(kept)
-
-
 @pytest.mark.parametrize(
     ("uri", "expected"),
     [

@@ -4,6 +4,8 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
@@ -61,8 +63,27 @@ def _fitted(
 ) -> Iterator[tuple[str, Picture | image.ImageError]]:
     """Hashes and fitted images in order; files are fetched while others are decoded."""
     contents = _ahead(lambda row: _fetched(row, size), rows)
-    for row, content in zip(rows, contents, strict=True):
+    for row, content in zip(_with_tiles(rows), contents, strict=True):
         yield _fit(row, content, size)
+
+
+def _with_tiles(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows; before the first of several tiles of a slide, a store is asked for the parts that all of them
+    need, those of neighbours together."""
+    for slide_of_rows, same in groupby(rows, _slide_of):
+        tiles = list(same)
+        # Errors are those of the rows, when they are read.
+        with suppress(image.ImageError, StorageError):
+            if slide_of_rows:
+                slide, _ = slide_cache.open_staged(*slide_of_rows)
+                slide.request([_rectangle(slide, row)[0] for row in tiles])
+        yield from tiles
+
+
+def _slide_of(row: dict[str, Any]) -> tuple[str, pixel_size.Given] | None:
+    """The slide of a tile that can be read."""
+    is_tile = row.get(schema.X_LEVEL0_PX) is not None and not row.get(schema.ERROR)
+    return (row[schema.URI], _given(row)) if is_tile else None
 
 
 def _ahead(fetch: Callable[[Given], Fetched], given: Iterable[Given]) -> Iterator[Fetched]:
@@ -121,14 +142,18 @@ def picture(row: dict[str, Any], content: bytes | image.ImageError | None = None
 
 def _tile(row: dict[str, Any]) -> np.ndarray:
     """The pixels of a tile, from the nearest finer level of its slide."""
-    across, down = row.get(schema.SLIDE_MPP_X), row.get(schema.SLIDE_MPP_Y)
-    # The scale with which its slide was planned, even if the file now states another.
-    given = pixel_size.Given(override=(across, down) if across and down else None)
+    given = _given(row)
     try:
         slide, staged = slide_cache.open_staged(row[schema.URI], given)
         try:
             return _cut(slide, row)
+        except StorageError:
+            # It may have been replaced: the next tile opens it again.
+            slide_cache.open_staged.cache_clear()
+            raise
         except image.ImageError:
+            if staged is None:
+                raise
             # OpenSlide's handle is unusable after an error, of this tile or of one read concurrently.
             slide_cache.open_staged.cache_clear()
             with open_slide(staged.path, given) as fresh:
@@ -137,18 +162,31 @@ def _tile(row: dict[str, Any]) -> np.ndarray:
         raise withheld(error) from error
 
 
+def _given(row: dict[str, Any]) -> pixel_size.Given:
+    """The scale with which the slide of a tile was planned, even if the file now states another."""
+    across, down = row.get(schema.SLIDE_MPP_X), row.get(schema.SLIDE_MPP_Y)
+    return pixel_size.Given(override=(across, down) if across and down else None)
+
+
 def _cut(slide: Slide, row: dict[str, Any]) -> np.ndarray:
+    rectangle, square = _rectangle(slide, row)
+    pixels = slide.read(*rectangle)
+    if square == rectangle[3:]:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(square, Image.Resampling.BILINEAR))
+
+
+def _rectangle(slide: Slide, row: dict[str, Any]) -> tuple[tuple[int, int, int, int, int], tuple[int, int]]:
+    """Left and upper edge at level 0, level, width and height there of a tile; and width and height in square
+    pixels, which the network expects: if the axes differ, the finer one is reduced to the other."""
     level = slide.level_for(row[schema.MPP])
     tile_mpp, downsample = row[schema.MPP], slide.downsamples[level]
     factors = [tile_mpp / mpp / downsample for mpp in (slide.mpp_x, slide.mpp_y)]
     sizes = row[schema.WIDTH_PX], row[schema.HEIGHT_PX]
     width, height = (max(1, round(size * factor)) for size, factor in zip(sizes, factors, strict=True))
-    pixels = slide.read(row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX], level, width, height)
-    # If the axes differ, the finer one is reduced to the other: the network expects square pixels.
-    square = [max(1, round(size * min(factors))) for size in sizes]
-    if square == [width, height]:
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize(square, Image.Resampling.BILINEAR))
+    across, down = (max(1, round(size * min(factors))) for size in sizes)
+    place = row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX]
+    return (*place, level, width, height), (across, down)
 
 
 def _try_read_ahead(uri: str) -> bytes | image.ImageError | None:

@@ -9,7 +9,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Protocol
 
 import numpy as np
 
@@ -22,11 +22,13 @@ STARTS = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True),
 _TYPES = {1: (1, 2, 6, 7), 2: (3, 8), 4: (4, 9, 11, 13), 8: (5, 10, 12, 16, 17, 18)}
 SIZES = {kind: n_bytes for n_bytes, kinds in _TYPES.items() for kind in kinds}
 LETTERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
-BYTES = 7
+TEXT, FRACTION, BYTES = 2, 5, 7
 # Tags: where each strip or tile begins, and its bytes; what its JPEG streams share.
 TILE_PLACES, TILE_BYTES, JPEG_TABLES = 324, 325, 347
 PART_PLACES, PART_BYTES = (273, TILE_PLACES), (279, TILE_BYTES)
-LONG = {*PART_PLACES, *PART_BYTES, JPEG_TABLES}
+# Maker of the scanner, program, pixels in a unit of length, colour profile.
+MAKE, SOFTWARE, X_RESOLUTION, Y_RESOLUTION, PROFILE = 271, 305, 282, 283, 34675
+LONG = {*PART_PLACES, *PART_BYTES, JPEG_TABLES, MAKE, SOFTWARE, X_RESOLUTION, Y_RESOLUTION, PROFILE}
 # Real files have some dozens of tags and, where their pages are focus planes or frames, hundreds of pages.
 MAX_TAGS, MAX_PAGES = 4_096, 1_000
 # Numbers read from a tag, one for each sample of a pixel; a palette has red, green and blue.
@@ -35,8 +37,10 @@ MAX_NUMBERS, PALETTE_NUMBERS = 64, 3 * 256
 SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 255, 256, 257, 258, 259, 262
 DESCRIPTION, SAMPLES, MAX_SAMPLE, PLANAR, PALETTE, TILE_WIDTH, TILE_HEIGHT = 270, 277, 281, 284, 320, 322, 323
 ORIENTATION, EXTRA, FORMAT, SUBSAMPLING, IMAGEJ = 274, 338, 339, 530, 50839
+UNIT, DEPTH, TILE_DEPTH = 296, 32997, 32998
 NUMBERS = {SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, MAX_SAMPLE, PLANAR}
-NUMBERS |= {PALETTE, TILE_WIDTH, TILE_HEIGHT, ORIENTATION, EXTRA, FORMAT, SUBSAMPLING}
+NUMBERS |= {PALETTE, TILE_WIDTH, TILE_HEIGHT, ORIENTATION, EXTRA, FORMAT, SUBSAMPLING, UNIT, DEPTH}
+NUMBERS |= {TILE_DEPTH}
 # Others are rejected: not every build of libtiff has them, fax decoders ignore damage and print a message for
 # every line, and old-style JPEG was never specified.
 UNCOMPRESSED, JPEG = 1, 7
@@ -56,15 +60,26 @@ DEPTH_OME, PLANES_OME = re.compile(rb'SignificantBits="(\d+)"'), re.compile(rb'S
 IMAGEJ_START, PLANES_IMAGEJ = b"ImageJ=", re.compile(rb"^images=(\d+)", re.MULTILINE)
 
 
+class Readable(Protocol):
+    """What pages are read from: a binary file, or parts of one in a store."""
+
+    def seek(self, place: int, /) -> int:
+        """Read from this byte on."""
+
+    def read(self, n_bytes: int, /) -> bytes:
+        """The next bytes, fewer where the file ends."""
+
+
 @dataclass(frozen=True)
 class Page:
-    """One page: its index in the file, numbers by tag, description (first page only), the claimed size of
-    its largest strip or tile, and of the tags that `values` reads byte order, type, count and value."""
+    """One page: its index in the file, numbers by tag, description (first page only), all its tags, the
+    claimed size of its largest strip or tile, and of the tags that `values` reads byte order, type, count and
+    value."""
 
     number: int
     tags: Mapping[int, tuple[int, ...]]
     description: bytes
-    has_lookup_tables: bool
+    present: frozenset[int]
     largest_part_bytes: int
     long: Mapping[int, tuple[str, int, int, bytes]]
 
@@ -83,7 +98,7 @@ class Page:
         return self.one(BITS, 1)
 
 
-def pages(file: BinaryIO, size_bytes: int) -> list[Page]:
+def pages(file: Readable, size_bytes: int) -> list[Page]:
     """The pages of a file in their order, at least one. Raises ImageError `truncated` where tags are outside
     the file or overlap, `unsupported_format`."""
     found = list(iterate_pages(file, size_bytes))
@@ -92,7 +107,7 @@ def pages(file: BinaryIO, size_bytes: int) -> list[Page]:
     return found
 
 
-def iterate_pages(file: BinaryIO, size_bytes: int) -> Iterator[Page]:
+def iterate_pages(file: Readable, size_bytes: int) -> Iterator[Page]:
     """Yield the same pages one by one, none where the file is no TIFF."""
     order, is_big = STARTS.get(file.read(4), ("", False))
     if not order:
@@ -113,12 +128,12 @@ def iterate_pages(file: BinaryIO, size_bytes: int) -> Iterator[Page]:
         place = _number(file, order, "Q" if is_big else "I")
 
 
-def _number(file: BinaryIO, order: str, letter: str) -> int:
+def _number(file: Readable, order: str, letter: str) -> int:
     content = file.read(struct.calcsize(order + letter))
     return int(struct.unpack(order + letter, content)[0])
 
 
-def _page(file: BinaryIO, order: str, is_big: bool, size_bytes: int, number: int) -> Page:
+def _page(file: Readable, order: str, is_big: bool, size_bytes: int, number: int) -> Page:
     n = _number(file, order, "Q" if is_big else "H")
     if n > MAX_TAGS:
         raise ImageError("truncated", f"page {number + 1} claims {n:,} tags")
@@ -130,7 +145,8 @@ def _page(file: BinaryIO, order: str, is_big: bool, size_bytes: int, number: int
     if sum(SIZES.get(kind, 1) * count for _, kind, count, _ in entries) > size_bytes:
         raise ImageError("truncated", "its tags claim more bytes than the file has")
     tags, description, largest = dict[int, tuple[int, ...]](), b"", 0
-    long = {tag: (order, *rest) for tag, *rest in entries if tag in LONG and rest[0] in (*LETTERS, BYTES)}
+    kinds = (*LETTERS, TEXT, FRACTION, BYTES)
+    long = {tag: (order, *rest) for tag, *rest in entries if tag in LONG and rest[0] in kinds}
     for tag, kind, count, value in entries:
         if tag in NUMBERS and kind in LETTERS:
             n_read = min(count, PALETTE_NUMBERS if tag == PALETTE else MAX_NUMBERS)
@@ -142,19 +158,21 @@ def _page(file: BinaryIO, order: str, is_big: bool, size_bytes: int, number: int
             content = _value(file, order, kind, count, count, value)
             largest = max(largest, int(np.frombuffer(content, order + LETTERS[kind]).max()))
     tags = {tag: values for tag, values in tags.items() if values}
-    has_lookup_tables = any(entry[0] == IMAGEJ for entry in entries)
-    return Page(number, tags, description, has_lookup_tables, largest, long)
+    present = frozenset(entry[0] for entry in entries)
+    return Page(number, tags, description, present, largest, long)
 
 
-def values(file: BinaryIO, page: Page, tag: int) -> np.ndarray:
-    """All numbers of a tag of any length, or its bytes; none where the page lacks it."""
+def values(file: Readable, page: Page, tag: int) -> np.ndarray:
+    """All numbers of a tag of any length, numerators and denominators in turn, or its bytes; none where the
+    page lacks it."""
     if tag not in page.long:
         return np.empty(0, np.uint8)
     order, kind, count, value = page.long[tag]
-    return np.frombuffer(_value(file, order, kind, count, count, value), order + LETTERS.get(kind, "B"))
+    letter = "I" if kind == FRACTION else LETTERS.get(kind, "B")
+    return np.frombuffer(_value(file, order, kind, count, count, value), order + letter)
 
 
-def _value(file: BinaryIO, order: str, kind: int, count: int, n_read: int, value: bytes) -> bytes:
+def _value(file: Readable, order: str, kind: int, count: int, n_read: int, value: bytes) -> bytes:
     """The first values of a tag: from the table where all of them fit in there, else from where it points."""
     if SIZES[kind] * count <= len(value):
         return value[: SIZES[kind] * n_read]
@@ -196,7 +214,7 @@ def composite(found: Sequence[Page]) -> Sequence[Page]:
     lines = found[0].description.split(b"\n")
     is_composite = b"mode=composite" in lines and b"channels=3" in lines and b"images=3" in lines
     alike = {(page.size, page.bits, page.one(PHOTOMETRIC), page.one(SAMPLES, 1)) for page in found}
-    if is_composite and len(found) == 3 and len(alike) == 1 and not found[0].has_lookup_tables:
+    if is_composite and len(found) == 3 and len(alike) == 1 and IMAGEJ not in found[0].present:
         return found if alike.pop()[2:] == (GREY, 1) else ()
     return ()
 
@@ -209,7 +227,7 @@ def require_read(page: Page, n_pages: int) -> None:
         raise ImageError("unsupported_format", f"{fault}; save it as an ordinary 8-bit TIFF or PNG")
 
 
-def require_whole_parts(file: BinaryIO, page: Page) -> None:
+def require_whole_parts(file: Readable, page: Page) -> None:
     """Check that each JPEG stream of a page is whole: libjpeg fills one that ends early with grey. Raises
     ImageError `truncated`."""
     if page.one(COMPRESSION) != JPEG:

@@ -83,7 +83,7 @@ def _expanded(row: dict[str, Any], tiling: Tiling, plans_uri: str, done: frozens
     try:
         # Tiles of a planned slide may be committed, so its plan is used; `forget` removes outdated ones.
         tiles = _read_tiles(plans_uri, row[schema.IMAGE_ID])
-        if tiles is None and not slide.is_slide(slide_cache.stage(row[schema.URI]).path, tiling.given(row)):
+        if tiles is None and not slide_cache.is_slide_at(row[schema.URI], tiling.given(row)):
             return _reading(row)
         tiles = _tiles(row, tiling, plans_uri) if tiles is None else tiles
         tiles = tiles.filter(pc.invert(pc.is_in(tiles[schema.IMAGE_ID], pa.array(done, pa.string()))))

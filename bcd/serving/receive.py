@@ -125,6 +125,8 @@ async def slide_file(scope: Scope, receive: Receive, limits: Limits, name: str) 
     finally:
         if remote or not whole:
             await asyncio.to_thread(shutil.rmtree, folder, True)
+        if remote and not whole:
+            await asyncio.to_thread(storage.delete_folder, storage.parent(target))
     return job_id
 
 

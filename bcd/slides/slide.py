@@ -6,7 +6,7 @@ used raises `ImageError` with code `unreadable`, `missing_mpp`, `bad_mpp`, `too_
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +18,7 @@ from PIL import Image
 
 from bcd.imaging import container, pixel_size, tiff
 from bcd.imaging.image import ImageError, boundary, to_srgb
-from bcd.slides import jpeg_tiles
+from bcd.slides.parts import pyramid, tiff_reader
 
 # Suffixes that only formats of OpenSlide 4 have. https://openslide.org/formats/
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm")
@@ -47,10 +47,10 @@ class Slide:
 
     Size and µm per pixel (across and down) are those of level 0, `downsamples` are level-0 pixels per pixel
     of each level, the ICC profile is None for sRGB, and the bounds are the upper left corner at level 0 of
-    the scanned region, to which QuPath crops a slide. `tiles` reads what is in plain JPEG tiles.
+    the scanned region, to which QuPath crops a slide. It is read by `reader`, or else by OpenSlide's handle.
     """
 
-    handle: openslide.OpenSlide
+    handle: openslide.OpenSlide | None
     width_px: int
     height_px: int
     mpp_x: float
@@ -59,15 +59,15 @@ class Slide:
     profile: bytes | None = None
     bounds_x_px: int = 0
     bounds_y_px: int = 0
-    tiles: jpeg_tiles.JpegTiles | None = None
+    reader: tiff_reader.TiffReader | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.handle.close()
-        if self.tiles:
-            self.tiles.close()
+        for opened in (self.handle, self.reader):
+            if opened:
+                opened.close()
 
     def level_for(self, target_mpp: float) -> int:
         """The smallest level that has the detail of `target_mpp` µm/px, across and down. Raises ImageError
@@ -88,16 +88,16 @@ class Slide:
         """Read a rectangle as uint8 (height_px, width_px, 3) sRGB, white where the slide has no pixels.
 
         Left and upper edge are in pixels of level 0 at every level, width and height in pixels of `level`.
-        Raises ImageError `unreadable`, or `too_many_pixels` for one read.
+        Raises ImageError `unreadable`, or `too_many_pixels` for one read, and StorageError.
         """
         place, size = (int(x_level0_px), int(y_level0_px)), (int(width_px), int(height_px))
         if size[0] * size[1] > MAX_READ_PIXELS:
             needed = f"a tile needs {size[0]:,} x {size[1]:,} px of the slide"
             raise ImageError("too_many_pixels", f"{needed}; at most {MAX_READ_PIXELS:,} fit")
         with boundary(*UNREADABLE):
-            pixels = self._read_tiles(place, level, size)
-            if pixels is not None:
-                return pixels
+            if self.reader:
+                return self.reader.read(*place, level, *size)
+            assert self.handle
             region = self.handle.read_region(place, level, size)
             colors = self._in_srgb(region.convert("RGB"))
             if region.getchannel("A").getextrema()[0] != OPAQUE:
@@ -106,13 +106,10 @@ class Slide:
                 return np.asarray(paper)
             return np.asarray(colors)
 
-    def _read_tiles(self, place: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray | None:
-        """The same pixels without OpenSlide, which interpolates where a place is between pixels of the level:
-        then None."""
-        x, y = (edge / self.downsamples[level] for edge in place)
-        if self.tiles is None or not (x.is_integer() and y.is_integer()):
-            return None
-        return self.tiles.read(int(x), int(y), level, *size)
+    def request(self, rectangles: Iterable[tiff_reader.Rectangle]) -> None:
+        """Request from a store, in few requests, what `read` will need for rectangles; returns at once."""
+        if self.reader:
+            self.reader.request(rectangles)
 
     def _in_srgb(self, colors: Image.Image) -> Image.Image:
         return to_srgb(colors, self.profile) if self.profile else colors
@@ -123,7 +120,7 @@ class Slide:
         Memory does not grow with the slide, even without a pyramid. Raises ImageError `unreadable`.
         """
         scale = min(1.0, max_side_px / max(self.width_px, self.height_px))
-        level = self.handle.get_best_level_for_downsample(1 / scale)
+        level = max(number for number, d in enumerate(self.downsamples) if number == 0 or d * scale <= 1)
         factor = 1 / (scale * self.downsamples[level])
         height, width = (max(1, round(side * scale)) for side in (self.height_px, self.width_px))
         result = np.empty((height, width, 3), np.uint8)
@@ -152,24 +149,43 @@ def open_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -
     """Open a slide on the local disk, with the user's statements of its µm per pixel.
 
     `.mrxs` and `.dcm` require their `companions` where they were in the archive. Raises ImageError
-    `unreadable`, `too_many_pixels`, or `missing_mpp` and `bad_mpp` of `level0_mpp`.
+    `unreadable`, `too_many_pixels`, or `missing_mpp` and `bad_mpp` of `level0_mpp`, and StorageError.
     """
     with boundary(*UNREADABLE), ExitStack() as stack:
+        if Path(path).is_file() and (opened := open_parts(str(path), given)):
+            return opened
         if fault := _fault(Path(path)):
             raise fault
         handle = openslide.OpenSlide(path)
         stack.callback(handle.close)
-        (width, height), properties = handle.dimensions, dict(handle.properties)
-        if width * height > MAX_SLIDE_PIXELS:
-            raise ImageError("too_many_pixels", f"a slide of {width:,} x {height:,} px is impossible")
-        mpp = pixel_size.level0_mpp(properties, (width, height), given)
-        downsamples, profile = tuple(handle.level_downsamples), handle.color_profile
-        tiles = None
-        if not profile and properties.get(openslide.PROPERTY_NAME_VENDOR) in jpeg_tiles.LAYOUTS:
-            tiles = jpeg_tiles.open_tiles(Path(path), handle.level_dimensions)
+        size, properties, profile = handle.dimensions, dict(handle.properties), handle.color_profile
+        mpp = _require_scale(properties, size, given)
+        downsamples = tuple(handle.level_downsamples)
         stack.pop_all()
     icc = profile.tobytes() if profile else None
-    return Slide(handle, width, height, *mpp, downsamples, icc, *_bounds(properties), tiles)
+    return Slide(handle, *size, *mpp, downsamples, icc, *_bounds(properties))
+
+
+def open_parts(uri: str, given: pixel_size.Given = pixel_size.UNKNOWN) -> Slide | None:
+    """Open a slide at any URI, of which only the parts that are needed are read; None for a file that has to
+    be on the local disk, for `open_slide`. Raises ImageError as that does, and StorageError."""
+    with ExitStack() as stack:
+        reader = tiff_reader.open_reader(uri)
+        if reader is None:
+            return None
+        stack.callback(reader.close)
+        facts = reader.facts
+        mpp = _require_scale(facts.properties, facts.sizes[0], given)
+        stack.pop_all()
+    return Slide(None, *facts.sizes[0], *mpp, facts.downsamples, facts.profile, reader=reader)
+
+
+def _require_scale(
+    properties: Mapping[str, str], size: tuple[int, int], given: pixel_size.Given
+) -> pixel_size.Pair:
+    if size[0] * size[1] > MAX_SLIDE_PIXELS:
+        raise ImageError("too_many_pixels", f"a slide of {size[0]:,} x {size[1]:,} px is impossible")
+    return pixel_size.level0_mpp(properties, size, given)
 
 
 def _bounds(properties: Mapping[str, str]) -> tuple[int, int]:
@@ -229,9 +245,28 @@ def is_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -> 
 
 
 def _is_more_than_tiled(path: Path, given: pixel_size.Given) -> bool:
-    """Whether a tiled TIFF from no known scanner has a pyramid or a scale: otherwise it is a field."""
     with openslide.OpenSlide(path) as handle:
-        return handle.level_count > 1 or pixel_size.is_stated(handle.properties, handle.dimensions, given)
+        return _has_levels_or_scale(handle.level_dimensions, handle.properties, given)
+
+
+def _has_levels_or_scale(
+    sizes: Sequence[tuple[int, int]], properties: Mapping[str, str], given: pixel_size.Given
+) -> bool:
+    """Whether a tiled TIFF from no known scanner has a pyramid or a scale: otherwise it is a field."""
+    return len(sizes) > 1 or pixel_size.is_stated(properties, sizes[0], given)
+
+
+def is_slide_by_tags(uri: str, given: pixel_size.Given = pixel_size.UNKNOWN) -> bool | None:
+    """`is_slide` of a file at any URI by what is read of it in parts; None where that does not say. Raises
+    StorageError."""
+    if uri.lower().endswith(SLIDE_SUFFIXES + FIELD_SUFFIXES):
+        return is_slide(uri, given)
+    reader = tiff_reader.open_reader(uri)
+    if reader is None:
+        return None
+    reader.close()
+    sizes, properties = reader.facts.sizes, reader.facts.properties
+    return properties[pyramid.LAYOUT] != TILED_TIFF or _has_levels_or_scale(sizes, properties, given)
 
 
 def is_unnamed(path: str) -> bool:

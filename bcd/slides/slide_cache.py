@@ -38,11 +38,20 @@ class Staged:
 
 
 @lru_cache(maxsize=OPEN_SLIDES)
-def open_staged(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged]:
-    """Open a slide at any URI; the last ones stay open. Raises ImageError as `slide.open_slide` does, and
-    StorageError where it cannot be fetched."""
+def open_staged(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged | None]:
+    """Open a slide at any URI, staged where it cannot be read in parts; the last ones stay open. Raises
+    ImageError as `slide.open_slide` does, and StorageError where it cannot be read or fetched."""
+    if opened := slide.open_parts(uri, given):
+        return opened, None
     staged = stage(uri)
     return slide.open_slide(staged.path, given), staged
+
+
+def is_slide_at(uri: str, given: pixel_size.Given) -> bool:
+    """`slide.is_slide` of a file at any URI, staged where its tags do not say it. Raises ImageError as that
+    does, and StorageError."""
+    found = slide.is_slide_by_tags(uri, given)
+    return slide.is_slide(stage(uri).path, given) if found is None else found
 
 
 def stage(uri: str) -> Staged:

@@ -53,11 +53,12 @@ def depth(node: ast.AST) -> int:
 # A folder imports from itself and from those before it. "" holds the modules beside the folders, `DOORS`
 # those of them that start everything.
 RANKS = [
-    *("", "config", "metrics", "imaging", "slides", "data", "split", "model", "reports", "runtime"),
-    *("audit", "preflight", "evaluation", "training", "scoring", "serving", "doors"),
+    *("", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"),
+    *("model", "reports", "runtime", "audit", "preflight", "evaluation", "training", "scoring", "serving"),
+    "doors",
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
-LIGHT = {"", "config", "metrics", "imaging", "slides", "data", "split"}
+LIGHT = {"", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"}
 WITH_RAY = {
     *("runtime", "evaluation", "training", "scoring"),
     *("bcd.audit.audit", "bcd.preflight.doctor", "bcd.serving.serve"),
@@ -69,7 +70,7 @@ WITH_TORCH = {
     "bcd.preflight.doctor",
     "bcd.serving.serve",
 }
-MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 21_230
+MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 27_000
 
 
 def folder_of(name: str) -> str:

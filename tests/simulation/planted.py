@@ -48,7 +48,7 @@ def files_are_written_in_place(patch, world):
 @planted
 def what_was_written_aside_stays(patch, world):
     """Nobody deletes what a killed process left."""
-    patch.setattr(storage, "delete_half_written", _nothing)
+    patch.setattr(disk, "remove_leftovers", _nothing)
 
 
 @planted

@@ -8,6 +8,8 @@ from bcd import storage
 from bcd.errors import StorageError
 from bcd.imaging import image, pixel_size
 from bcd.slides import slide_cache
+from tests import pictures
+from tests.slides.parts import pyramids
 from tests.slides.test_dicom import OTHERS, dicom_file
 
 
@@ -216,19 +218,34 @@ def test_a_file_that_went_before_it_was_held_is_fetched_again(folder, cache, fet
     assert (removed, fetched) == ([True], [uri, uri])
 
 
-@pytest.mark.real
-def test_the_last_slides_stay_open(real_data, folder, fetched):
-    content = (real_data / "slides/tiny.svs").read_bytes()
+def test_the_last_slides_stay_open(folder, fetched):
+    content = pictures.tiled_tiff(pictures.gradient(16, 24), 0.5)
     uris = [f"{folder}/{i}.svs" for i in range(3)]
     for uri in uris:
         storage.write_bytes(uri, content)
     opened, staged = slide_cache.open_staged(uris[0], pixel_size.UNKNOWN)
     assert slide_cache.open_staged(uris[0], pixel_size.UNKNOWN)[0] is opened
-    assert (opened.width_px, opened.height_px, staged.path.name) == (16, 16, "0.svs")
+    assert (opened.width_px, opened.height_px, staged.path.name) == (24, 16, "0.svs")
     for uri in uris:
         slide_cache.open_staged(uri, pixel_size.UNKNOWN)
     assert slide_cache.open_staged.cache_info().currsize == slide_cache.OPEN_SLIDES == 2
     assert fetched == uris
+
+
+def test_a_slide_in_jpeg_tiles_is_not_fetched(folder, cache, fetched):
+    """Nor a TIFF that its tags show to be a field."""
+    contents = {"slide.tif": None, "field.tif": 1}
+    for name, unit in contents.items():
+        tags, tiles = pyramids.page(pictures.stained(64, 64))
+        tags |= {296: (3, [unit])} if unit else {}
+        storage.write_bytes(f"{folder}/{name}", pictures.tiff((tags, tiles)))
+    opened, staged = slide_cache.open_staged(f"{folder}/slide.tif", pixel_size.UNKNOWN)
+    assert (opened.width_px, opened.mpp_x, staged) == (64, 0.5, None)
+    found = [slide_cache.is_slide_at(f"{folder}/{name}", pixel_size.UNKNOWN) for name in contents]
+    assert (found, fetched, cache.exists()) == ([True, False], [], False)
+    storage.write_bytes(f"{folder}/plain.tif", pictures.tiled_tiff(pictures.gradient(16, 24), 0.5))
+    assert slide_cache.is_slide_at(f"{folder}/plain.tif", pixel_size.UNKNOWN)
+    assert fetched == [f"{folder}/plain.tif"]
 
 
 def test_a_broken_slide_is_not_kept_open(folder, fetched):
