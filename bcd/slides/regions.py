@@ -24,7 +24,7 @@ from bcd.slides import tissue
 MAX_BYTES = 2**25
 MAX_CROSSINGS = 10_000_000
 LINES_PER_PX = 4
-# What lies outside of the slide by no more is rounding.
+# A position outside of the slide by up to this was rounded.
 MARGIN_PX = 1.0
 # Share of a polygon's area that it may enclose twice, or the wrong way round, for rounded positions.
 MAX_FOLDED = 0.001
@@ -275,7 +275,8 @@ def tissue_geojson(slide_id: str, mask: np.ndarray, scale: float, bounds_px: tup
             "classification": {"name": TISSUE, "color": TISSUE_RGB},
         },
     }
-    return json.dumps({"type": "FeatureCollection", "features": [feature]}).encode()
+    document = {"type": "FeatureCollection", "features": [feature]}
+    return json.dumps(document, separators=(",", ":")).encode()
 
 
 def outlines(mask: np.ndarray) -> Iterator[Polygon]:

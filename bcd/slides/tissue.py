@@ -137,7 +137,7 @@ def given_mask(
         code = error.code if error.code == image.UNAVAILABLE else "bad_mask"
         raise ImageError(code, error.message) from None
     (height, width), (full_width, full_height) = pixels.shape[:2], size_px
-    # Both sides were rounded to whole pixels.
+    # Width and height were rounded to whole pixels.
     rounding = 0.5 * (1 + full_height / full_width)
     if abs(height - width * full_height / full_width) > max(MASK_TOLERANCE * height, rounding):
         raise ImageError(
