@@ -66,16 +66,16 @@ def draw_tiles(
     has_edge = (edges[:, 2:] - edges[:, :2]).min(1, initial=EDGED_PX) >= EDGED_PX
     inside = edges + np.outer(has_edge, [1, 1, -1, -1])
     one, shape = np.ones(len(edges)), grey.shape
-    count, total = _over(edges, one, shape), _over(edges, probability[known], shape)
-    place = _place(total / np.maximum(count, 1), threshold)
-    table = _tint(np.arange(COLORS.N)).astype(np.float32)
-    tint = table[np.minimum((place * COLORS.N).astype(int), COLORS.N - 1)]
-    tint[(_over(inside, one, shape) == 0)] *= EDGE
+    count = _over(edges, one, shape)
+    mean = _over(edges, probability[known], shape) / np.maximum(count, 1)
+    color = np.minimum((_place(mean, threshold) * COLORS.N).astype(np.int16), COLORS.N - 1)
+    tint = _tint(np.arange(COLORS.N)).astype(np.float32)[color]
+    tint[_over(inside, one, shape) == 0] *= EDGE
     stripes = np.add.outer(*map(np.arange, shape)) % HATCH_PX < HATCH_PX // 3
     tint[stripes & (2 * _over(edges, hatched[known], shape) >= count)] *= HATCH
     tint[count == 0] = 1
-    paper = 1 - CONTRAST * (1 - grey[..., None])
-    return (255 * paper * tint).round().astype(np.uint8)
+    tint *= 255 * (1 - CONTRAST * (1 - grey[..., None]))  # on the paper
+    return tint.round(out=tint).astype(np.uint8)
 
 
 def _over(edges: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -87,7 +87,9 @@ def _over(edges: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> np.n
     corners += np.concatenate([left, right, right, left])
     changes = np.concatenate([values, values, -1 * values, -1 * values])
     total = np.bincount(corners, changes, (height + 1) * (width + 1)).reshape(height + 1, width + 1)
-    return total.cumsum(0).cumsum(1)[:height, :width]
+    for axis in (0, 1):
+        np.cumsum(total, axis, out=total)
+    return total[:height, :width]
 
 
 def _tint(place: np.ndarray) -> np.ndarray:

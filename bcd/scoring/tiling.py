@@ -172,7 +172,8 @@ def _look(row: dict[str, Any], opened: slide.Slide) -> _Seen:
     shape, drawn = thumbnail.shape[:2], None
     if uri := _file_beside(row, schema.REGION_FILES):
         with _naming(uri):
-            drawn = regions.read(storage.read_bytes(uri, regions.MAX_BYTES), size, bounds, shape, scale)
+            content = storage.read_bytes(uri, regions.MAX_BYTES)
+            drawn = regions.read_regions(content, size, bounds, shape, scale)
     if (uri := _file_beside(row, schema.MASK_FILES)) is None:
         return _Seen(thumbnail, scale, tissue.mask(thumbnail), drawn)
     with _naming(uri):

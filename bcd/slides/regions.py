@@ -20,8 +20,9 @@ import numpy as np
 from bcd.errors import ImageError
 from bcd.slides import tissue
 
-# A region drawn by hand has some hundred positions. Read as text, these take 0.5 GB of memory.
+# A region drawn by hand has some hundred positions. These take 0.2 GB of memory to read.
 MAX_BYTES = 2**25
+# Of scan lines and edges.
 MAX_CROSSINGS = 10_000_000
 LINES_PER_PX = 4
 # A position outside of the slide by up to this was rounded.
@@ -101,7 +102,7 @@ class Regions:
         return found.tolist()
 
 
-def read(
+def read_regions(
     content: bytes, size_px: tuple[int, int], bounds_px: tuple[int, int], shape: tuple[int, int], scale: float
 ) -> Regions:
     """The regions of a slide in a file of GeoJSON.

@@ -24,7 +24,7 @@ def feature(*rings, kind="Polygon", **properties):
 def read(*features, bounds=(0, 0), document=None):
     whole = {"type": "FeatureCollection", "features": list(features)}
     content = json.dumps(whole if document is None else document).encode()
-    return regions.read(content, SIZE, bounds, SHAPE, SCALE)
+    return regions.read_regions(content, SIZE, bounds, SHAPE, SCALE)
 
 
 def area(found):
@@ -155,7 +155,7 @@ def test_what_says_nothing_or_two_things_is_refused(features, message):
 )
 def test_what_is_no_geojson_is_refused(content, message):
     with pytest.raises(ImageError, match=message) as found:
-        regions.read(content, SIZE, (0, 0), SHAPE, SCALE)
+        regions.read_regions(content, SIZE, (0, 0), SHAPE, SCALE)
     assert found.value.code == "bad_regions"
 
 
@@ -186,7 +186,7 @@ def test_the_outline_of_tissue_is_read_back_as_it_was():
     polygons = found["geometry"]["coordinates"]
     assert sorted(map(len, polygons)) == [1, 1, 2]
     assert all(ring[0] == ring[-1] for polygon in polygons for ring in polygon)
-    again = regions.read(content, SIZE, (70, 30), SHAPE, SCALE).mask()
+    again = regions.read_regions(content, SIZE, (70, 30), SHAPE, SCALE).mask()
     # Corners are cut by an eighth of a pixel.
     assert np.abs(again - mask).max() <= 0.5
     assert again.sum() == pytest.approx(mask.sum(), rel=0.001)
