@@ -18,6 +18,9 @@ IMAGE, WIDTH_PX, HEIGHT_PX = "image", "width_px", "height_px"
 SHARD, SHARD_ROW, CHECKSUM, POSITION = "shard", "shard_row", "checksum", "position"
 MPP, MPP_Y, SLIDE_MPP_X, SLIDE_MPP_Y = "mpp", "mpp_y", "slide_mpp_x", "slide_mpp_y"
 X_LEVEL0_PX, Y_LEVEL0_PX = "x_level0_px", "y_level0_px"
+TISSUE_SHARE, REGION = "tissue_share", "region"
+# URIs of the files that belong to a slide, beside `INPUTS`.
+MASK_FILES, REGION_FILES = "mask_files", "region_files"
 BOUNDS_X_LEVEL0_PX, BOUNDS_Y_LEVEL0_PX = "bounds_x_level0_px", "bounds_y_level0_px"
 # Predictions.
 LOGIT, PROBABILITY, PROBABILITY_MALIGNANT = "logit", "probability", "probability_malignant"
@@ -30,6 +33,7 @@ ENGINE, PRECISION, BCD_VERSION = "engine", "precision", "bcd_version"
 COMPUTE_S, ELAPSED_S = "compute_s", "elapsed_s"
 # Slides.
 TILES, BACKGROUND_TILES, ERROR_TILES = "tiles", "background_tiles", "error_tiles"
+OUTSIDE_TILES = "outside_tiles"
 WARNED_TILES, TISSUE_AREA_MM2 = "warned_tiles", "tissue_area_mm2"
 MALIGNANT_TILE_SHARE = "malignant_tile_share"
 QUANTILES = {f"probability_q{round(100 * q):02}": q for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
@@ -56,6 +60,8 @@ _FRAME = {
 }
 # Upper left of a tile; null for a field.
 PLACE = tuple(pa.field(name, pa.int64(), metadata=_FRAME) for name in (X_LEVEL0_PX, Y_LEVEL0_PX))
+# What a tile covers: share of tissue, and the name of the region of interest; null for a field.
+CONTENT = (*_columns(pa.float32(), TISSUE_SHARE), *_columns(_TEXT, REGION))
 
 # Rows, not pixels. `size_bytes` comes with a listing: only files of equal size can be equal, so exact
 # duplicates are found by hashing a handful of files instead of the whole archive. `phash` and
@@ -127,6 +133,7 @@ READING = pa.schema(
         *_columns(pa.uint32(), CHECKSUM),
         *_columns(_TEXT, SLIDE, PATIENT),
         *PLACE,
+        *CONTENT,
         *_columns(pa.float64(), SLIDE_MPP_X, SLIDE_MPP_Y),
         *_columns(pa.float32(), MPP),
         *_columns(pa.int32(), WIDTH_PX, HEIGHT_PX),
@@ -157,7 +164,7 @@ SLIDES = pa.schema(
         *_columns(pa.int64(), WIDTH_PX, HEIGHT_PX),
         *_columns(pa.float64(), MPP, MPP_Y),
         *_columns(pa.int64(), BOUNDS_X_LEVEL0_PX, BOUNDS_Y_LEVEL0_PX),
-        *_columns(pa.int64(), TILES, BACKGROUND_TILES, ERROR_TILES, WARNED_TILES),
+        *_columns(pa.int64(), TILES, BACKGROUND_TILES, OUTSIDE_TILES, ERROR_TILES, WARNED_TILES),
         *_columns(pa.float64(), TISSUE_AREA_MM2, MALIGNANT_TILE_SHARE),
         *_columns(pa.float32(), *QUANTILES),
         *_columns(_TEXT, ERROR, ERROR_MESSAGE),
@@ -177,6 +184,7 @@ def predictions(evidence_height: int, evidence_width: int, overlays: bool = Fals
             *_columns(_TEXT, IMAGE_ID, URI, required=True),
             *_columns(_TEXT, SLIDE, PATIENT),
             *PLACE,
+            *CONTENT,
             *_columns(pa.float32(), MPP),
             *_columns(pa.int32(), WIDTH_PX, HEIGHT_PX),
             *_columns(pa.list_(pa.float32()), LOGIT, PROBABILITY),

@@ -11,7 +11,7 @@ DESIGN_PREDICTIONS = set(
 
 def test_predictions_table_is_the_promised_one():
     table = schema.predictions(7, 11)
-    assert set(table.names) == DESIGN_PREDICTIONS
+    assert set(table.names) == DESIGN_PREDICTIONS | {schema.TISSUE_SHARE, schema.REGION}
     assert table.field(schema.EVIDENCE).type == pa.list_(pa.float32(), 77)
     assert table.field(schema.LOGIT).type == pa.list_(pa.float32())
     assert not table.field(schema.IMAGE_ID).nullable
@@ -24,7 +24,7 @@ def test_every_column_constant_is_spelled_as_its_name():
     tables += schema.AUDIT, schema.NEAR_DUPLICATES, schema.INPUTS, schema.SEEN_INPUTS, schema.TIMES
     tables += (schema.IDENTIFIERS, schema.PSEUDONYMS)
     used = {name for table in (*tables, schema.predictions(1, 1, overlays=True)) for name in table.names}
-    used |= {schema.IMAGE, schema.TARGET, schema.POSITION}
+    used |= {schema.IMAGE, schema.TARGET, schema.POSITION, schema.MASK_FILES, schema.REGION_FILES}
     assert used == {*constants.values(), *schema.QUANTILES}
 
 

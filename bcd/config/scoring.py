@@ -54,8 +54,24 @@ class ScoreConfig(OutputConfig, SignedConfig):
     tile_mpp: float | None = Field(default=None, gt=0)
     """µm per pixel at which slides are tiled; by default the coarsest of the model's training fields."""
 
+    tile_overlap: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a tile's side that it has in common with the next one: 0.5 scores each place four times. Heat
+    maps show the mean of the tiles at a place; shares and quantiles of a slide count tiles."""
+
     min_tissue: float = Field(default=0.1, ge=0, le=1)
     """Smallest share of tissue in a tile; tiles with less are counted as background and not scored."""
+
+    masks: str | None = None
+    """Folder of tissue masks in place of the rule for tissue: NAME.png of the whole slide NAME at any scale,
+    not 0 where there is tissue; for one slide also one file. Local, s3:// or gs://."""
+
+    regions: str | None = None
+    """Folder of regions of interest, outside of which nothing is scored: NAME.geojson of the slide NAME, as
+    QuPath exports annotations; for one slide also one file. Regions of class Ignore* are left out. A slide
+    without a file is not scored. Local, s3:// or gs://."""
+
+    min_region: float = Field(default=0.5, ge=0, le=1)
+    """Smallest share of a tile within --regions; tiles with less are counted as outside and not scored."""
 
     precision: Precision = "float32"
     """float32 gives the same numbers everywhere; bfloat16 is several times faster on fitting hardware."""

@@ -2,6 +2,7 @@
 else."""
 
 import hashlib
+import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,12 +33,14 @@ IMAGE_STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+
 class Archive:
     """The inputs, one row each (schema `schema.INPUTS`, sorted by id), and a count of other entries by kind.
 
-    `versions` has a text for each row that changes with its files, null if none can be read.
+    `versions` has a text for each row that changes with its files, null if none can be read. `unclaimed` are
+    files given for slides (`with_files`) that belong to none.
     """
 
     table: pa.Table
     versions: pa.Array
     passed: Counter[str] = field(default_factory=Counter)
+    unclaimed: tuple[str, ...] = ()
 
     @property
     def ignored(self) -> int:
@@ -80,6 +83,67 @@ def list_inputs(uri: str) -> Archive:
     return Archive(
         table, pa.array(map(versions.get, table[schema.IMAGE_ID].to_pylist()), pa.string()), passed
     )
+
+
+def with_files(found: Archive, flag: str, uri: str, suffix: str, column: str) -> Archive:
+    """The same inputs with a column of the files below a folder that belong to them: a list of URIs for what
+    may be a slide, null for others. Versions change with these files.
+
+    A file is named after the id of its slide, with or without the slide's own suffix, unless another slide
+    could claim it; of an id that is no path below a folder, the last part counts. One file alone is that of
+    the only slide.
+
+    Raises:
+        DataError: it is one file and there are several slides.
+        StorageError: the folder cannot be read.
+    """
+    ids, places = (found.table[name].to_pylist() for name in (schema.IMAGE_ID, schema.URI))
+    is_field = [place.lower().endswith(slide.FIELD_SUFFIXES) for place in places]
+    slides = [name for name, other in zip(ids, is_field, strict=True) if not other]
+    if storage.is_file(uri):
+        if len(slides) != 1:
+            what = f"{flag} {uri} is one file, for one slide; the input may have {len(slides):,} slides"
+            raise DataError(f"{what}: give a folder with a file NAME{suffix} for each")
+        files = _alone(uri).files
+        owned = {slides[0]: files}
+    else:
+        files = [file for file in storage.list_files(uri) if file.path.endswith(suffix)]
+        owned = _owned(slides, {file.path.removesuffix(suffix): file for file in files})
+    lists = [None if other else owned[name] for name, other in zip(ids, is_field, strict=True)]
+    versions = [
+        version and " ".join([version, *(file.version for file in beside or ())])
+        for version, beside in zip(found.versions.to_pylist(), lists, strict=True)
+    ]
+    uris = [None if beside is None else [file.uri for file in beside] for beside in lists]
+    claimed = {file.uri for beside in owned.values() for file in beside}
+    return replace(
+        found,
+        table=found.table.append_column(column, pa.array(uris, pa.list_(pa.string()))),
+        versions=pa.array(versions, pa.string()),
+        unclaimed=(*found.unclaimed, *(file.path for file in files if file.uri not in claimed)),
+    )
+
+
+def _owned(slides: Sequence[str], files: Mapping[str, File]) -> dict[str, list[File]]:
+    """The files, by path without suffix, of each slide: none and several are errors of the slide."""
+    whole = {name: _below(name) for name in slides}
+    short = {
+        name: path if slide.is_unnamed(path) else str(PurePosixPath(path).with_suffix(""))
+        for name, path in whole.items()
+    }
+    n_whole, n_short = Counter(whole.values()), Counter(short.values())
+    owned: dict[str, list[File]] = {}
+    for name in slides:
+        keys = [whole[name]] if n_whole[whole[name]] == 1 else []
+        keys += [short[name]] if n_short[short[name]] == 1 and not n_whole[short[name]] else []
+        owned[name] = [files[key] for key in keys if key in files]
+    return owned
+
+
+def _below(name: str) -> str:
+    """An id as a path below a folder."""
+    is_path = posixpath.normpath(name) == name and "://" not in name and not name.startswith(("/", "../"))
+    return name if is_path else name.rstrip("/").rpartition("/")[2]
 
 
 def described(passed: Mapping[str, int]) -> str:

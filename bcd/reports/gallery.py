@@ -49,7 +49,8 @@ class Failures:
 
 @dataclass(frozen=True)
 class GallerySlide:
-    """One whole slide: its heat map as an encoded image, and the path of its tiles as GeoJSON.
+    """One whole slide: its heat map and the slide with outlines of tissue and regions as encoded images, and
+    the paths of its tiles and tissue as GeoJSON.
 
     `n_warned` tiles are unlike the training data; `error` is the code of a slide that was not scored.
     """
@@ -64,6 +65,9 @@ class GallerySlide:
     patient: str | None = None
     link: str | None = None
     error: str | None = None
+    outlined: bytes | None = None
+    tissue_geojson: str | None = None
+    n_outside: int = 0
 
 
 @dataclass(frozen=True)
@@ -198,11 +202,14 @@ def _histogram(probabilities: np.ndarray, facts: Mapping[str, Any]) -> Markup:
         return plots.inline(plots.svg(figure), "probabilities")
 
 
-def _drawn(slides: Sequence[GallerySlide]) -> list[tuple[GallerySlide, str]]:
-    """The first slides that have a heat map, with the heat map as a data URI."""
-    size_px = 2 * MAX_SLIDE_WIDTH_PX, MAX_SLIDE_WIDTH_PX
-    contents = [(slide, slide.heat_map) for slide in slides if slide.heat_map][:MAX_SLIDES]
-    return [
-        (slide, thumbnails.data_uri(image.shrink(decoder.decode_safely(content), *size_px)))
-        for slide, content in contents
-    ]
+def _drawn(slides: Sequence[GallerySlide]) -> list[tuple[GallerySlide, str | None, str | None]]:
+    """The first slides that have a heat map, with it and the outlined slide as data URIs."""
+    shown = [slide for slide in slides if slide.heat_map][:MAX_SLIDES]
+    return [(slide, _small(slide.heat_map), _small(slide.outlined)) for slide in shown]
+
+
+def _small(content: bytes | None) -> str | None:
+    if content is None:
+        return None
+    pixels = image.shrink(decoder.decode_safely(content), 2 * MAX_SLIDE_WIDTH_PX, MAX_SLIDE_WIDTH_PX)
+    return thumbnails.data_uri(pixels)

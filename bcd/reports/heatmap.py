@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bcd.reports.plots import CLASS_COLOR, STYLE, WIDTH_IN
-from bcd.reports.style import BLUE, GREY, INK, SOFT, VERMILION
+from bcd.reports.style import BLUE, GREEN, GREY, INK, SOFT, VERMILION
 from bcd.taxonomy import SUBTYPES
 
 # White, the middle of an odd number of colours, is at the threshold, where the class changes.
@@ -30,6 +30,9 @@ STRENGTH, CONTRAST = 0.85, 0.6
 EDGED_PX, EDGE = 8, 0.86
 # Distance of the stripes over tiles unlike the training data, and their shade.
 HATCH_PX, HATCH = 6, 0.45
+# Outlines: share of the longer side of the image, and colours, both far from those of stains.
+OUTLINE_SHARE, TISSUE_COLOR, REGION_COLOR = 0.002, GREEN, BLUE
+JPEG_QUALITY = 85
 FOOTER_IN = 0.62
 MIN_WIDTH_PX = 720
 
@@ -44,6 +47,9 @@ def draw_tiles(
 ) -> np.ndarray:
     """Colour tiles over the slide in grey, blue below and vermilion above the threshold: uint8 (h, w, 3) RGB.
 
+    Where tiles overlap, the colour is that of their mean probability, and hatched where at least half of them
+    are unlike the training data.
+
     Args:
         thumbnail: uint8 (h, w, 3) RGB.
         scale: thumbnail pixels per level-0 pixel.
@@ -53,26 +59,42 @@ def draw_tiles(
         unlike: bool (n,), tiles unlike the training data, which are hatched: their colour may mean nothing.
     """
     grey = np.asarray(Image.fromarray(thumbnail).convert("L"), np.float32) / 255
-    tint = np.ones(thumbnail.shape, np.float32)
     known = np.isfinite(probability)
     hatched = np.zeros(known.shape, bool) if unlike is None else unlike
-    stripes = np.add.outer(*map(np.arange, grey.shape)) % HATCH_PX < HATCH_PX // 3
-    colors = _tint(probability[known], threshold)
     edges = _edges(scale, boxes[known])
-    for (left, top, right, bottom), color, is_hatched in zip(edges, colors, hatched[known], strict=True):
-        tile = tint[top:bottom, left:right]
-        tile[:] = color
-        if min(tile.shape[:2]) >= EDGED_PX:
-            tile[[0, -1]] = tile[:, [0, -1]] = EDGE * color
-        if is_hatched:
-            tile[stripes[top:bottom, left:right]] *= HATCH
-    paper = 1 - CONTRAST * (1 - grey[..., None])
-    return (255 * paper * tint).round().astype(np.uint8)
+    # A tile that is too small for an edge is all inside.
+    has_edge = (edges[:, 2:] - edges[:, :2]).min(1, initial=EDGED_PX) >= EDGED_PX
+    inside = edges + np.outer(has_edge, [1, 1, -1, -1])
+    one, shape = np.ones(len(edges)), grey.shape
+    count = _over(edges, one, shape)
+    mean = _over(edges, probability[known], shape) / np.maximum(count, 1)
+    color = np.minimum((_place(mean, threshold) * COLORS.N).astype(np.int16), COLORS.N - 1)
+    tint = _tint(np.arange(COLORS.N)).astype(np.float32)[color]
+    tint[_over(inside, one, shape) == 0] *= EDGE
+    stripes = np.add.outer(*map(np.arange, shape)) % HATCH_PX < HATCH_PX // 3
+    tint[stripes & (2 * _over(edges, hatched[known], shape) >= count)] *= HATCH
+    tint[count == 0] = 1
+    tint *= 255 * (1 - CONTRAST * (1 - grey[..., None]))  # on the paper
+    return tint.round(out=tint).astype(np.uint8)
 
 
-def _tint(probability: np.ndarray, threshold: float) -> np.ndarray:
-    """Colour of white paper below a tint, float (n, 3), 0 to 1."""
-    return 1 - STRENGTH * (1 - COLORS(_place(probability, threshold))[..., :3])
+def _over(edges: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """For each pixel, float64 (h, w), the sum of the values of the rectangles over it."""
+    height, width = shape
+    left, top, right, bottom = np.clip(edges, 0, [width, height, width, height]).T
+    # Summed up in both directions, four corners are a rectangle.
+    corners = np.concatenate([top, bottom, top, bottom]) * (width + 1)
+    corners += np.concatenate([left, right, right, left])
+    changes = np.concatenate([values, values, -1 * values, -1 * values])
+    total = np.bincount(corners, changes, (height + 1) * (width + 1)).reshape(height + 1, width + 1)
+    for axis in (0, 1):
+        np.cumsum(total, axis, out=total)
+    return total[:height, :width]
+
+
+def _tint(place: np.ndarray) -> np.ndarray:
+    """Colour of white paper below a tint, float (n, 3), 0 to 1, from places on the colour map."""
+    return 1 - STRENGTH * (1 - COLORS(place)[..., :3])
 
 
 def _place(probability: np.ndarray, threshold: float) -> np.ndarray:
@@ -82,11 +104,26 @@ def _place(probability: np.ndarray, threshold: float) -> np.ndarray:
     return np.where(probability < threshold, below, above) / 2
 
 
-def _edges(scale: float, boxes: np.ndarray) -> list[list[int]]:
-    """Left, top, right and bottom in whole pixels of the thumbnail, at least one pixel apart."""
+def _edges(scale: float, boxes: np.ndarray) -> np.ndarray:
+    """int (n, 4): left, top, right and bottom in whole pixels of the thumbnail, at least one pixel apart."""
     start, size = boxes[:, :2], boxes[:, 2:]
     first = (start * scale).round()
-    return np.hstack([first, np.maximum(((start + size) * scale).round(), first + 1)]).astype(int).tolist()
+    return np.hstack([first, np.maximum(((start + size) * scale).round(), first + 1)]).astype(int)
+
+
+def outlined_jpeg(thumbnail: np.ndarray, tissue: np.ndarray, regions: np.ndarray) -> bytes:
+    """A JPEG file of a slide with the outlines of its tissue and of the regions of interest, bool (h, w)."""
+    from scipy import ndimage
+
+    drawn = thumbnail.copy()
+    width = max(1, round(OUTLINE_SHARE * max(tissue.shape)))
+    for area, color in ((tissue, TISSUE_COLOR), (regions, REGION_COLOR)):
+        # The edge of the slide is no outline.
+        inner = ndimage.binary_erosion(area, iterations=width, border_value=1)
+        drawn[area & ~inner] = [round(255 * part) for part in to_rgb(color)]
+    file = io.BytesIO()
+    Image.fromarray(drawn).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return file.getvalue()
 
 
 def heatmap_png(
@@ -125,7 +162,7 @@ def _footer(width_px: int, mm_per_px: float, threshold: float, hatched: bool = F
 
 
 def _legend(axes: Axes, threshold: float) -> None:
-    axes.imshow(_tint(np.linspace(0, 1, 512)[None], threshold), aspect="auto", extent=(0, 1, 0, 1))
+    axes.imshow(_tint(_place(np.linspace(0, 1, 512)[None], threshold)), aspect="auto", extent=(0, 1, 0, 1))
     axes.axvline(threshold, color=INK, lw=1)
     axes.set(yticks=[], xticks=[0, 1], xticklabels=["0", "1"], xlim=(0, 1))
     axes.set_title("probability of malignancy", size=7.5, pad=3, weight="normal")

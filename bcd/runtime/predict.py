@@ -31,7 +31,7 @@ EAGER, COMPILED = "torch", "torch_compiled"
 # Columns copied from the input rows.
 CARRIED = (
     *(schema.IMAGE_ID, schema.URI, schema.SLIDE, schema.PATIENT),
-    *(schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX, schema.MPP),
+    *(schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX, schema.TISSUE_SHARE, schema.REGION, schema.MPP),
 )
 
 

@@ -43,7 +43,10 @@ def settle(
     now = names.table(now, (schema.URI, schema.VERSION)) if names else now
     uri = storage.join(ours.uri, FILE)
     before = storage.read_table(uri) if storage.exists(uri) else schema.SEEN_INPUTS.empty_table()
-    changed = sorted(_changed(before, now, older, done, found.table))
+    scored, planned = _changed(before, now, older, done, found.table)
+    for name in planned:
+        tiling.forget(ours.plans_uri, name)
+    changed = sorted(scored)
     if changed:
         ledger.reopen(ours, changed_text(changed, "since the last run"))
         for held in (older, done):
@@ -56,25 +59,28 @@ def settle(
     return changed
 
 
-def _changed(before: pa.Table, now: pa.Table, older: Done, done: Done, listed: pa.Table) -> set[str]:
-    """Ids of the scored inputs that are not what they were; `listed` has their URIs."""
+def _changed(
+    before: pa.Table, now: pa.Table, older: Done, done: Done, listed: pa.Table
+) -> tuple[set[str], set[str]]:
+    """Ids of the inputs that are not what they were: of those with rows, and of slides that may have a plan
+    and no row yet. `listed` has their URIs."""
     place = pc.index_in(now[schema.IMAGE_ID], before[schema.IMAGE_ID].combine_chunks())
     now, old = now.filter(pc.is_valid(place)), before.take(place.drop_null())
     differs = [_differ(now[name], old[name]) for name in (*FACTS, schema.VERSION)]
     anything = functools.reduce(pc.or_, differs)
-    changed, suspects = set[str](), set[str]()
+    changed, planned, suspects = set[str](), set[str](), set[str]()
     for row, was in zip(now.filter(anything).to_pylist(), old.filter(anything).to_pylist(), strict=True):
         name = row[schema.IMAGE_ID]
         if not (older.rows[name] or done.rows[name]):
-            continue
-        if any(was[fact] != row[fact] for fact in FACTS):
+            planned |= {name} if tiling.may_be_slide(row[schema.URI]) else set()
+        elif any(was[fact] != row[fact] for fact in FACTS):
             changed.add(name)
         else:
             suspects.add(name)
     rows_of = ledger.hashes(older, suspects) | ledger.hashes(done, suspects)
     changed |= suspects - rows_of.keys()
     files = listed.filter(pc.is_in(listed[schema.IMAGE_ID], pa.array(rows_of, pa.string())))
-    return changed | _other_bytes(files, rows_of)
+    return changed | _other_bytes(files, rows_of), planned
 
 
 def _differ(one: pa.ChunkedArray, other: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -42,7 +43,7 @@ FILE_BYTES = 128 * 2**20
 ROWS_PER_GROUP = 16_384
 INPUT = "input"
 # Codes of errors whose messages name files, and what a row has for them where names are hidden.
-NAMING = ("unreadable", "too_large", image.UNAVAILABLE)
+NAMING = ("unreadable", "too_large", "bad_mask", "bad_regions", image.UNAVAILABLE)
 HIDDEN_MESSAGE = "not shown, because it may name the file"
 COUNTED = [schema.IMAGE_ID, schema.SLIDE, schema.Y_LEVEL0_PX, schema.X_LEVEL0_PX]
 # Name of a setting -> codes of the errors that it resolves.
@@ -119,7 +120,10 @@ def _mark(generation: int, lease: str) -> str:
 
 
 def open_ledger(
-    lease: Lease, settings: dict[str, Any], remedies: Remedies = NO_REMEDIES
+    lease: Lease,
+    settings: dict[str, Any],
+    remedies: Remedies = NO_REMEDIES,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Ledger, dict[str, Any] | None]:
     """Open the ledger of an output folder; returns it with the summary of the last finished run.
 
@@ -127,6 +131,7 @@ def open_ledger(
         lease: of the output folder.
         settings: all that determines a row, by flag.
         remedies: settings that may be added later; their errors are then scored again.
+        defaults: what settings were before there was a flag for them.
 
     Raises:
         ConfigError: the folder was written with other settings, or contains foreign files.
@@ -135,6 +140,7 @@ def open_ledger(
     uri = lease.uri
     owner = output.claim_folder(uri, output.SCORE, lease.require)
     old = read_settings(uri)
+    old = None if old is None else {**defaults, **old}
     added = [] if old is None else changed(old, settings)
     if old is None:
         _write_settings(lease, settings)
@@ -216,7 +222,7 @@ def hashes(done: Done, names: set[str]) -> dict[str, str]:
 def _delete_work(ledger: Ledger) -> None:
     """Remove segments and plans of finished generations; foreign files remain."""
     finished = "|".join(f"{generation:04d}" for generation in range(1, ledger.generation)) or "(?!)"
-    name = r"[0-9a-f]{24}\.(parquet|json|png)"
+    name = r"[0-9a-f]{24}\.(parquet|json|png|mask\.png)"
     _delete(ledger, WORK, rf"({finished})/(plans/)?{name}")
 
 
@@ -393,7 +399,7 @@ def merge(part: Part) -> int:
     inside = (pc.field(INPUT) >= part.first) & (pc.field(INPUT) <= part.last)
     # Fields and tiles mix in a segment, so that most segments may contain a row of this file: one at a time.
     rows = [_with_input(storage.read_table(uri)).filter(inside) for uri in part.segments]
-    table = _once(pa.concat_tables(rows))
+    table = _once(pa.concat_tables(rows, promote_options="default"))  # those of older versions lack columns
     if not storage.exists(part.claim_uri):
         raise BusyError(f"{part.uri} is not written, because another job took over the folder")
     _write(part.uri, table.drop_columns(INPUT))

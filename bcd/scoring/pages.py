@@ -140,17 +140,22 @@ def _slides(ours: Ledger, rows: list[dict[str, Any]], linked: bool = True) -> li
 
 
 def _slide(ours: Ledger, row: dict[str, Any], shown: bool, linked: bool) -> gallery.GallerySlide:
-    heat_map = storage.join(slides.folder(ours.uri, row[schema.SLIDE]), slides.HEATMAP)
-    geojson = f"{slides.slide_folder(row[schema.SLIDE])}/{slides.GEOJSON}"
+    here = slides.slide_folder(row[schema.SLIDE])
+    heat_map, outlined = (storage.join(ours.uri, here, name) for name in (slides.HEATMAP, slides.OUTLINES))
+    # Slides that an older version scored have no outlines.
+    is_outlined = row[schema.OUTSIDE_TILES] is not None
     return gallery.GallerySlide(
         name=row[schema.SLIDE],
         n_tiles=row[schema.TILES] or 0,
         tissue_mm2=row[schema.TISSUE_AREA_MM2],
         share_malignant=row[schema.MALIGNANT_TILE_SHARE],
         heat_map=storage.read_bytes(heat_map) if shown else None,
-        geojson=geojson if row[schema.ERROR] is None else None,
+        geojson=f"{here}/{slides.GEOJSON}" if row[schema.ERROR] is None else None,
         n_warned=row[schema.WARNED_TILES] or 0,
         patient=row[schema.PATIENT],
         link=link(row[schema.URI], ours.uri) if linked else None,
         error=row[schema.ERROR],
+        outlined=storage.read_bytes(outlined) if shown and is_outlined else None,
+        tissue_geojson=f"{here}/{slides.TISSUE}" if is_outlined else None,
+        n_outside=row[schema.OUTSIDE_TILES] or 0,
     )

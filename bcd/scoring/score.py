@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +33,7 @@ from bcd.scoring import finish, inputs, ledger, tiling
 from bcd.scoring.ledger import Done, Ledger
 from bcd.scoring.progress import Progress
 from bcd.slides import slide
-from bcd.text import counted
+from bcd.text import counted, some
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,9 @@ ROWS_PER_SEGMENT = 256
 COMPILE_FROM_FILES, COMPILE_FROM_SLIDE_BYTES = 20_000, 2**32
 
 MPP_ERRORS = frozenset({"missing_mpp", "bad_mpp"})
+# Of outputs of versions that did not have a flag yet.
+FIELDS = ScoreConfig.model_fields.items()
+DEFAULTS = {name: field.default for name, field in FIELDS if not field.is_required()}
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,9 @@ def run(config: ScoreConfig) -> str:
         IncompleteError: inputs have neither a result nor an error.
     """
     started = time.monotonic()
-    if storage.join(config.output, "").startswith(storage.join(config.input, "")):
-        raise ConfigError(f"--output {config.output} is inside --input: its images would be scored too")
+    for flag, place in (("--output", config.output), ("--masks", config.masks)):
+        if place is not None and storage.join(place, "").startswith(storage.join(config.input, "")):
+            raise ConfigError(f"{flag} {place} is inside --input: its images would be scored too")
     names = _pseudonyms(config)
     output.read_marker(config.output, output.SCORE)  # before any work
     card_sha256 = signing.verified(config.model, config.require_signature)
@@ -112,6 +116,11 @@ def _pseudonyms(config: ScoreConfig) -> Pseudonyms | None:
 def _listed(config: ScoreConfig, names: Pseudonyms | None) -> tuple[archive.Archive, pa.Table]:
     """The inputs, under ids where names are hidden, and under their own names."""
     found = archive.list_inputs(config.input)
+    for flag, uri, suffix, column in (
+        ("--masks", config.masks, ".png", schema.MASK_FILES),
+        ("--regions", config.regions, ".geojson", schema.REGION_FILES),
+    ):
+        found = found if uri is None else archive.with_files(found, flag, uri, suffix, column)
     if names is None:
         return found, found.table
     table, columns = names.table(found.table), (schema.URI, schema.ERROR, schema.ERROR_MESSAGE)
@@ -120,7 +129,7 @@ def _listed(config: ScoreConfig, names: Pseudonyms | None) -> tuple[archive.Arch
         table.column_names.index(columns[2]), columns[2], pa.array(messages, pa.string())
     )
     order = pc.sort_indices(table, [(schema.IMAGE_ID, "ascending")])
-    return archive.Archive(table.take(order), found.versions.take(order), found.passed), found.table
+    return replace(found, table=table.take(order), versions=found.versions.take(order)), found.table
 
 
 def _fill(config: ScoreConfig, held: Lease, model: _Model, names: Pseudonyms | None, started: float) -> str:
@@ -129,7 +138,7 @@ def _fill(config: ScoreConfig, held: Lease, model: _Model, names: Pseudonyms | N
     cluster.connect()
     compiled = _compiles(config, found.table)
     ours, summary = ledger.open_ledger(
-        held, _deciding(config, model.id, compiled, names), _remedies(model.card)
+        held, _deciding(config, model.id, compiled, names), _remedies(model.card), DEFAULTS
     )
     if names:
         logger.info(f"map of ids: {names.write_map(named, ours.owner)}")
@@ -185,6 +194,8 @@ def _tile_settings(config: ScoreConfig, card: Card) -> tiling.Tiling:
         min_tissue=config.min_tissue,
         mpp_override=config.mpp_override,
         hides_uris=config.pseudonymise is not None,
+        overlap=config.tile_overlap,
+        min_region=config.min_region,
     )
 
 
@@ -217,7 +228,9 @@ def _deciding(config: ScoreConfig, model_id: str, compiled: bool, names: Pseudon
     """The settings that determine a row; model and key by their content, independent of their place."""
     settings = config.model_dump(mode="json", exclude=set(OPERATIONAL))
     if names:
-        settings |= {"input": names.of(config.input), "pseudonymise": names.fingerprint}
+        places = {key: settings[key] for key in ("input", "masks", "regions")}
+        settings |= {key: names.of(place) for key, place in places.items() if place is not None}
+        settings["pseudonymise"] = names.fingerprint
     return settings | {"model": model_id, "compile": compiled}
 
 
@@ -267,6 +280,9 @@ def _announce(found: archive.Archive, todo: pa.Table) -> None:
     if len(todo) < len(found.table):
         line += f"; {len(found.table) - len(todo):,} are already scored, resuming with {len(todo):,}"
     logger.info(line)
+    if found.unclaimed:
+        files = counted(len(found.unclaimed), "file") + f" ({some(found.unclaimed)})"
+        logger.warning(f"of --masks and --regions, {files} have the name of no slide and are not used")
 
 
 def _score(

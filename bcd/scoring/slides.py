@@ -16,9 +16,11 @@ from bcd.model import novelty
 from bcd.model.card import Card
 from bcd.scoring import tiling
 from bcd.scoring.ledger import Ledger
+from bcd.slides import regions
 from bcd.taxonomy import malignant_mask
 
 TABLE, FOLDER, HEATMAP, GEOJSON = "slides.parquet", "slides", "heatmap.png", "tiles.geojson"
+OUTLINES, TISSUE = "tissue.jpg", "tissue.geojson"
 COLUMNS = (
     *(schema.IMAGE_ID, schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX, schema.WIDTH_PX, schema.HEIGHT_PX, schema.MPP),
     *(schema.LOGIT, schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS),
@@ -56,6 +58,7 @@ def draw_slide(ours: Ledger, plan: tiling.Plan, card: Card) -> dict[str, Any]:
     boxes = _boxes(tiles, (plan.mpp_x, plan.mpp_y))
     probability = tiles[schema.PROBABILITY_MALIGNANT].to_numpy().astype(float)
     _draw(ours, plan, tiles, boxes, probability, card)
+    _draw_tissue(ours, plan)
     known = probability[np.isfinite(probability)]
     predicted = tiles[schema.PREDICTED_CLASS].drop_null().to_pylist()
     malignant = sum(malignant_mask(tuple(predicted)))
@@ -98,6 +101,18 @@ def slide_folder(slide_id: str) -> str:
     if name != slide_id:
         name += f"-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
     return f"{FOLDER}/{name}"
+
+
+def _draw_tissue(ours: Ledger, plan: tiling.Plan) -> None:
+    from bcd.reports import heatmap
+
+    thumbnail = tiling.read_thumbnail(ours.plans_uri, plan.slide)
+    tissue, inside = tiling.read_masks(ours.plans_uri, plan.slide)
+    bounds = plan.bounds_x_px, plan.bounds_y_px
+    outline = regions.tissue_geojson(plan.slide, tissue, plan.thumbnail_scale, bounds)
+    place = folder(ours.uri, plan.slide)
+    storage.write_bytes(storage.join(place, TISSUE), outline)
+    storage.write_bytes(storage.join(place, OUTLINES), heatmap.outlined_jpeg(thumbnail, tissue, inside))
 
 
 def _draw(

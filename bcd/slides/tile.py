@@ -5,12 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bcd.errors import ImageError
+
+# Of one slide: these take 0.8 GB of memory until they are written, all of them tissue.
+MAX_TILES = 2_000_000
+
 
 @dataclass(frozen=True)
 class Grid:
-    """Adjacent tiles of equal size over a whole slide, row by row from the upper left.
+    """Tiles of equal size over a whole slide, row by row from the upper left.
 
-    `x_level0_px` and `y_level0_px`, int64 (n,), are their left and upper edges.
+    `x_level0_px` and `y_level0_px`, int64 (n,), are their left and upper edges; no two tiles have both equal.
     """
 
     x_level0_px: np.ndarray
@@ -46,24 +51,39 @@ def grid(
     tile_mpp: float,
     tile_width_px: int,
     tile_height_px: int,
+    overlap: float = 0.0,
 ) -> Grid:
     """Cover a slide of a size at level 0 with tiles of a size at `tile_mpp`, the µm per pixel of the model.
 
-    They may extend beyond the right and lower edge: no tissue is lost.
+    Neighbours share `overlap`, 0 to below 1, of a side, as far as whole pixels of level 0 permit. Tiles may
+    extend beyond the right and lower edge: no tissue is lost. Raises ImageError `too_many_tiles`.
     """
     mpp_x, mpp_y = slide_mpp
-    step_x, step_y = tile_width_px * tile_mpp / mpp_x, tile_height_px * tile_mpp / mpp_y
-    x, y = _starts(width_px, step_x), _starts(height_px, step_y)
+    width, height = tile_width_px * tile_mpp / mpp_x, tile_height_px * tile_mpp / mpp_y
+    steps = (1 - overlap) * width, (1 - overlap) * height
+    columns, rows = _count(width_px, width, steps[0]), _count(height_px, height, steps[1])
+    if columns * rows > MAX_TILES:
+        raise ImageError(
+            "too_many_tiles",
+            f"{columns:,} x {rows:,} tiles; at most {MAX_TILES:,} are planned of a slide: a smaller "
+            "--tile-overlap or a larger --tile-mpp gives fewer",
+        )
+    x, y = _starts(columns, steps[0]), _starts(rows, steps[1])
     return Grid(
-        np.tile(x, len(y)), np.repeat(y, len(x)), max(1, round(step_x)), max(1, round(step_y)), len(x), len(y)
+        np.tile(x, len(y)), np.repeat(y, len(x)), max(1, round(width)), max(1, round(height)), len(x), len(y)
     )
 
 
-def _starts(side_px: int, step: float) -> np.ndarray:
-    # Multiples of a fractional step are rounded, so that no error accumulates. A remainder of half a pixel is
-    # no tile.
-    count = max(1, math.ceil((side_px - 0.5) / step))
-    return (np.arange(count) * step).round().astype(np.int64)
+def _count(side_px: int, tile_px: float, step: float) -> int:
+    """Number of tiles along a side, the last of which reaches its end; a remainder of half a pixel is no
+    tile."""
+    return max(1, math.ceil((side_px - 0.5 - (tile_px - step)) / step))
+
+
+def _starts(count: int, step: float) -> np.ndarray:
+    # Multiples of a fractional step are rounded, so that no error accumulates; of steps below a pixel, some
+    # fall on the same one.
+    return np.unique((np.arange(count) * step).round().astype(np.int64))
 
 
 def tile_id(image_id: str, x_level0_px: int, y_level0_px: int, mpp: float) -> str:

@@ -11,6 +11,10 @@ Haematoxylin and eosin both absorb mostly green. Pen ink absorbs mostly red (blu
 """
 
 import numpy as np
+from PIL import Image
+
+from bcd.errors import ImageError
+from bcd.imaging import container, decoder, image
 
 LEVELS = 256
 # Bounds of the threshold on the saturation, 0 to 1. White glass after JPEG has up to 0.03; pale collagen
@@ -32,6 +36,10 @@ GLASS_BITS = 5
 INK_RED, INK_BLUE = 1.25, 1.0
 # A stroke of ink has at least this share of the slide; less is dye in the tissue, such as at its margins.
 INK_SHARE = 0.001
+# Share by which the shape of a given mask may differ from that of its slide. Places of depth and colour type
+# in the header of a PNG, and the bit of the latter that means an alpha channel.
+MASK_TOLERANCE = 0.01
+DEPTH, COLOR_TYPE, HAS_ALPHA = 24, 25, 4
 # Red ink: blue over green above, red over green below, and green itself above this. Blood is close to it.
 RED_INK_BLUE, RED_INK_RED, RED_INK_GREEN = 0.8, 0.25, 0.5
 
@@ -107,15 +115,61 @@ def _without_small(region: np.ndarray, small_px: int) -> np.ndarray:
     return large[labels]
 
 
+def given_mask(
+    content: bytes, size_px: tuple[int, int], bounds_px: tuple[int, int], shape: tuple[int, int]
+) -> np.ndarray:
+    """The mask of a slide from a PNG at any scale: the share of each pixel of the thumbnail, float64 (h, w),
+    that is not 0.
+
+    `size_px` are width and height of level 0, `bounds_px` the corner of what QuPath shows of it, and `shape`
+    the height and width of the thumbnail. Raises ImageError `bad_mask`, or `unavailable` where the decoder
+    was killed.
+    """
+    if bounds_px != (0, 0):
+        raise ImageError(
+            "bad_mask",
+            "the slide has bounds, and an image does not say whether it shows all of level 0 or what is "
+            "within them; use --regions, whose files do",
+        )
+    try:
+        pixels = decoder.decode_safely(_plain(content))
+    except ImageError as error:
+        code = error.code if error.code == image.UNAVAILABLE else "bad_mask"
+        raise ImageError(code, error.message) from None
+    (height, width), (full_width, full_height) = pixels.shape[:2], size_px
+    # Width and height were rounded to whole pixels.
+    rounding = 0.5 * (1 + full_height / full_width)
+    if abs(height - width * full_height / full_width) > max(MASK_TOLERANCE * height, rounding):
+        raise ImageError(
+            "bad_mask",
+            f"it has {width:,} x {height:,} px, and the slide {full_width:,} x {full_height:,}: another "
+            "shape; expected a mask of the whole slide",
+        )
+    there = Image.fromarray(pixels.any(-1).astype(np.float32))
+    return np.asarray(there.resize(shape[::-1], Image.Resampling.BOX), np.float64)
+
+
+def _plain(content: bytes) -> bytes:
+    """A PNG without profiles, which could change a 0; raises ImageError where 0 may not mean what it says."""
+    with image.boundary("bad_mask", "it cannot be read"):
+        data = container.png_content(content).data if content.startswith(container.PNG) else b""
+    header = data[: data.find(b"IDAT")]
+    if not data or header[DEPTH] > 8 or header[COLOR_TYPE] & HAS_ALPHA or b"tRNS" in header:
+        expected = "expected a PNG with 1 to 8 bits in grey, palette or RGB, and no transparency"
+        raise ImageError("bad_mask", f"{expected}; 0 is glass, all else tissue")
+    return data
+
+
 def fraction(tissue: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Fraction of tissue, float64 (n,), in boxes of the mask; exact, fractions of a pixel included.
 
-    `boxes`, float (n, 4), are x, y, width and height in pixels; outside the mask there is no tissue.
+    `tissue` is bool, or the share of each pixel; `boxes`, float (n, 4), are x, y, width and height in pixels;
+    outside the mask there is no tissue.
     """
     from scipy import ndimage
 
     # Between whole pixels the integral of an image of squares is bilinear.
-    integral = np.pad(tissue.cumsum(0).cumsum(1, dtype=np.float64), ((1, 0), (1, 0)))
+    integral = np.pad(tissue.cumsum(0, dtype=np.float64).cumsum(1), ((1, 0), (1, 0)))
     x, y, width, height = np.asarray(boxes, np.float64).reshape(-1, 4).T
 
     def upto(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 import os
 
+import pyarrow as pa
 import pytest
 
 from bcd import schema, storage
@@ -242,3 +243,89 @@ def test_a_manifest_has_the_versions_of_its_files(tmp_path):
     (tmp_path / "m.csv").write_text("image_id,uri\nx,a.png\ny,a.png\nz,gone.png\n")
     found = versions(tmp_path / "m.csv")
     assert found == {"x": storage.version(str(tmp_path / "a.png")), "y": found["x"], "z": None}
+
+
+def beside(root, names, flag_files, suffix=".geojson"):
+    """The files of each input, by the path below their folder; None for what is no slide."""
+    put(root, **{f"in/{name}": b"II*\0" for name in names})  # files without a suffix are known by it
+    touch(root, *(f"files/{name}" for name in flag_files))
+    inputs = archive.list_inputs(str(root / "in"))
+    found = archive.with_files(inputs, "--regions", str(root / "files"), suffix, schema.REGION_FILES)
+    lists = found.table[schema.REGION_FILES].to_pylist()
+    cut = [None if one is None else [uri.removeprefix(f"{root}/files/") for uri in one] for one in lists]
+    return dict(zip(ids(found), cut, strict=True)), found
+
+
+def test_files_belong_to_the_slide_of_their_name(tmp_path):
+    """With its suffix or without, at its path; what belongs to none is named."""
+    names = ["a.svs", "b.tif", "c/a.svs", "d.ndpi", "e.svs", "f.png", "1.2.840.9"]
+    files = ["a.geojson", "b.tif.geojson", "c/a.geojson", "e.geojson", "e.svs.geojson", "f.geojson"]
+    files += ["1.2.840.geojson", "x/d.geojson", "d.png"]
+    lists, found = beside(tmp_path, names, files)
+    assert lists == {
+        "1.2.840.9": [],
+        "a.svs": ["a.geojson"],
+        "b.tif": ["b.tif.geojson"],
+        "c/a.svs": ["c/a.geojson"],
+        "d.ndpi": [],
+        "e.svs": ["e.svs.geojson", "e.geojson"],
+        "f.png": None,
+    }
+    assert found.unclaimed == ("1.2.840.geojson", "f.geojson", "x/d.geojson")
+
+
+def test_a_file_that_two_slides_could_claim_belongs_to_neither(tmp_path):
+    names = ["a.svs", "a.tif", "b.svs", "b"]
+    lists, found = beside(tmp_path, names, ["a.geojson", "a.tif.geojson", "b.geojson"])
+    assert lists == {"a.svs": [], "a.tif": ["a.tif.geojson"], "b": ["b.geojson"], "b.svs": []}
+    assert found.unclaimed == ("a.geojson",)
+
+
+def test_an_id_that_is_no_path_counts_by_its_last_part(tmp_path):
+    uris = ["s3://b/x/one.svs", "/data/two.svs", "../three.svs", "in/four.svs", "gs://b/y/five.svs"]
+    uris += ["gs://b/z/five.svs"]
+    rows = [{schema.IMAGE_ID: uri, schema.URI: uri} for uri in uris]
+    table = pa.Table.from_pylist(rows, schema=schema.INPUTS)
+    inputs = archive.Archive(table, pa.nulls(len(uris), pa.string()))
+    touch(tmp_path, *(f"files/{n}.geojson" for n in ("one", "two", "three", "four", "five", "in/four")))
+    found = archive.with_files(inputs, "--regions", str(tmp_path / "files"), ".geojson", schema.REGION_FILES)
+    lists = found.table[schema.REGION_FILES].to_pylist()
+    names = {
+        name: [uri.removeprefix(f"{tmp_path}/files/") for uri in one]
+        for name, one in zip(ids(found), lists, strict=True)
+    }
+    assert names == {
+        "s3://b/x/one.svs": ["one.geojson"],
+        "/data/two.svs": ["two.geojson"],
+        "../three.svs": ["three.geojson"],
+        "in/four.svs": ["in/four.geojson"],
+        "gs://b/y/five.svs": [],
+        "gs://b/z/five.svs": [],
+    }
+
+
+def test_a_slide_has_another_version_with_another_file(tmp_path):
+    names = ["a.svs", "b.svs", "f.png"]
+    _, before = beside(tmp_path, names, ["a.geojson"])
+    plain = archive.list_inputs(str(tmp_path / "in")).versions.to_pylist()
+    assert before.versions.to_pylist()[1:] == plain[1:]
+    os.utime(tmp_path / "files/a.geojson", ns=(1, 1))
+    changed = archive.with_files(
+        archive.list_inputs(str(tmp_path / "in")), "--regions", str(tmp_path / "files"), ".geojson", "x"
+    )
+    assert changed.versions.to_pylist()[0] != before.versions.to_pylist()[0] != plain[0]
+    assert changed.versions.to_pylist()[1:] == plain[1:]
+
+
+def test_one_file_is_for_one_slide(tmp_path):
+    touch(tmp_path, "in/a.svs", "in/f.png", "two/a.svs", "two/b.svs", "drawn.geojson")
+    one, two = (archive.list_inputs(str(tmp_path / name)) for name in ("in", "two"))
+    uri = str(tmp_path / "drawn.geojson")
+    found = archive.with_files(one, "--regions", uri, ".geojson", schema.REGION_FILES)
+    assert found.table[schema.REGION_FILES].to_pylist() == [[uri], None]
+    with pytest.raises(
+        DataError, match="is one file, for one slide; the input may have 2 slides: give a fold"
+    ):
+        archive.with_files(two, "--regions", uri, ".geojson", schema.REGION_FILES)
+    with pytest.raises(StorageError, match="there is no such folder"):
+        archive.with_files(one, "--regions", f"{tmp_path}/none", ".geojson", schema.REGION_FILES)

@@ -298,6 +298,22 @@ def test_the_table_lists_images_and_slides_with_links() -> None:
         assert fact in said, fact
 
 
+def test_a_slide_is_beside_its_heat_map_with_its_tissue_outlined() -> None:
+    green, heat = (pictures.encode(np.full((20, 30, 3), color, np.uint8)) for color in ((0, 255, 0), 90))
+    old = gallery.GallerySlide("old.svs", 1, 1.0, 0.0, heat, "s/old.geojson")
+    new = replace(old, outlined=green, tissue_geojson="s/tissue.geojson", n_outside=7)
+    html = page(slides=[new], examples={})
+    left, right = shown(html)[-2:]
+    assert (left[10, 15, 1] > 200 > left[10, 15, 0], right[10, 15].tolist()) == (True, [90] * 3)
+    assert 'href="s/tissue.geojson"' in html
+    assert "what counts as tissue outlined in green" in text(html)
+    assert "outside of regions 7 tiles, not scored tissue in regions" in text(html)
+    html = page(slides=[old], examples={})
+    assert [one[10, 15, 0] for one in shown(html)[-1:]] == [90]
+    assert "outlined in green" not in html
+    assert "outside of regions" not in html
+
+
 @pytest.mark.parametrize("shape", [(10_000, 1), (1, 10_000)])
 def test_a_strip_is_bounded_on_the_page(shape: tuple[int, int]) -> None:
     strip = replace(example(), pixels=np.full((*shape, 3), 90, np.uint8))

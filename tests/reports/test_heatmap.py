@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bcd.imaging import image
 from bcd.reports import heatmap
 from bcd.slides import slide, tile
 from tests import pictures
@@ -121,6 +122,56 @@ def test_a_tile_colours_its_own_pixels_only():
     expected = np.zeros((100, 200), bool)
     expected[30:50, 50:90] = True
     np.testing.assert_array_equal(coloured, expected)
+
+
+def test_overlapping_tiles_give_the_colour_of_their_mean():
+    """Three tiles of 40 px, 20 px apart: each part has the colour that one tile of the mean has."""
+    boxes, probability = np.array([[20 * i, 10, 40, 40] for i in range(3)]), np.array([0.1, 0.7, 0.4])
+    drawn = heatmap.draw_tiles(WHITE, 1.0, boxes, probability, 0.5)
+    alone = np.array([[40 * i, 10, 40, 40] for i in range(4)])
+    means = heatmap.draw_tiles(WHITE, 1.0, alone, np.array([0.1, 0.4, 0.55, 0.4]), 0.5)
+    np.testing.assert_array_equal(drawn[30, [10, 30, 50, 70]], means[30, [20, 60, 100, 140]])
+    # The edge is that of the whole, not of each tile: only the first and last row and column.
+    line = drawn[30, :80].astype(int)
+    assert [x for x in range(1, 80) if (line[x] != line[x - 1]).any()] == [1, 20, 40, 60, 79]
+    assert (drawn[:10] == 255).all()
+    assert (drawn[:, 80:] == 255).all()
+
+
+def test_overlapping_tiles_are_hatched_where_half_are_unlike():
+    boxes = np.array([[0, 0, 40, 40], [0, 0, 40, 40], [40, 0, 40, 40], [40, 0, 40, 40], [40, 0, 40, 40]])
+    unlike = np.array([True, False, True, False, False])
+    arguments = WHITE, 1.0, boxes, np.full(5, 0.9), 0.5
+    changed = (heatmap.draw_tiles(*arguments, unlike) != heatmap.draw_tiles(*arguments)).any(-1)
+    assert changed[:40, :40].mean() == pytest.approx(1 / 3, abs=0.02)
+    assert not changed[:, 40:].any()
+
+
+def test_many_tiles_are_drawn_at_once():
+    """As the mean over tiles one by one, within rounding of a colour."""
+    rng = np.random.default_rng(0)
+    boxes = np.column_stack([rng.integers(-20, 200, 500), rng.integers(-20, 100, 500), *[[30] * 500] * 2])
+    probability = rng.random(500)
+    count, total = np.zeros((100, 200)), np.zeros((100, 200))
+    for (x, y, w, h), p in zip(boxes, probability, strict=True):
+        part = slice(max(0, y), max(0, y + h)), slice(max(0, x), max(0, x + w))
+        count[part] += 1
+        total[part] += p
+    edges = heatmap._edges(1.0, boxes)
+    np.testing.assert_array_equal(heatmap._over(edges, np.ones(500), count.shape), count)
+    np.testing.assert_allclose(heatmap._over(edges, probability, count.shape), total, atol=1e-9)
+
+
+def test_outlines_are_on_the_edge_of_tissue_and_regions():
+    tissue, regions = np.zeros((100, 200), bool), np.zeros((100, 200), bool)
+    tissue[20:60, :80] = True
+    regions[30:90, 40:150] = True
+    drawn = image.decode(heatmap.outlined_jpeg(WHITE, tissue, regions)).astype(int)
+    green, blue = drawn[20, 30], drawn[60, 149]
+    assert green[1] > green[0] + 60
+    assert blue[2] > blue[0] + 60
+    assert (drawn[40, [10, 60, 100, 180]] > 240).all()
+    assert (drawn[40, 0] > 200).all()  # the edge of the slide is none
 
 
 def test_tiles_without_a_probability_keep_no_colour():

@@ -356,6 +356,7 @@ def read_images(images, good):
         schema.ERROR_MESSAGE: np.where(good, "", "no bytes").astype(object),
         **{name: np.array([f"{i}" for i in range(n)], object) for name in predict.CARRIED},
         **{name: np.full(n, np.nan) for name in (schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX, schema.MPP)},
+        schema.TISSUE_SHARE: np.full(n, np.nan, np.float32),
     }
 
 
@@ -370,6 +371,8 @@ def test_a_batch_without_a_good_image_is_all_errors(model_uri):
         **{name: np.array(["x", "y"], object) for name in predict.CARRIED},
         schema.X_LEVEL0_PX: np.array([np.nan, 9.0]),
         schema.Y_LEVEL0_PX: np.array([np.nan, 0.0]),
+        schema.TISSUE_SHARE: np.array([np.nan, 0.25], np.float32),
+        schema.REGION: np.array([None, "r"], object),
         schema.MPP: np.array([np.nan, 0.5], np.float32),
     }
     result = predict.Scorer(settings(model_uri), 2)(batch)
@@ -379,6 +382,8 @@ def test_a_batch_without_a_good_image_is_all_errors(model_uri):
     assert result[schema.MPP].to_pylist() == [None, 0.5]
     assert result[schema.SHA256].to_pylist() == [None, "ab"]
     assert result[schema.X_LEVEL0_PX].to_pylist() == [None, 9]
+    assert result[schema.TISSUE_SHARE].to_pylist() == [None, 0.25]
+    assert result[schema.REGION].to_pylist() == [None, "r"]
 
 
 @pytest.mark.ray

@@ -178,6 +178,15 @@ def test_the_plan_and_the_row_of_a_changed_slide_go(tmp_path):
     assert storage.read_table(f"{tmp_path}/slides.parquet")[schema.SLIDE].to_pylist() == ["a.svs"]
 
 
+def test_the_plan_of_a_changed_slide_goes_before_it_has_a_row(tmp_path):
+    """Killed after planning; then the slide, or the regions beside it, are replaced."""
+    ours, _ = settle(tmp_path, archive())
+    for name in ("a.svs", "s.svs"):
+        storage.write_bytes(f"{ours.plans_uri}/{tiling._key(name)}.parquet", b"x")
+    assert settle(tmp_path, archive(versions={"s.svs": "1-1 2-2", "f00.png": "2-2"}))[1] == []
+    assert [file.path[:24] for file in storage.list_files(ours.plans_uri)] == [tiling._key("a.svs")]
+
+
 def test_the_summary_says_that_the_table_is_incomplete_until_it_is_not(tmp_path):
     scored(tmp_path, ROWS, merged=True)
     ours, _ = settle(tmp_path, archive(versions={"s.svs": "2-2"}))

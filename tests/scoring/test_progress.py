@@ -51,8 +51,8 @@ def plan(folder, name, tiles):
         "tissue_area_mm2": 1.0,
         "thumbnail_scale": 1.0,
     }
-    thumbnail = np.zeros((2, 2, 3), np.uint8)
-    tiling._keep(str(folder), tiling.Plan(tiles=tiles, **facts), thumbnail, schema.READING.empty_table())
+    seen = tiling._Seen(np.zeros((2, 2, 3), np.uint8), 1.0, np.zeros((2, 2), bool), None)
+    tiling._keep(str(folder), tiling.Plan(tiles=tiles, **facts), seen, schema.READING.empty_table())
 
 
 def test_a_line_now_and_then(tmp_path, clock, capsys):

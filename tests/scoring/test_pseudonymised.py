@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -223,3 +224,58 @@ def test_ids_of_a_manifest_are_hidden_too(archive, model_uri, committed):
 def test_a_key_that_would_be_read_or_published_is_rejected(archive, model_uri, place):
     with pytest.raises(ConfigError, match=r"is inside --(input|output): keep the key elsewhere"):
         score.run(config_of(archive, model_uri, pseudonymise=str(archive / place)))
+
+
+# ---- regions of interest, in a whole job
+
+
+def draw(root, left, top, right, bottom, name="Smith"):
+    """The regions of the slide: one rectangle."""
+    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+    geometry = {"type": "Polygon", "coordinates": [ring]}
+    region = {"type": "Feature", "geometry": geometry, "properties": {"name": name}}
+    storage.write_bytes(str(root / "regions/Zephyr_1950.geojson"), json.dumps([region]).encode())
+
+
+def tiles_of(root):
+    """Places, regions and errors of the slide's rows."""
+    table = storage.dataset(str(root / "out/predictions")).to_table(filter=pc.field(schema.SLIDE).is_valid())
+    rows = [row for row in table.to_pylist() if row[schema.ERROR] != "unreadable"]
+    keys = (schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX, schema.REGION, schema.ERROR)
+    return sorted(tuple(row[key] for key in keys) for row in rows)
+
+
+def test_regions_name_nobody(archive, model_uri, committed):
+    draw(archive, 0, 0, 40, 60)
+    config = config_of(archive, model_uri, regions=str(archive / "regions"))
+    score.run(config)
+    assert named_in(archive / "out") == []
+    assert tiles_of(archive) == [(0, 0, None, None), (0, 30, None, None)]
+    draw(archive, 0, 0, 400, 60)
+    score.run(config)
+    assert named_in(archive / "out") == []
+    assert tiles_of(archive) == [(None, None, None, "bad_regions")]
+
+
+def test_a_slide_is_scored_again_with_other_regions(archive, model_uri, committed):
+    """After the job, and after one that was killed with a plan and no row; with another overlap never."""
+    _, left = committed
+    draw(archive, 0, 0, 40, 60)
+    config = config_of(archive, model_uri, pseudonymise=None, regions=str(archive / "regions"))
+    left[0] = 0
+    with pytest.raises(KilledError):
+        score.run(config)
+    draw(archive, 40, 30, 80, 90, "other")
+    left[0] = 10**6
+    score.run(config)
+    assert tiles_of(archive) == [(40, 30, "other", None), (40, 60, "other", None)]
+    draw(archive, 0, 120, 80, 150, "third")
+    score.run(config)
+    assert tiles_of(archive) == [(0, 120, "third", None), (40, 120, "third", None)]
+    slides_table = pq.read_table(archive / "out/slides.parquet").filter(pc.field(schema.TILES).is_valid())
+    assert [slides_table[name].to_pylist() for name in (schema.TILES, schema.OUTSIDE_TILES)] == [[2], [23]]
+    (archive / "regions/Zephyr_1950.geojson").unlink()
+    score.run(config)
+    assert tiles_of(archive) == [(None, None, None, "no_regions")]
+    with pytest.raises(ConfigError, match=r"--tile-overlap 0.0 -> 0.5"):
+        score.run(config.model_copy(update={"tile_overlap": 0.5}))

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from bcd import schema, storage
+from bcd.audit.pseudonyms import Pseudonyms
 from bcd.config.scoring import ScoreConfig
 from bcd.errors import ConfigError, IncompleteError
 from bcd.scoring import ledger, score, tiling
@@ -80,13 +81,81 @@ def test_auto_compiles_by_device_and_precision(n_gpus, precision, compiler, expe
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("precision", "bfloat16"), ("min_tissue", 0.5), ("input", "j"), ("cam", "layercam")]
+    ("flag", "value"),
+    [
+        *(("precision", "bfloat16"), ("min_tissue", 0.5), ("input", "j"), ("cam", "layercam")),
+        *(("tile_overlap", 0.5), ("regions", "r"), ("masks", "m"), ("min_region", 0.1)),
+    ],
 )
 def test_settings_that_determine_a_row_are_recorded(flag, value, tmp_path):
     config = ScoreConfig(model="m", input="i", output="o")
     other = config.model_copy(update={flag: value, "output": "p", "max_workers": 3})
     one, two = (score._deciding(c, "id", False, None) for c in (config, other))
     assert {key for key in one if one[key] != two[key]} == {flag}
+
+
+def test_a_setting_that_an_older_version_did_not_have_is_its_default(tmp_path):
+    """So that an output can be resumed after an upgrade, with the same meaning only."""
+    config = ScoreConfig(model="m", input="i", output=str(tmp_path))
+    settings = score._deciding(config, "id", False, None)
+    older = {key: value for key, value in settings.items() if key not in ("tile_overlap", "min_region")}
+    ledger.open_ledger(claimed(str(tmp_path)), older)
+    ledger.open_ledger(claimed(str(tmp_path)), settings, defaults=score.DEFAULTS)
+    changed = settings | {"tile_overlap": 0.5}
+    with pytest.raises(ConfigError, match=r"other settings: --tile-overlap 0.0 -> 0.5"):
+        ledger.open_ledger(claimed(str(tmp_path)), changed, defaults=score.DEFAULTS)
+
+
+def test_places_are_hidden_with_names(tmp_path):
+    config = ScoreConfig(model="m", input="/i/one", output="o", regions="/r/two", pseudonymise="k")
+    names = Pseudonyms("k", bytes(range(32)))
+    settings = score._deciding(config, "id", False, names)
+    assert {key: settings[key] for key in ("input", "regions", "masks", "pseudonymise")} == {
+        "input": names.of("/i/one"),
+        "regions": names.of("/r/two"),
+        "masks": None,
+        "pseudonymise": names.fingerprint,
+    }
+
+
+def test_masks_inside_the_input_are_refused(tmp_path):
+    config = ScoreConfig(model="m", input=str(tmp_path), output="o", masks=str(tmp_path / "masks"))
+    with pytest.raises(ConfigError, match=r"--masks .* is inside --input: its images would be scored too"):
+        score.run(config)
+
+
+def test_slides_are_listed_with_the_files_beside_them(tmp_path):
+    """Under ids, too, in whose order they are."""
+    names = ("in/a.svs", "in/b.svs", "in/f.png", "regions/a.geojson", "regions/x.geojson", "masks/b.png")
+    for name in names:
+        storage.write_bytes(str(tmp_path / name), name.encode())
+    config = ScoreConfig(
+        model="m",
+        input=str(tmp_path / "in"),
+        output="o",
+        regions=str(tmp_path / "regions"),
+        masks=str(tmp_path / "masks"),
+    )
+    found, named = score._listed(config, None)
+    assert found.table is named
+    assert named[schema.REGION_FILES].to_pylist() == [[str(tmp_path / "regions/a.geojson")], [], None]
+    assert named[schema.MASK_FILES].to_pylist() == [[], [str(tmp_path / "masks/b.png")], None]
+    assert found.unclaimed == ("x.geojson",)
+    keys = Pseudonyms("k", bytes(range(32)))
+    hidden, _ = score._listed(config, keys)
+    both = dict(
+        zip(
+            hidden.table[schema.IMAGE_ID].to_pylist(),
+            hidden.table[schema.REGION_FILES].to_pylist(),
+            strict=True,
+        )
+    )
+    assert both == {
+        keys.of("a.svs"): [str(tmp_path / "regions/a.geojson")],
+        keys.of("b.svs"): [],
+        keys.of("f.png"): None,
+    }
+    assert sorted(hidden.versions.to_pylist()) == sorted(found.versions.to_pylist())
 
 
 @pytest.mark.parametrize("output", ["archive/scores", "archive"])

@@ -142,6 +142,35 @@ def test_tiles_for_qupath_have_its_coordinates(tmp_path):
     assert "pixels of level 0 as OpenSlide counts them" in stored
 
 
+def test_tissue_for_qupath_has_its_coordinates(tmp_path):
+    """The left half of 200 x 150 px, and the same outline on an image of the slide."""
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    scored(ours, tiles)
+    plans = [plans[0].model_copy(update={"bounds_x_px": 30, "bounds_y_px": 20})]
+    (row,) = slides.write_slides(ours, plans, none(), card()).to_pylist()
+    assert (row[schema.TILES], row[schema.OUTSIDE_TILES]) == (15, 0)
+    (tissue,) = json.loads(storage.read_bytes(f"{slides.folder(ours.uri, 's.tif')}/tissue.geojson"))[
+        "features"
+    ]
+    ((ring,),) = tissue["geometry"]["coordinates"]
+    (left, top), (right, bottom) = np.min(ring, 0), np.max(ring, 0)
+    assert (left, top, right, bottom) == (-30, -20, 70, 130)
+    outlined = image.decode(storage.read_bytes(f"{slides.folder(ours.uri, 's.tif')}/tissue.jpg"))
+    assert outlined.shape == (150, 200, 3)
+    assert outlined[75, 99, 0] < 100 < outlined[75, 50, 0]
+
+
+def test_a_slide_that_an_older_version_planned_is_drawn(tmp_path):
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    scored(ours, tiles)
+    (mask,) = [file.uri for file in storage.list_files(ours.plans_uri) if file.path.endswith("mask.png")]
+    before = tiling.read_masks(ours.plans_uri, "s.tif")
+    storage.delete_file(mask)
+    for one, other in zip(tiling.read_masks(ours.plans_uri, "s.tif"), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(slides.write_slides(ours, plans, none(), card())) == 1
+
+
 def test_tiles_unlike_the_training_data_are_counted_hatched_and_measured(tmp_path, monkeypatch):
     ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
     rows, *_ = scored(ours, tiles)

@@ -1,3 +1,4 @@
+import json
 import math
 import uuid
 from dataclasses import replace
@@ -10,7 +11,7 @@ from bcd import schema, storage
 from bcd.data import archive, read
 from bcd.errors import StorageError
 from bcd.scoring import tiling
-from bcd.slides import slide, slide_cache
+from bcd.slides import slide, slide_cache, tile
 from tests import pictures
 
 TILING = tiling.Tiling(tile_mpp=0.5, tile_width_px=40, tile_height_px=30, mpp=None, min_tissue=0.25)
@@ -63,6 +64,7 @@ def test_a_slide_becomes_its_tiles_with_tissue(tmp_path):
             schema.SLIDE: "s.tif",
             schema.X_LEVEL0_PX: x,
             schema.Y_LEVEL0_PX: y,
+            schema.TISSUE_SHARE: 0.5 if x == 80 else 1.0,
             schema.SLIDE_MPP_X: 0.5,
             schema.SLIDE_MPP_Y: 0.5,
             schema.MPP: 0.5,
@@ -89,6 +91,175 @@ def test_a_slide_becomes_its_tiles_with_tissue(tmp_path):
     assert (thumbnail[:, :100] == (230, 150, 180)).all()
     assert (thumbnail[:, 100:] == 243).all()
     assert tiling.read_plan(str(tmp_path / "plans"), "t.tif") is None
+
+
+def test_overlapping_tiles_are_rows_of_their_own(tmp_path):
+    """At half a side, 9 x 9 tiles; those from x = 120 on have no tissue, that at 100 none and at 80 half."""
+    table = expanded(write(tmp_path, {"s.tif": stained()}), replace(TILING, overlap=0.5))
+    rows = table.to_pylist()
+    assert len({row[schema.IMAGE_ID] for row in rows}) == len(rows) == 5 * 9
+    shares = {row[schema.X_LEVEL0_PX]: row[schema.TISSUE_SHARE] for row in rows}
+    assert shares == {0: 1, 20: 1, 40: 1, 60: 1, 80: 0.5}
+    assert sorted({row[schema.Y_LEVEL0_PX] for row in rows}) == list(range(0, 121, 15))
+    plan = tiling.read_plan(str(tmp_path / "plans"), "s.tif")
+    assert (plan.tiles, plan.background_tiles, plan.outside_tiles) == (45, 9 * 9 - 45, 0)
+    # The tissue itself is counted once.
+    assert plan.tissue_area_mm2 == 100 * 150 * 0.0005**2
+    seen = read.pixels(table.slice(3, 1), 30, 40, [])[schema.IMAGE]
+    assert seen.shape == (1, 30, 40, 3)
+
+
+def test_too_many_tiles_are_an_error_of_the_slide(tmp_path, monkeypatch):
+    monkeypatch.setattr(tile, "MAX_TILES", 80)
+    settings = replace(TILING, overlap=0.5)
+    (row,) = expanded(write(tmp_path, {"s.tif": stained()}), settings).to_pylist()
+    assert (row[schema.ERROR], row[schema.X_LEVEL0_PX]) == ("too_many_tiles", None)
+
+
+# ---- regions and masks
+
+
+def polygon(left, top, right, bottom, name=None):
+    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+    geometry = {"type": "Polygon", "coordinates": [ring]}
+    return {"type": "Feature", "geometry": geometry, "properties": {"name": name}}
+
+
+def drawn(*features):
+    return json.dumps({"type": "FeatureCollection", "features": features}).encode()
+
+
+def with_files(folder, contents, tile_settings=TILING, column=schema.REGION_FILES):
+    """The rows for the archive in FOLDER/in, whose slides have files in FOLDER/files."""
+    for name, content in ({".keep": b""} | contents).items():
+        storage.write_bytes(f"{folder}/files/{name}", content)
+    inputs = archive.list_inputs(f"{folder}/in")
+    suffix = {schema.REGION_FILES: ".geojson", schema.MASK_FILES: ".png"}[column]
+    inputs = archive.with_files(inputs, "--flag", f"{folder}/files", suffix, column)
+    plans = f"{folder}/{uuid.uuid4().hex}"
+    table = pa.concat_tables(tiling.expand(inputs.table, tile_settings, plans, NOTHING))
+    return table, plans
+
+
+def places_of(table):
+    return {(row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX]) for row in table.to_pylist()}
+
+
+def test_only_tiles_in_a_region_are_scored(tmp_path):
+    """Two by two tiles whole, a third of the next column; glass in a region stays glass."""
+    write(tmp_path, {"s.tif": stained()})
+    regions = drawn(polygon(0, 30, 93, 90, "left"), polygon(160, 0, 200, 30, "glass"))
+    table, plans = with_files(tmp_path, {"s.geojson": regions})
+    assert places_of(table) == {(0, 30), (40, 30), (0, 60), (40, 60)}
+    assert set(table[schema.REGION].to_pylist()) == {"left"}
+    plan = tiling.read_plan(plans, "s.tif")
+    assert (plan.tiles, plan.background_tiles, plan.outside_tiles) == (4, 1, 20)
+    assert plan.tissue_area_mm2 == pytest.approx(93 * 60 * 0.0005**2)
+    tissue, inside = tiling.read_masks(plans, "s.tif")
+    assert (tissue.sum(), inside.sum()) == (100 * 150, 93 * 60 + 40 * 30)
+    table, _ = with_files(tmp_path, {}, replace(TILING, min_region=0.3))
+    assert places_of(table) == {(x, y) for x in (0, 40, 80) for y in (30, 60)}
+    table, _ = with_files(tmp_path, {}, replace(TILING, min_region=0.0))
+    assert places_of(table) == {(x, y) for x in (0, 40, 80) for y in (30, 60)}
+    table, _ = with_files(tmp_path, {}, replace(TILING, hides_uris=True))
+    assert table[schema.REGION].null_count == 4
+
+
+def test_regions_count_from_the_bounds_of_a_slide(tmp_path, monkeypatch):
+    """As QuPath shows it; the same regions 40 px to the right and 60 down."""
+    monkeypatch.setattr(slide, "_bounds", lambda properties: (40, 60))
+    write(tmp_path, {"s.tif": stained()})
+    table, plans = with_files(tmp_path, {"s.geojson": drawn(polygon(0, 0, 40, 30))})
+    assert places_of(table) == {(40, 60)}
+    assert tiling.read_plan(plans, "s.tif").bounds_x_px == 40
+
+
+def test_regions_on_a_slide_whose_axes_differ(tmp_path):
+    """Polygons are in its pixels: 40 across and 60 down are one tile."""
+    write(tmp_path, {"s.tif": pictures.tiled_tiff(pictures.stained(150, 200), (0.5, 0.25))})
+    table, _ = with_files(tmp_path, {"s.geojson": drawn(polygon(80, 60, 120, 120))})
+    assert places_of(table) == {(80, 60)}
+    assert table[schema.TISSUE_SHARE].to_pylist() == [1]
+
+
+def test_regions_on_a_reduced_thumbnail(tmp_path):
+    """2,500 x 100 px, whose thumbnail has 2,048 x 82."""
+    pixels = np.full((100, 2500, 3), (230, 150, 180), np.uint8)
+    pixels[:, 2400:] = 243
+    write(tmp_path, {"s.tif": pictures.tiled_tiff(pixels, 0.5)})
+    table, plans = with_files(tmp_path, {"s.geojson": drawn(polygon(1200, 30, 1280, 90))})
+    assert tiling.read_plan(plans, "s.tif").thumbnail_scale == 2048 / 2500
+    assert places_of(table) == {(1200, 30), (1240, 30), (1200, 60), (1240, 60)}
+
+
+@pytest.mark.parametrize(
+    ("column", "files", "code", "message"),
+    [
+        (schema.REGION_FILES, {}, "no_regions", "--regions has no file with the name of this slide"),
+        (schema.MASK_FILES, {"t.png": b""}, "no_mask", "--masks has no file with the name of this slide"),
+        (schema.REGION_FILES, {"s.geojson": b"[]", "s.tif.geojson": b"[]"}, "bad_regions", "several files"),
+        (schema.REGION_FILES, {"s.geojson": b"[]"}, "bad_regions", "s.geojson: it has no region"),
+        (schema.REGION_FILES, {"s.geojson": b"{"}, "bad_regions", "s.geojson: it is no JSON"),
+        (schema.MASK_FILES, {"s.png": b"GIF"}, "bad_mask", "s.png: expected a PNG"),
+        (schema.REGION_FILES, {"s.geojson": drawn(polygon(0, 0, 9, 9))}, "no_regions", "none of 25 tiles is"),
+        (
+            schema.REGION_FILES,
+            {"s.geojson": drawn(polygon(120, 0, 200, 30))},
+            "no_tissue",
+            "in 2 tiles; --min",
+        ),
+        (
+            schema.MASK_FILES,
+            {"s.png": pictures.encode(np.zeros((15, 20), np.uint8))},
+            "no_tissue",
+            "in 25 til",
+        ),
+    ],
+)
+def test_a_slide_without_an_answer_from_the_files_beside_it_is_an_error(
+    tmp_path, column, files, code, message
+):
+    write(tmp_path, {"s.tif": stained(), "f.png": pictures.encode(pictures.gradient())})
+    table, plans = with_files(tmp_path, files, column=column)
+    field, row = table.sort_by(schema.IMAGE_ID).to_pylist()
+    assert (field[schema.IMAGE_ID], field[schema.ERROR], field[schema.TISSUE_SHARE]) == ("f.png", None, None)
+    assert (row[schema.ERROR], row[schema.SLIDE]) == (code, "s.tif")
+    assert message in row[schema.ERROR_MESSAGE]
+    assert tiling.read_plan(plans, "s.tif") is None
+
+
+def test_a_file_beside_a_slide_that_cannot_be_read_now_is_not_called_bad(tmp_path, monkeypatch):
+    write(tmp_path, {"s.tif": stained()})
+
+    def fails(uri, most_bytes):
+        raise StorageError(f"{uri}: throttled")
+
+    monkeypatch.setattr(storage, "read_bytes", fails)
+    table, _ = with_files(tmp_path, {"s.geojson": b"[]"})
+    assert table[schema.ERROR].to_pylist() == ["unavailable"]
+
+
+def test_a_given_mask_takes_the_place_of_the_rule(tmp_path):
+    """At a tenth of the scale; its right half is glass to the rule."""
+    write(tmp_path, {"s.tif": stained()})
+    labels = np.zeros((15, 20), np.uint8)
+    labels[:6, 8:] = 1
+    table, plans = with_files(tmp_path, {"s.png": pictures.encode(labels)}, column=schema.MASK_FILES)
+    assert places_of(table) == {(x, y) for x in (80, 120, 160) for y in (0, 30)}
+    assert set(table[schema.TISSUE_SHARE].to_pylist()) == {1}
+    assert tiling.read_plan(plans, "s.tif").tissue_area_mm2 == pytest.approx(120 * 60 * 0.0005**2)
+
+
+@pytest.mark.real
+def test_regions_lie_on_the_tissue_of_a_real_layout_with_bounds(tmp_path, real_data):
+    """All tissue is within the bounds, from 1,000 and 600 on, 1,400 x 920 px: QuPath shows nothing else."""
+    write(tmp_path, {"s.scn": (real_data / "cases/slides/bounds.scn").read_bytes()})
+    settings = replace(FIELD, tile_mpp=0.5, tile_width_px=200, tile_height_px=100)
+    whole = places_of(expanded(tmp_path, settings))
+    table, _ = with_files(tmp_path, {"s.geojson": drawn(polygon(0, 0, 1400, 1000))}, settings)
+    assert places_of(table) == whole
+    table, _ = with_files(tmp_path, {"s.geojson": drawn(polygon(200, 300, 600, 600))}, settings)
+    assert places_of(table) == {(x, y) for x in (1200, 1400) for y in (900, 1000, 1100)}
 
 
 @pytest.mark.parametrize(("least", "tiles"), [(0.0, 15), (0.5, 15), (0.51, 10), (1.0, 10)])

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from bcd.errors import ImageError
 from bcd.slides import tile
 
 
@@ -37,6 +38,41 @@ def test_axes_of_their_own_give_steps_of_their_own():
     assert (grid.width_level0_px, grid.height_level0_px) == (700, 920)
     assert (grid.columns, grid.rows) == (4, 4)
     assert np.unique(grid.y_level0_px).tolist() == [0, 920, 1840, 2760]
+
+
+def test_overlapping_tiles_reach_the_end_and_no_further():
+    """Of 100 x 80 px, at steps of 50 and 20 px for half and three quarters of a side."""
+    grid = tile.grid(430, 200, (0.5, 0.5), 0.5, 100, 80, 0.5)
+    assert np.unique(grid.x_level0_px).tolist() == [0, 50, 100, 150, 200, 250, 300, 350]
+    assert np.unique(grid.y_level0_px).tolist() == [0, 40, 80, 120]
+    assert (grid.width_level0_px, grid.height_level0_px, grid.columns, grid.rows) == (100, 80, 8, 4)
+    finer = tile.grid(100, 200, (0.5, 0.5), 0.5, 100, 80, 0.75)
+    assert finer.x_level0_px.tolist() == [0] * 7
+    assert finer.y_level0_px.tolist() == [0, 20, 40, 60, 80, 100, 120]
+
+
+@pytest.mark.parametrize("side", [1, 699, 701, 2103, 9_999])
+def test_without_overlap_the_grid_is_that_of_adjacent_tiles(side):
+    step = 700 * 0.49 / 0.2528
+    grid = tile.grid(side, side, (0.2528, 0.2528), 0.49, 700, 700, 0.0)
+    assert np.unique(grid.x_level0_px).tolist() == [
+        round(i * step) for i in range(max(1, int(np.ceil((side - 0.5) / step))))
+    ]
+
+
+def test_no_two_tiles_have_one_place():
+    grid = tile.grid(40, 1, (0.5, 0.5), 0.5, 30, 30, 0.99)
+    assert grid.x_level0_px.tolist() == list(range(11))
+    assert len(grid) == grid.columns * grid.rows == 11
+
+
+def test_the_number_of_tiles_is_bounded():
+    with pytest.raises(ImageError, match="a smaller --tile-overlap") as found:
+        tile.grid(100_000, 100_000, (0.25, 0.25), 0.49, 700, 460, 0.97)
+    assert found.value.code == "too_many_tiles"
+    with pytest.raises(ImageError):
+        tile.grid(100_000, 100_000, (0.25, 0.25), 0.49, 700, 460, 1 - 2**-53)
+    assert len(tile.grid(100_000, 100_000, (0.25, 0.25), 0.49, 700, 460, 0.9)) < 10**6
 
 
 def test_boxes_scale_to_the_thumbnail():

@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
+from PIL import Image
 
+from bcd.errors import ImageError
 from bcd.slides import slide, tissue
+from tests import pictures
 
 WHITE, PINK, PURPLE, GREY = (243, 243, 242), (230, 150, 180), (110, 70, 140), (150, 150, 150)
 
@@ -145,3 +148,56 @@ def test_tissue_is_what_differs_from_the_glass_whatever_its_colour(colour, ink):
 
 def test_the_glass_is_found_by_its_colour():
     np.testing.assert_allclose(tissue.glass(on_glass((240, 225, 200))[0]), (240, 225, 200), atol=1)
+
+
+@pytest.mark.parametrize("kind", ["1", "L", "P", "RGB"])
+@pytest.mark.parametrize("factor", [1, 2, 10])
+def test_a_given_mask_is_tissue_where_it_is_not_black(kind, factor):
+    """Of any scale; a label of 1 in 255 counts."""
+    labels = np.zeros((60 // factor, 80 // factor), np.uint8)
+    labels[: 30 // factor, : 20 // factor] = 255 if kind == "1" else 1
+    picture = Image.fromarray(labels)
+    if kind == "P":
+        picture.putpalette([0, 0, 0, 0, 0, 255])
+    elif kind != "L":
+        picture = picture.convert(kind)
+    found = tissue.given_mask(pictures.encode(picture), (8000, 6000), (0, 0), (30, 40))
+    expected = np.zeros((30, 40))
+    expected[:15, :10] = 1
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_finer_mask_gives_shares_of_pixels():
+    labels = np.zeros((60, 80), np.uint8)
+    labels[:, :1] = 7
+    found = tissue.given_mask(pictures.encode(labels), (8000, 6000), (0, 0), (30, 40))
+    np.testing.assert_allclose(found[:, :2], np.tile([0.5, 0.0], (30, 1)))
+
+
+ALPHA = Image.new("RGBA", (80, 60))
+SEE_THROUGH = pictures.encode(Image.new("P", (80, 60)), transparency=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "bounds", "message"),
+    [
+        (pictures.encode(np.zeros((80, 60), np.uint8)), (0, 0), "it has 60 x 80 px, and the slide 8,000"),
+        (pictures.encode(np.zeros((60, 84), np.uint8)), (0, 0), "another shape"),
+        (pictures.encode(np.zeros((60, 80), np.uint16)), (0, 0), "expected a PNG with 1 to 8 bits"),
+        (pictures.encode(ALPHA), (0, 0), "no transparency"),
+        (SEE_THROUGH, (0, 0), "no transparency"),
+        (pictures.encode(np.zeros((60, 80), np.uint8), "JPEG"), (0, 0), "expected a PNG"),
+        (b"", (0, 0), "expected a PNG"),
+        (pictures.encode(np.zeros((60, 80), np.uint8))[:50], (0, 0), "ends or is damaged"),
+        (pictures.encode(np.zeros((60, 80), np.uint8)), (5, 0), "the slide has bounds"),
+    ],
+)
+def test_a_mask_that_may_mean_something_else_is_refused(content, bounds, message):
+    with pytest.raises(ImageError, match=message) as found:
+        tissue.given_mask(content, (8000, 6000), bounds, (30, 40))
+    assert found.value.code == "bad_mask"
+
+
+@pytest.mark.parametrize("size", [(81, 60), (79, 60), (161, 120), (8, 6), (3, 2), (800, 600)])
+def test_rounded_sides_of_a_mask_are_no_other_shape(size):
+    tissue.given_mask(pictures.encode(Image.new("1", size)), (8000, 6000), (0, 0), (30, 40))
