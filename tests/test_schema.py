@@ -24,7 +24,7 @@ def test_every_column_constant_is_spelled_as_its_name():
     tables += schema.AUDIT, schema.NEAR_DUPLICATES, schema.INPUTS, schema.SEEN_INPUTS, schema.TIMES
     tables += (schema.IDENTIFIERS, schema.PSEUDONYMS)
     used = {name for table in (*tables, schema.predictions(1, 1, overlays=True)) for name in table.names}
-    used |= {schema.IMAGE, schema.TARGET, schema.POSITION}
+    used |= {schema.IMAGE, schema.TARGET, schema.POSITION, schema.TISSUE_SHARE}
     assert used == {*constants.values(), *schema.QUANTILES}
 
 
