@@ -51,7 +51,8 @@ class Failures:
 class GallerySlide:
     """One whole slide: its heat map as an encoded image, and the path of its tiles as GeoJSON.
 
-    `n_warned` tiles are unlike the training data; `error` is the code of a slide that was not scored.
+    `n_warned` tiles are unlike the training data, `n_errors` have an error; `top` is the mean probability of
+    the `n_top` highest. `error` is the code of a slide that was not scored.
     """
 
     name: str
@@ -64,6 +65,10 @@ class GallerySlide:
     patient: str | None = None
     link: str | None = None
     error: str | None = None
+    n_top: int = 0
+    top: float | None = None
+    top_interval: Sequence[float] | None = None
+    n_errors: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,15 @@ Boxes are x, y, width and height in pixels of level 0, as from `tile.Grid.boxes`
 """
 
 import io
+import json
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import matplotlib
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
@@ -32,6 +33,8 @@ EDGED_PX, EDGE = 8, 0.86
 HATCH_PX, HATCH = 6, 0.45
 FOOTER_IN = 0.62
 MIN_WIDTH_PX = 720
+# Tiles that are drawn at a time: a slide may have a million.
+BLOCK = 2**14
 
 
 def draw_tiles(
@@ -57,8 +60,8 @@ def draw_tiles(
     known = np.isfinite(probability)
     hatched = np.zeros(known.shape, bool) if unlike is None else unlike
     stripes = np.add.outer(*map(np.arange, grey.shape)) % HATCH_PX < HATCH_PX // 3
-    colors = _tint(probability[known], threshold)
-    edges = _edges(scale, boxes[known])
+    colors = _by_block(lambda some: _tint(some, threshold), probability[known])
+    edges = _by_block(lambda some: _edges(scale, some), boxes[known])
     for (left, top, right, bottom), color, is_hatched in zip(edges, colors, hatched[known], strict=True):
         tile = tint[top:bottom, left:right]
         tile[:] = color
@@ -68,6 +71,12 @@ def draw_tiles(
             tile[stripes[top:bottom, left:right]] *= HATCH
     paper = 1 - CONTRAST * (1 - grey[..., None])
     return (255 * paper * tint).round().astype(np.uint8)
+
+
+def _by_block(function: Callable[[np.ndarray], Iterable[Any]], values: np.ndarray) -> Iterator[Any]:
+    """What a function gives for each of the values, computed for some of them at a time."""
+    for start in range(0, len(values), BLOCK):
+        yield from function(values[start : start + BLOCK])
 
 
 def _tint(probability: np.ndarray, threshold: float) -> np.ndarray:
@@ -152,38 +161,55 @@ def _round_length(limit: float) -> float:
     return max(step * power for step in (1, 2, 5) if step * power <= limit)
 
 
-def geojson(
+def geojson(blocks: Iterable[Sequence[str]]) -> Iterator[bytes]:
+    """Blocks of `features` as a GeoJSON FeatureCollection in as many pieces, a feature on a line: QuPath (0.4
+    and later) opens it by drag and drop."""
+    yield b'{"type":"FeatureCollection","features":[\n'
+    between = ""
+    for block in filter(len, blocks):
+        yield (between + ",\n".join(block)).encode()
+        between = ",\n"
+    yield b"\n]}\n"
+
+
+def features(
     tile_ids: Sequence[str],
     boxes: np.ndarray,
     predicted: Sequence[str | None],
     measurements: Mapping[str, np.ndarray],
-) -> dict[str, Any]:
-    """Tiles as a GeoJSON FeatureCollection, which QuPath (0.4 and later) opens by drag and drop.
+) -> list[str]:
+    """Tiles as features of GeoJSON, in the terms of QuPath.
 
     Args:
-        tile_ids: n `image_id`s; equal ids give equal UUIDs.
-        boxes: float (n, 4), level-0 pixels from the slide's bounds, which are QuPath's origin.
+        tile_ids: n `image_id`s, the names of the tiles; equal ids give equal UUIDs.
+        boxes: float (n, 4), whole level-0 pixels from the slide's bounds, which are QuPath's origin.
         predicted: n class names; None gives a tile without a class.
         measurements: float (n,) by name; NaN is left out, since JSON has none.
     """
-    values = pd.DataFrame(measurements, index=range(len(tile_ids)), dtype=float).to_dict("records")
-    tiles = zip(tile_ids, boxes.tolist(), predicted, values, strict=True)
-    return {"type": "FeatureCollection", "features": [_feature(*tile) for tile in tiles]}
+    classes = {name: _classification(name) for name in set(predicted)}
+    keys = [json.dumps(name) for name in measurements]
+    values = np.array(list(measurements.values()), float).reshape(len(keys), len(tile_ids)).T.tolist()
+    whole = np.rint(boxes).astype(int).tolist()
+    found = []
+    for tile_id, (left, top, width, height), name, row in zip(
+        tile_ids, whole, predicted, values, strict=True
+    ):
+        right, bottom = left + width, top + height
+        known = ",".join(f"{key}:{value}" for key, value in zip(keys, row, strict=True) if isfinite(value))
+        found.append(
+            f'{{"type":"Feature","id":"{uuid.uuid5(uuid.NAMESPACE_URL, tile_id)}",'
+            f'"geometry":{{"type":"Polygon","coordinates":[[[{left},{top}],[{right},{top}],'
+            f"[{right},{bottom}],[{left},{bottom}],[{left},{top}]]]}},"
+            f'"properties":{{"objectType":"tile","name":{json.dumps(tile_id)}{classes[name]},'
+            f'"measurements":{{{known}}}}}}}'
+        )
+    return found
 
 
-def _feature(tile_id: str, box: list[float], name: str | None, values: Mapping[Any, float]) -> dict[str, Any]:
-    left, top, width, height = box
-    right, bottom = left + width, top + height
-    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
-    properties: dict[str, Any] = {"objectType": "tile"}
-    if name is not None:
-        tumor_class = SUBTYPES[name].tumor_class if name in SUBTYPES else name
-        color = [round(255 * part) for part in to_rgb(CLASS_COLOR.get(tumor_class, GREY))]
-        properties["classification"] = {"name": name, "color": color}
-    properties["measurements"] = {key: value for key, value in values.items() if math.isfinite(value)}
-    return {
-        "type": "Feature",
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, tile_id)),
-        "geometry": {"type": "Polygon", "coordinates": [ring]},
-        "properties": properties,
-    }
+def _classification(name: str | None) -> str:
+    """The property of a tile of a class, with the comma before it; nothing without a class."""
+    if name is None:
+        return ""
+    tumor_class = SUBTYPES[name].tumor_class if name in SUBTYPES else name
+    color = [round(255 * part) for part in to_rgb(CLASS_COLOR.get(tumor_class, GREY))]
+    return ',"classification":' + json.dumps({"name": name, "color": color}, separators=(",", ":"))

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
@@ -134,12 +134,18 @@ def _failures(table: pa.Table) -> dict[str, gallery.Failures]:
 def _slides(ours: Ledger, rows: list[dict[str, Any]], linked: bool = True) -> list[gallery.GallerySlide]:
     scored = [row[schema.SLIDE] for row in rows if row[schema.ERROR] is None]
     shown = set(scored[: gallery.MAX_SLIDES])
-    return [_slide(ours, row, row[schema.SLIDE] in shown, linked) for row in rows]
+    written = storage.list_files_if_any(storage.join(ours.uri, slides.FOLDER))
+    old = {f"{slides.FOLDER}/{file.path}" for file in written if file.path.endswith(slides.OLD_GEOJSON)}
+    return [_slide(ours, row, row[schema.SLIDE] in shown, linked, old) for row in rows]
 
 
-def _slide(ours: Ledger, row: dict[str, Any], shown: bool, linked: bool) -> gallery.GallerySlide:
+def _slide(
+    ours: Ledger, row: dict[str, Any], shown: bool, linked: bool, old: Collection[str]
+) -> gallery.GallerySlide:
     heat_map = storage.join(slides.folder(ours.uri, row[schema.SLIDE]), slides.HEATMAP)
-    geojson = f"{slides.slide_folder(row[schema.SLIDE])}/{slides.GEOJSON}"
+    below = slides.slide_folder(row[schema.SLIDE])
+    geojson = f"{below}/{slides.OLD_GEOJSON if f'{below}/{slides.OLD_GEOJSON}' in old else slides.GEOJSON}"
+    ends = [row[name] for name in (schema.TOP_PROBABILITY_LOW, schema.TOP_PROBABILITY_HIGH)]
     return gallery.GallerySlide(
         name=row[schema.SLIDE],
         n_tiles=row[schema.TILES] or 0,
@@ -151,4 +157,8 @@ def _slide(ours: Ledger, row: dict[str, Any], shown: bool, linked: bool) -> gall
         patient=row[schema.PATIENT],
         link=link(row[schema.URI], ours.uri) if linked else None,
         error=row[schema.ERROR],
+        n_top=row[schema.TOP_TILES] or 0,
+        top=row[schema.TOP_PROBABILITY],
+        top_interval=None if None in ends else ends,
+        n_errors=row[schema.ERROR_TILES] or 0,
     )
