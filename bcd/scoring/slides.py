@@ -32,10 +32,11 @@ LEVEL = 6
 FRUGAL = {"batch_size": 1_024, "batch_readahead": 0, "use_threads": False}
 FRUGAL["memory_pool"] = pa.system_memory_pool()
 SIZED = (schema.WIDTH_PX, schema.HEIGHT_PX, schema.MPP)
+# Measurements in the GeoJSON, of tables that have them, and the other columns that it is made of.
+NUMBERS = (schema.PROBABILITY_MALIGNANT, schema.NOVELTY, schema.NOVELTY_CUTOFF, schema.TISSUE_SHARE)
 COLUMNS = (
-    *(schema.IMAGE_ID, schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX, schema.MPP),
-    *(schema.LOGIT, schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS),
-    *(schema.NOVELTY, schema.NOVELTY_CUTOFF, schema.WARNINGS, schema.TISSUE_SHARE),
+    *(schema.IMAGE_ID, schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX),
+    *(schema.LOGIT, schema.PREDICTED_CLASS, schema.WARNINGS, *NUMBERS),
 )
 
 
@@ -198,9 +199,9 @@ def _features(ours: Ledger, plan: tiling.Plan, size: tuple[int, int], card: Card
 
     origin = np.array([plan.bounds_x_px, plan.bounds_y_px])
     for tiles in _rows(ours, plan, COLUMNS):
-        numbers = (schema.PROBABILITY_MALIGNANT, schema.NOVELTY, schema.NOVELTY_CUTOFF, schema.TISSUE_SHARE)
-        numbers = [name for name in numbers if name in tiles.column_names]
-        measured = {name: tiles[name].to_numpy().astype(float) for name in numbers}
+        measured = {
+            name: tiles[name].to_numpy().astype(float) for name in NUMBERS if name in tiles.column_names
+        }
         judged = np.isfinite(measured[schema.NOVELTY_CUTOFF])
         measured[novelty.CODE] = np.where(judged, warned(tiles), np.nan)
         logits = _logits(tiles, len(card.classes))
