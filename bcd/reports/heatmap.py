@@ -162,8 +162,10 @@ def _round_length(limit: float) -> float:
 
 
 def geojson(blocks: Iterable[Sequence[str]]) -> Iterator[bytes]:
-    """Blocks of `features` as a GeoJSON FeatureCollection in as many pieces, a feature on a line: QuPath (0.4
-    and later) opens it by drag and drop."""
+    """A GeoJSON FeatureCollection of blocks of `tile_features`, in pieces, a feature on a line.
+
+    QuPath (0.4 and later) opens it by drag and drop.
+    """
     yield b'{"type":"FeatureCollection","features":[\n'
     between = ""
     for block in filter(len, blocks):
@@ -172,7 +174,7 @@ def geojson(blocks: Iterable[Sequence[str]]) -> Iterator[bytes]:
     yield b"\n]}\n"
 
 
-def features(
+def tile_features(
     tile_ids: Sequence[str],
     boxes: np.ndarray,
     predicted: Sequence[str | None],

@@ -5,9 +5,9 @@ import hashlib
 import posixpath
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -180,16 +180,21 @@ def _write_geojson(ours: Ledger, plan: tiling.Plan, size: tuple[int, int], card:
     uri = storage.join(folder(ours.uri, plan.slide), GEOJSON)
     try:
         with tempfile.TemporaryFile() as file:
-            # Without a name and the time, so that equal tiles give equal bytes.
-            with gzip.GzipFile("", "wb", LEVEL, file, mtime=0) as packed:
-                for piece in heatmap.geojson(_features(ours, plan, size, card)):
-                    packed.write(piece)
-            file.seek(0)
+            _pack(heatmap.geojson(_features(ours, plan, size, card)), file)
             storage.write_bytes(uri, file)
         if storage.exists(old := storage.join(folder(ours.uri, plan.slide), OLD_GEOJSON)):
             storage.delete_file(old)
     except (OSError, pa.ArrowInvalid) as error:
         raise storage.failure(uri, "write it", error) from error
+
+
+def _pack(pieces: Iterable[bytes], file: BinaryIO) -> None:
+    """Compress pieces into an open file, to be read from its start: without a name and the time, so that
+    equal tiles give equal bytes."""
+    with gzip.GzipFile("", "wb", LEVEL, file, mtime=0) as packed:
+        for piece in pieces:
+            packed.write(piece)
+    file.seek(0)
 
 
 def _features(ours: Ledger, plan: tiling.Plan, size: tuple[int, int], card: Card) -> Iterator[Sequence[str]]:
@@ -207,7 +212,7 @@ def _features(ours: Ledger, plan: tiling.Plan, size: tuple[int, int], card: Card
         logits = _logits(tiles, len(card.classes))
         measured[aggregate.LOG_ODDS] = calibration.log_odds(logits, card.classes)
         ids, predicted = (tiles[name].to_pylist() for name in (schema.IMAGE_ID, schema.PREDICTED_CLASS))
-        yield heatmap.features(ids, _boxes(_place(tiles) - origin, size), predicted, measured)
+        yield heatmap.tile_features(ids, _boxes(_place(tiles) - origin, size), predicted, measured)
 
 
 def _logits(tiles: pa.Table, n_classes: int) -> np.ndarray:

@@ -167,7 +167,7 @@ def test_tiles_lie_on_the_thumbnail_of_the_real_slide(real_data):
     # the page keeps the thumbnail pixel for pixel
     np.testing.assert_array_equal(np.asarray(page)[:1000, : thumbnail.shape[1]], thumbnail)
     # the polygon in QuPath is the tile that was read
-    (feature,) = heatmap.features(["a"], boxes, ["benign"], {})
+    (feature,) = heatmap.tile_features(["a"], boxes, ["benign"], {})
     (ring,) = json.loads(feature)["geometry"]["coordinates"]
     assert ring == [[687, 903], [1374, 903], [1374, 1355], [687, 1355], [687, 903]]
 
@@ -211,7 +211,7 @@ def collection():
     probability[0] = np.nan
     predicted = [None, *("malignant" if p >= 0.5 else "benign" for p in probability[1:])]
     measurements = {"probability_malignant": probability, "log_odds": 8 * probability - 4}
-    found = heatmap.features(ids, grid.boxes(), predicted, measurements)
+    found = heatmap.tile_features(ids, grid.boxes(), predicted, measurements)
     return ids, grid, read(found[:3], [], found[3:])
 
 
@@ -243,7 +243,7 @@ def test_what_is_not_known_is_left_out():
 def test_names_and_numbers_are_read_as_they_were_written():
     """Names with all that JSON escapes, and numbers to the last bit."""
     name, value = 'a "b"\\/ü\n.svs#0,0,0.49', float(np.float32(0.1)) / 3e7
-    feature = read(heatmap.features([name], np.array([[0, 1, 2, 3]]), ['"'], {"ü": np.array([value])}))
+    feature = read(heatmap.tile_features([name], np.array([[0, 1, 2, 3]]), ['"'], {"ü": np.array([value])}))
     (properties,) = [one["properties"] for one in feature["features"]]
     assert (properties["name"], properties["classification"]["name"]) == (name, '"')
     assert properties["measurements"] == {"ü": value}
@@ -251,14 +251,14 @@ def test_names_and_numbers_are_read_as_they_were_written():
 
 def test_rings_turn_as_the_standard_says():
     """Counterclockwise (RFC 7946, 3.1.6), in the frame of the numbers."""
-    (feature,) = read(heatmap.features(["a"], np.array([[10, 20, 30, 40]]), [None], {}))["features"]
+    (feature,) = read(heatmap.tile_features(["a"], np.array([[10, 20, 30, 40]]), [None], {}))["features"]
     x, y = np.array(feature["geometry"]["coordinates"][0]).T
     assert (x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2 == 30 * 40
 
 
 def test_subtypes_have_the_colour_of_their_tumour_class():
     boxes = np.array([[0, 0, 1, 1]] * 4)
-    found = read(heatmap.features(list("abcd"), boxes, ["malignant", "DC", "benign", "F"], {}))
+    found = read(heatmap.tile_features(list("abcd"), boxes, ["malignant", "DC", "benign", "F"], {}))
     colors = [feature["properties"]["classification"]["color"] for feature in found["features"]]
     assert colors[0] == colors[1] != colors[2] == colors[3] == [0, 114, 178]
 

@@ -204,8 +204,8 @@ def test_tiles_are_read_and_written_by_row_group(tmp_path, monkeypatch):
     (part,) = storage.list_files(ours.predictions_uri)
     storage.write_table(part.uri, storage.read_table(part.uri), row_group_size=4)
     blocks = []
-    real = heatmap.features
-    monkeypatch.setattr(heatmap, "features", lambda *given: blocks.append(len(given[0])) or real(*given))
+    real = heatmap.tile_features
+    monkeypatch.setattr(heatmap, "tile_features", lambda *given: blocks.append(len(given[0])) or real(*given))
     slides.write_slides(ours, plans, none(), card())
     assert blocks == [4, 4, 4, 3, 1, 4, 4, 4, 2]
     assert [features(ours, name) for name in ("a.tif", "b.tif")] == whole
