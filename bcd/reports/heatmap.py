@@ -8,7 +8,6 @@ import json
 import math
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 import matplotlib
@@ -197,7 +196,8 @@ def tile_features(
         tile_ids, whole, predicted, values, strict=True
     ):
         right, bottom = left + width, top + height
-        known = ",".join(f"{key}:{value}" for key, value in zip(keys, row, strict=True) if isfinite(value))
+        given = zip(keys, row, strict=True)
+        known = ",".join(f"{key}:{value}" for key, value in given if math.isfinite(value))
         found.append(
             f'{{"type":"Feature","id":"{uuid.uuid5(uuid.NAMESPACE_URL, tile_id)}",'
             f'"geometry":{{"type":"Polygon","coordinates":[[[{left},{top}],[{right},{top}],'

@@ -2,14 +2,14 @@
  * Imports an output of jobs/score.py into the images of the open project, by the names of the slides.
  *
  * Set OUTPUT to the output folder on this machine (a bucket is copied there first), open the project, and run
- * the script once, without "Run for project", or: QuPath script import_bcd.groovy -p PROJECT -a OUTPUT
+ * the script once, without "Run for project".
  *
  * Each image gets the tiles of its slide as detections and, where there is one, the tissue as an annotation.
  * Objects of an earlier import, which have the same ids, are replaced; all others remain. QuPath 0.4 or later.
  */
 import qupath.lib.io.PathIO
 
-def OUTPUT = args ? args[0] : '/path/to/scores'
+def OUTPUT = '/path/to/scores'
 
 // A slide whose id is no plain path has eight digits of a hash behind its name.
 def folders = [:].withDefault { [] as Set }
@@ -25,8 +25,9 @@ for (entry in getProject().getImageList()) {
         println "${name}: ${found ? 'several slides have this name: ' + found.join(', ') : 'no such slide'}"
         continue
     }
-    def files = ['tiles.geojson.gz', 'tiles.geojson', 'tissue.geojson'].collect { new File(found[0], it) }
-    def objects = files.findAll { it.exists() }.collectMany { PathIO.readObjects(it) }
+    def there = { new File(found.first(), it).exists() }
+    def files = [['tiles.geojson.gz', 'tiles.geojson'].find(there), ['tissue.geojson'].find(there)]
+    def objects = files.findAll().collectMany { PathIO.readObjects(new File(found.first(), it)) }
     def ids = objects.collect { it.getID() } as Set
     def imageData = entry.readImageData()
     def hierarchy = imageData.getHierarchy()
