@@ -163,7 +163,7 @@ def _round_length(limit: float) -> float:
 def geojson(blocks: Iterable[Sequence[str]]) -> Iterator[bytes]:
     """A GeoJSON FeatureCollection of blocks of `tile_features`, in pieces, a feature on a line.
 
-    QuPath (0.4 and later) opens it by drag and drop.
+    QuPath (0.4 and later) imports it, compressed by gzip too.
     """
     yield b'{"type":"FeatureCollection","features":[\n'
     between = ""
