@@ -7,11 +7,13 @@ in a loop. Folders are listed before links, so that a file below both has its ow
 import errno
 import os
 import re
+import shutil
 import uuid
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import IO, BinaryIO
 
 # Reasons to skip an entry, besides its suffix.
 HIDDEN, SPECIAL = "hidden", "no regular file"
@@ -120,14 +122,22 @@ def _text(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def write_in_place(path: str, data: bytes) -> None:
+def put(data: bytes | BinaryIO, target: IO[bytes]) -> None:
+    """Write all of some data, those of an open file in pieces: it may be larger than memory."""
+    if isinstance(data, bytes):
+        target.write(data)
+    else:
+        shutil.copyfileobj(data, target, 2**20)
+
+
+def write_in_place(path: str, data: bytes | BinaryIO) -> None:
     """Write a file that may be found half-written; makes its folder."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb") as file:
-        file.write(data)
+        put(data, file)
 
 
-def write_aside(path: str, data: bytes, private: bool = False) -> None:
+def write_aside(path: str, data: bytes | BinaryIO, private: bool = False) -> None:
     """Write a file whole or not at all, in a power cut too; makes its folder."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}{ASIDE}"
@@ -135,7 +145,7 @@ def write_aside(path: str, data: bytes, private: bool = False) -> None:
         with open(temporary, "xb") as file:
             if private:
                 os.fchmod(file.fileno(), 0o600)  # before it has content
-            file.write(data)
+            put(data, file)
             file.flush()
             os.fsync(file.fileno())  # else the new name may have nothing in it
         os.replace(temporary, path)
@@ -145,7 +155,7 @@ def write_aside(path: str, data: bytes, private: bool = False) -> None:
     sync_folder(os.path.dirname(path))
 
 
-def write_private(path: str, data: bytes) -> None:
+def write_private(path: str, data: bytes | BinaryIO) -> None:
     """Write a file, likewise, that only its owner can read."""
     write_aside(path, data, private=True)
 

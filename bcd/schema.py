@@ -36,6 +36,9 @@ TILES, BACKGROUND_TILES, ERROR_TILES = "tiles", "background_tiles", "error_tiles
 OUTSIDE_TILES = "outside_tiles"
 WARNED_TILES, TISSUE_AREA_MM2 = "warned_tiles", "tissue_area_mm2"
 MALIGNANT_TILE_SHARE = "malignant_tile_share"
+TOP_TILES, TOP_PROBABILITY, NOISY_OR = "top_tiles", "top_probability", "noisy_or"
+TOP_PROBABILITY_LOW, TOP_PROBABILITY_HIGH = "top_probability_low", "top_probability_high"
+NOISY_OR_LOW, NOISY_OR_HIGH = "noisy_or_low", "noisy_or_high"
 QUANTILES = {f"probability_q{round(100 * q):02}": q for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
 # Appearance, and pairs of similar images.
 PHASH, TISSUE_FRACTION = "phash", "tissue_fraction"
@@ -56,7 +59,7 @@ _TEXT = pa.string()
 # The frame of a tile's place, in the table itself: Parquet keeps the metadata of a column.
 _FRAME = {
     "description": "pixels of level 0 as OpenSlide counts them, from the upper left of the whole slide; "
-    "QuPath shows a slide from its bounds on: subtract those in slides.parquet, as tiles.geojson does"
+    "QuPath shows a slide from its bounds on: subtract those in slides.parquet, as tiles.geojson.gz does"
 }
 # Upper left of a tile; null for a field.
 PLACE = tuple(pa.field(name, pa.int64(), metadata=_FRAME) for name in (X_LEVEL0_PX, Y_LEVEL0_PX))
@@ -167,6 +170,9 @@ SLIDES = pa.schema(
         *_columns(pa.int64(), TILES, BACKGROUND_TILES, OUTSIDE_TILES, ERROR_TILES, WARNED_TILES),
         *_columns(pa.float64(), TISSUE_AREA_MM2, MALIGNANT_TILE_SHARE),
         *_columns(pa.float32(), *QUANTILES),
+        *_columns(pa.int64(), TOP_TILES),
+        *_columns(pa.float64(), TOP_PROBABILITY, TOP_PROBABILITY_LOW, TOP_PROBABILITY_HIGH),
+        *_columns(pa.float64(), NOISY_OR, NOISY_OR_LOW, NOISY_OR_HIGH),
         *_columns(_TEXT, ERROR, ERROR_MESSAGE),
     ]
 )

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from errno import ENAMETOOLONG
 from functools import lru_cache, partial, wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -412,9 +412,9 @@ def download(uri: str, path: Path) -> None:
         shutil.copyfileobj(stream, target, 2**22)
 
 
-def write_bytes(uri: str, data: bytes, whole: bool = True, private: bool = False) -> None:
+def write_bytes(uri: str, data: bytes | BinaryIO, whole: bool = True, private: bool = False) -> None:
     """Write one file, whole or not at all: on a disk aside, synchronised and renamed, unless it need not be
-    `whole`; there a `private` one is closed to other users."""
+    `whole`; there a `private` one is closed to other users. Of an open file, the rest is copied."""
     filesystem, path = resolve(uri)
     with _naming(uri, "write it"):
         if not is_remote(uri):
@@ -425,11 +425,11 @@ def write_bytes(uri: str, data: bytes, whole: bool = True, private: bool = False
             pool.submit(_write_to_store, filesystem, path, data).result()
 
 
-def _write_to_store(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
+def _write_to_store(filesystem: fs.FileSystem, path: str, data: bytes | BinaryIO) -> None:
     """Write an object, in a thread: an exception between opening and writing, as a signal raises it in the
     main thread (SIGTERM, Ctrl-C), closes the stream, which makes an empty object of it."""
     with filesystem.open_output_stream(path, compression=None) as stream:
-        stream.write(data)
+        disk.put(data, stream)
 
 
 def write_table(uri: str, table: pa.Table, private: bool = False, **options: Any) -> None:

@@ -143,6 +143,14 @@ MEANING: dict[str, str] = {
     schema.TISSUE_AREA_MM2: "area of tissue in mm², with `--regions` that within them",
     schema.MALIGNANT_TILE_SHARE: "fraction of the scored tiles that are called malignant; each counts once, "
     "however far it overlaps others",
+    schema.TOP_TILES: "number of the scored tiles with the highest probability, 10 where there are so many",
+    schema.TOP_PROBABILITY: "their mean probability of malignancy; see [Answers for a slide]"
+    "(../explanation/slide-answers.md)",
+    schema.TOP_PROBABILITY_LOW: "lower end of its 95 % interval; null where all are in one square of 2 mm",
+    schema.TOP_PROBABILITY_HIGH: "upper end of its 95 % interval",
+    schema.NOISY_OR: "1 - (1 - p1)(1 - p2)... of these tiles: it ranks slides and is no probability",
+    schema.NOISY_OR_LOW: "lower end of its 95 % interval",
+    schema.NOISY_OR_HIGH: "upper end of its 95 % interval",
     schema.HEMATOXYLIN_OD_MEAN: "mean optical density of haematoxylin",
     schema.HEMATOXYLIN_OD_STD: "standard deviation of the optical density of haematoxylin",
     schema.EOSIN_OD_MEAN: "mean optical density of eosin",

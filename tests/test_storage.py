@@ -30,6 +30,16 @@ def test_a_file_is_read_back_as_written(tmp_path):
     assert [file.path for file in storage.list_files(str(tmp_path))] == ["deep/er/a.bin"]
 
 
+def test_an_open_file_is_copied_from_where_it_is(tmp_path, s3):
+    content = os.urandom(9 * 2**20)
+    for folder in (str(tmp_path), f"{s3}/{tmp_path.name}-copied"):
+        with tempfile.TemporaryFile() as file:
+            file.write(b"before" + content)
+            file.seek(6)
+            storage.write_bytes(f"{folder}/a.bin", file)
+        assert storage.read_bytes(f"{folder}/a.bin") == content
+
+
 def test_list_files_gives_paths_and_sizes_and_passes_over_hidden_ones(tmp_path):
     for name in ("b/2.png", "a.png", ".hidden/x.png", ".DS_Store"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

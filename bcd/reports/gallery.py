@@ -52,7 +52,8 @@ class GallerySlide:
     """One whole slide: its heat map and the slide with outlines of tissue and regions as encoded images, and
     the paths of its tiles and tissue as GeoJSON.
 
-    `n_warned` tiles are unlike the training data; `error` is the code of a slide that was not scored.
+    `n_warned` tiles are unlike the training data, `n_errors` have an error; `top` is the mean probability of
+    the `n_top` highest. `error` is the code of a slide that was not scored.
     """
 
     name: str
@@ -68,6 +69,10 @@ class GallerySlide:
     outlined: bytes | None = None
     tissue_geojson: str | None = None
     n_outside: int = 0
+    n_top: int = 0
+    top: float | None = None
+    top_interval: Sequence[float] | None = None
+    n_errors: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ Boxes are x, y, width and height in pixels of level 0, as from `tile.Grid.boxes`
 """
 
 import io
+import json
 import math
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import matplotlib
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
@@ -189,38 +188,58 @@ def _round_length(limit: float) -> float:
     return max(step * power for step in (1, 2, 5) if step * power <= limit)
 
 
-def geojson(
+def geojson(blocks: Iterable[Sequence[str]]) -> Iterator[bytes]:
+    """A GeoJSON FeatureCollection of blocks of `tile_features`, in pieces, a feature on a line.
+
+    QuPath (0.4 and later) imports it, compressed by gzip too.
+    """
+    yield b'{"type":"FeatureCollection","features":[\n'
+    between = ""
+    for block in filter(len, blocks):
+        yield (between + ",\n".join(block)).encode()
+        between = ",\n"
+    yield b"\n]}\n"
+
+
+def tile_features(
     tile_ids: Sequence[str],
     boxes: np.ndarray,
     predicted: Sequence[str | None],
     measurements: Mapping[str, np.ndarray],
-) -> dict[str, Any]:
-    """Tiles as a GeoJSON FeatureCollection, which QuPath (0.4 and later) opens by drag and drop.
+) -> list[str]:
+    """Tiles as features of GeoJSON, in the terms of QuPath.
 
     Args:
-        tile_ids: n `image_id`s; equal ids give equal UUIDs.
-        boxes: float (n, 4), level-0 pixels from the slide's bounds, which are QuPath's origin.
+        tile_ids: n `image_id`s, the names of the tiles; equal ids give equal UUIDs.
+        boxes: float (n, 4), whole level-0 pixels from the slide's bounds, which are QuPath's origin.
         predicted: n class names; None gives a tile without a class.
         measurements: float (n,) by name; NaN is left out, since JSON has none.
     """
-    values = pd.DataFrame(measurements, index=range(len(tile_ids)), dtype=float).to_dict("records")
-    tiles = zip(tile_ids, boxes.tolist(), predicted, values, strict=True)
-    return {"type": "FeatureCollection", "features": [_feature(*tile) for tile in tiles]}
+    classes = {name: _classification(name) for name in set(predicted)}
+    keys = [json.dumps(name) for name in measurements]
+    values = np.array(list(measurements.values()), float).reshape(len(keys), len(tile_ids)).T.tolist()
+    whole = np.rint(boxes).astype(int).tolist()
+    found = []
+    for tile_id, (left, top, width, height), name, row in zip(
+        tile_ids, whole, predicted, values, strict=True
+    ):
+        right, bottom = left + width, top + height
+        given = zip(keys, row, strict=True)
+        known = ",".join(f"{key}:{value}" for key, value in given if math.isfinite(value))
+        found.append(
+            f'{{"type":"Feature","id":"{uuid.uuid5(uuid.NAMESPACE_URL, tile_id)}",'
+            f'"geometry":{{"type":"Polygon","coordinates":[[[{left},{top}],[{right},{top}],'
+            f"[{right},{bottom}],[{left},{bottom}],[{left},{top}]]]}},"
+            f'"properties":{{"objectType":"tile","name":{json.dumps(tile_id)}{classes[name]},'
+            f'"measurements":{{{known}}}}}}}'
+        )
+    return found
 
 
-def _feature(tile_id: str, box: list[float], name: str | None, values: Mapping[Any, float]) -> dict[str, Any]:
-    left, top, width, height = box
-    right, bottom = left + width, top + height
-    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
-    properties: dict[str, Any] = {"objectType": "tile"}
-    if name is not None:
-        tumor_class = SUBTYPES[name].tumor_class if name in SUBTYPES else name
-        color = [round(255 * part) for part in to_rgb(CLASS_COLOR.get(tumor_class, GREY))]
-        properties["classification"] = {"name": name, "color": color}
-    properties["measurements"] = {key: value for key, value in values.items() if math.isfinite(value)}
-    return {
-        "type": "Feature",
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, tile_id)),
-        "geometry": {"type": "Polygon", "coordinates": [ring]},
-        "properties": properties,
-    }
+def _classification(name: str | None) -> str:
+    """The property of a tile of a class, with the comma before it; nothing without a class."""
+    if name is None:
+        return ""
+    tumor_class = SUBTYPES[name].tumor_class if name in SUBTYPES else name
+    color = [round(255 * part) for part in to_rgb(CLASS_COLOR.get(tumor_class, GREY))]
+    return ',"classification":' + json.dumps({"name": name, "color": color}, separators=(",", ":"))

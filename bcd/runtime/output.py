@@ -36,7 +36,7 @@ FILES = {
     CROSSVAL: rf"(config|run)\.json|({_FOLD}/)?({_REPORT})|{_FOLD}/repeat-\d+-fold-\d+/.+",
     EVALUATE: _REPORT,
     SCORE: r"(config|summary)\.json|(slides|inputs)\.parquet|gallery\.html"
-    r"|slides/.+/(heatmap\.png|tissue\.jpg|(tiles|tissue)\.geojson)|predictions/part-ID-.+"
+    r"|slides/.+/(heatmap\.png|tissue\.(jpg|geojson)|tiles\.geojson(\.gz)?)|predictions/part-ID-.+"
     r"|work/\d{4}/(plans/)?[0-9a-f]{24}\.(parquet|json|(mask\.)?png)",
     AUDIT: r"audit\.(html|json)|(images|near_duplicates|identifiers)\.parquet",
     DEMO: r"(archive/)?BreaKHis_v1/(SYNTHETIC\.txt|histology_slides/.+\.png)|archive/cut short\.png"

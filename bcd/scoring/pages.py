@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
@@ -136,21 +136,27 @@ def _failures(table: pa.Table) -> dict[str, gallery.Failures]:
 def _slides(ours: Ledger, rows: list[dict[str, Any]], linked: bool = True) -> list[gallery.GallerySlide]:
     scored = [row[schema.SLIDE] for row in rows if row[schema.ERROR] is None]
     shown = set(scored[: gallery.MAX_SLIDES])
-    return [_slide(ours, row, row[schema.SLIDE] in shown, linked) for row in rows]
+    written = storage.list_files_if_any(storage.join(ours.uri, slides.FOLDER))
+    old = {f"{slides.FOLDER}/{file.path}" for file in written if file.path.endswith(slides.OLD_GEOJSON)}
+    return [_slide(ours, row, row[schema.SLIDE] in shown, linked, old) for row in rows]
 
 
-def _slide(ours: Ledger, row: dict[str, Any], shown: bool, linked: bool) -> gallery.GallerySlide:
+def _slide(
+    ours: Ledger, row: dict[str, Any], shown: bool, linked: bool, old: Collection[str]
+) -> gallery.GallerySlide:
     here = slides.slide_folder(row[schema.SLIDE])
     heat_map, outlined = (storage.join(ours.uri, here, name) for name in (slides.HEATMAP, slides.OUTLINES))
     # Slides that an older version scored have no outlines.
     is_outlined = row[schema.OUTSIDE_TILES] is not None
+    geojson = f"{here}/{slides.OLD_GEOJSON if f'{here}/{slides.OLD_GEOJSON}' in old else slides.GEOJSON}"
+    ends = [row[name] for name in (schema.TOP_PROBABILITY_LOW, schema.TOP_PROBABILITY_HIGH)]
     return gallery.GallerySlide(
         name=row[schema.SLIDE],
         n_tiles=row[schema.TILES] or 0,
         tissue_mm2=row[schema.TISSUE_AREA_MM2],
         share_malignant=row[schema.MALIGNANT_TILE_SHARE],
         heat_map=storage.read_bytes(heat_map) if shown else None,
-        geojson=f"{here}/{slides.GEOJSON}" if row[schema.ERROR] is None else None,
+        geojson=geojson if row[schema.ERROR] is None else None,
         n_warned=row[schema.WARNED_TILES] or 0,
         patient=row[schema.PATIENT],
         link=link(row[schema.URI], ours.uri) if linked else None,
@@ -158,4 +164,8 @@ def _slide(ours: Ledger, row: dict[str, Any], shown: bool, linked: bool) -> gall
         outlined=storage.read_bytes(outlined) if shown and is_outlined else None,
         tissue_geojson=f"{here}/{slides.TISSUE}" if is_outlined else None,
         n_outside=row[schema.OUTSIDE_TILES] or 0,
+        n_top=row[schema.TOP_TILES] or 0,
+        top=row[schema.TOP_PROBABILITY],
+        top_interval=None if None in ends else ends,
+        n_errors=row[schema.ERROR_TILES] or 0,
     )

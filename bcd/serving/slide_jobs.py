@@ -35,7 +35,7 @@ PROGRESS, CANCELLED, FAILED = "progress.json", "cancelled", "failed.json"
 # Of a row of `slides.parquet`: what the caller does not need to know, and what is null.
 HIDDEN = (schema.URI, schema.ERROR, schema.ERROR_MESSAGE)
 # Results that are files, by their last path component in the address.
-FILES = {slides.HEATMAP: "image/png", slides.GEOJSON: "application/geo+json"}
+FILES = {slides.HEATMAP: "image/png", slides.GEOJSON: "application/gzip"}
 
 
 class About(BaseModel):

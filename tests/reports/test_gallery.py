@@ -274,6 +274,24 @@ def test_a_warning_is_beside_its_image_and_counted() -> None:
     assert "it is unknown which of these images are unlike them" in unknown
 
 
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        (
+            {"n_top": 10, "top": 0.931, "top_interval": [0.81, 0.974]},
+            "mean of the highest 10 0.931 (0.810 to 0.974)",
+        ),
+        ({"n_top": 10, "top": 0.931}, "mean of the highest 10 0.931 tissue"),
+        ({"n_top": 1, "top": 0.2}, "mean of the highest 0.200 tissue"),
+        ({"n_errors": 3}, "not scored 3 tiles tissue"),
+        ({}, "of 400 tissue"),
+    ],
+)
+def test_the_card_of_a_slide_has_the_mean_of_its_highest_tiles(known, said) -> None:
+    slide = gallery.GallerySlide("s.svs", 400, 1.0, 0.5, pictures.encode(pictures.gradient()), **known)
+    assert said in text(page(slides=[slide]))
+
+
 def test_the_table_lists_images_and_slides_with_links() -> None:
     rows = [
         gallery.GalleryRow("a.png", "../in/a%20b.png", "p1", "malignant", 0.91, 1.2),

@@ -49,10 +49,11 @@ QUPATH = {
                     },
                     "properties": {
                         "type": "object",
-                        "required": ["objectType", "measurements"],
+                        "required": ["objectType", "name", "measurements"],
                         "additionalProperties": False,
                         "properties": {
                             "objectType": {"enum": ["tile", "detection", "annotation"]},
+                            "name": {"type": "string"},
                             "classification": {
                                 "type": "object",
                                 "required": ["name", "color"],
@@ -217,7 +218,8 @@ def test_tiles_lie_on_the_thumbnail_of_the_real_slide(real_data):
     # the page keeps the thumbnail pixel for pixel
     np.testing.assert_array_equal(np.asarray(page)[:1000, : thumbnail.shape[1]], thumbnail)
     # the polygon in QuPath is the tile that was read
-    (ring,) = heatmap.geojson(["a"], boxes, ["benign"], {})["features"][0]["geometry"]["coordinates"]
+    (feature,) = heatmap.tile_features(["a"], boxes, ["benign"], {})
+    (ring,) = json.loads(feature)["geometry"]["coordinates"]
     assert ring == [[687, 903], [1374, 903], [1374, 1355], [687, 1355], [687, 903]]
 
 
@@ -247,6 +249,12 @@ def test_the_scale_bar_is_as_long_as_it_says(mpp):
     assert dark * mpp / 0.1 / 1000 == pytest.approx(length_mm, rel=0.01)
 
 
+def read(*blocks):
+    """What a reader of JSON finds; like many, and unlike Python's by default, it rejects NaN."""
+    content = b"".join(heatmap.geojson(blocks))
+    return json.loads(content, parse_constant=lambda name: pytest.fail(name))
+
+
 def collection():
     grid = tile.grid(2220, 2967, (0.499, 0.499), 0.49, 700, 460)
     ids = [tile.tile_id("a.svs", x, y, 0.49) for x, y in zip(grid.x_level0_px, grid.y_level0_px, strict=True)]
@@ -254,17 +262,18 @@ def collection():
     probability[0] = np.nan
     predicted = [None, *("malignant" if p >= 0.5 else "benign" for p in probability[1:])]
     measurements = {"probability_malignant": probability, "log_odds": 8 * probability - 4}
-    return ids, grid, heatmap.geojson(ids, grid.boxes(), predicted, measurements)
+    found = heatmap.tile_features(ids, grid.boxes(), predicted, measurements)
+    return ids, grid, read(found[:3], [], found[3:])
 
 
 def test_qupath_can_read_the_tiles():
-    ids, grid, found = collection()
-    written = json.loads(json.dumps(found, allow_nan=False))
+    ids, grid, written = collection()
     jsonschema.validate(written, QUPATH)
     assert len(written["features"]) == len(grid)
     last = written["features"][-1]
     assert last["properties"] == {
         "objectType": "tile",
+        "name": ids[-1],
         "classification": {"name": "malignant", "color": [213, 94, 0]},
         "measurements": {"probability_malignant": 1.0, "log_odds": 4.0},
     }
@@ -277,12 +286,30 @@ def test_qupath_can_read_the_tiles():
 
 
 def test_what_is_not_known_is_left_out():
-    assert collection()[2]["features"][0]["properties"] == {"objectType": "tile", "measurements": {}}
+    ids, _, written = collection()
+    assert written["features"][0]["properties"] == {"objectType": "tile", "name": ids[0], "measurements": {}}
+    assert read() == read([]) == {"type": "FeatureCollection", "features": []}
+
+
+def test_names_and_numbers_are_read_as_they_were_written():
+    """Names with all that JSON escapes, and numbers to the last bit."""
+    name, value = 'a "b"\\/ü\n.svs#0,0,0.49', float(np.float32(0.1)) / 3e7
+    feature = read(heatmap.tile_features([name], np.array([[0, 1, 2, 3]]), ['"'], {"ü": np.array([value])}))
+    (properties,) = [one["properties"] for one in feature["features"]]
+    assert (properties["name"], properties["classification"]["name"]) == (name, '"')
+    assert properties["measurements"] == {"ü": value}
+
+
+def test_rings_turn_as_the_standard_says():
+    """Counterclockwise (RFC 7946, 3.1.6), in the frame of the numbers."""
+    (feature,) = read(heatmap.tile_features(["a"], np.array([[10, 20, 30, 40]]), [None], {}))["features"]
+    x, y = np.array(feature["geometry"]["coordinates"][0]).T
+    assert (x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2 == 30 * 40
 
 
 def test_subtypes_have_the_colour_of_their_tumour_class():
     boxes = np.array([[0, 0, 1, 1]] * 4)
-    found = heatmap.geojson(list("abcd"), boxes, ["malignant", "DC", "benign", "F"], {})
+    found = read(heatmap.tile_features(list("abcd"), boxes, ["malignant", "DC", "benign", "F"], {}))
     colors = [feature["properties"]["classification"]["color"] for feature in found["features"]]
     assert colors[0] == colors[1] != colors[2] == colors[3] == [0, 114, 178]
 

@@ -29,8 +29,8 @@ WRITTEN = {
     "evaluate": "metrics.json report.html test_images.parquet figures/roc.svg "
     "predictions/part-ID-w-000000.parquet",
     "score": "config.json summary.json slides.parquet inputs.parquet gallery.html slides/a/b.svs/heatmap.png "
-    "slides/a/b.svs/tiles.geojson slides/a/b.svs/tissue.geojson slides/a/b.svs/tissue.jpg "
-    "predictions/part-ID-0001-00000.parquet "
+    "slides/a/b.svs/tiles.geojson slides/a/b.svs/tiles.geojson.gz slides/a/b.svs/tissue.geojson "
+    "slides/a/b.svs/tissue.jpg predictions/part-ID-0001-00000.parquet "
     "predictions/part-ID-0001-00000.parquet.0a1b.part work/0001/0123456789abcdef01234567.parquet "
     "work/0001/plans/0123456789abcdef01234567.json work/0001/plans/0123456789abcdef01234567.mask.png",
     "audit": "audit.html audit.json images.parquet near_duplicates.parquet identifiers.parquet",

@@ -1,7 +1,11 @@
+import gzip
 import io
 import json
 import posixpath
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +16,11 @@ from PIL import Image
 
 from bcd import schema, storage
 from bcd.data import archive
+from bcd.errors import StorageError
 from bcd.imaging import image
+from bcd.metrics import top_tiles
 from bcd.reports import heatmap
-from bcd.scoring import ledger, slides, tiling
+from bcd.scoring import ledger, pages, slides, tiling
 from bcd.slides import slide_cache
 from bcd.taxonomy import TUMOR_CLASSES, classes, malignant_mask
 from tests import pictures
@@ -82,7 +88,8 @@ def none():
 
 
 def features(ours, name):
-    content = json.loads(storage.read_bytes(f"{slides.folder(ours.uri, name)}/tiles.geojson"))
+    packed = storage.read_bytes(f"{slides.folder(ours.uri, name)}/tiles.geojson.gz")
+    content = json.loads(gzip.decompress(packed))
     assert content["type"] == "FeatureCollection"
     return content["features"]
 
@@ -114,6 +121,7 @@ def check(ours, plan, tiles, row, probability, log_odds):
         width, height = round(tile[schema.WIDTH_PX] * scale), round(tile[schema.HEIGHT_PX] * scale)
         (ring,) = feature["geometry"]["coordinates"]
         assert ring == [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
+        assert feature["properties"]["name"] == tile[schema.IMAGE_ID]
         assert feature["properties"]["classification"]["name"] == ("malignant" if p >= 0.5 else "benign")
         measured = feature["properties"]["measurements"]
         assert measured == pytest.approx({schema.PROBABILITY_MALIGNANT: p, "log_odds": odds}, rel=1e-5)
@@ -203,6 +211,164 @@ def test_tiles_have_the_size_of_each_axis(tmp_path):
     assert ring == [[160, 120], [200, 120], [200, 180], [160, 180], [160, 120]]
 
 
+def test_the_tissue_share_is_a_measurement_of_tables_that_have_it(tmp_path):
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    scored(ours, tiles)
+    (part,) = storage.list_files(ours.predictions_uri)
+    share = np.linspace(0.25, 1, len(tiles), dtype=np.float32)
+    storage.write_table(
+        part.uri, storage.read_table(part.uri).append_column(schema.TISSUE_SHARE, pa.array(share))
+    )
+    slides.write_slides(ours, plans, none(), card())
+    measured = [feature["properties"]["measurements"] for feature in features(ours, "s.tif")]
+    assert [one[schema.TISSUE_SHARE] for one in measured] == share.tolist()
+
+
+def test_tiles_are_read_and_written_by_row_group(tmp_path, monkeypatch):
+    """Those of another slide in the same file are not read: groups are chosen by their statistics."""
+    ours, tiles, plans = planned(tmp_path, {"a.tif": stained(), "b.tif": stained()}, SYNTHETIC)
+    scored(ours, tiles)
+    slides.write_slides(ours, plans, none(), card())
+    whole = [features(ours, name) for name in ("a.tif", "b.tif")]
+    (part,) = storage.list_files(ours.predictions_uri)
+    storage.write_table(part.uri, storage.read_table(part.uri), row_group_size=4)
+    blocks = []
+    real = heatmap.tile_features
+    monkeypatch.setattr(heatmap, "tile_features", lambda *given: blocks.append(len(given[0])) or real(*given))
+    slides.write_slides(ours, plans, none(), card())
+    assert blocks == [4, 4, 4, 3, 1, 4, 4, 4, 2]
+    assert [features(ours, name) for name in ("a.tif", "b.tif")] == whole
+
+
+def test_the_file_for_qupath_is_the_same_on_s3(tmp_path, s3):
+    found = []
+    for folder in (f"{tmp_path}/here", f"{s3}/{tmp_path.name}"):
+        ours, tiles, plans = planned(folder, {"s.tif": stained()}, SYNTHETIC)
+        scored(ours, tiles)
+        slides.write_slides(ours, plans, none(), card())
+        found.append(storage.read_bytes(f"{slides.folder(ours.uri, 's.tif')}/tiles.geojson.gz"))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_file_that_was_not_finished_is_not_there(tmp_path, remote, request, monkeypatch):
+    folder = f"{request.getfixturevalue('s3')}/{tmp_path.name}" if remote else tmp_path
+    ours, tiles, plans = planned(folder, {"s.tif": stained()}, SYNTHETIC)
+    scored(ours, tiles)
+
+    def cut(blocks):
+        yield b"{"
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(heatmap, "geojson", cut)
+    with pytest.raises(StorageError, match=r"s.tif/tiles.geojson.gz: cannot write it: the disk is full"):
+        slides.write_slides(ours, plans, none(), card())
+    names = {file.path.rpartition("/")[2] for file in storage.list_files(ours.uri)}
+    assert "heatmap.png" in names
+    assert not {name for name in names if "geojson" in name}
+
+
+def test_the_file_of_an_older_version_is_replaced(tmp_path):
+    """That of a slide of an earlier generation remains, and the gallery has its link."""
+    ours, tiles, plans = planned(tmp_path, {"a.tif": stained(), "b.tif": stained()}, SYNTHETIC)
+    scored(ours, tiles)
+    table = slides.write_slides(ours, plans, none(), card())
+    for name in ("a.tif", "b.tif"):
+        storage.write_bytes(f"{slides.folder(ours.uri, name)}/tiles.geojson", b"old")
+    slides.write_slides(ours, plans[:1], none(), card())
+    linked = [slide.geojson for slide in pages._slides(ours, table.to_pylist())]
+    assert linked == ["slides/a.tif/tiles.geojson.gz", "slides/b.tif/tiles.geojson"]
+
+
+def test_a_slide_has_answers_of_its_top_tiles(tmp_path):
+    """The whole slide is one square of tissue, so that there is no interval."""
+    ours, tiles, plans = planned(tmp_path, {"s.tif": stained()}, SYNTHETIC)
+    _, probability, _ = scored(ours, tiles)
+    (row,) = slides.write_slides(ours, plans, none(), card()).to_pylist()
+    top = np.sort(probability.astype(float))[-10:]
+    assert row[schema.TOP_TILES] == 10
+    assert row[schema.TOP_PROBABILITY] == pytest.approx(top.mean())
+    assert row[schema.NOISY_OR] == pytest.approx(1 - np.prod(1 - top))
+    assert [row[name] for name in top_tiles.LIMITS] == [None] * 4
+
+
+PEAK = """
+import json, sys
+from types import SimpleNamespace
+from bcd.lease import Lease
+from bcd.scoring import ledger, slides, tiling
+ours = ledger.Ledger(Lease(sys.argv[1]), "0", ())
+card = SimpleNamespace(threshold=0.5, classes=("benign", "malignant"))
+plan = tiling.read_plan(ours.plans_uri, "s.svs")
+if sys.argv[2] == "geojson":
+    slides._write_geojson(ours, plan, slides._tiles(ours, plan).size, card)
+else:
+    slides.draw_slide(ours, plan, card)
+print(1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]))
+"""
+
+
+def peak(ours, what):
+    """Most memory in MB of a process that does this for a slide, with all that it imports, Ray too."""
+    command = [sys.executable, "-c", PEAK, ours.uri, what]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout) / 1e6
+
+
+def large(output, side, group=16_384):
+    """A slide of side x side tiles and its predictions, which are read from row groups."""
+    ours = ledger.Ledger(claimed(output), "0", ())
+    facts = {
+        "slide": "s.svs",
+        "uri": "/s.svs",
+        "patient": None,
+        "background_tiles": 0,
+        "tissue_area_mm2": 1.0,
+    }
+    facts |= {"width_px": 224 * side, "height_px": 224 * side, "mpp_x": 0.5, "mpp_y": 0.5}
+    plan = tiling.Plan(**facts, tiles=side**2, thumbnail_scale=2048 / (224 * side))
+    tiling._keep(ours.plans_uri, plan, np.full((2048, 2048, 3), 230, np.uint8), none())
+    form, rng = schema.predictions(7, 11), np.random.default_rng(0)
+    Path(ours.predictions_uri).mkdir()
+    with pq.ParquetWriter(f"{ours.predictions_uri}/part.parquet", form, compression="zstd") as file:
+        for start in range(0, side**2, group):
+            place = np.arange(start, min(start + group, side**2))
+            x, y = place % side * 224, place // side * 224
+            odds = rng.normal(-3, 2, len(place)).astype(np.float32)
+            p = 1 / (1 + np.exp(-odds))
+            constant = {schema.SLIDE: "s.svs", schema.URI: "/s.svs", schema.MPP: 0.5, schema.WIDTH_PX: 224}
+            constant |= {schema.HEIGHT_PX: 224, schema.MODEL_ID: "m", schema.BCD_VERSION: "1"}
+            constant |= {schema.NOVELTY_CUTOFF: 1.5}
+            columns = {name: [value] * len(place) for name, value in constant.items()}
+            columns |= {schema.IMAGE_ID: [f"s.svs#{a},{b},0.5" for a, b in zip(x, y, strict=True)]}
+            columns |= {schema.X_LEVEL0_PX: x, schema.Y_LEVEL0_PX: y, schema.PROBABILITY_MALIGNANT: p}
+            columns |= {schema.LOGIT: np.stack([np.zeros_like(odds), odds], 1).tolist()}
+            columns |= {schema.PREDICTED_CLASS: np.where(p >= 0.5, "malignant", "benign")}
+            columns |= {schema.NOVELTY: rng.normal(1, 0.2, len(place)).astype(np.float32)}
+            columns |= {
+                schema.WARNINGS: [
+                    ["unlike_training_data"] if v > 1.5 else [] for v in columns[schema.NOVELTY]
+                ]
+            }
+            evidence = pa.FixedSizeListArray.from_arrays(np.zeros(77 * len(place), np.float32), 77)
+            columns |= {schema.EVIDENCE: evidence}
+            file.write_table(schema.fill(pa.table(columns), form), group)
+    return ours
+
+
+@pytest.mark.trial
+def test_a_million_tiles_need_300_mb(tmp_path):
+    """In GeoJSON. Of the heat map, a hundred times the tiles need little more than its thumbnail."""
+    few, many = large(f"{tmp_path}/few", 100), large(f"{tmp_path}/many", 1_000)
+    found = {what: (peak(few, what), peak(many, what)) for what in ("geojson", "all")}
+    print(*(f"{what}: {some:.0f} and {all_:.0f} MB" for what, (some, all_) in found.items()))
+    assert found["geojson"][1] <= 300
+    assert found["all"][1] - found["all"][0] <= 80
+    with gzip.open(f"{slides.folder(many.uri, 's.svs')}/tiles.geojson.gz", "rt") as file:
+        names = [json.loads(line.rstrip(",\n"))["properties"]["name"] for line in file if '"Feature"' in line]
+    table = storage.dataset(many.predictions_uri).to_table([schema.IMAGE_ID])
+    assert names == table[schema.IMAGE_ID].to_pylist()
+
+
 @pytest.mark.real
 def test_a_real_slide_is_described_by_its_tiles(tmp_path, real_data):
     content = (real_data / "slides" / NAME).read_bytes()
@@ -277,7 +443,9 @@ def test_tiles_in_error_are_counted_and_keep_their_place(tmp_path):
     assert row[schema.MALIGNANT_TILE_SHARE] == pytest.approx(np.mean(probability[4:] >= 0.5))
     assert row[ORDER[2]] == pytest.approx(np.median(probability[4:]))
     found = features(ours, "s.tif")
-    assert [set(feature["properties"]) for feature in found[:4]] == [{"objectType", "measurements"}] * 4
+    assert [set(feature["properties"]) for feature in found[:4]] == [
+        {"objectType", "name", "measurements"}
+    ] * 4
     assert found[1]["geometry"]["coordinates"][0][:3] == [[40, 0], [80, 0], [80, 30]]
     write(ours, [row | dict.fromkeys(lost) | {schema.ERROR: "unreadable"} for row in rows])
     (row,) = slides.write_slides(ours, plans, none(), card()).to_pylist()

@@ -5,7 +5,9 @@ The two tests that change what is deployed are last.
 
 import asyncio
 import contextlib
+import gzip
 import itertools
+import json
 import os
 import re
 import shutil
@@ -329,7 +331,8 @@ def test_a_slide_is_scored_as_in_an_archive_though_its_replica_is_lost(service, 
     assert (row["tiles"], row["error_tiles"], len(expected)) == (4, 0, 4)
     for name, share in schema.QUANTILES.items():
         assert row[name] == pytest.approx(np.quantile(expected, share), abs=1e-5)
-    assert len(found("/tiles.geojson").json()["features"]) == 4
+    tiles = json.loads(gzip.decompress(found("/tiles.geojson.gz").content))
+    assert len(tiles["features"]) == 4
     assert found("/heatmap.png").content.startswith(b"\x89PNG")
     assert httpx.delete(address, headers=AUTHORISED).status_code == 204
     assert found().status_code == 404

@@ -48,7 +48,7 @@ def test_a_result_has_no_place_of_the_service(jobs):
     assert (found["slide"][schema.TILES], found["slide"][schema.MALIGNANT_TILE_SHARE]) == (3, 0.5)
     assert found[schema.MODEL_ID] == "9f2c"
     assert found["files"] == {
-        name: f"/v1/slides/{job_id}/{name}" for name in ("heatmap.png", "tiles.geojson")
+        name: f"/v1/slides/{job_id}/{name}" for name in ("heatmap.png", "tiles.geojson.gz")
     }
 
 

@@ -176,7 +176,7 @@ function fill(slide) {
   if (url) parts.push(make("img", "", { src: url, alt: `${name} with the probability of each tile` }));
   if (document?.slide) parts.push(wrap("dl", { class: "numbers" }, ...facts(document.slide).flatMap(([term, value]) => [make("dt", term), make("dd", value)])));
   const buttons = wrap("div", { class: "buttons" });
-  if (document?.files?.["tiles.geojson"]) buttons.append(button("Tiles for QuPath", () => save(slide, "tiles.geojson")));
+  if (document?.files?.["tiles.geojson.gz"]) buttons.append(button("Tiles for QuPath", () => save(slide, "tiles.geojson.gz")));
   buttons.append(button(running ? "Cancel" : "Delete", () => remove(slide)));
   // Progress that changes must not take the focus from its button.
   const focused = card.contains(window.document.activeElement);
