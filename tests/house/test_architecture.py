@@ -54,7 +54,8 @@ def depth(node: ast.AST) -> int:
 # those of them that start everything.
 RANKS = [
     *("", "config", "metrics", "imaging", "slides", "data", "split", "model", "reports", "runtime"),
-    *("audit", "preflight", "evaluation", "training", "scoring", "serving", "doors"),
+    *("audit", "preflight", "evaluation", "training", "scoring", "serving"),
+    *("serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = {"", "config", "metrics", "imaging", "slides", "data", "split"}
@@ -69,7 +70,7 @@ WITH_TORCH = {
     "bcd.preflight.doctor",
     "bcd.serving.serve",
 }
-MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 20_600
+MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 21_550
 
 
 def folder_of(name: str) -> str:

@@ -77,13 +77,16 @@ async function content(response, signal) {
   }
 }
 
-/** JSON from the service; while it is busy, wait as long as it states and retry. */
-export async function ask(path, options = {}) {
+/** An answer of the service; while it is busy, wait as long as it states and retry. */
+export async function answered(path, options = {}) {
   for (let attempt = 1; ; attempt++) {
     const response = await reply(path, options);
-    if (response.ok) return content(response, options.signal);
+    if (response.ok) return response;
     if (response.status !== 503 || attempt === ATTEMPTS) throw await failure(response);
     const stated = parseFloat(response.headers.get("Retry-After"));
     await pause(stated >= 0 ? Math.min(stated, LONGEST_PAUSE_S) : PAUSE_S, options.signal);
   }
 }
+
+/** JSON from the service. */
+export const ask = async (path, options = {}) => content(await answered(path, options), options.signal);
