@@ -246,7 +246,7 @@ def test_the_token_is_asked_for_and_sent_with_each_tile(page: Page, locked: str,
 
 def test_a_pseudonymised_slide_is_a_map_without_pixels(page: Page, hidden: str, shot: Any) -> None:
     visit(page, address(hidden))
-    expect(page.locator("#banners")).to_contain_text("the output is pseudonymised")
+    expect(page.locator("#banners")).to_contain_text("The output is pseudonymised")
     expect(page.locator("#heat-map-image")).to_be_visible()
     assert pixels(page).std() > 20
     shot()
@@ -274,13 +274,13 @@ def test_a_map_of_100_000_tiles_is_one_bitmap_until_few_of_them_are_in_view(page
     """Not one rectangle is drawn in a frame of all tiles, and only those in view where they are large."""
     visit(page, address(url))
     drawn = json.loads(page.locator("#stage").evaluate(DRAW))
-    assert drawn["bitmap"] == [4096, 4096]
+    # 316 x 317 tiles of 12 px.
+    assert drawn["bitmap"] == [3792, 3804]
     few, many = (drawn["rectangles"][name] for name in ("near", "far"))
     assert many == 0
     # 1600 x 1000 px with tiles of 51.2 px, each with its edge; at most one more on each side.
     assert 2 * 31 * 19 <= few <= 2 * 33 * 21
-    assert drawn["milliseconds"] > 0
-    print(drawn)
+    print(f"two frames in {drawn['milliseconds']:.0f} ms")
 
 
 DRAW = """async () => {

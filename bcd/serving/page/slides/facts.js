@@ -1,6 +1,6 @@
 // Numbers and facts of slides, tiles and fields in words. Numbers are those of the table, to the digit.
 
-import { make, words, wrap } from "../text.js";
+import { make, sentence, words, wrap } from "../text.js";
 
 const MARKS = {
   synthetic: ["Synthetic model.", "It was trained on synthetic images: its output shows that the software works, and says nothing about tissue."],
@@ -11,7 +11,7 @@ const MARKS = {
 export function banners(about) {
   const marks = Object.entries(MARKS).filter(([key]) => about[key]);
   const shown = marks.map(([, text]) => text);
-  if (about.hidden) shown.push(["No pixels.", `${about.hidden}.`]);
+  if (about.hidden) shown.push(["No pixels.", sentence(about.hidden)]);
   return shown.map(([name, text]) => wrap("p", { class: "banner" }, make("strong", name), ` ${text}`));
 }
 

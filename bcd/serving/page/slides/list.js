@@ -128,6 +128,9 @@ function wire() {
   });
 }
 
+// The list puts its question in the address in place of it.
+const finds = location.hash === "#find";
+
 async function begin() {
   about ??= await ask("v1/view");
   document.title = element("title").textContent = about.title;
@@ -140,7 +143,7 @@ async function begin() {
   if (!location.search && !about.n_slides) query = defaults("fields");
   showFilter();
   await list();
-  if (location.hash === "#find") element("text").focus();
+  if (finds) element("text").focus();
 }
 
 wire();
