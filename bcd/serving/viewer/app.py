@@ -31,7 +31,7 @@ from bcd.serving.middleware import RefusedError
 from bcd.serving.viewer import listing, packed, scored
 from bcd.serving.viewer.deepzoom import OVERLAP_PX, TILE_PX, DeepZoom
 from bcd.serving.viewer.listing import Query
-from bcd.serving.viewer.pixels import Pixels, Pool
+from bcd.serving.viewer.pixels import BoundedThreads, PixelReader
 from bcd.serving.viewer.scored import Scored
 from bcd.taxonomy import classes
 from bcd.text import without_folders
@@ -51,10 +51,10 @@ SHOWN = [name for name in schema.SLIDES.names if name not in (schema.URI, schema
 class Viewer:
     """The routes over one output, which is read again where a job has written into it."""
 
-    def __init__(self, output: Scored, pixels: Pixels) -> None:
+    def __init__(self, output: Scored, pixels: PixelReader) -> None:
         self._output, self._pixels = output, pixels
         # One at a time: each holds a batch of the table.
-        self._tables = Pool("table", 1)
+        self._tables = BoundedThreads("table", 1)
         self._packed = lru_cache(KEPT_SLIDES)(_packed)
         self._page = lru_cache(KEPT_PAGES)(listing.page)
 
@@ -128,12 +128,12 @@ class Viewer:
         return found
 
 
-def create_viewer(output: Scored, pixels: Pixels | None = None) -> Starlette:
+def create_viewer(output: Scored, pixels: PixelReader | None = None) -> Starlette:
     """An app of the viewer alone, with its pages."""
     page = Mount("/page", StaticFiles(directory=str(files("bcd.serving").joinpath("page"))))
     first = Route("/", lambda _: RedirectResponse("/slides"))
     health = Route("/healthz", lambda _: JSONResponse({"status": "alive"}))
-    routes = Viewer(output, pixels or Pixels()).routes()
+    routes = Viewer(output, pixels or PixelReader()).routes()
     handlers = {RefusedError: _refused, ImageError: _broken, StorageError: _broken, HTTPException: _http}
     return Starlette(routes=[*routes, page, first, health], exception_handlers=handlers)
 
@@ -207,7 +207,7 @@ def _explained(row: dict[str, Any], output: Scored) -> dict[str, Any] | None:
     covers = overlay.covers(*size, height * card.STRIDE_PX, width * card.STRIDE_PX)
     values = np.reshape(row[schema.EVIDENCE], (height, width)).tolist()
     logit = pa.chunked_array([[row[schema.LOGIT]]])
-    odds = packed.log_odds(logit, classes(output.summary["target"]))
+    odds = packed.log_odds_of(logit, classes(output.summary["target"]))
     return {"log_odds": odds.item(), "height": height, "width": width, "values": values, "covers": covers}
 
 

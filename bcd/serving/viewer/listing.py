@@ -30,12 +30,12 @@ FIELDS: Mapping[str, str] = {
     NOVELTY: schema.NOVELTY,
     ERROR: schema.ERROR,
     "predicted": schema.PREDICTED_CLASS,
-    "warnings": schema.WARNINGS,
+    schema.WARNINGS: schema.WARNINGS,
 }
 SLIDES: Mapping[str, str] = {
     NAME: schema.SLIDE,
     PATIENT: schema.PATIENT,
-    PROBABILITY: "probability_q95",
+    PROBABILITY: [*schema.QUANTILES][-1],
     NOVELTY: schema.WARNED_TILES,
     ERROR: schema.ERROR,
     "share": schema.MALIGNANT_TILE_SHARE,
@@ -74,14 +74,14 @@ class Query(BaseModel):
 
 
 @dataclass(frozen=True)
-class Page:
+class Found:
     """Rows of the list, and how many match in all."""
 
     total: int
     rows: list[dict[str, Any]]
 
 
-def page(scored: Scored, query: Query) -> Page:
+def page(scored: Scored, query: Query) -> Found:
     """One page of the list; raises StorageError where the table cannot be read."""
     columns = COLUMNS[query.kind]
     source = scored.predictions if query.kind == "fields" else pads.dataset(scored.slides)
@@ -97,7 +97,7 @@ def page(scored: Scored, query: Query) -> Page:
         total, first = _first(scanner.to_batches(), query)
     except (OSError, pa.ArrowInvalid) as error:
         raise storage.failure(scored.uri, "read its table", error) from error
-    return Page(total, first.slice(query.offset).to_pylist())
+    return Found(total, first.slice(query.offset).to_pylist())
 
 
 def _filter(query: Query, columns: Mapping[str, str]) -> pc.Expression:
@@ -112,7 +112,7 @@ def _filter(query: Query, columns: Mapping[str, str]) -> pc.Expression:
     if query.most is not None:
         where &= field[PROBABILITY] <= query.most
     if query.unlike:
-        found = pc.list_value_length(field["warnings"]) if query.kind == "fields" else field[NOVELTY]
+        found = pc.list_value_length(field[schema.WARNINGS]) if query.kind == "fields" else field[NOVELTY]
         where &= found > 0
     if query.error in (ANY, NONE):
         where &= field[ERROR].is_valid() if query.error == ANY else field[ERROR].is_null()

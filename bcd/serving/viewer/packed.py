@@ -44,7 +44,7 @@ def pack(tiles: pa.Table, slide_mpp: tuple[float, float], classes: Sequence[str]
         "x": _ints(tiles[schema.X_LEVEL0_PX]),
         "y": _ints(tiles[schema.Y_LEVEL0_PX]),
         "probability": _floats(tiles[schema.PROBABILITY_MALIGNANT]),
-        "log_odds": log_odds(tiles[schema.LOGIT], classes),
+        "log_odds": log_odds_of(tiles[schema.LOGIT], classes),
         "novelty": _floats(tiles[schema.NOVELTY]),
         "warned": is_warned(tiles).astype(np.uint8),
         "predicted": predicted,
@@ -65,7 +65,7 @@ def tile_size(tiles: pa.Table, slide_mpp: tuple[float, float]) -> tuple[int, int
     return width, height
 
 
-def log_odds(logits: pa.ChunkedArray, classes: Sequence[str]) -> np.ndarray:
+def log_odds_of(logits: pa.ChunkedArray, classes: Sequence[str]) -> np.ndarray:
     """Log-odds of malignancy, float64 (n,), NaN without logits."""
     unknown = [np.nan] * len(classes)
     rows = np.array([values or unknown for values in logits.to_pylist()], np.float64)

@@ -38,7 +38,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class Pool:
+class BoundedThreads:
     """Threads for one kind of work. Raises RefusedError `overloaded` beyond so many that work or wait."""
 
     def __init__(self, name: str, threads: int, most: int = MOST_WAITING) -> None:
@@ -57,7 +57,7 @@ class Pool:
         return await asyncio.wrap_future(future)
 
 
-class Pixels:
+class PixelReader:
     """Reads slides and fields by their rows. One event loop calls it.
 
     Args:
@@ -65,8 +65,8 @@ class Pixels:
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        self._readers = Pool("read", threads or len(os.sched_getaffinity(0)))
-        self._fetchers = Pool("fetch", FETCHERS)
+        self._readers = BoundedThreads("read", threads or len(os.sched_getaffinity(0)))
+        self._fetchers = BoundedThreads("fetch", FETCHERS)
         self._slides = OrderedDict[Place, asyncio.Task[Opened]]()
         self._encoded = OrderedDict[tuple[Any, ...], bytes]()
         self._encoded_bytes = 0

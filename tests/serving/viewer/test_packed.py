@@ -5,7 +5,6 @@ import pytest
 
 from bcd import schema
 from bcd.metrics import calibration
-from bcd.scoring.slides import COLUMNS
 from bcd.serving.middleware import RefusedError
 from bcd.serving.viewer import packed, scored
 from bcd.taxonomy import TUMOR_CLASSES
@@ -57,10 +56,6 @@ def test_tiles_are_those_of_the_table_to_the_digit(made, tiles):
         assert columns["log_odds"][n] == calibration.log_odds([row[schema.LOGIT]], TUMOR_CLASSES)[0]
         assert header["classes"][columns["predicted"][n]] == row[schema.PREDICTED_CLASS]
         assert bool(columns["warned"][n]) == bool(row[schema.WARNINGS])
-
-
-def test_the_columns_are_those_from_which_heat_maps_are_drawn():
-    assert set(scored.TILE) == set(COLUMNS)
 
 
 def test_no_tiles_and_too_many(tiles, monkeypatch):

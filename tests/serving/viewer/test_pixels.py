@@ -8,7 +8,7 @@ import simplejpeg
 from bcd.imaging.image import ImageError
 from bcd.serving.middleware import RefusedError
 from bcd.serving.viewer import pixels, scored
-from bcd.serving.viewer.pixels import Pixels, Pool
+from bcd.serving.viewer.pixels import BoundedThreads, PixelReader
 from tests import viewed
 
 
@@ -23,7 +23,7 @@ def row(output):
 
 
 def test_a_tile_is_a_jpeg_of_the_slides_pixels(row):
-    content = asyncio.run(Pixels().tile(row, "1", 10, 1, 1))
+    content = asyncio.run(PixelReader().tile(row, "1", 10, 1, 1))
     found = simplejpeg.decode_jpeg(content, "RGB").astype(int)
     assert np.abs(found - viewed.slide_pixels()[253:509, 253:509]).mean() < 3
 
@@ -37,17 +37,17 @@ def test_tiles_are_read_once_for_all_who_look_at_them(row, monkeypatch):
         first = await asyncio.gather(*(found.tile(row, "1", 10, 0, 0) for _ in range(5)))
         return {*first, await found.tile(row, "1", 10, 0, 0)}
 
-    found = Pixels()
+    found = PixelReader()
     assert len(asyncio.run(several(found))) == 1
     assert len(reads) == 1
     # The cache is bounded: what was used longest ago is read again.
     monkeypatch.setattr(pixels, "CACHE_BYTES", 1)
-    asyncio.run(several(Pixels()))
+    asyncio.run(several(PixelReader()))
     assert len(reads) == 3
 
 
 def test_after_another_job_tiles_are_read_again(row):
-    found = Pixels()
+    found = PixelReader()
 
     async def both():
         await found.tile(row, "1", 0, 0, 0)
@@ -69,13 +69,13 @@ def test_a_slide_that_failed_is_opened_again(row, monkeypatch):
         return read(slide, *given)
 
     monkeypatch.setattr(pixels.deepzoom, "read_tile", fails_once)
-    assert asyncio.run(Pixels().tile(row, "1", 10, 0, 0)).startswith(b"\xff\xd8")
+    assert asyncio.run(PixelReader().tile(row, "1", 10, 0, 0)).startswith(b"\xff\xd8")
     assert len(opened) == 2
 
 
 def test_a_slide_that_is_gone_is_an_error_each_time(row, tmp_path):
     gone = row | {"uri": str(tmp_path / "gone.tif")}
-    found = Pixels()
+    found = PixelReader()
 
     async def twice():
         return await asyncio.gather(
@@ -93,7 +93,7 @@ def test_few_slides_stay_open(row, tmp_path, monkeypatch):
     for n in range(3):
         (tmp_path / f"{n}.tif").write_bytes(content)
         rows.append(row | {"uri": str(tmp_path / f"{n}.tif"), "slide": f"{n}.tif"})
-    found = Pixels()
+    found = PixelReader()
 
     async def each():
         for one in (*rows, rows[0]):
@@ -107,7 +107,7 @@ def test_more_requests_than_fit_are_refused():
     go = threading.Event()
 
     async def three():
-        pool = Pool("test", 1, most=2)
+        pool = BoundedThreads("test", 1, most=2)
         waiting = [asyncio.create_task(pool.run(go.wait)) for _ in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(RefusedError) as caught:
@@ -123,13 +123,13 @@ def test_more_requests_than_fit_are_refused():
 
 def test_a_field_is_a_jpeg_and_not_too_large(output, monkeypatch):
     monkeypatch.setattr(pixels, "FIELD_PX", 50)
-    content = asyncio.run(Pixels().field(output.field("field 1.png")))
+    content = asyncio.run(PixelReader().field(output.field("field 1.png")))
     assert simplejpeg.decode_jpeg(content, "RGB").shape == (32, 50, 3)
 
 
 def test_a_slide_in_a_store(s3, monkeypatch, tmp_path):
     monkeypatch.setattr(pixels.slide_cache, "CACHE", tmp_path / "cache")
     output = scored.open_scored(viewed.make(f"{s3}/pixels").uri)
-    content = asyncio.run(Pixels().tile(output.slide(viewed.SLIDE), "1", 10, 1, 1))
+    content = asyncio.run(PixelReader().tile(output.slide(viewed.SLIDE), "1", 10, 1, 1))
     found = simplejpeg.decode_jpeg(content, "RGB").astype(int)
     assert np.abs(found - viewed.slide_pixels()[253:509, 253:509]).mean() < 3
