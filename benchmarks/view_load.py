@@ -1,105 +1,137 @@
-"""Viewers of a scored archive at a time: how long their tiles take, beside clients on the same machine.
+"""Viewers of a scored archive at a time: how long their tiles take, with clients on the same machine.
 
     python -m benchmarks.view_load OUTPUT [--viewers 40] [--seconds 30]
 
-Each viewer looks at a place of its own of the largest slide, as the page does: six tiles at a time of the two
-largest levels until what a screen shows is there, then a pause in which it is looked at, then a neighbouring
-place. Prints latencies of tiles that were read for the first time and of those that were kept.
+Each viewer comes within the first five seconds and looks at a place of its own of the slide with most
+tiles, as the page does: six connections, the tiles of a screen, then a pause in which it is looked at, then a
+place beside it. Prints the latency of tiles that were read for the first time, then of the same tiles once
+they are kept.
 """
 
 import argparse
 import asyncio
+import json
 import random
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote, urlencode
 
-import httpx
+from bcd.serving.viewer.deepzoom import DeepZoom
 
-from bcd.serving.viewer.deepzoom import TILE_PX
+# Tiles of a screen of 1280 x 800 px, and connections of a page.
+ACROSS, DOWN, CONNECTIONS = 6, 4, 6
+# Seconds until the viewer answers, and in which the first places are opened.
+START_S, COME_S = 60, 5
 
-# Tiles of a screen of 1280 x 800 px, and requests of a page at a time.
-ACROSS, DOWN, AT_A_TIME = 6, 4, 6
-START_S = 60
+
+class Connection:
+    """One kept connection to the viewer; a client of a library would use more CPU time than the viewer."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    async def get(self, path: str) -> tuple[int, bytes]:
+        """Status and body of an answer."""
+        self._writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        head = (await self._reader.readuntil(b"\r\n\r\n")).decode().lower()
+        size = int(head.partition("content-length:")[2].partition("\r\n")[0])
+        return int(head.split()[1]), await self._reader.readexactly(size)
+
+
+@asynccontextmanager
+async def connected(port: int) -> AsyncIterator[Connection]:
+    """An open connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield Connection(reader, writer)
+    finally:
+        writer.close()
 
 
 @dataclass
 class Load:
-    """A slide of a viewer, and what its tiles took in ms."""
+    """A slide of a viewer, and the milliseconds that its tiles took."""
 
-    url: str
-    slide: dict[str, object]
+    port: int
+    slide: str
+    levels: DeepZoom
     pause_s: float
-    until: float
+    seconds: float
     taken: list[float] = field(default_factory=list)
     refused: int = 0
 
-    async def view(self, client: httpx.AsyncClient, seed: int) -> None:
+    async def view(self, seed: int) -> None:
         """One viewer, from place to place until the time is over."""
-        rng = random.Random(seed)
-        limit = asyncio.Semaphore(AT_A_TIME)
-        seen: set[str] = set()
-        level = int(self.slide["deep_zoom"]["last"]) - rng.randrange(2)  # type: ignore[index]
-        place = [rng.random(), rng.random()]
-        while time.monotonic() < self.until:
+        rng, end = random.Random(seed), time.monotonic() + self.seconds
+        await asyncio.sleep(rng.uniform(0, COME_S))
+        level, place = self.levels.last - rng.randrange(2), [rng.random(), rng.random()]
+        seen = set[str]()
+        while time.monotonic() < end:
             new = [path for path in self._screen(level, place) if path not in seen]
             seen.update(new)
-            await asyncio.gather(*(self._tile(client, limit, path) for path in new))
+            waiting = iter(new)
+            await asyncio.gather(*(self._fetch(waiting) for _ in range(CONNECTIONS)))
             await asyncio.sleep(self.pause_s * rng.uniform(0.5, 1.5))
-            place = [min(1, max(0, at + rng.uniform(-0.03, 0.03))) for at in place]
+            place = [min(1, max(0, at + rng.uniform(-0.02, 0.02))) for at in place]
 
     def _screen(self, level: int, place: list[float]) -> Iterator[str]:
-        shrink = 2 ** (int(self.slide["deep_zoom"]["last"]) - level)  # type: ignore[index]
-        sides = (int(str(self.slide[name])) // shrink // TILE_PX for name in ("width_px", "height_px"))
-        left, top = (int(at * max(0, side - 1)) for at, side in zip(place, sides, strict=True))
-        for row in range(top, top + DOWN):
-            yield from (f"/v1/view/pixels/{level}/{column}_{row}" for column in range(left, left + ACROSS))
+        columns, rows = (size // 254 for size in self.levels.size(level))
+        left, top = int(place[0] * max(0, columns - ACROSS)), int(place[1] * max(0, rows - DOWN))
+        for row in range(top, min(top + DOWN, rows)):
+            for column in range(left, min(left + ACROSS, columns)):
+                yield f"/v1/view/pixels/{level}/{column}_{row}?name={quote(self.slide, safe='')}"
 
-    async def _tile(self, client: httpx.AsyncClient, limit: asyncio.Semaphore, path: str) -> None:
-        async with limit:
-            started = time.perf_counter()
-            answer = await client.get(self.url + path, params={"name": str(self.slide["slide"])})
-            if answer.status_code == 200:
-                self.taken.append(1_000 * (time.perf_counter() - started))
-            elif answer.status_code != 404:  # beyond the edge
-                self.refused += 1
+    async def _fetch(self, waiting: Iterator[str]) -> None:
+        async with connected(self.port) as connection:
+            for path in waiting:
+                started = time.perf_counter()
+                status, _ = await connection.get(path)
+                if status == 200:
+                    self.taken.append(1_000 * (time.perf_counter() - started))
+                else:
+                    self.refused += 1
 
 
 @contextmanager
-def viewer(output: str) -> Iterator[str]:
-    """URL of `bcd view` in a process of its own."""
+def viewer(output: str) -> Iterator[int]:
+    """The port of `bcd view` in a process of its own."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     program = "from bcd import cli; cli.main('view')"
-    process = subprocess.Popen([sys.executable, "-c", program, output, "--port", str(port)])
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
+    command = [sys.executable, "-c", program, output, "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + START_S
     try:
         while time.monotonic() < end:
             try:
-                httpx.get(f"{url}/healthz")
+                socket.create_connection(("127.0.0.1", port)).close()
                 break
-            except httpx.ConnectError:
+            except ConnectionRefusedError:
                 time.sleep(0.2)
-        yield url
+        yield port
     finally:
         process.terminate()
         process.wait()
 
 
-async def measure(url: str, viewers: int, pause_s: float, seconds: float, seed: int) -> Load:
+async def measure(port: int, viewers: int, pause_s: float, seconds: float) -> Load:
     """Latencies of so many viewers at a time."""
-    limits = httpx.Limits(max_connections=viewers * AT_A_TIME)
-    async with httpx.AsyncClient(timeout=60, limits=limits) as client:
-        query = {"sort": "tiles", "descending": True, "limit": 1}
-        found = (await client.get(f"{url}/v1/view/inputs", params=query)).json()["rows"][0]["name"]
-        slide = (await client.get(f"{url}/v1/view/input", params={"name": found})).json()
-        load = Load(url, slide, pause_s, time.monotonic() + seconds)
-        await asyncio.gather(*(load.view(client, seed + n) for n in range(viewers)))
+
+    async def asked(path: str, **options: Any) -> Any:
+        async with connected(port) as connection:
+            return json.loads((await connection.get(f"/v1/view/{path}?{urlencode(options)}"))[1])
+
+    name = (await asked("inputs", sort="tiles", descending=True, limit=1))["rows"][0]["name"]
+    slide = await asked("input", name=name)
+    load = Load(port, name, DeepZoom(slide["width_px"], slide["height_px"]), pause_s, seconds)
+    await asyncio.gather(*(load.view(seed) for seed in range(viewers)))
     return load
 
 
@@ -112,13 +144,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--pause", type=float, default=2.0)
     given = parser.parse_args()
-    with viewer(given.output) as url:
-        for name, seed in (("read", 0), ("kept", 0)):
-            load = asyncio.run(measure(url, given.viewers, given.pause, given.seconds, seed))
+    with viewer(given.output) as port:
+        for name in ("read", "kept"):
+            load = asyncio.run(measure(port, given.viewers, given.pause, given.seconds))
             p50, p95 = statistics.median(load.taken), statistics.quantiles(load.taken, n=20)[-1]
-            rate = len(load.taken) / given.seconds
             print(
-                f"{name}: {given.viewers} viewers, {len(load.taken)} tiles, {rate:.0f}/s, "
+                f"{name}: {given.viewers} viewers, {len(load.taken) / given.seconds:.0f} tiles/s, "
                 f"p50 {p50:.0f} ms, p95 {p95:.0f} ms, refused {load.refused}"
             )
 

@@ -127,7 +127,7 @@ def _filter(query: Query, columns: Mapping[str, str]) -> pc.Expression:
 def _first(batches: Iterable[pa.RecordBatch], query: Query) -> tuple[int, pa.Table]:
     """Number of rows, and the first of them in the order, up to the end of the page."""
     count, total, best = query.offset + query.limit, 0, None
-    order = [(query.sort, "descending" if query.descending else "ascending")]
+    order: list[tuple[str, str]] = [(query.sort, "descending" if query.descending else "ascending")]
     order += [(NAME, "ascending")] if query.sort != NAME else []
     for batch in batches:
         total += len(batch)
