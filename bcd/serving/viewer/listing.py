@@ -84,17 +84,14 @@ class Found:
 def page(scored: Scored, query: Query) -> Found:
     """One page of the list; raises StorageError where the table cannot be read."""
     columns = COLUMNS[query.kind]
-    source = scored.predictions if query.kind == "fields" else pads.dataset(scored.slides)
+    options = {
+        "columns": {key: pc.field(name) for key, name in columns.items()},
+        "filter": _filter(query, columns),
+        "batch_size": BATCH_ROWS,
+    }
+    scan = scored.scanner if query.kind == "fields" else pads.dataset(scored.slides).scanner
     try:
-        scanner = source.scanner(
-            columns={key: pc.field(name) for key, name in columns.items()},
-            filter=_filter(query, columns),
-            batch_size=BATCH_ROWS,
-            batch_readahead=1,
-            fragment_readahead=1,
-            use_threads=False,
-        )
-        total, first = _first(scanner.to_batches(), query)
+        total, first = _first(scan(**options).to_batches(), query)
     except (OSError, pa.ArrowInvalid) as error:
         raise storage.failure(scored.uri, "read its table", error) from error
     return Found(total, first.slice(query.offset).to_pylist())

@@ -50,6 +50,18 @@ class Scored:
         """The table, read lazily."""
         return storage.dataset(storage.join(self.uri, ledger.PREDICTIONS))
 
+    def scanner(self, **options: Any) -> pads.Scanner:
+        """Reads the table in batches, in one thread and little ahead: callers share the machine."""
+        # From a disk a row group at a time; from a store, which takes long for each request, whole files.
+        ahead = pads.ParquetFragmentScanOptions(pre_buffer=storage.is_remote(self.uri))
+        return self.predictions.scanner(
+            use_threads=False,
+            batch_readahead=1,  # with 0, pyarrow 26 waits for ever
+            fragment_readahead=1,
+            fragment_scan_options=ahead,
+            **options,
+        )
+
     def slide(self, name: str) -> dict[str, Any] | None:
         """The row of a slide, None where the output has no such slide."""
         rows = self.slides.filter(pc.equal(self.slides[schema.SLIDE], name)).to_pylist()
@@ -72,9 +84,7 @@ class Scored:
 
     def _read(self, columns: Sequence[str], where: pc.Expression) -> pa.Table:
         try:
-            # One thread and little read-ahead (with none pyarrow waits for ever): callers share the machine.
-            options = {"use_threads": False, "batch_readahead": 1, "fragment_readahead": 1}
-            return self.predictions.to_table(list(columns), where, **options)
+            return self.scanner(columns=list(columns), filter=where).to_table()
         except (OSError, pa.ArrowInvalid) as error:
             raise storage.failure(self.uri, "read its table", error) from error
 
