@@ -37,6 +37,11 @@ def test_the_sign_is_the_colour_and_the_size_its_strength(
     np.testing.assert_allclose(drawn, np.broadcast_to(mixed(colour, strength), (6, 8, 3)), atol=1)
 
 
+def test_the_part_of_a_map_that_covers_an_image_is_where_it_was_fitted() -> None:
+    """A field of 200 x 92 in an input of 96 x 64: bars of 10 px above and below."""
+    assert overlay.covers(92, 200, 64, 96) == {"top": 10 / 64, "left": 0, "bottom": 54 / 64, "right": 1}
+
+
 def test_nothing_is_drawn_at_zero() -> None:
     picture = pictures.gradient()
     before = picture.copy()
@@ -74,11 +79,6 @@ def test_an_input_that_is_no_multiple_of_the_cells() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(46, 70), (1, 1), (1, 90), (90, 1), (33, 33)])
 @pytest.mark.parametrize("block_px", [1, 7, 70, 1_000])
-def test_the_part_of_a_map_that_covers_an_image_is_where_it_was_fitted() -> None:
-    """A field of 200 x 92 in an input of 96 x 64: bars of 10 px above and below."""
-    assert overlay.covers(92, 200, 64, 96) == {"top": 10 / 64, "left": 0, "bottom": 54 / 64, "right": 1}
-
-
 def test_block_by_block_gives_the_bytes_of_the_whole(
     height: int, width: int, block_px: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
