@@ -13,7 +13,7 @@ from bcd.config.checks import AuditConfig, DoctorConfig
 from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
-from bcd.config.serving import ServeConfig
+from bcd.config.serving import ServeConfig, ViewConfig
 from bcd.config.signing import SignConfig, VerifyConfig
 from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
 from bcd.errors import BcdError
@@ -29,6 +29,7 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "evaluate": (EvaluateConfig, "evaluation.evaluate"),
         "crossval": (CrossvalConfig, "training.crossval"),
         "score": (ScoreConfig, "scoring.score"),
+        "view": (ViewConfig, "serving.viewer.view"),
         "serve": (ServeConfig, "serving.serve"),
         "sign": (SignConfig, "preflight.signing"),
         "verify": (VerifyConfig, "preflight.signing"),

@@ -21,7 +21,7 @@ from bcd.config.checks import AuditConfig, DoctorConfig
 from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
-from bcd.config.serving import ServeConfig
+from bcd.config.serving import ServeConfig, ViewConfig
 from bcd.config.signing import SignConfig, VerifyConfig
 from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
 
@@ -32,6 +32,7 @@ JOBS: dict[str, type[Config]] = {
     "crossval": CrossvalConfig,
     "audit": AuditConfig,
     "score": ScoreConfig,
+    "view": ViewConfig,
     "serve": ServeConfig,
     "sign": SignConfig,
     "verify": VerifyConfig,

@@ -1,10 +1,11 @@
-"""Settings of the service."""
+"""Settings of the service and of the viewer."""
 
 import re
 
+import tyro
 from pydantic import Field, model_validator
 
-from bcd.config.options import Precision
+from bcd.config.options import Config, Precision
 from bcd.config.signing import SignedConfig
 
 
@@ -99,4 +100,28 @@ class ServeConfig(ServiceConfig):
     """Address to listen on. Any other than loopback requires a token."""
 
     port: int = Field(default=8000, ge=1, le=65535)
+    """Port to listen on."""
+
+
+class ViewConfig(Config):
+    """Show a scored archive in a browser: its slides under their maps, fields, and all numbers.
+
+    Runs until SIGTERM or Ctrl-C. It reads the output of a scoring job, and the slides and images that its
+    table names; it uses no model and no cluster, and writes nothing but the cache of slides from stores.
+    """
+
+    output: tyro.conf.Positional[str]
+    """The --output of a scoring job: a local folder, s3:// or gs://."""
+
+    at: str | None = None
+    """An image_id of the table, or the name of a slide: the printed address opens this one."""
+
+    token_file: str | None = None
+    """File with the token that the page must ask for; by default the variable BCD_API_TOKEN. Without either,
+    only this machine is answered."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than loopback requires a token."""
+
+    port: int = Field(default=8001, ge=1, le=65535)
     """Port to listen on."""

@@ -127,6 +127,18 @@ def _enlarge(evidence: np.ndarray, height: int, width: int, into_height: int, in
     return field.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 
+def covers(height: int, width: int, into_height: int, into_width: int) -> dict[str, float]:
+    """The part of a map over the network's input that covers an image of a size, as fractions: top, left,
+    bottom, right."""
+    top, left, inner_height, inner_width = image.placement(height, width, into_height, into_width)
+    return {
+        "top": top / into_height,
+        "left": left / into_width,
+        "bottom": (top + inner_height) / into_height,
+        "right": (left + inner_width) / into_width,
+    }
+
+
 def scale(maps: Iterable[np.ndarray]) -> float:
     """A common limit for maps whose method has no unit: the 99th percentile of the absolute values, or 1."""
     values = np.abs(np.concatenate([np.zeros(0), *(np.ravel(one) for one in maps)]))

@@ -20,8 +20,7 @@ from bcd.data.archive import Archive
 from bcd.errors import IncompleteError
 from bcd.runtime import inspection
 from bcd.scoring import ledger, tiling
-from bcd.scoring.ledger import Done, Ledger
-from bcd.scoring.slides import TABLE
+from bcd.scoring.ledger import SLIDES, Done, Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ def _hashed(batch: pa.Table) -> pa.Table:
 def _forget_slides(ours: Ledger, names: list[str]) -> None:
     for name in names:
         tiling.forget(ours.plans_uri, name)
-    uri = storage.join(ours.uri, TABLE)
+    uri = storage.join(ours.uri, SLIDES)
     if storage.exists(uri):
         table = storage.read_table(uri)
         changed = pc.is_in(table[schema.SLIDE], pa.array(names, pa.string()))

@@ -18,6 +18,7 @@ written, and that after the rows of the table are counted.
 
 import hashlib
 import json
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,7 @@ from bcd.lease import Lease
 from bcd.runtime import output
 
 CONFIG, SUMMARY, GALLERY = "config.json", "summary.json", "gallery.html"
+SLIDES, FOLDER, HEATMAP, GEOJSON = "slides.parquet", "slides", "heatmap.png", "tiles.geojson.gz"
 WORK, PREDICTIONS = "work", "predictions"
 # Recommended for Parquet; evidence maps compress badly, so files on disk are nearly as large.
 FILE_BYTES = 128 * 2**20
@@ -113,6 +115,15 @@ class Ledger:
         """Pattern of the names of the files that earlier generations merged."""
         marks = [_mark(generation, lease) for generation, lease in enumerate(self.merges, 1)]
         return rf"part-{self.owner}-({'|'.join(marks) or '(?!)'})\d+\.parquet"
+
+
+def slide_folder(slide_id: str) -> str:
+    """Folder of the results of a slide, relative to the output: never outside it, and unique per id, which
+    may be any URI."""
+    name = posixpath.normpath("/" + slide_id.rpartition("://")[2]).lstrip("/")
+    if name != slide_id:
+        name += f"-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
+    return f"{FOLDER}/{name}"
 
 
 def _mark(generation: int, lease: str) -> str:

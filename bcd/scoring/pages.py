@@ -14,7 +14,7 @@ from bcd import schema, storage
 from bcd.model.card import Card
 from bcd.reports import gallery, thumbnails
 from bcd.reports.thumbnails import Example
-from bcd.scoring import slides
+from bcd.scoring import ledger, slides
 from bcd.scoring.ledger import GALLERY, Ledger
 
 # Stores whose URIs are used as links.
@@ -136,19 +136,19 @@ def _failures(table: pa.Table) -> dict[str, gallery.Failures]:
 def _slides(ours: Ledger, rows: list[dict[str, Any]], linked: bool = True) -> list[gallery.GallerySlide]:
     scored = [row[schema.SLIDE] for row in rows if row[schema.ERROR] is None]
     shown = set(scored[: gallery.MAX_SLIDES])
-    written = storage.list_files_if_any(storage.join(ours.uri, slides.FOLDER))
-    old = {f"{slides.FOLDER}/{file.path}" for file in written if file.path.endswith(slides.OLD_GEOJSON)}
+    written = storage.list_files_if_any(storage.join(ours.uri, ledger.FOLDER))
+    old = {f"{ledger.FOLDER}/{file.path}" for file in written if file.path.endswith(slides.OLD_GEOJSON)}
     return [_slide(ours, row, row[schema.SLIDE] in shown, linked, old) for row in rows]
 
 
 def _slide(
     ours: Ledger, row: dict[str, Any], shown: bool, linked: bool, old: Collection[str]
 ) -> gallery.GallerySlide:
-    here = slides.slide_folder(row[schema.SLIDE])
-    heat_map, outlined = (storage.join(ours.uri, here, name) for name in (slides.HEATMAP, slides.OUTLINES))
+    here = ledger.slide_folder(row[schema.SLIDE])
+    heat_map, outlined = (storage.join(ours.uri, here, name) for name in (ledger.HEATMAP, slides.OUTLINES))
     # Slides that an older version scored have no outlines.
     is_outlined = row[schema.OUTSIDE_TILES] is not None
-    geojson = f"{here}/{slides.OLD_GEOJSON if f'{here}/{slides.OLD_GEOJSON}' in old else slides.GEOJSON}"
+    geojson = f"{here}/{slides.OLD_GEOJSON if f'{here}/{slides.OLD_GEOJSON}' in old else ledger.GEOJSON}"
     ends = [row[name] for name in (schema.TOP_PROBABILITY_LOW, schema.TOP_PROBABILITY_HIGH)]
     return gallery.GallerySlide(
         name=row[schema.SLIDE],

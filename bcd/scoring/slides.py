@@ -1,8 +1,6 @@
 """Results of each whole slide after its tiles are scored: a row, a heat map, tiles for QuPath."""
 
 import gzip
-import hashlib
-import posixpath
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,13 +17,12 @@ from bcd.metrics import aggregate, top_tiles
 from bcd.model import novelty
 from bcd.model.card import Card
 from bcd.scoring import tiling
-from bcd.scoring.ledger import Ledger
+from bcd.scoring.ledger import GEOJSON, HEATMAP, SLIDES, Ledger, slide_folder
 from bcd.slides import regions
 from bcd.taxonomy import malignant_mask
 
-TABLE, FOLDER, HEATMAP, GEOJSON = "slides.parquet", "slides", "heatmap.png", "tiles.geojson.gz"
 OUTLINES, TISSUE = "tissue.jpg", "tissue.geojson"
-# Its name in outputs of older versions.
+# The name of the tiles in outputs of older versions.
 OLD_GEOJSON = "tiles.geojson"
 # Of gzip, of which higher levels cost more time than they save space.
 LEVEL = 6
@@ -53,7 +50,7 @@ def write_slides(ours: Ledger, plans: Sequence[tiling.Plan], broken: pa.Table, c
     """
     task = ray.remote(num_cpus=1, max_retries=-1)(draw_slide)
     rows = ray.get([task.remote(ours, plan, card) for plan in plans])
-    uri = storage.join(ours.uri, TABLE)
+    uri = storage.join(ours.uri, SLIDES)
     tables = [pa.Table.from_pylist(rows, schema=schema.SLIDES), schema.fill(broken, schema.SLIDES)]
     if storage.exists(uri):
         old = schema.fill(storage.read_table(uri), schema.SLIDES)
@@ -155,14 +152,6 @@ def warned(tiles: pa.Table) -> np.ndarray:
 def folder(output: str, slide_id: str) -> str:
     """Folder of the results of a slide."""
     return storage.join(output, slide_folder(slide_id))
-
-
-def slide_folder(slide_id: str) -> str:
-    """`folder` relative to the output: never outside it, and unique per id, which may be any URI."""
-    name = posixpath.normpath("/" + slide_id.rpartition("://")[2]).lstrip("/")
-    if name != slide_id:
-        name += f"-{hashlib.sha256(slide_id.encode()).hexdigest()[:8]}"
-    return f"{FOLDER}/{name}"
 
 
 def _draw_tissue(ours: Ledger, plan: tiling.Plan) -> None:

@@ -22,12 +22,11 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from bcd import provenance
-from bcd.errors import NOT_FINITE
 from bcd.imaging import image
 from bcd.model.card import Card
 from bcd.model.predictor import Prediction
 from bcd.reports.overlay import LIMIT
-from bcd.serving import slide_jobs, upload
+from bcd.serving import front, slide_jobs, upload
 from bcd.serving.documents import (
     NOTICE,
     Answer,
@@ -49,21 +48,6 @@ from bcd.taxonomy import MAX_MPP, MIN_MPP
 
 logger = logging.getLogger(__name__)
 
-STATUS = {
-    "unsupported_format": 415,
-    "whole_slide": 415,
-    "empty": 422,
-    "truncated": 422,
-    "too_many_pixels": 422,
-    NOT_FINITE: 500,
-    "too_large": 413,
-    image.UNAVAILABLE: 503,
-}
-# The page loads nothing from other hosts, and sends nothing to them.
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 # Where FastAPIOffline mounts the files of Swagger UI.
 DOCS_FILES = "/static-offline-docs"
 
@@ -137,9 +121,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(image.ImageError)
     async def broken(request: Request, error: image.ImageError) -> Response:
-        status = STATUS.get(error.code, 422)
-        headers = {"Retry-After": "1"} if status == 503 else None
-        return await refused(request, RefusedError(status, error.code, error.message, headers))
+        return await refused(request, front.refusal(error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -325,8 +307,6 @@ def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) ->
 def _add_page(app: FastAPI) -> None:
     folder = files("bcd.serving").joinpath("page")
     page = folder.joinpath("index.html").read_text(encoding="utf-8")
-    headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
-
     docs = get_swagger_ui_html(
         openapi_url="/openapi.json",
         title=app.title,
@@ -340,7 +320,7 @@ def _add_page(app: FastAPI) -> None:
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
-        return Response(page, media_type="text/html; charset=utf-8", headers=headers)
+        return Response(page, media_type="text/html; charset=utf-8", headers=front.PAGE_HEADERS)
 
     @app.get("/docs", include_in_schema=False)
     async def documentation() -> Response:
@@ -350,10 +330,10 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _docs_policy(scripts: Iterable[bytes]) -> str:
-    """`PAGE_POLICY` for Swagger UI: with its own inline scripts, by their hashes, and inline styles."""
+    """`front.PAGE_POLICY` for Swagger UI: with its own inline scripts, by their hashes, and inline styles."""
     hashes = [base64.b64encode(hashlib.sha256(script).digest()).decode() for script in scripts]
     allowed = " ".join(["'self'", *(f"'sha256-{value}'" for value in hashes)])
-    policy = PAGE_POLICY.replace("script-src 'self'", f"script-src {allowed}")
+    policy = front.PAGE_POLICY.replace("script-src 'self'", f"script-src {allowed}")
     return policy.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
 
 

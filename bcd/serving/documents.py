@@ -235,19 +235,12 @@ def _evidence(card: Card, pixels: np.ndarray, prediction: Prediction) -> Evidenc
         if len(others) == 1
         else f"{prediction.predicted_class[0]} against the rest"
     )
-    input_height, input_width = card.input_height_px, card.input_width_px
-    height_px, width_px = pixels.shape[:2]
-    top, left, height, width = image.placement(height_px, width_px, input_height, input_width)
+    size = *pixels.shape[:2], card.input_height_px, card.input_width_px
     return Evidence(
         height=values.shape[0],
         width=values.shape[1],
         values=values.tolist(),
         bias=float(prediction.evidence_bias[0]),
         explains=explains,
-        covers=Covers(
-            top=top / input_height,
-            left=left / input_width,
-            bottom=(top + height) / input_height,
-            right=(left + width) / input_width,
-        ),
+        covers=Covers(**overlay.covers(*size)),
     )

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bcd.config import log
 from bcd.serving import receive as receiving
-from bcd.serving.receive import NO_STORE, SLIDES, Limits, RefusedError, overloaded
+from bcd.serving.receive import CACHE_CONTROL, NO_STORE, SLIDES, Limits, RefusedError, overloaded
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,12 @@ PROXY_CALLBACK = "bcd.serving.middleware:proxy_middlewares"
 # The limits of the proxy as JSON, set by `jobs/serve.py`.
 LIMITS_VARIABLE = "BCD_SERVE_LIMITS"
 # `/-/healthz` of the proxy is for load balancers; its `/-/routes` lists applications and requires the token.
-PUBLIC = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/-/healthz")
-PUBLIC_FOLDERS = ("/page/", "/static-offline-docs/")
-WORK = ("/v1/predict", "/v1/predict/batch", "/v1/model", SLIDES)
+PUBLIC = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/-/healthz", "/slides")
+# Pages of the viewer have names in their addresses, and no data.
+PUBLIC_FOLDERS = ("/page/", "/static-offline-docs/", "/slides/")
+WORK = ("/v1/predict", "/v1/predict/batch", "/v1/model", "/v1/view", SLIDES)
+# Tiles of slides, of which a page requests hundreds, and what else the viewer shows.
+PIXELS, VIEW = "/v1/view/pixels/", "/v1/view/"
 # Slides that a process receives at a time.
 MAX_SLIDES_AT_ONCE = 4
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -139,7 +142,7 @@ class _Answer:
             # Ray Serve adds the id as well.
             headers = [pair for pair in message["headers"] if pair[0].lower() != REQUEST_ID]
             headers.append((REQUEST_ID, self.request_id))
-            if self.private and NO_STORE not in headers:
+            if self.private and not any(name.lower() == CACHE_CONTROL for name, _ in headers):
                 headers.append(NO_STORE)
             message = {**message, "headers": headers}
         await self.send(message)
@@ -287,13 +290,13 @@ class Guard:
 
 
 def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
-    """A line about a request, unless it fetched something public. What a caller chose is not repeated: a path
-    or a method may contain a token."""
+    """A line about a request, unless it fetched something public or a tile. What a caller chose is not
+    repeated: a path or a method may contain a token."""
     status, path = answer.status, scope["path"]
-    if _is_public(path) and (status or 500) < 400:
+    if (_is_public(path) or path.startswith(PIXELS)) and (status or 500) < 400:
         return
-    known = (*PUBLIC_FOLDERS, f"{SLIDES}/")
-    folder = next((folder for folder in known if path.startswith(folder)), "another address")
+    folders = (*PUBLIC_FOLDERS, PIXELS, VIEW, f"{SLIDES}/")
+    folder = next((folder for folder in folders if path.startswith(folder)), "another address")
     facts = {
         "method": scope["method"] if scope["method"] in METHODS else "another method",
         "path": path if path in PUBLIC + WORK else folder,

@@ -17,8 +17,9 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-# An answer about a patient's image belongs into no cache.
-NO_STORE = (b"cache-control", b"no-store")
+# An answer about a patient's image belongs into no cache, unless it says itself into which.
+CACHE_CONTROL = b"cache-control"
+NO_STORE = (CACHE_CONTROL, b"no-store")
 # Where slides are sent, and the folder of one below that of its id.
 SLIDES, SENT = "/v1/slides", "slide"
 # Formats of one file: a MIRAX slide is a folder, and most DICOM slides are several files.

@@ -10,9 +10,7 @@ import contextlib
 import json
 import logging
 import os
-import re
 import signal
-import socket
 import threading
 import time
 from collections import deque
@@ -38,10 +36,9 @@ from bcd.model.card import model_id
 from bcd.model.predictor import Prediction
 from bcd.preflight import signing
 from bcd.runtime import cluster
-from bcd.serving import api, middleware
+from bcd.serving import api, front, middleware
 from bcd.serving.receive import Limits
-from bcd.serving.slide_jobs import SlideJobs
-from bcd.serving.slide_runner import SlideRunner
+from bcd.serving.slide_jobs import SlideJobs, SlideRunner
 
 logger = logging.getLogger(__name__)
 
@@ -223,12 +220,7 @@ def create_application(config: ServiceConfig, host: str | None) -> Application:
     """
     card_sha256 = signing.verified(config.model, config.require_signature)
     identity = model_id(bundle.read_card(config.model, card_sha256))
-    token_digest = _token_digest(config)
-    if token_digest is None and host is not None and not middleware.is_loopback(host):
-        raise ConfigError(
-            f"listening on {host} requires a token, because other machines reach it: set the variable "
-            f"{middleware.TOKEN_VARIABLE} or --token-file, or listen on 127.0.0.1"
-        )
+    token_digest = front.read_digest(config.token_file, host)
     settings = config.model_dump(include=set(ServiceConfig.model_fields))
     places = {name: storage.absolute(uri) for name in PLACES if (uri := getattr(config, name))}
     service = ServiceConfig(**settings | places)
@@ -277,28 +269,15 @@ def _limits(config: ServiceConfig) -> Limits:
     )
 
 
-def _token_digest(config: ServiceConfig) -> str | None:
-    token = os.environ.get(middleware.TOKEN_VARIABLE, "").strip()
-    if config.token_file:
-        token = storage.read_bytes(config.token_file).decode().strip()
-        if not token:
-            raise ConfigError(f"--token-file {config.token_file} is empty")
-    if not re.fullmatch(r"[!-~]*", token):  # what a header can carry
-        raise ConfigError(
-            "the token may contain only letters, digits and punctuation of ASCII, and no spaces"
-        )
-    return middleware.digest(token) if token else None
-
-
 def run(config: ServeConfig) -> None:
     """Serve until SIGTERM or SIGINT, then finish the accepted requests."""
     _require_plain_serve()
     application = create_application(config, config.host)
-    _require_free(config.host, config.port)
+    front.require_free(config.host, config.port)
     # For the proxy of a cluster that we start; the proxy of a running cluster has its own environment.
     os.environ[middleware.PROXY_VARIABLE] = middleware.PROXY_CALLBACK
     os.environ[middleware.LIMITS_VARIABLE] = json.dumps(asdict(_limits(config)))
-    if token_digest := _token_digest(config):
+    if token_digest := front.read_digest(config.token_file, config.host):
         os.environ[middleware.DIGEST_VARIABLE] = token_digest
     cluster.connect()
     _require_capacity(config)
@@ -346,13 +325,3 @@ def _require_capacity(config: ServeConfig) -> None:
                 f"--min-replicas {config.min_replicas} of {each:g} {kind} each do not fit: the cluster has "
                 f"{have[kind]:g}; lower --min-replicas or --num-{kind.lower()}s"
             )
-
-
-def _require_free(host: str, port: int) -> None:
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except OSError as error:
-        raise ResourceError(
-            f"cannot listen on --host {host} --port {port}: {error}; choose another host or port"
-        ) from None

@@ -29,7 +29,7 @@ from bcd import schema, storage
 from bcd.imaging import image
 from bcd.model import predictor
 from bcd.reports import gallery, overlay
-from bcd.scoring import slides
+from bcd.scoring import ledger
 from bcd.serving import api, middleware
 from bcd.serving.receive import Limits
 from bcd.serving.slide_jobs import SlideJobs
@@ -861,9 +861,9 @@ def finish_slide(jobs: SlideJobs, job_id: str, name: str) -> None:
     }
     output = jobs.folder(job_id, "output")
     storage.write_table(f"{output}/slides.parquet", pa.Table.from_pylist([row], schema.SLIDES))
-    folder = slides.folder(output, name)
-    storage.write_bytes(f"{folder}/{slides.HEATMAP}", pictures.encode(pictures.gradient(300, 400)))
-    storage.write_bytes(f"{folder}/{slides.GEOJSON}", b"{}")
+    folder = f"{output}/{ledger.slide_folder(name)}"
+    storage.write_bytes(f"{folder}/{ledger.HEATMAP}", pictures.encode(pictures.gradient(300, 400)))
+    storage.write_bytes(f"{folder}/{ledger.GEOJSON}", b"{}")
     storage.write_bytes(f"{output}/summary.json", b'{"model_id": "9f2c4e81a07b35d6"}')
 
 
@@ -895,7 +895,7 @@ def test_a_slide_is_followed_to_its_heat_map(
     shot("-done")
     with page.expect_download() as download:
         cards.nth(0).get_by_role("button", name="Tiles for QuPath").click()
-    assert download.value.suggested_filename == f"a.svs.{slides.GEOJSON}"
+    assert download.value.suggested_filename == f"a.svs.{ledger.GEOJSON}"
     page.reload()  # the tab knows its slides
     expect(cards).to_have_count(2)
     expect(cards.nth(0)).to_contain_text("12.5 %")

@@ -55,7 +55,7 @@ def depth(node: ast.AST) -> int:
 RANKS = [
     *("", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"),
     *("model", "reports", "runtime", "audit", "preflight", "evaluation", "training", "scoring", "serving"),
-    "doors",
+    *("serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = {"", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"}

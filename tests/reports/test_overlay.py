@@ -37,6 +37,11 @@ def test_the_sign_is_the_colour_and_the_size_its_strength(
     np.testing.assert_allclose(drawn, np.broadcast_to(mixed(colour, strength), (6, 8, 3)), atol=1)
 
 
+def test_the_part_of_a_map_that_covers_an_image_is_where_it_was_fitted() -> None:
+    """A field of 200 x 92 in an input of 96 x 64: bars of 10 px above and below."""
+    assert overlay.covers(92, 200, 64, 96) == {"top": 10 / 64, "left": 0, "bottom": 54 / 64, "right": 1}
+
+
 def test_nothing_is_drawn_at_zero() -> None:
     picture = pictures.gradient()
     before = picture.copy()

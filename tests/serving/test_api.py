@@ -18,7 +18,7 @@ from bcd.imaging import image
 from bcd.model import novelty, predictor, weights
 from bcd.model.card import Card
 from bcd.reports import overlay
-from bcd.serving import api, receive
+from bcd.serving import front, receive
 from bcd.serving.documents import NOTICE
 from tests import archives, pictures
 from tests.cluster import BIN
@@ -132,7 +132,7 @@ def test_without_statistics_there_is_no_novelty():
 def test_broken_images_have_the_archive_jobs_codes(client, name):
     content, code = pictures.broken()[name]
     answer = client.post("/v1/predict", content=content)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (api.STATUS[code], code)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (front.STATUS[code], code)
     assert answer.status_code == (415 if code == "unsupported_format" else 422)
 
 

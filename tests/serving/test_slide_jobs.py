@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from bcd import schema, storage
-from bcd.scoring import slides
+from bcd.scoring import ledger
 from bcd.serving.receive import RefusedError
 from bcd.serving.slide_jobs import SlideJobs
 
@@ -25,7 +25,7 @@ def add(jobs):
 
 def finish(jobs, job_id, **row):
     output = jobs.folder(job_id, "output")
-    storage.write_table(f"{output}/{slides.TABLE}", pa.Table.from_pylist([ROW | row], schema.SLIDES))
+    storage.write_table(f"{output}/{ledger.SLIDES}", pa.Table.from_pylist([ROW | row], schema.SLIDES))
     storage.write_bytes(f"{output}/summary.json", json.dumps({schema.MODEL_ID: "9f2c"}).encode())
 
 

@@ -12,9 +12,8 @@ import pytest
 
 from bcd import lease, storage
 from bcd.errors import BusyError
-from bcd.serving import slide_runner
-from bcd.serving.slide_jobs import SlideJobs
-from bcd.serving.slide_runner import SlideRunner
+from bcd.serving import slide_jobs
+from bcd.serving.slide_jobs import SlideJobs, SlideRunner
 from tests.cluster import wait_for
 
 # Appends its flags to `log` and then does what the folder of the slide says.
@@ -77,7 +76,7 @@ def test_they_are_scored_in_the_order_in_which_they_came(runner, jobs, log):
     assert second["--output"] == jobs.folder(ids[1], "output")
 
 
-@pytest.mark.parametrize(("code", "runs"), [(2, 1), (1, slide_runner.MOST_RUNS)])
+@pytest.mark.parametrize(("code", "runs"), [(2, 1), (1, slide_jobs.MOST_RUNS)])
 def test_one_that_fails_holds_up_no_other(runner, jobs, log, code, runs):
     ids = [add(jobs, f"exit{code}"), add(jobs, "")]
     runner.run_all()

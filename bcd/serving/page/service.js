@@ -77,7 +77,7 @@ async function content(response, signal) {
   }
 }
 
-/** A good answer of the service; while it is busy, wait as long as it states and retry. */
+/** An answer of the service; while it is busy, wait as long as it states and retry. */
 export async function answered(path, options = {}) {
   for (let attempt = 1; ; attempt++) {
     const response = await reply(path, options);

@@ -1,0 +1,158 @@
+"""Viewers of a scored archive at a time: how long their tiles take, with clients on the same machine.
+
+    python -m benchmarks.view_load OUTPUT [--viewers 40] [--seconds 30]
+
+Each viewer comes within the first five seconds and looks at a place of its own of the slide with most
+tiles, as the page does: six connections, the tiles of a screen, then a pause in which it is looked at, then a
+place beside it. Prints the latency of tiles that were read for the first time, then of the same tiles once
+they are kept.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from bcd.serving.viewer.deepzoom import DeepZoom
+
+# Tiles of a screen of 1280 x 800 px, and connections of a page.
+ACROSS, DOWN, CONNECTIONS = 6, 4, 6
+# Seconds until the viewer answers, and in which the first places are opened.
+START_S, COME_S = 60, 5
+
+
+class Connection:
+    """One kept connection to the viewer; a client of a library would use more CPU time than the viewer."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    async def get(self, path: str) -> tuple[int, bytes]:
+        """Status and body of an answer."""
+        self._writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        head = (await self._reader.readuntil(b"\r\n\r\n")).decode().lower()
+        size = int(head.partition("content-length:")[2].partition("\r\n")[0])
+        return int(head.split()[1]), await self._reader.readexactly(size)
+
+
+@asynccontextmanager
+async def connected(port: int) -> AsyncIterator[Connection]:
+    """An open connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield Connection(reader, writer)
+    finally:
+        writer.close()
+
+
+@dataclass
+class Load:
+    """A slide of a viewer, and the milliseconds that its tiles took."""
+
+    port: int
+    slide: str
+    levels: DeepZoom
+    pause_s: float
+    seconds: float
+    taken: list[float] = field(default_factory=list)
+    refused: int = 0
+
+    async def view(self, seed: int) -> None:
+        """One viewer, from place to place until the time is over."""
+        rng, end = random.Random(seed), time.monotonic() + self.seconds
+        await asyncio.sleep(rng.uniform(0, COME_S))
+        level, place = self.levels.last - rng.randrange(2), [rng.random(), rng.random()]
+        seen = set[str]()
+        while time.monotonic() < end:
+            new = [path for path in self._screen(level, place) if path not in seen]
+            seen.update(new)
+            waiting = iter(new)
+            await asyncio.gather(*(self._fetch(waiting) for _ in range(CONNECTIONS)))
+            await asyncio.sleep(self.pause_s * rng.uniform(0.5, 1.5))
+            place = [min(1, max(0, at + rng.uniform(-0.02, 0.02))) for at in place]
+
+    def _screen(self, level: int, place: list[float]) -> Iterator[str]:
+        columns, rows = (size // 254 for size in self.levels.size(level))
+        left, top = int(place[0] * max(0, columns - ACROSS)), int(place[1] * max(0, rows - DOWN))
+        for row in range(top, min(top + DOWN, rows)):
+            for column in range(left, min(left + ACROSS, columns)):
+                yield f"/v1/view/pixels/{level}/{column}_{row}?name={quote(self.slide, safe='')}"
+
+    async def _fetch(self, waiting: Iterator[str]) -> None:
+        async with connected(self.port) as connection:
+            for path in waiting:
+                started = time.perf_counter()
+                status, _ = await connection.get(path)
+                if status == 200:
+                    self.taken.append(1_000 * (time.perf_counter() - started))
+                else:
+                    self.refused += 1
+
+
+@contextmanager
+def viewer(output: str) -> Iterator[int]:
+    """The port of `bcd view` in a process of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    program = "from bcd import cli; cli.main('view')"
+    command = [sys.executable, "-c", program, output, "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + START_S
+    try:
+        while time.monotonic() < end:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.2)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def measure(port: int, viewers: int, pause_s: float, seconds: float) -> Load:
+    """Latencies of so many viewers at a time."""
+
+    async def asked(path: str, **options: Any) -> Any:
+        async with connected(port) as connection:
+            return json.loads((await connection.get(f"/v1/view/{path}?{urlencode(options)}"))[1])
+
+    name = (await asked("inputs", sort="tiles", descending=True, limit=1))["rows"][0]["name"]
+    slide = await asked("input", name=name)
+    load = Load(port, name, DeepZoom(slide["width_px"], slide["height_px"]), pause_s, seconds)
+    await asyncio.gather(*(load.view(seed) for seed in range(viewers)))
+    return load
+
+
+def main() -> None:
+    """Measure and print."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("output")
+    parser.add_argument("--viewers", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--pause", type=float, default=2.0)
+    given = parser.parse_args()
+    with viewer(given.output) as port:
+        for name in ("read", "kept"):
+            load = asyncio.run(measure(port, given.viewers, given.pause, given.seconds))
+            p50, p95 = statistics.median(load.taken), statistics.quantiles(load.taken, n=20)[-1]
+            print(
+                f"{name}: {given.viewers} viewers, {len(load.taken) / given.seconds:.0f} tiles/s, "
+                f"p50 {p50:.0f} ms, p95 {p95:.0f} ms, refused {load.refused}"
+            )
+
+
+if __name__ == "__main__":
+    main()
