@@ -12,9 +12,9 @@ from PIL import Image
 
 from bcd import schema, storage
 from bcd.errors import StorageError, TooLargeError
-from bcd.imaging import decoder, image, pixel_size, prepared
-from bcd.slides import slide_cache
-from bcd.slides.slide import Slide, open_slide
+from bcd.imaging import decoder, image, prepared
+from bcd.slides import pixel_size, slide_cache
+from bcd.slides.slide import Slide
 
 # An image fitted into the network's input, and its original height and width.
 Picture = tuple[np.ndarray, int, int]
@@ -125,14 +125,8 @@ def _tile(row: dict[str, Any]) -> np.ndarray:
     # The scale with which its slide was planned, even if the file now states another.
     given = pixel_size.Given(override=(across, down) if across and down else None)
     try:
-        slide, staged = slide_cache.open_staged(row[schema.URI], given)
-        try:
-            return _cut(slide, row)
-        except image.ImageError:
-            # OpenSlide's handle is unusable after an error, of this tile or of one read concurrently.
-            slide_cache.open_staged.cache_clear()
-            with open_slide(staged.path, given) as fresh:
-                return _cut(fresh, row)
+        slide, _ = slide_cache.open_staged(row[schema.URI], given)
+        return _cut(slide, row)
     except StorageError as error:
         raise withheld(error) from error
 

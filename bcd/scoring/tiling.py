@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from bcd import schema, storage
 from bcd.data import read
 from bcd.errors import StorageError
-from bcd.imaging import decoder, image, pixel_size
-from bcd.slides import slide, slide_cache, tile, tissue
+from bcd.imaging import decoder, image
+from bcd.slides import pixel_size, slide, slide_cache, tile, tissue
 from bcd.text import counted
 
 
@@ -56,6 +56,7 @@ class Plan(BaseModel):
     thumbnail_scale: float
     bounds_x_px: int = 0
     bounds_y_px: int = 0
+    reader: str | None = None
 
 
 def expand(batch: pa.Table, tiling: Tiling, plans_uri: str, done: frozenset[str]) -> Iterator[pa.Table]:
@@ -103,7 +104,7 @@ def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
     opened, _ = slide_cache.open_staged(row[schema.URI], tiling.given(row))
     if tiling.tile_mpp is None:
         raise image.ImageError("missing_mpp", "the model card has no µm per pixel; --tile-mpp gives it")
-    opened.level_for(tiling.tile_mpp)  # raises for a scan too coarse for the model
+    level = opened.level_for(tiling.tile_mpp)  # raises for a scan too coarse for the model
     size, mpp = (opened.width_px, opened.height_px), (opened.mpp_x, opened.mpp_y)
     grid = tile.grid(*size, mpp, tiling.tile_mpp, tiling.tile_width_px, tiling.tile_height_px)
     thumbnail, scale = opened.thumbnail()
@@ -128,6 +129,7 @@ def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
         background_tiles=len(grid) - len(chosen),
         tissue_area_mm2=float(mask.sum()) * opened.mpp_x * opened.mpp_y / (scale * 1_000) ** 2,
         thumbnail_scale=scale,
+        reader=opened.reader_at(level),
     )
     tiles = _tile_rows(plan, grid, chosen, tiling.tile_mpp, tiling)
     _keep(plans_uri, plan, thumbnail, tiles)

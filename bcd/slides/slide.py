@@ -5,23 +5,28 @@ used raises `ImageError` with code `unreadable`, `missing_mpp`, `bad_mpp`, `too_
 """
 
 import math
+import re
 import struct
+from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Self
 
 import numpy as np
-import openslide
 from PIL import Image
 
-from bcd.imaging import container, pixel_size, tiff
-from bcd.imaging.image import ImageError, boundary, to_srgb
-from bcd.slides import jpeg_tiles
+from bcd import disk
+from bcd.imaging import child, container, tiff
+from bcd.imaging.image import ImageError, boundary
+from bcd.slides import jpeg_tiles, pixel_size
+from bcd.slides.readers import openslide_client, zarr
+from bcd.slides.readers.interface import UNREADABLE, Reader
 
-# Suffixes that only formats of OpenSlide 4 have. https://openslide.org/formats/
-SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm")
+# Suffixes that only formats of OpenSlide 4 have (https://openslide.org/formats/), and that of OME-Zarr.
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm", disk.FOLDER_SUFFIX)
 # Never a slide. Others, such as TIFF or files without a suffix, are slides where OpenSlide knows the layout.
 FIELD_SUFFIXES = (".png", ".jpg", ".jpeg")
 MRXS, DICOM = ".mrxs", ".dcm"
@@ -33,12 +38,15 @@ LEVEL_TOLERANCE = 1.02
 MAX_ENLARGING = 1.25
 # Side of a block of the slide that is decoded at once for the thumbnail: 16 MiB of RGBA.
 BLOCK_PX = 2048
+# A block with a damaged place is halved down to this side. What remains has a colour of stained tissue: tiles
+# there are planned, and have the error. A level is given up after so many failures.
+LEAST_BLOCK_PX, UNKNOWN, MOST_FAILURES = 256, (200, 120, 170), 500
 # Of one region, and of one stored tile: 256 MB of RGBA. Of a whole slide: ten times the largest scans.
 MAX_READ_PIXELS, MAX_SLIDE_PIXELS = container.MAX_PIXELS, 10**12
 # From this size, NDPI has longer addresses than TIFF, which it is otherwise.
 NDPI_BYTES = 2**32
-UNREADABLE = "unreadable", "the slide cannot be read"
-OPAQUE = 255
+VENDOR, CHANNELS_OME = "openslide.vendor", re.compile(rb'SizeC="(\d{1,9})"')
+Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -46,17 +54,16 @@ class Slide:
     """An open slide, and a context manager that closes it.
 
     Size and µm per pixel (across and down) are those of level 0, `downsamples` are level-0 pixels per pixel
-    of each level, the ICC profile is None for sRGB, and the bounds are the upper left corner at level 0 of
-    the scanned region, to which QuPath crops a slide. `tiles` reads what is in plain JPEG tiles.
+    of each level, and the bounds are the upper left corner at level 0 of the scanned region, to which QuPath
+    crops a slide. `tiles` reads what is in plain JPEG tiles, and `reader` the rest.
     """
 
-    handle: openslide.OpenSlide
+    reader: Reader
     width_px: int
     height_px: int
     mpp_x: float
     mpp_y: float
     downsamples: tuple[float, ...]
-    profile: bytes | None = None
     bounds_x_px: int = 0
     bounds_y_px: int = 0
     tiles: jpeg_tiles.JpegTiles | None = None
@@ -65,7 +72,7 @@ class Slide:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.handle.close()
+        self.reader.close()
         if self.tiles:
             self.tiles.close()
 
@@ -96,15 +103,7 @@ class Slide:
             raise ImageError("too_many_pixels", f"{needed}; at most {MAX_READ_PIXELS:,} fit")
         with boundary(*UNREADABLE):
             pixels = self._read_tiles(place, level, size)
-            if pixels is not None:
-                return pixels
-            region = self.handle.read_region(place, level, size)
-            colors = self._in_srgb(region.convert("RGB"))
-            if region.getchannel("A").getextrema()[0] != OPAQUE:
-                paper = Image.new("RGB", size, "white")
-                paper.paste(colors, mask=region)
-                return np.asarray(paper)
-            return np.asarray(colors)
+        return self.reader.read(*place, level, *size) if pixels is None else pixels
 
     def _read_tiles(self, place: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray | None:
         """The same pixels without OpenSlide, which interpolates where a place is between pixels of the level:
@@ -114,25 +113,50 @@ class Slide:
             return None
         return self.tiles.read(int(x), int(y), level, *size)
 
-    def _in_srgb(self, colors: Image.Image) -> Image.Image:
-        return to_srgb(colors, self.profile) if self.profile else colors
+    def reader_at(self, level: int) -> str:
+        """Name and version of what reads a level; of two, the second reads what the first does not."""
+        name = self.reader.facts.reader
+        return f"jpeg_tiles, {name}" if self.tiles and self.tiles.levels[level] else name
 
     def thumbnail(self, max_side_px: int = 2048) -> tuple[np.ndarray, float]:
         """The whole slide as uint8 (h, w, 3) RGB, and its scale in pixels per level-0 pixel, at most 1.
 
-        Memory does not grow with the slide, even without a pyramid. Raises ImageError `unreadable`.
+        Memory does not grow with the slide, even without a pyramid. What is damaged has the colour `UNKNOWN`.
+        Raises ImageError `unreadable` where nothing can be read, or as `child.call`.
         """
         scale = min(1.0, max_side_px / max(self.width_px, self.height_px))
-        level = self.handle.get_best_level_for_downsample(1 / scale)
+        best = max((i for i, d in enumerate(self.downsamples) if d <= 1 / scale), default=0)
+        for level in range(best, -1, -1):  # where all of a level is damaged, a finer one
+            try:
+                return self._from_level(level, scale), scale
+            except ImageError as error:
+                if level == 0 or error.code != UNREADABLE[0]:
+                    raise
+        raise AssertionError("level 0 returns or raises")
+
+    def _from_level(self, level: int, scale: float) -> np.ndarray:
+        """The thumbnail from one level. Raises ImageError where nothing of it can be read."""
         factor = 1 / (scale * self.downsamples[level])
         height, width = (max(1, round(side * scale)) for side in (self.height_px, self.width_px))
         result = np.empty((height, width, 3), np.uint8)
-        step = max(1, int(BLOCK_PX / factor) - 1)
-        for top in range(0, height, step):
-            for left in range(0, width, step):
-                block = result[top : top + step, left : left + step]
-                block[:] = self._reduced(left, top, block.shape[1], block.shape[0], level, factor)
-        return result, scale
+        step, least = max(1, int(BLOCK_PX / factor) - 1), max(1, int(LEAST_BLOCK_PX / factor))
+        corners = product(range(0, height, step), range(0, width, step))
+        blocks = deque((x, y, min(step, width - x), min(step, height - y)) for y, x in corners)
+        good = failed = 0
+        while blocks:
+            left, top, across, down = blocks.popleft()
+            block = result[top : top + down, left : left + across]
+            try:
+                block[:] = self._reduced(left, top, across, down, level, factor)
+                good += 1
+            except ImageError as error:
+                failed += 1
+                block[:] = UNKNOWN
+                is_crash = isinstance(error, child.CrashError)
+                blocks += [] if is_crash else _halves(left, top, across, down, least)
+                if error.code != UNREADABLE[0] or failed > MOST_FAILURES or not (good or blocks):
+                    raise
+        return result
 
     def _reduced(self, left: int, top: int, width: int, height: int, level: int, factor: float) -> np.ndarray:
         """One block of the thumbnail; a pixel is the mean of about `factor` x `factor` pixels of the level.
@@ -148,28 +172,48 @@ class Slide:
         return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX, box))
 
 
-def open_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -> Slide:
-    """Open a slide on the local disk, with the user's statements of its µm per pixel.
+def _halves(left: int, top: int, width: int, height: int, least: int) -> list[Box]:
+    """Halves of a rectangle of thumbnail pixels; none where its sides have `least`."""
+    if max(width, height) <= least:
+        return []
+    if width >= height:
+        half = width // 2
+        return [(left, top, half, height), (left + half, top, width - half, height)]
+    half = height // 2
+    return [(left, top, width, half), (left, top + half, width, height - half)]
 
-    `.mrxs` and `.dcm` require their `companions` where they were in the archive. Raises ImageError
-    `unreadable`, `too_many_pixels`, or `missing_mpp` and `bad_mpp` of `level0_mpp`.
+
+def open_slide(
+    path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN, budget: child.Budget = child.ARCHIVE
+) -> Slide:
+    """Open a slide on the local disk, an OME-Zarr at any URI, with the user's statements of its µm per pixel.
+
+    `.mrxs` and `.dcm` require their `companions` where they were in the archive. The budget is that of each
+    read. Raises ImageError `unreadable`, `too_many_pixels`, `unsupported_format`, `missing_mpp` and `bad_mpp`
+    of `level0_mpp`, or as `child.call`; so does a read.
     """
-    with boundary(*UNREADABLE), ExitStack() as stack:
-        if fault := _fault(Path(path)):
-            raise fault
-        handle = openslide.OpenSlide(path)
-        stack.callback(handle.close)
-        (width, height), properties = handle.dimensions, dict(handle.properties)
+    with ExitStack() as stack:
+        reader = _open_reader(path, budget)
+        stack.callback(reader.close)
+        facts = reader.facts
+        width, height = facts.sizes[0]
         if width * height > MAX_SLIDE_PIXELS:
             raise ImageError("too_many_pixels", f"a slide of {width:,} x {height:,} px is impossible")
-        mpp = pixel_size.level0_mpp(properties, (width, height), given)
-        downsamples, profile = tuple(handle.level_downsamples), handle.color_profile
+        mpp = pixel_size.level0_mpp(facts.properties, (width, height), given)
         tiles = None
-        if not profile and properties.get(openslide.PROPERTY_NAME_VENDOR) in jpeg_tiles.LAYOUTS:
-            tiles = jpeg_tiles.open_tiles(Path(path), handle.level_dimensions)
+        if not facts.profile and facts.properties.get(VENDOR) in jpeg_tiles.LAYOUTS:
+            tiles = jpeg_tiles.open_tiles(Path(path), facts.sizes)
         stack.pop_all()
-    icc = profile.tobytes() if profile else None
-    return Slide(handle, width, height, *mpp, downsamples, icc, *_bounds(properties), tiles)
+    return Slide(reader, width, height, *mpp, facts.downsamples, *_bounds(facts.properties), tiles)
+
+
+def _open_reader(path: str | Path, budget: child.Budget) -> Reader:
+    if disk.is_one(path):
+        return zarr.ZarrReader(str(path))
+    with boundary(*UNREADABLE):
+        if fault := _fault(Path(path)):
+            raise fault
+    return openslide_client.OpenSlideReader(Path(path), budget)
 
 
 def _bounds(properties: Mapping[str, str]) -> tuple[int, int]:
@@ -185,13 +229,13 @@ def _bounds(properties: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _fault(path: Path) -> ImageError | None:
-    """The reason not to open a file with OpenSlide, which ends the process where it cannot allocate as much
-    memory as tags and tiles claim."""
+    """The reason not to open a file with OpenSlide, in words that its user understands."""
     size_bytes = path.stat().st_size
     try:
         with path.open("rb") as file:
             for page in tiff.iterate_pages(file, size_bytes):
                 _require_tiles(page, size_bytes)
+                _require_colours(page)
         return None
     except ImageError as error:
         if error.code != "truncated":
@@ -212,11 +256,21 @@ def _require_tiles(page: tiff.Page, size_bytes: int) -> None:
         raise ImageError("too_many_pixels", f"a slide stored in tiles of {width:,} x {height:,} px")
 
 
-def is_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -> bool:
+def _require_colours(page: tiff.Page) -> None:
+    """Reject an OME-TIFF with a page for each colour, of which OpenSlide would show the first as grey."""
+    channels = CHANNELS_OME.search(page.description) if b"<OME" in page.description[:1_000] else None
+    if channels and page.one(tiff.SAMPLES, 1) < int(channels[1]):
+        message = f"an OME-TIFF with {int(channels[1])} channels in pages of their own; expected RGB in one"
+        raise ImageError("unsupported_format", message)
+
+
+def is_slide(
+    path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN, budget: child.Budget = child.ARCHIVE
+) -> bool:
     """Whether a file on the local disk is a whole slide, and not an image for `decoder.decode_safely`.
 
     The suffix decides, so that a damaged `.svs` is a damaged slide; for other suffixes, the content, and
-    `given`, the user's statements of its µm per pixel. Raises ImageError `unreadable`.
+    `given`, the user's statements of its µm per pixel. Raises ImageError `unreadable`, or as `child.call`.
     """
     name = str(path).lower()
     if name.endswith(SLIDE_SUFFIXES + FIELD_SUFFIXES):
@@ -224,14 +278,13 @@ def is_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -> 
     with boundary(*UNREADABLE):
         if _fault(Path(path)):
             return False
-        layout = openslide.OpenSlide.detect_format(path)
-        return layout is not None and (layout != TILED_TIFF or _is_more_than_tiled(Path(path), given))
-
-
-def _is_more_than_tiled(path: Path, given: pixel_size.Given) -> bool:
-    """Whether a tiled TIFF from no known scanner has a pyramid or a scale: otherwise it is a field."""
-    with openslide.OpenSlide(path) as handle:
-        return handle.level_count > 1 or pixel_size.is_stated(handle.properties, handle.dimensions, given)
+    layout = openslide_client.detect_layout(Path(path), budget)
+    if layout != TILED_TIFF:
+        return layout is not None
+    with closing(openslide_client.OpenSlideReader(Path(path), budget)) as reader:
+        facts = reader.facts
+    # One from no known scanner, without a pyramid or a scale, is a field.
+    return len(facts.sizes) > 1 or pixel_size.is_stated(facts.properties, facts.sizes[0], given)
 
 
 def is_unnamed(path: str) -> bool:

@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
 from PIL import Image
 
@@ -123,7 +124,7 @@ def test_a_damaged_tile_is_left_to_openslide(tmp_path, kind):
         assert opened.tiles.read(0, 0, 0, SIDE, SIDE) is not None
         try:
             expected = flattened(path, (0, 0), 0, (2 * SIDE, SIDE))
-        except slide.openslide.OpenSlideError:
+        except openslide.OpenSlideError:
             with pytest.raises(image.ImageError, match="cannot be read"):
                 opened.read(0, 0, 0, 2 * SIDE, SIDE)
         else:
