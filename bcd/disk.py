@@ -48,7 +48,7 @@ class Entries:
             self.sizes[one], self.versions[one] = self.sizes.get(one, 0) + size, f"{total % 2**256:x}"
 
 
-def is_one(path: str | PurePath) -> bool:
+def is_folder_file(path: str | PurePath) -> bool:
     """Whether a path or URI is that of a folder that counts as one file."""
     return str(path).rstrip("/").lower().endswith(FOLDER_SUFFIX)
 

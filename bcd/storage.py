@@ -303,7 +303,7 @@ def _info(uri: str) -> fs.FileInfo:
 def version(uri: str) -> str:
     """Size and time of the last change of one file, as text that changes with its content; of a folder that
     counts as one, of what describes it. Raises StorageError where it does not exist or is not accessible."""
-    places = [join(uri, name) for name in disk.FOLDER_HEADS] if disk.is_one(uri) else [uri]
+    places = [join(uri, name) for name in disk.FOLDER_HEADS] if disk.is_folder_file(uri) else [uri]
     infos = [info for info in map(_info, places) if info.type == fs.FileType.File]
     if not infos:
         raise MissingError(f"{uri}: cannot read it: there is no such file")

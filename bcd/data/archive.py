@@ -62,7 +62,7 @@ def list_inputs(uri: str) -> Archive:
         places = table[schema.URI].combine_chunks().dictionary_encode()
         found = storage.file_versions(places.dictionary.to_pylist()).values()
         return Archive(table, pa.array(found, pa.string()).take(places.indices))
-    single = storage.is_file(uri) or disk.is_one(uri)
+    single = storage.is_file(uri) or disk.is_folder_file(uri)
     listing = _alone(uri) if single else storage.list_folder(uri)
     kept, passed = _select(listing)
     if not kept and not listing.faults:

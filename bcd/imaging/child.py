@@ -174,10 +174,10 @@ class _Child:
         if n_bytes and self._from.readinto(data.data) < n_bytes:
             raise self._ended()
         self.is_idle, printed = True, self._printed()
-        if values.get("error") == "memory":
+        if values.get("fault") == "memory":
             raise self._too_large()
-        if "error" in values:
-            raise ImageError(*values["error"])
+        if "fault" in values:
+            raise ImageError(*values["fault"])
         return Reply(values, data, printed)
 
     def _printed(self) -> str:
@@ -290,8 +290,8 @@ def _answered(answer: Answering, arguments: Arguments, data: bytes) -> tuple[Arg
         return answer(arguments, data)
     except (ImageError, MemoryError) as error:
         if isinstance(error, ImageError) and not isinstance(error.__cause__, MemoryError):
-            return {"error": [error.code, error.message]}, b""
-        return {"error": "memory"}, b""
+            return {"fault": [error.code, error.message]}, b""
+        return {"fault": "memory"}, b""
 
 
 def _line(values: Arguments, data: Content) -> bytes:

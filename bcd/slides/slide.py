@@ -208,7 +208,7 @@ def open_slide(
 
 
 def _open_reader(path: str | Path, budget: child.Budget) -> Reader:
-    if disk.is_one(path):
+    if disk.is_folder_file(path):
         return zarr.ZarrReader(str(path))
     with boundary(*UNREADABLE):
         if fault := _fault(Path(path)):

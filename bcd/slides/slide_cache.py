@@ -41,7 +41,7 @@ def open_staged(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged]
     """Open a slide at any URI; the last ones stay open. Raises ImageError as `slide.open_slide` does, and
     StorageError where it cannot be fetched."""
     staged = stage(uri)
-    if disk.is_one(uri):
+    if disk.is_folder_file(uri):
         return slide.open_slide(uri, given), staged
     return slide.open_slide(staged.path, given), staged
 
@@ -49,7 +49,7 @@ def open_staged(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged]
 def stage(uri: str) -> Staged:
     """Fetch a slide and its companion files to the local disk, once per machine, whole or not at all. Raises
     StorageError where it cannot be read."""
-    if not storage.is_remote(uri) or disk.is_one(uri):  # read where it is
+    if not storage.is_remote(uri) or disk.is_folder_file(uri):  # read where it is
         return Staged(Path(storage.absolute(uri)), None)
     # The version distinguishes a slide from one that it replaced under the same name.
     _require_private()

@@ -26,7 +26,8 @@ child.serve(answer)
 
 @pytest.fixture(autouse=True)
 def ended():
-    """The children of a test end with it."""
+    """A test begins without children, and ends its own."""
+    child.close_all()
     yield
     child.close_all()
 
