@@ -31,7 +31,7 @@ COMPUTE_S, ELAPSED_S = "compute_s", "elapsed_s"
 # Slides.
 TILES, BACKGROUND_TILES, ERROR_TILES = "tiles", "background_tiles", "error_tiles"
 WARNED_TILES, TISSUE_AREA_MM2 = "warned_tiles", "tissue_area_mm2"
-MALIGNANT_TILE_SHARE = "malignant_tile_share"
+MALIGNANT_TILE_SHARE, READER = "malignant_tile_share", "reader"
 QUANTILES = {f"probability_q{round(100 * q):02}": q for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
 # Appearance, and pairs of similar images.
 PHASH, TISSUE_FRACTION = "phash", "tissue_fraction"
@@ -149,11 +149,12 @@ SEEN_INPUTS = pa.schema(
 )
 
 # One row per whole slide of an archive. `tiles` are those with tissue, scored or in error. The bounds are the
-# upper left of the region that QuPath shows; `mpp` is µm per pixel of level 0 across, `mpp_y` down.
+# upper left of the region that QuPath shows; `mpp` is µm per pixel of level 0 across, `mpp_y` down. `reader`
+# is name and version of what read the tiles; of two, the second read what the first does not.
 SLIDES = pa.schema(
     [
         *_columns(_TEXT, SLIDE, URI, required=True),
-        *_columns(_TEXT, PATIENT),
+        *_columns(_TEXT, PATIENT, READER),
         *_columns(pa.int64(), WIDTH_PX, HEIGHT_PX),
         *_columns(pa.float64(), MPP, MPP_Y),
         *_columns(pa.int64(), BOUNDS_X_LEVEL0_PX, BOUNDS_Y_LEVEL0_PX),

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from bcd import schema, storage
 from bcd.data import read
 from bcd.errors import StorageError
-from bcd.imaging import decoder, image, pixel_size
-from bcd.slides import slide, slide_cache, tile, tissue
+from bcd.imaging import decoder, image
+from bcd.slides import pixel_size, slide, slide_cache, tile, tissue
 from bcd.text import counted
 
 
@@ -56,6 +56,7 @@ class Plan(BaseModel):
     thumbnail_scale: float
     bounds_x_px: int = 0
     bounds_y_px: int = 0
+    reader: str | None = None
 
 
 def expand(batch: pa.Table, tiling: Tiling, plans_uri: str, done: frozenset[str]) -> Iterator[pa.Table]:
@@ -128,6 +129,7 @@ def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
         background_tiles=len(grid) - len(chosen),
         tissue_area_mm2=float(mask.sum()) * opened.mpp_x * opened.mpp_y / (scale * 1_000) ** 2,
         thumbnail_scale=scale,
+        reader=opened.reader.facts.reader,
     )
     tiles = _tile_rows(plan, grid, chosen, tiling.tile_mpp, tiling)
     _keep(plans_uri, plan, thumbnail, tiles)
