@@ -24,6 +24,8 @@ COLOURS = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 STATED, NAMES, NAMED_BYTES = (container.JFIF, container.ADOBE), (b"JFIF", b"Adobe"), 1_024
 # The header of a stream may have so many bytes, and its data for each pixel.
 HEAD_BYTES, MOST_BYTES_PX = 2**16, 6
+# Starts of scans in a stream. Each takes the time of a pass over the tile, however few bytes it has.
+SCAN, MOST_SCANS = b"\xff\xda", 20
 DAMAGED = "the slide cannot be read: a damaged tile"
 
 
@@ -76,6 +78,8 @@ class Level:
                 stored = START + _without_statements(stored)
             # libjpeg takes a missing end for damage, which OpenSlide does not.
             stream = START + self.shared + stored.removeprefix(START) + END
+            if (scans := stored.count(SCAN)) > MOST_SCANS:
+                raise ValueError(f"a JPEG of {scans} scans; at most {MOST_SCANS} are read")
             # First, because decoding takes as much memory as the header asks for.
             size = simplejpeg.decode_jpeg_header(stream)[:2]
             if size != (self.tile_height_px, self.tile_width_px) or not stored.startswith(START):

@@ -5,7 +5,7 @@ import pytest
 
 from bcd.imaging import image
 from bcd.slides import slide
-from bcd.slides.parts import tiff_reader
+from bcd.slides.parts import jpeg_tiles, tiff_reader
 from tests import pictures
 from tests.slides.parts.pyramids import RGB, SIDE, YCBCR, aperio, jpeg, page, write
 from tests.slides.test_slide import QUARTER, flattened
@@ -87,6 +87,21 @@ def test_streams_may_be_whole_lack_an_end_or_be_padded(tmp_path):
     with slide.open_slide(path) as opened:
         assert isinstance(opened.reader, tiff_reader.TiffReader)
         require_equal(good, opened)
+
+
+def test_a_stream_has_so_many_scans_at_most(tmp_path, monkeypatch):
+    """Of 50 kB, thousands of scans would keep libjpeg busy for minutes, and here nothing ends it."""
+    pixels = pictures.stained(SIDE, 2 * SIDE)
+    tags, tiles = page(pixels)
+    progressive = pictures.encode(pixels[:, SIDE:], "JPEG", progressive=True)
+    path = write(tmp_path / "s.tif", (tags, [tiles[0], progressive]))
+    with slide.open_slide(path) as opened:
+        require_equal(path, opened)
+    monkeypatch.setattr(jpeg_tiles, "MOST_SCANS", 5)
+    with slide.open_slide(path) as opened:
+        assert opened.read(0, 0, 0, SIDE, SIDE).shape == (SIDE, SIDE, 3)
+        with pytest.raises(image.ImageError, match="a JPEG of 10 scans; at most 5 are read"):
+            opened.read(0, 0, 0, SIDE + 1, SIDE)
 
 
 def damaged(tiles: list[bytes], kind: str) -> list[bytes]:
