@@ -29,6 +29,17 @@ OWN_LAYOUTS, LEICA = (b"Philips", b"MedScan", b"Huron"), b"<scn"
 # OME-TIFF with colours in pages of their own.
 CHANNELS_OME = re.compile(rb'SizeC="(\d{1,9})"')
 REDUCED, MASK = 1, 4
+# Tags of one value. OpenSlide ignores a page that is irregular, and for some faults those that follow.
+SINGLE = (
+    tiff.SUBFILE,
+    tiff.WIDTH,
+    tiff.HEIGHT,
+    tiff.COMPRESSION,
+    tiff.PHOTOMETRIC,
+    tiff.SAMPLES,
+    tiff.PLANAR,
+)
+SINGLE += (tiff.TILE_WIDTH, tiff.TILE_HEIGHT, tiff.UNIT)
 # µm of a unit of the resolution: inch, which TIFF has by default, and centimetre.
 INCH, CENTIMETRE = 2, 3
 UNITS_UM = {INCH: 25_400.0, CENTIMETRE: 10_000.0}
@@ -74,7 +85,19 @@ def _is_known(page: tiff.Page) -> bool:
     is_flat = page.one(tiff.DEPTH, 1) == page.one(tiff.TILE_DEPTH, 1) == 1
     is_mask = page.one(tiff.SUBFILE) & MASK
     compression = page.one(tiff.COMPRESSION, tiff.UNCOMPRESSED)
-    return not page.present & OTHERS and is_flat and not is_mask and compression in tiff.COMPRESSIONS
+    is_plain = is_flat and not is_mask and compression in tiff.COMPRESSIONS
+    return is_plain and not page.present & OTHERS and _is_regular(page)
+
+
+def _is_regular(page: tiff.Page) -> bool:
+    """Whether a page has the tags that each has to have, with as many values as they have to have."""
+    bits, parts = page.tags.get(tiff.BITS, ()), (tiff.PART_PLACES, tiff.PART_BYTES)
+    return (
+        all(len(page.tags.get(tag, (0,))) == 1 for tag in SINGLE)
+        and all(any(tag in page.long for tag in tags) for tags in parts)
+        and (len(bits), len(set(bits))) == (page.one(tiff.SAMPLES, 1), 1)
+        and min(page.size) > 0
+    )
 
 
 def _is_tiled(page: tiff.Page) -> bool:
@@ -122,7 +145,7 @@ def _plain_mpp(file: tiff.Readable, page: tiff.Page) -> dict[str, str]:
             return {}
         if tag not in page.long or page.long[tag][1] != tiff.FRACTION:
             raise ImageError("unsupported_format", "its resolution is not a fraction")
-        above, below = tiff.values(file, page, tag)[:2].tolist()
+        above, below = tiff.values(file, page, tag).tolist()  # ValueError for several
         if not above or not below:
             return {}
         found[name] = repr(unit / (above / below))

@@ -157,6 +157,14 @@ def test_other_layouts_are_left_to_openslide(tmp_path, kind):
     assert read(write(tmp_path / "s.tif", *other(kind))) is None
 
 
+@pytest.mark.parametrize("change", [{254: (3, [1, 1])}, {258: (3, [8, 8])}, {256: (4, [0])}, {277: (3, [2])}])
+def test_an_irregular_page_beside_the_levels_is_left_to_openslide(tmp_path, change):
+    """Which reads no page after some of them, so that levels are missing."""
+    first, thumbnail, *others = aperio(256, 192, (64, 48))
+    pages = [first, (thumbnail[0] | change, thumbnail[1]), *others]
+    assert read(write(tmp_path / "s.svs", *pages)) is None
+
+
 def test_smaller_levels_of_aperio_are_in_order(tmp_path):
     pages = aperio(256, 192, (64, 48), (128, 96))
     assert read(write(tmp_path / "s.svs", *pages)) is None
