@@ -5,6 +5,7 @@ in a loop. Folders are listed before links, so that a file below both has its ow
 """
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -12,9 +13,12 @@ import uuid
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import IO, BinaryIO
 
+# Folders that count as one file, of OME-Zarr: what is in them, hidden or not, is a part of it;
+# the first file that exists describes it.
+FOLDER_SUFFIX, FOLDER_HEADS = ".zarr", ("zarr.json", ".zattrs")
 # Reasons to skip an entry, besides its suffix.
 HIDDEN, SPECIAL = "hidden", "no regular file"
 LOOP, AGAIN = "link to a folder above it", "link to a folder that is listed already"
@@ -32,6 +36,34 @@ class Entries:
     versions: dict[str, str] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
     passed: Counter[str] = field(default_factory=Counter)
+
+    def add(self, path: str, size: int, version: str) -> None:
+        """Add a file, or a part of a folder that counts as one, whose version changes with each of them."""
+        one = _folder_of(path)
+        if is_hidden(path):
+            self.passed[HIDDEN] += 1
+        elif one == path:
+            self.sizes[path], self.versions[path] = size, version
+        else:
+            digest = hashlib.sha256(f"{path.removeprefix(one)} {version}".encode()).hexdigest()
+            total = int(self.versions.get(one, "0"), 16) + int(digest, 16)  # in any order
+            self.sizes[one], self.versions[one] = self.sizes.get(one, 0) + size, f"{total % 2**256:x}"
+
+
+def is_folder_file(path: str | PurePath) -> bool:
+    """Whether a path or URI is that of a folder that counts as one file."""
+    return str(path).rstrip("/").lower().endswith(FOLDER_SUFFIX)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a path has a hidden part, outside of folders that count as one file."""
+    return any(part.startswith(".") for part in _folder_of(path).split("/"))
+
+
+def _folder_of(path: str) -> str:
+    """The path up to the first folder that counts as one file: else the path itself."""
+    end = path.lower().find(f"{FOLDER_SUFFIX}/")
+    return path if end < 0 else path[: end + len(FOLDER_SUFFIX)]
 
 
 def entries(root: str) -> Entries:
@@ -87,7 +119,7 @@ def _list(root: str, folder: str, found: Entries) -> tuple[list[str], list[str]]
         return folders, links
     for entry in entries:
         path = f"{folder}/{entry.name}" if folder else entry.name
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") and is_hidden(path):
             found.passed[HIDDEN] += 1
         elif (text := _text(path)) != path:
             found.faults[text] = "the name is not in UTF-8; rename it"
@@ -101,8 +133,7 @@ def _is_folder(entry: "os.DirEntry[str]", path: str, found: Entries) -> bool:
     try:
         status = entry.stat()
         if entry.is_file():
-            found.sizes[path] = status.st_size
-            found.versions[path] = f"{status.st_size}-{status.st_mtime_ns}"
+            found.add(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
         elif not entry.is_dir():
             found.passed[SPECIAL] += 1
         return entry.is_dir()

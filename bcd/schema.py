@@ -35,7 +35,7 @@ COMPUTE_S, ELAPSED_S = "compute_s", "elapsed_s"
 TILES, BACKGROUND_TILES, ERROR_TILES = "tiles", "background_tiles", "error_tiles"
 OUTSIDE_TILES = "outside_tiles"
 WARNED_TILES, TISSUE_AREA_MM2 = "warned_tiles", "tissue_area_mm2"
-MALIGNANT_TILE_SHARE = "malignant_tile_share"
+MALIGNANT_TILE_SHARE, READER = "malignant_tile_share", "reader"
 TOP_TILES, TOP_PROBABILITY, NOISY_OR = "top_tiles", "top_probability", "noisy_or"
 TOP_PROBABILITY_LOW, TOP_PROBABILITY_HIGH = "top_probability_low", "top_probability_high"
 NOISY_OR_LOW, NOISY_OR_HIGH = "noisy_or_low", "noisy_or_high"
@@ -159,11 +159,12 @@ SEEN_INPUTS = pa.schema(
 )
 
 # One row per whole slide of an archive. `tiles` are those with tissue, scored or in error. The bounds are the
-# upper left of the region that QuPath shows; `mpp` is µm per pixel of level 0 across, `mpp_y` down.
+# upper left of the region that QuPath shows; `mpp` is µm per pixel of level 0 across, `mpp_y` down. `reader`
+# is name and version of what read the tiles; of two, the second read what the first does not.
 SLIDES = pa.schema(
     [
         *_columns(_TEXT, SLIDE, URI, required=True),
-        *_columns(_TEXT, PATIENT),
+        *_columns(_TEXT, PATIENT, READER),
         *_columns(pa.int64(), WIDTH_PX, HEIGHT_PX),
         *_columns(pa.float64(), MPP, MPP_Y),
         *_columns(pa.int64(), BOUNDS_X_LEVEL0_PX, BOUNDS_Y_LEVEL0_PX),

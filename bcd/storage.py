@@ -234,10 +234,7 @@ def _walk_store(filesystem: fs.FileSystem, root: str) -> disk.Entries:
         path = info.path.removeprefix(root.rstrip("/") + "/")
         if info.type != fs.FileType.File:
             continue
-        if any(part.startswith(".") for part in path.split("/")):
-            found.passed[disk.HIDDEN] += 1
-        else:
-            found.sizes[path], found.versions[path] = info.size, _version(info)
+        found.add(path, info.size, _version(info))
     return found
 
 
@@ -302,12 +299,13 @@ def _info(uri: str) -> fs.FileInfo:
 
 
 def version(uri: str) -> str:
-    """Size and time of the last change of one file, as text that changes with its content. Raises
-    StorageError where there is no such file, or no access to it."""
-    info = _info(uri)
-    if info.type != fs.FileType.File:
+    """Size and time of the last change of one file, as text that changes with its content; of a folder that
+    counts as one, of what describes it. Raises StorageError where it does not exist or is not accessible."""
+    places = [join(uri, name) for name in disk.FOLDER_HEADS] if disk.is_folder_file(uri) else [uri]
+    infos = [info for info in map(_info, places) if info.type == fs.FileType.File]
+    if not infos:
         raise MissingError(f"{uri}: cannot read it: there is no such file")
-    return _version(info)
+    return _version(infos[0])
 
 
 def _version(info: fs.FileInfo) -> str:

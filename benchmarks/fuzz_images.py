@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bcd.imaging import image, pixel_size
-from bcd.slides import slide
+from bcd.imaging import image
+from bcd.slides import pixel_size, slide
 from tests import pictures
 
 KINDS = ("PNG", "JPEG", "TIFF", "SVS")

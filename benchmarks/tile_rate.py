@@ -7,28 +7,34 @@ Both in turns in one process, over all tiles of the slide in the order in which 
 
 import argparse
 import time
-from dataclasses import replace
 
 import numpy as np
 import openslide
 
 from bcd.imaging import image
 from bcd.slides import slide, tile
+from bcd.slides.parts import tiff_reader
 
 HEIGHT_PX, WIDTH_PX = 460, 700
 
 
 def seconds(path: str, alone: bool) -> float:
     """CPU seconds of a tile."""
-    with slide.open_slide(path) as opened:
+    with slide.open_slide(path) as opened, openslide.OpenSlide(path) as handle:
         mpp = (opened.mpp_x, opened.mpp_y)
         grid = tile.grid(opened.width_px, opened.height_px, mpp, opened.mpp_x, WIDTH_PX, HEIGHT_PX)
         order = grid.near(np.arange(len(grid)))
-        assert opened.reader, f"{path} is not read by the reader of JPEG tiles"
-        reader = replace(opened, handle=openslide.OpenSlide(path), reader=None) if alone else opened
+        assert isinstance(opened.reader, tiff_reader.TiffReader), f"{path} is read by OpenSlide only"
+
+        def read(x: int, y: int) -> np.ndarray:
+            if not alone:
+                return opened.read(x, y, 0, WIDTH_PX, HEIGHT_PX)
+            return np.asarray(handle.read_region((x, y), 0, (WIDTH_PX, HEIGHT_PX)).convert("RGB"))
+
         started = time.process_time()
-        for x, y in zip(grid.x_level0_px[order], grid.y_level0_px[order], strict=True):
-            image.fit(reader.read(x, y, 0, WIDTH_PX, HEIGHT_PX), 224, 336)
+        places = zip(grid.x_level0_px[order].tolist(), grid.y_level0_px[order].tolist(), strict=True)
+        for place in places:
+            image.fit(read(*place), 224, 336)
         return (time.process_time() - started) / len(grid)
 
 

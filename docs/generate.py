@@ -100,6 +100,7 @@ MEANING: dict[str, str] = {
     schema.PATIENT: "identifier of the patient, where known",
     schema.CASE: "case number; in BreaKHis the slide id without its letter suffix",
     schema.SLIDE: "slide id",
+    schema.READER: "name and version of what read the tiles; of two, the second read what the first does not",
     schema.TUMOR_CLASS: "`benign` or `malignant`",
     schema.SUBTYPE: "BreaKHis subtype: A, F, PT, TA, DC, LC, MC or PC",
     schema.MAGNIFICATION: "BreaKHis magnification: 40, 100, 200 or 400",

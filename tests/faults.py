@@ -90,6 +90,8 @@ def store(behind: str) -> Iterator[Store]:
             return b"".join(parts)
 
         def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
+            if self.command != "HEAD":
+                found.sent_bytes.append(len(content))
             length = {"content-length": str(len(content))}
             headers = {name.lower(): value for name, value in headers.items()}
             self.send_response_only(status)
@@ -100,7 +102,6 @@ def store(behind: str) -> Iterator[Store]:
                 self.send_header("content-length", "0")
             self.end_headers()
             if self.command != "HEAD":
-                found.sent_bytes.append(len(content))
                 self.wfile.write(content)
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815

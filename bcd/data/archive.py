@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bcd import schema, storage
+from bcd import disk, schema, storage
 from bcd.data import index, manifest
 from bcd.errors import DataError, StorageError
 from bcd.slides import dicom, slide
@@ -51,10 +51,10 @@ class Archive:
 def list_inputs(uri: str) -> Archive:
     """List the inputs below a folder, of a manifest, or a single file.
 
-    Files are selected by suffix; those without a suffix, or with a number for it, by their first bytes. DICOM
-    files of one series in one folder are one slide. An unreadable entry, such as a broken link, is an input
-    with an error. A manifest requires a column `uri`; `image_id`, `patient`, `case`, `slide` and `mpp` are
-    kept.
+    Files, and folders of OME-Zarr, are selected by suffix; files without one, or with a number for it, by
+    their first bytes. DICOM files of one series in one folder are one slide. An unreadable entry, such as a
+    broken link, is an input with an error. A manifest requires a column `uri`; `image_id`, `patient`, `case`,
+    `slide` and `mpp` are kept.
 
     Raises:
         DataError: there is nothing to score.
@@ -65,7 +65,7 @@ def list_inputs(uri: str) -> Archive:
         places = table[schema.URI].combine_chunks().dictionary_encode()
         found = storage.file_versions(places.dictionary.to_pylist()).values()
         return Archive(table, pa.array(found, pa.string()).take(places.indices))
-    single = storage.is_file(uri)
+    single = storage.is_file(uri) or disk.is_folder_file(uri)
     listing = _alone(uri) if single else storage.list_folder(uri)
     kept, passed = _select(listing)
     if not kept and not listing.faults:

@@ -14,9 +14,9 @@ from PIL import Image
 
 from bcd import schema, storage
 from bcd.errors import StorageError, TooLargeError
-from bcd.imaging import decoder, image, pixel_size, prepared
-from bcd.slides import slide_cache
-from bcd.slides.slide import Slide, open_slide
+from bcd.imaging import decoder, image, prepared
+from bcd.slides import pixel_size, slide_cache
+from bcd.slides.slide import Slide
 
 # An image fitted into the network's input, and its original height and width.
 Picture = tuple[np.ndarray, int, int]
@@ -144,20 +144,13 @@ def _tile(row: dict[str, Any]) -> np.ndarray:
     """The pixels of a tile, from the nearest finer level of its slide."""
     given = _given(row)
     try:
-        slide, staged = slide_cache.open_staged(row[schema.URI], given)
+        slide, _ = slide_cache.open_staged(row[schema.URI], given)
         try:
             return _cut(slide, row)
         except StorageError:
             # It may have been replaced: the next tile opens it again.
             slide_cache.open_staged.cache_clear()
             raise
-        except image.ImageError:
-            if staged is None:
-                raise
-            # OpenSlide's handle is unusable after an error, of this tile or of one read concurrently.
-            slide_cache.open_staged.cache_clear()
-            with open_slide(staged.path, given) as fresh:
-                return _cut(fresh, row)
     except StorageError as error:
         raise withheld(error) from error
 

@@ -16,8 +16,8 @@ from pydantic import BaseModel
 from bcd import schema, storage
 from bcd.data import read
 from bcd.errors import ImageError, StorageError
-from bcd.imaging import decoder, image, pixel_size
-from bcd.slides import regions, slide, slide_cache, tile, tissue
+from bcd.imaging import decoder, image
+from bcd.slides import pixel_size, regions, slide, slide_cache, tile, tissue
 from bcd.text import counted
 
 # In the image of the masks of a slide; and the share of a pixel that counts as all of it.
@@ -66,6 +66,7 @@ class Plan(BaseModel):
     bounds_x_px: int = 0
     bounds_y_px: int = 0
     outside_tiles: int = 0
+    reader: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
         outside_tiles=len(grid) - int(within.sum()),
         tissue_area_mm2=float((seen.tissue * seen.inside).sum()) * math.prod(mpp) / (seen.scale * 1_000) ** 2,
         thumbnail_scale=seen.scale,
+        reader=opened.reader.facts.reader,
     )
     unnamed: list[str | None] = [None] * len(chosen)
     names = seen.drawn.names_of(boxes[chosen]) if seen.drawn and not tiling.hides_uris else unnamed

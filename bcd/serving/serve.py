@@ -30,7 +30,7 @@ from bcd import storage
 from bcd.config import log
 from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.errors import NOT_FINITE_MESSAGE, BundleError, ConfigError, ResourceError
-from bcd.imaging import decoder, image
+from bcd.imaging import child, decoder, image
 from bcd.model import bundle, predictor
 from bcd.model.card import model_id
 from bcd.model.predictor import Prediction
@@ -155,11 +155,11 @@ class Replica:
     async def look(self, content: bytes) -> Seen:
         """See `api.Engine`."""
         try:
-            pixels, fitted = await self._decode(self._decoders, content, decoder.QUICK)
+            pixels, fitted = await self._decode(self._decoders, content, child.QUICK)
         except image.ImageError as error:
             if error.code != "too_slow":
                 raise
-            pixels, fitted = await self._decode(self._patient, content, decoder.PATIENT)
+            pixels, fitted = await self._decode(self._patient, content, child.PATIENT)
         return pixels, await self._in_batch(fitted)
 
     async def _in_batch(self, fitted: np.ndarray) -> Prediction:
@@ -194,7 +194,7 @@ class Replica:
         return prediction.rows()
 
     async def _decode(
-        self, threads: ThreadPoolExecutor, content: bytes, budget: decoder.Budget
+        self, threads: ThreadPoolExecutor, content: bytes, budget: child.Budget
     ) -> tuple[np.ndarray, np.ndarray]:
         """The image as sent, and as input of the network."""
 

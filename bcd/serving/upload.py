@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
+from bcd.imaging import child
 from bcd.imaging.image import ImageError
 from bcd.serving.receive import RefusedError
 from bcd.slides import slide
@@ -108,7 +109,7 @@ def field_of(sent: Sent) -> bytes:
 
     Raises:
         ImageError: the error of the part; `whole_slide`, recognised by the content as in an archive;
-            `unsupported_format` for an image that is wrapped in text or compressed.
+            `unsupported_format` for an image that is wrapped in text or compressed; as `child.call`.
     """
     if isinstance(sent.content, ImageError):
         raise sent.content
@@ -132,7 +133,7 @@ def _is_slide(content: bytes) -> bool:
     with tempfile.NamedTemporaryFile(suffix=".tif") as file:
         file.write(content)
         file.flush()
-        return slide.is_slide(file.name)
+        return slide.is_slide(file.name, budget=child.QUICK)
 
 
 def _is_form(request: Request) -> bool:

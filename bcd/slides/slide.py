@@ -5,23 +5,29 @@ used raises `ImageError` with code `unreadable`, `missing_mpp`, `bad_mpp`, `too_
 """
 
 import math
+import re
 import struct
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Self
 
 import numpy as np
-import openslide
 from PIL import Image
 
-from bcd.imaging import container, pixel_size, tiff
-from bcd.imaging.image import ImageError, boundary, to_srgb
+from bcd import disk
+from bcd.imaging import child, container, tiff
+from bcd.imaging.image import ImageError, boundary
+from bcd.slides import pixel_size
 from bcd.slides.parts import pyramid, tiff_reader
+from bcd.slides.readers import openslide_client, zarr
+from bcd.slides.readers.interface import UNREADABLE, Facts, Reader
 
-# Suffixes that only formats of OpenSlide 4 have. https://openslide.org/formats/
-SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm")
+# Suffixes that only formats of OpenSlide 4 have (https://openslide.org/formats/), and that of OME-Zarr.
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".dcm", disk.FOLDER_SUFFIX)
 # Never a slide. Others, such as TIFF or files without a suffix, are slides where OpenSlide knows the layout.
 FIELD_SUFFIXES = (".png", ".jpg", ".jpeg")
 MRXS, DICOM = ".mrxs", ".dcm"
@@ -33,12 +39,15 @@ LEVEL_TOLERANCE = 1.02
 MAX_ENLARGING = 1.25
 # Side of a block of the slide that is decoded at once for the thumbnail: 16 MiB of RGBA.
 BLOCK_PX = 2048
+# A block with a damaged place is halved down to this side. What remains has a colour of stained tissue: tiles
+# there are planned, and have the error. A level is given up after so many failures.
+LEAST_BLOCK_PX, UNKNOWN, MOST_FAILURES = 256, (200, 120, 170), 500
 # Of one region, and of one stored tile: 256 MB of RGBA. Of a whole slide: ten times the largest scans.
 MAX_READ_PIXELS, MAX_SLIDE_PIXELS = container.MAX_PIXELS, 10**12
 # From this size, NDPI has longer addresses than TIFF, which it is otherwise.
 NDPI_BYTES = 2**32
-UNREADABLE = "unreadable", "the slide cannot be read"
-OPAQUE = 255
+CHANNELS_OME = re.compile(rb'SizeC="(\d{1,9})"')
+Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -46,28 +55,24 @@ class Slide:
     """An open slide, and a context manager that closes it.
 
     Size and µm per pixel (across and down) are those of level 0, `downsamples` are level-0 pixels per pixel
-    of each level, the ICC profile is None for sRGB, and the bounds are the upper left corner at level 0 of
-    the scanned region, to which QuPath crops a slide. It is read by `reader`, or else by OpenSlide's handle.
+    of each level, and the bounds are the upper left corner at level 0 of the scanned region, to which QuPath
+    crops a slide.
     """
 
-    handle: openslide.OpenSlide | None
+    reader: Reader
     width_px: int
     height_px: int
     mpp_x: float
     mpp_y: float
     downsamples: tuple[float, ...]
-    profile: bytes | None = None
     bounds_x_px: int = 0
     bounds_y_px: int = 0
-    reader: tiff_reader.TiffReader | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for opened in (self.handle, self.reader):
-            if opened:
-                opened.close()
+        self.reader.close()
 
     def level_for(self, target_mpp: float) -> int:
         """The smallest level that has the detail of `target_mpp` µm/px, across and down. Raises ImageError
@@ -95,41 +100,52 @@ class Slide:
             needed = f"a tile needs {size[0]:,} x {size[1]:,} px of the slide"
             raise ImageError("too_many_pixels", f"{needed}; at most {MAX_READ_PIXELS:,} fit")
         with boundary(*UNREADABLE):
-            if self.reader:
-                return self.reader.read(*place, level, *size)
-            assert self.handle
-            region = self.handle.read_region(place, level, size)
-            colors = self._in_srgb(region.convert("RGB"))
-            if region.getchannel("A").getextrema()[0] != OPAQUE:
-                paper = Image.new("RGB", size, "white")
-                paper.paste(colors, mask=region)
-                return np.asarray(paper)
-            return np.asarray(colors)
+            return self.reader.read(*place, level, *size)
 
     def request(self, rectangles: Iterable[tiff_reader.Rectangle]) -> None:
         """Request from a store, in few requests, what `read` will need for rectangles; returns at once."""
-        if self.reader:
+        if isinstance(self.reader, tiff_reader.TiffReader):
             self.reader.request(rectangles)
-
-    def _in_srgb(self, colors: Image.Image) -> Image.Image:
-        return to_srgb(colors, self.profile) if self.profile else colors
 
     def thumbnail(self, max_side_px: int = 2048) -> tuple[np.ndarray, float]:
         """The whole slide as uint8 (h, w, 3) RGB, and its scale in pixels per level-0 pixel, at most 1.
 
-        Memory does not grow with the slide, even without a pyramid. Raises ImageError `unreadable`.
+        Memory does not grow with the slide, even without a pyramid. What is damaged has the colour `UNKNOWN`.
+        Raises ImageError `unreadable` where nothing can be read, or as `child.call`.
         """
         scale = min(1.0, max_side_px / max(self.width_px, self.height_px))
-        level = max(number for number, d in enumerate(self.downsamples) if number == 0 or d * scale <= 1)
+        best = max((i for i, d in enumerate(self.downsamples) if d <= 1 / scale), default=0)
+        for level in range(best, -1, -1):  # where all of a level is damaged, a finer one
+            try:
+                return self._from_level(level, scale), scale
+            except ImageError as error:
+                if level == 0 or error.code != UNREADABLE[0]:
+                    raise
+        raise AssertionError("level 0 returns or raises")
+
+    def _from_level(self, level: int, scale: float) -> np.ndarray:
+        """The thumbnail from one level. Raises ImageError where nothing of it can be read."""
         factor = 1 / (scale * self.downsamples[level])
         height, width = (max(1, round(side * scale)) for side in (self.height_px, self.width_px))
         result = np.empty((height, width, 3), np.uint8)
-        step = max(1, int(BLOCK_PX / factor) - 1)
-        for top in range(0, height, step):
-            for left in range(0, width, step):
-                block = result[top : top + step, left : left + step]
-                block[:] = self._reduced(left, top, block.shape[1], block.shape[0], level, factor)
-        return result, scale
+        step, least = max(1, int(BLOCK_PX / factor) - 1), max(1, int(LEAST_BLOCK_PX / factor))
+        corners = product(range(0, height, step), range(0, width, step))
+        blocks = deque((x, y, min(step, width - x), min(step, height - y)) for y, x in corners)
+        good = failed = 0
+        while blocks:
+            left, top, across, down = blocks.popleft()
+            block = result[top : top + down, left : left + across]
+            try:
+                block[:] = self._reduced(left, top, across, down, level, factor)
+                good += 1
+            except ImageError as error:
+                failed += 1
+                block[:] = UNKNOWN
+                is_crash = isinstance(error, child.CrashError)
+                blocks += [] if is_crash else _halves(left, top, across, down, least)
+                if error.code != UNREADABLE[0] or failed > MOST_FAILURES or not (good or blocks):
+                    raise
+        return result
 
     def _reduced(self, left: int, top: int, width: int, height: int, level: int, factor: float) -> np.ndarray:
         """One block of the thumbnail; a pixel is the mean of about `factor` x `factor` pixels of the level.
@@ -145,47 +161,58 @@ class Slide:
         return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX, box))
 
 
-def open_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -> Slide:
-    """Open a slide on the local disk, with the user's statements of its µm per pixel.
+def _halves(left: int, top: int, width: int, height: int, least: int) -> list[Box]:
+    """Halves of a rectangle of thumbnail pixels; none where its sides have `least`."""
+    if max(width, height) <= least:
+        return []
+    if width >= height:
+        half = width // 2
+        return [(left, top, half, height), (left + half, top, width - half, height)]
+    half = height // 2
+    return [(left, top, width, half), (left, top + half, width, height - half)]
 
-    `.mrxs` and `.dcm` require their `companions` where they were in the archive. Raises ImageError
-    `unreadable`, `too_many_pixels`, or `missing_mpp` and `bad_mpp` of `level0_mpp`, and StorageError.
+
+def open_slide(
+    path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN, budget: child.Budget = child.ARCHIVE
+) -> Slide:
+    """Open a slide on the local disk, an OME-Zarr at any URI, with the user's statements of its µm per pixel.
+
+    `.mrxs` and `.dcm` require their `companions` where they were in the archive. The budget is that of each
+    read. Raises ImageError `unreadable`, `too_many_pixels`, `unsupported_format`, `missing_mpp` and `bad_mpp`
+    of `level0_mpp`, or as `child.call`; so does a read.
     """
-    with boundary(*UNREADABLE), ExitStack() as stack:
-        if Path(path).is_file() and (opened := open_parts(str(path), given)):
-            return opened
-        if fault := _fault(Path(path)):
-            raise fault
-        handle = openslide.OpenSlide(path)
-        stack.callback(handle.close)
-        size, properties, profile = handle.dimensions, dict(handle.properties), handle.color_profile
-        mpp = _require_scale(properties, size, given)
-        downsamples = tuple(handle.level_downsamples)
-        stack.pop_all()
-    icc = profile.tobytes() if profile else None
-    return Slide(handle, *size, *mpp, downsamples, icc, *_bounds(properties))
+    return _open(_open_reader(path, budget), given)
 
 
 def open_parts(uri: str, given: pixel_size.Given = pixel_size.UNKNOWN) -> Slide | None:
     """Open a slide at any URI, of which only the parts that are needed are read; None for a file that has to
     be on the local disk, for `open_slide`. Raises ImageError as that does, and StorageError."""
+    if disk.is_folder_file(uri) or (reader := tiff_reader.open_reader(uri)) is None:
+        return None
+    return _open(reader, given)
+
+
+def _open(reader: Reader, given: pixel_size.Given) -> Slide:
     with ExitStack() as stack:
-        reader = tiff_reader.open_reader(uri)
-        if reader is None:
-            return None
         stack.callback(reader.close)
         facts = reader.facts
-        mpp = _require_scale(facts.properties, facts.sizes[0], given)
+        width, height = facts.sizes[0]
+        if width * height > MAX_SLIDE_PIXELS:
+            raise ImageError("too_many_pixels", f"a slide of {width:,} x {height:,} px is impossible")
+        mpp = pixel_size.level0_mpp(facts.properties, (width, height), given)
         stack.pop_all()
-    return Slide(None, *facts.sizes[0], *mpp, facts.downsamples, facts.profile, reader=reader)
+    return Slide(reader, width, height, *mpp, facts.downsamples, *_bounds(facts.properties))
 
 
-def _require_scale(
-    properties: Mapping[str, str], size: tuple[int, int], given: pixel_size.Given
-) -> pixel_size.Pair:
-    if size[0] * size[1] > MAX_SLIDE_PIXELS:
-        raise ImageError("too_many_pixels", f"a slide of {size[0]:,} x {size[1]:,} px is impossible")
-    return pixel_size.level0_mpp(properties, size, given)
+def _open_reader(path: str | Path, budget: child.Budget) -> Reader:
+    if disk.is_folder_file(path):
+        return zarr.ZarrReader(str(path))
+    if Path(path).is_file() and (reader := tiff_reader.open_reader(str(path))) is not None:
+        return reader
+    with boundary(*UNREADABLE):
+        if fault := _fault(Path(path)):
+            raise fault
+    return openslide_client.OpenSlideReader(Path(path), budget)
 
 
 def _bounds(properties: Mapping[str, str]) -> tuple[int, int]:
@@ -201,13 +228,13 @@ def _bounds(properties: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _fault(path: Path) -> ImageError | None:
-    """The reason not to open a file with OpenSlide, which ends the process where it cannot allocate as much
-    memory as tags and tiles claim."""
+    """The reason not to open a file with OpenSlide, in words that its user understands."""
     size_bytes = path.stat().st_size
     try:
         with path.open("rb") as file:
             for page in tiff.iterate_pages(file, size_bytes):
                 _require_tiles(page, size_bytes)
+                _require_colours(page)
         return None
     except ImageError as error:
         if error.code != "truncated":
@@ -228,11 +255,21 @@ def _require_tiles(page: tiff.Page, size_bytes: int) -> None:
         raise ImageError("too_many_pixels", f"a slide stored in tiles of {width:,} x {height:,} px")
 
 
-def is_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -> bool:
+def _require_colours(page: tiff.Page) -> None:
+    """Reject an OME-TIFF with a page for each colour, of which OpenSlide would show the first as grey."""
+    channels = CHANNELS_OME.search(page.description) if b"<OME" in page.description[:1_000] else None
+    if channels and page.one(tiff.SAMPLES, 1) < int(channels[1]):
+        message = f"an OME-TIFF with {int(channels[1])} channels in pages of their own; expected RGB in one"
+        raise ImageError("unsupported_format", message)
+
+
+def is_slide(
+    path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN, budget: child.Budget = child.ARCHIVE
+) -> bool:
     """Whether a file on the local disk is a whole slide, and not an image for `decoder.decode_safely`.
 
     The suffix decides, so that a damaged `.svs` is a damaged slide; for other suffixes, the content, and
-    `given`, the user's statements of its µm per pixel. Raises ImageError `unreadable`.
+    `given`, the user's statements of its µm per pixel. Raises ImageError `unreadable`, or as `child.call`.
     """
     name = str(path).lower()
     if name.endswith(SLIDE_SUFFIXES + FIELD_SUFFIXES):
@@ -240,20 +277,16 @@ def is_slide(path: str | Path, given: pixel_size.Given = pixel_size.UNKNOWN) -> 
     with boundary(*UNREADABLE):
         if _fault(Path(path)):
             return False
-        layout = openslide.OpenSlide.detect_format(path)
-        return layout is not None and (layout != TILED_TIFF or _is_more_than_tiled(Path(path), given))
+    layout = openslide_client.detect_layout(Path(path), budget)
+    if layout != TILED_TIFF:
+        return layout is not None
+    with closing(openslide_client.OpenSlideReader(Path(path), budget)) as reader:
+        return _has_levels_or_scale(reader.facts, given)
 
 
-def _is_more_than_tiled(path: Path, given: pixel_size.Given) -> bool:
-    with openslide.OpenSlide(path) as handle:
-        return _has_levels_or_scale(handle.level_dimensions, handle.properties, given)
-
-
-def _has_levels_or_scale(
-    sizes: Sequence[tuple[int, int]], properties: Mapping[str, str], given: pixel_size.Given
-) -> bool:
+def _has_levels_or_scale(facts: Facts, given: pixel_size.Given) -> bool:
     """Whether a tiled TIFF from no known scanner has a pyramid or a scale: otherwise it is a field."""
-    return len(sizes) > 1 or pixel_size.is_stated(properties, sizes[0], given)
+    return len(facts.sizes) > 1 or pixel_size.is_stated(facts.properties, facts.sizes[0], given)
 
 
 def is_slide_by_tags(uri: str, given: pixel_size.Given = pixel_size.UNKNOWN) -> bool | None:
@@ -264,9 +297,9 @@ def is_slide_by_tags(uri: str, given: pixel_size.Given = pixel_size.UNKNOWN) -> 
     reader = tiff_reader.open_reader(uri)
     if reader is None:
         return None
-    reader.close()
-    sizes, properties = reader.facts.sizes, reader.facts.properties
-    return properties[pyramid.LAYOUT] != TILED_TIFF or _has_levels_or_scale(sizes, properties, given)
+    with closing(reader):
+        is_scanner = reader.facts.properties[pyramid.LAYOUT] != TILED_TIFF
+        return is_scanner or _has_levels_or_scale(reader.facts, given)
 
 
 def is_unnamed(path: str) -> bool:

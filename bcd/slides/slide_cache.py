@@ -14,10 +14,9 @@ from functools import lru_cache
 from io import BufferedRandom
 from pathlib import Path
 
-from bcd import storage
+from bcd import disk, storage
 from bcd.errors import StorageError
-from bcd.imaging import pixel_size
-from bcd.slides import dicom, slide
+from bcd.slides import dicom, pixel_size, slide
 
 # Shared by all processes of a machine. A large slide has 5 GB.
 CACHE = Path(tempfile.gettempdir()) / f"bcd-slides-{os.getuid()}"
@@ -44,6 +43,8 @@ def open_staged(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged 
     if opened := slide.open_parts(uri, given):
         return opened, None
     staged = stage(uri)
+    if disk.is_folder_file(uri):
+        return slide.open_slide(uri, given), staged
     return slide.open_slide(staged.path, given), staged
 
 
@@ -57,7 +58,7 @@ def is_slide_at(uri: str, given: pixel_size.Given) -> bool:
 def stage(uri: str) -> Staged:
     """Fetch a slide and its companion files to the local disk, once per machine, whole or not at all. Raises
     StorageError where it cannot be read."""
-    if not storage.is_remote(uri):
+    if not storage.is_remote(uri) or disk.is_folder_file(uri):  # read where it is
         return Staged(Path(storage.absolute(uri)), None)
     # The version distinguishes a slide from one that it replaced under the same name.
     _require_private()

@@ -6,7 +6,9 @@ import pytest
 from bcd import schema, storage
 from bcd.data import archive
 from bcd.errors import DataError, StorageError
+from tests import pictures
 from tests.data.test_index import manifest, touch
+from tests.slide_files import zarr_files
 from tests.slides.test_dicom import OTHERS, dicom_file
 
 
@@ -73,6 +75,38 @@ def test_a_manifest_names_each_dicom_slide_once(tmp_path):
         archive.list_inputs(manifest(tmp_path, [{"uri": f"{n}.dcm"} for n in (1, 2)]))
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_ome_zarr_is_one_input_and_not_its_chunks(tmp_path, s3, version):
+    """What it hides is a part of it, and its version changes with each of its files."""
+    files = zarr_files(pictures.stained(128, 128), version)
+    contents = {f"a/s.ome.zarr/{name}": content for name, content in files.items()}
+    others = {"b.png": b"b", ".hidden/s.zarr/0": b"h", "c.zarr/0.png": b"damaged"}
+    put(tmp_path, **contents, **others)
+    storage.upload_folder(tmp_path, f"{s3}/{tmp_path.name}")
+    for uri in (str(tmp_path), f"{s3}/{tmp_path.name}"):
+        found = archive.list_inputs(uri)
+        assert ids(found) == ["a/s.ome.zarr", "b.png", "c.zarr"]
+        assert found.table[schema.SIZE_BYTES].to_pylist() == [sum(map(len, files.values())), 1, 7]
+        assert found.table[schema.URI][0].as_py() == f"{uri}/a/s.ome.zarr"
+        assert found.passed == {"hidden": 1}
+        before = found.versions.to_pylist()
+        chunk = next(name for name in files if name.startswith("0/") and name.endswith("/1"))
+        storage.write_bytes(f"{uri}/a/s.ome.zarr/{chunk}", b"changed")
+        after = archive.list_inputs(uri).versions.to_pylist()
+        assert [a == b for a, b in zip(before, after, strict=True)] == [False, True, True]
+        alone = archive.list_inputs(f"{uri}/a/s.ome.zarr/")
+        assert ids(alone) == ["s.ome.zarr"]
+        assert alone.versions[0].as_py()
+
+
+def test_a_manifest_names_an_ome_zarr(tmp_path):
+    files = zarr_files(pictures.stained(128, 128), 3)
+    put(tmp_path, **{f"s.zarr/{name}": content for name, content in files.items()})
+    found = archive.list_inputs(manifest(tmp_path, [{"uri": "s.zarr"}, {"uri": "none.zarr"}]))
+    assert ids(found) == ["none.zarr", "s.zarr"]
+    assert [version is None for version in found.versions.to_pylist()] == [True, False]
+
+
 def test_files_without_a_suffix_count_by_their_first_bytes(tmp_path, s3):
     starts = {"png": b"\x89PNG\r\n\x1a\n", "tif.1": b"II*\0", "big": b"MM\0+", "jpg.2": b"\xff\xd8\xff\xe0"}
     others = {"README": b"text", "empty": b"", "x.3": b"PNG"}
@@ -123,7 +157,7 @@ def test_one_file_is_an_archive(tmp_path, name):
 def test_one_unsupported_file_is_rejected_with_what_is_expected(tmp_path):
     touch(tmp_path, "list.txt", "notes")
     for name in ("list.txt", "notes"):
-        with pytest.raises(DataError, match=rf"{name}: unsupported file; expected .png, .*\.dcm, \.csv"):
+        with pytest.raises(DataError, match=rf"{name}: unsupported file; expected .png, .*\.zarr, \.csv"):
             archive.list_inputs(f"{tmp_path}/{name}")
 
 
@@ -202,7 +236,7 @@ def test_nothing_to_score_is_refused(tmp_path):
         archive.list_inputs(str(tmp_path / "none.csv"))
     touch(tmp_path, "readme.txt", "x.bmp", "y.bmp")
     with pytest.raises(
-        DataError, match=r"below it; expected .png, .*\.dcm files; it contains 2 .bmp, 1 .txt$"
+        DataError, match=r"below it; expected .png, .*\.zarr files; it contains 2 .bmp, 1 .txt$"
     ):
         archive.list_inputs(str(tmp_path))
     (tmp_path / "m.csv").write_text("uri\n")

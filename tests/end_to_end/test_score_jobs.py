@@ -31,7 +31,7 @@ from bcd.imaging import image
 from bcd.model import bundle, predictor, weights
 from bcd.runtime import predict
 from bcd.scoring import score, tiling
-from tests import archives, faults, policies
+from tests import archives, faults, pictures, policies, slide_files
 from tests.cluster import (
     PATIENCE_S,
     finish,
@@ -418,3 +418,20 @@ def test_a_pseudonymised_job_names_nobody(joined, model_uri, tmp_path):
     assert named_in(output) == []
     assert sorted(filter(None, table(output)[schema.ERROR].to_pylist())) == ["truncated", "unreadable"]
     assert "can no longer be read" not in (output / "gallery.html").read_text()
+
+
+def test_a_slide_of_each_format_is_scored_on_disk_and_on_s3(joined, model_uri, tmp_path, s3):
+    """`tests/scoring/test_formats.py` has the details."""
+    pixels, remote = pictures.stained(384, 512), f"{s3}/{uuid.uuid4().hex}"
+    for number, made in enumerate(slide_files.FORMATS.values()):
+        made.write(tmp_path / "in" / f"{number:02}", pixels)
+    storage.upload_folder(tmp_path / "in", f"{remote}/in")
+    for folder in (str(tmp_path), remote):
+        score.run(ScoreConfig(model=model_uri, input=f"{folder}/in", output=f"{folder}/out"))
+        described = storage.read_table(f"{folder}/out/slides.parquet")
+        assert described[schema.READER].to_pylist() == [one.reader for one in slide_files.FORMATS.values()]
+        assert described[schema.ERROR_TILES].to_pylist() == [0] * len(slide_files.FORMATS)
+    here, there = (table(f"{folder}/out").to_pandas() for folder in (tmp_path, remote))
+    assert (here[schema.IMAGE_ID] == there[schema.IMAGE_ID]).all()
+    both = (one[schema.PROBABILITY_MALIGNANT] for one in (here, there))
+    np.testing.assert_allclose(*both, rtol=1e-5)

@@ -59,6 +59,7 @@ RANKS = [
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = {"", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"}
+OPENSLIDE = "bcd.slides.readers.openslide_server"
 WITH_RAY = {
     *("runtime", "evaluation", "training", "scoring"),
     *("bcd.audit.audit", "bcd.preflight.doctor", "bcd.serving.serve"),
@@ -130,6 +131,17 @@ def test_images_are_decoded_where_a_bad_one_affects_only_itself():
         for node in ast.walk(TREES[path])
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "image.decode"
         if name_of(path) != "bcd.imaging.decoder"
+    )
+
+
+def test_openslide_runs_in_child_processes_only():
+    """Written in C, it would end or hold up a worker or the service by one damaged slide."""
+    offenders(
+        f"{name_of(path)} imports {full}"
+        for path in MODULES
+        for full in imports(path)
+        if name_of(path) != OPENSLIDE
+        if full.split(".")[0] == "openslide" or OPENSLIDE in (full, full.rpartition(".")[0])
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from bcd import schema, storage
 from bcd.data import archive, read
 from bcd.scoring import tiling
-from bcd.slides import slide_cache
+from bcd.slides import pixel_size, slide_cache
 from tests import faults
 from tests.slides.parts.pyramids import aperio, write
 
@@ -68,7 +68,7 @@ def require_equal(found, expected):
 
 def level_bytes(path):
     """Bytes of the tiles of each level."""
-    opened, _ = slide_cache.open_staged(str(path), slide_cache.pixel_size.UNKNOWN)
+    opened, _ = slide_cache.open_staged(str(path), pixel_size.UNKNOWN)
     return [int(level.n_bytes.sum()) for level in opened.reader._levels]
 
 

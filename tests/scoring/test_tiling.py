@@ -12,7 +12,10 @@ from bcd.data import archive, read
 from bcd.errors import StorageError
 from bcd.scoring import tiling
 from bcd.slides import slide, slide_cache, tile
+from bcd.slides.readers import openslide_server
 from tests import pictures
+from tests.injected import CRASH, set_fault
+from tests.slides.test_dicom import dicom_file
 
 TILING = tiling.Tiling(tile_mpp=0.5, tile_width_px=40, tile_height_px=30, mpp=None, min_tissue=0.25)
 # A BreaKHis field at 40X.
@@ -85,6 +88,7 @@ def test_a_slide_becomes_its_tiles_with_tissue(tmp_path):
         background_tiles=10,
         tissue_area_mm2=100 * 150 * 0.0005**2,
         thumbnail_scale=1.0,
+        reader=openslide_server.READER,
     )
     thumbnail = tiling.read_thumbnail(str(tmp_path / "plans"), "s.tif")
     assert thumbnail.shape == (150, 200, 3)
@@ -504,3 +508,28 @@ def test_a_slide_that_cannot_be_fetched_now_is_not_called_unreadable(tmp_path, m
     monkeypatch.setattr(slide_cache, "stage", fails)
     (row,) = expanded(tmp_path).to_pylist()
     assert (row[schema.ERROR], row[schema.ERROR_MESSAGE]) == (code, f"{tmp_path}/in/s.tif: no")
+
+
+@pytest.mark.parametrize("name", ["facts", "read"])
+def test_a_slide_that_crashes_its_reader_is_one_row(tmp_path, monkeypatch, name):
+    """When it is opened, and when its thumbnail is read; the others are planned."""
+    set_fault(monkeypatch, name, CRASH)
+    write(tmp_path, {"bad.svs": stained(), "good.tif": stained()})
+    if name == "facts":
+        write(tmp_path, {"bad.dcm": dicom_file("1.1")})
+    table = expanded(tmp_path)
+    broken = [row for row in table.to_pylist() if row[schema.ERROR]]
+    assert [row[schema.IMAGE_ID] for row in broken] == ["bad.dcm", "bad.svs"][name == "read" :]
+    for row in broken:
+        assert row[schema.ERROR] == "unreadable"
+        assert row[schema.ERROR_MESSAGE] == "the slide reader crashes: Segmentation fault"
+    assert table[schema.SLIDE].to_pylist().count("good.tif") == 15 == len(table) - len(broken)
+
+
+def test_a_tile_that_crashes_the_reader_is_one_error(tmp_path, monkeypatch):
+    set_fault(monkeypatch, "read", f"(given['x'], given['y']) == (40, 30) and {CRASH}")
+    table = expanded(write(tmp_path, {"bad.tif": stained()}))
+    seen = read.pixels(table, 30, 40, [schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX])
+    places = zip(seen[schema.X_LEVEL0_PX], seen[schema.Y_LEVEL0_PX], seen[schema.ERROR], strict=True)
+    assert [(x, y, code) for x, y, code in places if code] == [(40, 30, "unreadable")]
+    assert len(table) == 15

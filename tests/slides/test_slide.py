@@ -1,13 +1,13 @@
 import struct
-from types import SimpleNamespace
 
 import numpy as np
 import openslide
 import pytest
 from PIL import Image
 
-from bcd.imaging import image, pixel_size
-from bcd.slides import slide
+from bcd.imaging import image
+from bcd.slides import pixel_size, slide, tissue
+from bcd.slides.readers.interface import Facts
 from tests import pictures
 from tests.imaging.test_image import SWAPPED
 
@@ -33,21 +33,26 @@ def code_of(open_or_read):
     return caught.value.code
 
 
+class White:
+    """A reader without a file: white, with a record of the sizes that were read."""
+
+    facts = Facts(((1, 1),), (1.0,), {}, None, "white")
+
+    def __init__(self):
+        self.sizes = []
+
+    def read(self, x_level0_px, y_level0_px, level, width_px, height_px):
+        self.sizes.append((width_px, height_px))
+        return np.full((height_px, width_px, 3), 255, np.uint8)
+
+    def close(self):
+        pass
+
+
 def fake(width_px, height_px, mpp=(0.25, 0.25), downsamples=(1.0,)):
-    """A slide without a file: white, with a record of the sizes that were read."""
-    sizes = []
-
-    def read_region(place, level, size):
-        sizes.append(size)
-        return Image.new("RGBA", size, "white")
-
-    def best(downsample):
-        return max(i for i, d in enumerate(downsamples) if d <= downsample * 1.001)
-
-    handle = SimpleNamespace(
-        level_downsamples=downsamples, read_region=read_region, get_best_level_for_downsample=best
-    )
-    return slide.Slide(handle, width_px, height_px, *mpp, tuple(handle.level_downsamples)), sizes
+    """A white slide, and the sizes that were read."""
+    reader = White()
+    return slide.Slide(reader, width_px, height_px, *mpp, downsamples), reader.sizes
 
 
 def one_tile(resolution_unit, x_resolution, y_resolution, side=16):
@@ -180,7 +185,55 @@ def test_damage_inside_is_found_when_it_is_read(slides, tmp_path):
     path = tmp_path / "damaged.svs"
     path.write_bytes(content)
     with slide.open_slide(path) as opened:
-        assert code_of(opened.thumbnail) == "unreadable"
+        assert code_of(lambda: opened.read(0, 0, 0, 2220, 2967)) == "unreadable"
+        small, _ = opened.thumbnail()
+    with slide.open_slide(slides / NAME) as opened:
+        whole, _ = opened.thumbnail()
+    # What is damaged is shown as tissue, so that its tiles are planned.
+    unknown = (small == slide.UNKNOWN).all(-1)
+    assert 0.05 < unknown.mean() < 0.6
+    assert (small == whole)[~unknown].mean() > 0.99
+    assert tissue.mask(small)[unknown].all()
+
+
+class Damaged(White):
+    """A reader of levels of which some are damaged, from a column on."""
+
+    def __init__(self, bad_from, code="unreadable"):
+        super().__init__()
+        self.bad_from, self.code = bad_from, code
+
+    def read(self, x_level0_px, y_level0_px, level, width_px, height_px):
+        if x_level0_px + width_px * 4**level > self.bad_from[level]:
+            raise image.ImageError(self.code, "why")
+        return super().read(x_level0_px, y_level0_px, level, width_px, height_px)
+
+
+def damaged(*bad_from, code="unreadable"):
+    reader = Damaged(bad_from, code)
+    return slide.Slide(reader, 8_192, 4_096, 0.25, 0.25, (1.0, 4.0)), reader
+
+
+def test_a_damaged_place_of_a_thumbnail_has_the_colour_of_tissue():
+    small, _ = damaged(9_000, 6_000)[0].thumbnail()
+    unknown = (small == slide.UNKNOWN).all(-1)
+    begin = unknown.any(0).argmax()
+    assert unknown[:, begin:].all()
+    assert 0 <= 6_000 / 4 - begin <= slide.LEAST_BLOCK_PX
+    assert (small[:, :begin] == 255).all()
+
+
+def test_of_a_level_that_is_damaged_the_finer_one_is_used():
+    small, _ = damaged(9_000, 0)[0].thumbnail()
+    assert (small == 255).all()
+    for code in ("unreadable", "too_slow"):
+        assert code_of(damaged(0, 0, code=code)[0].thumbnail) == code
+
+
+def test_failures_of_a_thumbnail_are_bounded(monkeypatch):
+    monkeypatch.setattr(slide, "MOST_FAILURES", 7)
+    assert code_of(damaged(0, 0)[0].thumbnail) == "unreadable"
+    assert code_of(damaged(4_100, 4_100)[0].thumbnail) == "unreadable"
 
 
 @pytest.mark.parametrize(
@@ -279,22 +332,6 @@ def test_a_mirax_slide_needs_its_folder():
     assert slide.companions(paths, "a/bb.mrxs") == ["a/bb/Index.dat"]
 
 
-@pytest.mark.parametrize("name", ["a.mrxs", "a.dcm"])
-def test_a_file_that_is_no_tiff_is_left_to_openslide(tmp_path, monkeypatch, name):
-    """MIRAX is a JPEG beside a folder, DICOM a format of its own."""
-    path = tmp_path / name
-    path.write_bytes(pictures.encode(pictures.gradient(), "JPEG"))
-    handle = SimpleNamespace(
-        dimensions=(64, 48),
-        properties={"openslide.mpp-x": "0.5", "openslide.mpp-y": "0.5"},
-        level_downsamples=(1.0,),
-        color_profile=None,
-        close=lambda: None,
-    )
-    monkeypatch.setattr(slide.openslide, "OpenSlide", lambda path: handle)
-    assert slide.open_slide(path).width_px == 64
-
-
 def test_which_names_say_nothing():
     names = ["a", "d.x/IM0001", "1.2.840.113619", "a.", "a.7", "b.svs", "c.txt", "e.TIF", ".x.png"]
     assert [slide.is_unnamed(name) for name in names] == [True] * 5 + [False] * 4
@@ -319,20 +356,6 @@ def test_tiles_and_slides_that_cannot_be_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(slide, "MAX_SLIDE_PIXELS", 3_000)
     with pytest.raises(image.ImageError, match="a slide of 70 x 46 px is impossible"):
         slide.open_slide(path)
-
-
-@pytest.mark.parametrize("error", [MemoryError, OverflowError, UnicodeDecodeError, ValueError])
-def test_whatever_openslide_raises_is_an_error_of_that_slide(monkeypatch, tmp_path, error):
-    def fails(*_):
-        raise error("utf-8", b"x", 0, 1, "why") if error is UnicodeDecodeError else error("why")
-
-    path = tmp_path / "s.tif"
-    path.write_bytes(pictures.tiled_tiff(pictures.gradient(), 0.5))
-    opened, _ = fake(100, 100)
-    opened.handle.read_region = fails
-    monkeypatch.setattr(openslide, "OpenSlide", fails)
-    assert code_of(lambda: slide.open_slide(path)) == "unreadable"
-    assert code_of(lambda: opened.read(0, 0, 0, 10, 10)) == "unreadable"
 
 
 def test_a_slide_is_converted_from_its_profile(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 
 from bcd import storage
 from bcd.errors import StorageError
-from bcd.imaging import image, pixel_size
-from bcd.slides import slide_cache
+from bcd.imaging import image
+from bcd.slides import pixel_size, slide_cache
 from tests import pictures
 from tests.slides.parts import pyramids
 from tests.slides.test_dicom import OTHERS, dicom_file

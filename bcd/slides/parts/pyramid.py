@@ -5,6 +5,7 @@ and read as OpenSlide 4 does (openslide-vendor-generic-tiff.c, openslide-vendor-
 to OpenSlide.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +26,8 @@ LAYOUT, DESCRIPTION = "openslide.vendor", "tiff.ImageDescription"
 OTHERS = {330, 700, tiff.OLD_SUBFILE, 65_000, *range(65_420, 65_500)}
 # Programs of Philips and Trestle, and makers, with layouts of their own; and the XML of Leica.
 OWN_LAYOUTS, LEICA = (b"Philips", b"MedScan", b"Huron"), b"<scn"
+# OME-TIFF with colours in pages of their own.
+CHANNELS_OME = re.compile(rb'SizeC="(\d{1,9})"')
 REDUCED, MASK = 1, 4
 # Tags of one value. OpenSlide ignores a page that is irregular, and for some faults those that follow.
 SINGLE = (tiff.SUBFILE, tiff.WIDTH, tiff.HEIGHT, tiff.COMPRESSION, tiff.PHOTOMETRIC, tiff.SAMPLES)
@@ -95,7 +98,8 @@ def _is_tiled(page: tiff.Page) -> bool:
 
 def _is_foreign(file: tiff.Readable, page: tiff.Page) -> bool:
     names = (tiff.values(file, page, tag).tobytes() for tag in (tiff.SOFTWARE, tiff.MAKE))
-    return any(name.startswith(OWN_LAYOUTS) for name in names) or LEICA in page.description[:1_000]
+    is_own = any(name.startswith(OWN_LAYOUTS) for name in names) or LEICA in page.description[:1_000]
+    return is_own or any(int(n) > page.one(tiff.SAMPLES) for n in CHANNELS_OME.findall(page.description))
 
 
 def _levels(pages: Sequence[tiff.Page], layout: str) -> list[tiff.Page]:

@@ -21,7 +21,7 @@ from bcd.slides.readers.interface import Facts
 
 # Decoded tiles of one slide: neighbours of a rectangle to read, which come next.
 DECODED_BYTES = 2**25
-READER = "tiff 1"
+READER = "jpeg_tiles"
 
 # Left and upper edge in pixels of level 0, the level, width and height in pixels of the level.
 Rectangle = tuple[int, int, int, int, int]

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
-import openslide
-
 from bcd.imaging.image import ImageError
+from bcd.slides.readers.interface import MPP_X, MPP_Y
 from bcd.taxonomy import MAX_MPP, MIN_MPP
 
 Pair = tuple[float, float]
@@ -104,8 +103,7 @@ def _require_agreement(stated: Mapping[str, Pair]) -> None:
 
 
 def _of_openslide(properties: Mapping[str, str]) -> Pair:
-    across, down = openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y
-    return _number(properties.get(across)), _number(properties.get(down))
+    return _number(properties.get(MPP_X)), _number(properties.get(MPP_Y))
 
 
 def _number(text: str | None) -> float:

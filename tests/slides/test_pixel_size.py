@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from bcd.imaging import image, pixel_size
+from bcd.imaging import image
+from bcd.slides import pixel_size
 
 OME = """<?xml version="1.0" encoding="UTF-8"?>
 <OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">
