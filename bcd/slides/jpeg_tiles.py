@@ -25,6 +25,8 @@ LAYOUTS = ("aperio", "generic-tiff")
 CACHE_BYTES = 2**25
 # The start of an image, and the marker of Adobe that says whether its samples are RGB (0) or YCbCr (1).
 START, END = b"\xff\xd8", b"\xff\xd9"
+# The start of a scan. Tiles of scanners have one; time grows with the number, and this process has no limit.
+SCAN = b"\xff\xda"
 COLOURS = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 # Statements of a stream that libjpeg follows, where OpenSlide follows the tags of the TIFF alone: its own
 # marker of Adobe, and for RGB that of JFIF, which means YCbCr.
@@ -51,8 +53,11 @@ class Level:
         return -(-self.width_px // self.tile_width_px)
 
     def stream(self, stored: bytes) -> bytes | None:
-        """A tile's JPEG stream; None where libjpeg would take its colours for others than OpenSlide does."""
-        if not stored.startswith(START) or any(name in stored[:1_024] for name in STATED[self.meaning]):
+        """A tile's JPEG stream; None where libjpeg would take its colours for others than OpenSlide does, or
+        might need long."""
+        if not stored.startswith(START) or stored.count(SCAN) != 1:
+            return None
+        if any(name in stored[:1_024] for name in STATED[self.meaning]):
             return None
         colours = COLOURS + bytes([self.meaning == tiff.YCBCR])
         return START + colours + self.tables + stored.removeprefix(START)

@@ -131,6 +131,18 @@ def test_a_damaged_tile_is_left_to_openslide(tmp_path, kind):
             np.testing.assert_array_equal(opened.read(0, 0, 0, 2 * SIDE, SIDE), expected)
 
 
+def test_a_tile_of_several_scans_is_left_to_openslide(tmp_path):
+    """Of 50 kB, thousands of scans would keep libjpeg busy for minutes, and here nothing ends it."""
+    pixels, out = pictures.stained(SIDE, 2 * SIDE), io.BytesIO()
+    Image.fromarray(pixels[:, SIDE:]).save(out, "JPEG", progressive=True)
+    tags, tiles = page(pixels)
+    path = write(tmp_path / "s.tif", (tags, [tiles[0], out.getvalue()]))
+    with slide.open_slide(path) as opened:
+        assert opened.tiles.read(0, 0, 0, SIDE, SIDE) is not None
+        assert opened.tiles.read(SIDE, 0, 0, SIDE, SIDE) is None
+        require_equal(path, opened)
+
+
 @pytest.mark.parametrize("tag", [324, 347], ids=["places", "tables"])
 def test_damaged_tags_are_left_to_openslide(tmp_path, tag):
     path = write(tmp_path / "s.tif", page(pictures.stained(2 * SIDE, 3 * SIDE)))
