@@ -18,16 +18,16 @@ HEIGHT_PX, WIDTH_PX = 460, 700
 
 
 def seconds(path: str, alone: bool) -> float:
-    """CPU seconds of a tile."""
+    """Seconds of a tile, those of OpenSlide's process included."""
     with slide.open_slide(path) as opened:
         mpp = (opened.mpp_x, opened.mpp_y)
         grid = tile.grid(opened.width_px, opened.height_px, mpp, opened.mpp_x, WIDTH_PX, HEIGHT_PX)
         order = grid.near(np.arange(len(grid)))
         reader = replace(opened, tiles=None) if alone else opened
-        started = time.process_time()
+        started = time.perf_counter()
         for x, y in zip(grid.x_level0_px[order], grid.y_level0_px[order], strict=True):
             image.fit(reader.read(x, y, 0, WIDTH_PX, HEIGHT_PX), 224, 336)
-        return (time.process_time() - started) / len(grid)
+        return (time.perf_counter() - started) / len(grid)
 
 
 def main() -> None:
