@@ -14,10 +14,10 @@ import simplejpeg
 from bcd import schema
 from bcd.data import read
 from bcd.errors import StorageError
-from bcd.imaging import image, pixel_size
+from bcd.imaging import image
 from bcd.serving.receive import RefusedError, overloaded
 from bcd.serving.viewer import deepzoom
-from bcd.slides import slide, slide_cache
+from bcd.slides import pixel_size, slide, slide_cache
 
 QUALITY = 85
 # Longest side of a field in the browser.
