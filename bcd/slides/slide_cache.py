@@ -36,16 +36,21 @@ class Staged:
     lock: BufferedRandom | None
 
 
-@lru_cache(maxsize=OPEN_SLIDES)
-def open_staged(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged | None]:
-    """Open a slide at any URI, staged where it cannot be read in parts; the last ones stay open. Raises
-    ImageError as `slide.open_slide` does, and StorageError where it cannot be read or fetched."""
+def open_at(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged | None]:
+    """Open a slide at any URI, staged where it cannot be read in parts. Raises ImageError as
+    `slide.open_slide` does, and StorageError where it cannot be read or fetched."""
     if opened := slide.open_parts(uri, given):
         return opened, None
     staged = stage(uri)
     if disk.is_folder_file(uri):
         return slide.open_slide(uri, given), staged
     return slide.open_slide(staged.path, given), staged
+
+
+@lru_cache(maxsize=OPEN_SLIDES)
+def open_staged(uri: str, given: pixel_size.Given) -> tuple[slide.Slide, Staged | None]:
+    """`open_at`; the last ones stay open."""
+    return open_at(uri, given)
 
 
 def is_slide_at(uri: str, given: pixel_size.Given) -> bool:

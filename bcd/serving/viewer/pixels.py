@@ -33,7 +33,7 @@ FETCHERS = 2
 
 # URI and scale of a slide; and one that is open, whose file the cache keeps as long as this exists.
 Place = tuple[str, pixel_size.Given]
-Opened = tuple[slide.Slide, slide_cache.Staged]
+Opened = tuple[slide.Slide, slide_cache.Staged | None]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -104,7 +104,7 @@ class PixelReader:
         try:
             return await self._readers.run(_tile, opened, downsample, box)
         except image.ImageError:
-            # OpenSlide's handle is unusable after an error, of this tile or of one read concurrently.
+            # The slide may have been replaced.
             if place in self._slides and self._slides[place].done():
                 del self._slides[place]
             return await self._readers.run(_tile, await self._slide(place), downsample, box)
@@ -135,8 +135,7 @@ class PixelReader:
 def _open(uri: str, given: pixel_size.Given) -> Opened:
     """Open a slide at any URI: the only place of the viewer that does."""
     try:
-        staged = slide_cache.stage(uri)
-        return slide.open_slide(staged.path, given), staged
+        return slide_cache.open_at(uri, given)
     except StorageError as error:
         raise read.withheld(error) from error
 
