@@ -34,6 +34,8 @@ OUTLINE_SHARE, TISSUE_COLOR, REGION_COLOR = 0.002, GREEN, BLUE
 JPEG_QUALITY = 85
 FOOTER_IN = 0.62
 MIN_WIDTH_PX = 720
+# Tiles that are added to a heat map at a time: a slide may have a million.
+BLOCK = 2**16
 
 
 def draw_tiles(
@@ -63,7 +65,7 @@ def draw_tiles(
     edges = _edges(scale, boxes[known])
     # A tile that is too small for an edge is all inside.
     has_edge = (edges[:, 2:] - edges[:, :2]).min(1, initial=EDGED_PX) >= EDGED_PX
-    inside = edges + np.outer(has_edge, [1, 1, -1, -1])
+    inside = edges + np.outer(has_edge, [1, 1, -1, -1]).astype(np.int32)
     one, shape = np.ones(len(edges)), grey.shape
     count = _over(edges, one, shape)
     mean = _over(edges, probability[known], shape) / np.maximum(count, 1)
@@ -80,12 +82,15 @@ def draw_tiles(
 def _over(edges: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """For each pixel, float64 (h, w), the sum of the values of the rectangles over it."""
     height, width = shape
-    left, top, right, bottom = np.clip(edges, 0, [width, height, width, height]).T
-    # Summed up in both directions, four corners are a rectangle.
-    corners = np.concatenate([top, bottom, top, bottom]) * (width + 1)
-    corners += np.concatenate([left, right, right, left])
-    changes = np.concatenate([values, values, -1 * values, -1 * values])
-    total = np.bincount(corners, changes, (height + 1) * (width + 1)).reshape(height + 1, width + 1)
+    total = np.zeros((height + 1) * (width + 1))
+    for some in _blocks(len(edges)):
+        left, top, right, bottom = np.clip(edges[some], 0, [width, height, width, height]).T
+        # Summed up in both directions, four corners are a rectangle.
+        corners = np.concatenate([top, bottom, top, bottom]) * (width + 1)
+        corners += np.concatenate([left, right, right, left])
+        changes = np.concatenate([values[some], values[some], -1 * values[some], -1 * values[some]])
+        total += np.bincount(corners, changes, len(total))
+    total = total.reshape(height + 1, width + 1)
     for axis in (0, 1):
         np.cumsum(total, axis, out=total)
     return total[:height, :width]
@@ -104,10 +109,18 @@ def _place(probability: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _edges(scale: float, boxes: np.ndarray) -> np.ndarray:
-    """int (n, 4): left, top, right and bottom in whole pixels of the thumbnail, at least one pixel apart."""
-    start, size = boxes[:, :2], boxes[:, 2:]
-    first = (start * scale).round()
-    return np.hstack([first, np.maximum(((start + size) * scale).round(), first + 1)]).astype(int)
+    """int32 (n, 4): left, top, right and bottom in pixels of the thumbnail, at least one pixel apart."""
+    edges = np.empty((len(boxes), 4), np.int32)
+    for some in _blocks(len(boxes)):
+        start, size = boxes[some, :2], boxes[some, 2:]
+        edges[some, :2] = first = (start * scale).round()
+        edges[some, 2:] = np.maximum(((start + size) * scale).round(), first + 1)
+    return edges
+
+
+def _blocks(n: int) -> list[slice]:
+    """Parts of a range."""
+    return [slice(start, start + BLOCK) for start in range(0, n, BLOCK)]
 
 
 def outlined_jpeg(thumbnail: np.ndarray, tissue: np.ndarray, regions: np.ndarray) -> bytes:
