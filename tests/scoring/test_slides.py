@@ -300,7 +300,9 @@ def large(output, side, group=16_384):
     }
     facts |= {"width_px": 224 * side, "height_px": 224 * side, "mpp_x": 0.5, "mpp_y": 0.5}
     plan = tiling.Plan(**facts, tiles=side**2, thumbnail_scale=2048 / (224 * side))
-    tiling._keep(ours.plans_uri, plan, np.full((2048, 2048, 3), 230, np.uint8), none())
+    thumbnail = image.encode_png(np.full((2048, 2048, 3), 230, np.uint8))
+    for suffix, content in (("png", thumbnail), ("json", plan.model_dump_json().encode())):
+        storage.write_bytes(tiling._uri(ours.plans_uri, plan.slide, suffix), content)
     form, rng = schema.predictions(7, 11), np.random.default_rng(0)
     Path(ours.predictions_uri).mkdir()
     with pq.ParquetWriter(f"{ours.predictions_uri}/part.parquet", form, compression="zstd") as file:
