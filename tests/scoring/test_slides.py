@@ -124,7 +124,10 @@ def check(ours, plan, tiles, row, probability, log_odds):
         assert feature["properties"]["name"] == tile[schema.IMAGE_ID]
         assert feature["properties"]["classification"]["name"] == ("malignant" if p >= 0.5 else "benign")
         measured = feature["properties"]["measurements"]
-        assert measured == pytest.approx({schema.PROBABILITY_MALIGNANT: p, "log_odds": odds}, rel=1e-5)
+        given = {schema.TISSUE_SHARE: tile[schema.TISSUE_SHARE]} if schema.TISSUE_SHARE in tile else {}
+        assert measured == pytest.approx(
+            given | {schema.PROBABILITY_MALIGNANT: p, "log_odds": odds}, rel=1e-5
+        )
 
 
 def test_a_slide_is_described_by_its_tiles(tmp_path):
@@ -216,9 +219,9 @@ def test_the_tissue_share_is_a_measurement_of_tables_that_have_it(tmp_path):
     scored(ours, tiles)
     (part,) = storage.list_files(ours.predictions_uri)
     share = np.linspace(0.25, 1, len(tiles), dtype=np.float32)
-    storage.write_table(
-        part.uri, storage.read_table(part.uri).append_column(schema.TISSUE_SHARE, pa.array(share))
-    )
+    table = storage.read_table(part.uri)
+    table = table.select([name for name in table.column_names if name != schema.TISSUE_SHARE])
+    storage.write_table(part.uri, table.append_column(schema.TISSUE_SHARE, pa.array(share)))
     slides.write_slides(ours, plans, none(), card())
     measured = [feature["properties"]["measurements"] for feature in features(ours, "s.tif")]
     assert [one[schema.TISSUE_SHARE] for one in measured] == share.tolist()
@@ -265,7 +268,7 @@ def test_a_file_that_was_not_finished_is_not_there(tmp_path, remote, request, mo
         slides.write_slides(ours, plans, none(), card())
     names = {file.path.rpartition("/")[2] for file in storage.list_files(ours.uri)}
     assert "heatmap.png" in names
-    assert not {name for name in names if "geojson" in name}
+    assert not {name for name in names if "tiles" in name}
 
 
 def test_the_file_of_an_older_version_is_replaced(tmp_path):
@@ -326,7 +329,9 @@ def large(output, side, group=16_384):
     }
     facts |= {"width_px": 224 * side, "height_px": 224 * side, "mpp_x": 0.5, "mpp_y": 0.5}
     plan = tiling.Plan(**facts, tiles=side**2, thumbnail_scale=2048 / (224 * side))
-    tiling._keep(ours.plans_uri, plan, np.full((2048, 2048, 3), 230, np.uint8), none())
+    thumbnail = image.encode_png(np.full((2048, 2048, 3), 230, np.uint8))
+    for suffix, content in (("png", thumbnail), ("json", plan.model_dump_json().encode())):
+        storage.write_bytes(tiling._uri(ours.plans_uri, plan.slide, suffix), content)
     form, rng = schema.predictions(7, 11), np.random.default_rng(0)
     Path(ours.predictions_uri).mkdir()
     with pq.ParquetWriter(f"{ours.predictions_uri}/part.parquet", form, compression="zstd") as file:
