@@ -135,8 +135,8 @@ class PixelReader:
 def _open(uri: str, given: pixel_size.Given) -> Opened:
     """Open a slide at any URI: the only place of the viewer that does."""
     try:
-        staged = slide_cache.stage(uri)
-        return slide.open_slide(staged.path, given), staged
+        # Without its cache, which keeps the few slides that an archive job reads.
+        return slide_cache.open_staged.__wrapped__(uri, given)
     except StorageError as error:
         raise read.withheld(error) from error
 
