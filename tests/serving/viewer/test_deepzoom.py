@@ -84,3 +84,13 @@ def test_the_smallest_level_that_suffices_is_read():
     read_tile(white, 16, (0, 0, 255, 255))
     read_tile(white, 8, (0, 0, 255, 255))
     assert [max(size) for size in sizes] == [255, 510]
+
+
+def test_a_real_slide_has_its_own_pixels_and_their_means(real_data):
+    with slide.open_slide(real_data / "slides/CMU-1-Small-Region.svs") as found:
+        levels = DeepZoom(found.width_px, found.height_px)
+        box = levels.box(levels.last, 3, 5)
+        np.testing.assert_array_equal(read_tile(found, 1, box), found.read(761, 1269, 0, 256, 256))
+        small = read_tile(found, 16, levels.box(levels.last - 4, 0, 0))
+        means = found.read(0, 0, 0, 138 * 16, 185 * 16).reshape(185, 16, 138, 16, 3).mean((1, 3))
+        assert np.abs(small[:185, :138] - means).max() <= 1
