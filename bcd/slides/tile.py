@@ -7,7 +7,7 @@ import numpy as np
 
 from bcd.errors import ImageError
 
-# Of one slide: these take 0.8 GB of memory until they are written, all of them tissue.
+# Of one slide: these take 0.6 GB of memory until they are written, if all of them have tissue.
 MAX_TILES = 2_000_000
 
 

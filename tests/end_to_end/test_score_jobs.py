@@ -4,6 +4,7 @@ However a job was disturbed, the table is that of an undisturbed run, each row o
 """
 
 import itertools
+import json
 import os
 import random
 import re
@@ -435,3 +436,22 @@ def test_a_slide_of_each_format_is_scored_on_disk_and_on_s3(joined, model_uri, t
     assert (here[schema.IMAGE_ID] == there[schema.IMAGE_ID]).all()
     both = (one[schema.PROBABILITY_MALIGNANT] for one in (here, there))
     np.testing.assert_allclose(*both, rtol=1e-5)
+
+
+def test_regions_and_overlap_on_a_cluster(joined, model_uri, tmp_path):
+    """On Ray: `tests/scoring/test_tiling.py` has the details."""
+    slide = pictures.tiled_tiff(pictures.stained(920, 1400), 0.49)
+    ring = [[0, 0], [690, 0], [690, 920], [0, 920], [0, 0]]
+    geometry = {"type": "Polygon", "coordinates": [ring]}
+    region = [{"type": "Feature", "geometry": geometry, "properties": {"name": "left"}}]
+    contents = {"in/s.tif": slide, "in/f.png": pictures.encode(pictures.gradient())}
+    for name, content in (contents | {"regions/s.geojson": json.dumps(region).encode()}).items():
+        storage.write_bytes(str(tmp_path / name), content)
+    places = {name: str(tmp_path / folder) for name, folder in (("input", "in"), ("regions", "regions"))}
+    config = ScoreConfig(model=model_uri, output=str(tmp_path / "out"), tile_overlap=0.5, **places)
+    score.run(config)
+    columns = (schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX, schema.TISSUE_SHARE, schema.REGION, schema.ERROR)
+    rows = table(tmp_path / "out").select(columns).to_pylist()
+    expected = [(None, None, None, None, None), *((0, y, 1.0, "left", None) for y in (0, 230, 460))]
+    assert [tuple(row.values()) for row in rows] == expected
+    assert (tmp_path / "out/slides/s.tif/tissue.geojson").exists()

@@ -11,7 +11,12 @@ from matplotlib.colors import to_hex
 from bcd.reports import overlay, plots, style
 
 BCD = Path(style.__file__).parent.parent
-PAGES = sorted([*(BCD / "serving/page").iterdir(), *(BCD / "reports/templates").iterdir()])
+PAGES = sorted(
+    path
+    for folder in ("serving/page", "reports/templates")
+    for path in (BCD / folder).rglob("*")
+    if path.is_file() and "openseadragon" not in path.name
+)
 RULES = [
     (path.name, selector.strip(), body)
     for path in PAGES
