@@ -115,13 +115,15 @@ class Slide:
         """
         scale = min(1.0, max_side_px / max(self.width_px, self.height_px))
         best = max((i for i, d in enumerate(self.downsamples) if d <= 1 / scale), default=0)
-        for level in range(best, -1, -1):  # where all of a level is damaged, a finer one
+        # Where all of a level is damaged, a finer one; coarser ones come last.
+        levels = [*range(best, -1, -1), *range(best + 1, len(self.downsamples))]
+        for level in levels:
             try:
                 return self._from_level(level, scale), scale
             except ImageError as error:
-                if level == 0 or error.code != UNREADABLE[0]:
+                if level == levels[-1] or error.code != UNREADABLE[0]:
                     raise
-        raise AssertionError("level 0 returns or raises")
+        raise AssertionError("the last level returns or raises")
 
     def _from_level(self, level: int, scale: float) -> np.ndarray:
         """The thumbnail from one level. Raises ImageError where nothing of it can be read."""

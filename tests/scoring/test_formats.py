@@ -129,6 +129,18 @@ def test_a_damaged_level_costs_its_tiles(tmp_path):
         assert {error for *_, error in seen(rows, given)} == {expected}
 
 
+def test_damage_in_ndpi_costs_the_level(tmp_path):
+    """It is one JPEG, which here has no places to begin within."""
+    FORMATS["NDPI"].write(tmp_path / "in", PIXELS)
+    content, stored = (tmp_path / "in/s.ndpi").read_bytes(), slide_files.jpeg(PIXELS)
+    middle = content.index(stored) + len(stored) // 2
+    (tmp_path / "in/s.ndpi").write_bytes(content[:middle] + bytes(300) + content[middle + 300 :])
+    for given, expected in ((TILING, "unreadable"), (HALF, "")):
+        slide_cache.open_staged.cache_clear()
+        rows, _ = planned(tmp_path / "in", tmp_path / f"plans-{given.tile_mpp}", given)
+        assert [error for *_, error in seen(rows, given)] == [expected] * 16
+
+
 def test_a_cut_dicom_file_costs_its_tiles_or_its_slide(tmp_path):
     """Uncompressed, it has no other damage that shows."""
     FORMATS["DICOM"].write(tmp_path / "in", PIXELS)

@@ -224,8 +224,11 @@ def test_a_damaged_place_of_a_thumbnail_has_the_colour_of_tissue():
 
 
 def test_of_a_level_that_is_damaged_the_finer_one_is_used():
-    small, _ = damaged(9_000, 0)[0].thumbnail()
-    assert (small == 255).all()
+    """A coarser one where level 0 is damaged, too."""
+    for bad_from, max_side_px in (((9_000, 0), 2_048), ((0, 9_000), 4_096)):
+        small, scale = damaged(*bad_from)[0].thumbnail(max_side_px)
+        assert (small == 255).all()
+        assert (small.shape[1], scale) == (max_side_px, max_side_px / 8_192)
     for code in ("unreadable", "too_slow"):
         assert code_of(damaged(0, 0, code=code)[0].thumbnail) == code
 

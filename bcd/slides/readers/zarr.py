@@ -189,11 +189,12 @@ def _array(uri: str, names: Sequence[str]) -> Array:
         chunks=tuple(chunks[axis] for axis in axes),
         axes=axes,
         n_axes=len(names),
-        fill=found["fill_value"] or 0,
+        fill=int(np.uint8(found["fill_value"] or 0)),
         decompress=codecs.find_codec(found),
     )
-    height, width, _ = array.chunks
-    if not min(LEAST_CHUNK_PX, array.shape[0] * array.shape[1]) <= height * width <= MAX_PIXELS:
+    height, width, channels = array.chunks
+    is_read = min(LEAST_CHUNK_PX, array.shape[0] * array.shape[1]) <= height * width <= MAX_PIXELS
+    if not is_read or channels > COLOURS or min(*array.chunks, *array.shape) < 1:
         raise ImageError("unsupported_format", f"an OME-Zarr in chunks of {width:,} x {height:,} px")
     return array
 

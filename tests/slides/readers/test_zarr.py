@@ -122,6 +122,18 @@ def test_chunks_are_kept_and_their_number_is_bounded(tmp_path, monkeypatch):
             "of uint8, c 4, y 256, x 384; expected",
         ),
         (edited("0/zarr.json", shape=[3, 10**9, 10**9]), "too_many_pixels", "1,000,000,000 px is impossible"),
+        (edited("0/zarr.json", fill_value=300), "unreadable", "out of bounds"),
+        (
+            edited("0/zarr.json", shape=[3, -256, -384]),
+            "unsupported_format",
+            "an OME-Zarr in chunks of 64 x 64",
+        ),
+        (edited("0/zarr.json", shape=[3, 0, 384]), "unreadable", "by zero"),
+        (
+            edited("0/zarr.json", chunk_grid={"configuration": {"chunk_shape": [10**9, 64, 64]}}),
+            "unsupported_format",
+            "an OME-Zarr in chunks of 64 x 64 px",
+        ),
         (
             edited("0/zarr.json", chunk_grid={"configuration": {"chunk_shape": [3, 1, 1]}}),
             "unsupported_format",
