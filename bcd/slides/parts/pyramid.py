@@ -30,10 +30,8 @@ OWN_LAYOUTS, LEICA = (b"Philips", b"MedScan", b"Huron"), b"<scn"
 CHANNELS_OME = re.compile(rb'SizeC="(\d{1,9})"')
 REDUCED, MASK = 1, 4
 # Tags of one value. OpenSlide ignores a page that is irregular, and for some faults those that follow.
-SINGLE = (
-    *(tiff.SUBFILE, tiff.WIDTH, tiff.HEIGHT, tiff.COMPRESSION, tiff.PHOTOMETRIC, tiff.SAMPLES),
-    *(tiff.PLANAR, tiff.TILE_WIDTH, tiff.TILE_HEIGHT, tiff.UNIT),
-)
+SINGLE = {tiff.SUBFILE, tiff.WIDTH, tiff.HEIGHT, tiff.COMPRESSION, tiff.PHOTOMETRIC, tiff.SAMPLES}
+SINGLE |= {tiff.PLANAR, tiff.TILE_WIDTH, tiff.TILE_HEIGHT, tiff.UNIT}
 # µm of a unit of the resolution: inch, which TIFF has by default, and centimetre.
 INCH, CENTIMETRE = 2, 3
 UNITS_UM = {INCH: 25_400.0, CENTIMETRE: 10_000.0}
