@@ -3,8 +3,8 @@
     python -m benchmarks.interval_coverage [--studies 500] [--of rates auc] [--patients 3 10]
 
 A study has some patients (of a class), each with some images. A rate is that of a beta-binomial model with a
-known correlation within patients, an AUC that of Gaussian scores with a random effect of each patient. Prints,
-for each number of patients and method, over all designs: the least and the mean coverage, in how many designs
+known correlation within patients, an AUC that of Gaussian scores with a random effect of each patient.
+Prints, for each number of patients and method, over all designs: the least and the mean coverage, in how many
 it is below 93 and above 98 %, the median width beside that of the bootstrap with Student's t, and the designs
 where it exceeds 0.8 (up to 6 patients) or 1.05 of that, beside those of them where the bootstrap itself
 contains the truth in 93 %. Where the bootstrap has no interval, its width is 1.
@@ -128,8 +128,10 @@ def by_wilson(right: np.ndarray, images: np.ndarray, prior: float = 0.3, weight:
 
 
 def by_beta_binomial(right: np.ndarray, images: np.ndarray) -> Ends:
-    """Quantiles of the rate in the posterior of the beta-binomial model, with the prior of `intervals`; of the
-    first 100 studies, because it is slow."""
+    """Quantiles of the rate in the posterior of the beta-binomial model, with the prior of `intervals`.
+
+    Of the first 100 studies, because it is slow.
+    """
     angle = (np.arange(100) + 0.5) / 100 * np.pi / 2
     rate = np.sin(angle) ** 2
     alpha, beta = (p[:, None] * (1 / CORRELATIONS - 1) for p in (rate, 1 - rate))
@@ -204,7 +206,9 @@ def designs(of: str, n_patients: int) -> Iterator[Design]:
     """All designs of a number of patients; those of the AUC with fewer images, as each is ranked."""
     many = 200 if of == "rates" else 100 if n_patients <= 6 else 30 if n_patients <= 20 else 10
     within = WITHIN if of == "rates" else WITHIN[::2]
-    for n_images, r, truth in itertools.product(sorted({1, 5, 0, 30, many} if of == "rates" else {1, 0, many}), within, TRUTHS):
+    for n_images, r, truth in itertools.product(
+        sorted({1, 5, 0, 30, many} if of == "rates" else {1, 0, many}), within, TRUTHS
+    ):
         yield Design(n_patients, n_images, r, truth)
 
 
@@ -271,7 +275,10 @@ def main() -> None:
     for of, n_patients in itertools.product(options.of, options.patients):
         found = pd.DataFrame(rows(of, n_patients, options.studies))
         every.append(found.assign(of=of))
-        print(f"\n{of}, {options.studies:,} studies of each design\n{table(found).round(3).to_string()}", flush=True)
+        print(
+            f"\n{of}, {options.studies:,} studies of each design\n{table(found).round(3).to_string()}",
+            flush=True,
+        )
         if options.keep:
             pd.concat(every).to_csv(options.keep, index=False)
 

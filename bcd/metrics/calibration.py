@@ -18,7 +18,7 @@ from bcd.taxonomy import malignant_mask
 # Far beyond what networks need; a fit that ends here found no information in the logits.
 BOUNDS = (0.05, 20.0)
 # Bins of the reliability diagram.
-BIN_IMAGES, MAX_BINS = 10, 10
+BIN_IMAGES, BIN_PATIENTS, MAX_BINS = 10, 2, 10
 # Standard deviation of the normal prior on the logarithm of the temperature: 95 % within 0.37 to 2.7.
 PRIOR = 0.5
 
@@ -101,12 +101,16 @@ def reliability_table(
 
     Returns:
         Of each bin `n`, `n_patients`, `stated` (mean probability), `share_malignant` and its `interval` (see
-        `intervals.interval_of_rate`). There are as many bins as leave 10 images and 3 patients for each, at
+        `intervals.interval_of_rate`). There are as many bins as leave 10 images and 2 patients for each, at
         most 10.
     """
     truth, probability = np.asarray(truth_malignant, bool), np.asarray(probability, float)
     owner, ids = pd.factorize(np.zeros(0) if patient is None else patient)
-    room = len(truth) // BIN_IMAGES if patient is None else min(len(truth) // BIN_IMAGES, len(ids) // 3)
+    room = (
+        len(truth) // BIN_IMAGES
+        if patient is None
+        else min(len(truth) // BIN_IMAGES, len(ids) // BIN_PATIENTS)
+    )
     levels = np.arange(1, n_bins := min(max(1, room), MAX_BINS)) / n_bins
     place = np.searchsorted(np.quantile(probability, levels), probability, "right") if len(truth) else owner
     return [

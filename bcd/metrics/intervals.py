@@ -110,8 +110,8 @@ def interval_of_auc(counted: Tally) -> list[float] | None:
 
 
 def _of_places(images: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Logarithm of the likelihood of each of `CORRELATIONS` for the placements of a class, Gaussian ones whose
-    mean and variance are integrated out; numbers of images (p,), sums of placements and of squares (2, p).
+    """Logarithm of the likelihood of each of `CORRELATIONS` for the placements of a class, which are taken as
+    Gaussian; from numbers of images (p,), sums of placements and of their squares (2, p).
 
     Placements near 1 are not Gaussian, so patients count for `_MOST` images at most, on average.
     """

@@ -176,9 +176,9 @@ def too_few_patients(measured: Metrics) -> str | None:
         return None
     last = counted(by_class[MALIGNANT], f"{MALIGNANT} patient")
     return (
-        f"{by_class[BENIGN]:,} {BENIGN} and {last} are too few to say how often the model is right on others: "
-        f"a headline requires {MIN_PATIENTS} of each class, and an interval of 10 points to each side some "
-        f"{ENOUGH_PATIENTS}"
+        f"{by_class[BENIGN]:,} {BENIGN} and {last} are too few to say how often the model is right on "
+        f"others: a headline requires {MIN_PATIENTS} of each class, and an interval of 10 points to each "
+        f"side some {ENOUGH_PATIENTS}"
     )
 
 

@@ -107,8 +107,8 @@ def _prior(config: TrainConfig, train: pa.Table) -> float:
 def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table, prior: float) -> dict[str, Any]:
     """Temperature and threshold for the card, from the logits (n, classes) of the validation rows.
 
-    With few patients the temperature is 1 and the threshold the share of malignant rows in training (`prior`):
-    see `decision.is_choosable`.
+    With few patients (see `decision.is_choosable`) the temperature is 1, and the threshold the share of
+    malignant rows in training (`prior`).
     """
     by_class = measures.patients_by_class(validation.select([schema.TUMOR_CLASS, schema.PATIENT]).to_pandas())
     few = not decision.is_choosable(by_class)
@@ -131,8 +131,8 @@ def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table, prior
     if few:
         has = text.listed([text.counted(n, f"{name} patient") for name, n in (by_class or {}).items()])
         logger.warning(
-            f"the validation part has {has}, and choosing requires {decision.MIN_CHOOSING} of each class: the "
-            f"temperature is 1, the threshold {chosen['threshold']:.3g} (rule: {chosen['rule']})"
+            f"the validation part has {has}, and choosing requires {decision.MIN_CHOOSING} of each class: "
+            f"the temperature is 1, the threshold {chosen['threshold']:.3g} (rule: {chosen['rule']})"
         )
     return {
         "temperature": temperature,

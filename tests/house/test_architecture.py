@@ -69,7 +69,7 @@ WITH_TORCH = {
     "bcd.preflight.doctor",
     "bcd.serving.serve",
 }
-MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 20_600
+MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 20_850
 
 
 def folder_of(name: str) -> str:

@@ -355,9 +355,7 @@ def test_a_class_of_two_percent_gets_its_share(monkeypatch: pytest.MonkeyPatch) 
     few = "of class benign; {} on so few patients"
     said = [
         "the validation part has 1,000 of 5,000 images and 2 of 10 patients "
-        + few.format(
-            "these are too few for a threshold and a temperature, and the best epoch depends"
-        ),
+        + few.format("these are too few for a threshold and a temperature, and the best epoch depends"),
         "the test part has 1,000 of 5,000 images and 2 of 10 patients "
         + few.format("its numbers for this class depend"),
     ]
