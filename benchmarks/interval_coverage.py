@@ -212,14 +212,15 @@ def designs(of: str, n_patients: int) -> Iterator[Design]:
         yield Design(n_patients, n_images, r, truth)
 
 
-def tried(of: str, design: Design, n_studies: int, seed: int = 0) -> dict[str, Ends]:
-    """The intervals of every method in the same studies."""
+def tried(of: str, design: Design, n_studies: int, only: str = "", seed: int = 0) -> dict[str, Ends]:
+    """The intervals of every method, or one, in the same studies."""
     generator = np.random.Generator(np.random.PCG64(seed))
     if of == "rates":
         right = counts(design, n_studies, generator)
-        return {name: method(right, design.images) for name, method in RATES.items()}
+        return {name: RATES[name](right, design.images) for name in ([only] if only else RATES)}
     studies = [tallied(design, generator) for _ in range(n_studies)]
-    found = {name: np.array([method(one) for one in studies]).T for name, method in AUCS.items()}
+    names = [only] if only else list(AUCS)
+    found = {name: np.array([AUCS[name](one) for one in studies]).T for name in names}
     return {name: (low, high) for name, (low, high) in found.items()}
 
 

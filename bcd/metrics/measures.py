@@ -106,12 +106,14 @@ def _level(images: pd.DataFrame, level: str, seed: int) -> dict[str, Any] | None
 
 
 def _calibration(images: pd.DataFrame, seed: int) -> dict[str, Any]:
-    """`_calibrated` after and, where those probabilities are known, before the temperature."""
-    columns = {"after": images[schema.PROBABILITY_MALIGNANT], "before": images[aggregate.UNCALIBRATED]}
+    """`_calibrated` after and, where those probabilities are known and others, before the temperature."""
+    after, before = images[schema.PROBABILITY_MALIGNANT], images[aggregate.UNCALIBRATED]
+    columns = {"after": after}
+    if before.notna().all() and not np.allclose(after, before.astype(float), rtol=0, atol=1e-6):
+        columns["before"] = before
     return {
         name: _calibrated(images.assign(**{schema.PROBABILITY_MALIGNANT: column}), seed)
         for name, column in columns.items()
-        if column.notna().all()
     }
 
 

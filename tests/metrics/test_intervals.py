@@ -184,7 +184,7 @@ def test_intervals_cover_the_planted_truth(n_studies: int, low: float, high: flo
 
 
 def covered(of: str, design: Design, n_studies: int, method: str = "intervals") -> float:
-    low, high = simulated.tried(of, design, n_studies)[method]
+    low, high = simulated.tried(of, design, n_studies, method)[method]
     return float(np.mean((low <= design.truth) & (design.truth <= high)))
 
 
@@ -215,5 +215,7 @@ def test_every_design_is_covered(of: str, n_patients: int) -> None:
     found = {design: covered(of, design, 500) for design in designs}
     assert min(found.values()) >= 0.93 - 0.035, {d: c for d, c in found.items() if c < 0.93}
     assert sum(share < 0.93 for share in found.values()) <= len(designs) / 50
-    widest = max(np.max(np.subtract(*simulated.tried(of, d, 50)["intervals"][::-1])) for d in designs[::7])
+    widest = max(
+        np.max(np.subtract(*simulated.tried(of, d, 50, "intervals")["intervals"][::-1])) for d in designs[::7]
+    )
     assert widest < 1

@@ -236,6 +236,8 @@ def test_calibration_before_and_after_the_temperature() -> None:
     frame = predictions()
     before = studies.measured(frame)["calibration"]
     assert list(before) == ["after"]
+    same = frame.assign(**{aggregate.UNCALIBRATED: frame[schema.PROBABILITY_MALIGNANT].astype(np.float32)})
+    assert list(studies.measured(same)["calibration"]) == ["after"]  # a temperature of 1
     sharper = 1 / (1 + ((1 / frame[schema.PROBABILITY_MALIGNANT]) - 1) ** 3)
     found = studies.measured(frame.assign(**{aggregate.UNCALIBRATED: sharper}))
     after, before = found["calibration"]["after"], found["calibration"]["before"]
