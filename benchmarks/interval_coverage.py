@@ -1,9 +1,10 @@
 """How often intervals over patients contain the truth, and how wide they are, in simulated studies.
 
-    python -m benchmarks.interval_coverage [--studies 500] [--of rates auc] [--patients 3 10]
+    python -m benchmarks.interval_coverage [--studies 500] [--of rates auc turned] [--patients 3 10]
 
 A study has some patients (of a class), each with some images. A rate is that of a beta-binomial model with a
-known correlation within patients, an AUC that of Gaussian scores with a random effect of each patient.
+known correlation within patients, an AUC that of Gaussian scores with a random effect of each patient, or
+(turned) that of patients who are wholly right or wholly look like the other class.
 Prints, for each number of patients and method, over all designs: the least and the mean coverage, in how many
 it is below 93 and above 98 %, the median width beside that of the bootstrap with Student's t, and the designs
 where it exceeds 0.8 (up to 6 patients) or 1.05 of that, beside those of them where the bootstrap itself
@@ -61,8 +62,16 @@ def counts(design: Design, n_studies: int, generator: np.random.Generator) -> np
 
 
 def log_odds(design: Design, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """Scores of the benign and of the malignant images of a study."""
+    """Scores of the benign and of the malignant images of a study.
+
+    At a correlation of 1 some patients look like the other class: as many of both as lower the AUC so far.
+    """
     for sign in (-1, 1):
+        if design.within == 1:
+            turned = np.where(generator.random(design.n_patients) < 1 - design.truth, -1, 1)
+            centre = np.repeat(4 * sign * turned, design.images)
+            yield centre + generator.normal(0, 0.5, len(centre))
+            continue
         effect = np.repeat(generator.normal(size=design.n_patients), design.images)
         own = generator.normal(size=len(effect))
         centre = sign * norm.ppf(design.truth) / np.sqrt(2)
@@ -205,7 +214,7 @@ AUCS: dict[str, Callable[[bootstrap.Tally], tuple[float, float]]] = {
 def designs(of: str, n_patients: int) -> Iterator[Design]:
     """All designs of a number of patients; those of the AUC with fewer images, as each is ranked."""
     many = 200 if of == "rates" else 100 if n_patients <= 6 else 30 if n_patients <= 20 else 10
-    within = WITHIN if of == "rates" else WITHIN[::2]
+    within = {"rates": WITHIN, "auc": WITHIN[::2], "turned": (1.0,)}[of]
     for n_images, r, truth in itertools.product(
         sorted({1, 5, 0, 30, many} if of == "rates" else {1, 0, many}), within, TRUTHS
     ):
@@ -268,7 +277,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--studies", type=int, default=500)
-    parser.add_argument("--of", nargs="+", default=["rates", "auc"], choices=["rates", "auc"])
+    parser.add_argument("--of", nargs="+", default=["rates", "auc"], choices=["rates", "auc", "turned"])
     parser.add_argument("--patients", nargs="+", type=int, default=list(PATIENTS))
     parser.add_argument("--keep", help="write the figures of each design to this CSV file")
     options = parser.parse_args()
