@@ -46,8 +46,8 @@ def intervals_of(counted: Tally, n_resamples: int = N_RESAMPLES, seed: int = 0) 
         "specificity": interval_of_rate(counted.true_negative, counted.benign),
         "auc": interval_of_auc(counted),
     }
-    rates = found["sensitivity"], found["specificity"]
-    found["balanced_accuracy"] = None if None in rates else _of_their_mean(counted, rates)
+    rates = [ends for name in ("sensitivity", "specificity") if (ends := found[name])]
+    found["balanced_accuracy"] = _of_their_mean(counted, rates) if len(rates) == 2 else None
     return {name: found[name] for name in INTERVALS}
 
 
@@ -105,8 +105,10 @@ def interval_of_auc(counted: Tally) -> list[float] | None:
     share = (auc / (1 + auc) + (1 - auc) / (2 - auc)) / 2
     benign, malignant = (independent_images(n, n) for n in sizes)
     counting = 1 / (share / benign + share / malignant + (1 - 2 * share) / (benign * malignant))
-    likely = sum(map(_of_places, (counted.benign, counted.malignant), counted.places))
-    return _of_beta(auc, counting, _probabilities(likely))
+    likely = [
+        _of_places(*own) for own in zip((counted.benign, counted.malignant), counted.places, strict=True)
+    ]
+    return _of_beta(auc, counting, _probabilities(np.sum(likely, axis=0)))
 
 
 def _of_places(images: np.ndarray, places: np.ndarray) -> np.ndarray:
