@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.special import expit
+from scipy.stats import binomtest, norm
 
 from bcd.metrics import bootstrap, intervals
 from benchmarks import interval_coverage as simulated
@@ -149,6 +150,21 @@ def test_patients_of_both_classes_who_fail_in_both_widen_it() -> None:
         counted = bootstrap.tally(truth, called.astype(float), called, patient)
         widths[name] = np.ptp(intervals.intervals_of(counted)["balanced_accuracy"])
     assert widths["both"] == pytest.approx(np.sqrt(2) * widths["apart"], rel=0.1)
+
+
+@pytest.mark.parametrize("good_at_both", [False, True], ids=["called more malignant", "called better"])
+def test_the_balanced_accuracy_of_patients_of_both_classes_is_covered(good_at_both: bool) -> None:
+    """Eleven patients with five images of each class, and an effect of the patient on both."""
+    generator, held = np.random.default_rng(0), []
+    truth, patient = np.tile(np.repeat([False, True], 5), 11), np.repeat(np.arange(11), 10)
+    sign = np.where(truth, 1, -1)
+    for _ in range(60):
+        effect = generator.normal(size=11)[patient] * (sign if good_at_both else 1)
+        log_odds = 1.5 * sign + effect + generator.normal(size=110)
+        counted = bootstrap.tally(truth, expit(log_odds), log_odds >= 0, patient)
+        low, high = intervals.intervals_of(counted, n_resamples=2)["balanced_accuracy"]
+        held.append(low <= norm.cdf(1.5 / np.sqrt(2)) <= high)
+    assert np.mean(held) >= 0.9
 
 
 def test_a_repeated_study_knows_no_more() -> None:
