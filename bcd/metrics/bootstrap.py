@@ -1,12 +1,11 @@
-"""Confidence intervals of metrics: a bootstrap over patients.
+"""Resampling patients: what a study is made of, differences between models, intervals of mean errors.
 
 Images of one patient are correlated, so patients are resampled, each with all its images.
 
-An interval is value ± t · s on the log-odds scale, where s is the standard deviation over the resamples and
-t is Student's, with one degree of freedom less than there are patients (of the rarer class, for metrics that
-compare the classes). Percentile intervals are too narrow with the few patients of such studies (Hesterberg
-2015, "What Teachers Should Know About the Bootstrap"): in simulated studies of 24 benign and 58 malignant
-patients they contained the true AUC 87 to 92 times in 100, these 94 to 96 times.
+The interval of a Brier score or calibration error is value ± t · s on the log-odds scale, where s is the
+standard deviation over the resamples and t is Student's, with one degree of freedom less than there are
+patients: percentiles are too narrow with the few patients of such studies (Hesterberg 2015, "What Teachers
+Should Know About the Bootstrap"). Rates and the AUC have intervals in closed form: see `intervals`.
 """
 
 from collections.abc import Mapping
@@ -18,12 +17,14 @@ from scipy.special import expit, logit, stdtrit
 
 LEVEL = 0.95
 N_RESAMPLES = 1000
-METHOD = "bootstrap over patients, Student's t on the log-odds scale"
-# The metrics that get an interval.
+# The metrics that get an interval, those of the probabilities last.
+ERRORS = ("brier", "ece")
 INTERVALS = (
     *("accuracy", "balanced_accuracy", "sensitivity", "specificity"),
-    *("auc", "patient_recognition_rate", "brier", "ece"),
+    *("auc", "patient_recognition_rate", *ERRORS),
 )
+# For an interval of an error. Student's t of two patients reaches over everything.
+MIN_RESAMPLED = 3
 # A resample without patients of one class has no AUC. Two patients of a class are missing from at most
 # 14 % of the resamples, a single one from at least 25 %: beyond this there is no interval.
 MAX_UNDEFINED = 0.2
@@ -47,11 +48,13 @@ def draws(n_patients: int, n_resamples: int = N_RESAMPLES, seed: int = 0) -> np.
 
 @dataclass(frozen=True)
 class Tally:
-    """Sufficient statistics of a bootstrap over p patients: counts and sums (p,), of bins (p, N_BINS).
+    """Sufficient statistics of a study of p patients: counts and sums (p,), of bins (p, N_BINS).
 
     `wins[i, j]` counts the correctly ranked pairs of a malignant image of patient i and a benign one of
     patient j, a tie as one half; its sum over the number of pairs is the AUC. `gaps` is the sum of
-    probability minus truth in each bin of the calibration error.
+    probability minus truth in each bin of the calibration error. `places` are, of the benign and of the
+    malignant images of each patient, the sums of placements and of their squares (2, 2, p); the placement of
+    an image is the share of the images of the other class that it is ranked correctly with.
     """
 
     malignant: np.ndarray
@@ -61,6 +64,7 @@ class Tally:
     squares: np.ndarray
     gaps: np.ndarray
     wins: np.ndarray
+    places: np.ndarray
 
     def metrics(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
         """Each of `INTERVALS` (r,) if patients count as often as `drawn` (r, p); nan if undefined."""
@@ -101,7 +105,7 @@ class Tally:
 def tally(
     truth_malignant: np.ndarray, probability_malignant: np.ndarray, called: np.ndarray, patient: np.ndarray
 ) -> Tally:
-    """Count what a bootstrap needs, from truth, probability, call and patient of every image, (n,) each.
+    """Count what intervals need, from truth, probability, call and patient of every image, (n,) each.
 
     Patients are numbered in order of appearance.
     """
@@ -114,6 +118,11 @@ def tally(
         for j in range(n)
     ]
     place = owner * N_BINS + bins(probability)
+    places = [
+        [np.bincount(owner[part], placed**power, n) for power in (1, 2)]
+        for part, sign in ((~truth, -1), (truth, 1))
+        for placed in [_ranks(sign * probability[part], sign * probability[~part]) / max(1, (~part).sum())]
+    ]
     return Tally(
         malignant=np.bincount(owner[truth], minlength=n),
         benign=np.bincount(owner[~truth], minlength=n),
@@ -122,6 +131,7 @@ def tally(
         squares=np.bincount(owner, (probability - truth) ** 2, n),
         gaps=np.bincount(place, probability - truth, n * N_BINS).reshape(n, N_BINS),
         wins=np.stack(wins, axis=1) if wins else np.zeros((0, 0)),
+        places=np.array(places),
     )
 
 
@@ -130,18 +140,17 @@ def bins(probability: np.ndarray) -> np.ndarray:
     return np.minimum((np.asarray(probability) * N_BINS).astype(int), N_BINS - 1)
 
 
-def intervals(counted: Tally, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Intervals:
-    """95 % interval [low, high] of each of `INTERVALS`.
+def intervals_of_errors(counted: Tally, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Intervals:
+    """95 % interval [low, high] of each of `ERRORS`.
 
-    `None` with fewer than two patients (of a class, where the metric is about one), and where the value is 0
-    or 1 or all resamples agree: a sample without any error does not show how rare errors are.
+    `None` with fewer than `MIN_RESAMPLED` patients, where `deviation` is, and where the value is 0 or 1.
     """
     n_patients = len(counted.malignant)
-    if n_patients < 2:
-        return dict.fromkeys(INTERVALS)
+    if n_patients < MIN_RESAMPLED:
+        return dict.fromkeys(ERRORS)
     resampled = counted.metrics(draws(n_patients, n_resamples, seed))
     values, support = counted.values(), counted.support()
-    return {name: _interval(values[name], resampled[name], *support[name]) for name in INTERVALS}
+    return {name: _interval(values[name], resampled[name], *support[name]) for name in ERRORS}
 
 
 def _interval(value: float, resampled: np.ndarray, n_patients: int, n_images: int) -> list[float] | None:

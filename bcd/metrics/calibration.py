@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy.special import log_softmax, logsumexp, softmax
 
-from bcd.metrics import bootstrap
+from bcd.metrics import bootstrap, intervals
 from bcd.taxonomy import malignant_mask
 
 # Far beyond what networks need; a fit that ends here found no information in the logits.
 BOUNDS = (0.05, 20.0)
+# Bins of the reliability diagram.
+BIN_IMAGES, BIN_PATIENTS, MAX_BINS = 10, 2, 10
 # Standard deviation of the normal prior on the logarithm of the temperature: 95 % within 0.37 to 2.7.
 PRIOR = 0.5
 
@@ -81,20 +84,50 @@ def brier(truth_malignant: np.ndarray, probability: np.ndarray) -> float | None:
 
 def expected_error(truth_malignant: np.ndarray, probability: np.ndarray) -> float | None:
     """Expected calibration error: mean gap between probability and share of malignant images over the bins of
-    `reliability_table`, weighted by their numbers of images; `None` without images."""
-    rows = reliability_table(truth_malignant, probability)
-    gaps = sum(row["n"] * abs(row["stated"] - row["share_malignant"]) for row in rows)
-    return gaps / len(truth_malignant) if rows else None
+    `bootstrap.bins`, weighted by their numbers of images; `None` without images."""
+    gaps = np.bincount(bootstrap.bins(probability), np.asarray(probability) - np.asarray(truth_malignant))
+    return float(np.abs(gaps).sum() / len(truth_malignant)) if len(truth_malignant) else None
 
 
-def reliability_table(truth_malignant: np.ndarray, probability: np.ndarray) -> list[dict[str, Any]]:
-    """`n`, `stated` (mean probability) and `share_malignant` of each bin in use, from (n,) each."""
-    place = bootstrap.bins(probability)
+def reliability_table(
+    truth_malignant: np.ndarray, probability: np.ndarray, patient: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """Bins of equally many images, in the order of their probabilities; equal ones are in one bin.
+
+    Args:
+        truth_malignant: bool (n,).
+        probability: float (n,).
+        patient: id of each image's patient (n,), if all are known.
+
+    Returns:
+        Of each bin `n`, `n_patients`, `stated` (mean probability), `share_malignant` and its `interval` (see
+        `intervals.interval_of_rate`). There are as many bins as leave 10 images and 2 patients for each, at
+        most 10.
+    """
+    truth, probability = np.asarray(truth_malignant, bool), np.asarray(probability, float)
+    owner, ids = pd.factorize(np.zeros(0) if patient is None else patient)
+    room = (
+        len(truth) // BIN_IMAGES
+        if patient is None
+        else min(len(truth) // BIN_IMAGES, len(ids) // BIN_PATIENTS)
+    )
+    levels = np.arange(1, n_bins := min(max(1, room), MAX_BINS)) / n_bins
+    place = np.searchsorted(np.quantile(probability, levels), probability, "right") if len(truth) else owner
     return [
         {
             "n": int(rows.sum()),
-            "stated": float(np.asarray(probability)[rows].mean()),
-            "share_malignant": float(np.asarray(truth_malignant)[rows].mean()),
+            "stated": float(probability[rows].mean()),
+            "share_malignant": float(truth[rows].mean()),
         }
+        | _by_patient(truth[rows], None if patient is None else owner[rows])
         for rows in (place == number for number in np.unique(place))
     ]
+
+
+def _by_patient(truth: np.ndarray, owner: np.ndarray | None) -> dict[str, Any]:
+    """Number of patients behind a share of malignant images, and its interval."""
+    if owner is None:
+        return {"n_patients": None, "interval": None}
+    images, malignant = np.bincount(owner), np.bincount(owner, truth).astype(int)
+    interval = intervals.interval_of_rate(malignant, images)
+    return {"n_patients": int((images > 0).sum()), "interval": interval}

@@ -3,6 +3,7 @@
 The threshold is chosen on validation, never on the test part, whose numbers would then be too good.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,26 @@ from bcd.metrics import aggregate
 
 YOUDEN = "youden"
 SENSITIVITY = "sensitivity"
+PRIOR = "prior"
+# Validation patients of each class from which a threshold and a temperature are chosen: see `is_choosable`.
+MIN_CHOOSING = 4
+
+
+def is_choosable(patients_by_class: Mapping[str, int] | None) -> bool:
+    """Whether there are enough validation patients to choose a threshold and a temperature on.
+
+    In simulated studies (`benchmarks/validation_choice.py`) one or two patients often choose a threshold far
+    worse for others than the prior, and a temperature that harms nearly as often as it helps; the gain grows
+    slowly, and `MIN_CHOOSING` is a compromise. Unknown patients (`None`) are taken to be enough.
+    """
+    return patients_by_class is None or min(patients_by_class.values()) >= MIN_CHOOSING
 
 
 def choose_threshold(
-    truth_malignant: np.ndarray, probability: np.ndarray, target_sensitivity: float | None = None
+    truth_malignant: np.ndarray,
+    probability: np.ndarray,
+    target_sensitivity: float | None = None,
+    prior: float | None = None,
 ) -> dict[str, Any]:
     """Choose the operating point: the threshold, its rule, and what it reaches on these images.
 
@@ -25,6 +42,8 @@ def choose_threshold(
         probability: float (n,) of malignancy.
         target_sensitivity: smallest sensitivity, reached with as few false alarms as possible; by default
             Youden's index (sensitivity + specificity, Youden 1950) is maximised.
+        prior: share of malignant images in training, which is then the threshold in place of a choice by
+            Youden's index: it is where that index of a calibrated model is greatest.
 
     Returns:
         `threshold`, `rule`, `target_sensitivity`, `sensitivity`, `specificity`, `n_malignant`, `n_benign`.
@@ -34,7 +53,8 @@ def choose_threshold(
         calls, and of equally good ones the nearest to 0.5.
     """
     truth, probability = np.asarray(truth_malignant, bool), np.asarray(probability, np.float32)
-    thresholds = _thresholds(probability)
+    left = prior is not None and target_sensitivity is None
+    thresholds = np.array([prior], np.float32) if left else _thresholds(probability)
     below_malignant = np.searchsorted(np.sort(probability[truth]), thresholds, "left")
     below_benign = np.searchsorted(np.sort(probability[~truth]), thresholds, "left")
     n_malignant, n_benign = int(truth.sum()), int((~truth).sum())
@@ -48,7 +68,7 @@ def choose_threshold(
     at = best[np.abs(thresholds[best] - 0.5).argmin()]
     return {
         "threshold": float(thresholds[at]),
-        "rule": YOUDEN if target_sensitivity is None else SENSITIVITY,
+        "rule": SENSITIVITY if target_sensitivity is not None else PRIOR if left else YOUDEN,
         "target_sensitivity": target_sensitivity,
         "sensitivity": float(sensitivity[at]),
         "specificity": float(specificity[at]),

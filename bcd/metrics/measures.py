@@ -1,4 +1,4 @@
-"""Metrics of predictions, with intervals from `bootstrap`.
+"""Metrics of predictions, with `intervals`.
 
 An undefined value (the AUC of one class, the recall of an absent one) is `None`, never nan.
 """
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from bcd import schema
-from bcd.metrics import aggregate, bootstrap, calibration
+from bcd.metrics import aggregate, bootstrap, calibration, intervals
 from bcd.taxonomy import MALIGNANT, SUBTYPES, TUMOR_CLASSES
 
 # Units above the image, the smallest first.
@@ -34,10 +34,10 @@ def measure(
         "n_images": int(images[schema.IMAGE_ID].nunique()),
         "n_judgements": len(images),
         "n_patients": _n_patients(images),
-        "patients_by_class": _patients_by_class(images),
+        "patients_by_class": patients_by_class(images),
         "interval": {
             "level": bootstrap.LEVEL,
-            "method": bootstrap.METHOD,
+            "method": intervals.METHOD,
             "n_resamples": bootstrap.N_RESAMPLES,
             "seed": seed,
         },
@@ -59,14 +59,17 @@ def measure(
 
 
 def with_intervals(images: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
-    """`estimates` of an image table, and 95 % `intervals`.
+    """`estimates` of an image table, 95 % `intervals`, and the number of patients behind each (`support`).
 
-    These are `None` if an image has no patient: the dependence between images is then unknown.
+    Both are `None` if an image has no patient: the dependence between images is then unknown.
     """
     result = estimates(images)
-    known = bool(result["n_patients"])
-    intervals = bootstrap.intervals(tally_images(images), seed=seed) if known else {}
-    return result | {"intervals": dict.fromkeys(bootstrap.INTERVALS) | intervals}
+    unknown = dict.fromkeys(bootstrap.INTERVALS)
+    if not result["n_patients"]:
+        return result | {"intervals": unknown, "support": unknown}
+    counted = tally_images(images)
+    support = {name: n for name, (n, _) in counted.support().items()}
+    return result | {"intervals": intervals.intervals_of(counted, seed=seed), "support": support}
 
 
 def estimates(images: pd.DataFrame) -> dict[str, Any]:
@@ -103,18 +106,20 @@ def _level(images: pd.DataFrame, level: str, seed: int) -> dict[str, Any] | None
 
 
 def _calibration(images: pd.DataFrame, seed: int) -> dict[str, Any]:
-    """`_calibrated` after and, where those probabilities are known, before the temperature."""
-    columns = {"after": images[schema.PROBABILITY_MALIGNANT], "before": images[aggregate.UNCALIBRATED]}
+    """`_calibrated` after and, where those probabilities are known and others, before the temperature."""
+    after, before = images[schema.PROBABILITY_MALIGNANT], images[aggregate.UNCALIBRATED]
+    columns = {"after": after}
+    if before.notna().all() and not np.allclose(after, before.astype(float), rtol=0, atol=1e-6):
+        columns["before"] = before
     return {
         name: _calibrated(images.assign(**{schema.PROBABILITY_MALIGNANT: column}), seed)
         for name, column in columns.items()
-        if column.notna().all()
     }
 
 
 def _calibrated(images: pd.DataFrame, seed: int) -> dict[str, Any]:
     """Brier score, calibration error, cross-entropy, and the bins of the reliability diagram."""
-    truth = _malignant(images, schema.TUMOR_CLASS)
+    truth, patient = _malignant(images, schema.TUMOR_CLASS), images[schema.PATIENT].to_numpy(object)
     probability = images[schema.PROBABILITY_MALIGNANT].to_numpy(float)
     described = with_intervals(images, seed)
     return {
@@ -122,7 +127,9 @@ def _calibrated(images: pd.DataFrame, seed: int) -> dict[str, Any]:
         "ece": described["ece"],
         "intervals": {name: described["intervals"][name] for name in ("brier", "ece")},
         "cross_entropy": calibration.cross_entropy(truth, aggregate.clipped_log_odds(probability)),
-        "reliability": calibration.reliability_table(truth, probability),
+        "reliability": calibration.reliability_table(
+            truth, probability, patient if _n_patients(images) else None
+        ),
     }
 
 
@@ -226,10 +233,19 @@ def _recall_by_subtype(images: pd.DataFrame) -> dict[str, dict[str, Any]]:
             "n": len(rows),
             "n_patients": _n_patients(rows),
             "recall": float(rows[aggregate.CORRECT].mean()),
+            "interval": _recall_interval(rows),
         }
         for code, rows in by_code.items()
         if len(rows)
     }
+
+
+def _recall_interval(images: pd.DataFrame) -> list[float] | None:
+    """`intervals.interval_of_rate` of the images that were called correctly."""
+    by_patient = images.groupby(schema.PATIENT)[aggregate.CORRECT].agg(["sum", "size"])
+    if not _n_patients(images):
+        return None
+    return intervals.interval_of_rate(by_patient["sum"].to_numpy(int), by_patient["size"].to_numpy(int))
 
 
 def _columns(images: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -242,7 +258,8 @@ def _malignant(images: pd.DataFrame, column: str) -> np.ndarray:
     return (images[column] == MALIGNANT).to_numpy(bool)
 
 
-def _patients_by_class(images: pd.DataFrame) -> dict[str, int] | None:
+def patients_by_class(images: pd.DataFrame) -> dict[str, int] | None:
+    """Number of patients with images of each class; `None` if an image has no patient."""
     if _n_patients(images) is None:
         return None
     counts = images.groupby(schema.TUMOR_CLASS)[schema.PATIENT].nunique()

@@ -60,9 +60,9 @@ class Card(BaseModel):
     magnifications: tuple[int, ...]
     """BreaKHis magnifications of the training fields, where known."""
     temperature: float = Field(default=1.0, ge=0.01, le=100)
-    """Divisor of the logits that calibrates the probabilities; fitted on validation."""
+    """Divisor of the logits that calibrates the probabilities; fitted on validation, or 1."""
     threshold: Share = 0.5
-    """Probability from which an image is called malignant; chosen on validation."""
+    """Probability from which an image is called malignant; chosen on validation, or the prior."""
     operating_point: dict[str, Any] = {}
     """How the threshold was chosen, and its metrics on validation: `decision.choose_threshold`."""
     calibration: dict[str, float] = {}

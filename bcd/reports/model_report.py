@@ -19,7 +19,7 @@ from bcd import schema
 from bcd.metrics import aggregate, decision
 from bcd.model import novelty
 from bcd.reports import overlay, style, thumbnails
-from bcd.reports.style import PERCENT, format_difference, format_interval, format_metric
+from bcd.reports.style import PERCENT, format_certainty, format_difference, format_metric, too_few_to_say
 from bcd.reports.thumbnails import Example
 from bcd.taxonomy import BENIGN, MALIGNANT, SUBTYPES, TUMOR_CLASSES
 from bcd.text import counted
@@ -49,8 +49,10 @@ MARKS = {
 # More wrong predictions would make the page too large for a browser; the table has all.
 MAX_WRONG = 200
 N_CLEAREST, N_CORRECT = 3, 12
-# Of a class: fewer give no interval, or a meaningless one, and so no headline.
+# Of a class, for a headline: the intervals of fewer say little.
 MIN_PATIENTS = 3
+# Of a class, at 90 %: an interval of 10 points to each side if one patient counts for one image.
+ENOUGH_PATIENTS = 35
 PICTURE_WIDTH_PX = 300
 
 
@@ -158,10 +160,11 @@ def _pictures(
 
 
 def summary(measured: Metrics) -> list[tuple[str, str, str]]:
-    """Name, value and 95 % interval of the main metrics, as text; a dash where one is undefined."""
+    """Name, value and 95 % interval of the main metrics, as text; a dash where one is undefined, and
+    "2 patients: too few to say" in place of an interval of so few."""
     pooled = measured["pooled"]
     return [
-        (label, format_metric(pooled[name], name), format_interval(pooled["intervals"][name], name))
+        (label, format_metric(pooled[name], name), format_certainty(pooled, name))
         for name, label in MEASURES.items()
     ]
 
@@ -173,8 +176,9 @@ def too_few_patients(measured: Metrics) -> str | None:
         return None
     last = counted(by_class[MALIGNANT], f"{MALIGNANT} patient")
     return (
-        f"{by_class[BENIGN]:,} {BENIGN} and {last} are too few to estimate how often the model is right on "
-        f"others: at least {MIN_PATIENTS} of each class are required"
+        f"{by_class[BENIGN]:,} {BENIGN} and {last} are too few to say how often the model is right on "
+        f"others: a headline requires {MIN_PATIENTS} of each class, and an interval of 10 points to each "
+        f"side some {ENOUGH_PATIENTS}"
     )
 
 
@@ -193,7 +197,12 @@ def summary_lines(measured: Metrics) -> list[str]:
         last = ["mean ± SD of folds", *(_spread(measured, name) for name in MEASURES)]
     lines = [f"  {a:26} {b:>8}   {c:28} {d}".rstrip() for (a, b, c), d in zip(rows, last, strict=True)]
     few = too_few_patients(measured)
-    return [title, *([f"  too few patients: {few}"] if few else []), *lines]
+    return [title, *([f"  {_headline(measured)}: {few}"] if few else []), *lines]
+
+
+def _headline(measured: Metrics) -> str:
+    """What replaces the main number where there are too few patients."""
+    return too_few_to_say(min(measured["patients_by_class"].values()))
 
 
 def leak_sentence(leak: Mapping[str, Any]) -> str:
@@ -258,7 +267,8 @@ def _page(
         metrics=defaultdict(lambda: None, measured),
         pooled=pooled,
         measures=MEASURES,
-        too_few=too_few_patients(measured),
+        too_few=(few := too_few_patients(measured)),
+        headline=_headline(measured) if few else None,
         main="accuracy" if pooled["balanced_accuracy"] is None else "balanced_accuracy",
         spread={name: _spread(measured, name) for name in MEASURES} if measured.get("spread") else {},
         history=history,

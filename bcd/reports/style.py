@@ -5,7 +5,7 @@ every common colour blindness). As text both are darker, for a contrast of at le
 criterion 1.4.3). `page/palette.css` of the service is the output of `css`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -90,6 +90,19 @@ def format_interval(interval: Sequence[float] | None, name: str = "") -> str:
     return f"{low.removesuffix(PERCENT)} to {high}"
 
 
+def format_certainty(values: Mapping[str, Any], name: str = "") -> str:
+    """The interval of one of the metrics of `measures.with_intervals`, or why it has none."""
+    n_patients = values["support"][name]
+    if values["intervals"][name] is None and values[name] is not None and n_patients is not None:
+        return too_few_to_say(n_patients)
+    return format_interval(values["intervals"][name], name)
+
+
+def too_few_to_say(n_patients: int) -> str:
+    """In place of an interval, or of a headline."""
+    return f"{text.counted(n_patients, 'patient')}: too few to say"
+
+
 @cache
 def templates() -> jinja2.Environment:
     """The environment of all HTML templates, with the `palette` and filters for counts, metrics and paths."""
@@ -101,6 +114,8 @@ def templates() -> jinja2.Environment:
         "counted": text.counted,
         "value": format_metric,
         "interval": format_interval,
+        "certainty": format_certainty,
+        "too_few_to_say": too_few_to_say,
         "points": format_difference,
         "place": text.without_folders,
     }

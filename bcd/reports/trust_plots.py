@@ -50,7 +50,10 @@ def plot_precision_recall(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Fi
 
 
 def plot_reliability(calibration: Mapping[str, Any], n: int) -> Figure:
-    """Share of malignant images against the stated probability, before and after the temperature."""
+    """Share of malignant images against the stated probability, before and after the temperature.
+
+    A dot has about as many images as any other; a bar is the 95 % interval of a share, by patients.
+    """
     figure, (axes,) = canvas(4.2)
     _diagonal(axes, (0, 1), "as stated")
     after = "after the temperature" if "before" in calibration else "the model"
@@ -60,9 +63,12 @@ def plot_reliability(calibration: Mapping[str, Any], n: int) -> Figure:
         rows = calibration[name]["reliability"]
         x, y = ([row[key] for row in rows] for key in ("stated", "share_malignant"))
         axes.plot(x, y, color=color, lw=1, alpha=0.6)
-        areas = [12 + 160 * row["n"] / max(1, n) for row in rows]
+        if name == "after":
+            ends = [(row["stated"], *row["interval"]) for row in rows if row["interval"]]
+            axes.vlines(*(np.array(ends).reshape(-1, 3).T), color=color, lw=1.4, alpha=0.6, clip_on=False)
         label = f"{label}, error {100 * calibration[name]['ece']:.1f}{PERCENT}"
-        axes.scatter(x, y, areas, color=color, marker=marker, label=label, clip_on=False, zorder=3)
+        size = 30 if name == "after" else 14
+        axes.scatter(x, y, size, color=color, marker=marker, label=label, clip_on=False, zorder=3)
     _square(axes, "Reliability", n, "stated probability of malignancy", "malignant images")
     return figure
 

@@ -20,6 +20,7 @@ from bcd import schema
 from bcd.config.options import Protocol
 from bcd.data import breakhis
 from bcd.errors import ConfigError, DataError, LeakageError
+from bcd.metrics import decision
 from bcd.split import stratify
 from bcd.split.stratify import Integers
 from bcd.taxonomy import PARTS, TEST, TRAIN, TUMOR_CLASSES, VALIDATION
@@ -34,11 +35,11 @@ _METADATA = (
 )
 _CONTENT = (schema.SIZE_BYTES, schema.SHA256)
 # A part with fewer patients of a class gets a warning.
-FEW_PATIENTS = 3
+FEW_PATIENTS = {TRAIN: 3, VALIDATION: decision.MIN_CHOOSING, TEST: 3}
 _ROUNDING = 1e-6
 _DEPENDS_ON_THEM = {
     TRAIN: "what the model learns of this class depends",
-    VALIDATION: "the best epoch, the threshold and the temperature depend",
+    VALIDATION: "these are too few for a threshold and a temperature, and the best epoch depends",
     TEST: "its numbers for this class depend",
 }
 
@@ -171,7 +172,7 @@ def share_warnings(table: pa.Table, wanted: Mapping[str, float] | None = None) -
         is_few = False
         if every[schema.PATIENT].notna().all():
             counts.append(("patients", *(found[schema.PATIENT].nunique() for found in (here, every))))
-            is_few = counts[1][1] < FEW_PATIENTS
+            is_few = counts[1][1] < FEW_PATIENTS[part]
         is_short = any(2 * n < shares[part] * total - _ROUNDING for _, n, total in counts)
         if is_short or is_few:
             has = " and ".join(f"{n:,} of {total:,} {what}" for what, n, total in counts)

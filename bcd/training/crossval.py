@@ -233,6 +233,7 @@ def _tested(fold: Fold) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:
         "n_patients": measured["n_patients"],
         "threshold": card.threshold,
         "temperature": card.temperature,
+        "rule": card.operating_point.get("rule"),
         "best_epoch": card.validation[schema.EPOCH],
         "model": storage.join(fold.uri, run_directory.MODEL),
         "pooled": measured["pooled"],

@@ -12,13 +12,13 @@ from bcd import provenance, schema, storage, taxonomy, text
 from bcd.config.options import Architecture
 from bcd.config.training import TrainConfig
 from bcd.errors import BundleError
-from bcd.metrics import aggregate, calibration, decision
+from bcd.metrics import aggregate, calibration, decision, measures
 from bcd.model import bundle, card
 from bcd.model.card import Card
 from bcd.runtime import feature_statistics, run_directory
 from bcd.runtime.prepare import DatasetFacts, part_of
 from bcd.runtime.run_directory import SCORE, SELECTION
-from bcd.split import split
+from bcd.split import balance, split
 
 if TYPE_CHECKING:
     from bcd.model.resnet import ResNet
@@ -37,7 +37,7 @@ def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFact
     train, validation = part_of(table, split.TRAIN), part_of(table, split.VALIDATION)
     known = _card(config, train, facts, measured)
     statistics, logit = feature_statistics.compute_statistics(network, known, train, validation)
-    decided = _decided(config, logit, validation)
+    decided = _decided(config, logit, validation, _prior(config, train))
     predictor.save(network, known.model_copy(update=decided | {"feature_statistics": statistics}), uri)
 
 
@@ -98,12 +98,24 @@ def _distinct(table: pa.Table, column: str) -> tuple[Any, ...]:
     return tuple(sorted({round(v, 4) for v in table[column].to_pylist() if v is not None}))
 
 
-def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table) -> dict[str, Any]:
-    """Temperature and threshold for the card, from the logits (n, classes) of the validation rows."""
+def _prior(config: TrainConfig, train: pa.Table) -> float:
+    """Share of malignant rows in an epoch."""
+    rows = balance.counts(balance.upsample(train, config.balance, config.seed), "tumor_class")
+    return rows[taxonomy.MALIGNANT] / sum(rows.values())
+
+
+def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table, prior: float) -> dict[str, Any]:
+    """Temperature and threshold for the card, from the logits (n, classes) of the validation rows.
+
+    With few patients (see `decision.is_choosable`) the temperature is 1, and the threshold the share of
+    malignant rows in training (`prior`).
+    """
+    by_class = measures.patients_by_class(validation.select([schema.TUMOR_CLASS, schema.PATIENT]).to_pandas())
+    few = not decision.is_choosable(by_class)
     classes = taxonomy.classes(config.target)
     target = np.array([classes.index(name) for name in validation[config.target].to_pylist()])
     malignant = np.array(validation[schema.TUMOR_CLASS].to_pylist()) == taxonomy.MALIGNANT
-    temperature = calibration.fit_temperature(logit, target)
+    temperature = 1.0 if few else calibration.fit_temperature(logit, target)
     errors: dict[str, float | None] = {}
     for when, divisor in (("before", 1.0), ("after", temperature)):
         probability = calibration.probability_malignant(logit, classes, divisor)
@@ -113,8 +125,15 @@ def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table) -> di
             f"brier_{when}": calibration.brier(malignant, probability),
             f"ece_{when}": calibration.expected_error(malignant, probability),
         }
-    chosen = decision.choose_threshold(malignant, probability, config.target_sensitivity)
+    sensitivity = config.target_sensitivity
+    chosen = decision.choose_threshold(malignant, probability, sensitivity, prior if few else None)
     patients = validation[schema.PATIENT]
+    if few:
+        has = text.listed([text.counted(n, f"{name} patient") for name, n in (by_class or {}).items()])
+        logger.warning(
+            f"the validation part has {has}, and choosing requires {decision.MIN_CHOOSING} of each class: "
+            f"the temperature is 1, the threshold {chosen['threshold']:.3g} (rule: {chosen['rule']})"
+        )
     return {
         "temperature": temperature,
         "calibration": errors,

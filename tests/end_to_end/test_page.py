@@ -805,8 +805,9 @@ def test_leaky_and_unmeasured_models_say_so(page: Page, mock: page_mock.Mock, sh
 def test_too_few_patients_replace_the_accuracy(page: Page, mock: page_mock.Mock) -> None:
     why = "2 benign and 9 malignant patients are too few to estimate how often the model is right on others"
     mock.about["card"]["metrics"]["too_few_patients"] = why
+    mock.about["card"]["metrics"]["summary"][0][2] = "2 patients: too few to say"
     visit(page, mock.url)
-    expect(page.locator("#facts")).to_contain_text("too few patients")
+    expect(page.locator("#facts")).to_contain_text("2 patients: too few to say")
     expect(page.locator("#facts")).to_contain_text(why)
     expect(page.locator("#facts")).not_to_contain_text("91.7")
 

@@ -1,14 +1,10 @@
-"""Resampling patients: its formulas against plain metrics, and its intervals against planted truths."""
-
-from collections.abc import Callable
+"""Resampling patients: its formulas against plain metrics, and intervals by hand."""
 
 import numpy as np
 import pytest
 
 from bcd.metrics import bootstrap, measures
-from tests.studies import Arrays, Cohort, arrays, one_thread, planted, predictions
-
-N_RESAMPLES = 300
+from tests.studies import Arrays, Cohort, arrays, predictions
 
 
 def plain(study: Arrays, rows: np.ndarray | slice = slice(None)) -> dict[str, float]:
@@ -92,69 +88,29 @@ def test_students_t_as_printed_in_tables() -> None:
 
 def test_an_interval_by_hand() -> None:
     study = arrays(predictions())
-    found = bootstrap.intervals(study.tally(), n_resamples=200, seed=3)["sensitivity"]
-    drawn = bootstrap.draws(12, 200, seed=3)
-    patients = [f"p{i}" for i in range(12)]
-    right = np.array([(study.truth & study.called)[study.patient == p].sum() for p in patients])
-    malignant = np.array([study.truth[study.patient == p].sum() for p in patients])
-    drawn = drawn[drawn @ malignant > 0]
-    shares = (drawn @ right) / (drawn @ malignant)
-    reach = 3.1824 * np.log(shares / (1 - shares)).std()  # four malignant patients
-    centre = np.log(right.sum() / (malignant.sum() - right.sum()))
+    found = bootstrap.intervals_of_errors(study.tally(), n_resamples=200, seed=3)["brier"]
+    squares = (study.probability - study.truth) ** 2
+    of_patients = np.array([squares[study.patient == f"p{i}"].mean() for i in range(12)])
+    means = bootstrap.draws(12, 200, seed=3) @ of_patients / 12
+    reach = 2.2010 * np.log(means / (1 - means)).std()  # twelve patients
+    centre = np.log(squares.mean() / (1 - squares.mean()))
     assert found == pytest.approx([1 / (1 + np.exp(reach - centre)), 1 / (1 + np.exp(-reach - centre))], 1e-4)
+    assert found == bootstrap.intervals_of_errors(study.tally(), n_resamples=200, seed=3)["brier"]
+    assert found != bootstrap.intervals_of_errors(study.tally(), n_resamples=200)["brier"]
 
 
-def test_intervals_hold_the_estimate_and_are_reproducible() -> None:
+def test_two_patients_have_no_interval_of_errors() -> None:
     study = arrays(predictions())
-    found = bootstrap.intervals(study.tally())
-    assert found == bootstrap.intervals(study.tally())
-    assert found != bootstrap.intervals(study.tally(), seed=1)
-    for name in bootstrap.INTERVALS:
-        low, high = found[name] or (1, 0)
-        assert 0 < low < plain(study)[name] < high < 1
-
-
-def test_patients_who_differ_widen_the_interval() -> None:
-    study = arrays(predictions(spread=2.0))
-    clustered = bootstrap.intervals(study.tally())["accuracy"]
-    own = Arrays(study.truth, study.probability, study.called, np.arange(len(study.truth)))
-    naive = bootstrap.intervals(own.tally())["accuracy"]
-    assert clustered is not None
-    assert naive is not None
-    assert np.ptp(clustered) > 2 * np.ptp(naive)
-
-
-def test_no_interval_where_there_is_nothing_to_resample() -> None:
-    study = arrays(predictions())
-    one = study.patient == "p0"
-    assert set(bootstrap.intervals(study.tally(one)).values()) == {None}
-    assert set(bootstrap.intervals(study.tally(slice(0))).values()) == {None}
-    # one benign patient beside six malignant ones: nothing about the benign
-    found = bootstrap.intervals(study.tally(study.truth | one))
-    undefined = {"specificity", "balanced_accuracy", "auc"}
-    assert {name for name, interval in found.items() if interval is None} == undefined
-    # no error seen: how rare errors are stays unknown
-    flawless = Arrays(study.truth, study.truth.astype(float), study.truth, study.patient)
-    assert set(bootstrap.intervals(flawless.tally()).values()) == {None}
+    for n in range(3):
+        few = np.isin(study.patient, [f"p{i}" for i in range(n)])
+        assert bootstrap.intervals_of_errors(study.tally(few)) == {"brier": None, "ece": None}
 
 
 def test_resamples_that_differ_by_rounding_only_agree() -> None:
     study = arrays(predictions())
     alike = Arrays(study.truth, np.where(study.truth, 0.7, 0.3), study.truth, study.patient)
     assert alike.tally().values()["brier"] == pytest.approx(0.09)
-    found = bootstrap.intervals(alike.tally())
-    assert (found["brier"], found["ece"]) == (None, None)
-
-
-def test_rare_errors_of_the_larger_class_have_an_interval() -> None:
-    """Below half an image of the rarer class: 5 errors in 1,000 malignant images beside 40 benign ones."""
-    truth = np.repeat([True, False], [1000, 40])
-    called = truth.copy()
-    called[[0, 110, 220, 330, 440]] = False
-    counted = bootstrap.tally(truth, called.astype(float), called, np.arange(1040) // 10)
-    low, high = bootstrap.intervals(counted)["balanced_accuracy"] or (1, 0)
-    assert low < 1 - 0.0025 < high
-    assert high - low > 0.001
+    assert bootstrap.intervals_of_errors(alike.tally()) == {"brier": None, "ece": None}
 
 
 def test_a_small_brier_score_has_an_interval_as_wide_as_its_patients_differ() -> None:
@@ -164,7 +120,7 @@ def test_a_small_brier_score_has_an_interval_as_wide_as_its_patients_differ() ->
     off = 0.01 * generator.lognormal(0, 0.5, 20)[patient]
     counted = bootstrap.tally(truth, np.where(truth, 1 - off, off), truth, patient)
     value, spread = counted.values()["brier"], counted.metrics(bootstrap.draws(20))["brier"].std()
-    low, high = bootstrap.intervals(counted)["brier"] or (1, 0)
+    low, high = bootstrap.intervals_of_errors(counted)["brier"] or (1, 0)
     assert value < 0.5 / 200
     assert high - low == pytest.approx(2 * 2.093 * spread, rel=0.2)
 
@@ -188,39 +144,3 @@ def test_differences_are_those_on_the_same_drawn_patients() -> None:
     for name, values in found.items():
         np.testing.assert_array_equal(values, first.metrics(drawn)[name] - second.metrics(drawn)[name])
     assert all((values == 0).all() for values in bootstrap.resampled_differences(first, first, 50).values())
-
-
-@one_thread
-def coverage(n_studies: int, tally: Callable[[Arrays], bootstrap.Tally]) -> dict[str, float]:
-    """Share of simulated studies whose interval contains the planted value."""
-    truth = planted(1.7)
-    held = dict.fromkeys(truth, 0)
-    for seed in range(n_studies):
-        found = bootstrap.intervals(tally(Cohort(seed).arrays(1.7)), N_RESAMPLES, seed)
-        for name, value in truth.items():
-            low, high = found[name] or (1, 0)
-            held[name] += low <= value <= high
-    return {name: n / n_studies for name, n in held.items()}
-
-
-@pytest.mark.parametrize(
-    ("n_studies", "low", "high"), [(100, 0.9, 0.99), pytest.param(500, 0.93, 0.97, marks=pytest.mark.trial)]
-)
-def test_intervals_cover_the_planted_truth(n_studies: int, low: float, high: float) -> None:
-    """95 % intervals contain the truth in 90 to 99 % of 100 studies and in 93 to 97 % of 500: the sampling
-    error, exceeded by chance in 2 and 3 % of cases."""
-    covered = coverage(n_studies, Arrays.tally)
-    assert set(covered) == {"accuracy", "balanced_accuracy", "auc"}
-    assert all(low <= share <= high for share in covered.values()), covered
-
-
-@pytest.mark.trial
-def test_a_bootstrap_over_images_does_not_cover_it() -> None:
-    """Why patients are resampled: with each image its own patient, intervals rarely contain the truth."""
-
-    def naive(study: Arrays) -> bootstrap.Tally:
-        own = np.arange(len(study.truth))
-        return bootstrap.tally(study.truth, study.probability, study.called, own)
-
-    covered = coverage(100, naive)
-    assert all(share < 0.75 for share in covered.values()), covered

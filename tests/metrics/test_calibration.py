@@ -118,12 +118,46 @@ def test_the_calibration_error_by_hand() -> None:
     # Bins of 1/15. First: 0.02, 0.04 (none malignant). Eighth: 0.5, 0.48, 0.52 (two of three). Last: 1 (yes).
     probability = np.array([0.5, 0.02, 1.0, 0.48, 0.04, 0.52])
     truth = np.array([1, 0, 1, 0, 0, 1], bool)
-    rows = calibration.reliability_table(truth, probability)
-    assert [row["n"] for row in rows] == [2, 3, 1]
-    assert [row["stated"] for row in rows] == pytest.approx([0.03, 0.5, 1.0])
-    assert [row["share_malignant"] for row in rows] == pytest.approx([0, 2 / 3, 1])
     expected = (2 * 0.03 + 3 * (2 / 3 - 0.5)) / 6
     assert calibration.expected_error(truth, probability) == pytest.approx(expected)
+
+
+def test_bins_of_the_reliability_diagram_have_equally_many_images() -> None:
+    generator = np.random.default_rng(0)
+    probability, patient = generator.random(95), np.arange(95) % 30
+    truth = generator.random(95) < probability
+    rows = calibration.reliability_table(truth, probability, patient)
+    assert [row["n"] for row in rows] == [11, 10, 11, 10, 11, 10, 11, 10, 11]
+    order = np.argsort(probability)
+    for row, chosen in zip(rows, np.split(order, np.cumsum([row["n"] for row in rows])[:-1]), strict=True):
+        assert row["stated"] == pytest.approx(probability[chosen].mean())
+        assert row["share_malignant"] == pytest.approx(truth[chosen].mean())
+        assert row["n_patients"] == len(set(patient[chosen]))
+        low, high = row["interval"]
+        assert 0 <= low <= row["share_malignant"] <= high <= 1
+    alone = calibration.reliability_table(truth, probability)
+    assert {(row["n_patients"], row["interval"]) for row in alone} == {(None, None)}
+
+
+@pytest.mark.parametrize(("n_patients", "n_bins"), [(1, 1), (3, 1), (5, 2), (11, 5), (24, 10), (60, 10)])
+def test_there_are_two_patients_for_each_bin(n_patients: int, n_bins: int) -> None:
+    probability = np.random.default_rng(0).random(120)
+    patient = np.arange(120) % n_patients
+    assert len(calibration.reliability_table(probability > 0.5, probability, patient)) == n_bins
+
+
+def test_equal_probabilities_are_in_one_bin() -> None:
+    probability = np.repeat([0.1, 0.1, 0.1, 0.9], 30)
+    rows = calibration.reliability_table(probability > 0.5, probability, np.arange(120))
+    assert [(row["n"], row["stated"]) for row in rows] == [(90, pytest.approx(0.1)), (30, pytest.approx(0.9))]
+
+
+def test_images_of_one_patient_in_a_bin_count_as_one() -> None:
+    """All of a patient are benign or malignant: 40 images of 4 patients are hardly more than 4."""
+    truth, patient = np.repeat([True, False, True, False], 10), np.repeat(np.arange(4), 10)
+    (bin_,) = calibration.reliability_table(truth, np.full(40, 0.5), patient)
+    (own,) = calibration.reliability_table(truth, np.full(40, 0.5), np.arange(40))
+    assert np.ptp(bin_["interval"]) > 2 * np.ptp(own["interval"])
 
 
 def test_nothing_has_no_score() -> None:

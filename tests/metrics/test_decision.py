@@ -69,6 +69,22 @@ def test_a_half_where_it_calls_the_same() -> None:
         assert (chosen["threshold"], chosen["sensitivity"], chosen["specificity"]) == (0.5, 1, 1)
 
 
+def test_the_prior_in_place_of_a_choice() -> None:
+    truth, probability = np.array([0, 0, 1, 1], bool), np.array([0.1, 0.65, 0.6, 0.9])
+    chosen = decision.choose_threshold(truth, probability, prior=0.7)
+    assert (chosen["threshold"], chosen["rule"]) == (pytest.approx(0.7), "prior")
+    assert (chosen["sensitivity"], chosen["specificity"]) == (0.5, 1)
+    # A sensitivity that was asked for is reached all the same.
+    asked = decision.choose_threshold(truth, probability, 1.0, prior=0.7)
+    assert asked == decision.choose_threshold(truth, probability, 1.0)
+
+
+@pytest.mark.parametrize(("n_benign", "enough"), [(0, False), (decision.MIN_CHOOSING - 1, False), (99, True)])
+def test_few_patients_choose_nothing(n_benign: int, enough: bool) -> None:
+    assert decision.is_choosable({"benign": n_benign, "malignant": decision.MIN_CHOOSING}) == enough
+    assert decision.is_choosable(None)
+
+
 def test_a_half_that_was_seen_is_no_threshold() -> None:
     chosen = decision.choose_threshold(np.array([0, 1, 1], bool), np.array([0.2, 0.5, 0.9]))
     assert chosen["threshold"] == pytest.approx(0.35)

@@ -10,7 +10,7 @@ import pytest
 from sklearn import metrics as sklearn_metrics
 
 from bcd import schema
-from bcd.metrics import aggregate, bootstrap, calibration, measures
+from bcd.metrics import aggregate, bootstrap, calibration, intervals, measures
 from bcd.taxonomy import SUBTYPES
 from tests import studies
 from tests.studies import arrays, predictions
@@ -122,7 +122,7 @@ def test_evaluate() -> None:
     assert result["threshold"] == 0.4
     assert result["interval"] == {
         "level": 0.95,
-        "method": bootstrap.METHOD,
+        "method": intervals.METHOD,
         "n_resamples": bootstrap.N_RESAMPLES,
         "seed": 7,
     }
@@ -131,12 +131,17 @@ def test_evaluate() -> None:
     binary = measures.binary(study.truth, study.probability, study.called)
     assert {name: pooled[name] for name in binary} == binary
     assert pooled["image_recognition_rate"] == pooled["accuracy"]
-    assert pooled["intervals"] == bootstrap.intervals(study.tally(), seed=7)
+    assert pooled["intervals"] == intervals.intervals_of(study.tally(), seed=7)
     assert list(result["by_magnification"]) == ["40", "100"]
     assert sum(part["n"] for part in result["by_magnification"].values()) == 238
     assert list(result["recall_by_subtype"]) == list(SUBTYPES)
     right = (study.called == study.truth)[good[schema.SUBTYPE] == "DC"]
-    assert result["recall_by_subtype"]["DC"] == {"n": 20, "n_patients": 1, "recall": right.mean()}
+    # The eight subtypes of twelve patients: one of ductal carcinoma, two of adenosis.
+    one = {"n": 20, "n_patients": 1, "recall": right.mean(), "interval": None}
+    assert result["recall_by_subtype"]["DC"] == one
+    of_two = result["recall_by_subtype"]["A"]
+    low, high = of_two["interval"]
+    assert 0 < low < of_two["recall"] < high < 1
     assert result["classification_report"]["malignant"]["recall"] == pooled["sensitivity"]
     assert "multiclass" not in result
 
@@ -231,6 +236,8 @@ def test_calibration_before_and_after_the_temperature() -> None:
     frame = predictions()
     before = studies.measured(frame)["calibration"]
     assert list(before) == ["after"]
+    same = frame.assign(**{aggregate.UNCALIBRATED: frame[schema.PROBABILITY_MALIGNANT].astype(np.float32)})
+    assert list(studies.measured(same)["calibration"]) == ["after"]  # a temperature of 1
     sharper = 1 / (1 + ((1 / frame[schema.PROBABILITY_MALIGNANT]) - 1) ** 3)
     found = studies.measured(frame.assign(**{aggregate.UNCALIBRATED: sharper}))
     after, before = found["calibration"]["after"], found["calibration"]["before"]
@@ -250,7 +257,9 @@ def test_calibration_before_and_after_the_temperature() -> None:
 def test_describe_adds_intervals_to_estimates() -> None:
     images = aggregate.image_table(predictions())
     described = measures.with_intervals(images)
-    assert described.pop("intervals") == bootstrap.intervals(measures.tally_images(images))
+    counted = measures.tally_images(images)
+    assert described.pop("intervals") == intervals.intervals_of(counted)
+    assert described.pop("support") == {name: n for name, (n, _) in counted.support().items()}
     assert described == measures.estimates(images)
     unknown = images.assign(**{schema.PATIENT: images[schema.PATIENT].where(images.index > 0)})
     estimates = measures.estimates(unknown)

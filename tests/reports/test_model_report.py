@@ -295,17 +295,17 @@ def without_figures(frame: pd.DataFrame) -> str:
 )
 def test_too_few_patients_replace_the_headline(n_benign: int, n_malignant: int, said: str) -> None:
     page = without_figures(frame := of(n_benign, n_malignant))
-    assert f"{said} to estimate how often the model is right on others: at least 3 of each class" in text(
-        page
-    )
+    wanted = "to say how often the model is right on others: a headline requires 3 of each class, and an "
+    assert f"{said} {wanted}interval of 10 points to each side some 35" in text(page)
+    headline = f"{min(n_benign, n_malignant)} patient{'' if n_malignant == 1 else 's'}: too few to say"
     hero = re.search(r'<section class="hero".*?</section>', page, flags=re.S)
     assert hero
-    assert "too few patients" in text(hero[0].replace("<br>", " "))
+    assert headline in text(hero[0].replace("<br>", " "))
     assert 'class="number"' not in hero[0]
     assert "%" not in text(hero[0])
-    assert "<title>Breast cancer detection: too few patients</title>" in page
+    assert f"<title>Breast cancer detection: {headline}</title>" in page
     assert page.count('<div class="card">') == len(model_report.MEASURES)
-    assert model_report.summary_lines(studies.measured(frame))[1].startswith(f"  too few patients: {said}")
+    assert model_report.summary_lines(studies.measured(frame))[1].startswith(f"  {headline}: {said}")
 
 
 def test_three_patients_of_each_class_have_a_headline() -> None:
@@ -379,9 +379,30 @@ def test_what_it_costs_is_said_in_missed_cancers(tmp_path: Path) -> None:
     assert "Temperature 1.70, fitted on validation only: above 1, the network was overconfident" in page
 
 
+def test_few_validation_patients_are_said_to_have_chosen_nothing(tmp_path: Path) -> None:
+    point = {"threshold": 0.5, "rule": "prior", "target_sensitivity": None, "sensitivity": 0.96}
+    point |= {"specificity": 0.8, "n_malignant": 50, "n_benign": 1, "n_patients": 2}
+    page = text(write(tmp_path, predictions(), draws=(), operating_point=point, temperature=1.0))
+    assert "The threshold, 0.5, is the share of malignant images in training, because validation (50" in page
+    assert "malignant and 1 benign image of 2 patients) has too few patients to choose one" in page
+    assert "The temperature is 1: validation has too few patients to fit one." in page
+
+
+def test_metrics_of_too_few_patients_say_so_and_others_have_intervals() -> None:
+    rows = {name: (value, said) for name, value, said in model_report.summary(studies.measured(of(1, 9)))}
+    assert rows["specificity"] == ("50.0\N{NO-BREAK SPACE}%", "1 patient: too few to say")
+    assert rows["AUC"] == ("0.500", "1 patient: too few to say")
+    assert re.fullmatch(r"\d+\.\d to \d+\.\d\s%", rows["sensitivity"][1])
+    two = {name: said for name, _, said in model_report.summary(studies.measured(of(2, 9)))}
+    assert all(re.fullmatch(r"[\d.]+ to [\d.]+(\s%)?", said) for said in two.values())
+    unknown = studies.measured(of(1, 9).drop(columns=[schema.PATIENT]))
+    assert {said for _, _, said in model_report.summary(unknown)} == {"–"}
+
+
 def study(repeat: int, fold: int, values: pd.DataFrame) -> dict[str, Any]:
     measured = studies.measured(values)
     row = {"repeat": repeat, "fold": fold, "n_patients": measured["n_patients"], "threshold": 0.4}
+    row["rule"] = ("youden", "prior")[fold % 2]
     return row | {"temperature": 1.2, "pooled": measured["pooled"], "history": history(2)}
 
 
@@ -398,8 +419,9 @@ def test_a_cross_validation_shows_its_folds_and_what_a_leak_adds(tmp_path: Path)
     said = text(page)
     assert "each judged by a model that had not seen the patient, 2 models distinguish" in said
     assert "Its mean over the folds is 90.0 ± 4.0 %" in said
+    assert "in 1 of 2 folds validation has too few patients to choose, so the temperature is 1" in said
     assert "3 images that one of the two arms tested more often than the other" in said
-    assert "they resample all 8 patients together" in said
+    assert "they are of all 8 patients together" in said
     assert "The leak adds +47.0 points of balanced accuracy: split by image, with patients in several" in said
     assert "and 0.990 AUC instead of 0.520 (95 % interval of the difference \u22120.100 to +0.900)" in said
     assert "instead of 52.0 % (95 % interval of the difference +40.0 to +54.0 points)" in said

@@ -44,6 +44,10 @@ def test_the_dots_of_reliability_are_its_table(images):
         rows = calibration[when]["reliability"]
         assert line.get_xdata().tolist() == [row["stated"] for row in rows]
         assert line.get_ydata().tolist() == [row["share_malignant"] for row in rows]
+    (bars,) = [part for part in axes.collections if isinstance(part, LineCollection)]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [row["interval"] for row in rows]
+    unknown = measures.measure(images.assign(**{schema.PATIENT: None}))["calibration"]
+    trust_plots.plot_reliability(unknown, len(images))  # no bars, and no error
 
 
 def test_abstention_ends_before_the_last_few(images):

@@ -355,7 +355,7 @@ def test_a_class_of_two_percent_gets_its_share(monkeypatch: pytest.MonkeyPatch) 
     few = "of class benign; {} on so few patients"
     said = [
         "the validation part has 1,000 of 5,000 images and 2 of 10 patients "
-        + few.format("the best epoch, the threshold and the temperature depend"),
+        + few.format("these are too few for a threshold and a temperature, and the best epoch depends"),
         "the test part has 1,000 of 5,000 images and 2 of 10 patients "
         + few.format("its numbers for this class depend"),
     ]
@@ -377,7 +377,8 @@ def test_a_given_part_with_less_than_half_of_its_share_of_a_class_is_named() -> 
     }
     short = "of class malignant, less than half of its share of"
     assert split.share_warnings(in_parts(parts)) == [
-        f"the validation part has 3 of 88 images and 3 of 20 patients {short} 18 %",
+        f"the validation part has 3 of 88 images and 3 of 20 patients {short} 18 %; "
+        "these are too few for a threshold and a temperature, and the best epoch depends on so few patients",
         f"the test part has 0 of 88 images and 0 of 20 patients {short} 17 %; "
         "its numbers for this class depend on so few patients",
     ]

@@ -15,7 +15,7 @@ from bcd.runtime.prepare import DatasetFacts
 from bcd.training import checkpoint, export
 
 
-def validation(n=400, seed=0):
+def validation(n=400, seed=0, n_patients=30):
     """Logits that are twice too sure, and rows with their classes, drawn from the honest probability."""
     generator = np.random.default_rng(seed)
     honest = generator.normal(0, 1.5, n)
@@ -24,7 +24,7 @@ def validation(n=400, seed=0):
         {
             schema.IMAGE_ID: str(i),
             schema.URI: "",
-            schema.PATIENT: f"p{i % 7}",
+            schema.PATIENT: f"p{i % n_patients}",
             schema.TUMOR_CLASS: "malignant" if truth else "benign",
         }
         for i, truth in enumerate(malignant)
@@ -107,7 +107,7 @@ def test_a_finished_run_whose_bundle_is_of_another_format_says_why(tmp_path):
 
 
 def test_calibration_is_measured_before_and_after():
-    decided = export._decided(TrainConfig(data="d"), *validation(4000)[:2])
+    decided = export._decided(TrainConfig(data="d"), *validation(4000)[:2], 0.5)
     assert decided["temperature"] == pytest.approx(2, rel=0.05)
     told = decided["calibration"]
     for name in ("cross_entropy", "brier", "ece"):
@@ -117,7 +117,7 @@ def test_calibration_is_measured_before_and_after():
 @pytest.mark.parametrize("target", [0.8, 0.95])
 def test_the_threshold_reaches_the_sensitivity_that_was_asked_for(target):
     logit, rows, malignant = validation()
-    decided = export._decided(TrainConfig(data="d", target_sensitivity=target), logit, rows)
+    decided = export._decided(TrainConfig(data="d", target_sensitivity=target), logit, rows, 0.5)
     probability = 1 / (1 + np.exp(-(logit[:, 1] - logit[:, 0]) / decided["temperature"]))
     called = probability >= decided["threshold"]
     n = int(np.ceil(target * malignant.sum()))
@@ -125,4 +125,29 @@ def test_the_threshold_reaches_the_sensitivity_that_was_asked_for(target):
     point = decided["operating_point"]
     assert point["sensitivity"] == called[malignant].mean() >= target
     assert point["specificity"] == pytest.approx((~called[~malignant]).mean())
-    assert (point["rule"], point["n_patients"]) == ("sensitivity", 7)
+    assert (point["rule"], point["n_patients"]) == ("sensitivity", 30)
+
+
+def test_few_validation_patients_choose_neither_temperature_nor_threshold(capsys):
+    logit, rows, malignant = validation(n_patients=3)
+    decided = export._decided(TrainConfig(data="d"), logit, rows, 0.7)
+    assert decided["temperature"] == 1
+    assert decided["threshold"] == pytest.approx(0.7)
+    point = decided["operating_point"]
+    assert (point["rule"], point["n_patients"]) == ("prior", 3)
+    called = 1 / (1 + np.exp(-(logit[:, 1] - logit[:, 0]))) >= decided["threshold"]
+    assert point["sensitivity"] == called[malignant].mean()
+    said = capsys.readouterr().out
+    assert "the validation part has 3 benign patients and 3 malignant patients, and choosing requires" in said
+    assert "the temperature is 1, the threshold 0.7 (rule: prior)" in said
+    asked = export._decided(TrainConfig(data="d", target_sensitivity=0.9), logit, rows, 0.7)
+    assert asked["operating_point"]["rule"] == "sensitivity"
+    unknown = rows.set_column(rows.schema.get_field_index(schema.PATIENT), schema.PATIENT, pa.nulls(400))
+    assert export._decided(TrainConfig(data="d"), logit, unknown, 0.7)["operating_point"]["rule"] == "youden"
+
+
+@pytest.mark.parametrize(("balance", "prior"), [("tumor_class", 0.5), ("none", 0.25)])
+def test_the_prior_is_the_share_of_malignant_rows_in_an_epoch(balance, prior):
+    classes = ["benign"] * 6 + ["malignant"] * 2
+    train = schema.fill(pa.table({schema.TUMOR_CLASS: classes, schema.PART: ["train"] * 8}), schema.SPLIT)
+    assert export._prior(TrainConfig(data="d", balance=balance), train) == prior

@@ -40,7 +40,10 @@ function accuracy({ metrics, leaky }) {
   );
   if (!row) return ["test part", "not measured", "this model has not been evaluated"];
   const [name, value, interval] = row;
-  if (metrics.too_few_patients) return [`${name}, test part`, "too few patients", metrics.too_few_patients];
+  if (metrics.too_few_patients) {
+    const headline = interval.includes("too few") ? interval : "too few patients";
+    return [`${name}, test part`, headline, metrics.too_few_patients];
+  }
   const seen = leaky ? "of patients that it may have seen" : "of unseen patients";
   const on = metrics.n_images ? `on ${plural(metrics.n_images, "image")} ${seen}` : "on its test part";
   return [`${name}, test part`, value, interval === "–" ? on : `95 % interval ${interval}, ${on}`];
