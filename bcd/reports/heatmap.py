@@ -82,15 +82,15 @@ def draw_tiles(
 def _over(edges: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """For each pixel, float64 (h, w), the sum of the values of the rectangles over it."""
     height, width = shape
-    total = np.zeros((height + 1) * (width + 1))
+    sums = np.zeros((height + 1) * (width + 1))
     for some in _blocks(len(edges)):
         left, top, right, bottom = np.clip(edges[some], 0, [width, height, width, height]).T
         # Summed up in both directions, four corners are a rectangle.
         corners = np.concatenate([top, bottom, top, bottom]) * (width + 1)
         corners += np.concatenate([left, right, right, left])
         changes = np.concatenate([values[some], values[some], -1 * values[some], -1 * values[some]])
-        total += np.bincount(corners, changes, len(total))
-    total = total.reshape(height + 1, width + 1)
+        sums += np.bincount(corners, changes, len(sums))
+    total = sums.reshape(height + 1, width + 1)
     for axis in (0, 1):
         np.cumsum(total, axis, out=total)
     return total[:height, :width]
