@@ -53,7 +53,7 @@ def draw_slide(ours: Ledger, plan: tiling.Plan, card: Card) -> dict[str, Any]:
     """Draw one slide from its rows of the table; returns its row of `schema.SLIDES`."""
     where = (pc.field(schema.SLIDE) == plan.slide) & pc.field(schema.X_LEVEL0_PX).is_valid()
     tiles = storage.dataset(ours.predictions_uri).to_table(list(COLUMNS), where)
-    boxes = _boxes(tiles, (plan.mpp_x, plan.mpp_y))
+    boxes = tile_boxes(tiles, (plan.mpp_x, plan.mpp_y))
     probability = tiles[schema.PROBABILITY_MALIGNANT].to_numpy().astype(float)
     _draw(ours, plan, tiles, boxes, probability, card)
     known = probability[np.isfinite(probability)]
@@ -72,7 +72,7 @@ def draw_slide(ours: Ledger, plan: tiling.Plan, card: Card) -> dict[str, Any]:
     }
 
 
-def _boxes(tiles: pa.Table, slide_mpp: tuple[float, float]) -> np.ndarray:
+def tile_boxes(tiles: pa.Table, slide_mpp: tuple[float, float]) -> np.ndarray:
     """float (n, 4): x, y, width and height of the tiles in level-0 pixels."""
     tile_mpp = tiles[schema.MPP].to_numpy().astype(float)
     place = [tiles[name].to_numpy().astype(float) for name in (schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX)]

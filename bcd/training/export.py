@@ -37,8 +37,8 @@ def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFact
     train, validation = part_of(table, split.TRAIN), part_of(table, split.VALIDATION)
     known = _card(config, train, facts, measured)
     statistics, logit = feature_statistics.compute_statistics(network, known, train, validation)
-    decided = _decided(config, logit, validation)
-    predictor.save(network, known.model_copy(update=decided | {"feature_statistics": statistics}), uri)
+    chosen = decided(logit, validation, config.target, config.target_sensitivity)
+    predictor.save(network, known.model_copy(update=chosen | {"feature_statistics": statistics}), uri)
 
 
 def require_valid_card(config: TrainConfig, table: pa.Table, facts: DatasetFacts) -> None:
@@ -98,10 +98,15 @@ def _distinct(table: pa.Table, column: str) -> tuple[Any, ...]:
     return tuple(sorted({round(v, 4) for v in table[column].to_pylist() if v is not None}))
 
 
-def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table) -> dict[str, Any]:
-    """Temperature and threshold for the card, from the logits (n, classes) of the validation rows."""
-    classes = taxonomy.classes(config.target)
-    target = np.array([classes.index(name) for name in validation[config.target].to_pylist()])
+def decided(
+    logit: np.ndarray,
+    validation: pa.Table,
+    predicted: taxonomy.Target = "tumor_class",
+    target_sensitivity: float | None = None,
+) -> dict[str, Any]:
+    """Temperature and threshold for a card, from the logits (n, classes) of the validation rows."""
+    classes = taxonomy.classes(predicted)
+    target = np.array([classes.index(name) for name in validation[predicted].to_pylist()])
     malignant = np.array(validation[schema.TUMOR_CLASS].to_pylist()) == taxonomy.MALIGNANT
     temperature = calibration.fit_temperature(logit, target)
     errors: dict[str, float | None] = {}
@@ -113,7 +118,7 @@ def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table) -> di
             f"brier_{when}": calibration.brier(malignant, probability),
             f"ece_{when}": calibration.expected_error(malignant, probability),
         }
-    chosen = decision.choose_threshold(malignant, probability, config.target_sensitivity)
+    chosen = decision.choose_threshold(malignant, probability, target_sensitivity)
     patients = validation[schema.PATIENT]
     return {
         "temperature": temperature,

@@ -107,7 +107,7 @@ def test_a_finished_run_whose_bundle_is_of_another_format_says_why(tmp_path):
 
 
 def test_calibration_is_measured_before_and_after():
-    decided = export._decided(TrainConfig(data="d"), *validation(4000)[:2])
+    decided = export.decided(*validation(4000)[:2])
     assert decided["temperature"] == pytest.approx(2, rel=0.05)
     told = decided["calibration"]
     for name in ("cross_entropy", "brier", "ece"):
@@ -117,7 +117,7 @@ def test_calibration_is_measured_before_and_after():
 @pytest.mark.parametrize("target", [0.8, 0.95])
 def test_the_threshold_reaches_the_sensitivity_that_was_asked_for(target):
     logit, rows, malignant = validation()
-    decided = export._decided(TrainConfig(data="d", target_sensitivity=target), logit, rows)
+    decided = export.decided(logit, rows, target_sensitivity=target)
     probability = 1 / (1 + np.exp(-(logit[:, 1] - logit[:, 0]) / decided["temperature"]))
     called = probability >= decided["threshold"]
     n = int(np.ceil(target * malignant.sum()))
