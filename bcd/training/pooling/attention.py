@@ -61,7 +61,7 @@ class GatedAttention(nn.Module):
         return self.head(attention @ reduced), attention
 
 
-def fit(bags: Bags, slides: pa.Table, seed: int, epochs: int, learning_rate: float) -> Fitted:
+def fit_network(bags: Bags, slides: pa.Table, seed: int, epochs: int, learning_rate: float) -> Fitted:
     """Train on the slides of the training part; the epoch with the least loss on validation is kept.
 
     Args:
@@ -80,7 +80,8 @@ def fit(bags: Bags, slides: pa.Table, seed: int, epochs: int, learning_rate: flo
     network.mean, network.spread = _statistics(bags, [name for name, _ in train])
     weight = _class_weights([target for _, target in train])
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=WEIGHT_DECAY)
-    best, least, history = copy.deepcopy(network.state_dict()), math.inf, []
+    best, least, chosen = copy.deepcopy(network.state_dict()), math.inf, 0
+    history: list[dict[str, float]] = []
     said = time.monotonic()
     for epoch in range(1, epochs + 1):
         train_loss = _train_epoch(network, optimizer, bags, train, weight)
@@ -89,14 +90,13 @@ def fit(bags: Bags, slides: pa.Table, seed: int, epochs: int, learning_rate: flo
             raise DivergedError(f"epoch {epoch}: the loss is no finite number; lower --learning-rate")
         history.append({schema.EPOCH: epoch, "train_loss": train_loss, "validation_loss": validation_loss})
         if validation_loss < least:
-            best, least = copy.deepcopy(network.state_dict()), validation_loss
+            best, least, chosen = copy.deepcopy(network.state_dict()), validation_loss, epoch
         if time.monotonic() - said > PROGRESS_S:
             said = time.monotonic()
             logger.info(
                 f"epoch {epoch} of {epochs}: loss {train_loss:.3f}, on validation {validation_loss:.3f}"
             )
-    chosen = min(history, key=lambda record: record["validation_loss"])
-    return Fitted(save(best), history, chosen[schema.EPOCH])
+    return Fitted(save(best), history, chosen)
 
 
 def _labelled(slides: pa.Table, part: str) -> list[tuple[str, int]]:
@@ -110,12 +110,12 @@ def _labelled(slides: pa.Table, part: str) -> list[tuple[str, int]]:
 
 def _statistics(bags: Bags, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each feature over the tiles of these slides; 1 for a constant one."""
-    n, total, squares = 0, 0.0, 0.0
+    n, total, squares = 0, torch.zeros(1), torch.zeros(1)
     for name in names:
         tiles = torch.from_numpy(bags[name]).double()
         n, total, squares = n + len(tiles), total + tiles.sum(0), squares + (tiles**2).sum(0)
-    mean = torch.as_tensor(total / n)
-    spread = (torch.as_tensor(squares / n) - mean**2).clamp(min=0).sqrt()
+    mean = total / n
+    spread = (squares / n - mean**2).clamp(min=0).sqrt()
     return mean.float(), torch.where(spread > 0, spread, 1.0).float()
 
 
@@ -164,11 +164,11 @@ def _loss(logit: Tensor, target: int, weight: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def answer(content: bytes, bags: Bags) -> tuple[dict[str, np.ndarray], pa.Table]:
+def answer_bags(content: bytes, bags: Bags) -> tuple[dict[str, np.ndarray], pa.Table]:
     """Logits (classes,) by slide, and the attention of every tile (`schema.TILE_ATTENTION`).
 
     Args:
-        content: of a file of weights, from `fit`.
+        content: of a file of weights, from `fit_network`.
         bags: of the slides.
 
     Raises:

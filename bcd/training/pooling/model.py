@@ -25,7 +25,7 @@ class Fitted:
     """The weights of the best epoch, as the bytes of a safetensors file, and a record per epoch."""
 
     weights: bytes
-    history: list[dict[str, Any]]
+    history: list[dict[str, float]]
     epoch: int
 
 

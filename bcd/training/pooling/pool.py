@@ -161,7 +161,7 @@ def fit_bags(task: PoolTask) -> Fitted | BcdError:
     try:
         with tempfile.TemporaryDirectory() as folder:
             held = bags.load_bags(task.scores, names.to_pylist(), Path(folder))
-            return attention.fit(held, task.slides, config.seed, config.epochs, config.learning_rate)
+            return attention.fit_network(held, task.slides, config.seed, config.epochs, config.learning_rate)
     except (DataError, DivergedError) as error:
         return error
 
@@ -185,7 +185,7 @@ def answer_slides(content: bytes, scores: str, slides: list[str], uri: str) -> d
     from bcd.training.pooling import attention
 
     with tempfile.TemporaryDirectory() as folder:
-        logits, table = attention.answer(content, bags.load_bags(scores, slides, Path(folder)))
+        logits, table = attention.answer_bags(content, bags.load_bags(scores, slides, Path(folder)))
     storage.write_table(storage.join(uri, ATTENTION), table)
     return logits
 

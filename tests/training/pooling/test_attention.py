@@ -26,7 +26,7 @@ def study(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(study):
     _, parts, held, _ = study
-    return attention.fit(held, parts, seed=0, epochs=20, learning_rate=5e-4)
+    return attention.fit_network(held, parts, seed=0, epochs=20, learning_rate=5e-4)
 
 
 def of_test(study):
@@ -39,7 +39,7 @@ def test_a_class_carried_by_few_tiles_is_found_by_attention_and_not_by_their_sha
     """On test patients, of whom each has one slide."""
     scored, _, held, planted = study
     names, truth = of_test(study)
-    logits, table = attention.answer(fitted.weights, held)
+    logits, table = attention.answer_bags(fitted.weights, held)
     margins = [logits[name][1] - logits[name][0] for name in names]
     assert roc_auc_score(truth, margins) >= 0.95
     shares = dict(
@@ -61,7 +61,7 @@ def test_the_best_epoch_on_validation_is_kept(study, fitted):
     losses = [record["validation_loss"] for record in fitted.history]
     assert [record["epoch"] for record in fitted.history] == list(range(1, 21))
     assert losses[fitted.epoch - 1] == min(losses)
-    logits, _ = attention.answer(fitted.weights, study[2])
+    logits, _ = attention.answer_bags(fitted.weights, study[2])
     rows = [row for row in study[1].to_pylist() if row[schema.PART] == "validation"]
     targets = torch.tensor([int(row[schema.TUMOR_CLASS] == "malignant") for row in rows])
     given = torch.tensor(np.array([logits[row[schema.SLIDE]] for row in rows]))
@@ -74,7 +74,7 @@ def test_the_best_epoch_on_validation_is_kept(study, fitted):
 
 def test_the_seed_decides(study):
     _, parts, held, _ = study
-    one, again, other = (attention.fit(held, parts, seed, 1, 5e-4) for seed in (1, 1, 2))
+    one, again, other = (attention.fit_network(held, parts, seed, 1, 5e-4) for seed in (1, 1, 2))
     assert one == again
     assert one.weights != other.weights
 
@@ -102,10 +102,10 @@ def test_the_order_of_tiles_does_not_matter():
 
 def test_a_loss_that_is_no_number_ends_the_training(study):
     with pytest.raises(DivergedError, match="lower --learning-rate"):
-        attention.fit(study[2], study[1], 0, 20, 1e30)
+        attention.fit_network(study[2], study[1], 0, 20, 1e30)
 
 
 def test_weights_for_other_embeddings_are_refused(study):
     content = save(attention.GatedAttention(8).state_dict())
     with pytest.raises(BundleError, match="not one for embeddings of 32"):
-        attention.answer(content, study[2])
+        attention.answer_bags(content, study[2])

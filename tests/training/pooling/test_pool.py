@@ -26,7 +26,7 @@ def fitted_here(config, uri, scores, slides):
     """In place of a worker of Ray Train."""
     with tempfile.TemporaryDirectory() as folder:
         held = bags.load_bags(scores, slides[schema.SLIDE].to_pylist(), Path(folder))
-        return attention.fit(held, slides, config.seed, config.epochs, config.learning_rate)
+        return attention.fit_network(held, slides, config.seed, config.epochs, config.learning_rate)
 
 
 @pytest.fixture
