@@ -34,7 +34,7 @@ TILES, BACKGROUND_TILES, ERROR_TILES = "tiles", "background_tiles", "error_tiles
 WARNED_TILES, TISSUE_AREA_MM2 = "warned_tiles", "tissue_area_mm2"
 MALIGNANT_TILE_SHARE = "malignant_tile_share"
 # Of slides whose tiles are pooled by attention.
-ATTENTION, TOP_TILE_PROBABILITY = "attention", "top_tile_probability"
+ATTENTION, TOP_PROBABILITY = "attention", "top_probability"
 QUANTILES = {f"probability_q{round(100 * q):02}": q for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
 # Appearance, and pairs of similar images.
 PHASH, TISSUE_FRACTION = "phash", "tissue_fraction"
@@ -177,7 +177,7 @@ POOLED_SLIDES = pa.schema(
         *_columns(pa.list_(pa.float32()), LOGIT),
         *_columns(pa.float32(), PROBABILITY_MALIGNANT),
         *_columns(_TEXT, PREDICTED_CLASS),
-        *_columns(pa.float64(), MALIGNANT_TILE_SHARE, TOP_TILE_PROBABILITY),
+        *_columns(pa.float64(), MALIGNANT_TILE_SHARE, TOP_PROBABILITY),
         *_columns(_TEXT, ERROR, ERROR_MESSAGE, MODEL_ID),
     ]
 )

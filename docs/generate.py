@@ -155,7 +155,7 @@ MEANING: dict[str, str] = {
     schema.MALIGNANT_TILE_SHARE: "fraction of the scored tiles that are called malignant",
     schema.ATTENTION: "share of the slide's answer that comes from the tile; times the number of its "
     "tiles, relative to uniform",
-    schema.TOP_TILE_PROBABILITY: "mean probability of malignancy of the `--top-k` most malignant tiles",
+    schema.TOP_PROBABILITY: "mean probability of malignancy of the ten most malignant tiles",
     schema.HEMATOXYLIN_OD_MEAN: "mean optical density of haematoxylin",
     schema.HEMATOXYLIN_OD_STD: "standard deviation of the optical density of haematoxylin",
     schema.EOSIN_OD_MEAN: "mean optical density of eosin",

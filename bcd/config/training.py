@@ -272,9 +272,6 @@ class PoolConfig(OutputConfig):
     target_sensitivity: Fraction | None = None
     """Sensitivity on the validation slides that the threshold must reach, see jobs/train.py."""
 
-    top_k: int = Field(default=10, ge=1)
-    """Most malignant tiles of a slide whose mean probability is compared with attention."""
-
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seeds the split and the training."""
 

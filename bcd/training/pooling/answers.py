@@ -15,7 +15,7 @@ from bcd.training.pooling.bags import ScoredSlides
 from bcd.training.pooling.model import PoolCard, identity_of
 
 # What answers for a slide without training, and is compared with attention.
-UNTRAINED = (schema.MALIGNANT_TILE_SHARE, schema.TOP_TILE_PROBABILITY)
+UNTRAINED = (schema.MALIGNANT_TILE_SHARE, schema.TOP_PROBABILITY)
 # They are no probabilities of a slide.
 OF_PROBABILITIES = frozenset({"brier"})
 _LABELS = (schema.PATIENT, schema.CASE, schema.TUMOR_CLASS, schema.SUBTYPE, schema.PART)
@@ -69,7 +69,7 @@ def measure_slides(answers: pa.Table, card: PoolCard, seed: int = 0) -> dict[str
         found = compare.paired(own, other, seed)
         values = {metric: row for metric, row in found["metrics"].items() if metric not in OF_PROBABILITIES}
         compared[name] = found | {"metrics": values, "threshold": threshold}
-    facts = {"threshold": card.threshold, "temperature": card.temperature, "top_k": card.top_k}
+    facts = {"threshold": card.threshold, "temperature": card.temperature}
     return (
         measured
         | facts

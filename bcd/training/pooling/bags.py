@@ -26,6 +26,8 @@ from bcd.text import some
 
 # Error of a slide of which no tile has a result.
 NO_TILES = "no_tiles"
+# The most malignant tiles of a slide, whose mean probability is compared with attention.
+TOP = 10
 # Rows of embeddings in memory at a time; 4 MB of a ResNet50's.
 ROWS_AT_A_TIME = 1_024
 _FIRST = "first_logit"
@@ -78,8 +80,8 @@ class Bags(Mapping[str, np.ndarray]):
         return {row["values"]: slice(end - row["counts"], end) for row, end in zip(counts, ends, strict=True)}
 
 
-def read_slides(scores: str, top_k: int) -> ScoredSlides:
-    """The slides of the output of a scoring job, with the mean of the `top_k` highest probabilities of each.
+def read_slides(scores: str) -> ScoredSlides:
+    """The slides of the output of a scoring job.
 
     Raises:
         DataError: it is not finished, has no embeddings or no slide, or rows of several models.
@@ -97,7 +99,7 @@ def read_slides(scores: str, top_k: int) -> ScoredSlides:
             "score all with one"
         )
     frame = rows.filter(pc.is_valid(rows[schema.SLIDE])).to_pandas()
-    slides = [_slide(str(name), group, top_k) for name, group in frame.groupby(schema.SLIDE)]
+    slides = [_slide(str(name), group) for name, group in frame.groupby(schema.SLIDE)]
     if not slides:
         raise DataError(
             f"{scores} has no slide: expected whole slides, or a manifest with the column {schema.SLIDE}"
@@ -119,7 +121,7 @@ def _finished(scores: str) -> pads.Dataset:
     return storage.dataset(storage.join(scores, PREDICTIONS))
 
 
-def _slide(name: str, rows: pd.DataFrame, top_k: int) -> dict[str, Any]:
+def _slide(name: str, rows: pd.DataFrame) -> dict[str, Any]:
     """The row of a slide."""
     patients = sorted(rows[schema.PATIENT].dropna().unique())
     if len(patients) > 1:
@@ -143,7 +145,7 @@ def _slide(name: str, rows: pd.DataFrame, top_k: int) -> dict[str, Any]:
     content = good[numbers].astype(float).sort_values(numbers).to_numpy().tobytes()
     return facts | {
         schema.MALIGNANT_TILE_SHARE: float(np.mean(malignant_mask(tuple(good[schema.PREDICTED_CLASS])))),
-        schema.TOP_TILE_PROBABILITY: float(probability[-top_k:].mean()),
+        schema.TOP_PROBABILITY: float(probability[-TOP:].mean()),
         schema.SHA256: hashlib.sha256(content).hexdigest(),
     }
 

@@ -51,8 +51,6 @@ class PoolCard(BaseModel):
     """How the threshold was chosen, and its metrics on validation: `decision.choose_threshold`."""
     calibration: dict[str, float]
     """On validation, before and after the temperature: cross-entropy, Brier score, calibration error."""
-    top_k: int = Field(ge=1)
-    """Most malignant tiles whose mean probability is compared with the answers."""
     epoch: int = Field(ge=1)
     """The best epoch, whose weights these are."""
     slides: dict[str, int]

@@ -77,7 +77,7 @@ def _complete(config: PoolConfig, uri: str, own: Lease) -> None:
 def _apply(config: PoolConfig, model_uri: str, uri: str, own: Lease) -> pa.Table:
     """The answers of a trained model."""
     content, card = model.read_model(model_uri)
-    scored = bags.read_slides(config.scores, card.top_k)
+    scored = bags.read_slides(config.scores)
     _require_encoder(config, card, scored)
     run_directory.claim_run(config, uri, own.require)
     cluster.connect()
@@ -96,7 +96,7 @@ def _require_encoder(config: PoolConfig, card: model.PoolCard, scored: bags.Scor
 
 def _train(config: PoolConfig, uri: str, own: Lease) -> pa.Table:
     """Train, write the model and its metrics, and return the answers."""
-    scored = bags.read_slides(config.scores, config.top_k)
+    scored = bags.read_slides(config.scores)
     known = labels.split_slides(config, scored)
     _announce(known)
     cluster.connect(trains=True)
@@ -224,7 +224,6 @@ def _card(
         embedding=scored.embedding,
         classes=TUMOR_CLASSES,
         **chosen,
-        top_k=config.top_k,
         epoch=found.epoch,
         slides={part: len(part_of(known.parts, part)) for part in PARTS},
         split_fingerprint=split.fingerprint(known.parts),

@@ -16,7 +16,7 @@ def scored(shares, tops=None):
     tops = shares if tops is None else tops
     rows = [
         {schema.SLIDE: f"s{i}", schema.URI: "u", schema.TILES: 2, schema.MALIGNANT_TILE_SHARE: share}
-        | {schema.TOP_TILE_PROBABILITY: top, schema.ERROR: None if share is not None else bags.NO_TILES}
+        | {schema.TOP_PROBABILITY: top, schema.ERROR: None if share is not None else bags.NO_TILES}
         for i, (share, top) in enumerate(zip(shares, tops, strict=True))
     ]
     return bags.ScoredSlides("scores", MODEL, 8, pa.Table.from_pylist(rows, schema=FORM))

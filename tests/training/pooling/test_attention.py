@@ -18,7 +18,7 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     scores, given, planted = write_study(folder, patients=72, tiles=200)
     config = PoolConfig(scores=scores, labels=given)
-    scored = bags.read_slides(scores, 10)
+    scored = bags.read_slides(scores)
     parts = labels.split_slides(config, scored).parts
     return scored, parts, bags.load_bags(scores, parts[schema.SLIDE].to_pylist(), folder), planted
 

@@ -28,8 +28,9 @@ def scores(tmp_path_factory):
     return write_scores(tmp_path_factory.mktemp("scores"), first, second)
 
 
-def test_a_slide_is_its_tiles_and_their_errors_are_counted(scores):
-    found = bags.read_slides(scores, top_k=2)
+def test_a_slide_is_its_tiles_and_their_errors_are_counted(scores, monkeypatch):
+    monkeypatch.setattr(bags, "TOP", 2)
+    found = bags.read_slides(scores)
     assert (found.model_id, found.embedding) == (MODEL, 8)
     rows = {row[schema.SLIDE]: row for row in found.table.to_pylist()}
     assert list(rows) == ["a", "b", "c", "d", "e"]
@@ -37,7 +38,7 @@ def test_a_slide_is_its_tiles_and_their_errors_are_counted(scores):
     assert counts == [(3, 0, None), (5, 1, None), (2, 0, None), (0, 1, bags.NO_TILES), (0, 0, "unreadable")]
     shares = [rows[name][schema.MALIGNANT_TILE_SHARE] for name in "abcd"]
     assert shares == [2 / 3, 0, 0.5, None]
-    tops = [rows[name][schema.TOP_TILE_PROBABILITY] for name in "abc"]
+    tops = [rows[name][schema.TOP_PROBABILITY] for name in "abc"]
     assert tops == pytest.approx([0.75, 0.1, 0.5])
     assert rows["e"][schema.ERROR_MESSAGE] == "unreadable it is"
     assert len({rows[name][schema.SHA256] for name in "abc"}) == 3
@@ -46,7 +47,7 @@ def test_a_slide_is_its_tiles_and_their_errors_are_counted(scores):
 
 def test_a_copy_under_another_name_has_the_same_hash(tmp_path):
     uri = write_scores(tmp_path, tiles_of("copy", EMBEDDINGS["a"], np.array(MALIGNANT["a"])), table("a"))
-    first, second = bags.read_slides(uri, 1).table[schema.SHA256].to_pylist()
+    first, second = bags.read_slides(uri).table[schema.SHA256].to_pylist()
     assert first == second
 
 
@@ -74,17 +75,17 @@ def test_a_table_in_many_batches_is_read_in_order(tmp_path, monkeypatch):
 
 def test_an_archive_that_is_not_finished_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"not the output of a finished jobs/score\.py"):
-        bags.read_slides(str(tmp_path), 1)
+        bags.read_slides(str(tmp_path))
     uri = write_scores(tmp_path, table("a"))
     storage.write_bytes(f"{uri}/summary.json", json.dumps({"incomplete": "changed"}).encode())
     with pytest.raises(DataError, match=r"not the output of a finished jobs/score\.py"):
-        bags.read_slides(uri, 1)
+        bags.read_slides(uri)
 
 
 def test_scores_without_embeddings_say_how_to_get_them(tmp_path):
     uri = write_scores(tmp_path, table("a").drop_columns(schema.EMBEDDING))
     with pytest.raises(DataError, match="has no embeddings: score the archive with --embeddings"):
-        bags.read_slides(uri, 1)
+        bags.read_slides(uri)
 
 
 def test_a_row_without_an_embedding_is_no_tile_of_zeros(tmp_path):
@@ -97,16 +98,16 @@ def test_a_row_without_an_embedding_is_no_tile_of_zeros(tmp_path):
 def test_embeddings_of_two_models_are_not_mixed(tmp_path):
     other = tiles_of("b", EMBEDDINGS["b"], np.array(MALIGNANT["b"]), model_id=["f" * 16] * 5)
     with pytest.raises(DataError, match=f"rows of several models \\({MODEL}, {'f' * 16}\\)"):
-        bags.read_slides(write_scores(tmp_path, table("a"), other), 1)
+        bags.read_slides(write_scores(tmp_path, table("a"), other))
 
 
 def test_an_archive_of_fields_alone_has_no_slide(tmp_path):
     none = table("a").set_column(2, schema.SLIDE, pa.nulls(3, pa.string()))
     with pytest.raises(DataError, match="has no slide: expected whole slides, or a manifest with"):
-        bags.read_slides(write_scores(tmp_path, none), 1)
+        bags.read_slides(write_scores(tmp_path, none))
 
 
 def test_a_slide_of_two_patients_is_refused(tmp_path):
     mixed = tiles_of("a", EMBEDDINGS["a"], np.array(MALIGNANT["a"]), patient=["p", "q", None])
     with pytest.raises(DataError, match=r"slide a is of several patients \(p, q\)"):
-        bags.read_slides(write_scores(tmp_path, mixed), 1)
+        bags.read_slides(write_scores(tmp_path, mixed))

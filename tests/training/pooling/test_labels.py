@@ -21,7 +21,7 @@ def scored(tmp_path_factory):
     tables = [bag(name) for name in "abcdefghijkl"]
     copy = tables[0].set_column(2, schema.SLIDE, pa.array(["copy"] * 3))
     uri = write_scores(tmp_path_factory.mktemp("scores"), pa.concat_tables([*tables, copy, failed("broken")]))
-    return bags.read_slides(uri, 1)
+    return bags.read_slides(uri)
 
 
 def row(slide, tumor_class=None, patient=None, **more):
@@ -117,7 +117,7 @@ def test_given_parts_may_not_divide_a_patient(tmp_path, scored):
 
 def test_patients_of_labels_and_scores_must_agree(tmp_path):
     tables = [bag(name, patient=[f"p{i}"] * 3) for i, name in enumerate("abcdefghijkl")]
-    scored = bags.read_slides(write_scores(tmp_path / "scores", *tables), 1)
+    scored = bags.read_slides(write_scores(tmp_path / "scores", *tables))
     without = [{name: value for name, value in one.items() if name != "patient"} for one in ALL]
     found = divided(tmp_path, scored, without)
     assert found.parts[schema.PATIENT].to_pylist() == [f"p{i}" for i in range(12)]

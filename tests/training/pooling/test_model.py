@@ -21,7 +21,6 @@ def pool_card(**changes):
         "threshold": 0.25,
         "operating_point": {"target_sensitivity": None},
         "calibration": {"brier_after": 0.1},
-        "top_k": 2,
         "epoch": 3,
         "slides": {"train": 4, "validation": 2, "test": 2},
         "split_fingerprint": "5" * 64,

@@ -68,7 +68,7 @@ def check_run(uri):
     measured = json.loads(storage.read_bytes(f"{uri}/metrics.json"))
     test = [row for row in slides.to_pylist() if row[schema.PART] == "test"]
     assert measured["by_level"]["patient"]["n"] == len(test) == 4
-    assert set(measured["comparison"]) == {schema.MALIGNANT_TILE_SHARE, schema.TOP_TILE_PROBABILITY}
+    assert set(measured["comparison"]) == {schema.MALIGNANT_TILE_SHARE, schema.TOP_PROBABILITY}
 
 
 def test_a_training_leaves_answers_attention_and_metrics(here, study, tmp_path, caplog):
