@@ -26,7 +26,7 @@ from bcd.training.pooling.model import Fitted
 logger = logging.getLogger(__name__)
 
 # Width of the reduced embeddings, and of the attention; share of reduced features that a step leaves out.
-HIDDEN, GATE, DROPOUT = 128, 64, 0.25
+HIDDEN, GATE, DROPOUT = 512, 64, 0.25
 # Share of a slide's tiles that a step sees: others each time, so that no slide is learned by heart.
 SEEN = 0.5
 WEIGHT_DECAY = 1e-2
@@ -41,12 +41,15 @@ class GatedAttention(nn.Module):
 
     mean: Tensor
     spread: Tensor
+    between: Tensor
 
     def __init__(self, embedding: int) -> None:
         super().__init__()
         # Of each feature over the training tiles: features differ in size by orders of magnitude.
         self.register_buffer("mean", torch.zeros(embedding))
         self.register_buffer("spread", torch.ones(embedding))
+        # Of each feature, the standard deviation between the means of slides; for training only.
+        self.register_buffer("between", torch.zeros(embedding), persistent=False)
         self.reduce = nn.Linear(embedding, HIDDEN)
         self.value, self.gate = nn.Linear(HIDDEN, GATE), nn.Linear(HIDDEN, GATE)
         self.score = nn.Linear(GATE, 1)
@@ -55,7 +58,12 @@ class GatedAttention(nn.Module):
 
     def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (classes,), and attention (n,) that adds up to 1, of n tiles (n, embedding)."""
-        reduced = self.dropout(torch.relu(self.reduce((tiles.float() - self.mean) / self.spread)))
+        shift = torch.zeros(1)
+        if self.training:
+            # As if it were stained in another way: no slide is learned by heart from the mean of its tiles.
+            shift = self.between * torch.randn(len(self.between))
+        features = (tiles.float() + shift - self.mean) / self.spread
+        reduced = self.dropout(torch.relu(self.reduce(features)))
         gated = torch.tanh(self.value(reduced)) * torch.sigmoid(self.gate(reduced))
         attention = self.score(gated).squeeze(1).softmax(0)
         return self.head(attention @ reduced), attention
@@ -77,7 +85,7 @@ def fit_network(bags: Bags, slides: pa.Table, seed: int, epochs: int, learning_r
     torch.manual_seed(seed)
     train, validation = (_labelled(slides, part) for part in (TRAIN, VALIDATION))
     network = GatedAttention(bags.embeddings.shape[1])
-    network.mean, network.spread = _statistics(bags, [name for name, _ in train])
+    network.mean, network.spread, network.between = _statistics(bags, [name for name, _ in train])
     weight = _class_weights([target for _, target in train])
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=WEIGHT_DECAY)
     best, least, chosen = copy.deepcopy(network.state_dict()), math.inf, 0
@@ -101,22 +109,22 @@ def fit_network(bags: Bags, slides: pa.Table, seed: int, epochs: int, learning_r
 
 def _labelled(slides: pa.Table, part: str) -> list[tuple[str, int]]:
     """Name and class of each slide of a part."""
-    return [
-        (row[schema.IMAGE_ID], TUMOR_CLASSES.index(row[schema.TUMOR_CLASS]))
-        for row in slides.select([schema.IMAGE_ID, schema.TUMOR_CLASS, schema.PART]).to_pylist()
-        if row[schema.PART] == part
-    ]
+    rows = [row for row in slides.to_pylist() if row[schema.PART] == part]
+    return [(row[schema.IMAGE_ID], TUMOR_CLASSES.index(row[schema.TUMOR_CLASS])) for row in rows]
 
 
-def _statistics(bags: Bags, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each feature over the tiles of these slides; 1 for a constant one."""
-    n, total, squares = 0, torch.zeros(1), torch.zeros(1)
+def _statistics(bags: Bags, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard deviation (1 for a constant one) of each feature over the tiles of these slides, and
+    its standard deviation between the means of slides."""
+    n, total, squares, means = 0, torch.zeros(1), torch.zeros(1), []
     for name in names:
         tiles = torch.from_numpy(bags[name]).double()
         n, total, squares = n + len(tiles), total + tiles.sum(0), squares + (tiles**2).sum(0)
+        means.append(tiles.mean(0))
     mean = total / n
     spread = (squares / n - mean**2).clamp(min=0).sqrt()
-    return mean.float(), torch.where(spread > 0, spread, 1.0).float()
+    between = torch.stack(means).std(0, correction=0)
+    return mean.float(), torch.where(spread > 0, spread, 1.0).float(), between.float()
 
 
 def _class_weights(targets: Sequence[int]) -> Tensor:

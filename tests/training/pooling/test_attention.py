@@ -83,9 +83,11 @@ def test_embeddings_are_standardised_over_the_training_tiles(study, fitted):
     _, parts, held, _ = study
     names = [row[schema.SLIDE] for row in parts.to_pylist() if row[schema.PART] == "train"]
     tiles = np.concatenate([held[name] for name in names]).astype(float)
-    mean, spread = attention._statistics(held, names)
+    mean, spread, between = attention._statistics(held, names)
     np.testing.assert_allclose(mean, tiles.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(spread, tiles.std(0), rtol=1e-4)
+    means = [held[name].astype(float).mean(0) for name in names]
+    np.testing.assert_allclose(between, np.std(means, 0), rtol=1e-4)
 
 
 def test_the_order_of_tiles_does_not_matter():
