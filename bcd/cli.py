@@ -15,7 +15,7 @@ from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
 from bcd.config.signing import SignConfig, VerifyConfig
-from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
+from bcd.config.training import CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
 from bcd.errors import BcdError
 
 # The settings of each job, and the module below `bcd` with its `run`: not imported yet, because Ray and torch
@@ -30,6 +30,7 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "crossval": (CrossvalConfig, "training.crossval"),
         "score": (ScoreConfig, "scoring.score"),
         "view": (ViewConfig, "serving.viewer.view"),
+        "pool": (PoolConfig, "training.pooling.pool"),
         "serve": (ServeConfig, "serving.serve"),
         "sign": (SignConfig, "preflight.signing"),
         "verify": (VerifyConfig, "preflight.signing"),

@@ -26,6 +26,7 @@ BOUNDS_X_LEVEL0_PX, BOUNDS_Y_LEVEL0_PX = "bounds_x_level0_px", "bounds_y_level0_
 LOGIT, PROBABILITY, PROBABILITY_MALIGNANT = "logit", "probability", "probability_malignant"
 PREDICTED_CLASS, EVIDENCE, EVIDENCE_BIAS = "predicted_class", "evidence", "evidence_bias"
 EVIDENCE_HEIGHT, EVIDENCE_WIDTH, OVERLAY = "evidence_height", "evidence_width", "overlay"
+EMBEDDING = "embedding"
 NOVELTY, NOVELTY_CUTOFF, WARNINGS = "novelty", "novelty_cutoff", "warnings"
 # Errors and provenance.
 ERROR, ERROR_MESSAGE, MODEL_ID, EPOCH = "error", "error_message", "model_id", "epoch"
@@ -39,6 +40,8 @@ MALIGNANT_TILE_SHARE, READER = "malignant_tile_share", "reader"
 TOP_TILES, TOP_PROBABILITY, NOISY_OR = "top_tiles", "top_probability", "noisy_or"
 TOP_PROBABILITY_LOW, TOP_PROBABILITY_HIGH = "top_probability_low", "top_probability_high"
 NOISY_OR_LOW, NOISY_OR_HIGH = "noisy_or_low", "noisy_or_high"
+# Of the tiles of a slide that are pooled: the share that each has in its answer.
+ATTENTION = "attention"
 QUANTILES = {f"probability_q{round(100 * q):02}": q for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
 # Appearance, and pairs of similar images.
 PHASH, TISSUE_FRACTION = "phash", "tissue_fraction"
@@ -179,12 +182,33 @@ SLIDES = pa.schema(
 )
 
 
-def predictions(evidence_height: int, evidence_width: int, overlays: bool = False) -> pa.Schema:
+# One row per slide whose tiles are pooled by attention, labelled or not; `tumor_class` is the label.
+POOLED_SLIDES = pa.schema(
+    [
+        *_columns(_TEXT, SLIDE, URI, required=True),
+        *_columns(_TEXT, PATIENT, CASE, TUMOR_CLASS, SUBTYPE, PART),
+        *_columns(pa.int64(), TILES, ERROR_TILES),
+        *_columns(pa.list_(pa.float32()), LOGIT),
+        *_columns(pa.float32(), PROBABILITY_MALIGNANT),
+        *_columns(_TEXT, PREDICTED_CLASS),
+        *_columns(pa.float64(), MALIGNANT_TILE_SHARE, TOP_PROBABILITY),
+        *_columns(_TEXT, ERROR, ERROR_MESSAGE, MODEL_ID),
+    ]
+)
+
+# The share of its slide's answer that comes from each tile; those of a slide add up to 1.
+TILE_ATTENTION = pa.schema([*_columns(_TEXT, SLIDE, IMAGE_ID), *_columns(pa.float32(), ATTENTION)])
+
+
+def predictions(
+    evidence_height: int, evidence_width: int, overlays: bool = False, embedding: int = 0
+) -> pa.Schema:
     """Schema of the predictions table for evidence maps of the given size in cells.
 
     `novelty_cutoff` and `warnings` (codes, often none) are null in a row with an error. `sha256` is of the
     file's bytes; null for a tile, because a slide is never read whole. `engine` and `precision` describe the
-    computation of a row. With overlays, the last column has a PNG of each image under its map.
+    computation of a row. With overlays, a column has a PNG of each image under its map; with an embedding of
+    so many numbers, another its pooled features.
     """
     return pa.schema(
         [
@@ -206,6 +230,7 @@ def predictions(evidence_height: int, evidence_width: int, overlays: bool = Fals
             *_columns(_TEXT, ENGINE, PRECISION),
             *_columns(_TEXT, BCD_VERSION, required=True),
             *(_columns(pa.binary(), OVERLAY) if overlays else []),
+            *(_columns(pa.list_(pa.float16(), embedding), EMBEDDING) if embedding else []),
         ]
     )
 

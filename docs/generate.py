@@ -23,7 +23,7 @@ from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
 from bcd.config.signing import SignConfig, VerifyConfig
-from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
+from bcd.config.training import CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
 
 DOCS = Path(__file__).parent
 JOBS: dict[str, type[Config]] = {
@@ -33,6 +33,7 @@ JOBS: dict[str, type[Config]] = {
     "audit": AuditConfig,
     "score": ScoreConfig,
     "view": ViewConfig,
+    "pool": PoolConfig,
     "serve": ServeConfig,
     "sign": SignConfig,
     "verify": VerifyConfig,
@@ -65,10 +66,21 @@ SECTIONS: list[tuple[str, str, pa.Schema]] = [
         "Predictions: one row for each scored input",
         "`predictions/` of an archive and of a run. Every input gives exactly one row, a result or an error. "
         "The length of `evidence` is that of the model's map, here 7 x 11. `overlay` exists with "
-        "`--overlays png` only.",
-        schema.predictions(7, 11, overlays=True),
+        "`--overlays png` only, `embedding` with `--embeddings` only; its length is that of the "
+        "network, here of a ResNet50.",
+        schema.predictions(7, 11, overlays=True, embedding=2048),
     ),
     ("Slides: one row for each whole slide", "`slides.parquet` of an archive.", schema.SLIDES),
+    (
+        "Pooled slides: one row for each slide that attention answers for",
+        "`slides.parquet` of `jobs/pool.py`.",
+        schema.POOLED_SLIDES,
+    ),
+    (
+        "Attention: one row for each of their tiles",
+        "`attention.parquet` of `jobs/pool.py`.",
+        schema.TILE_ATTENTION,
+    ),
     ("Split: the part of each image", "`split.parquet` of a run.", schema.SPLIT),
     ("Audit: the appearance of each image", "`images.parquet` of an audit.", schema.AUDIT),
     (
@@ -135,6 +147,8 @@ MEANING: dict[str, str] = {
     schema.PRECISION: "`float32` or `bfloat16`",
     schema.BCD_VERSION: "version of `bcd` that wrote the row",
     schema.OVERLAY: "PNG of the image under its evidence map",
+    schema.EMBEDDING: "pooled features; times the weights of the last layer, plus its bias, over the "
+    "temperature, they are the logits. Clipped to ±65,504",
     schema.BOUNDS_X_LEVEL0_PX: "left edge of the region that QuPath shows, in pixels of level 0",
     schema.BOUNDS_Y_LEVEL0_PX: "upper edge of the region that QuPath shows, in pixels of level 0",
     schema.TILES: "tiles with tissue, scored or in error",
@@ -153,6 +167,8 @@ MEANING: dict[str, str] = {
     schema.NOISY_OR: "1 - (1 - p1)(1 - p2)... of these tiles: it ranks slides and is no probability",
     schema.NOISY_OR_LOW: "lower end of its 95 % interval",
     schema.NOISY_OR_HIGH: "upper end of its 95 % interval",
+    schema.ATTENTION: "share of the slide's answer that comes from the tile; times the number of its "
+    "tiles, relative to uniform",
     schema.HEMATOXYLIN_OD_MEAN: "mean optical density of haematoxylin",
     schema.HEMATOXYLIN_OD_STD: "standard deviation of the optical density of haematoxylin",
     schema.EOSIN_OD_MEAN: "mean optical density of eosin",
@@ -234,7 +250,7 @@ def _table(title: str, lead: str, form: pa.Schema) -> str:
 
 def _type(field: pa.Field) -> str:
     name = re.sub(r"fixed_size_list<\w+: (\w+)>\[(\d+)\]", r"\1[\2]", str(field.type))
-    name = re.sub(r"list<\w+: (\w+)>", r"list of \1", name)
+    name = re.sub(r"list<\w+: (\w+)>", r"list of \1", name).replace("halffloat", "float16")
     return name if field.nullable else f"{name}, required"
 
 

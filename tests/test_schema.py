@@ -22,8 +22,8 @@ def test_every_column_constant_is_spelled_as_its_name():
     assert all(value == name.lower() for name, value in constants.items())
     tables = schema.INDEX, schema.SPLIT, schema.EXPOSURE, schema.READING, schema.SLIDES
     tables += schema.AUDIT, schema.NEAR_DUPLICATES, schema.INPUTS, schema.SEEN_INPUTS, schema.TIMES
-    tables += (schema.IDENTIFIERS, schema.PSEUDONYMS)
-    used = {name for table in (*tables, schema.predictions(1, 1, overlays=True)) for name in table.names}
+    tables += (schema.IDENTIFIERS, schema.PSEUDONYMS, schema.POOLED_SLIDES, schema.TILE_ATTENTION)
+    used = {name for table in (*tables, schema.predictions(1, 1, True, 1)) for name in table.names}
     used |= {schema.IMAGE, schema.TARGET, schema.POSITION, schema.MASK_FILES, schema.REGION_FILES}
     assert used == {*constants.values(), *schema.QUANTILES}
 
@@ -31,6 +31,12 @@ def test_every_column_constant_is_spelled_as_its_name():
 def test_overlays_are_one_more_column():
     with_overlays = schema.predictions(7, 11, overlays=True)
     assert with_overlays.names == [*schema.predictions(7, 11).names, schema.OVERLAY]
+
+
+def test_embeddings_are_one_more_column_of_half_precision():
+    with_embeddings = schema.predictions(7, 11, embedding=2048)
+    assert with_embeddings.names == [*schema.predictions(7, 11).names, schema.EMBEDDING]
+    assert with_embeddings.field(schema.EMBEDDING).type == pa.list_(pa.float16(), 2048)
 
 
 def test_filling_takes_columns_by_name_and_leaves_the_rest_null():

@@ -89,9 +89,10 @@ OPERATIONAL = frozenset(
 
 
 def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Names of the settings that determine a result and differ."""
+    """Names of the settings that determine a result and differ; a flag that is off is as one that an older
+    version did not have."""
     keys = sorted((old.keys() | new.keys()) - OPERATIONAL)
-    return [key for key in keys if old.get(key) != new.get(key)]
+    return [key for key in keys if (old.get(key) or None) != (new.get(key) or None)]
 
 
 def changed_flags(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

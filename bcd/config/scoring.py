@@ -43,6 +43,10 @@ class ScoreConfig(OutputConfig, SignedConfig):
     """png: each row also contains its image overlaid with the map (about 100 KB a row); full colour is 4
     log-odds a cell, with another --cam the largest value of the image."""
 
+    embeddings: bool = False
+    """Each row also contains the pooled features that enter the last layer, as float16: for search, and for
+    jobs/pool.py (4 KB a row of a ResNet50)."""
+
     mpp: float | None = Field(default=None, gt=0)
     """µm per pixel of the slides that state none, or an impossible one (below 0.05 or above 20), and have
     none in the manifest's column mpp."""

@@ -1,4 +1,4 @@
-"""Settings of a training run, a cross-validation and the demo."""
+"""Settings of a training run, a cross-validation, the pooling of tiles and the demo."""
 
 import re
 from typing import Literal, cast, get_args
@@ -15,10 +15,11 @@ from bcd.config.options import (
     Config,
     Fraction,
     LabelledConfig,
+    OutputConfig,
     Precision,
     Protocol,
 )
-from bcd.taxonomy import MAGNIFICATIONS, N_FOLDS, Target
+from bcd.taxonomy import MAGNIFICATIONS, N_FOLDS, Target, given_names
 
 
 class TrainingConfig(LabelledConfig):
@@ -122,11 +123,7 @@ class TrainingConfig(LabelledConfig):
             raise ValueError(f"--num-workers {self.num_workers}: the minimum exceeds the maximum")
         if unknown := set(self.magnifications) - set(MAGNIFICATIONS):
             raise ValueError(f"--magnifications {sorted(unknown)}: BreaKHis has {list(MAGNIFICATIONS)}")
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError(
-                f"--name {self.name!r}: use letters, digits, dots, dashes and underscores, a letter or digit "
-                "first"
-            )
+        _require_name(self.name)
         bounds = self.worker_bounds()
         if bounds and not self.sync_batchnorm and self.batch_size < 2 * bounds[1]:
             raise ValueError(
@@ -141,6 +138,13 @@ class TrainingConfig(LabelledConfig):
             return None
         low, _, high = self.num_workers.partition("-")
         return int(low), int(high or low)
+
+
+def _require_name(name: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            f"--name {name!r}: use letters, digits, dots, dashes and underscores, a letter or digit first"
+        )
 
 
 class TrainConfig(TrainingConfig):
@@ -219,6 +223,76 @@ class CrossvalConfig(TrainingConfig):
     def protocols(self) -> tuple[Protocol, ...]:
         """The protocol of each arm."""
         return cast("tuple[Protocol, ...]", tuple(self.protocol.split(",")))
+
+
+class PoolConfig(OutputConfig):
+    """Answer for whole slides by attention over their tiles: train on labelled slides, or apply a model.
+
+    With --labels, a model is trained on the embeddings of a scored archive and tested on patients that it
+    has never seen; with --model, a trained one answers for every slide of an archive.
+    """
+
+    scores: str
+    """Output of jobs/score.py --embeddings: local, s3:// or gs://."""
+
+    labels: str | None = None
+    """CSV, TSV or Parquet table of the slides to train on: columns slide (as in the scores; or image_id),
+    tumor_class or subtype, patient unless the scores have it, and, where known, case and part."""
+
+    model: str | None = None
+    """Model of an earlier run, OUTPUT/NAME/model, to apply."""
+
+    output: str = "runs"
+    """Folder of the runs: local, s3:// or gs://. The run is written to OUTPUT/NAME."""
+
+    name: str = "pool"
+    """Name of the run."""
+
+    maps: int = Field(default=20, ge=0)
+    """Slides whose attention is drawn over the slide, the most probable first; each is opened for that."""
+
+    classes: tuple[str, ...] = ()
+    """Other names of the classes in the labels, such as benign=negative malignant=positive."""
+
+    protocol: Literal["case", "patient"] = "case"
+    """What is never divided between parts of the split, see jobs/train.py."""
+
+    validation_fraction: Fraction = 0.2
+    """Share of the slides that choose the best epoch and the threshold."""
+
+    test_fraction: Fraction = 0.2
+    """Share of the slides that only the final evaluation uses."""
+
+    epochs: int = Field(default=60, ge=1)
+    """Passes over the training slides; the best on validation is kept."""
+
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """Learning rate of AdamW."""
+
+    target_sensitivity: Fraction | None = None
+    """Sensitivity on the validation slides that the threshold must reach, see jobs/train.py."""
+
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """Seeds the split and the training."""
+
+    max_failures: int = Field(default=3, ge=0)
+    """How often training starts again after its worker or node is lost."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "PoolConfig":
+        _require_name(self.name)
+        given_names(self.classes)
+        if (self.labels is None) == (self.model is None):
+            raise ValueError(
+                "expected --labels to train, or --model to apply a trained model: one of the two"
+            )
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("--validation-fraction and --test-fraction leave nothing to train on")
+        applies = {"scores", "labels", "model", "output", "name", "maps", "wait", "log_format"}
+        for name, field in type(self).model_fields.items():
+            if self.model and name not in applies and getattr(self, name) != field.default:
+                raise ValueError(f"--{name.replace('_', '-')} is for training, which needs --labels")
+        return self
 
 
 class DemoConfig(Config):

@@ -36,7 +36,7 @@ def read_index(data: str, classes: Sequence[str] = ()) -> tuple[pa.Table, list[s
         StorageError: the URI cannot be read.
     """
     rows, warnings = _rows(data, given_names(classes))
-    warnings += _check_parts(data, rows)
+    warnings += check_parts(data, rows)
     rows.sort(key=lambda row: row[schema.IMAGE_ID])
     table = pa.Table.from_pylist(rows, schema=schema.SPLIT if schema.PART in rows[0] else schema.INDEX)
     for column in (schema.PATIENT, schema.CASE, schema.SLIDE):
@@ -83,8 +83,9 @@ def _rows_of_files(
     return rows, [] if is_drawn else breakhis.count_warnings(table)
 
 
-def _check_parts(data: str, rows: list[dict[str, Any]]) -> list[str]:
-    """Remove the part from the rows unless all have one and there are several; a warning if removed."""
+def check_parts(data: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Remove the part from the rows unless all have one and there are several; a warning if removed. Raises
+    DataError if some have none."""
     named = {row.get(schema.PART) for row in rows}
     if None in named and len(named) > 1:
         row = next(row for row in rows if row.get(schema.PART) is None)
@@ -114,8 +115,8 @@ def _from_manifest(data: str, given: Mapping[str, str]) -> tuple[list[dict[str, 
         raise DataError(f"{data}: needs {needed}; {names.instead(found.columns)}")
     rows = manifest.inputs(found, copies=False).to_pylist()
     for row, written in zip(rows, found.rows, strict=True):
-        row |= _labels(written, given) | {schema.MAGNIFICATION: manifest.magnification(written)}
-        row[schema.PART] = _part(written)
+        row |= labels_of_row(written, given) | {schema.MAGNIFICATION: manifest.magnification(written)}
+        row[schema.PART] = part_of_row(written)
         mpp = row[schema.MPP]
         if mpp is not None and not MIN_MPP <= mpp <= MAX_MPP:
             possible = f"between {MIN_MPP:g} and {MAX_MPP:g} µm/px are possible"
@@ -135,8 +136,8 @@ def _why_missing(uri: str) -> str:
     return f"{uri} does not exist; {hint}"
 
 
-def _labels(row: manifest.Row, given: Mapping[str, str]) -> dict[str, str | None]:
-    """Class and subtype of a manifest row."""
+def labels_of_row(row: manifest.Row, given: Mapping[str, str]) -> dict[str, str | None]:
+    """Class and subtype of a manifest row; `given` as from `taxonomy.given_names`. Raises DataError."""
     # `identity`, because a spreadsheet or Parquet may turn the class 0 into 0.0.
     written = names.identity(row.cells.get(schema.TUMOR_CLASS))
     named = names.identity(row.cells.get(schema.SUBTYPE))
@@ -156,8 +157,8 @@ def _labels(row: manifest.Row, given: Mapping[str, str]) -> dict[str, str | None
     return {schema.TUMOR_CLASS: tumor_class, schema.SUBTYPE: subtype}
 
 
-def _part(row: manifest.Row) -> str | None:
-    """Part of a manifest row; None if the cell is empty."""
+def part_of_row(row: manifest.Row) -> str | None:
+    """Part of a manifest row; None if the cell is empty. Raises DataError for another word."""
     written = names.identity(row.cells.get(schema.PART))
     part = part_named(written) if written else None
     if written and not part:

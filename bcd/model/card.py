@@ -122,7 +122,7 @@ def make(**facts: Any) -> Card:
 def dump(card: Card) -> bytes:
     """The card as JSON with its checksum; raises BundleError where it could not be read again."""
     content = json.loads(make(**card.model_dump()).model_dump_json())
-    return json.dumps(content | {CHECKSUM: _seal(content)}, indent=2).encode()
+    return json.dumps(content | {CHECKSUM: seal(content)}, indent=2).encode()
 
 
 def parse_card(content: bytes, uri: str) -> Card:
@@ -132,7 +132,7 @@ def parse_card(content: bytes, uri: str) -> Card:
         if not isinstance(found, dict):
             raise ValueError("expected a JSON object")
         _require_format(found.get("format_version"), uri)
-        if found.pop(CHECKSUM, None) != _seal(found):
+        if found.pop(CHECKSUM, None) != seal(found):
             raise BundleError(
                 f"{uri}: the model card is not as it was written: its checksum differs. Copy the bundle "
                 "again, or run the command of its training again, which writes a new one"
@@ -163,8 +163,8 @@ def _require_format(version: Any, uri: str) -> None:
     )
 
 
-def _seal(content: dict[str, Any]) -> str:
-    """Hash over the content, independent of its layout."""
+def seal(content: dict[str, Any]) -> str:
+    """Hash over the content of a card, independent of its layout."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

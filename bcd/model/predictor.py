@@ -28,7 +28,8 @@ class Prediction:
 
     logit (n, classes) and probability (n, classes) in card order, probability_malignant (n,),
     predicted_class (n,) names, None where a logit is not finite, evidence (n, h, w) and evidence_bias (n,) as
-    in `bcd.model.cam`, novelty (n,) as in `bcd.model.novelty`, NaN where the card has no statistics for it.
+    in `bcd.model.cam`, novelty (n,) as in `bcd.model.novelty`, NaN where the card has no statistics for it,
+    pooled (n, channels), the features that enter the last layer.
     """
 
     logit: np.ndarray
@@ -38,6 +39,7 @@ class Prediction:
     evidence: np.ndarray
     evidence_bias: np.ndarray
     novelty: np.ndarray
+    pooled: np.ndarray
 
     @property
     def finite(self) -> np.ndarray:
@@ -108,6 +110,7 @@ class Predictor:
             evidence.numpy(),
             bias.numpy(),
             self._novelty(pooled.numpy()),
+            pooled.numpy(),
         )
 
     def predict_files(self, contents: Sequence[bytes]) -> Prediction:

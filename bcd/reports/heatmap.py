@@ -8,6 +8,7 @@ import json
 import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -36,6 +37,17 @@ FOOTER_IN = 0.62
 MIN_WIDTH_PX = 720
 # Tiles that are added to a heat map at a time: a slide may have a million.
 BLOCK = 2**16
+
+
+class Legend(NamedTuple):
+    """What colours mean: a title, labels at places from 0 to 1, and that of the middle, at the threshold."""
+
+    title: str
+    labels: tuple[tuple[float, str], ...]
+    middle: str | None = None
+
+
+PROBABILITY = Legend("probability of malignancy", ((0, "0"), (1, "1")))
 
 
 def draw_tiles(
@@ -139,7 +151,12 @@ def outlined_jpeg(thumbnail: np.ndarray, tissue: np.ndarray, regions: np.ndarray
 
 
 def heatmap_png(
-    coloured: np.ndarray, scale: float, mpp: float, threshold: float, hatched: bool = False
+    coloured: np.ndarray,
+    scale: float,
+    mpp: float,
+    threshold: float,
+    hatched: bool = False,
+    legend: Legend = PROBABILITY,
 ) -> bytes:
     """A PNG file of the coloured slide with a legend and a scale bar below it.
 
@@ -149,10 +166,11 @@ def heatmap_png(
         mpp: horizontal µm per level-0 pixel.
         threshold: as in `draw_tiles`.
         hatched: whether some tiles are hatched.
+        legend: of values that are no probability.
     """
     height, width = coloured.shape[:2]
     with matplotlib.rc_context(STYLE):
-        footer = _footer(max(width, MIN_WIDTH_PX), mpp / scale / 1000, threshold, hatched)
+        footer = _footer(max(width, MIN_WIDTH_PX), mpp / scale / 1000, threshold, hatched, legend)
     page = Image.new("RGB", (footer.width, height + footer.height), "white")
     page.paste(Image.fromarray(coloured), ((footer.width - width) // 2, 0))
     page.paste(footer, (0, height))
@@ -161,9 +179,11 @@ def heatmap_png(
     return file.getvalue()
 
 
-def _footer(width_px: int, mm_per_px: float, threshold: float, hatched: bool = False) -> Image.Image:
+def _footer(
+    width_px: int, mm_per_px: float, threshold: float, hatched: bool = False, legend: Legend = PROBABILITY
+) -> Image.Image:
     figure = Figure(figsize=(WIDTH_IN, FOOTER_IN), dpi=width_px / WIDTH_IN)
-    _legend(figure.add_axes((0.03, 0.46, 0.30, 0.16)), threshold)
+    _legend(figure.add_axes((0.03, 0.46, 0.30, 0.16)), threshold, legend)
     _scale_bar(figure.add_axes((0, 0, 1, 1), frameon=False), width_px, mm_per_px)
     notes = ["research use only", "uncoloured: not scored", "hatched: unlike the training data"]
     for i, note in enumerate(notes[: 3 if hatched else 2]):
@@ -173,16 +193,17 @@ def _footer(width_px: int, mm_per_px: float, threshold: float, hatched: bool = F
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _legend(axes: Axes, threshold: float) -> None:
+def _legend(axes: Axes, threshold: float, legend: Legend) -> None:
     axes.imshow(_tint(_place(np.linspace(0, 1, 512)[None], threshold)), aspect="auto", extent=(0, 1, 0, 1))
     axes.axvline(threshold, color=INK, lw=1)
-    axes.set(yticks=[], xticks=[0, 1], xticklabels=["0", "1"], xlim=(0, 1))
-    axes.set_title("probability of malignancy", size=7.5, pad=3, weight="normal")
+    places, labels = zip(*legend.labels, strict=True)
+    axes.set(yticks=[], xticks=places, xticklabels=labels, xlim=(0, 1))
+    axes.set_title(legend.title, size=7.5, pad=3, weight="normal")
     axes.tick_params(length=2, pad=2, labelsize=7)
     axes.spines[:].set(visible=True, linewidth=0.5)
     # The label is wider than the tick and stays between the ends.
     middle = min(0.7, max(0.3, threshold))
-    axes.text(middle, -0.3, f"threshold {threshold:.3g}", size=7, ha="center", va="top")
+    axes.text(middle, -0.3, legend.middle or f"threshold {threshold:.3g}", size=7, ha="center", va="top")
 
 
 def _scale_bar(axes: Axes, width_px: int, mm_per_px: float) -> None:

@@ -16,6 +16,7 @@ from bcd.errors import ConfigError
 from bcd.model import bundle
 
 TRAIN, CROSSVAL, EVALUATE, SCORE, AUDIT, DEMO = "train", "crossval", "evaluate", "score", "audit", "demo"
+POOL = "pool"
 # No job, but what trainings and evaluations share.
 PREPARED = "prepared"
 MARKER = ".bcd-output.json"
@@ -38,6 +39,8 @@ FILES = {
     SCORE: r"(config|summary)\.json|(slides|inputs)\.parquet|gallery\.html"
     r"|slides/.+/(heatmap\.png|tissue\.(jpg|geojson)|tiles\.geojson(\.gz)?)|predictions/part-ID-.+"
     r"|work/\d{4}/(plans/)?[0-9a-f]{24}\.(parquet|json|(mask\.)?png)",
+    POOL: r"(config|run|history|metrics)\.json|(split|slides|attention)\.parquet|slides/.+/attention\.png"
+    r"|checkpoints/.+|model/(model\.safetensors|card\.json)",
     AUDIT: r"audit\.(html|json)|(images|near_duplicates|identifiers)\.parquet",
     DEMO: r"(archive/)?BreaKHis_v1/(SYNTHETIC\.txt|histology_slides/.+\.png)|archive/cut short\.png"
     rf"|(run|scores)/.+|prepared/{_SHARDS}",
@@ -65,7 +68,7 @@ def read_marker(uri: str, job: str) -> str | None:
     """
     job_there, found = _marker(uri)
     again = "choose another --prepared" if job == PREPARED else "choose another --output"
-    again += " or --name" if job in (TRAIN, CROSSVAL) else ""
+    again += " or --name" if job in (TRAIN, CROSSVAL, POOL) else ""
     if job_there not in (None, job):
         raise ConfigError(f"{uri} belongs to {_writer(job_there)}; {_writer(job)} needs its own: {again}")
     pattern = re.compile(f"({FILES[job].replace('ID', found or '')}){_ASIDE}") if found else None

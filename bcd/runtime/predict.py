@@ -22,10 +22,12 @@ from bcd.data import read
 from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError
 from bcd.imaging import image
 from bcd.model import bundle, novelty
-from bcd.model.card import Card
+from bcd.model.card import FEATURES, Card
 from bcd.reports import overlay
 from bcd.runtime import cluster
 
+# The largest number of float16; what exceeds it, which features of a sane network do not, becomes this.
+MOST = float(np.finfo(np.float16).max)
 # Values of the column `engine`.
 EAGER, COMPILED = "torch", "torch_compiled"
 # Columns copied from the input rows.
@@ -51,6 +53,7 @@ class Settings:
     cam: str = CLOSED_FORM
     cam_layer: str = "layer4"
     overlays: bool = False
+    embeddings: bool = False
     compile: bool = False
     card_sha256: str | None = None
     timed: bool = False
@@ -198,7 +201,8 @@ class Scorer:
 
     def _table(self, columns: dict[str, pa.Array], images: np.ndarray, good: np.ndarray) -> pa.Table:
         height, width = self._predictor.evidence_size(self._settings.cam_layer)
-        form = schema.predictions(height, width, self._settings.overlays)
+        length = FEATURES[self._predictor.card.architecture] if self._settings.embeddings else 0
+        form = schema.predictions(height, width, self._settings.overlays, length)
         # Every batch has the same shape, so that numbers do not depend on a row's neighbours.
         size = self._settings.batch_size
         parts = [self._results(images[at : at + size], form) for at in range(0, len(images), size)]
@@ -237,6 +241,8 @@ class Scorer:
             schema.NOVELTY_CUTOFF: [cutoff] * n,
             schema.WARNINGS: [novelty.warning_codes(distance, cutoff) for distance in prediction.novelty[:n]],
         }
+        if self._settings.embeddings:
+            columns[schema.EMBEDDING] = list(np.clip(prediction.pooled[:n], -MOST, MOST).astype(np.float16))
         if self._settings.overlays:
             rows = zip(images, maps, prediction.finite[:n], strict=True)
             columns[schema.OVERLAY] = [self._overlay(*pair) if ok else None for *pair, ok in rows]

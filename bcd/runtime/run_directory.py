@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from bcd import provenance, schema, storage
 from bcd.config.options import changed_flags
-from bcd.config.training import TrainConfig, TrainingConfig
+from bcd.config.training import PoolConfig, TrainConfig, TrainingConfig
 from bcd.errors import BcdError, ConfigError, DataError
 from bcd.runtime import output
 from bcd.split import split
@@ -23,9 +23,11 @@ SCORE = "validation_balanced_accuracy"
 # Chooses the best epoch: by score, then by loss. On a small validation part many epochs have equal scores,
 # and the first of them is seldom the best.
 SELECTION = "selection"
+# Of a job that writes a run directory.
+Settings = TrainingConfig | PoolConfig
 
 
-def begin_run(config: TrainingConfig, run_uri: str) -> bool:
+def begin_run(config: Settings, run_uri: str) -> bool:
     """Check that the run directory belongs to this run; True if the run is finished.
 
     Raises:
@@ -43,7 +45,7 @@ def begin_run(config: TrainingConfig, run_uri: str) -> bool:
     return False
 
 
-def claim_run(config: TrainingConfig, run_uri: str, before: Callable[[], None] = lambda: None) -> None:
+def claim_run(config: Settings, run_uri: str, before: Callable[[], None] = lambda: None) -> None:
     """Claim the directory for this run (see `output.claim_folder`). `before` is called before each file that
     could replace one of another job, and may raise."""
     output.claim_folder(run_uri, _job(config), before)
@@ -52,16 +54,18 @@ def claim_run(config: TrainingConfig, run_uri: str, before: Callable[[], None] =
     write_json(run_uri, CONFIG, config.model_dump(mode="json"))
 
 
-def _job(config: TrainingConfig) -> str:
+def _job(config: Settings) -> str:
+    if isinstance(config, PoolConfig):
+        return output.POOL
     return output.TRAIN if isinstance(config, TrainConfig) else output.CROSSVAL
 
 
-def finish_run(config: TrainingConfig, run_uri: str, timings: dict[str, Any]) -> None:
+def finish_run(config: Settings, run_uri: str, timings: dict[str, Any]) -> None:
     """Mark the run as finished, with its durations in seconds, and what they depended on."""
     write_json(run_uri, RUN, _facts(config) | {"status": FINISHED, "timings": timings})
 
 
-def _facts(config: TrainingConfig) -> dict[str, Any]:
+def _facts(config: Settings) -> dict[str, Any]:
     return {
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),

@@ -180,7 +180,7 @@ def _fill(config: ScoreConfig, held: Lease, model: _Model, names: Pseudonyms | N
 
 
 def _settings(config: ScoreConfig, model: _Model, compiled: bool) -> predict.Settings:
-    shared = config.model_dump(include={"precision", "batch_size", "cam", "cam_layer"})
+    shared = config.model_dump(include={"precision", "batch_size", "cam", "cam_layer", "embeddings"})
     shared |= {"overlays": config.overlays == "png", "compile": compiled, "card_sha256": model.card_sha256}
     return predict.Settings(config.model, model.id, timed=True, **shared)
 

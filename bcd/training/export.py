@@ -37,8 +37,9 @@ def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFact
     train, validation = part_of(table, split.TRAIN), part_of(table, split.VALIDATION)
     known = _card(config, train, facts, measured)
     statistics, logit = feature_statistics.compute_statistics(network, known, train, validation)
-    decided = _decided(config, logit, validation, _prior(config, train))
-    predictor.save(network, known.model_copy(update=decided | {"feature_statistics": statistics}), uri)
+    prior = _prior(config, train)
+    chosen = decided(logit, validation, prior, config.target, config.target_sensitivity)
+    predictor.save(network, known.model_copy(update=chosen | {"feature_statistics": statistics}), uri)
 
 
 def require_valid_card(config: TrainConfig, table: pa.Table, facts: DatasetFacts) -> None:
@@ -104,16 +105,22 @@ def _prior(config: TrainConfig, train: pa.Table) -> float:
     return rows[taxonomy.MALIGNANT] / sum(rows.values())
 
 
-def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table, prior: float) -> dict[str, Any]:
-    """Temperature and threshold for the card, from the logits (n, classes) of the validation rows.
+def decided(
+    logit: np.ndarray,
+    validation: pa.Table,
+    prior: float,
+    predicted: taxonomy.Target = "tumor_class",
+    target_sensitivity: float | None = None,
+) -> dict[str, Any]:
+    """Temperature and threshold for a card, from the logits (n, classes) of the validation rows.
 
     With few patients (see `decision.is_choosable`) the temperature is 1, and the threshold the share of
     malignant rows in training (`prior`).
     """
     by_class = measures.patients_by_class(validation.select([schema.TUMOR_CLASS, schema.PATIENT]).to_pandas())
     few = not decision.is_choosable(by_class)
-    classes = taxonomy.classes(config.target)
-    target = np.array([classes.index(name) for name in validation[config.target].to_pylist()])
+    classes = taxonomy.classes(predicted)
+    target = np.array([classes.index(name) for name in validation[predicted].to_pylist()])
     malignant = np.array(validation[schema.TUMOR_CLASS].to_pylist()) == taxonomy.MALIGNANT
     temperature = 1.0 if few else calibration.fit_temperature(logit, target)
     errors: dict[str, float | None] = {}
@@ -125,8 +132,7 @@ def _decided(config: TrainConfig, logit: np.ndarray, validation: pa.Table, prior
             f"brier_{when}": calibration.brier(malignant, probability),
             f"ece_{when}": calibration.expected_error(malignant, probability),
         }
-    sensitivity = config.target_sensitivity
-    chosen = decision.choose_threshold(malignant, probability, sensitivity, prior if few else None)
+    chosen = decision.choose_threshold(malignant, probability, target_sensitivity, prior if few else None)
     patients = validation[schema.PATIENT]
     if few:
         has = text.listed([text.counted(n, f"{name} patient") for name, n in (by_class or {}).items()])

@@ -40,6 +40,8 @@ from bcd.training import export, feed
 from bcd.training.feed import Feed, Held
 
 if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
     from bcd.model.weights import State
 
 logger = logging.getLogger(__name__)
@@ -184,8 +186,13 @@ def train_model(
         scaling_config=scaling,
         datasets=fed.streams,
         dataset_config=datasets.SplitData(storage.join(run_uri, EXPOSURE)),
-        run_config=_kept_in(run_uri, config.max_failures),
+        run_config=kept_in(run_uri, config.max_failures),
     )
+    return fitted(trainer, run_uri)
+
+
+def fitted(trainer: "TorchTrainer", run_uri: str) -> Result:
+    """The result of a training; raises the BcdError that ended it, or that its workers returned."""
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
@@ -195,7 +202,7 @@ def train_model(
     return result
 
 
-def _kept_in(run_uri: str, max_failures: int) -> RunConfig:
+def kept_in(run_uri: str, max_failures: int) -> RunConfig:
     """Where and which checkpoints are kept, and how often a lost worker is replaced."""
     filesystem, path = storage.resolve(run_uri)
     return RunConfig(

@@ -6,7 +6,7 @@ from bcd.config.checks import AuditConfig
 from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import changed_flags
 from bcd.config.scoring import ScoreConfig
-from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
+from bcd.config.training import CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
 
 
 def test_a_config_survives_json_and_is_frozen():
@@ -22,8 +22,17 @@ def test_differences_name_what_decides_the_result_and_nothing_else():
     assert changed_flags(old, new.model_dump(mode="json")) == ["--seed 0 -> 1"]
 
 
+def test_a_flag_that_is_off_is_as_one_that_an_older_version_did_not_have():
+    now = ScoreConfig(model="m", input="i", output="o").model_dump(mode="json")
+    old = {name: value for name, value in now.items() if name != "embeddings"}
+    assert changed_flags(old, now) == []
+    assert changed_flags(old, now | {"embeddings": True}) == ["--embeddings None -> True"]
+    assert changed_flags(now | {"embeddings": True}, now) == ["--embeddings True -> False"]
+
+
 @pytest.mark.parametrize(
-    "config_type", [TrainConfig, AuditConfig, CrossvalConfig, EvaluateConfig, ScoreConfig, DemoConfig]
+    "config_type",
+    [TrainConfig, AuditConfig, CrossvalConfig, EvaluateConfig, ScoreConfig, PoolConfig, DemoConfig],
 )
 def test_every_setting_has_a_help_text(config_type):
     for name, setting in config_type.model_fields.items():

@@ -1,6 +1,6 @@
 import pytest
 
-from bcd.config.training import CrossvalConfig, TrainConfig
+from bcd.config.training import CrossvalConfig, PoolConfig, TrainConfig
 from bcd.errors import ConfigError
 
 
@@ -78,3 +78,26 @@ def test_protocols_are_separated_by_commas():
         ConfigError, match="--protocol 'cases': expected some of case, patient, official, image"
     ):
         CrossvalConfig(data="d", protocol="cases")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({}, "expected --labels to train, or --model to apply a trained model: one of the two"),
+        ({"labels": "l", "model": "m"}, "expected --labels to train, or --model to apply"),
+        ({"model": "m", "epochs": 3}, "--epochs is for training, which needs --labels"),
+        ({"model": "m", "classes": ("benign=0",)}, "--classes is for training, which needs --labels"),
+        ({"labels": "l", "name": "a/b"}, "--name 'a/b': use letters"),
+        ({"labels": "l", "classes": ("benign",)}, "--classes benign: expected benign=NAME"),
+        ({"labels": "l", "validation_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on"),
+        ({"labels": "l", "protocol": "image"}, "--protocol input should be 'case' or 'patient'"),
+    ],
+)
+def test_contradictions_of_pooling_name_the_flag(settings, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        PoolConfig(scores="s", **settings)
+
+
+def test_a_model_is_applied_to_any_scores():
+    config = PoolConfig(scores="s", model="m", output="o", name="n", maps=0, wait=True, log_format="json")
+    assert (config.model, config.labels) == ("m", None)

@@ -54,20 +54,21 @@ def depth(node: ast.AST) -> int:
 # those of them that start everything.
 RANKS = [
     *("", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"),
-    *("model", "reports", "runtime", "audit", "preflight", "evaluation", "training", "scoring", "serving"),
-    *("serving.viewer", "doors"),
+    *("model", "reports", "runtime", "audit", "preflight", "evaluation", "training", "scoring"),
+    *("training.pooling", "serving", "serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = {"", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"}
 OPENSLIDE = "bcd.slides.readers.openslide_server"
 WITH_RAY = {
     *("runtime", "evaluation", "training", "scoring"),
-    *("bcd.audit.audit", "bcd.preflight.doctor", "bcd.serving.serve"),
+    *("bcd.audit.audit", "bcd.preflight.doctor", "bcd.serving.serve", "bcd.training.pooling.pool"),
 }
 WITH_TORCH = {
     *(f"bcd.model.{name}" for name in ("cam", "predictor", "resnet", "train_step", "weights")),
     "bcd.runtime.cluster",
     *("bcd.training.checkpoint", "bcd.training.loop", "bcd.training.stream"),
+    "bcd.training.pooling.attention",
     "bcd.preflight.doctor",
     "bcd.serving.serve",
 }
@@ -278,7 +279,7 @@ for name in light:
     importlib.import_module(name)
 print(json.dumps(sorted({'torch', 'ray'} & set(sys.modules))), flush=True)
 jobs = "audit.audit evaluation.evaluate preflight.doctor scoring.score training.crossval training.train"
-for name in jobs.split():
+for name in [*jobs.split(), "training.pooling.pool"]:
     importlib.import_module(f"bcd.{name}")
 print(json.dumps(sorted({'torch'} & set(sys.modules))), flush=True)
 # torch.compile's machinery counts cores by a subprocess at import: not ours, so it is let in first

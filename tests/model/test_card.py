@@ -21,7 +21,7 @@ def statistics(**changes):
 def resealed(**changes):
     """A card whose checksum is right, with any content."""
     content = {name: value for name, value in (CONTENT | changes).items() if name != cards.CHECKSUM}
-    return json.dumps(content | {cards.CHECKSUM: cards._seal(content)}).encode()
+    return json.dumps(content | {cards.CHECKSUM: cards.seal(content)}).encode()
 
 
 def test_a_card_is_read_as_it_was_written():

@@ -117,6 +117,19 @@ def test_the_legend_states_the_threshold(threshold):
     assert (strip[:, [0, -1]] == 255).all()
 
 
+def test_the_legend_of_other_values_is_at_their_places():
+    """A bar from 0 to 1 with a tick below each label."""
+    legend = heatmap.Legend("attention", ((0.2, "1/4"), (0.8, "4")), "1")
+    strip = np.asarray(heatmap._footer(2000, 0.01, 0.5, legend=legend).convert("L")).astype(int)
+    plain = np.asarray(heatmap._footer(2000, 0.01, 0.5).convert("L")).astype(int)
+    changed = np.flatnonzero((strip != plain).any(0))
+    assert changed.max() < 0.35 * 2000  # the rest of the footer is as always
+    below = strip[int(strip.shape[0] * 0.57)]
+    ticks = np.flatnonzero(below < 200)
+    for place in (0.2, 0.8):
+        assert np.abs(ticks - 2000 * (0.03 + 0.3 * place)).min() <= 2
+
+
 def test_a_tile_colours_its_own_pixels_only():
     drawn = heatmap.draw_tiles(WHITE, 0.5, np.array([[100, 60, 80, 40]]), np.array([0.9]), 0.5)
     coloured = (drawn != 255).any(-1)

@@ -9,13 +9,14 @@ from bcd.audit import audit
 from bcd.config.checks import AuditConfig
 from bcd.config.evaluation import EvaluateConfig
 from bcd.config.scoring import ScoreConfig
-from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
+from bcd.config.training import CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
 from bcd.errors import ConfigError, DataError
 from bcd.evaluation import evaluate
 from bcd.model import predictor
 from bcd.runtime import cluster, output
 from bcd.scoring import score
 from bcd.training import crossval, train
+from bcd.training.pooling import pool
 from tests.model.test_bundle import card, untrained
 
 # One file of each kind that a job writes, by the pattern of its path; ID is the id of the folder.
@@ -33,6 +34,8 @@ WRITTEN = {
     "slides/a/b.svs/tissue.jpg predictions/part-ID-0001-00000.parquet "
     "predictions/part-ID-0001-00000.parquet.0a1b.part work/0001/0123456789abcdef01234567.parquet "
     "work/0001/plans/0123456789abcdef01234567.json work/0001/plans/0123456789abcdef01234567.mask.png",
+    "pool": "config.json run.json history.json metrics.json split.parquet slides.parquet attention.parquet "
+    "slides/a/b.svs/attention.png checkpoints/a/b model/model.safetensors model/card.json",
     "audit": "audit.html audit.json images.parquet near_duplicates.parquet identifiers.parquet",
     "demo": "BreaKHis_v1/SYNTHETIC.txt BreaKHis_v1/histology_slides/breast/a.png archive/cut short.png "
     "archive/BreaKHis_v1/histology_slides/breast/a.png run/config.json scores/gallery.html",
@@ -165,6 +168,8 @@ def start(job, model, tree, folder):
         evaluate.run(EvaluateConfig(model=model, data=tree, output=str(folder)))
     elif job == "score":
         score.run(ScoreConfig(model=model, input=tree, output=str(folder)))
+    elif job == "pool":
+        pool.run(PoolConfig(scores=tree, model=model, output=str(folder.parent), name=folder.name))
     elif job == "audit":
         audit.run(AuditConfig(data=tree, output=str(folder)))
     else:

@@ -22,7 +22,7 @@ from bcd.imaging import image
 from bcd.model import bundle, novelty, predictor, weights
 from bcd.runtime import datasets, predict
 from tests import pictures
-from tests.model.test_bundle import card
+from tests.model.test_bundle import card, untrained
 from tests.trained import score_here
 
 
@@ -281,6 +281,27 @@ def test_overlays_and_other_methods_on_request(model_uri, tmp_path):
     assert plain[0][schema.LOGIT] == good[schema.LOGIT]
 
 
+def test_the_last_layer_turns_the_embedding_into_the_logits(tmp_path):
+    """To the precision of float16; a temperature divides them, and a row with an error has none."""
+    network = untrained()
+    predictor.save(network, card(temperature=2.0), str(tmp_path / "model"))
+    contents = {f"{i}.png": pictures.encode(pictures.gradient(50 + 9 * i, 70)) for i in range(3)}
+    rows = reading(tmp_path, contents | {"x.png": b""})
+    job = settings(str(tmp_path / "model"), batch_size=2, embeddings=True)
+    found = Scores(job)(rows)
+    assert found.schema.equals(schema.predictions(2, 3, embedding=512))
+    assert found.drop_columns(schema.EMBEDDING).equals(Scores(replace(job, embeddings=False))(rows))
+    good = found.slice(0, 3)
+    pooled = np.stack(good[schema.EMBEDDING].to_pylist()).astype(np.float32)
+    weight, bias = (tensor.detach().numpy() for tensor in (network.fc.weight, network.fc.bias))
+    logit = np.array(good[schema.LOGIT].to_pylist())
+    # A number of float16 has 11 bits: each summand is off by 2 ** -11 of itself at most.
+    most = 2.0**-11 * (np.abs(pooled) @ np.abs(weight).T) / 2 + 1e-4
+    assert (np.abs((pooled @ weight.T + bias) / 2 - logit) <= most).all()
+    assert np.ptp(logit, 0).min() > 10 * most.max()
+    assert found[schema.EMBEDDING][3].as_py() is None
+
+
 class Overflowing:
     """A network that gives no numbers for a white image."""
 
@@ -298,7 +319,7 @@ def test_no_numbers_no_class(model_uri, tmp_path):
     white = np.full((64, 96, 3), 255, np.uint8)
     files = {"a.png": pictures.encode(pictures.gradient()), "w.png": pictures.encode(white), "x.png": b""}
     rows = reading(tmp_path, files | {"z.png": pictures.encode(pictures.gradient(50, 70))})
-    scorer = Scores(settings(model_uri, batch_size=2, overlays=True))
+    scorer = Scores(settings(model_uri, batch_size=2, overlays=True, embeddings=True))
     expected = scorer(rows).to_pylist()
     worker = scorer.worker
     worker._predictor = replace(worker._predictor, features=Overflowing(worker._predictor.features))
@@ -309,6 +330,7 @@ def test_no_numbers_no_class(model_uri, tmp_path):
     told = (schema.IMAGE_ID, schema.URI, schema.WIDTH_PX, schema.SHA256, schema.MODEL_ID, schema.ENGINE)
     assert {name: found[1][name] for name in told} == {name: expected[1][name] for name in told}
     numbers = (schema.LOGIT, schema.PROBABILITY, schema.PREDICTED_CLASS, schema.EVIDENCE, schema.OVERLAY)
+    numbers += (schema.EMBEDDING,)
     assert {found[1][name] for name in (*numbers, schema.PROBABILITY_MALIGNANT, schema.NOVELTY)} == {None}
 
 

@@ -30,7 +30,8 @@ class Engine:
     async def look(self, content):
         half = np.full((1, 2), 0.5, np.float32)
         return image.decode(content), Prediction(
-            0 * half, half, half[0, :1], ["malignant"], np.zeros((1, 2, 3)), np.zeros(1), np.full(1, np.nan)
+            *(0 * half, half, half[0, :1], ["malignant"], np.zeros((1, 2, 3)), np.zeros(1)),
+            *(np.full(1, np.nan), np.zeros((1, 4), np.float32)),
         )
 
     async def ready(self):

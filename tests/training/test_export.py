@@ -107,7 +107,7 @@ def test_a_finished_run_whose_bundle_is_of_another_format_says_why(tmp_path):
 
 
 def test_calibration_is_measured_before_and_after():
-    decided = export._decided(TrainConfig(data="d"), *validation(4000)[:2], 0.5)
+    decided = export.decided(*validation(4000)[:2], 0.5)
     assert decided["temperature"] == pytest.approx(2, rel=0.05)
     told = decided["calibration"]
     for name in ("cross_entropy", "brier", "ece"):
@@ -117,7 +117,7 @@ def test_calibration_is_measured_before_and_after():
 @pytest.mark.parametrize("target", [0.8, 0.95])
 def test_the_threshold_reaches_the_sensitivity_that_was_asked_for(target):
     logit, rows, malignant = validation()
-    decided = export._decided(TrainConfig(data="d", target_sensitivity=target), logit, rows, 0.5)
+    decided = export.decided(logit, rows, 0.5, target_sensitivity=target)
     probability = 1 / (1 + np.exp(-(logit[:, 1] - logit[:, 0]) / decided["temperature"]))
     called = probability >= decided["threshold"]
     n = int(np.ceil(target * malignant.sum()))
@@ -130,7 +130,7 @@ def test_the_threshold_reaches_the_sensitivity_that_was_asked_for(target):
 
 def test_few_validation_patients_choose_neither_temperature_nor_threshold(capsys):
     logit, rows, malignant = validation(n_patients=3)
-    decided = export._decided(TrainConfig(data="d"), logit, rows, 0.7)
+    decided = export.decided(logit, rows, 0.7)
     assert decided["temperature"] == 1
     assert decided["threshold"] == pytest.approx(0.7)
     point = decided["operating_point"]
@@ -143,7 +143,7 @@ def test_few_validation_patients_choose_neither_temperature_nor_threshold(capsys
     asked = export._decided(TrainConfig(data="d", target_sensitivity=0.9), logit, rows, 0.7)
     assert asked["operating_point"]["rule"] == "sensitivity"
     unknown = rows.set_column(rows.schema.get_field_index(schema.PATIENT), schema.PATIENT, pa.nulls(400))
-    assert export._decided(TrainConfig(data="d"), logit, unknown, 0.7)["operating_point"]["rule"] == "youden"
+    assert export.decided(logit, unknown, 0.7)["operating_point"]["rule"] == "youden"
 
 
 @pytest.mark.parametrize(("balance", "prior"), [("tumor_class", 0.5), ("none", 0.25)])
