@@ -140,7 +140,7 @@ def test_few_validation_patients_choose_neither_temperature_nor_threshold(capsys
     said = capsys.readouterr().out
     assert "the validation part has 3 benign patients and 3 malignant patients, and choosing requires" in said
     assert "the temperature is 1, the threshold 0.7 (rule: prior)" in said
-    asked = export._decided(TrainConfig(data="d", target_sensitivity=0.9), logit, rows, 0.7)
+    asked = export.decided(logit, rows, 0.7, target_sensitivity=0.9)
     assert asked["operating_point"]["rule"] == "sensitivity"
     unknown = rows.set_column(rows.schema.get_field_index(schema.PATIENT), schema.PATIENT, pa.nulls(400))
     assert export.decided(logit, unknown, 0.7)["operating_point"]["rule"] == "youden"
