@@ -71,8 +71,9 @@ def test_tiles_have_the_pixels_that_were_written(tmp_path, name):
         for x, y, pixels, error in seen(rows, given):
             expected = whole[y : y + 96 : step, x : x + 128 : step].astype(int)
             assert error == ""
-            # Where a format lacks the second level, pixels of the first are averaged.
-            assert np.abs(pixels - expected).max() <= made.tolerance + number
+            # The second level has more detail for JPEG. Without one, pixels of the first are averaged.
+            more = number * (made.tolerance > 0 or name == "OME-TIFF, SubIFDs")
+            assert np.abs(pixels - expected).max() <= made.tolerance + more
 
 
 def damage(folder):
