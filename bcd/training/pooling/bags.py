@@ -20,14 +20,13 @@ import pyarrow.dataset as pads
 
 from bcd import schema, storage
 from bcd.errors import DataError
+from bcd.metrics.top_tiles import TOP
 from bcd.scoring.ledger import PREDICTIONS, SUMMARY
 from bcd.taxonomy import malignant_mask
 from bcd.text import some
 
 # Error of a slide of which no tile has a result.
 NO_TILES = "no_tiles"
-# The most malignant tiles of a slide, whose mean probability is compared with attention.
-TOP = 10
 # Rows of embeddings in memory at a time; 4 MB of a ResNet50's.
 ROWS_AT_A_TIME = 1_024
 _FIRST = "first_logit"
