@@ -2,8 +2,9 @@
 
 On this machine:
     python jobs/view.py scores
-On a machine that reads the store, with a token (`ray job submit` would start it on a cluster's head):
-    BCD_API_TOKEN=TOKEN python jobs/view.py s3://bucket/scores --host 0.0.0.0
+On the head of a cluster, until the job ends; it asks for the token in the file:
+    ray job submit --working-dir . -- python jobs/view.py s3://bucket/scores \\
+        --host 0.0.0.0 --token-file /secrets/token
 """
 
 from bcd import cli

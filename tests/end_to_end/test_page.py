@@ -876,20 +876,22 @@ def test_a_slide_is_followed_to_its_heat_map(
 ) -> None:
     page.goto(slides_url)
     expect(page.locator("#drop-limits")).to_contain_text("whole slides up to 1 MiB")
-    sent = [
+    first, *others = (
         {"name": name, "mimeType": "", "buffer": b"x" * size}
-        for name, size in (("a.svs", 5), ("b.tif", 2**19 + 1))
-    ]
-    page.set_input_files("#files", [*sent, {"name": "c.svs", "mimeType": "", "buffer": b"x" * (2**20 + 1)}])
+        for name, size in (("a.svs", 5), ("b.tif", 2**19 + 1), ("c.svs", 2**20 + 1))
+    )
+    page.set_input_files("#files", [first])
     cards = page.locator("#slides > li")
+    expect(cards.nth(0)).to_contain_text("waiting")
+    page.set_input_files("#files", others)
     expect(cards.nth(1)).to_contain_text("waiting, 1 before it")
     expect(cards.nth(2)).to_contain_text("accepts slides of 1 MiB")
-    first, second = slide_jobs.waiting()
-    slide_jobs.note(first, "progress.json", {"message": "0 of 1 input", "rows": 500, "share": 0.4})
+    one, two = slide_jobs.waiting()
+    slide_jobs.note(one, "progress.json", {"message": "0 of 1 input", "rows": 500, "share": 0.4})
     expect(cards.nth(0)).to_contain_text("being scored, 40 %")
     shot("-running")
-    finish_slide(slide_jobs, first, "a.svs")
-    slide_jobs.forget_waiting(first)
+    finish_slide(slide_jobs, one, "a.svs")
+    slide_jobs.forget_waiting(one)
     expect(cards.nth(0).locator("img")).to_have_js_property("naturalWidth", 400)
     expect(cards.nth(0)).to_contain_text("12.5 %")
     expect(cards.nth(0)).to_contain_text("1,234")
@@ -902,10 +904,10 @@ def test_a_slide_is_followed_to_its_heat_map(
     expect(cards.nth(0)).to_contain_text("12.5 %")
     cards.nth(1).get_by_role("button", name="Cancel").click()
     expect(cards.nth(1)).to_contain_text("cancelled")
-    assert slide_jobs.state(second) == "cancelled"
+    assert slide_jobs.state(two) == "cancelled"
     cards.nth(0).get_by_role("button", name="Delete").click()
     expect(cards).to_have_count(1)
-    assert not storage.exists(slide_jobs.folder(first))
+    assert not storage.exists(slide_jobs.folder(one))
 
 
 def test_a_folder_that_is_dropped_gives_its_images(page: Page, mock: page_mock.Mock) -> None:

@@ -421,6 +421,7 @@ def test_a_pseudonymised_job_names_nobody(joined, model_uri, tmp_path):
     assert "can no longer be read" not in (output / "gallery.html").read_text()
 
 
+@pytest.mark.trial
 def test_a_slide_of_each_format_is_scored_on_disk_and_on_s3(joined, model_uri, tmp_path, s3):
     """`tests/scoring/test_formats.py` has the details."""
     pixels, remote = pictures.stained(384, 512), f"{s3}/{uuid.uuid4().hex}"

@@ -155,7 +155,8 @@ async function remove(slide) {
 /** The ids, so that a page that is loaded again follows them. */
 function keep() {
   const known = slides.filter(({ document }) => document?.id).map(({ name, document }) => ({ id: document.id, name }));
-  sessionStorage.setItem(KEPT, JSON.stringify(known));
+  if (known.length) sessionStorage.setItem(KEPT, JSON.stringify(known));
+  else sessionStorage.removeItem(KEPT);
 }
 
 function render() {
