@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from bcd import provenance
+from bcd.errors import MissingError, StorageError
 from bcd.imaging import image
 from bcd.model.card import Card
 from bcd.model.predictor import Prediction
@@ -122,6 +123,15 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(image.ImageError)
     async def broken(request: Request, error: image.ImageError) -> Response:
         return await refused(request, front.refusal(error))
+
+    @app.exception_handler(StorageError)
+    async def withheld(request: Request, error: StorageError) -> Response:
+        # Its message names places of the service.
+        logger.warning(f"a slide cannot be read or written: {error}")
+        if isinstance(error, MissingError):  # deleted while it was read
+            return await refused(request, RefusedError(404, "no_slide", "this slide is no longer there"))
+        why = "the folder of slides cannot be read or written; try again later"
+        return await refused(request, RefusedError(503, image.UNAVAILABLE, why, {"Retry-After": "60"}))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

@@ -5,6 +5,7 @@ No torch and no pyarrow at the top: the cluster's HTTP proxy imports this, and m
 
 import asyncio
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
+
+from bcd.errors import StorageError
+
+logger = logging.getLogger(__name__)
 
 # An answer about a patient's image belongs into no cache, unless it says itself into which.
 CACHE_CONTROL = b"cache-control"
@@ -123,6 +128,10 @@ async def slide_file(scope: Scope, receive: Receive, limits: Limits, name: str) 
         if remote:
             await asyncio.to_thread(storage.upload, path, target)
         whole = True
+    except (OSError, StorageError) as error:
+        logger.warning(f"a slide cannot be kept: {error}")
+        why = "the service cannot keep the slide, perhaps because its disk is full"
+        raise RefusedError(503, "no_room", why, {"Retry-After": "60"}) from None
     finally:
         if remote or not whole:
             await asyncio.to_thread(shutil.rmtree, folder, True)
@@ -142,11 +151,7 @@ async def _write(path: Path, pieces: AsyncIterator[bytes], limits: Limits) -> No
                 raise RefusedError(408, "slow_upload", why, {"Connection": "close"}) from None
             if piece is None:
                 break
-            try:
-                await asyncio.to_thread(file.write, piece)
-            except OSError as error:
-                why = f"the service cannot keep the slide: {error.strerror}"
-                raise RefusedError(503, "no_room", why, {"Retry-After": "60"}) from None
+            await asyncio.to_thread(file.write, piece)
         file.flush()
         await asyncio.to_thread(os.fsync, file.fileno())
 

@@ -156,7 +156,7 @@ class SlideJobs:
 
     def note(self, job_id: str, name: str, content: dict[str, Any]) -> None:
         """Write `PROGRESS`, `FAILED` or `CANCELLED`."""
-        storage.write_bytes(self.folder(job_id, name), json.dumps(content).encode(), whole=False)
+        storage.write_bytes(self.folder(job_id, name), json.dumps(content).encode())
 
     def fail(self, job_id: str, code: str, message: str) -> None:
         """A slide ends without a result."""
@@ -185,8 +185,12 @@ class SlideJobs:
     def _result(self, job_id: str) -> dict[str, Any]:
         """The row of the slide, or its error, and the addresses of its files."""
         output = self.folder(job_id, OUTPUT)
-        (row,) = storage.read_table(storage.join(output, ledger.SLIDES)).to_pylist()
+        rows = storage.read_table(storage.join(output, ledger.SLIDES)).to_pylist()
         facts = self._read(job_id, f"{OUTPUT}/{ledger.SUMMARY}")
+        if not rows:
+            why = "the file is no whole slide but one image; send it to /v1/predict"
+            return {"error": {"code": "not_a_slide", "message": why}}
+        row = rows[0]
         if row[schema.ERROR]:
             error = {"code": row[schema.ERROR], "message": row[schema.ERROR_MESSAGE]}
             return {schema.MODEL_ID: facts[schema.MODEL_ID], "error": error}

@@ -1,6 +1,7 @@
 """Slides that callers send, through the guard into a file, and the routes about them."""
 
 import contextlib
+import errno
 import os
 import socket
 import uuid
@@ -9,6 +10,7 @@ import httpx
 import pytest
 
 from bcd import storage
+from bcd.errors import StorageError
 from bcd.serving import api, middleware
 from bcd.serving.receive import SLIDES, Limits
 from bcd.serving.slide_jobs import SlideJobs
@@ -116,6 +118,27 @@ def test_a_client_that_stops_sending_leaves_nothing(url, jobs):
         client.sendall(f"{head}Content-Length: 100000\r\n\r\nsome".encode())
         assert client.recv(10_000).startswith(b"HTTP/1.1 408")
     assert stored(jobs) == []
+
+
+def test_a_disk_that_is_full_is_said_and_leaves_nothing(url, jobs, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert refusal(post(url, content=b"x")) == (503, "no_room")
+    monkeypatch.undo()
+    assert stored(jobs) == []
+
+
+def test_a_store_that_fails_is_no_fault_of_the_service(url, monkeypatch):
+    def down(_):
+        raise StorageError("s3://bucket/secret: cannot read it: 500")
+
+    job_id = post(url, content=b"x").json()["id"]
+    monkeypatch.setattr(storage, "exists", down)
+    answer = httpx.get(f"{url}/{job_id}", headers=AUTHORISED)
+    assert refusal(answer) == (503, "unavailable")
+    assert "secret" not in answer.text
 
 
 def test_without_the_token_nothing_is_received(url, jobs):

@@ -60,6 +60,14 @@ def test_a_slide_that_cannot_be_scored_has_the_error_of_its_row(jobs):
     assert "slide" not in found
 
 
+def test_a_field_is_named_as_one(jobs):
+    job_id = add(jobs)
+    finish(jobs, job_id)
+    table = schema.SLIDES.empty_table()
+    storage.write_table(f"{jobs.folder(job_id, 'output')}/{ledger.SLIDES}", table)
+    assert jobs.document(job_id)["error"]["code"] == "not_a_slide"
+
+
 def test_a_folder_that_was_lost_is_no_slide(jobs):
     with pytest.raises(RefusedError, match="knows no slide"):
         jobs.about("f" * 32)
