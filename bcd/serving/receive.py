@@ -108,6 +108,11 @@ async def body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
         raise RefusedError(408, "slow_upload", why, {"Connection": "close"}) from None
 
 
+def new_id() -> str:
+    """An id of a slide, which nobody guesses."""
+    return uuid.uuid4().hex
+
+
 async def slide_file(scope: Scope, receive: Receive, limits: Limits, name: str) -> str:
     """Put the body, a slide, into the folder of a new id, which is returned.
 
@@ -116,7 +121,7 @@ async def slide_file(scope: Scope, receive: Receive, limits: Limits, name: str) 
     from bcd import storage  # brings pyarrow, which other requests do without
 
     assert limits.slides
-    job_id = uuid.uuid4().hex
+    job_id = new_id()
     target = storage.join(limits.slides, job_id, SENT, name)
     remote = storage.is_remote(target)
     folder = Path(tempfile.mkdtemp() if remote else storage.join(limits.slides, job_id))

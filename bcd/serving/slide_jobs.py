@@ -22,7 +22,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ from bcd import lease, schema, storage
 from bcd.errors import BusyError, MissingError, StorageError
 from bcd.lease import Lease
 from bcd.scoring import ledger
-from bcd.serving.receive import SENT, SLIDES, RefusedError, overloaded
+from bcd.serving.receive import SENT, SLIDES, RefusedError, new_id, overloaded
 
 logger = logging.getLogger(__name__)
 
@@ -216,11 +215,6 @@ class SlideJobs:
         else:
             storage.delete_folder(self.folder(job_id))
         return state
-
-
-def new_id() -> str:
-    """An id of a slide, which nobody guesses."""
-    return uuid.uuid4().hex
 
 
 @dataclass

@@ -5,7 +5,6 @@ used raises `ImageError` with code `unreadable`, `missing_mpp`, `bad_mpp`, `too_
 """
 
 import math
-import re
 import struct
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +45,6 @@ LEAST_BLOCK_PX, UNKNOWN, MOST_FAILURES = 256, (200, 120, 170), 500
 MAX_READ_PIXELS, MAX_SLIDE_PIXELS = container.MAX_PIXELS, 10**12
 # From this size, NDPI has longer addresses than TIFF, which it is otherwise.
 NDPI_BYTES = 2**32
-CHANNELS_OME = re.compile(rb'SizeC="(\d{1,9})"')
 Box = tuple[int, int, int, int]
 
 
@@ -259,7 +257,7 @@ def _require_tiles(page: tiff.Page, size_bytes: int) -> None:
 
 def _require_colours(page: tiff.Page) -> None:
     """Reject an OME-TIFF with a page for each colour, of which OpenSlide would show the first as grey."""
-    channels = CHANNELS_OME.search(page.description) if b"<OME" in page.description[:1_000] else None
+    channels = pyramid.CHANNELS_OME.search(page.description) if b"<OME" in page.description[:1_000] else None
     if channels and page.one(tiff.SAMPLES, 1) < int(channels[1]):
         message = f"an OME-TIFF with {int(channels[1])} channels in pages of their own; expected RGB in one"
         raise ImageError("unsupported_format", message)

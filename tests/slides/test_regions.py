@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import shapely
 
 from bcd.errors import ImageError
 from bcd.slides import regions, tissue
@@ -61,7 +62,6 @@ def test_regions_add_up_and_no_place_counts_twice():
 
 
 def test_shares_agree_with_another_library():
-    shapely = pytest.importorskip("shapely")
     rng = np.random.default_rng(0)
     angle, radius = np.sort(rng.uniform(0, 2 * np.pi, 40)), rng.uniform(300, 900, 40)
     ring = np.column_stack([1000 + radius * np.cos(angle), 900 + radius * np.sin(angle)])
@@ -194,7 +194,6 @@ def test_the_outline_of_tissue_is_read_back_as_it_was():
 
 
 def test_outlines_are_valid_polygons():
-    shapely = pytest.importorskip("shapely")
     mask = np.random.default_rng(0).random((60, 80)) > 0.4
     found = [shapely.Polygon(rings[0], rings[1:]) for rings in regions.outlines(mask)]
     assert all(polygon.is_valid for polygon in found)

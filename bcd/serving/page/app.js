@@ -3,7 +3,7 @@
 import { showModel } from "./model.js";
 import { decode, draw, drawLegend, laidOver, pixelsOf, pngOf, strengthsOf } from "./picture.js";
 import { ServiceError, ask, token } from "./service.js";
-import { addSlide, forgetSlides, isSlide, resumeSlides } from "./slides.js";
+import { addSlide, forgetSlides, isSlide, resumeSlides } from "./sent.js";
 import { addRow, arrange, buildHeads, csv, fillRow, sorted } from "./table.js";
 import { brief, chip, element, make, mebibytes, plural, probability, sentence, show, side, signed, words, wrap } from "./text.js";
 
