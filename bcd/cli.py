@@ -31,7 +31,7 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "score": (ScoreConfig, "scoring.score"),
         "view": (ViewConfig, "serving.viewer.view"),
         "pool": (PoolConfig, "training.pooling.pool"),
-        "serve": (ServeConfig, "serving.serve"),
+        "serve": (ServeConfig, "serving.viewer.service"),
         "sign": (SignConfig, "preflight.signing"),
         "verify": (VerifyConfig, "preflight.signing"),
     }

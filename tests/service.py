@@ -4,12 +4,12 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bcd.imaging import image
 from bcd.model import predictor
@@ -43,6 +43,19 @@ def guarded(engine: api.Engine, limits: receive.Limits | None = None, token: str
     limits = limits or receive.Limits()
     app = api.create_app(engine, limits, max_images=4)
     return middleware.guarded(app, limits, middleware.digest(token) if token else None)
+
+
+def routed(apps: Mapping[str, ASGIApp]) -> ASGIApp:
+    """Applications by their prefixes as Ray Serve's proxy finds them (2.60): that of the longest which fits,
+    and which it states as the root path."""
+
+    async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+        fits = [prefix for prefix in apps if f"{scope['path']}/".startswith(prefix.rstrip("/") + "/")]
+        prefix = max(fits, key=len)
+        scope = {**scope, "root_path": "" if prefix == "/" else prefix}
+        await apps[prefix](scope, receive, send)
+
+    return proxy
 
 
 @contextlib.contextmanager

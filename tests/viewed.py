@@ -59,19 +59,24 @@ def pyramid(pixels: np.ndarray, levels: int = 3) -> bytes:
     return pictures.tiff(*pages)
 
 
-def make(folder: str, hidden: bool = False) -> Made:
-    """Write an output and its inputs below a folder, on disk or in a store; `hidden` as `--pseudonymise`."""
+def make(folder: str, hidden: bool = False, output: str | None = None) -> Made:
+    """Write an output and its inputs below a folder, on disk or in a store; `hidden` as `--pseudonymise`.
+
+    With `output`, write that one, as of a slide that was sent: the broken one is not in it.
+    """
     pixels = slide_pixels()
     slide_uri = storage.join(folder, f"in/{SLIDE}")
     storage.write_bytes(slide_uri, pyramid(pixels))
     rows = [*_tile_rows(slide_uri), *_field_rows(folder)]
-    rows.append(_row(BROKEN, storage.join(folder, f"in/{BROKEN}"), slide=BROKEN, error="unreadable"))
+    if not output:
+        rows.append(_row(BROKEN, storage.join(folder, f"in/{BROKEN}"), slide=BROKEN, error="unreadable"))
     if hidden:
         rows = [row | {schema.URI: row[schema.SLIDE] or row[schema.IMAGE_ID]} for row in rows]
-    output = storage.join(folder, "out")
+    slides = [SLIDE] if output else [SLIDE, BROKEN]
+    output = output or storage.join(folder, "out")
     table = pa.Table.from_pylist(rows, schema=schema.predictions(*MAP)).sort_by(schema.IMAGE_ID)
     storage.write_table(storage.join(output, "predictions/part-0.parquet"), table, row_group_size=64)
-    _write_slides(output, slide_uri, rows, hidden)
+    _write_slides(output, slide_uri, rows, hidden, slides)
     heat_map = image.encode_png(pictures.gradient(70, 90))
     storage.write_bytes(storage.join(output, ledger.slide_folder(SLIDE), ledger.HEATMAP), heat_map)
     facts = {
@@ -80,7 +85,7 @@ def make(folder: str, hidden: bool = False) -> Made:
         "target": "tumor_class",
         "model_id": "0123abcd",
     }
-    facts |= {"synthetic": False, "leaky": False, "n_images": FIELDS, "n_slides": 2}
+    facts |= {"synthetic": False, "leaky": False, "n_images": FIELDS, "n_slides": len(slides)}
     facts |= {"errors": {"unreadable": 1, "truncated": 1}} | ({"pseudonyms": "x0"} if hidden else {})
     storage.write_bytes(storage.join(output, ledger.SUMMARY), json.dumps(facts).encode())
     return Made(output, pixels, {row[schema.IMAGE_ID]: row for row in table.to_pylist()})
@@ -139,7 +144,7 @@ def _field_rows(folder: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _write_slides(output: str, uri: str, rows: list[dict[str, Any]], hidden: bool) -> None:
+def _write_slides(output: str, uri: str, rows: list[dict[str, Any]], hidden: bool, slides: list[str]) -> None:
     tiles = [row for row in rows if row.get(schema.X_LEVEL0_PX) is not None]
     known = [row[schema.PROBABILITY_MALIGNANT] for row in tiles if not row.get(schema.ERROR)]
     scored = {
@@ -165,5 +170,6 @@ def _write_slides(output: str, uri: str, rows: list[dict[str, Any]], hidden: boo
         schema.ERROR: "unreadable",
         schema.ERROR_MESSAGE: "damaged",
     }
-    table = pa.Table.from_pylist([scored, broken], schema=schema.SLIDES).sort_by(schema.SLIDE)
+    found = [row for row in (broken, scored) if row[schema.SLIDE] in slides]
+    table = pa.Table.from_pylist(found, schema=schema.SLIDES)
     storage.write_table(storage.join(output, ledger.SLIDES), table)

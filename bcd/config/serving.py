@@ -59,6 +59,9 @@ class ServiceConfig(SignedConfig):
     archive: str | None = None
     """Folder whose slides callers of /v1/slides may name in place of sending them."""
 
+    scores: str | None = None
+    """The --output of a scoring job, which the viewer of the service shows at /slides."""
+
     max_slide_bytes: int = Field(default=8 * 2**30, ge=1)
     """Largest slide that is received, in bytes."""
 

@@ -336,6 +336,7 @@ def _add_page(app: FastAPI) -> None:
     async def documentation() -> Response:
         return docs
 
+    app.router.routes.extend(front.viewer_pages())
     app.mount("/page", StaticFiles(directory=str(folder)), name="page")
 
 

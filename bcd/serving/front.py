@@ -6,12 +6,19 @@ No torch and no Ray here: the viewer starts without both.
 import os
 import re
 import socket
+from collections.abc import Callable
+from importlib.resources import files
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from bcd import storage
+from bcd.config.serving import ServiceConfig
 from bcd.errors import NOT_FINITE, ConfigError, ResourceError
 from bcd.imaging import image
 from bcd.serving.middleware import TOKEN_VARIABLE, digest, is_loopback
-from bcd.serving.receive import RefusedError
+from bcd.serving.receive import Limits, RefusedError
 
 # HTTP statuses of the codes of `ImageError`; 422 of others.
 STATUS = {
@@ -30,6 +37,10 @@ PAGE_POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 PAGE_HEADERS = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+# Pages of the viewer: without data, which are below `/v1/view`.
+VIEWER_PAGES = {"/slides": "list.html", "/slides/{name:path}": "slide.html"}
+# Settings that are URIs, which replicas on other nodes use.
+PLACES = ("model", "slides", "archive", "scores")
 
 
 def refusal(error: image.ImageError) -> RefusedError:
@@ -61,6 +72,40 @@ def read_digest(token_file: str | None, host: str | None) -> str | None:
             f"{TOKEN_VARIABLE} or --token-file, or listen on 127.0.0.1"
         )
     return digest(token) if token else None
+
+
+def placed(config: ServiceConfig) -> ServiceConfig:
+    """The settings as replicas need them: of the service alone, with URIs that hold on every node."""
+    settings = config.model_dump(include=set(ServiceConfig.model_fields))
+    places = {name: storage.absolute(uri) for name in PLACES if (uri := settings[name])}
+    return ServiceConfig(**settings | places)
+
+
+def limits_of(config: ServiceConfig) -> Limits:
+    """The limits that the settings state."""
+    return Limits(
+        max_body_bytes=config.max_body_bytes,
+        max_requests=2 * config.max_batch_size * config.max_replicas + config.max_queued,
+        upload_timeout_s=config.upload_timeout_s,
+        answer_timeout_s=config.answer_timeout_s,
+        cors_origins=config.cors_origins,
+        slides=storage.absolute(config.slides) if config.slides else None,
+        max_slide_bytes=config.max_slide_bytes,
+    )
+
+
+def viewer_pages() -> list[Route]:
+    """Routes of `VIEWER_PAGES`."""
+    return [Route(path, _page_at(file)) for path, file in VIEWER_PAGES.items()]
+
+
+def _page_at(file: str) -> Callable[[Request], Response]:
+    page = files("bcd.serving").joinpath("page/slides", file).read_text(encoding="utf-8")
+
+    def answer(_: Request) -> Response:
+        return Response(page, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
+
+    return answer
 
 
 def require_free(host: str, port: int) -> None:

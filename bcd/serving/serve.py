@@ -1,4 +1,4 @@
-"""Serve a model over HTTP with Ray Serve: `app` builds the application, `run` is called by `jobs/serve.py`.
+"""A model over HTTP with Ray Serve: `app` builds its application, `run` serves it with what is beside it.
 
 A replica decodes and computes off the event loop. While it computes a batch, requests that are decoded wait
 at the gate and then form the next batch. So no request waits for a timer, nor for an image that takes long to
@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -26,7 +27,6 @@ from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 from starlette.types import ASGIApp
 
-from bcd import storage
 from bcd.config import log
 from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.errors import NOT_FINITE_MESSAGE, BundleError, ConfigError, ResourceError
@@ -37,8 +37,7 @@ from bcd.model.predictor import Prediction
 from bcd.preflight import signing
 from bcd.runtime import cluster
 from bcd.serving import api, front, middleware
-from bcd.serving.receive import Limits
-from bcd.serving.slide_jobs import SlideJobs, SlideRunner
+from bcd.serving.slide_jobs import SlideJobs, SlideRunner, jobs_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +47,6 @@ NAME = "bcd"
 READY_FOR_S = 10.0
 READY_TIMEOUT_S = 20.0
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
-# Settings that are URIs, which replicas on other nodes use.
-PLACES = ("model", "slides", "archive")
 # The image as sent, and its prediction.
 Seen = tuple[np.ndarray, Prediction]
 
@@ -146,7 +143,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         self._forward.set_max_batch_size(self._config.max_batch_size)
-        limits, slides = _limits(self._config), _slide_jobs(self._config)
+        limits, slides = front.limits_of(self._config), jobs_of(self._config)
         if slides:
             _runner(self._config, slides).start()
         app = api.create_app(self, limits, self._config.max_images, slides)
@@ -221,9 +218,6 @@ def create_application(config: ServiceConfig, host: str | None) -> Application:
     card_sha256 = signing.verified(config.model, config.require_signature)
     identity = model_id(bundle.read_card(config.model, card_sha256))
     token_digest = front.read_digest(config.token_file, host)
-    settings = config.model_dump(include=set(ServiceConfig.model_fields))
-    places = {name: storage.absolute(uri) for name in PLACES if (uri := getattr(config, name))}
-    service = ServiceConfig(**settings | places)
     replicas: dict[str, Any] = {"num_replicas": config.min_replicas}
     if config.max_replicas > config.min_replicas:
         bounds = {"min_replicas": config.min_replicas, "max_replicas": config.max_replicas}
@@ -239,14 +233,7 @@ def create_application(config: ServiceConfig, host: str | None) -> Application:
         max_ongoing_requests=2 * config.max_batch_size,
         max_queued_requests=config.max_queued,
     )
-    return options.bind(service, token_digest, identity, card_sha256)
-
-
-def _slide_jobs(config: ServiceConfig) -> SlideJobs | None:
-    if config.slides is None:
-        return None
-    archive = storage.absolute(config.archive) if config.archive else None
-    return SlideJobs(storage.absolute(config.slides), archive, config.max_slides)
+    return options.bind(front.placed(config), token_digest, identity, card_sha256)
 
 
 def _runner(config: ServiceConfig, jobs: SlideJobs) -> SlideRunner:
@@ -257,26 +244,14 @@ def _runner(config: ServiceConfig, jobs: SlideJobs) -> SlideRunner:
     return SlideRunner(jobs, flags, {"RAY_ADDRESS": ray.get_runtime_context().gcs_address})
 
 
-def _limits(config: ServiceConfig) -> Limits:
-    return Limits(
-        max_body_bytes=config.max_body_bytes,
-        max_requests=2 * config.max_batch_size * config.max_replicas + config.max_queued,
-        upload_timeout_s=config.upload_timeout_s,
-        answer_timeout_s=config.answer_timeout_s,
-        cors_origins=config.cors_origins,
-        slides=storage.absolute(config.slides) if config.slides else None,
-        max_slide_bytes=config.max_slide_bytes,
-    )
-
-
-def run(config: ServeConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then finish the accepted requests."""
+def run(config: ServeConfig, beside: Sequence[serve.RunTarget] = ()) -> None:
+    """Serve until SIGTERM or SIGINT, then finish the accepted requests; `beside` are more applications."""
     _require_plain_serve()
     application = create_application(config, config.host)
     front.require_free(config.host, config.port)
     # For the proxy of a cluster that we start; the proxy of a running cluster has its own environment.
     os.environ[middleware.PROXY_VARIABLE] = middleware.PROXY_CALLBACK
-    os.environ[middleware.LIMITS_VARIABLE] = json.dumps(asdict(_limits(config)))
+    os.environ[middleware.LIMITS_VARIABLE] = json.dumps(asdict(front.limits_of(config)))
     if token_digest := front.read_digest(config.token_file, config.host):
         os.environ[middleware.DIGEST_VARIABLE] = token_digest
     cluster.connect()
@@ -285,7 +260,8 @@ def run(config: ServeConfig) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     http = HTTPOptions(host=config.host, port=config.port)
     serve.start(http_options=http, logging_config=QUIET)
-    serve.run(application, name=NAME, logging_config=QUIET)
+    targets = [serve.RunTarget(application, NAME, logging_config=QUIET), *beside]
+    serve.run_many(targets)
     stop = threading.Event()
     # After the start of Ray, which sets handlers of its own.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -293,7 +269,8 @@ def run(config: ServeConfig) -> None:
     logger.info(f"serving {config.model} at http://{config.host}:{config.port} (stop with Ctrl-C)")
     stop.wait()
     logger.info("finishing accepted requests")
-    serve.delete(NAME)
+    for target in targets:
+        serve.delete(target.name)
     if "RAY_ADDRESS" in os.environ:
         # A cluster of ours ends with this process. Here Ray 2.60 waits for a task of the controller that it
         # kills, and prints that the task has infinite retries.

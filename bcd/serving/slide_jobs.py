@@ -32,6 +32,7 @@ from typing import IO, Any, Literal
 from pydantic import BaseModel
 
 from bcd import lease, schema, storage
+from bcd.config.serving import ServiceConfig
 from bcd.errors import BusyError, MissingError, StorageError
 from bcd.lease import Lease
 from bcd.scoring import ledger
@@ -67,6 +68,11 @@ COMMAND = (sys.executable, "-P", "-c", PROGRAM, "score")
 TOLD = ("message", "rows", "share")
 # Exit codes of jobs that a repetition does not help: settings are wrong.
 FINAL_CODES = (2,)
+
+
+def no_result() -> RefusedError:
+    """The error of a slide that is not done."""
+    return RefusedError(404, "no_result", "this slide has no result, or not yet")
 
 
 class About(BaseModel):
@@ -161,6 +167,13 @@ class SlideJobs:
         """A slide ends without a result."""
         self.note(job_id, FAILED, {"code": code, "message": message})
 
+    def output(self, job_id: str) -> str:
+        """URI of what the job has written about a slide. Raises RefusedError where it is not done."""
+        self.about(job_id)
+        if self.state(job_id) != "done":
+            raise no_result()
+        return self.folder(job_id, OUTPUT)
+
     def document(self, job_id: str) -> dict[str, Any]:
         """The answer about a slide: its state and what belongs to it."""
         about, state = self.about(job_id), self.state(job_id)
@@ -204,7 +217,7 @@ class SlideJobs:
         try:
             return storage.read_bytes(storage.join(place, name))
         except MissingError:
-            raise RefusedError(404, "no_result", "this slide has no result, or not yet") from None
+            raise no_result() from None
 
     def remove(self, job_id: str) -> State:
         """Cancel a slide that has not ended, delete one that has; returns the state that it was in."""
@@ -215,6 +228,14 @@ class SlideJobs:
         else:
             storage.delete_folder(self.folder(job_id))
         return state
+
+
+def jobs_of(config: ServiceConfig) -> SlideJobs | None:
+    """The folder of slides that the settings name, if any."""
+    if config.slides is None:
+        return None
+    archive = storage.absolute(config.archive) if config.archive else None
+    return SlideJobs(storage.absolute(config.slides), archive, config.max_slides)
 
 
 @dataclass

@@ -35,14 +35,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> viewed.Made:
 
 @pytest.fixture(scope="module")
 def url(made: viewed.Made) -> Iterator[str]:
-    with service.serving(middleware.Guard(create_viewer(scored.open_scored(made.uri)))) as found:
+    with service.serving(middleware.Guard(create_viewer(scored.Outputs(made.uri)))) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def locked(made: viewed.Made) -> Iterator[str]:
     """A viewer with a token."""
-    app = create_viewer(scored.open_scored(made.uri))
+    app = create_viewer(scored.Outputs(made.uri))
     with service.serving(middleware.Guard(app, token_digest=middleware.digest(service.TOKEN))) as found:
         yield found
 
@@ -51,7 +51,7 @@ def locked(made: viewed.Made) -> Iterator[str]:
 def hidden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A viewer of a pseudonymised output."""
     found = viewed.make(str(tmp_path_factory.mktemp("hidden")), hidden=True)
-    with service.serving(middleware.Guard(create_viewer(scored.open_scored(found.uri)))) as url:
+    with service.serving(middleware.Guard(create_viewer(scored.Outputs(found.uri)))) as url:
         yield url
 
 

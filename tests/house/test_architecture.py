@@ -63,6 +63,7 @@ OPENSLIDE = "bcd.slides.readers.openslide_server"
 WITH_RAY = {
     *("runtime", "evaluation", "training", "scoring"),
     *("bcd.audit.audit", "bcd.preflight.doctor", "bcd.serving.serve", "bcd.training.pooling.pool"),
+    "bcd.serving.viewer.service",
 }
 WITH_TORCH = {
     *(f"bcd.model.{name}" for name in ("cam", "predictor", "resnet", "train_step", "weights")),

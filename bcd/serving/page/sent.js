@@ -10,7 +10,8 @@ const MAYBE = /\.tiff?$/i;
 const ENDED = new Set(["done", "failed", "cancelled", "lost"]);
 const NAMES = { sending: "sending", queued: "waiting", running: "being scored", done: "scored", failed: "not scored", cancelled: "cancelled", lost: "no longer known" };
 
-// Of each: `name`, `state`, `share` sent or scored, `document` of the service once it has an id, and its card.
+// Of each: `name`, `state`, `share` sent or scored, `document` of the service once it has an id, its card, and
+// once it is done the `url` of its map and its `page` in the viewer.
 const slides = [];
 let most = 0;
 
@@ -100,7 +101,7 @@ async function follow(slide) {
       if (!["unreachable", "overloaded", "timeout"].includes(error.code)) return ended(slide, error);
     }
     set(slide, slide.document.state);
-    if (ENDED.has(slide.state)) return void (slide.state === "done" && showMap(slide));
+    if (ENDED.has(slide.state)) return void (slide.state === "done" && showResult(slide));
     await new Promise((resolve) => setTimeout(resolve, 1000 * LOOK_S));
   }
 }
@@ -117,12 +118,17 @@ function ended(slide, error) {
   set(slide, error.code === "stopped" ? "cancelled" : "failed");
 }
 
-/** The heat map, which an address alone would not show: it needs the token. */
-async function showMap(slide) {
+/** The heat map, which an address alone would not show: it needs the token. And the page in the viewer. */
+async function showResult(slide) {
   const path = slide.document.files?.["heatmap.png"];
   if (!path) return;
   const blob = await (await answered(path.slice(1))).blob();
   slide.url = URL.createObjectURL(blob);
+  fill(slide);
+  const option = `job=${slide.document.id}`;
+  // Not every service has a viewer.
+  if (!(await answered(`v1/view?${option}`).catch(() => null))) return;
+  slide.page = `slides/${encodeURIComponent(slide.document.slide.slide)}?${option}`;
   fill(slide);
 }
 
@@ -166,7 +172,7 @@ function render() {
 }
 
 function fill(slide) {
-  const { card, document, name, share, state, url } = slide;
+  const { card, document, name, page, share, state, url } = slide;
   const running = !ENDED.has(state);
   const head = wrap("div", { class: "slide-head" }, make("h3", name), make("span", said(slide), { class: "quiet" }));
   const parts = [head];
@@ -177,6 +183,8 @@ function fill(slide) {
   if (url) parts.push(make("img", "", { src: url, alt: `${name} with the probability of each tile` }));
   if (document?.slide) parts.push(wrap("dl", { class: "numbers" }, ...facts(document.slide).flatMap(([term, value]) => [make("dt", term), make("dd", value)])));
   const buttons = wrap("div", { class: "buttons" });
+  // A tab of its own, so that images on this page are not lost; it has the token only where this one is its opener.
+  if (page) buttons.append(make("a", "Open in the viewer", { href: page, target: "_blank", rel: "opener", class: "button" }));
   if (document?.files?.["tiles.geojson.gz"]) buttons.append(button("Tiles for QuPath", () => save(slide, "tiles.geojson.gz")));
   buttons.append(button(running ? "Cancel" : "Delete", () => remove(slide)));
   // Progress that changes must not take the focus from its button.

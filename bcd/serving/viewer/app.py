@@ -1,6 +1,7 @@
 """The viewer's interface as a Starlette app: pages without data, and below `/v1/view` the data of an output.
 
-Callers name slides and fields by the ids of the table. Authentication and limits are `middleware.Guard`'s.
+Callers name slides and fields by the ids of the table, and the output of a slide that they have sent to a
+service by the id of that (`job`). Authentication and limits are `middleware.Guard`'s.
 """
 
 import logging
@@ -32,12 +33,14 @@ from bcd.serving.viewer import listing, packed, scored
 from bcd.serving.viewer.deepzoom import OVERLAP_PX, TILE_PX, DeepZoom
 from bcd.serving.viewer.listing import Query
 from bcd.serving.viewer.pixels import BoundedThreads, PixelReader
-from bcd.serving.viewer.scored import Scored
+from bcd.serving.viewer.scored import Outputs, Scored
 from bcd.taxonomy import classes
 from bcd.text import without_folders
 
 logger = logging.getLogger(__name__)
 
+# Where the data are, and the option that names the output of a slide that was sent.
+PREFIX, JOB = "/v1/view", "job"
 # For an hour in the caller's own browser, and for its token: addresses contain the version of the output.
 CACHED = {"Cache-Control": "private, max-age=3600", "Vary": "Authorization"}
 HIDDEN = "the output is pseudonymised: it does not name the files, so that only maps and numbers can be shown"
@@ -49,17 +52,17 @@ SHOWN = [name for name in schema.SLIDES.names if name not in (schema.URI, schema
 
 
 class Viewer:
-    """The routes over one output, which is read again where a job has written into it."""
+    """The routes over outputs."""
 
-    def __init__(self, output: Scored, pixels: PixelReader) -> None:
-        self._output, self._pixels = output, pixels
+    def __init__(self, outputs: Outputs, pixels: PixelReader) -> None:
+        self._outputs, self._pixels = outputs, pixels
         # One at a time: each holds a batch of the table.
         self._tables = BoundedThreads("table", 1)
         self._packed = lru_cache(KEPT_SLIDES)(_packed)
         self._page = lru_cache(KEPT_PAGES)(listing.page)
 
     def routes(self) -> list[Route]:
-        """All of them, for an app of the viewer's own or of a service."""
+        """Those of the data."""
         data: Mapping[str, Callable[[Request], Any]] = {
             "": self.about,
             "/inputs": self.inputs,
@@ -69,73 +72,76 @@ class Viewer:
             "/heatmap": self.heat_map,
             "/pixels/{level:int}/{column:int}_{row:int}": self.tile,
         }
-        pages = {"/slides": "list.html", "/slides/{name:path}": "slide.html"}
-        return [Route(f"/v1/view{path}", answer) for path, answer in data.items()] + [
-            Route(path, _page_at(file)) for path, file in pages.items()
-        ]
+        return [Route(f"{PREFIX}{path}", answer) for path, answer in data.items()]
 
-    async def about(self, _: Request) -> Response:
+    async def _output(self, request: Request) -> Scored:
+        """The output that a request names."""
+        return await self._outputs.find(request.query_params.get(JOB))
+
+    async def about(self, request: Request) -> Response:
         """What the output is: counts, threshold and scale."""
-        self._output = await self._tables.run(scored.renewed, self._output)
-        return JSONResponse(_about(self._output))
+        return JSONResponse(_about(await self._output(request)))
 
     async def inputs(self, request: Request) -> Response:
         """A page of the list of slides or fields."""
-        query = _query(request)
-        found = await self._tables.run(self._page, self._output, query)
+        query, output = _query(request), await self._output(request)
+        found = await self._tables.run(self._page, output, query)
         return JSONResponse({"total": found.total, "rows": found.rows})
 
     async def input(self, request: Request) -> Response:
         """All facts of one slide or field."""
-        name = _name(request)
-        if slide := self._output.slide(name):
-            return JSONResponse(_slide(slide, self._output))
-        field = scored.require(await self._tables.run(self._output.field, name))
-        return JSONResponse(_field(field, self._output))
+        name, output = _name(request), await self._output(request)
+        if slide := output.slide(name):
+            return JSONResponse(_slide(slide, output))
+        field = scored.require(await self._tables.run(output.field, name))
+        return JSONResponse(_field(field, output))
 
     async def tiles(self, request: Request) -> Response:
         """The tiles of a slide, see `packed`."""
-        name = _name(request)
-        scored.require(self._output.slide(name))
-        content = await self._tables.run(self._packed, self._output, name)
+        name, output = _name(request), await self._output(request)
+        scored.require(output.slide(name))
+        content = await self._tables.run(self._packed, output, name)
         return Response(content, media_type="application/octet-stream")
 
     async def tile(self, request: Request) -> Response:
         """Pixels of a slide: one tile of the deep-zoom image."""
-        row = self._readable(self._output.slide(_name(request)))
+        name, output = _name(request), await self._output(request)
+        row = _readable(output, output.slide(name))
         at = (request.path_params[key] for key in ("level", "column", "row"))
-        content = await self._pixels.tile(row, self._output.version, *at)
+        content = await self._pixels.tile(row, output.version, *at)
         return Response(content, media_type="image/jpeg", headers=CACHED)
 
     async def image(self, request: Request) -> Response:
         """Pixels of a field."""
-        row = self._readable(await self._tables.run(self._output.field, _name(request)))
+        name, output = _name(request), await self._output(request)
+        row = _readable(output, await self._tables.run(output.field, name))
         return Response(await self._pixels.field(row), media_type="image/jpeg", headers=CACHED)
 
     async def heat_map(self, request: Request) -> Response:
         """The heat map of a slide from the output."""
-        name = _name(request)
-        scored.require(self._output.slide(name))
-        content = await self._tables.run(self._output.heat_map, name)
+        name, output = _name(request), await self._output(request)
+        scored.require(output.slide(name))
+        content = await self._tables.run(output.heat_map, name)
         return Response(content, media_type="image/png", headers=CACHED)
 
-    def _readable(self, row: dict[str, Any] | None) -> dict[str, Any]:
-        found = scored.require(row)
-        if not self._output.has_pixels:
-            raise RefusedError(404, "no_pixels", HIDDEN)
-        if found[schema.ERROR]:
-            raise ImageError(found[schema.ERROR], found[schema.ERROR_MESSAGE] or "it was not scored")
-        return found
 
-
-def create_viewer(output: Scored, pixels: PixelReader | None = None) -> Starlette:
-    """An app of the viewer alone, with its pages."""
+def create_viewer(outputs: Outputs, pixels: PixelReader | None = None) -> Starlette:
+    """An app of the viewer, with its pages."""
     page = Mount("/page", StaticFiles(directory=str(files("bcd.serving").joinpath("page"))))
     first = Route("/", lambda _: RedirectResponse("/slides"))
     health = Route("/healthz", lambda _: JSONResponse({"status": "alive"}))
-    routes = Viewer(output, pixels or PixelReader()).routes()
+    routes = [*Viewer(outputs, pixels or PixelReader()).routes(), *front.viewer_pages()]
     handlers = {RefusedError: _refused, ImageError: _broken, StorageError: _broken, HTTPException: _http}
     return Starlette(routes=[*routes, page, first, health], exception_handlers=handlers)
+
+
+def _readable(output: Scored, row: dict[str, Any] | None) -> dict[str, Any]:
+    found = scored.require(row)
+    if not output.has_pixels:
+        raise RefusedError(404, "no_pixels", HIDDEN)
+    if found[schema.ERROR]:
+        raise ImageError(found[schema.ERROR], found[schema.ERROR_MESSAGE] or "it was not scored")
+    return found
 
 
 def _packed(output: Scored, name: str) -> bytes:
@@ -229,22 +235,13 @@ def _query(request: Request) -> Query:
     try:
         if len(given) < len(given.multi_items()):
             raise RefusedError(422, "invalid_request", "an option is given more than once")
-        return Query.model_validate(dict(given))
+        return Query.model_validate({name: value for name, value in given.items() if name != JOB})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "options"
         raise RefusedError(
             422, "invalid_request", f"{place}: {first['msg'].removeprefix('Value error, ')}"
         ) from None
-
-
-def _page_at(file: str) -> Callable[[Request], Response]:
-    page = files("bcd.serving").joinpath("page/slides", file).read_text(encoding="utf-8")
-
-    def answer(_: Request) -> Response:
-        return Response(page, media_type="text/html; charset=utf-8", headers=front.PAGE_HEADERS)
-
-    return answer
 
 
 def _answered(error: RefusedError) -> Response:

@@ -28,6 +28,8 @@ CACHE_BYTES = 2**26
 OPEN_SLIDES = 8
 # Requests that read or wait; a page has six at a time.
 MOST_WAITING = 256
+# Seconds without a tile after which nothing is kept: files that were deleted meanwhile would take room.
+IDLE_S = 300
 # Slides that are fetched from a store at a time: they must not hold up tiles of those that are here.
 FETCHERS = 2
 
@@ -39,10 +41,12 @@ Result = TypeVar("Result")
 
 
 class BoundedThreads:
-    """Threads for one kind of work. Raises RefusedError `overloaded` beyond so many that work or wait."""
+    """Threads for one kind of work, nicer than the process by `niceness`, as are child processes that they
+    start. Raises RefusedError `overloaded` beyond so many that work or wait."""
 
-    def __init__(self, name: str, threads: int, most: int = MOST_WAITING) -> None:
-        self._threads = ThreadPoolExecutor(threads, name)
+    def __init__(self, name: str, threads: int, most: int = MOST_WAITING, niceness: int = 0) -> None:
+        # On Linux, a thread has a niceness of its own.
+        self._threads = ThreadPoolExecutor(threads, name, os.nice, (niceness,))
         self._most, self._places = most, threading.BoundedSemaphore(most)
 
     async def run(
@@ -62,11 +66,14 @@ class PixelReader:
 
     Args:
         threads: that decode and encode, by default one for each core that this process may use.
+        niceness: of what reads and fetches, above that of this process.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
-        self._readers = BoundedThreads("read", threads or len(os.sched_getaffinity(0)))
-        self._fetchers = BoundedThreads("fetch", FETCHERS)
+    def __init__(self, threads: int | None = None, niceness: int = 0) -> None:
+        threads = threads or len(os.sched_getaffinity(0))
+        self._readers = BoundedThreads("read", threads, niceness=niceness)
+        self._fetchers = BoundedThreads("fetch", FETCHERS, niceness=niceness)
+        self._resting: asyncio.TimerHandle | None = None
         self._slides = OrderedDict[Place, asyncio.Task[Opened]]()
         self._encoded = OrderedDict[tuple[Any, ...], bytes]()
         self._encoded_bytes = 0
@@ -83,7 +90,9 @@ class PixelReader:
         box = levels.box(level, column, number)
         if box is None:
             raise RefusedError(404, "not_found", "the slide has no such tile")
-        key = version, row[schema.SLIDE], level, column, number
+        # Outputs may have slides of one name.
+        key = version, row[schema.URI], level, column, number
+        self._rest_later()
         if key in self._encoded:
             self._encoded.move_to_end(key)
             return self._encoded[key]
@@ -97,6 +106,16 @@ class PixelReader:
         """A field (a row of the table) as JPEG, its longest side at most `FIELD_PX`; raises ImageError where
         it cannot be read, and RefusedError where too many are waiting."""
         return await self._readers.run(_field, row)
+
+    def _rest_later(self) -> None:
+        if self._resting:
+            self._resting.cancel()
+        self._resting = asyncio.get_running_loop().call_later(IDLE_S, self._rest)
+
+    def _rest(self) -> None:
+        self._slides.clear()
+        self._encoded.clear()
+        self._encoded_bytes = 0
 
     async def _read(self, row: Mapping[str, Any], downsample: int, box: deepzoom.Box) -> bytes:
         place = row[schema.URI], pixel_size.Given(override=(row[schema.MPP], row[schema.MPP_Y]))

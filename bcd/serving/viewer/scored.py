@@ -1,9 +1,11 @@
 """A scored output as the viewer reads it: its summary, its slides, and rows of its table, found by their ids.
 
-Nothing of it is found by a path or a URI from a caller.
+Nothing is found by a path or a URI from a caller.
 """
 
 import json
+import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +16,14 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from bcd import schema, storage
-from bcd.errors import DataError, MissingError
+from bcd.errors import DataError, MissingError, StorageError
 from bcd.scoring import ledger
 from bcd.serving.receive import RefusedError
+from bcd.serving.slide_jobs import SlideJobs, no_result
+from bcd.serving.viewer.pixels import BoundedThreads
 
+# Seconds in which an output is taken to be as it was; outputs that stay open, and threads that look at them.
+LOOK_S, MOST_OPEN, LOOKERS = 2.0, 16, 2
 # Of a tile, for the map; and of a field, for its page.
 TILE = (
     *(schema.IMAGE_ID, schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX, schema.WIDTH_PX, schema.HEIGHT_PX, schema.MPP),
@@ -116,6 +122,62 @@ def renewed(scored: Scored) -> Scored:
     if storage.version(storage.join(scored.uri, ledger.SUMMARY)) == scored.version:
         return scored
     return open_scored(scored.uri)
+
+
+class Outputs:
+    """Outputs that are opened when they are asked for, and read again where a job has written into them. One
+    event loop calls it.
+
+    Args:
+        uri: of the output that callers name by no id; None where there is none.
+        jobs: slides that callers have sent, whose outputs they name by the ids of these.
+    """
+
+    def __init__(self, uri: str | None, jobs: SlideJobs | None = None) -> None:
+        self._uri, self._jobs = uri, jobs
+        self._open = OrderedDict[str | None, tuple[float, Scored]]()
+        self._lookers = BoundedThreads("look", LOOKERS)
+
+    async def find(self, job_id: str | None) -> Scored:
+        """The output of a slide, or the one without an id.
+
+        Raises:
+            RefusedError: there is none.
+            StorageError: it cannot be read.
+        """
+        looked, known = self._open.get(job_id, (0.0, None))
+        if known:
+            if time.monotonic() < looked + LOOK_S:
+                return known
+            # While this caller looks, others do without.
+            self._open[job_id] = time.monotonic(), known
+        try:
+            found = await self._lookers.run(self._look, job_id, known)
+        except (RefusedError, StorageError):
+            self._open.pop(job_id, None)
+            raise
+        self._open[job_id] = time.monotonic(), found
+        self._open.move_to_end(job_id)
+        while len(self._open) > MOST_OPEN:
+            self._open.popitem(last=False)
+        return found
+
+    def _look(self, job_id: str | None, known: Scored | None) -> Scored:
+        uri = self._place(job_id)
+        try:
+            return renewed(known) if known else open_scored(uri)
+        except DataError:  # deleted while it was read
+            raise no_result() from None
+
+    def _place(self, job_id: str | None) -> str:
+        if job_id is not None and self._jobs:
+            return self._jobs.output(job_id)
+        if job_id is not None:
+            raise RefusedError(404, "no_slide", "no slides are sent to this viewer")
+        if self._uri is None:
+            why = "this service shows the slides that were sent, from its page, and no archive (--scores)"
+            raise RefusedError(404, "no_scores", why)
+        return self._uri
 
 
 def require(row: dict[str, Any] | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from bcd.serving import front
 from bcd.serving.middleware import Guard, Limits
 from bcd.serving.viewer import packed, scored
 from bcd.serving.viewer.app import create_viewer
-from bcd.serving.viewer.scored import Scored
+from bcd.serving.viewer.scored import Outputs, Scored
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def run(config: ViewConfig) -> None:
     output = scored.open_scored(config.output)
     front.require_free(config.host, config.port)
     limits = Limits(max_body_bytes=BODY_BYTES)
-    guard = Guard(create_viewer(output), limits, token_digest, loopback_only=True)
+    guard = Guard(create_viewer(Outputs(output.uri)), limits, token_digest, loopback_only=True)
     settings = uvicorn.Config(
         guard,
         host=config.host,

@@ -30,7 +30,7 @@ DATA = ("", "/inputs", "/input", "/tiles", "/image", "/heatmap", "/pixels/10/0_0
 
 @contextmanager
 def client_of(made, **headers):
-    app = create_viewer(scored.open_scored(made.uri))
+    app = create_viewer(scored.Outputs(made.uri))
     guard = middleware.Guard(app, token_digest=middleware.digest(TOKEN))
     headers = {"Authorization": f"Bearer {TOKEN}"} | headers
     with serving(guard) as url, httpx.Client(base_url=url, headers=headers, timeout=60) as opened:

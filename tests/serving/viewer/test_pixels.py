@@ -1,4 +1,5 @@
 import asyncio
+import os
 import threading
 
 import numpy as np
@@ -119,6 +120,29 @@ def test_more_requests_than_fit_are_refused():
 
     error = asyncio.run(three())
     assert (error.status, error.code, error.headers) == (503, "overloaded", {"Retry-After": "1"})
+
+
+def test_threads_and_what_they_start_may_be_nicer_than_the_process():
+    before = os.nice(0)
+    pool = BoundedThreads("test", 1, niceness=3)
+    assert asyncio.run(pool.run(os.nice, 0)) == min(before + 3, 19)
+    assert os.nice(0) == before
+
+
+def test_where_nobody_looks_nothing_is_kept(row, monkeypatch):
+    """A slide that was deleted would take room as long as it is open."""
+
+    async def story():
+        found = PixelReader()
+        await found.tile(row, "1", 10, 0, 0)
+        assert (len(found._slides), len(found._encoded)) == (1, 1)
+        monkeypatch.setattr(pixels, "IDLE_S", 0)
+        await found.tile(row, "1", 10, 0, 0)
+        while found._slides:
+            await asyncio.sleep(0)
+        return len(found._encoded), found._encoded_bytes
+
+    assert asyncio.run(asyncio.wait_for(story(), 60)) == (0, 0)
 
 
 def test_a_field_is_a_jpeg_and_not_too_large(output, monkeypatch):

@@ -4,7 +4,7 @@ import { ask } from "../service.js";
 import { element, make, plural, probability, show, words, wrap } from "../text.js";
 import { loaded } from "./access.js";
 import { banners } from "./facts.js";
-import { PAGE_ROWS, defaults, keep, search } from "./order.js";
+import { PAGE_ROWS, defaults, keep, options, pageOf, search } from "./order.js";
 
 // Milliseconds without a key, after which a filter is applied.
 const PAUSE_MS = 250;
@@ -57,7 +57,7 @@ async function list() {
 function row(one) {
   const cells = COLUMNS[query.kind].map(({ key, show: text, more = "" }) => {
     if (key === "name") {
-      const link = make("a", one.name, { href: `slides/${encodeURIComponent(one.name)}` });
+      const link = make("a", one.name, { href: `slides/${pageOf(one.name)}` });
       return wrap("td", { class: "name" }, link);
     }
     const value = one[key];
@@ -132,7 +132,7 @@ function wire() {
 const finds = location.hash === "#find";
 
 async function begin() {
-  about ??= await ask("v1/view");
+  about ??= await ask(`v1/view?${options()}`);
   document.title = element("title").textContent = about.title;
   element("banners").replaceChildren(...banners(about));
   element("slides").textContent = plural(about.n_slides ?? 0, "slide");
@@ -140,7 +140,8 @@ async function begin() {
   for (const code of Object.keys(about.errors ?? {})) {
     if (![...element("error").options].some((one) => one.value === code)) element("error").append(make("option", words(code), { value: code }));
   }
-  if (!location.search && !about.n_slides) query = defaults("fields");
+  const said = [...new URLSearchParams(location.search).keys()].filter((key) => key !== "job");
+  if (!said.length && !about.n_slides) query = defaults("fields");
   showFilter();
   await list();
   if (finds) element("text").focus();

@@ -1,9 +1,17 @@
-// The order of the list, which the page of a slide follows to the next and the previous one.
+// Addresses: the output that a page shows, and the order of its list, which the page of a slide follows.
 
 import { ask } from "../service.js";
 
 export const PAGE_ROWS = 50;
-const KEPT = "bcd-view-list";
+// Within a service: the slide that was sent, whose output is shown.
+const job = new URLSearchParams(location.search).get("job") ?? "";
+const KEPT = `bcd-view-list${job}`;
+
+/** Options of an address, with those that name the output. */
+export const options = (given = {}) => new URLSearchParams({ ...given, ...(job && { job }) });
+
+/** The last part of the address of an input's page. */
+export const pageOf = (name) => `${encodeURIComponent(name)}${job && `?${options()}`}`;
 
 /** The list as it is first shown: the most malignant first. */
 export const defaults = (kind) => ({ kind, sort: "probability", descending: "true", offset: 0 });
@@ -11,7 +19,7 @@ export const defaults = (kind) => ({ kind, sort: "probability", descending: "tru
 /** A question as options of an address, without those that say nothing. */
 export function search(query) {
   const said = Object.entries({ ...query, limit: PAGE_ROWS }).filter(([, value]) => value !== "" && value !== "false");
-  return new URLSearchParams(said);
+  return options(Object.fromEntries(said));
 }
 
 /** Remember a page of the list for the pages of its inputs. */
@@ -49,5 +57,5 @@ export async function placeOf(name, kind) {
 /** The address of the list, as it was last shown. */
 export function back() {
   const page = kept();
-  return page ? `../slides?${search(page.query)}` : "../slides";
+  return `../slides?${page ? search(page.query) : options()}`;
 }

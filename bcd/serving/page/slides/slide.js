@@ -5,11 +5,11 @@ import { answered, ask } from "../service.js";
 import { element, make, plural, sentence, show, signed, words } from "../text.js";
 import { authorization, loaded } from "./access.js";
 import { banners, listOf, ofRow, ofSlide } from "./facts.js";
-import { back, placeOf } from "./order.js";
+import { back, options, pageOf, placeOf } from "./order.js";
 import { TileMap, shade, unpack } from "./tiles.js";
 
 const name = decodeURIComponent(location.pathname.replace(/^.*?\/slides\//, ""));
-const option = `name=${encodeURIComponent(name)}`;
+const option = options({ name });
 // Of the view: how far a key moves it, and by how much it zooms.
 const [STEP, FACTOR] = [0.2, 1.5];
 const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -305,7 +305,7 @@ async function openField() {
 }
 
 async function begin() {
-  state.about = await ask("../v1/view");
+  state.about = await ask(`../v1/view?${options()}`);
   state.row = await ask(`../v1/view/input?${option}`);
   const { row, about } = state;
   element("banners").replaceChildren(...banners(about));
@@ -334,7 +334,7 @@ async function showPlace() {
 
 async function step(by) {
   const next = await state.place?.neighbour(by);
-  if (next) location.assign(encodeURIComponent(next));
+  if (next) location.assign(pageOf(next));
 }
 
 // ---- wiring -----------------------------------------------------------------------------------------------------
