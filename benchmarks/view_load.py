@@ -135,23 +135,34 @@ async def measure(port: int, viewers: int, pause_s: float, seconds: float) -> Lo
     return load
 
 
-def main() -> None:
-    """Measure and print."""
+def arguments(doc: str | None, *names: str) -> argparse.Namespace:
+    """What a caller asks for: positional arguments of these names, and the load."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("output")
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    for name in names:
+        parser.add_argument(name)
     parser.add_argument("--viewers", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--pause", type=float, default=2.0)
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def print_loads(port: int, given: argparse.Namespace) -> None:
+    """Measure tiles that are read for the first time, then the same ones, and print both."""
+    for name in ("read", "kept"):
+        load = asyncio.run(measure(port, given.viewers, given.pause, given.seconds))
+        p50, p95 = statistics.median(load.taken), statistics.quantiles(load.taken, n=20)[-1]
+        print(
+            f"{name}: {given.viewers} viewers, {len(load.taken) / given.seconds:.0f} tiles/s, "
+            f"p50 {p50:.0f} ms, p95 {p95:.0f} ms, refused {load.refused}"
+        )
+
+
+def main() -> None:
+    """Measure and print."""
+    given = arguments(__doc__, "output")
     with viewer(given.output) as port:
-        for name in ("read", "kept"):
-            load = asyncio.run(measure(port, given.viewers, given.pause, given.seconds))
-            p50, p95 = statistics.median(load.taken), statistics.quantiles(load.taken, n=20)[-1]
-            print(
-                f"{name}: {given.viewers} viewers, {len(load.taken) / given.seconds:.0f} tiles/s, "
-                f"p50 {p50:.0f} ms, p95 {p95:.0f} ms, refused {load.refused}"
-            )
+        print_loads(port, given)
 
 
 if __name__ == "__main__":

@@ -181,6 +181,28 @@ def upload(page: Page, *files: File) -> None:
     settle(page)
 
 
+def drop(page: Page, name: str, content: bytes) -> None:
+    """A file that is dropped on the page."""
+    page.evaluate(
+        """([name, content]) => {
+            const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(new File([bytes], name));
+            document.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
+        }""",
+        [name, base64.b64encode(content).decode()],
+    )
+
+
+def enter(page: Page, url: str) -> None:
+    """Open the page of a service with a token."""
+    page.goto(url)
+    page.get_by_label("Token").fill(service.TOKEN)
+    page.get_by_role("button", name="Continue").click()
+    # It accepts images after the token.
+    expect(page.locator("#work")).to_be_visible(timeout=PATIENCE_MS)
+
+
 def chooser(page: Page) -> Any:
     """The dialogue that Space opens on the focused file input.
 
@@ -899,6 +921,8 @@ def test_a_slide_is_followed_to_its_heat_map(
     with page.expect_download() as download:
         cards.nth(0).get_by_role("button", name="Tiles for QuPath").click()
     assert download.value.suggested_filename == f"a.svs.{ledger.GEOJSON}"
+    # This service has no viewer.
+    assert cards.nth(0).get_by_role("link").count() == 0
     page.reload()  # the tab knows its slides
     expect(cards).to_have_count(2)
     expect(cards.nth(0)).to_contain_text("12.5 %")

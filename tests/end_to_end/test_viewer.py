@@ -3,6 +3,8 @@
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -10,15 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bcd import schema
+from bcd import schema, storage
+from bcd.config.serving import ServiceConfig
+from bcd.imaging import image
 from bcd.metrics import calibration
 from bcd.reports import heatmap
-from bcd.serving import middleware
+from bcd.scoring import ledger
+from bcd.serving import api, front, middleware
+from bcd.serving.slide_jobs import SlideJobs, jobs_of
 from bcd.serving.viewer import scored
+from bcd.serving.viewer import service as viewer_service
 from bcd.serving.viewer.app import create_viewer
 from bcd.taxonomy import TUMOR_CLASSES
 from tests import service, viewed
 from tests.end_to_end import test_page
+from tests.model.test_bundle import card
 
 pytestmark = test_page.pytestmark
 expect, Page = test_page.expect, test_page.Page
@@ -82,13 +90,38 @@ def middle(page: Page) -> tuple[float, float]:
     return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
 
+NUMBERS = {
+    "probability": schema.PROBABILITY_MALIGNANT,
+    "novelty": schema.NOVELTY,
+    "usual up to": schema.NOVELTY_CUTOFF,
+}
+
+
 def check(found: dict[str, str], row: dict[str, Any]) -> None:
     """Compare with the row of the table: the shortest text of each number."""
-    for name, column in (("probability", schema.PROBABILITY_MALIGNANT), ("novelty", schema.NOVELTY)):
-        assert found[name] == np.format_float_positional(np.float32(row[column]), unique=True, trim="0")
-    assert found["usual up to"] == str(viewed.CUTOFF)
+    for name, column in NUMBERS.items():
+        assert found[name] == np.format_float_positional(np.float32(row[column]), unique=True, trim="-")
     assert float(found["log-odds"]) == calibration.log_odds([row[schema.LOGIT]], TUMOR_CLASSES)[0]
     assert (found["class"], found["id"]) == (row[schema.PREDICTED_CLASS], row[schema.IMAGE_ID])
+
+
+def open_sent(page: Page) -> Page:
+    """The viewer, from the card of a slide on the service's page: a tab of its own, which has the token."""
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name="Open in the viewer").click(timeout=test_page.PATIENCE_MS)
+    found = opened.value
+    expect(found.locator("#stage")).to_have_attribute("aria-busy", "false", timeout=test_page.PATIENCE_MS)
+    expect(found.locator("#facts dl")).to_be_visible(timeout=test_page.PATIENCE_MS)
+    return found
+
+
+def read_tile(page: Page, x: int, y: int) -> dict[str, str]:
+    """Numbers of the tile at a place of level 0."""
+    page.evaluate("(place) => { location.hash = place; }", f"{x},{y},1")
+    page.mouse.move(2, 2)
+    page.mouse.move(*middle(page))
+    expect(page.locator("#tile dl")).to_be_visible(timeout=test_page.PATIENCE_MS)
+    return numbers(page)
 
 
 def test_the_list_is_sorted_and_filtered_by_the_server(page: Page, url: str, made: Any, shot: Any) -> None:
@@ -314,3 +347,55 @@ DRAW = """async () => {
   const { width, height } = map.bitmap.canvas;
   return JSON.stringify({ bitmap: [width, height], rectangles: found, medians });
 }"""
+
+
+@pytest.fixture
+def sent(tmp_path: Path) -> Iterator[tuple[str, SlideJobs]]:
+    """A service and its folder of slides, with both of its applications; the test is what scores them."""
+    config = ServiceConfig(model="m", slides=str(tmp_path / "slides"))
+    limits, digest, jobs = front.limits_of(config), middleware.digest(service.TOKEN), jobs_of(config)
+    engine: Any = SimpleNamespace(card=card(), model_id="9f2c4e81a07b35d6")
+    model = middleware.guarded(api.create_app(engine, limits, 4, jobs), limits, digest)
+    viewer = viewer_service.ViewerReplica.__base__(config, digest).__serve_build_asgi_app__()
+    assert jobs
+    with service.serving(service.routed({"/": model, viewer_service.PREFIX: viewer})) as found:
+        yield found, jobs
+
+
+@pytest.mark.parametrize("page", [{}, PHONE | DARK], indirect=True, ids=["wide", "narrow"])
+def test_a_slide_is_dropped_followed_opened_faded_and_read(
+    page: Page, sent: tuple[str, SlideJobs], shot: Any
+) -> None:
+    url, jobs = sent
+    test_page.enter(page, url)
+    test_page.drop(page, "a.svs", b"x")
+    shown = page.locator("#slides > li")
+    expect(shown).to_contain_text("waiting")
+    (job_id,) = jobs.waiting()
+    jobs.note(job_id, "progress.json", {"message": "0 of 1 input", "rows": 500, "share": 0.4})
+    expect(shown).to_contain_text("being scored, 40 %")
+    assert shown.get_by_role("link").count() == 0
+    drawing = jobs.folder(job_id, "output", ledger.slide_folder("a.svs"), ledger.HEATMAP)
+    storage.write_bytes(drawing, image.encode_png(viewed.slide_pixels()))
+    made = viewed.make(jobs.folder(job_id, "made"), output=jobs.folder(job_id, "output"))
+    viewer = open_sent(page)
+    shot()
+    row = next(row for row in made.tiles() if not row[schema.ERROR])
+    x, y = row[schema.X_LEVEL0_PX], row[schema.Y_LEVEL0_PX]
+    check(read_tile(viewer, x + 50, y + 40), row)
+    with_map = pixels(viewer)
+    viewer.locator("#opacity").fill("0")
+    expect(viewer.locator("#opacity-text")).to_have_text("0 %")
+    assert np.abs(with_map.astype(int) - pixels(viewer)).max() > 20
+    # The place is an address for who has access; the list is that of the slide.
+    assert f"?job={job_id}#{x + 50},{y + 40},1" in viewer.url
+    viewer.get_by_role("link", name="All inputs").click()
+    expect(viewer.locator("#total")).to_have_text("1 slide found")
+    viewer.get_by_role("button", name="7 fields").click()
+    viewer.get_by_role("link", name="field 2.png").click()
+    expect(viewer.locator("#opacity-text")).to_have_text("80 %")
+    check(numbers(viewer), made.rows["field 2.png"])
+    page.get_by_role("button", name="Delete").click()
+    expect(shown).to_have_count(0)
+    viewer.reload()
+    expect(viewer.locator("#trouble-text")).to_have_text("This service knows no slide of this id.")

@@ -36,7 +36,7 @@ from PIL import Image
 from ray import serve as ray_serve
 from ray.serve.schema import ServeDeploySchema
 
-from bcd import schema
+from bcd import schema, storage
 from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.data import archive
 from bcd.errors import BundleError, ConfigError, ResourceError
@@ -44,8 +44,10 @@ from bcd.model import bundle, predictor
 from bcd.runtime import predict
 from bcd.scoring import tiling
 from bcd.serving import middleware, serve
+from bcd.serving.viewer import service as viewer_service
 from tests import archives, pictures
 from tests.cluster import BIN, PATIENCE_S, ROOT, free_port, kill, other_lines, wait_for
+from tests.end_to_end import test_page, test_viewer
 from tests.end_to_end.test_page import CHROMIUM, PATIENCE_MS, launch, probability, sync_api
 from tests.model.test_bundle import card, untrained
 from tests.service import LIMITS, SENT, TOKEN
@@ -62,7 +64,7 @@ LINES = (
     r"\x1b\[36m\(ProxyActor pid=\d+\)\x1b\[0m (warning: )?GET /readyz (404|503)( \w+)?, .*; request .*",
     r"finishing accepted requests",
 )
-REPLICA = r"ray::ServeReplica:bcd:Replica"
+REPLICA, VIEWER = r"ray::ServeReplica:bcd:Replica", r"ray::ServeReplica:bcd-viewer:ViewerReplica"
 # The largest difference that rounding in bfloat16 may make to a probability, between batches of any shape.
 BFLOAT16 = 0.02
 
@@ -205,18 +207,18 @@ def archived(files, models, tmp_path_factory):
 
 
 def deploy(cluster, port, folder, model_uri, **arguments):
-    """`serve deploy` of a file, and wait until it runs."""
+    """`serve deploy` of a file with a model and the viewer, and wait until it runs."""
+    given = {"model": model_uri, "max_body_bytes": LIMITS.max_body_bytes, "slides": str(SENT)} | arguments
+    places = {
+        "bcd": ("/", "bcd.serving.serve:app"),
+        viewer_service.NAME: (viewer_service.PREFIX, "bcd.serving.viewer.service:viewer"),
+    }
     config = {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": port},
         "applications": [
-            {
-                "name": "bcd",
-                "import_path": "bcd.serving.serve:app",
-                "route_prefix": "/",
-                "args": {"model": model_uri, "max_body_bytes": LIMITS.max_body_bytes, "slides": str(SENT)}
-                | arguments,
-            }
+            {"name": name, "import_path": path, "route_prefix": prefix, "args": given}
+            for name, (prefix, path) in places.items()
         ],
     }
     path = folder / "serve.yaml"
@@ -246,6 +248,9 @@ class Service:
         answer = httpx.get(f"{self.url}/v1/model", headers=AUTHORISED, timeout=60)
         return answer.json().get("model_id")
 
+    def view(self, **options):
+        return httpx.get(f"{self.url}/v1/view", params=options, headers=AUTHORISED, timeout=300)
+
     def is_ready(self):
         try:
             return httpx.get(f"{self.url}/readyz", timeout=60).status_code == 200
@@ -259,6 +264,7 @@ def service(cluster, archived, models, tmp_path_factory):
     running = Service(port)
     deploy(cluster, port, tmp_path_factory.mktemp("serve"), models[0])
     wait_for(running.is_ready, PATIENCE_S, "the service")
+    wait_for(lambda: "no_scores" in running.view().text, PATIENCE_S, "the viewer")
     yield running
     ray_serve.shutdown()
     shutil.rmtree(SENT)
@@ -336,6 +342,60 @@ def test_a_slide_is_scored_as_in_an_archive_though_its_replica_is_lost(service, 
     assert found("/heatmap.png").content.startswith(b"\x89PNG")
     assert httpx.delete(address, headers=AUTHORISED).status_code == 204
     assert found().status_code == 404
+
+
+@pytest.mark.ray
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
+def test_a_slide_is_dropped_on_the_page_and_seen_in_the_viewer(service):
+    """From the drop to each tile's numbers, which are those of the job's table to the digit."""
+    content = pictures.tiled_tiff(pictures.stained(920, 1400), 0.49, side=256)
+    with sync_api.sync_playwright() as playwright:
+        browser = launch(playwright)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(PATIENCE_MS)
+        test_page.enter(page, service.url)
+        # The service recognises it: its name may be that of a field.
+        test_page.drop(page, "a.tif", content)
+        sent = page.locator("#slides > li")
+        sync_api.expect(sent).to_contain_text("being scored", timeout=PATIENCE_MS)
+        sync_api.expect(page.get_by_role("link", name="Open in the viewer")).to_be_visible(
+            timeout=1_000 * PATIENCE_S
+        )
+        viewer = test_viewer.open_sent(page)
+        job_id = re.search(r"job=([0-9a-f]{32})", viewer.url)[1]
+        rows = storage.dataset(str(SENT / job_id / "output" / "predictions")).to_table().to_pylist()
+        assert len(rows) == 4
+        for row in rows:
+            place = row[schema.X_LEVEL0_PX] + 50, row[schema.Y_LEVEL0_PX] + 50
+            test_viewer.check(test_viewer.read_tile(viewer, *place), row)
+        with_map = test_viewer.pixels(viewer)
+        viewer.locator("#opacity").fill("0")
+        sync_api.expect(viewer.locator("#opacity-text")).to_have_text("0 %", timeout=PATIENCE_MS)
+        plain = test_viewer.pixels(viewer)
+        assert plain.std() > 5  # tissue
+        assert np.abs(with_map.astype(int) - plain).max() > 20
+        page.get_by_role("button", name="Delete").click()
+        sync_api.expect(sent).to_have_count(0, timeout=PATIENCE_MS)
+        wait_for(lambda: service.view(job=job_id).status_code == 404, PATIENCE_S, "the end of the slide")
+        browser.close()
+
+
+@pytest.mark.ray
+def test_a_viewer_that_hangs_holds_up_no_prediction(service, cluster, files):
+    """Its process is stopped, as by tiles that take for ever: more requests than the model has places."""
+    (pid,) = [pid for pid, command in cluster.processes() if re.search(VIEWER, command)]
+    viewer = psutil.Process(pid)
+    with ThreadPoolExecutor(64) as pool:
+        viewer.suspend()
+        try:
+            waiting = [pool.submit(service.view, job="f" * 32) for _ in range(64)]
+            answers = [service.ask(content) for content in list(files.values())[:8]]
+            assert {answer.status_code for answer in answers} == {200}
+            assert not any(one.done() for one in waiting)
+        finally:
+            viewer.resume()
+        assert {one.result().status_code for one in waiting} == {404}
 
 
 @pytest.mark.ray
@@ -498,11 +558,7 @@ def test_the_page_works_with_the_services_token(service, archived, models, files
         browser = launch(playwright)
         page = browser.new_page()
         page.set_default_timeout(PATIENCE_MS)
-        page.goto(service.url)
-        page.get_by_label("Token").fill(TOKEN)
-        page.get_by_role("button", name="Continue").click()
-        # The page accepts images after the token.
-        sync_api.expect(page.locator("#work")).to_be_visible(timeout=PATIENCE_MS)
+        test_page.enter(page, service.url)
         page.set_input_files("#files", [{"name": name, "mimeType": "image/png", "buffer": content}])
         verdict = page.locator("#verdict")
         shown = probability(row[schema.PROBABILITY_MALIGNANT])
@@ -821,6 +877,22 @@ def test_a_port_in_use_and_a_missing_model_are_errors(models, tmp_path):
             serve.run(ServeConfig(model=models[0], port=port))
     with pytest.raises(BundleError, match="no model bundle there"):
         serve.run(ServeConfig(model=str(tmp_path)))
+
+
+def test_what_is_beside_the_model_starts_and_ends_with_it(models, monkeypatch):
+    said = []
+    monkeypatch.setattr(serve.os, "environ", {})
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(serve.threading, "Event", lambda: SimpleNamespace(wait=lambda: said.append("stop")))
+    monkeypatch.setattr(serve.cluster, "connect", lambda: None)
+    monkeypatch.setattr(serve, "_require_capacity", lambda _: None)
+    monkeypatch.setattr(ray_serve, "start", lambda **_: None)
+    monkeypatch.setattr(ray_serve, "run_many", lambda targets: said.extend(targets))
+    monkeypatch.setattr(ray_serve, "delete", said.append)
+    beside = ray_serve.RunTarget(None, "other", "/other")
+    serve.run(ServeConfig(model=models[0], port=free_port()), [beside])
+    assert [(one.name, one.route_prefix) for one in said[:2]] == [("bcd", "/"), ("other", "/other")]
+    assert said[2:] == ["stop", "bcd", "other"]
 
 
 def test_the_example_for_clusters_is_valid():
