@@ -2,8 +2,8 @@
 
 Tiles are many, and some are slow. In a process of their own they take no place in the queues of the model's
 replicas, which count requests, and no turn of their event loops; autoscaling does not count them. It reserves
-no CPU: what reads has the least priority, so that the model computes first where cores are few. Its pages are
-those of the model's application. No torch here.
+no CPU, and what reads has a lower priority than the model, for where cores are few. Its pages are those of
+the model's application. No torch here.
 """
 
 from ray import serve
@@ -21,8 +21,8 @@ from bcd.serving.viewer.pixels import MOST_WAITING, PixelReader
 from bcd.serving.viewer.scored import Outputs
 
 NAME = "bcd-viewer"
-# Linux has 19 at most; Ray starts its workers with 15.
-LEAST_PRIORITY = 19
+# Of what reads, above that of the model: Ray starts all its workers with 15, and Linux has 19 at most.
+NICENESS = 4
 
 
 @serve.ingress()
@@ -40,7 +40,7 @@ class ViewerReplica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         outputs = Outputs(self._config.scores, jobs_of(self._config))
-        app = _whole_addresses(create_viewer(outputs, PixelReader(niceness=LEAST_PRIORITY)))
+        app = _whole_addresses(create_viewer(outputs, PixelReader(niceness=NICENESS)))
         return middleware.guarded(app, front.limits_of(self._config), self._token_digest)
 
 
