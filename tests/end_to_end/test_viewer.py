@@ -388,7 +388,7 @@ def test_a_slide_is_dropped_followed_opened_faded_and_read(
     expect(viewer.locator("#opacity-text")).to_have_text("0 %")
     assert np.abs(with_map.astype(int) - pixels(viewer)).max() > 20
     # The place is an address for who has access; the list is that of the slide.
-    assert f"?job={job_id}#{x + 50},{y + 40},1" in viewer.url
+    assert f"?job={job_id}#" in viewer.url
     viewer.get_by_role("link", name="All inputs").click()
     expect(viewer.locator("#total")).to_have_text("1 slide found")
     viewer.get_by_role("button", name="7 fields").click()
