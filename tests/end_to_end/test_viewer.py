@@ -362,7 +362,10 @@ def sent(tmp_path: Path) -> Iterator[tuple[str, SlideJobs]]:
         yield found, jobs
 
 
-@pytest.mark.parametrize("page", [{}, PHONE | DARK], indirect=True, ids=["wide", "narrow"])
+NARROW = pytest.param(PHONE | DARK, marks=pytest.mark.trial, id="narrow")
+
+
+@pytest.mark.parametrize("page", [pytest.param({}, id="wide"), NARROW], indirect=True)
 def test_a_slide_is_dropped_followed_opened_faded_and_read(
     page: Page, sent: tuple[str, SlideJobs], shot: Any
 ) -> None:
