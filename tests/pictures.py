@@ -108,6 +108,10 @@ def tiled_tiff(
     return tiff(tiled_page(pixels, mpp, side, **changes))
 
 
+# A mark as of old, for which a slide is left to OpenSlide.
+UNUSUAL = {"t255": [1]}
+
+
 def tiled_page(
     pixels: np.ndarray, mpp: float | tuple[float, float] | None, side: int = 64, **changes: object
 ) -> tuple[Tags, list[bytes]]:

@@ -54,8 +54,18 @@ def deflated(pixels: np.ndarray) -> bytes:
     return zlib.compress(pixels.tobytes())
 
 
+def lzw(pixels: np.ndarray) -> bytes:
+    """Of the differences from the pixel to the left; the strip of a TIFF that Pillow writes."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "TIFF", compression="tiff_lzw", tiffinfo={317: 2, 278: len(pixels)})
+    with Image.open(out) as written:
+        ((place,), (n_bytes,)) = written.tag_v2[273], written.tag_v2[279]
+    return out.getvalue()[place : place + n_bytes]
+
+
 # Encoder, and TIFF's numbers of compression and colours.
 RAW, DEFLATE, JPEG = (np.ndarray.tobytes, 1, 2), (deflated, 8, 2), (jpeg, 7, 6)
+LZW = (lzw, 5, 2)
 JPEG_2000 = (jpeg2000, 33005, 2)
 
 
@@ -149,8 +159,8 @@ def put(path: Path, content: bytes) -> Path:
     return path
 
 
-def generic(folder: Path, pixels: np.ndarray) -> Path:
-    return put(folder / "s.tif", tiff(pyramid(pixels, DEFLATE)))
+def generic(coding: tuple[Encode, int, int], **changes: object) -> Callable[[Path, np.ndarray], Path]:
+    return lambda folder, pixels: put(folder / "s.tif", tiff(pyramid(pixels, coding, **changes)))
 
 
 def big(folder: Path, pixels: np.ndarray) -> Path:
@@ -506,7 +516,7 @@ def zarr_level(pixels: np.ndarray, version: int) -> Mapping[str, bytes]:
 
 
 OPENSLIDE = openslide_server.READER
-JPEG_TILES = "jpeg_tiles"
+TIFF_TILES = "tiff_tiles"
 
 
 @dataclass(frozen=True)
@@ -521,12 +531,14 @@ class Format:
 
 
 FORMATS = {
-    "SVS, JPEG": Format(svs(JPEG), 3, reader=JPEG_TILES),
-    "SVS, JPEG 2000": Format(svs(JPEG_2000)),
-    "tiled TIFF": Format(generic),
-    "BigTIFF": Format(big, 3, reader=JPEG_TILES),
-    "OME-TIFF, SubIFDs": Format(ome_nested),
-    "OME-TIFF, planes": Format(ome_planar),
+    "SVS, JPEG": Format(svs(JPEG), 3, reader=TIFF_TILES),
+    "SVS, JPEG 2000": Format(svs(JPEG_2000), reader=TIFF_TILES),
+    "tiled TIFF, deflate": Format(generic(DEFLATE), reader=TIFF_TILES),
+    "tiled TIFF, LZW": Format(generic(LZW, t317=[2]), reader=TIFF_TILES),
+    "tiled TIFF, uncompressed": Format(generic(RAW), reader=TIFF_TILES),
+    "BigTIFF": Format(big, 3, reader=TIFF_TILES),
+    "OME-TIFF, SubIFDs": Format(ome_nested, reader=TIFF_TILES),
+    "OME-TIFF, planes": Format(ome_planar, reader=TIFF_TILES),
     "Trestle": Format(trestle, 3),
     "Leica SCN": Format(scn, 3, SCN_MARGIN_PX),
     "Philips TIFF": Format(philips, 3),

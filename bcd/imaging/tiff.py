@@ -28,7 +28,10 @@ TILE_PLACES, TILE_BYTES, JPEG_TABLES = 324, 325, 347
 PART_PLACES, PART_BYTES = (273, TILE_PLACES), (279, TILE_BYTES)
 # Maker of the scanner, program, pixels in a unit of length, colour profile.
 MAKE, SOFTWARE, X_RESOLUTION, Y_RESOLUTION, PROFILE = 271, 305, 282, 283, 34675
+# Pages below a page, in OME-TIFF its smaller copies.
+SUB_PAGES = 330
 LONG = {*PART_PLACES, *PART_BYTES, JPEG_TABLES, MAKE, SOFTWARE, X_RESOLUTION, Y_RESOLUTION, PROFILE}
+LONG |= {SUB_PAGES}
 # Real files have some dozens of tags and, where their pages are focus planes or frames, hundreds of pages.
 MAX_TAGS, MAX_PAGES = 4_096, 1_000
 # Numbers read from a tag, one for each sample of a pixel; a palette has red, green and blue.
@@ -37,15 +40,15 @@ MAX_NUMBERS, PALETTE_NUMBERS = 64, 3 * 256
 SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 255, 256, 257, 258, 259, 262
 DESCRIPTION, SAMPLES, MAX_SAMPLE, PLANAR, PALETTE, TILE_WIDTH, TILE_HEIGHT = 270, 277, 281, 284, 320, 322, 323
 ORIENTATION, EXTRA, FORMAT, SUBSAMPLING, IMAGEJ = 274, 338, 339, 530, 50839
-UNIT, DEPTH, TILE_DEPTH = 296, 32997, 32998
+UNIT, DEPTH, TILE_DEPTH, FILL_ORDER, PREDICTOR = 296, 32997, 32998, 266, 317
 NUMBERS = {SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, MAX_SAMPLE, PLANAR}
 NUMBERS |= {PALETTE, TILE_WIDTH, TILE_HEIGHT, ORIENTATION, EXTRA, FORMAT, SUBSAMPLING, UNIT, DEPTH}
-NUMBERS |= {TILE_DEPTH}
+NUMBERS |= {TILE_DEPTH, FILL_ORDER, PREDICTOR}
 # Others are rejected: not every build of libtiff has them, fax decoders ignore damage and print a message for
 # every line, and old-style JPEG was never specified.
-UNCOMPRESSED, JPEG = 1, 7
-COMPRESSIONS = {UNCOMPRESSED, 5, 7, 8, 32773, 32946, 34925, 50000}
-NAMES = dict.fromkeys((2, 3, 4), "CCITT fax") | dict.fromkeys((33003, 33005), "Aperio JPEG 2000")
+UNCOMPRESSED, LZW, JPEG, DEFLATE, APERIO_JPEG_2000 = 1, 5, 7, (8, 32946), (33003, 33005)
+COMPRESSIONS = {UNCOMPRESSED, LZW, JPEG, *DEFLATE, 32773, 34925, 50000}
+NAMES = dict.fromkeys((2, 3, 4), "CCITT fax") | dict.fromkeys(APERIO_JPEG_2000, "Aperio JPEG 2000")
 NAMES |= {6: "old-style JPEG", 32809: "ThunderScan", 34661: "JBIG", 34676: "SGI LogLuv", 34712: "JPEG 2000"}
 NAMES |= {34887: "LERC", 50001: "WebP", 50002: "JPEG XL"}
 WHITE_IS_ZERO, GREY, RGB, PALETTED, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
@@ -126,6 +129,20 @@ def iterate_pages(file: Readable, size_bytes: int) -> Iterator[Page]:
         n = _number(file, order, "Q" if is_big else "H")
         file.seek(place + (8 + 20 * n if is_big else 2 + 12 * n))
         place = _number(file, order, "Q" if is_big else "I")
+
+
+def pages_below(file: Readable, page: Page, size_bytes: int) -> list[Page]:
+    """The pages below a page (SubIFDs). Raises ImageError as `pages`."""
+    file.seek(0)
+    order, is_big = STARTS[file.read(4)]
+    places = values(file, page, SUB_PAGES).tolist()
+    if len(places) > MAX_PAGES or len(set(places)) < len(places):
+        raise ImageError("truncated", f"a page claims {len(places):,} pages below it, or one of them twice")
+    found = list[Page]()
+    for place in places:
+        file.seek(place)
+        found.append(_page(file, order, is_big, size_bytes, len(found) + 1))
+    return found
 
 
 def _number(file: Readable, order: str, letter: str) -> int:

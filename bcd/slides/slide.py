@@ -280,7 +280,7 @@ def is_slide(
     layout = openslide_client.detect_layout(Path(path), budget)
     if layout != TILED_TIFF:
         return layout is not None
-    with closing(openslide_client.OpenSlideReader(Path(path), budget)) as reader:
+    with closing(_open_reader(path, budget)) as reader:
         return _has_levels_or_scale(reader.facts, given)
 
 

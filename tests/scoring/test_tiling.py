@@ -12,7 +12,7 @@ from bcd.data import archive, read
 from bcd.errors import StorageError
 from bcd.scoring import tiling
 from bcd.slides import slide, slide_cache, tile
-from bcd.slides.readers import openslide_server
+from bcd.slides.parts import tiff_reader
 from tests import pictures
 from tests.injected import CRASH, set_fault
 from tests.slides.test_dicom import dicom_file
@@ -32,11 +32,11 @@ def cache(tmp_path, monkeypatch):
     slide_cache.open_staged.cache_clear()
 
 
-def stained(width=100, mpp=0.5):
+def stained(width=100, mpp=0.5, **changes):
     """A slide of 200 x 150 px: tissue at the left, glass at the right."""
     pixels = np.full((150, 200, 3), 243, np.uint8)
     pixels[:, :width] = 230, 150, 180
-    return pictures.tiled_tiff(pixels, mpp)
+    return pictures.tiled_tiff(pixels, mpp, **changes)
 
 
 def expanded(folder, tile_settings=TILING, done=NOTHING):
@@ -88,7 +88,7 @@ def test_a_slide_becomes_its_tiles_with_tissue(tmp_path):
         background_tiles=10,
         tissue_area_mm2=100 * 150 * 0.0005**2,
         thumbnail_scale=1.0,
-        reader=openslide_server.READER,
+        reader=tiff_reader.READER,
     )
     thumbnail = tiling.read_thumbnail(str(tmp_path / "plans"), "s.tif")
     assert thumbnail.shape == (150, 200, 3)
@@ -504,7 +504,7 @@ def test_a_slide_that_cannot_be_fetched_now_is_not_called_unreadable(tmp_path, m
     def fails(uri):
         raise StorageError(f"{uri}: no", lasting)
 
-    write(tmp_path, {"s.tif": stained()})
+    write(tmp_path, {"s.tif": stained(**pictures.UNUSUAL)})
     monkeypatch.setattr(slide_cache, "stage", fails)
     (row,) = expanded(tmp_path).to_pylist()
     assert (row[schema.ERROR], row[schema.ERROR_MESSAGE]) == (code, f"{tmp_path}/in/s.tif: no")
@@ -514,7 +514,7 @@ def test_a_slide_that_cannot_be_fetched_now_is_not_called_unreadable(tmp_path, m
 def test_a_slide_that_crashes_its_reader_is_one_row(tmp_path, monkeypatch, name):
     """When it is opened, and when its thumbnail is read; the others are planned."""
     set_fault(monkeypatch, name, CRASH)
-    write(tmp_path, {"bad.svs": stained(), "good.tif": stained()})
+    write(tmp_path, {"bad.svs": stained(**pictures.UNUSUAL), "good.tif": stained()})
     if name == "facts":
         write(tmp_path, {"bad.dcm": dicom_file("1.1")})
     table = expanded(tmp_path)
@@ -528,7 +528,7 @@ def test_a_slide_that_crashes_its_reader_is_one_row(tmp_path, monkeypatch, name)
 
 def test_a_tile_that_crashes_the_reader_is_one_error(tmp_path, monkeypatch):
     set_fault(monkeypatch, "read", f"(given['x'], given['y']) == (40, 30) and {CRASH}")
-    table = expanded(write(tmp_path, {"bad.tif": stained()}))
+    table = expanded(write(tmp_path, {"bad.tif": stained(**pictures.UNUSUAL)}))
     seen = read.pixels(table, 30, 40, [schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX])
     places = zip(seen[schema.X_LEVEL0_PX], seen[schema.Y_LEVEL0_PX], seen[schema.ERROR], strict=True)
     assert [(x, y, code) for x, y, code in places if code] == [(40, 30, "unreadable")]

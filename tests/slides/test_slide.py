@@ -8,7 +8,7 @@ from PIL import Image
 from bcd.imaging import image
 from bcd.slides import pixel_size, slide, tissue
 from bcd.slides.readers.interface import Facts
-from tests import pictures
+from tests import pictures, slide_files
 from tests.imaging.test_image import SWAPPED
 
 NAME = "CMU-1-Small-Region.svs"
@@ -329,6 +329,16 @@ def test_a_tiled_tiff_is_a_slide_where_its_scale_is_stated(tmp_path, mpp, given,
     assert slide.is_slide(path, given) is expected
 
 
+def test_a_smaller_copy_below_the_page_makes_a_slide(tmp_path):
+    """Without a scale; whether it is found by the tags alone or not."""
+    path, pages = tmp_path / "a.tif", slide_files.pyramid(pictures.stained(128, 256), slide_files.DEFLATE)
+    for tags, _ in pages:
+        tags.pop(296), tags.pop(282), tags.pop(283)
+    for nested, n_pages in ((True, 2), (False, 2), (False, 1)):
+        path.write_bytes(slide_files.tiff(pages[:n_pages], nested=nested))
+        assert slide.is_slide(path) is slide.is_slide_by_tags(str(path)) is (n_pages == 2)
+
+
 def test_a_mirax_slide_needs_its_folder():
     paths = ["a/b.mrxs", "a/b/Index.dat", "a/b/c/Data0.dat", "a/bb/Index.dat", "a/b.svs"]
     assert slide.companions(paths, "a/b.mrxs") == ["a/b/Index.dat", "a/b/c/Data0.dat"]
@@ -375,7 +385,7 @@ def test_a_slide_is_converted_from_its_profile(tmp_path):
 @pytest.mark.parametrize("tag", [325, 270], ids=["bytes of a tile", "length of a text"])
 def test_claims_beyond_the_file_never_reach_openslide(tmp_path, tag):
     """GLib ends the process where it gets no 4 GiB: found by `benchmarks.fuzz_images`, seed 3179."""
-    tags, tiles = pictures.tiff_page(pictures.gradient(64, 64), t322=[64], t323=[64], t270=b"x" * 9)
+    tags, tiles = pictures.tiff_page(pictures.gradient(64, 64), t322=[64], t323=[64], t270=b"x" * 9, t255=[1])
     content = bytearray(pictures.tiff((tags, tiles)))
     entry = content.index(struct.pack("<H", tag), len(tiles[0]))
     struct.pack_into("<I", content, entry + (8 if tag == 325 else 4), 2**32 - 1)

@@ -1,10 +1,11 @@
 """The levels of a TIFF slide and what it states, from its tags alone.
 
-Read are the layouts of which nothing has to be guessed, plain TIFF and Aperio with all levels in JPEG tiles,
-and read as OpenSlide 4 does (openslide-vendor-generic-tiff.c, openslide-vendor-aperio.c). All others are left
-to OpenSlide.
+Read are the layouts of which nothing has to be guessed, plain TIFF and Aperio with all levels in tiles of
+RGB, and read as OpenSlide 4 does (openslide-vendor-generic-tiff.c, openslide-vendor-aperio.c). Smaller copies
+below the first page, as of OME-TIFF, are levels, too; OpenSlide does not see them. All others are left to it.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,20 +16,23 @@ from PIL import Image
 from bcd.errors import ImageError
 from bcd.imaging import tiff
 from bcd.imaging.image import to_srgb
-from bcd.slides.parts.jpeg_tiles import Level, read_level
+from bcd.slides.parts.jpeg_tiles import jpeg_decoder
+from bcd.slides.parts.level import Level
+from bcd.slides.parts.packed_tiles import packed_decoder
 from bcd.slides.readers.interface import MPP_X, MPP_Y
 
 # OpenSlide's names of the layouts and of what a slide states.
 APERIO, PLAIN = "aperio", "generic-tiff"
 LAYOUT, DESCRIPTION = "openslide.vendor", "tiff.ImageDescription"
-# Tags of other layouts: pages below a page, Ventana's XML, thumbnails and masks as of old, those of Argos and
-# Hamamatsu.
-OTHERS = {330, 700, tiff.OLD_SUBFILE, 65_000, *range(65_420, 65_500)}
+# Tags of other layouts: Ventana's XML, thumbnails and masks as of old, those of Argos and Hamamatsu.
+OTHERS = {700, tiff.OLD_SUBFILE, 65_000, *range(65_420, 65_500)}
 # Programs of Philips and Trestle, and makers, with layouts of their own; and the XML of Leica.
 OWN_LAYOUTS, LEICA = (b"Philips", b"MedScan", b"Huron"), b"<scn"
 # OME-TIFF with colours in pages of their own.
 CHANNELS_OME = re.compile(rb'SizeC="(\d{1,9})"')
 REDUCED, MASK = 1, 4
+# Of one decoded tile: 48 MiB. Those of scanners have 240 to 1,024 px.
+MAX_TILE_PIXELS = 2**24
 # Tags of one value. OpenSlide ignores a page that is irregular, and for some faults those that follow.
 SINGLE = {tiff.SUBFILE, tiff.WIDTH, tiff.HEIGHT, tiff.COMPRESSION, tiff.PHOTOMETRIC, tiff.SAMPLES}
 SINGLE |= {tiff.PLANAR, tiff.TILE_WIDTH, tiff.TILE_HEIGHT, tiff.UNIT}
@@ -60,6 +64,10 @@ def read_pyramid(file: tiff.Readable, size_bytes: int) -> Pyramid | None:
         return None
     description = pages[0].description.split(b"\0")[0].decode()
     layout = APERIO if description.startswith("Aperio") else PLAIN
+    if layout == PLAIN:
+        pages += tiff.pages_below(file, pages[0], size_bytes)
+        if any(_is_jpeg_2000(page) or not _is_known(page) for page in pages):
+            return None
     levels = [read_level(file, page, size_bytes) for page in _levels(pages, layout)]
     found = [level for level in levels if level is not None]
     downsamples = _downsamples(found)
@@ -77,8 +85,12 @@ def _is_known(page: tiff.Page) -> bool:
     is_flat = page.one(tiff.DEPTH, 1) == page.one(tiff.TILE_DEPTH, 1) == 1
     is_mask = page.one(tiff.SUBFILE) & MASK
     compression = page.one(tiff.COMPRESSION, tiff.UNCOMPRESSED)
-    is_plain = is_flat and not is_mask and compression in tiff.COMPRESSIONS
-    return is_plain and not page.present & OTHERS and _is_regular(page)
+    is_read = compression in tiff.COMPRESSIONS or _is_jpeg_2000(page)
+    return is_flat and not is_mask and is_read and not page.present & OTHERS and _is_regular(page)
+
+
+def _is_jpeg_2000(page: tiff.Page) -> bool:
+    return page.one(tiff.COMPRESSION) in tiff.APERIO_JPEG_2000
 
 
 def _is_regular(page: tiff.Page) -> bool:
@@ -108,6 +120,23 @@ def _levels(pages: Sequence[tiff.Page], layout: str) -> list[tiff.Page]:
     if layout == PLAIN:
         others = sorted((p for p in others if p.one(tiff.SUBFILE) & REDUCED), key=lambda p: -p.size[0])
     return [pages[0], *others]
+
+
+def read_level(file: tiff.Readable, page: tiff.Page, file_bytes: int) -> Level | None:
+    """The level in a page, None where it is stored in another form or some of its tiles are missing. Raises
+    ImageError for damaged tags."""
+    across, down = page.one(tiff.TILE_WIDTH), page.one(tiff.TILE_HEIGHT)
+    is_rgb = page.tags.get(tiff.BITS) == (8, 8, 8) and page.one(tiff.SAMPLES) == 3
+    if not is_rgb or not 0 < across * down <= MAX_TILE_PIXELS or not math.prod(page.size) > 0:
+        return None
+    is_jpeg = page.one(tiff.COMPRESSION) == tiff.JPEG
+    decode = jpeg_decoder(file, page) if is_jpeg else packed_decoder(page)
+    if decode is None:
+        return None
+    places, n_bytes = (tiff.values(file, page, tag) for tag in (tiff.TILE_PLACES, tiff.TILE_BYTES))
+    level = Level(*page.size, across, down, places, n_bytes, decode, file_bytes)
+    n_parts = level.n_tiles * (3 if page.one(tiff.PLANAR, 1) == 2 else 1)
+    return level if len(places) == len(n_bytes) == n_parts and n_bytes.all() else None
 
 
 def _downsamples(levels: Sequence[Level]) -> tuple[float, ...] | None:

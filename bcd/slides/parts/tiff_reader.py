@@ -1,4 +1,4 @@
-"""Slides in JPEG tiles, on the local disk or in a store: read by the parts that are needed.
+"""Slides in tiles of a TIFF, on the local disk or in a store: read by the parts that are needed.
 
 The content of a file alone chooses the reader, so that a slide has the same pixels in all places. These are
 OpenSlide's, but for places between two pixels of a level, where OpenSlide interpolates (decision 10).
@@ -21,7 +21,7 @@ from bcd.slides.readers.interface import Facts
 
 # Decoded tiles of one slide: neighbours of a rectangle to read, which come next.
 DECODED_BYTES = 2**25
-READER = "jpeg_tiles"
+READER = "tiff_tiles"
 
 # Left and upper edge in pixels of level 0, the level, width and height in pixels of the level.
 Rectangle = tuple[int, int, int, int, int]
@@ -89,7 +89,7 @@ class TiffReader:
         place = self._nearest(x_level0_px, level), self._nearest(y_level0_px, level)
         for number, _, _ in self._levels[level].tiles(*place, width_px, height_px):
             with suppress(ImageError):
-                yield self._levels[level].part(number)
+                yield from self._levels[level].parts(number)
 
 
 # No method, so that a reader that nobody uses is gone at once, with its file and its memory.
@@ -97,7 +97,7 @@ def _decode(
     opened: source.Source, stored: source.Source | source.Parts, pyramid: Pyramid, level: int, number: int
 ) -> np.ndarray:
     grid = pyramid.levels[level]
-    content = stored.read(grid.part(number))
+    content = [stored.read(part) for part in grid.parts(number)]
     try:
         pixels = grid.decode(content)
     except ImageError:

@@ -147,7 +147,7 @@ def test_only_inputs_of_the_table_are_opened(client, name, monkeypatch):
     def refuse(*given):
         raise AssertionError("a file was opened")
 
-    monkeypatch.setattr("bcd.slides.slide_cache.stage", refuse)
+    monkeypatch.setattr("bcd.slides.slide_cache.open_at", refuse)
     monkeypatch.setattr("bcd.data.read.picture", refuse)
     for path in DATA[2:]:
         answer = client.get(f"/v1/view{path}", params={"name": name})

@@ -59,10 +59,10 @@ def test_after_another_job_tiles_are_read_again(row):
 
 
 def test_a_slide_that_failed_is_opened_again(row, monkeypatch):
-    """OpenSlide's handle is of no use after an error."""
+    """It may have been replaced."""
     opened, read = [], pixels.deepzoom.read_tile
-    open_slide = pixels.slide.open_slide
-    monkeypatch.setattr(pixels.slide, "open_slide", lambda *given: opened.append(given) or open_slide(*given))
+    open_at = pixels.slide_cache.open_at
+    monkeypatch.setattr(pixels.slide_cache, "open_at", lambda *given: opened.append(given) or open_at(*given))
 
     def fails_once(slide, *given):
         if len(opened) == 1:

@@ -15,7 +15,7 @@ SAMPLES = [
     ("slides/tiny.svs", True),
     ("cases/slides/yellowed_glass.tif", True),
     ("cases/slides/x0.5_y0.25.tif", True),
-    ("slides/boxes.tiff", False),
+    ("slides/boxes.tiff", True),
     ("cases/slides/bounds.scn", False),
 ]
 
@@ -32,8 +32,9 @@ def rectangles(width: int, height: int, n: int = 12):
 
 def require_equal(path, opened):
     for level, downsample in enumerate(opened.downsamples):
-        size = round(opened.width_px / downsample), round(opened.height_px / downsample)
-        for x, y, width, height in rectangles(*size):
+        size = opened.reader.facts.sizes[level]
+        # Between two pixels OpenSlide interpolates.
+        for x, y, width, height in rectangles(*size) if downsample.is_integer() else [(0, 0, *size)]:
             place = round(x * downsample), round(y * downsample)
             found = opened.read(*place, level, width, height)
             np.testing.assert_array_equal(found, flattened(path, place, level, (width, height)))

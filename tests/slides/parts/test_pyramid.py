@@ -1,6 +1,7 @@
 """What the tags state is what OpenSlide states of the same file, or the file is left to it."""
 
 import io
+import struct
 
 import numpy as np
 import openslide
@@ -9,15 +10,16 @@ from PIL import ImageCms
 
 from bcd.errors import ImageError
 from bcd.imaging import tiff
+from bcd.slides import slide
 from bcd.slides.parts import pyramid
 from bcd.slides.readers.interface import MPP_X, MPP_Y
-from tests import pictures
+from tests import pictures, slide_files
 from tests.imaging.test_image import SWAPPED
 from tests.slides.parts.pyramids import SIDE, aperio, page, write
 
 NAMES = (pyramid.LAYOUT, pyramid.DESCRIPTION, MPP_X, MPP_Y)
 REAL = ["slides/CMU-1-Small-Region.svs", "slides/tiny.svs"]
-REAL += ["cases/slides/yellowed_glass.tif", "cases/slides/x0.5_y0.25.tif"]
+REAL += ["cases/slides/yellowed_glass.tif", "cases/slides/x0.5_y0.25.tif", "slides/boxes.tiff"]
 
 
 def read(path):
@@ -49,9 +51,8 @@ def test_real_slides_state_what_openslide_says(real_data, name):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["slides/boxes.tiff", "cases/slides/bounds.scn"])
-def test_real_slides_of_other_layouts_are_left_to_openslide(real_data, name):
-    assert read(real_data / name) is None
+def test_a_real_slide_of_another_layout_is_left_to_openslide(real_data):
+    assert read(real_data / "cases/slides/bounds.scn") is None
 
 
 def test_an_aperio_pyramid_has_the_levels_and_the_scale_of_openslide(tmp_path):
@@ -109,6 +110,59 @@ def test_levels_are_the_first_page_and_the_smaller_copies_in_tiles(tmp_path):
     assert found.downsamples == (1.0, 2.0, 4.0)
 
 
+def ome(nested, big=False, changes=()):
+    """Three levels of OME-TIFF, below its first page or after it."""
+    pixels = pictures.stained(256, 512)
+    planes = [slide_files.page(pixels[:: 2**n, :: 2**n].copy(), slide_files.DEFLATE) for n in range(3)]
+    pages = [(tags | {254: (3, [int(n > 0)])}, tiles) for n, (tags, tiles) in enumerate(planes)]
+    pages[0][0][270] = (2, slide_files.ome(pixels))
+    pages[2][0].update(changes)
+    return slide_files.tiff(pages, big=big, nested=nested)
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_pages_below_the_first_are_levels(tmp_path, big):
+    """OpenSlide does not see them, and gives the same where they are after it."""
+    paths = [tmp_path / "nested.tif", tmp_path / "chain.tif"]
+    for path, nested in zip(paths, (True, False), strict=True):
+        path.write_bytes(ome(nested, big))
+    require_openslides(paths[1])
+    ours, theirs = map(read, paths)
+    assert (ours.downsamples, ours.properties) == ((1.0, 2.0, 4.0), theirs.properties)
+    with openslide.OpenSlide(paths[0]) as handle:
+        assert handle.level_count == 1
+    with slide.open_slide(paths[0]) as nested, slide.open_slide(paths[1]) as chain:
+        for level in range(3):
+            size = nested.reader.facts.sizes[level]
+            found = [opened.read(0, 0, level, *size) for opened in (nested, chain)]
+            np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize(
+    "changes", [{259: (3, [32_773])}, {254: (3, [4])}, {256: (4, [256])}, {277: (3, [4])}]
+)
+def test_pages_below_that_are_no_such_levels_leave_all_to_openslide(tmp_path, changes):
+    """Another compression, a mask, the size of another level, an irregular page."""
+    content = ome(nested=True, changes=changes)
+    assert pyramid.read_pyramid(io.BytesIO(content), len(content)) is None
+
+
+def test_pages_below_are_few_and_within_the_file(monkeypatch):
+    content = bytearray(ome(nested=True))
+    (first,) = tiff.iterate_pages(io.BytesIO(content), len(content))
+    assert len(tiff.pages_below(io.BytesIO(content), first, len(content))) == 2
+    places = tiff.values(io.BytesIO(content), first, tiff.SUB_PAGES).astype("<u4").tobytes()
+    at = content.index(places)
+    for wrong in (places[:4] * 2, places[:4] + b"\xff\xff\xff\x7f"):
+        content[at : at + 8] = wrong
+        with pytest.raises((ImageError, struct.error)):
+            tiff.pages_below(io.BytesIO(content), first, len(content))
+    monkeypatch.setattr(tiff, "MAX_PAGES", 1)
+    content[at : at + 8] = places
+    with pytest.raises(ImageError, match="claims 2 pages below it"):
+        tiff.pages_below(io.BytesIO(content), first, len(content))
+
+
 def test_a_profile_and_an_ome_text_are_kept(tmp_path):
     text = '<OME xmlns="x"><Image><Pixels SizeX="64" SizeY="64" PhysicalSizeX="0.5"/></Image></OME>'
     tags, tiles = page(pictures.stained(SIDE, SIDE), t270=text.encode() + b"\0")
@@ -123,12 +177,11 @@ def other(kind):
     first = page(pixels)
     return {
         "strips": [pictures.tiff_page(pixels)],
-        "uncompressed": [pictures.tiled_page(pixels, 0.5)],
-        "an uncompressed level": [first, pictures.tiled_page(small, 1, t254=[1])],
-        "JPEG 2000": [page(pixels, t259=[33003])],
+        "PackBits": [pictures.tiled_page(pixels, 0.5, t259=[32_773])],
+        "a level in PackBits": [first, pictures.tiled_page(small, 1, t254=[1], t259=[32_773])],
+        "JPEG 2000, but not of Aperio": [page(pixels, t259=[33003])],
         "grey": [page(pixels, t277=[1], t258=[8])],
         "planes": [page(pixels, t284=[2])],
-        "levels below the page": [page(pixels, t330=[8])],
         "Ventana": [page(pixels, t700=b"<iScan/>")],
         "Philips": [page(pixels, t305=b"Philips DP v1.0\0")],
         "Trestle": [page(pixels, t305=b"MedScan 1\0")],
@@ -147,8 +200,8 @@ def other(kind):
     }[kind]
 
 
-KINDS = """strips; uncompressed; an uncompressed level; JPEG 2000; grey; planes; levels below the page;
-Ventana; Philips; Trestle; Leica; Hamamatsu; Argos; Huron; a stack; a mask; an old mark; two of one size;
+KINDS = """strips; PackBits; a level in PackBits; JPEG 2000, but not of Aperio; grey; planes; Ventana;
+Philips; Trestle; Leica; Hamamatsu; Argos; Huron; a stack; a mask; an old mark; two of one size;
 the first is smaller; another number of tiles; enormous tiles; no tiles"""
 
 

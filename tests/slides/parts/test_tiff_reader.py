@@ -46,7 +46,7 @@ def put(s3, path):
 
 def test_facts_and_name_of_the_reader(svs):
     opened = tiff_reader.open_reader(str(svs))
-    assert (opened.facts.sizes, opened.facts.reader) == (tuple(SIZES), "jpeg_tiles")
+    assert (opened.facts.sizes, opened.facts.reader) == (tuple(SIZES), "tiff_tiles")
     assert opened.facts.downsamples[1] == (1_201 / 400 + 901 / 300) / 2
     opened.close()
 

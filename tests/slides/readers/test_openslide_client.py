@@ -28,7 +28,7 @@ def ended():
 
 def write(folder, name, pixels=PIXELS):
     path = folder / name
-    path.write_bytes(pictures.tiled_tiff(pixels, 0.5))
+    path.write_bytes(pictures.tiled_tiff(pixels, 0.5, **pictures.UNUSUAL))
     return path
 
 
