@@ -53,6 +53,12 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     fault: Callable[[str, str], int | None] = lambda method, path: None
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment of a job that, with all its workers, knows this hub."""
+        own = {"HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_XET": "1"}
+        return own | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": own}})}
+
     def put(self, name: str, files: dict[str, bytes], kind: str = "models", private: bool = False) -> str:
         """A commit with these files, and Git's own, in a repository of this name; returns its hash."""
         found = self.repositories.setdefault(f"{kind}/{name}", Repository(private))
