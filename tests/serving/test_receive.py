@@ -84,7 +84,10 @@ def test_a_slide_of_the_archive_is_named(url, jobs):
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret.svs", "2026/../../secret.svs", "/etc/passwd", "s3://bucket/a.svs", "2026", "b.svs", "a\n", "list.CSV", "hf://o/n/a.svs"],
+    [
+        *("../secret.svs", "2026/../../secret.svs", "/etc/passwd", "s3://bucket/a.svs", "hf://o/n/a.svs"),
+        *("2026", "b.svs", "a\n", "list.CSV"),
+    ],
 )
 def test_nothing_else_can_be_named(url, jobs, name):
     answer = httpx.post(url, json={"name": name}, headers=AUTHORISED)
