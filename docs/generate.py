@@ -109,7 +109,7 @@ SECTIONS: list[tuple[str, str, pa.Schema]] = [
 
 MEANING: dict[str, str] = {
     schema.IMAGE_ID: "stable and unique: the path below the input's root; a tile adds `#level0 x,y,mpp`",
-    schema.URI: "where the file is: a local path, `s3://` or `gs://`",
+    schema.URI: "where the file is: a local path or the URI of a [store](../guides/storage.md)",
     schema.PATIENT: "identifier of the patient, where known",
     schema.CASE: "case number; in BreaKHis the slide id without its letter suffix",
     schema.SLIDE: "slide id",
