@@ -15,6 +15,8 @@ from tests.pictures import encode, gradient
 from tests.preflight.test_signing import small_bundle, write_key
 
 TARGET = "hf://owner/model"
+# huggingface_hub 2.4 uploads large files with an argument that its HTTP client no longer likes.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 @pytest.fixture
