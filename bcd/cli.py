@@ -14,7 +14,7 @@ from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
-from bcd.config.signing import SignConfig, VerifyConfig
+from bcd.config.signing import PushConfig, SignConfig, VerifyConfig
 from bcd.config.training import CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
 from bcd.errors import BcdError
 
@@ -34,6 +34,7 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "serve": (ServeConfig, "serving.viewer.service"),
         "sign": (SignConfig, "preflight.signing"),
         "verify": (VerifyConfig, "preflight.signing"),
+        "push": (PushConfig, "model.published.push"),
     }
 )
 

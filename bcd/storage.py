@@ -1,7 +1,7 @@
-"""URIs: local paths, `s3://` and `gs://`, through pyarrow's filesystems.
+"""URIs: local paths, `s3://` and `gs://`, through pyarrow's filesystems; others through fsspec, to read only.
 
-Credentials, region and endpoint are those of the AWS SDK (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...), so
-MinIO and other S3-compatible stores need no other setting; one that requires BUCKET.HOST needs
+Credentials, region and endpoint of S3 are those of the AWS SDK (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`,
+...), so MinIO and other S3-compatible stores need no other setting; one that requires BUCKET.HOST needs
 `AWS_S3_ADDRESSING_STYLE=virtual` or the same in AWS's config file. Every function turns an operating system
 or network error into a `StorageError` that names the URI.
 """
@@ -14,14 +14,12 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from configparser import ConfigParser
-from configparser import Error as ConfigError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from errno import ENAMETOOLONG
-from functools import lru_cache, partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 from urllib.parse import unquote
@@ -32,22 +30,23 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from bcd import disk
+from bcd.data.stores import buckets, schemes
 from bcd.errors import MissingError, StorageError, TooLargeError
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # The standard allows one slash, too.
 FILE_SCHEME = re.compile(r"file:/", re.IGNORECASE)
-ADDRESSING_STYLES = ("auto", "path", "virtual")
 # Concurrent requests per process, which hide the latency of an object store; more where nothing is read.
 READ_THREADS, LOOK_THREADS = 8, 32
 # A file of unknown size is read in pieces of this size.
 PIECE_BYTES = 2**16
-# Attempts of a request that a store does not answer or defers (503), with growing pauses: 7 to 10 s in all.
-ATTEMPTS = 5
 # The AWS SDK does not retry where the text of an error did not fit into the buffer of a small file.
 OVERFULL = "Failed to flush response stream"
 # Errors of a store where a file must not be read, and also where a token has expired.
 DENIED = ("ACCESS_DENIED", "PERMISSION_DENIED")
+# Exceptions of clients for what no repetition helps: files, paths and settings (pyarrow's are ValueErrors), a
+# package that is not installed.
+LASTING = (ValueError, NotImplementedError, ImportError)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -105,68 +104,43 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     if not is_remote(uri):
         return fs.LocalFileSystem(), absolute(uri)
     scheme, _, path = absolute(uri).partition("://")
-    scheme = scheme.lower()
-    if scheme == "s3":
-        return _s3(tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))), path
-    if scheme == "gs":
-        return _gs(), path
-    raise StorageError(f"{uri}: cannot read '{scheme}://'; expected a local path, s3:// or gs://", True)
+    with _naming(uri, "open it"):
+        own = buckets.bucket_client(scheme.lower())
+        return (own, path) if own else schemes.reader(absolute(uri))
 
 
-@lru_cache(maxsize=4)
-def _s3(variables: tuple[tuple[str, str], ...]) -> fs.S3FileSystem:
-    """The client for these AWS variables, shared because each requests credentials and opens connections."""
-    known = dict(variables)
-    endpoint = known.get("AWS_ENDPOINT_URL_S3") or known.get("AWS_ENDPOINT_URL")
-    region = known.get("AWS_REGION") or known.get("AWS_DEFAULT_REGION")
-    # A small object is one PUT, and not the three requests of a multipart upload.
-    tries = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
-    client = partial(fs.S3FileSystem, retry_strategy=tries, allow_delayed_open=True)
-    if not endpoint:
-        return client(region=region)
-    scheme, _, host = endpoint.rpartition("://")
-    return client(
-        region=region or "us-east-1",
-        endpoint_override=host,
-        scheme=scheme or "https",
-        force_virtual_addressing=_addressing(known) == "virtual",
-    )
+def is_writable(uri: str) -> bool:
+    """Whether outputs may be there: on a disk, `s3://` and `gs://`; what has another scheme is read only."""
+    return not is_remote(uri) or uri.partition("://")[0].lower() in buckets.SCHEMES
 
 
-def _addressing(known: Mapping[str, str]) -> str:
-    """Addressing style of buckets: `virtual` (BUCKET.HOST) where the variable `AWS_S3_ADDRESSING_STYLE` or,
-    as in AWS's tools, `s3 = addressing_style` of the profile says so, else HOST/BUCKET."""
-    profile = known.get("AWS_PROFILE") or known.get("AWS_DEFAULT_PROFILE") or "default"
-    config = ConfigParser(strict=False, interpolation=None)
-    with suppress(OSError, ConfigError, UnicodeDecodeError):
-        config.read(Path(known.get("AWS_CONFIG_FILE") or "~/.aws/config").expanduser())
-    section = "default" if profile == "default" else f"profile {profile}"
-    given = re.search(r"addressing_style\s*=\s*(\w+)", config.get(section, "s3", fallback=""))
-    style = known.get("AWS_S3_ADDRESSING_STYLE") or (given[1] if given else "auto")
-    if style not in ADDRESSING_STYLES:
-        raise StorageError(f"S3 addressing style {style!r}: expected one of {', '.join(ADDRESSING_STYLES)}")
-    return style
+def require_writable(uri: str) -> None:
+    """Raise StorageError where no output may be."""
+    if not is_writable(uri):
+        raise StorageError(f"{uri}: cannot write there: {schemes.READ_ONLY}", True)
 
 
-@lru_cache(maxsize=1)
-def _gs() -> fs.GcsFileSystem:
-    return fs.GcsFileSystem()
+def pinned(uri: str) -> str:
+    """The URI with the commit that it names now; only `hf://` has any. Raises StorageError where there is
+    none, or its package is not installed."""
+    with _naming(uri, "open it"):
+        return schemes.pinned_revision(uri) if is_remote(uri) else uri
 
 
 @contextmanager
 def _naming(uri: str, action: str) -> Iterator[None]:
-    """Convert pyarrow's exceptions into a StorageError that names the URI."""
+    """Convert exceptions of clients into a StorageError that names the URI."""
     try:
         yield
-    except (OSError, pa.ArrowInvalid) as error:
-        raise failure(uri, action, error) from error
     except UnicodeError as error:
         raise StorageError(f"{uri}: a name there is not in UTF-8; rename it", True) from error
+    except (OSError, *LASTING, *schemes.failures()) as error:
+        raise failure(uri, action, error) from error
 
 
-def failure(uri: str, action: str, error: OSError | pa.ArrowInvalid) -> StorageError:
-    """An exception of pyarrow as a sentence that names the URI and the failed action."""
-    reason = str(error).split("; Details")[0].strip()
+def failure(uri: str, action: str, error: Exception) -> StorageError:
+    """An exception of a client as a sentence that names the URI and the failed action."""
+    reason = " ".join(str(error).split("; Details")[0].split()) or type(error).__name__
     message = f"{uri}: cannot {action}: {reason}"
     if isinstance(error, FileNotFoundError):
         return MissingError(message)
@@ -175,7 +149,7 @@ def failure(uri: str, action: str, error: OSError | pa.ArrowInvalid) -> StorageE
 
 def _is_permanent(uri: str, error: Exception) -> bool:
     """Whether an error is caused by this file, and not by the network, the store, the disk or our token."""
-    if isinstance(error, NotADirectoryError | PermissionError | pa.ArrowInvalid):
+    if isinstance(error, (NotADirectoryError, PermissionError, *LASTING)):
         return True
     if not is_remote(uri):
         return getattr(error, "errno", None) == ENAMETOOLONG or Path(absolute(uri)).is_dir()
@@ -188,6 +162,24 @@ def _may_list_bucket(uri: str) -> bool:
     with suppress(OSError):
         return filesystem.get_file_info(path.partition("/")[0]).type == fs.FileType.Directory
     return False
+
+
+def _persistent(read: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Retry with the number and pauses of the AWS SDK where the client does not."""
+
+    @wraps(read)
+    def retried(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        for attempt in range(1, buckets.ATTEMPTS):
+            try:
+                return read(*arguments, **options)
+            except StorageError as error:
+                uri = next((each for each in arguments if isinstance(each, str)), "")
+                if OVERFULL not in str(error) and (error.lasting or is_writable(uri)):
+                    raise
+            time.sleep(0.5 * 2**attempt * random.random())
+        return read(*arguments, **options)
+
+    return retried
 
 
 def exists(uri: str) -> bool:
@@ -214,6 +206,7 @@ class Listing:
     passed: Counter[str] = field(default_factory=Counter)
 
 
+@_persistent
 def list_folder(uri: str) -> Listing:
     """List every entry below a folder; hidden files and folders are only counted. Raises StorageError where
     the folder does not exist or cannot be read."""
@@ -247,6 +240,7 @@ def list_files(uri: str) -> list[File]:
 
 
 def _require_folder(filesystem: fs.FileSystem, uri: str, path: str) -> None:
+    schemes.require_listing(uri)
     found = filesystem.get_file_info(path).type
     if found == fs.FileType.File:
         raise MissingError(f"{uri} is a file; expected a folder")
@@ -292,6 +286,7 @@ def sizes(uris: Sequence[str]) -> list[int | None]:
         return [info.size if info.type == fs.FileType.File else None for info in infos]
 
 
+@_persistent
 def _info(uri: str) -> fs.FileInfo:
     filesystem, path = resolve(uri)
     with _naming(uri, "access it"):
@@ -323,23 +318,6 @@ def _version_if_any(uri: str) -> str | None:
     with suppress(StorageError):
         return version(uri)
     return None
-
-
-def _persistent(read: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Retry with the number and pauses of the AWS SDK where that does not."""
-
-    @wraps(read)
-    def retried(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
-        for attempt in range(1, ATTEMPTS):
-            try:
-                return read(*arguments, **options)
-            except StorageError as error:
-                if OVERFULL not in str(error):
-                    raise
-            time.sleep(0.5 * 2**attempt * random.random())
-        return read(*arguments, **options)
-
-    return retried
 
 
 @_persistent

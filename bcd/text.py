@@ -1,5 +1,6 @@
 """Text: numbers with their nouns, lists, names normalised for comparison, and values within Markdown."""
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -83,6 +84,17 @@ def as_code(value: str) -> Markdown:
     return Markdown(f"{fence}{margin}{shown}{margin}{fence}")
 
 
+def as_yaml(value: Any) -> str:
+    """A value as YAML in one line, which is JSON; nothing in its texts is markup in Markdown, because front
+    matter is shown as text where nobody knows it."""
+    plain = json.dumps(value, ensure_ascii=False)
+    return re.sub(r'"(?:[^"\\]|\\.)*"', lambda text: _MARKED.sub(_escaped, _one_line(text[0])), plain)
+
+
+def _escaped(character: re.Match[str]) -> str:
+    return f"\\u{ord(character[0]):04x}" if character[0] <= "\uffff" else f"\\U{ord(character[0]):08x}"
+
+
 def _one_line(value: str) -> str:
     """With blanks for white space, and marks for characters that are not seen, such as those that reverse
     the direction of a text."""
@@ -93,6 +105,8 @@ def _entities(shown: str) -> str:
     return "".join(f"&#{ord(character)};" for character in shown)
 
 
+# In a JSON text: all but letters, digits and what is markup nowhere; JSON's own escapes stay.
+_MARKED = re.compile(r'[^\w ,.()%\\"-]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.', re.IGNORECASE)
 # The folders of an absolute path, which belong to one machine; a URI of a store has none.
 _FOLDERS = re.compile(r"(?<![\w.:/~-])(?:file://)?~?/(?:[^\s/'\"]+/)*(?=[^\s/'\"])")
 

@@ -22,7 +22,7 @@ from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
-from bcd.config.signing import SignConfig, VerifyConfig
+from bcd.config.signing import PushConfig, SignConfig, VerifyConfig
 from bcd.config.training import CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
 
 DOCS = Path(__file__).parent
@@ -37,6 +37,7 @@ JOBS: dict[str, type[Config]] = {
     "serve": ServeConfig,
     "sign": SignConfig,
     "verify": VerifyConfig,
+    "push": PushConfig,
     "doctor": DoctorConfig,
     "demo": DemoConfig,
 }
@@ -108,7 +109,7 @@ SECTIONS: list[tuple[str, str, pa.Schema]] = [
 
 MEANING: dict[str, str] = {
     schema.IMAGE_ID: "stable and unique: the path below the input's root; a tile adds `#level0 x,y,mpp`",
-    schema.URI: "where the file is: a local path, `s3://` or `gs://`",
+    schema.URI: "where the file is: a local path or the URI of a [store](../guides/storage.md)",
     schema.PATIENT: "identifier of the patient, where known",
     schema.CASE: "case number; in BreaKHis the slide id without its letter suffix",
     schema.SLIDE: "slide id",

@@ -3,6 +3,7 @@
 Each server is a process of its own, started once for all tests that need it; tests that need none stay fast.
 """
 
+import importlib
 import json
 import os
 import secrets
@@ -11,6 +12,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,11 @@ from xdist.scheduler import LoadScopeScheduling
 from bcd import storage
 from bcd.config import log
 from bcd.data import synthetic
+from bcd.data.stores import schemes
 from bcd.serving import middleware
+from tests import hub as hub_server
 from tests.cluster import BIN, CLUSTER_CPUS, Cluster, free_port, kill, listens, processes, start_ray, wait_for
+from tests.hub import Hub
 
 # Ray reads these when it is imported: the cluster asks for this token, and every client here has it.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -101,6 +106,22 @@ def s3() -> Iterator[str]:
         server.wait()
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on this machine, which `hf://` is, without a token."""
+    with hub_server.listening() as found:
+        monkeypatch.setattr(schemes, "_clients", {})
+        monkeypatch.setenv("HF_TOKEN", "")
+        with suppress(ImportError):
+            constants = importlib.import_module("huggingface_hub.constants")
+            # Read from HF_ENDPOINT and HF_HUB_DISABLE_XET when it was imported.
+            template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, found.endpoint)
+            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
+            monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield found
 
 
 @pytest.fixture(scope="session")

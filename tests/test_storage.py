@@ -6,15 +6,14 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
 from bcd import storage
+from bcd.data.stores import buckets
 from bcd.errors import MissingError, StorageError, TooLargeError
 from tests import faults
 
@@ -124,8 +123,8 @@ def test_errors_name_the_uri(tmp_path):
         storage.list_files(str(tmp_path / "a.txt"))
     with pytest.raises(StorageError, match=r"missing.png: cannot read it"):
         storage.read_bytes(str(tmp_path / "missing.png"))
-    with pytest.raises(StorageError, match="ftp://x/y: cannot read 'ftp://'"):
-        storage.exists("ftp://x/y")
+    with pytest.raises(StorageError, match="nowhere://x/y: cannot open it: expected a local path"):
+        storage.exists("nowhere://x/y")
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
@@ -228,7 +227,7 @@ def test_a_file_that_is_not_for_us_stays_so(s3, faulty):
 
 
 def test_a_store_that_is_slow_or_silent_is_asked_again(s3, faulty, monkeypatch):
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    monkeypatch.setattr(buckets, "ATTEMPTS", 2)
     uri = f"{s3}/a.png"
     answers = [faults.SLOW_DOWN]
     faulty.fault = lambda method, path: answers.pop() if answers else None
@@ -265,7 +264,7 @@ def test_what_is_missing_stays_missing(s3, tmp_path):
     for name in ("none", "file/x", "", "n" * 300):
         assert refused(str(tmp_path / name)).lasting, name
     assert not refused(DAMAGED).lasting
-    assert refused("ftp://x/y").lasting
+    assert refused("nowhere://x/y").lasting
 
 
 def test_an_error_keeps_its_kind_between_processes():
@@ -273,75 +272,6 @@ def test_an_error_keeps_its_kind_between_processes():
     assert (str(error), error.lasting) == ("a: gone", True)
     missing = copy.copy(MissingError("a: gone"))
     assert (type(missing), str(missing), missing.lasting) == (MissingError, "a: gone", True)
-
-
-def test_clients_are_shared_until_a_variable_changes(s3, monkeypatch):
-    """Each asks for credentials, and 400 at a time are more connections than a process may hold."""
-    first = storage.resolve(f"{s3}/a")[0]
-    assert storage.resolve(f"{s3}/b")[0] is first
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "renewed")
-    assert storage.resolve(f"{s3}/a")[0] is not first
-
-
-@pytest.fixture
-def hosts():
-    """An S3 store that knows no file, and the hosts that it was called by."""
-    called = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            called.append(self.headers["Host"].partition(":")[0] + self.path)
-            self.send_response(404)
-            self.end_headers()
-
-        do_GET = do_HEAD  # noqa: N815
-
-        def log_message(self, *arguments):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://localhost:{server.server_port}", called
-        server.shutdown()
-
-
-@pytest.mark.parametrize(
-    ("variables", "config", "called"),
-    [
-        ({}, "", "localhost/some/a.png"),
-        ({}, "[default]\nregion = x\n", "localhost/some/a.png"),
-        ({"AWS_S3_ADDRESSING_STYLE": "virtual"}, "", "some.localhost/a.png"),
-        (
-            {"AWS_S3_ADDRESSING_STYLE": "auto"},
-            "[default]\ns3 =\n  addressing_style = virtual",
-            "localhost/some/a.png",
-        ),
-        ({}, "[default]\ns3 =\n  max_queue_size = 9\n  addressing_style = virtual\n", "some.localhost/a.png"),
-        (
-            {"AWS_PROFILE": "p"},
-            "[default]\n[profile p]\ns3=\n addressing_style=virtual",
-            "some.localhost/a.png",
-        ),
-        ({}, "no config [", "localhost/some/a.png"),
-    ],
-)
-def test_a_bucket_may_be_part_of_the_host(tmp_path, monkeypatch, hosts, variables, config, called):
-    (tmp_path / "config").write_text(config)
-    own = {"AWS_ENDPOINT_URL": hosts[0], "AWS_CONFIG_FILE": str(tmp_path / "config")}
-    own |= {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-    for name, value in (own | variables).items():
-        monkeypatch.setenv(name, value)
-    assert refused("s3://some/a.png").lasting
-    assert hosts[1][0] == called
-
-
-def test_an_unknown_way_to_address_buckets_is_refused(monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:1")
-    monkeypatch.setenv("AWS_S3_ADDRESSING_STYLE", "vhost")
-    with pytest.raises(
-        StorageError, match="S3 addressing style 'vhost': expected one of auto, path, virtual"
-    ):
-        storage.read_bytes("s3://some/a.png")
 
 
 def test_sizes_of_many_files_hold_few_connections(s3):

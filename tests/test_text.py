@@ -1,4 +1,7 @@
+import re
+
 import pytest
+import yaml
 
 from bcd import text
 
@@ -78,3 +81,26 @@ def test_a_text_for_others_has_no_folders_of_this_machine():
         "0.5 µm/px; see s3://bucket/a and '/b/c'": "0.5 µm/px; see s3://bucket/a and 'c'",
     }.items():
         assert text.without_folders(given) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        ("cc-by-4.0", '"cc-by-4.0"'),
+        ("balanced_accuracy, 95 % 0.81 to 0.93", '"balanced_accuracy, 95 % 0.81 to 0.93"'),
+        ("<b> [x](https://e.example) *y* _z_", None),
+        ('a"\\\n---\n# b: {c}', None),
+        ("ü µ 😀 | www.e.example", None),
+        ({"a": [1, 0.25, None, True, "`x`"]}, None),
+    ],
+)
+def test_front_matter_is_yaml_without_markup(value, plain):
+    written = text.as_yaml(value)
+    assert yaml.safe_load(f"key: {written}") == {"key": value}
+    assert plain in (None, written)
+    texts = re.sub(r"\\u\w{4}|\\U\w{8}", "", " ".join(re.findall(r'"(?:[^"\\]|\\.)*"', written)))
+    assert not re.search(r"[<>\[\]*`|#{}~&$]|(?<!\w)_|://|www\.", texts)
+
+
+def test_front_matter_marks_what_is_not_seen():
+    assert yaml.safe_load(text.as_yaml("a\u202eb")) == "a\ufffdb"

@@ -10,7 +10,7 @@ class EvaluateConfig(LabelledConfig, SignedConfig):
     """Evaluate a model on its held-out test part, or on data that it has never seen."""
 
     model: str
-    """The model bundle: a local folder, s3:// or gs://."""
+    """The model bundle: a local folder, s3://, gs:// or hf://OWNER/NAME[@REVISION]."""
 
     data: str
     """The data set that the model was trained on, whose split is read from the model card; or another one,

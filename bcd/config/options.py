@@ -67,8 +67,8 @@ class LabelledConfig(OutputConfig):
 
     data: str
     """A BreaKHis tree, a folder per class with a folder per patient in it, or a CSV, TSV or Parquet manifest
-    (columns uri, tumor_class or subtype, patient, and part if it is split already): a local path, s3:// or
-    gs://."""
+    (columns uri, tumor_class or subtype, patient, and part if it is split already): a local path, s3://,
+    gs://, or another scheme of fsspec, such as hf://datasets/OWNER/NAME."""
 
     classes: tuple[str, ...] = ()
     """Other names of the classes in folders or in the column tumor_class, such as benign=0 malignant=1."""

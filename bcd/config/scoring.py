@@ -17,12 +17,12 @@ class ScoreConfig(OutputConfig, SignedConfig):
     """
 
     model: str
-    """The model bundle: a local folder, s3:// or gs://."""
+    """The model bundle: a local folder, s3://, gs:// or hf://OWNER/NAME[@REVISION]."""
 
     input: str
     """A folder of images (PNG, JPEG, TIFF) and whole slides (SVS, NDPI, MRXS, SCN, BIF, DICOM, pyramidal
     TIFF), in any mixture, one such file, or a CSV, TSV or Parquet manifest with a column uri: local,
-    s3:// or gs://."""
+    s3://, gs://, or another scheme of fsspec; of https:// a manifest or one file."""
 
     output: str
     """Folder for the table, the slides' heat maps and the gallery: local, s3:// or gs://."""

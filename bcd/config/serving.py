@@ -13,7 +13,7 @@ class ServiceConfig(SignedConfig):
     """Settings of `serve run bcd.serving.serve:app model=URI`, and the args in serve.yaml."""
 
     model: str
-    """The model bundle: a local folder, s3:// or gs://."""
+    """The model bundle: a local folder, s3://, gs:// or hf://OWNER/NAME[@REVISION]."""
 
     token_file: str | None = None
     """File with the token that callers of /v1 must send; by default the variable BCD_API_TOKEN. Without

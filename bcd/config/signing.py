@@ -1,6 +1,7 @@
-"""Settings of the jobs that sign and verify a model bundle, and of those that require a signature."""
+"""Settings of the jobs that sign, verify and push a model bundle, and of those that require a signature."""
 
 import tyro
+from pydantic import Field
 
 from bcd.config.options import Config
 
@@ -36,11 +37,35 @@ class VerifyConfig(Config):
     """
 
     bundle: tyro.conf.Positional[str]
-    """The model bundle: a local folder, s3:// or gs://."""
+    """The model bundle: a local folder, s3://, gs:// or hf://OWNER/NAME[@REVISION]."""
 
     key: str
     """File with the public key of who signed the bundle, or with the root certificates to which the signer's
     certificate must lead: PEM, a local path, s3:// or gs://."""
+
+
+class PushConfig(Config):
+    """Push a model bundle to a repository of the Hugging Face Hub, as one commit.
+
+    The repository is made if there is none, private unless --public. The bundle is checked first; files of an
+    earlier bundle that this one lacks, such as a signature, are deleted there, others stay. All of the bundle
+    is published: card and provenance name the data, the command and the packages. Requires
+    `pip install huggingface_hub`, and in the variable HF_TOKEN a token that may write.
+    """
+
+    bundle: tyro.conf.Positional[str]
+    """The model bundle: a local folder, s3://, gs:// or hf://."""
+
+    target: tyro.conf.Positional[str]
+    """hf://OWNER/NAME, or hf://OWNER/NAME@BRANCH of a branch that exists."""
+
+    license: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9.-]{0,99}$")
+    """Licence under which the bundle is published, an id of the hub's list such as apache-2.0 or cc-by-4.0.
+    It is written into the bundle's card and README, so state it before you sign. Weights from elsewhere and
+    the data may forbid some."""
+
+    public: bool = False
+    """Everybody can see a repository that is made by this push."""
 
 
 class SignedConfig(Config):

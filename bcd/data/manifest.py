@@ -1,7 +1,7 @@
 """Read manifests, tables of images written by users: CSV or TSV, also gzipped, or Parquet.
 
 The format is recognised by content. Every cell is text without surrounding blanks; an empty one is missing. A
-uri is relative to the manifest's folder, absolute, `~/...`, `file://`, `s3://` or `gs://`.
+uri is relative to the manifest's folder, absolute, `~/...`, `file://`, or has another scheme.
 """
 
 import csv

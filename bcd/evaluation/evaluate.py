@@ -48,6 +48,7 @@ def run(config: EvaluateConfig) -> str:
     Raises:
         DataError: the model may have been trained on the data.
     """
+    config = config.model_copy(update={"model": storage.pinned(config.model)})
     card_sha256 = signing.verified(config.model, config.require_signature)
     card = bundle.read_card(config.model, card_sha256)
     if config.against:
@@ -189,7 +190,7 @@ def evaluate(
     frame = artifacts.with_truth(predictions_uri, test, card)
     images = artifacts.images_of(frame, card, predictions_uri)
     unscored = aggregate.unscored(frame)
-    about = _about(card, facts, kind)
+    about = _about(card, facts, kind) | {"model": without_folders(model_uri)}
     measured = about | artifacts.measure_run(images, unscored, card.classes)
     measured |= {name: getattr(card, name) for name in ("threshold", "temperature", "operating_point")}
     measured["summary"] = model_report.summary(measured)
@@ -209,9 +210,12 @@ def evaluate(
 
 
 def _write_metrics(card: Card, measured: dict[str, Any], model_uri: str) -> None:
-    """Write metrics into the card, unless the bundle is signed: its signature would no longer be valid."""
-    if bundle.is_signed(model_uri):
-        logger.info(f"{model_uri} is signed and keeps its card: the metrics are in the output only")
+    """Write metrics into the card, unless the bundle is signed, which would make its signature invalid, or is
+    on the hub."""
+    signed = bundle.is_signed(model_uri)
+    if signed or not storage.is_writable(model_uri):
+        why = "signed" if signed else "only read"
+        logger.info(f"{model_uri} is {why} and keeps its card: the metrics are in the output only")
     else:
         bundle.write_card(card.model_copy(update={"metrics": measured}), model_uri)
 

@@ -17,16 +17,19 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from importlib.resources import files
+from typing import Any
 
 import jinja2
 
 from bcd import provenance, storage
 from bcd.errors import BundleError
 from bcd.model.card import Card, dump, model_id, parse_card
-from bcd.text import as_code, in_markdown
+from bcd.text import as_code, as_yaml, in_markdown
 
 WEIGHTS, CARD, README = "model.safetensors", "card.json", "README.md"
 MATERIALS, ORIGIN, SIGNATURE = "sbom.cdx.json", "provenance.json", "model.sig"
+# For those who search the hub.
+TAGS = ["histopathology", "breast-cancer", "research-use-only", "bcd"]
 FILES = (WEIGHTS, CARD, README, MATERIALS, ORIGIN, SIGNATURE)
 
 
@@ -120,4 +123,32 @@ def _readme(card: Card) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=in_markdown
     )
-    return environment.from_string(template).render(card=card, model_id=model_id(card), as_code=as_code)
+    page = environment.from_string(template).render(card=card, model_id=model_id(card), as_code=as_code)
+    lines = [f"{name}: {as_yaml(value)}" for name, value in _front_matter(card).items()]
+    return "\n".join(["---", *lines, "---", "", page])
+
+
+def _front_matter(card: Card) -> dict[str, Any]:
+    """What the hub reads. Metrics of a leaky split or of synthetic data are not in it, because it compares
+    them with those of others."""
+    facts: dict[str, Any] = {"license": card.bundle_license} if card.bundle_license else {}
+    facts |= {"library_name": "bcd", "pipeline_tag": "image-classification", "tags": TAGS}
+    pooled = card.metrics.get("pooled")
+    if pooled is None or card.leaky or card.synthetic:
+        return facts
+    patients = "" if card.metrics["n_patients"] is None else f" of {card.metrics['n_patients']} patients"
+    tested = {"type": "test-part", "name": f"test part, {card.metrics['n_images']} images{patients}"}
+    metrics = [_metric(name, pooled) for name in pooled["intervals"] if pooled[name] is not None]
+    result = {"task": {"type": "image-classification"}, "dataset": tested, "metrics": metrics}
+    return facts | {"model-index": [{"name": card.training["name"], "results": [result]}]}
+
+
+def _metric(name: str, pooled: dict[str, Any]) -> dict[str, Any]:
+    """A metric in the form of the hub, which has no place for intervals but name and arguments."""
+    metric = {"type": name, "value": round(pooled[name], 4), "name": name.replace("_", " ")}
+    interval = pooled["intervals"][name]
+    if interval is None:
+        return metric
+    low, high = (round(end, 4) for end in interval)
+    metric["name"] += f", 95 % interval over patients {low} to {high}"
+    return metric | {"args": {"interval": [low, high]}}

@@ -88,6 +88,8 @@ class Card(BaseModel):
     """The best epoch, and its metrics on the validation part."""
     metrics: dict[str, Any] = {}
     """Metrics on the test part, with intervals."""
+    bundle_license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,99}$")] | None = None
+    """Licence under which the bundle is published, an id of the hub's list; None where none was stated."""
     versions: dict[str, str]
     git_commit: str | None
 
@@ -146,9 +148,9 @@ def parse_card(content: bytes, uri: str) -> Card:
 
 
 def model_id(card: Card) -> str:
-    """Hash over everything that a prediction depends on, with the hash of the weights. Metrics and warnings
-    do not change it, nor do the canary's logits, whose rounding depends on the machine."""
-    facts = card.model_dump_json(exclude={"metrics", "warnings", "canary_logit"})
+    """Hash over everything that a prediction depends on, with the hash of the weights. Metrics, warnings and
+    licence do not change it, nor do the canary's logits, whose rounding depends on the machine."""
+    facts = card.model_dump_json(exclude={"metrics", "warnings", "canary_logit", "bundle_license"})
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import save as save_safetensors
 
+from bcd import storage
 from bcd.config.options import CLOSED_FORM
 from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError, ImageError
 from bcd.imaging import decoder, image
@@ -210,7 +211,7 @@ def load(
     compiled: bool = False,
     card_sha256: str | None = None,
 ) -> Predictor:
-    """Load a bundle from a local folder, s3:// or gs://, ready to predict.
+    """Load a bundle from a local folder, s3://, gs:// or hf://OWNER/NAME[@REVISION], ready to predict.
 
     Args:
         uri: of the bundle.
@@ -225,6 +226,7 @@ def load(
             that wrote it.
         StorageError: the URI cannot be read.
     """
+    uri = storage.pinned(uri)
     card = bundle.read_card(uri, card_sha256)
     content = bundle.read_weights_of(uri, card)
     try:

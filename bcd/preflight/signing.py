@@ -55,7 +55,7 @@ def run(config: SignConfig | VerifyConfig) -> None:
     if isinstance(config, SignConfig):
         sign(config.bundle, config.key, config.certificate)
     else:
-        verified(config.bundle, config.key)
+        verified(storage.pinned(config.bundle), config.key)
 
 
 def verified(uri: str, key: str | None) -> str | None:
@@ -80,6 +80,7 @@ def sign(uri: str, key: str, certificate: str | None = None) -> None:
         BundleError: the bundle is damaged, or the key or certificate cannot be used.
     """
     _require_library()
+    storage.require_writable(uri)
     from model_signing import signing
 
     private, chain = _local(key), _local(certificate) if certificate else None

@@ -64,8 +64,9 @@ def read_marker(uri: str, job: str) -> str | None:
 
     Raises:
         ConfigError: another job wrote there, or the folder contains a file that no such job wrote.
-        StorageError: the folder cannot be read.
+        StorageError: the folder cannot be read, or nothing is ever written there.
     """
+    storage.require_writable(uri)
     job_there, found = _marker(uri)
     again = "choose another --prepared" if job == PREPARED else "choose another --output"
     again += " or --name" if job in (TRAIN, CROSSVAL, POOL) else ""

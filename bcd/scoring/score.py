@@ -33,7 +33,7 @@ from bcd.scoring import finish, inputs, ledger, tiling
 from bcd.scoring.ledger import Done, Ledger
 from bcd.scoring.progress import Progress
 from bcd.slides import slide
-from bcd.text import counted, some
+from bcd.text import counted, some, without_folders
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ def run(config: ScoreConfig) -> str:
             raise ConfigError(f"{flag} {place} is inside --input: its images would be scored too")
     names = _pseudonyms(config)
     output.read_marker(config.output, output.SCORE)  # before any work
+    config = config.model_copy(update={"model": storage.pinned(config.model)})
     card_sha256 = signing.verified(config.model, config.require_signature)
     model_id = bundle.identify(config.model, card_sha256)
     model = _Model(bundle.read_same(config.model, model_id, card_sha256), model_id, card_sha256)
@@ -204,6 +205,7 @@ def _facts(config: ScoreConfig, card: Card, model_id: str, names: Pseudonyms | N
     return {
         **({"title": "Scored archive", "pseudonyms": names.fingerprint} if names else shown),
         "model_id": model_id,
+        "model": without_folders(config.model),
         **config.model_dump(include={"precision", "cam", "cam_layer"}),
         **{name: getattr(card, name) for name in ("target", "threshold", "synthetic", "leaky")},
     }

@@ -214,7 +214,11 @@ def create_application(config: ServiceConfig, host: str | None) -> Application:
     Raises:
         ConfigError: other machines reach the address, and there is no token.
         BundleError: there is no model, or not the signature that is required.
+        StorageError: the model cannot be read, or slides cannot be kept.
     """
+    config = config.model_copy(update={"model": storage.pinned(config.model)})
+    if config.slides:
+        storage.require_writable(config.slides)
     card_sha256 = signing.verified(config.model, config.require_signature)
     identity = model_id(bundle.read_card(config.model, card_sha256))
     token_digest = front.read_digest(config.token_file, host)
@@ -247,6 +251,7 @@ def _runner(config: ServiceConfig, jobs: SlideJobs) -> SlideRunner:
 def run(config: ServeConfig, beside: Sequence[serve.RunTarget] = ()) -> None:
     """Serve until SIGTERM or SIGINT, then finish the accepted requests; `beside` are more applications."""
     _require_plain_serve()
+    config = config.model_copy(update={"model": storage.pinned(config.model)})
     application = create_application(config, config.host)
     front.require_free(config.host, config.port)
     # For the proxy of a cluster that we start; the proxy of a running cluster has its own environment.

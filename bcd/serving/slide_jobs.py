@@ -116,7 +116,8 @@ class SlideJobs:
             not path.is_absolute() and ".." not in path.parts and "://" not in name and name.isprintable()
         )
         uri = storage.join(self.archive, name)
-        if not inside or not storage.is_file(uri):
+        listed = name.lower().endswith(schema.MANIFEST_SUFFIXES)  # what it names would be read
+        if not inside or listed or not storage.is_file(uri):
             raise RefusedError(404, "no_slide", "the archive of this service has no file of this name")
         self._require_room()
         return self._add(new_id(), name, uri, mpp)

@@ -32,7 +32,7 @@ SLIDE_STARTS = ((0, b"II"), (0, b"MM"), (128, b"DICM"), (0, b"SQLite format 3\0"
 WRAPPINGS = {
     rb"[{\[\"]": "JSON",
     rb"(?i)data:": "a data URI",
-    rb"(?i)(https?|s3|gs|file)://": "an address, and the service fetches none",
+    rb"(?i)[a-z][a-z0-9+.-]*://": "an address, and the service fetches none",
     rb"\x1f\x8b|PK\x03\x04|7z\xbc\xaf|BZh|\xfd7zXZ": "a compressed file",
     rb"--[^\r\n]+\r?\n(?i:content-)": f"a form, but its Content-Type is not {FORM} with a boundary",
     rb"iVBORw0K|[/_]9j[/_]|SUk[qr]|TU0AK": "an image in base64",

@@ -5,7 +5,8 @@ from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import OPERATIONAL
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig
-from bcd.config.signing import SignConfig, VerifyConfig
+from bcd.config.signing import PushConfig, SignConfig, VerifyConfig
+from bcd.errors import ConfigError
 
 
 @pytest.mark.parametrize("config_type", [SignConfig, VerifyConfig])
@@ -34,3 +35,11 @@ def test_a_required_signature_changes_no_result(config_type):
     assert config_type(**settings).require_signature is None
     assert config_type(**settings, require_signature="signing.pub").require_signature == "signing.pub"
     assert "require_signature" in OPERATIONAL
+
+
+def test_a_push_names_bundle_and_target_without_flags():
+    config = tyro.cli(PushConfig, args=["runs/model", "hf://owner/name", "--license", "cc-by-4.0"])
+    assert (config.bundle, config.target, config.license) == ("runs/model", "hf://owner/name", "cc-by-4.0")
+    assert not config.public
+    with pytest.raises(ConfigError, match="--license"):
+        PushConfig(bundle="b", target="hf://owner/name", license="my own\n# b")

@@ -456,3 +456,20 @@ def test_regions_and_overlap_on_a_cluster(joined, model_uri, tmp_path):
     expected = [(None, None, None, None, None), *((0, y, 1.0, "left", None) for y in (0, 230, 460))]
     assert [tuple(row.values()) for row in rows] == expected
     assert (tmp_path / "out/slides/s.tif/tissue.geojson").exists()
+
+
+def test_a_model_and_fields_of_the_hub_are_scored_as_on_a_disk(cluster, model_uri, hub, tmp_path):
+    """Every process of the job reads the commit that the job found at its start."""
+    pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
+    fields = {f"{name}.png": pictures.encode(pictures.gradient(46, 70 + i)) for i, name in enumerate("ab")}
+    (tmp_path / "fields").mkdir()
+    for name, content in fields.items():
+        (tmp_path / "fields" / name).write_bytes(content)
+    commit = hub.put("owner/model", {path.name: path.read_bytes() for path in Path(model_uri).iterdir()})
+    hub.put("owner/fields", fields, kind="datasets")
+    finished(start(model_uri, str(tmp_path / "fields"), tmp_path / "disk"))
+    finished(start("hf://owner/model", "hf://datasets/owner/fields", tmp_path / "hub", **hub.variables))
+    assert read_json(str(tmp_path / "hub" / "summary.json"))["model"] == f"hf://owner/model@{commit}"
+    disk, ours = (table(tmp_path / name).drop_columns([schema.URI]) for name in ("disk", "hub"))
+    assert ours.column(schema.LOGIT).to_pylist() == disk.column(schema.LOGIT).to_pylist()
+    assert ours.column(schema.SHA256).to_pylist() == disk.column(schema.SHA256).to_pylist()

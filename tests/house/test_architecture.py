@@ -53,12 +53,12 @@ def depth(node: ast.AST) -> int:
 # A folder imports from itself and from those before it. "" holds the modules beside the folders, `DOORS`
 # those of them that start everything.
 RANKS = [
-    *("", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"),
-    *("model", "reports", "runtime", "audit", "preflight", "evaluation", "training", "scoring"),
-    *("training.pooling", "serving", "serving.viewer", "doors"),
+    *("data.stores", "", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data"),
+    *("split", "model", "model.published", "reports", "runtime", "audit", "preflight", "evaluation"),
+    *("training", "scoring", "training.pooling", "serving", "serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
-LIGHT = {"", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"}
+LIGHT = set(RANKS[: RANKS.index("model")])
 OPENSLIDE = "bcd.slides.readers.openslide_server"
 WITH_RAY = {
     *("runtime", "evaluation", "training", "scoring"),

@@ -7,6 +7,7 @@ import markdown
 import numpy as np
 import pytest
 import torch
+import yaml
 from markdown_it import MarkdownIt
 from safetensors.torch import save
 
@@ -85,6 +86,56 @@ def test_the_readme_says_where_patients_are_too_few(few):
     assert "On 1 image of 1 patient that it was not trained on" in text
 
 
+def front_matter(known):
+    opening, front, page = bundle._readme(known).split("---\n", 2)
+    assert (opening, page.lstrip()[:8]) == ("", "# Model ")
+    return yaml.safe_load(front)
+
+
+def measured(**changes):
+    row = {"n_patients": 4, "auc": 0.91234, "accuracy": None, "specificity": 0.5}
+    intervals = {"auc": [0.8, 0.98765], "accuracy": None, "specificity": None}
+    pooled = row | {"intervals": intervals}
+    return {"summary": [], "n_images": 9, "n_patients": 4, "pooled": pooled} | changes
+
+
+def test_the_readme_has_what_the_hub_reads():
+    known = card(metrics=measured(), bundle_license="apache-2.0")
+    found = front_matter(known)
+    assert (found["license"], found["library_name"]) == ("apache-2.0", "bcd")
+    (result,) = found["model-index"][0]["results"]
+    assert result["dataset"] == {"type": "test-part", "name": "test part, 9 images of 4 patients"}
+    assert result["metrics"] == [
+        {
+            "type": "auc",
+            "value": 0.9123,
+            "name": "auc, 95 % interval over patients 0.8 to 0.9877",
+            "args": {"interval": [0.8, 0.9877]},
+        },
+        {"type": "specificity", "value": 0.5, "name": "specificity"},
+    ]
+    assert "Licence of this bundle: apache-2.0" in bundle._readme(known)
+    assert "license" not in front_matter(card())
+
+
+@pytest.mark.parametrize("flaw", ["leaky", "synthetic", None])
+def test_numbers_that_are_not_comparable_are_not_in_the_index(flaw):
+    changes = {flaw: True} if flaw else {"metrics": {}}
+    assert "model-index" not in front_matter(card(**{"metrics": measured()} | changes))
+
+
+def test_the_library_of_the_hub_reads_the_front_matter(tmp_path):
+    library = pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
+    (tmp_path / "README.md").write_text(bundle._readme(card(metrics=measured())), encoding="utf-8")
+    found = library.ModelCard.load(tmp_path / "README.md").data
+    assert (found.library_name, found.pipeline_tag) == ("bcd", "image-classification")
+    assert [(each.metric_type, each.metric_value) for each in found.eval_results] == [
+        ("auc", 0.9123),
+        ("specificity", 0.5),
+    ]
+    assert found.eval_results[0].metric_args == {"interval": [0.8, 0.9877]}
+
+
 INJECTIONS = (
     *("<img src=x onerror=alert(1)>", "[see](https://e.example)", "![](https://e.example/x.png)", "a | b"),
     *("a\n\n# b\n\n| c | d |\n|---|---|\n| e | f |", "` <b>x</b> `", "<https://e.example>", "- [x](y)"),
@@ -100,7 +151,7 @@ def elements(text):
     return [re.findall(r"<(?!/?li)[^>]*>", page) for page in pages]
 
 
-@pytest.mark.parametrize("place", ["warnings", "data", "versions", "table"])
+@pytest.mark.parametrize("place", ["warnings", "data", "versions", "table", "front matter"])
 def test_names_add_no_markup_to_the_readme(place):
     def readme(name):
         changes = {
@@ -108,6 +159,7 @@ def test_names_add_no_markup_to_the_readme(place):
             "data": {"training": card().training | {"data": name}},
             "versions": {"versions": {name: name}},
             "table": {"metrics": {"summary": [[name, name, name]], "n_images": 1, "n_patients": 1}},
+            "front matter": {"metrics": measured(), "training": card().training | {"name": name}},
         }
         return bundle._readme(card(**changes[place]))
 

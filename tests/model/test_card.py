@@ -37,6 +37,7 @@ def test_a_card_is_read_as_it_was_written():
 
 def test_the_identity_follows_what_decides():
     same = {"metrics": {"accuracy": 1.0}, "canary_logit": (0.5, -0.2500001), "warnings": ("few patients",)}
+    same |= {"bundle_license": "mit"}
     assert cards.model_id(KNOWN.model_copy(update=same)) == cards.model_id(KNOWN)
     for change in ({"threshold": 0.4}, {"weights_sha256": "b" * 64}, {"temperature": 1.5}):
         assert cards.model_id(KNOWN.model_copy(update=change)) != cards.model_id(KNOWN)

@@ -314,3 +314,33 @@ def test_an_evaluation_leaves_a_signed_card_as_it_is(signed, keys, capsys):
     (signed / "model.sig").unlink()
     evaluate._write_metrics(bundle.read_card(uri), metrics, uri)
     assert bundle.read_card(uri).metrics == metrics
+
+
+def test_an_evaluation_writes_nothing_to_the_hub(hub, capsys):
+    pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
+    hub.put("owner/model", {"card.json": b"{}"})
+    evaluate._write_metrics(card(), {}, "hf://owner/model")
+    assert "is only read and keeps its card" in capsys.readouterr().out
+
+
+VERIFY = {"verify": lambda uri, key: signing.run(VerifyConfig(bundle=uri, key=key))}
+
+
+@pytest.mark.parametrize("job", [*JOBS, "verify"])
+def test_a_job_reads_one_commit_of_the_hub(hub, job, tmp_path, monkeypatch):
+    """The URI that it verifies, records and hands to its workers names the commit of its start."""
+    pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
+    sha = hub.put("owner/model", {"card.json": b"{}"})
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def verified(uri, key):
+        hub.put("owner/model", {"card.json": b"other"})
+        seen.append(uri)
+        raise BundleError("stop")
+
+    monkeypatch.setattr(signing, "verified", verified)
+    with pytest.raises(BundleError, match="stop"):
+        (JOBS | VERIFY)[job]("hf://owner/model", "k")
+    assert seen == [f"hf://owner/model@{sha}"]
+    assert storage.read_bytes(f"{seen[0]}/card.json") == b"{}"

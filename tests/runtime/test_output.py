@@ -10,7 +10,7 @@ from bcd.config.checks import AuditConfig
 from bcd.config.evaluation import EvaluateConfig
 from bcd.config.scoring import ScoreConfig
 from bcd.config.training import CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
-from bcd.errors import ConfigError, DataError
+from bcd.errors import ConfigError, DataError, StorageError
 from bcd.evaluation import evaluate
 from bcd.model import predictor
 from bcd.runtime import cluster, output
@@ -103,6 +103,17 @@ def test_a_strange_file_in_an_own_folder_is_named(job, name, tmp_path):
     fill(str(tmp_path), "", [name])
     with pytest.raises(ConfigError, match=rf"contains {name}, which it did not write: jobs/{job}\.py"):
         output.claim_folder(str(tmp_path), job)
+
+
+@pytest.mark.parametrize("uri", ["hf://owner/name", "https://host/out", "az://container/out"])
+def test_no_job_writes_where_nothing_is_written(uri):
+    """Found before any request."""
+    for job in output.FILES:
+        with pytest.raises(
+            StorageError, match="cannot write there: outputs are on a local path, s3://"
+        ) as found:
+            output.read_marker(uri, job)
+        assert found.value.lasting
 
 
 def test_prepared_images_have_a_folder_of_their_own(tmp_path):

@@ -37,6 +37,7 @@ def jobs(request, tmp_path):
     archive = tmp_path / "archive"
     (archive / "2026").mkdir(parents=True)
     (archive / "2026" / "a.svs").write_bytes(b"pixels")
+    (archive / "list.CSV").write_bytes(b"uri\nhttps://host/a.svs\n")
     (tmp_path / "secret.svs").write_bytes(b"secret")
     return SlideJobs(uri, str(archive), MOST_SLIDES)
 
@@ -83,7 +84,10 @@ def test_a_slide_of_the_archive_is_named(url, jobs):
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret.svs", "2026/../../secret.svs", "/etc/passwd", "s3://bucket/a.svs", "2026", "b.svs", "a\n"],
+    [
+        *("../secret.svs", "2026/../../secret.svs", "/etc/passwd", "s3://bucket/a.svs", "hf://o/n/a.svs"),
+        *("2026", "b.svs", "a\n", "list.CSV"),
+    ],
 )
 def test_nothing_else_can_be_named(url, jobs, name):
     answer = httpx.post(url, json={"name": name}, headers=AUTHORISED)

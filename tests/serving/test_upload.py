@@ -101,6 +101,7 @@ WRAPPED = {
     "base64 of big-endian TIFF": (base64.b64encode(b"MM\0*" + bytes(9)), "an image in base64"),
     "a data URI": (b"data:image/png;base64," + BASE64, "a data URI"),
     "an address": (b"https://example.org/a.png", "an address, and the service fetches none"),
+    "a file of a hub": (b"hf://owner/name/a.png", "an address, and the service fetches none"),
     "an object": (b"s3://bucket/a.png\n", "an address, and the service fetches none"),
     "gzip": (gzip.compress(FIELD), "a compressed file"),
     "ZIP": (b"PK\x03\x04" + FIELD, "a compressed file"),
