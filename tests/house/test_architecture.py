@@ -54,8 +54,8 @@ def depth(node: ast.AST) -> int:
 # those of them that start everything.
 RANKS = [
     *("", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"),
-    *("model", "reports", "runtime", "audit", "preflight", "evaluation", "training", "scoring"),
-    *("training.pooling", "serving", "serving.viewer", "doors"),
+    *("model.recipes", "model", "reports", "runtime", "audit", "preflight", "evaluation", "training"),
+    *("scoring", "training.pooling", "training.ablation", "serving", "serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = {"", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"}
@@ -66,8 +66,8 @@ WITH_RAY = {
 }
 WITH_TORCH = {
     *(f"bcd.model.{name}" for name in ("cam", "predictor", "resnet", "train_step", "weights")),
-    "bcd.runtime.cluster",
-    *("bcd.training.checkpoint", "bcd.training.loop", "bcd.training.stream"),
+    *("model.recipes", "bcd.runtime.cluster"),
+    *("bcd.training.checkpoint", "bcd.training.feed", "bcd.training.loop", "bcd.training.stream"),
     "bcd.training.pooling.attention",
     "bcd.preflight.doctor",
     "bcd.serving.serve",
@@ -279,7 +279,7 @@ for name in light:
     importlib.import_module(name)
 print(json.dumps(sorted({'torch', 'ray'} & set(sys.modules))), flush=True)
 jobs = "audit.audit evaluation.evaluate preflight.doctor scoring.score training.crossval training.train"
-for name in [*jobs.split(), "training.pooling.pool"]:
+for name in [*jobs.split(), "training.pooling.pool", "training.ablation.ablate"]:
     importlib.import_module(f"bcd.{name}")
 print(json.dumps(sorted({'torch'} & set(sys.modules))), flush=True)
 # torch.compile's machinery counts cores by a subprocess at import: not ours, so it is let in first
