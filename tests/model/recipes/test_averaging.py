@@ -29,6 +29,17 @@ def test_the_average_equals_the_formula_with_the_statistics_of_batch_norm():
         assert not torch.equal(found[name], given.state_dict()[name])
 
 
+def test_a_network_that_is_wrapped_for_several_workers_has_the_same_average():
+    given = network()
+    averages = [average_of(given, 0.5) for _ in range(2)]
+    for _ in range(2):
+        given(torch.randn(8, 3, 4, 4))
+        averages[0].update_parameters(given)
+        averages[1].update_parameters(nn.ModuleDict({"module": given}))  # as DistributedDataParallel
+    for one, other in zip(*(average.state_dict().values() for average in averages), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_average_is_for_evaluation_and_is_not_trained():
     average = average_of(network(), 0.5)
     assert not any(module.training for module in average.modules())
