@@ -185,11 +185,7 @@ class TrainingConfig(LabelledConfig):
     def _as_in_recipe(cls, given: Any) -> Any:
         """The settings of the recipe, where none is given."""
         # An unknown name is found by the check of the field.
-        return (
-            {**RECIPES.get(cast(Recipe, given.get("recipe")), {}), **given}
-            if isinstance(given, dict)
-            else given
-        )
+        return {**RECIPES.get(cast(Recipe, given.get("recipe")), {}), **given}
 
     @model_validator(mode="after")
     def _recipe_is_possible(self) -> Self:
