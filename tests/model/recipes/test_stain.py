@@ -66,13 +66,14 @@ def test_factors_of_one_change_nothing_and_each_image_has_its_own():
 
 
 def test_images_of_two_planted_stains_coincide_after_macenko():
-    given = amounts()
+    given = amounts(side=160)
     one, two = stained("one", given), stained("two", given, (1.4, 0.7))
     reference = stain.fit_reference(one, "macenko")
     first, second = (stain.transform(images, reference) for images in (one, two))
     assert (one.float() - two.float()).abs().mean() > 20
     assert (first - second).abs().mean() < 0.6
-    assert (first - one).abs().mean() < 1
+    # The amounts of one image differ from the median over all.
+    assert (first - one).abs().mean() < 2
 
 
 def test_images_of_two_planted_stains_coincide_after_reinhard():
@@ -103,7 +104,7 @@ def test_macenko_finds_the_planted_stains_and_their_amounts():
 
 def test_reinhard_gives_every_image_the_mean_and_spread_of_the_reference():
     reference = Reinhard(n_images=1, mean=(-1.2, 0.1, 0.02), spread=(0.3, 0.06, 0.03))
-    images = stained("two", amounts())
+    images = stained("two", amounts(side=128))
     changed = stain.transform(images, reference)
     which = stain._stained(images, stain._density(images)).weight > 0
     colors = [color[:, one] for color, one in zip(stain._lab(changed), which, strict=True)]
