@@ -15,7 +15,14 @@ from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
 from bcd.config.signing import PushConfig, SignConfig, VerifyConfig
-from bcd.config.training import CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
+from bcd.config.training import (
+    AblateConfig,
+    CrossvalConfig,
+    DemoConfig,
+    PoolConfig,
+    TrainConfig,
+    with_recipe,
+)
 from bcd.errors import BcdError
 
 # The settings of each job, and the module below `bcd` with its `run`: not imported yet, because Ray and torch
@@ -28,6 +35,7 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "train": (TrainConfig, "training.train"),
         "evaluate": (EvaluateConfig, "evaluation.evaluate"),
         "crossval": (CrossvalConfig, "training.crossval"),
+        "ablate": (AblateConfig, "training.ablation.ablate"),
         "score": (ScoreConfig, "scoring.score"),
         "view": (ViewConfig, "serving.viewer.view"),
         "pool": (PoolConfig, "training.pooling.pool"),
@@ -63,7 +71,7 @@ def main(job: str, doc: str | None = None) -> None:
     config = tyro.cli(config_type, description=doc)
     log.start(job, config.log_format)
     try:
-        import_module(f"bcd.{pipeline}").run(config)
+        import_module(f"bcd.{pipeline}").run(with_recipe(config, sys.argv[1:]))
     except BcdError as error:
         logging.getLogger(__name__).error(error)
         sys.exit(error.exit_code)

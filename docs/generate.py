@@ -23,13 +23,14 @@ from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
 from bcd.config.signing import PushConfig, SignConfig, VerifyConfig
-from bcd.config.training import CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
+from bcd.config.training import AblateConfig, CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
 
 DOCS = Path(__file__).parent
 JOBS: dict[str, type[Config]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "crossval": CrossvalConfig,
+    "ablate": AblateConfig,
     "audit": AuditConfig,
     "score": ScoreConfig,
     "view": ViewConfig,

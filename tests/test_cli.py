@@ -22,6 +22,14 @@ def test_flags_become_a_config(monkeypatch):
     assert seen == [TrainConfig(data="d", magnifications=(40, 100), augment=False, num_workers="2-8")]
 
 
+def test_flags_have_priority_over_the_recipe(monkeypatch):
+    seen = []
+    arguments = ["--data", "d", "--recipe", "few", "--dropout", "0.0", "--no-freeze-batchnorm"]
+    run(monkeypatch, *arguments, pipeline=seen.append)
+    assert seen == [TrainConfig(data="d", recipe="few", dropout=0.0, freeze_batchnorm=False)]
+    assert seen[0].layer_decay == 0.7
+
+
 def test_help_shows_the_command_and_every_flag(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         run(monkeypatch, "--help")

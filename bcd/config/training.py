@@ -1,7 +1,9 @@
 """Settings of a training run, a cross-validation, the pooling of tiles and the demo."""
 
 import re
-from typing import Literal, cast, get_args
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, Self, cast, get_args
 
 from pydantic import Field, model_validator
 
@@ -10,6 +12,7 @@ from bcd.config.options import (
     MAX_INPUT_PX,
     MAX_SEED,
     MIN_INPUT_PX,
+    RANDOM_WEIGHTS,
     WORKERS,
     Architecture,
     Config,
@@ -20,6 +23,23 @@ from bcd.config.options import (
     Protocol,
 )
 from bcd.taxonomy import MAGNIFICATIONS, N_FOLDS, Target, given_names
+
+Recipe = Literal["steady", "stains", "few"]
+# Settings by the name of their recipe. Each names a purpose; none is the default before an ablation on
+# patients apart supports it.
+RECIPES: Mapping[Recipe, Mapping[str, Any]] = MappingProxyType(
+    {
+        "steady": {"ema_decay": 0.99, "symmetries": True},
+        "stains": {"ema_decay": 0.99, "stain_normalisation": "macenko", "stain_jitter": 0.1},
+        "few": {
+            "ema_decay": 0.99,
+            "layer_decay": 0.7,
+            "freeze_batchnorm": True,
+            "dropout": 0.3,
+            "label_smoothing": 0.05,
+        },
+    }
+)
 
 
 class TrainingConfig(LabelledConfig):
@@ -55,6 +75,10 @@ class TrainingConfig(LabelledConfig):
 
     balance: Literal["tumor_class", "subtype", "none"] = "tumor_class"
     """Upsample training rows until these classes are equally frequent."""
+
+    weighted_loss: bool = False
+    """Weight the loss of each class in place of upsampling its rows: the same in expectation, in shorter
+    epochs."""
 
     max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Largest share of broken images; they are excluded and named. A larger share ends the run."""
@@ -95,6 +119,48 @@ class TrainingConfig(LabelledConfig):
     augment: bool = True
     """Flips, quarter rotations, random resized crop and colour jitter on the training images."""
 
+    recipe: Recipe | None = None
+    """Settings for a purpose; flags that are given have priority. steady: average of the weights, eight
+    orientations; stains: Macenko normalisation, stain jitter, average; few: for few patients, rates by depth,
+    frozen batch norm, dropout, smoothed labels, average."""
+
+    ema_decay: Fraction | None = None
+    """Exponential moving average of weights and batch norm, which is validated and exported: the share that
+    stays at each step, such as 0.99 (an average over the last 100 steps)."""
+
+    stain_jitter: float = Field(default=0.0, ge=0, lt=1)
+    """Multiply the amounts of haematoxylin, eosin and the rest in each training image by factors between
+    1 - this and 1 + this; glass stays as it is. 0.05 to 0.2 are usual; requires --augment."""
+
+    stain_normalisation: Literal["macenko", "reinhard"] | None = None
+    """Normalise the stain of every image to the median of the training images, also in validation, scoring
+    and serving. By default none."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is distributed evenly over the classes, such as 0.1."""
+
+    mixup: float = Field(default=0.0, ge=0)
+    """Mix images of a batch in pairs, and their targets, by a share from the beta distribution with this
+    parameter, such as 0.2."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the pooled features that are zero at each step of the training, before the last layer."""
+
+    layer_decay: Fraction | None = None
+    """Factor of the learning rate for each block before the head: with 0.7 the block before it learns at 0.7
+    times the rate of the head, the one before that at 0.49. By default all have the same rate."""
+
+    freeze_batchnorm: bool = False
+    """Keep the statistics, weights and biases of batch norm as they are in --weights."""
+
+    patience: int = Field(default=0, ge=0)
+    """End the training after so many epochs in a row without a better score on validation; 0: never. The
+    learning rate falls as if all --epochs followed."""
+
+    symmetries: bool = False
+    """Average the features of each image over its eight flips and quarter turns, in validation of the model,
+    scoring and serving: eight forward passes. The best epoch is chosen without."""
+
     precision: Precision = "auto"
     """auto: bfloat16 if the hardware supports it, else float32."""
 
@@ -114,6 +180,26 @@ class TrainingConfig(LabelledConfig):
     max_failures: int = Field(default=3, ge=0)
     """How often training restarts from the last epoch after a worker or node is lost."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_in_recipe(cls, given: Any) -> Any:
+        """The settings of the recipe, where none is given."""
+        # An unknown name is found by the check of the field.
+        return {**RECIPES.get(cast(Recipe, given.get("recipe")), {}), **given}
+
+    @model_validator(mode="after")
+    def _recipe_is_possible(self) -> Self:
+        if self.weighted_loss and self.balance != self.target:
+            raise ValueError(
+                f"--weighted-loss weights the classes of --target {self.target}, not those of --balance "
+                f"{self.balance}: give both the same, or leave it out"
+            )
+        if self.freeze_batchnorm and self.weights == RANDOM_WEIGHTS:
+            raise ValueError("--freeze-batchnorm requires --weights: random ones have no statistics to keep")
+        if self.stain_jitter and not self.augment:
+            raise ValueError("--stain-jitter is part of --augment, which is off")
+        return self
+
     @model_validator(mode="after")
     def _settings_are_possible(self) -> "TrainingConfig":
         workers = WORKERS.fullmatch(self.num_workers)
@@ -132,12 +218,25 @@ class TrainingConfig(LabelledConfig):
             )
         return self
 
+    def upsampled(self) -> Literal["tumor_class", "subtype", "none"]:
+        """The classes whose training rows are repeated."""
+        return "none" if self.weighted_loss else self.balance
+
     def worker_bounds(self) -> tuple[int, int] | None:
         """Smallest and largest number of training workers, or None for auto."""
         if self.num_workers == "auto":
             return None
         low, _, high = self.num_workers.partition("-")
         return int(low), int(high or low)
+
+
+def with_recipe(config: Config, arguments: Sequence[str]) -> Config:
+    """The settings of a command line, with those of its recipe where the arguments give none."""
+    if not getattr(config, "recipe", None):
+        return config
+    names = {part.partition("=")[0].lstrip("-").replace("-", "_") for part in arguments if part[:2] == "--"}
+    names |= {name.removeprefix("no_") for name in names}
+    return type(config)(**config.model_dump(include=names))
 
 
 def _require_name(name: str) -> None:
@@ -223,6 +322,29 @@ class CrossvalConfig(TrainingConfig):
     def protocols(self) -> tuple[Protocol, ...]:
         """The protocol of each arm."""
         return cast("tuple[Protocol, ...]", tuple(self.protocol.split(",")))
+
+
+class AblateConfig(CrossvalConfig):
+    """Cross-validate several arms on the same folds, and report the paired difference of each from the first.
+
+    An arm is a recipe, or settings; all other flags are those of every arm. Run the same command again to
+    resume.
+    """
+
+    name: str = "ablation"
+    """Name of the ablation. Run the same command again to resume."""
+
+    arms: tuple[str, ...] = ("plain", *RECIPES)
+    """What is compared, the baseline first: plain (the other flags alone), recipes, or settings such as
+    ema_decay=0.99 or ema_decay=0.99,mixup=0.2. The settings of an arm have priority over other flags."""
+
+    @model_validator(mode="after")
+    def _arms_are_comparable(self) -> "AblateConfig":
+        if len(set(self.arms)) < max(2, len(self.arms)):
+            raise ValueError(f"--arms {' '.join(self.arms)}: expected two or more, each once")
+        if self.against or "," in self.protocol:
+            raise ValueError("--arms are compared under one --protocol, without --against")
+        return self
 
 
 class PoolConfig(OutputConfig):

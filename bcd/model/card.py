@@ -15,6 +15,7 @@ from bcd.config.options import MAX_INPUT_PX, MIN_INPUT_PX, Architecture, Protoco
 from bcd.errors import BundleError
 from bcd.imaging import image
 from bcd.model.novelty import FeatureStatistics
+from bcd.model.recipes.reference import StainReference
 from bcd.taxonomy import MAGNIFICATIONS, MAX_MPP, MIN_MPP, Target
 
 FORMAT_VERSION: Literal[2] = 2
@@ -51,6 +52,10 @@ class Card(BaseModel):
     """Version of the conversion of images to pixels; it converts colour profiles to sRGB, for example."""
     mean: tuple[Share, Share, Share] = image.IMAGENET_MEAN
     std: tuple[Deviation, Deviation, Deviation] = image.IMAGENET_STD
+    stain: StainReference | None = None
+    """The stain of the training images, to which every image is normalised; None: images stay as they are."""
+    symmetries: bool = False
+    """Whether the features of each image are averaged over its eight flips and quarter turns."""
     field_height_px: FieldSize
     """Height of the usual training field in its own pixels; slides are cut into tiles of this size."""
     field_width_px: FieldSize
@@ -149,8 +154,10 @@ def parse_card(content: bytes, uri: str) -> Card:
 
 def model_id(card: Card) -> str:
     """Hash over everything that a prediction depends on, with the hash of the weights. Metrics, warnings and
-    licence do not change it, nor do the canary's logits, whose rounding depends on the machine."""
-    facts = card.model_dump_json(exclude={"metrics", "warnings", "canary_logit", "bundle_license"})
+    licence do not change it, nor do the canary's logits, whose rounding depends on the machine, nor fields
+    that an older version did not have, where they are off."""
+    off = {name for name in ("stain", "symmetries") if not getattr(card, name)}
+    facts = card.model_dump_json(exclude={"metrics", "warnings", "canary_logit", "bundle_license"} | off)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 

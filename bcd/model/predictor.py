@@ -15,6 +15,7 @@ from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError, ImageError
 from bcd.imaging import decoder, image
 from bcd.model import bundle, cam, novelty, resnet, weights
 from bcd.model.card import STRIDE_PX, Card, dump, model_id
+from bcd.model.recipes import stain, symmetries
 from bcd.model.resnet import ResNet, normalise
 from bcd.taxonomy import malignant_mask
 
@@ -125,8 +126,9 @@ class Predictor:
         output = self._output(self._normalised(images))
         return output.pooled.cpu().numpy(), output.logit.cpu().numpy()
 
-    def _normalised(self, images: np.ndarray) -> torch.Tensor:
+    def _normalised(self, images: np.ndarray, is_stained: bool = True) -> torch.Tensor:
         batch = torch.from_numpy(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        batch = stain.transform(batch, self.card.stain if is_stained else None)
         batch = normalise(batch, self.card.mean, self.card.std)
         return batch.contiguous(memory_format=torch.channels_last)
 
@@ -153,7 +155,7 @@ class Predictor:
     def _canary(self) -> tuple[np.ndarray, float]:
         """Logits (classes,) of `canary` in float32, and the largest sum of their absolute summands."""
         with torch.backends.cudnn.flags(allow_tf32=False):
-            output = resnet.forward(self.network, self._normalised(canary()[None]))
+            output = resnet.forward(self.network, self._normalised(canary()[None], is_stained=False))
         summand = (output.pooled.abs() @ self.network.fc.weight.abs().T).max()
         return output.logit[0].cpu().numpy(), float(summand)
 
@@ -268,4 +270,5 @@ def _ready(
     network = resnet.temper(resnet.fold(network), card.temperature).requires_grad_(False)
     network = network.to(where).to(memory_format=torch.channels_last)
     features = resnet.compiled_features(network) if compiled else partial(resnet.features, network)
+    features = symmetries.averaged(features) if card.symmetries else features
     return Predictor(card, identity, network, features, where, precision)

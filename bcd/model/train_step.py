@@ -6,7 +6,7 @@ step on eight workers, plain batch norm would normalise by four images each.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -15,8 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
 
 from bcd.model import resnet
+from bcd.model.recipes import layers, stain
+from bcd.model.recipes.loss import Loss
+from bcd.model.recipes.reference import Macenko, Reinhard
 from bcd.model.resnet import normalise
 
 # Of the augmentation: shares of the area that are kept, the most by which a side is stretched, tries to find
@@ -43,12 +47,14 @@ COLOR_PARTS = _color_parts()
 
 
 def optimizer(
-    network: nn.Module, name: str, learning_rate: float, weight_decay: float
+    network: nn.Module,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    layer_decay: float | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD with Nesterov momentum; biases and norms are not decayed."""
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    kept = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    """AdamW or SGD with Nesterov momentum, over the groups of `layers.parameter_groups`."""
+    groups = layers.parameter_groups(network, weight_decay, layer_decay)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate)
     return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
@@ -111,7 +117,8 @@ class Draws(NamedTuple):
 
     First is_flipped (n,) bool, then turns (n,), by 90 degrees each, then the part of the turned image that
     fills the result: its corner and size (n, 2) in px, x before y. Last color (n, 4): factors of brightness,
-    contrast and saturation, and the turn of the hue in radians.
+    contrast and saturation, and the turn of the hue in radians. With stain jitter also the factors (n, 3) of
+    `stain.draw_amounts`.
     """
 
     is_flipped: Tensor
@@ -119,15 +126,17 @@ class Draws(NamedTuple):
     corner: Tensor
     part: Tensor
     color: Tensor
+    stain: Tensor | None = None
 
 
-def draw(n: int, height_px: int, width_px: int) -> Draws:
+def draw(n: int, height_px: int, width_px: int, stain_jitter: float = 0.0) -> Draws:
     """Draw from torch's generator what may change in a field of tissue without changing its class."""
     is_flipped, turns = torch.rand(n) < 0.5, torch.randint(4, (n,))
     corner, part = _draw_parts(_turned(turns, height_px, width_px), width_px / height_px)
     # Stains differ between laboratories far more than between classes.
     factors, hue = torch.empty(n, 3).uniform_(1 - FACTOR, 1 + FACTOR), torch.empty(n, 1).uniform_(-HUE, HUE)
-    return Draws(is_flipped, turns, corner, part, torch.cat([factors, hue], 1))
+    amounts = stain.draw_amounts(n, stain_jitter) if stain_jitter else None
+    return Draws(is_flipped, turns, corner, part, torch.cat([factors, hue], 1), amounts)
 
 
 def _turned(turns: Tensor, height_px: int, width_px: int) -> Tensor:
@@ -155,13 +164,15 @@ def _draw_parts(size: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
 def augment(images: Tensor, draws: Draws) -> Tensor:
     """Apply the draws to a whole batch, on its own device.
 
-    Takes uint8 (n, 3, height, width), and returns the same type and shape.
+    Takes uint8 (n, 3, height, width), or what `stain.transform` makes of it, and returns uint8 of that shape.
     """
     places = _places(draws, *images.shape[2:]).to(images.device, non_blocking=True)
     grid = functional.affine_grid(places, list(images.shape), align_corners=False)
     kept = images.to(torch.float32, memory_format=torch.contiguous_format)
     # Without a filter: at most a tenth of the resolution is lost.
     parts = functional.grid_sample(kept, grid, padding_mode="border", align_corners=False)
+    if draws.stain is not None:
+        parts = stain.jitter(parts, draws.stain)
     changed = recolor(parts, draws.color.to(images.device, non_blocking=True))
     return changed.round_().clamp_(0, 255).to(torch.uint8)
 
@@ -193,13 +204,20 @@ def recolor(images: Tensor, color: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step on batches of uint8 images, on the device of the network."""
+    """One optimiser step on batches of uint8 images, on the device of the network.
+
+    `average` follows the weights of the network.
+    """
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     device: torch.device
     precision: str
     augments: bool
+    loss: Loss = field(default_factory=Loss)
+    stain_jitter: float = 0.0
+    stain: Macenko | Reinhard | None = None
+    average: AveragedModel | None = None
 
     def __call__(self, images: Tensor, target: Tensor, rate: float) -> Tensor:
         """Train on uint8 (n, height, width, 3) RGB and int64 (n,) class indices, at a learning rate.
@@ -208,17 +226,20 @@ class Step:
             The mean loss, a scalar on the device, detached.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batch = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            group["lr"] = rate * group.get(layers.SCALE, 1.0)
+        batch = stain.transform(images.to(self.device, non_blocking=True).permute(0, 3, 1, 2), self.stain)
         if self.augments:
-            batch = augment(batch, draw(len(batch), *batch.shape[2:]))
-        batch = normalise(batch).contiguous(memory_format=torch.channels_last)
+            n, _, height, width = batch.shape
+            batch = augment(batch, draw(n, height, width, self.stain_jitter))
+        batch, targets = self.loss.mix(normalise(batch), target.to(self.device, non_blocking=True))
         with resnet.autocast(self.device, self.precision):
-            logit = self.network(batch)
-        loss = nn.functional.cross_entropy(logit.float(), target.to(self.device, non_blocking=True))
+            logit = self.network(batch.contiguous(memory_format=torch.channels_last))
+        loss = self.loss(logit.float(), targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
         return loss.detach()
 
 

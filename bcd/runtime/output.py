@@ -16,7 +16,7 @@ from bcd.errors import ConfigError
 from bcd.model import bundle
 
 TRAIN, CROSSVAL, EVALUATE, SCORE, AUDIT, DEMO = "train", "crossval", "evaluate", "score", "audit", "demo"
-POOL = "pool"
+POOL, ABLATE = "pool", "ablate"
 # No job, but what trainings and evaluations share.
 PREPARED = "prepared"
 MARKER = ".bcd-output.json"
@@ -26,7 +26,7 @@ NOTES = ("Thumbs.db", "desktop.ini")
 _ASIDE = rf"(\.[0-9a-f]+{re.escape(disk.ASIDE)})?"
 _REPORT = r"metrics\.json|test_images\.parquet|report\.html|figures/[\w-]+\.(svg|png)|predictions/part-ID-.+"
 _RUN = (
-    r"(config|run|data|history)\.json|split\.parquet|exposure/epoch-\d+\.parquet"
+    r"(config|run|data|history|stain)\.json|split\.parquet|exposure/epoch-\d+\.parquet"
     rf"|(tensorboard|checkpoints)/.+|model/({'|'.join(map(re.escape, bundle.FILES))})"
 )
 _FOLD = r"(case|patient|official|image)"
@@ -35,6 +35,7 @@ _SHARDS = r"\d+x\d+-v\d+/[0-9a-f]+-[0-9a-f]+\.(rgb|parquet)"
 FILES = {
     TRAIN: f"{_RUN}|{_REPORT}",
     CROSSVAL: rf"(config|run)\.json|({_FOLD}/)?({_REPORT})|{_FOLD}/repeat-\d+-fold-\d+/.+",
+    ABLATE: r"ablation\.(json|md)|[\w.-]+/.+",
     EVALUATE: _REPORT,
     SCORE: r"(config|summary)\.json|(slides|inputs)\.parquet|gallery\.html"
     r"|slides/.+/(heatmap\.png|tissue\.(jpg|geojson)|tiles\.geojson(\.gz)?)|predictions/part-ID-.+"
@@ -69,7 +70,7 @@ def read_marker(uri: str, job: str) -> str | None:
     storage.require_writable(uri)
     job_there, found = _marker(uri)
     again = "choose another --prepared" if job == PREPARED else "choose another --output"
-    again += " or --name" if job in (TRAIN, CROSSVAL, POOL) else ""
+    again += " or --name" if job in (TRAIN, CROSSVAL, POOL, ABLATE) else ""
     if job_there not in (None, job):
         raise ConfigError(f"{uri} belongs to {_writer(job_there)}; {_writer(job)} needs its own: {again}")
     pattern = re.compile(f"({FILES[job].replace('ID', found or '')}){_ASIDE}") if found else None

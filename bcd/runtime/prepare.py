@@ -212,7 +212,7 @@ def class_counts(config: TrainConfig, table: pa.Table) -> dict[str, Any]:
     """Images per subtype (or class) in each part, and in training after balancing, for the report."""
     by: Target = "tumor_class" if table[schema.SUBTYPE].null_count else "subtype"
     train = part_of(table, "train")
-    balanced = balance.upsample(train, config.balance, config.seed)
+    balanced = balance.upsample(train, config.upsampled(), config.seed)
     return {
         "by": by,
         "parts": {part: balance.counts(part_of(table, part), by) for part in split.PARTS},

@@ -14,7 +14,7 @@ from bcd.runtime import output
 from bcd.split import split
 
 CONFIG, RUN, DATA, SPLIT, MODEL = "config.json", "run.json", "data.json", "split.parquet", "model"
-HISTORY = "history.json"
+HISTORY, STAIN = "history.json", "stain.json"
 FINISHED = "finished"
 # Folder of the run with a table per finished epoch: the images that it trained on.
 EXPOSURE = "exposure"

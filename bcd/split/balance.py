@@ -1,4 +1,5 @@
-"""Upsampling: rows of the training part are repeated until the classes are equally frequent."""
+"""Upsampling: rows of the training part are repeated until the classes are equally frequent. Or weights of
+the classes in the loss, to the same effect."""
 
 from collections import Counter
 from typing import Literal
@@ -50,3 +51,11 @@ def upsample(table: pa.Table, by: Balance, seed: int) -> pa.Table:
         times[members] = whole
         times[members[np.argsort(words[members], kind="stable")[:rest]]] += 1
     return table.take(np.repeat(np.arange(len(labels)), times))
+
+
+def class_weights(table: pa.Table, by: taxonomy.Target) -> tuple[float, ...]:
+    """Weight of the loss of each class, in the taxonomy's order, by which its expectation over the rows is
+    that over upsampled ones: rows / (classes * rows of the class); 0 for a class that does not occur."""
+    found = counts(table, by)
+    share = len(table) / max(1, sum(n > 0 for n in found.values()))
+    return tuple(share / n if n else 0.0 for n in found.values())

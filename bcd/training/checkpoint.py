@@ -3,10 +3,11 @@
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
 
 from bcd.errors import BundleError
 from bcd.model import weights
@@ -14,22 +15,34 @@ from bcd.model.resnet import ResNet
 
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "state.pt"
 DIGEST = "weights_sha256"
+# Where weights are averaged: the network itself, and the number of steps in the average.
+NETWORK, AVERAGED = "network", "n_averaged"
 
 
 @dataclass
 class State:
-    """Content of a checkpoint."""
+    """Content of a checkpoint. The file of weights is that of the model to judge and export: the average of
+    the network where there is one; then the network itself is beside the optimiser."""
 
     network: ResNet
     optimizer: torch.optim.Optimizer
     history: list[dict[str, Any]] = field(default_factory=list)
+    average: AveragedModel | None = None
+
+    @property
+    def judged(self) -> ResNet:
+        """The network to validate and export."""
+        return self.network if self.average is None else cast(ResNet, self.average.module)
 
     def save(self, folder: Path) -> None:
         """Write network, optimiser and history into a folder."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self.judged.state_dict().items()}
         save_file(tensors, folder / WEIGHTS_FILE)
         digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
-        state = {"optimizer": self.optimizer.state_dict(), "history": self.history, DIGEST: digest}
+        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), DIGEST: digest}
+        state["history"] = self.history
+        if self.average is not None:
+            state |= {NETWORK: self.network.state_dict(), AVERAGED: int(self.average.n_averaged)}
         torch.save(state, folder / STATE_FILE)
 
     def load(self, folder: Path) -> None:
@@ -37,10 +50,14 @@ class State:
         tensors, state = read_checkpoint(folder)
         tensors = weights.fitting(self.network.state_dict(), tensors, whole=True)
         try:
+            own, n = (tensors, 0) if self.average is None else (state[NETWORK], state[AVERAGED])
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError) as error:
-            raise BundleError(f"{STATE_FILE} is of another optimiser: {error}") from error
-        self.network.load_state_dict(tensors)
+            raise BundleError(f"{STATE_FILE} is of another optimiser or recipe: {error}") from error
+        self.judged.load_state_dict(tensors)
+        self.network.load_state_dict(own)
+        if self.average is not None:
+            self.average.n_averaged.fill_(n)
         self.history = state["history"]
 
 

@@ -15,6 +15,7 @@ from bcd.errors import BundleError
 from bcd.metrics import aggregate, calibration, decision, measures
 from bcd.model import bundle, card
 from bcd.model.card import Card
+from bcd.model.recipes.reference import Macenko, Reinhard
 from bcd.runtime import feature_statistics, run_directory
 from bcd.runtime.prepare import DatasetFacts, part_of
 from bcd.runtime.run_directory import SCORE, SELECTION
@@ -29,13 +30,21 @@ logger = logging.getLogger(__name__)
 PLACES = ("data", "output", "prepared")
 
 
-def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFacts, result: Result) -> None:
-    """Write the best epoch as a bundle to `uri`; raises BundleError if no checkpoint is intact."""
+def bundle_of(
+    config: TrainConfig,
+    uri: str,
+    table: pa.Table,
+    facts: DatasetFacts,
+    result: Result,
+    stain: Macenko | Reinhard | None = None,
+) -> None:
+    """Write the best epoch as a bundle to `uri`, with the stain that its images were normalised to; raises
+    BundleError if no checkpoint is intact."""
     from bcd.model import predictor  # not at the top: a job starts without torch
 
     network, measured = _best(result, len(taxonomy.classes(config.target)), config.architecture)
     train, validation = part_of(table, split.TRAIN), part_of(table, split.VALIDATION)
-    known = _card(config, train, facts, measured)
+    known = _card(config, train, facts, measured).model_copy(update={"stain": stain})
     statistics, logit = feature_statistics.compute_statistics(network, known, train, validation)
     prior = _prior(config, train)
     chosen = decided(logit, validation, prior, config.target, config.target_sensitivity)
@@ -78,6 +87,7 @@ def _card(config: TrainConfig, train: pa.Table, facts: DatasetFacts, measured: d
     settings = config.model_dump(mode="json")
     shared = config.model_dump(
         include={"architecture", "target", "input_height_px", "input_width_px", "protocol", "fold", "seed"}
+        | {"symmetries"}
     ) | facts.model_dump(
         include={"data_fingerprint", "split_fingerprint", "synthetic", "field_height_px", "field_width_px"}
     )

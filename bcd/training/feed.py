@@ -12,14 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from pydantic import TypeAdapter
 from ray.data import Dataset
 
-from bcd import schema, taxonomy, text
+from bcd import schema, storage, taxonomy, text
 from bcd.config.options import OFF
 from bcd.config.training import TrainConfig, TrainingConfig
 from bcd.data import read
 from bcd.errors import BcdError
-from bcd.runtime import datasets, inspection
+from bcd.model.recipes.reference import Macenko, Reinhard, StainReference
+from bcd.runtime import datasets, inspection, run_directory
 from bcd.runtime.prepare import part_of
 from bcd.split import balance
 from bcd.taxonomy import TRAIN, VALIDATION, Target
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 # Of the object store of every node, images may occupy this share: Ray Data needs the rest.
 SHARE_OF_STORE = 0.5
 BLOCK_BYTES = 2**24
+# Training images whose stains decide what all are normalised to.
+N_STAINS = 128
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,22 @@ class Listed:
 
 @dataclass(frozen=True)
 class Feed:
-    """The number of balanced training rows, and the rows: as streams with images by part, or as a list."""
+    """The number of balanced training rows, and the rows: as streams with images by part, or as a list; the
+    weights of the classes where they are balanced by those, and the stain of `stain_of`."""
 
     n_train: int
     streams: dict[str, Dataset]
     listed: Listed | None = None
+    class_weights: tuple[float, ...] | None = None
+    stain: Macenko | Reinhard | None = None
 
 
-def feed_of(config: TrainConfig, table: pa.Table, held: Held | None = None) -> Feed:
+def feed_of(
+    config: TrainConfig,
+    table: pa.Table,
+    held: Held | None = None,
+    stain: Macenko | Reinhard | None = None,
+) -> Feed:
     """The training and validation rows of a split table; `held` are the images of these and perhaps others.
 
     Prepared images are used where `prepare.located` has placed them.
@@ -68,19 +80,56 @@ def feed_of(config: TrainConfig, table: pa.Table, held: Held | None = None) -> F
         place = pc.index_in(rows[schema.IMAGE_ID], value_set=held.image_ids.combine_chunks())
         rows = rows.append_column(schema.POSITION, place)
     parts = {part: _with_target(part_of(rows, part), config.target) for part in (TRAIN, VALIDATION)}
-    balanced = balance.upsample(parts[TRAIN], config.balance, config.seed)
+    balanced = balance.upsample(parts[TRAIN], config.upsampled(), config.seed)
+    weights = balance.class_weights(parts[TRAIN], config.target) if config.weighted_loss else None
     keep = [schema.IMAGE_ID, schema.TARGET]
     if held is not None:
         columns = [*keep, schema.POSITION]
         listed = {TRAIN: balanced.select(columns), VALIDATION: parts[VALIDATION].select(columns)}
-        return Feed(len(balanced), {}, Listed(listed, held))
+        return Feed(len(balanced), {}, Listed(listed, held), weights, stain)
     streams = {
         TRAIN: datasets.shuffled(balanced, config.seed),
         VALIDATION: datasets.row_dataset(parts[VALIDATION]),
     }
     size = config.input_height_px, config.input_width_px
     streams = {part: datasets.read_images(rows, *size, keep) for part, rows in streams.items()}
-    return Feed(len(balanced), streams)
+    return Feed(len(balanced), streams, None, weights, stain)
+
+
+def stain_of(config: TrainConfig, run_uri: str, table: pa.Table) -> Macenko | Reinhard | None:
+    """The stain that the images of a run are normalised to: measured once on training images, then read back.
+    None where they are not.
+
+    Raises:
+        DataError: no training image has stained tissue.
+    """
+    if (method := config.stain_normalisation) is None:
+        return None
+    if not storage.exists(storage.join(run_uri, run_directory.STAIN)):
+        rows = part_of(table, TRAIN)
+        chosen = np.random.default_rng(config.seed).permutation(len(rows))[:N_STAINS]
+        ready = schema.fill(rows.take(pa.array(chosen)), schema.READING).combine_chunks()
+        error, images = _read.remote(ready, config.input_height_px, config.input_width_px)
+        found = ray.get(error) or ray.get(_measure_stain.remote(images, method))
+        if isinstance(found, BcdError):
+            raise found
+        run_directory.write_json(run_uri, run_directory.STAIN, found.model_dump())
+    return TypeAdapter(StainReference).validate_python(
+        run_directory.read_json(run_uri, run_directory.STAIN), strict=False
+    )
+
+
+@ray.remote(num_cpus=1)
+def _measure_stain(images: np.ndarray, method: str) -> Macenko | Reinhard | BcdError:
+    # Not at the top: a job starts without torch.
+    import torch
+
+    from bcd.model.recipes import stain
+
+    try:
+        return stain.fit_reference(torch.tensor(images).permute(0, 3, 1, 2), method)
+    except BcdError as error:  # of Ray it would be another
+        return error
 
 
 def _with_target(table: pa.Table, target: Target) -> pa.Table:

@@ -29,6 +29,8 @@ from bcd.config import log
 from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
 from bcd.metrics import measures
 from bcd.model import predictor, resnet, train_step, weights
+from bcd.model.recipes import averaging, layers, stain, stopping
+from bcd.model.recipes.loss import Loss
 from bcd.model.resnet import ResNet, normalise
 from bcd.runtime import cluster
 from bcd.runtime.run_directory import EXPOSURE, SCORE, SELECTION
@@ -87,7 +89,7 @@ def _train(task: Task) -> list[dict[str, Any]]:
     listed = ray.get(task.listed) if task.listed is not None else None
     sizes = max(1, config.batch_size // context.get_world_size()), config.batch_size
     streams = streams_of(listed, config.seed, sizes, device)
-    if len(state.history) < config.epochs:
+    if len(state.history) < config.epochs and not config.patience:
         streams[0].begin(len(state.history))
     torch.manual_seed(augmentation_seed(config.seed, context.get_world_rank(), len(state.history)))
     network = ray.train.torch.prepare_model(state.network, False)
@@ -95,16 +97,35 @@ def _train(task: Task) -> list[dict[str, Any]]:
         # Running statistics are equal on all workers, or made so by `train_step.average_batch_norm`. Torch
         # 2.11 accepts this only under this name, about which torch 2.13 warns if it is an argument.
         network.broadcast_buffers = False
-    step = train_step.Step(network, state.optimizer, device, config.precision, config.augment)
+    step = _step(task, state, network, device)
     with tempfile.TemporaryDirectory() as folder:
         board = SummaryWriter(folder) if context.get_world_rank() == 0 else None
         for epoch in range(len(state.history) + 1, config.epochs + 1):
+            if stopping.is_over([one[SELECTION] for one in state.history], config.patience):
+                break
             record = _epoch(task, step, state, epoch, streams)
             state.history.append(record)
             if board is not None:
                 _publish(task, board, Path(folder), record)
             _checkpoint(state, record)
     return state.history
+
+
+def _step(task: Task, state: State, network: nn.Module, device: torch.device) -> train_step.Step:
+    """The step of a network that may be wrapped for several workers."""
+    config = task.config
+    balanced = torch.tensor(task.class_weights, device=device) if task.class_weights else None
+    return train_step.Step(
+        network,
+        state.optimizer,
+        device,
+        config.precision,
+        config.augment,
+        Loss(config.label_smoothing, config.mixup, balanced),
+        config.stain_jitter,
+        task.stain,
+        state.average,
+    )
 
 
 def augmentation_seed(seed: int, rank: int, n_epochs: int) -> int:
@@ -119,8 +140,12 @@ def _state(task: Task, device: torch.device) -> State:
     network = network.to(device).to(memory_format=torch.channels_last)
     if config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
         train_step.share_batch_norm(network, device)
-    optimizer = train_step.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
-    state = State(network, optimizer)
+    if config.freeze_batchnorm:
+        layers.freeze_batch_norm(network)
+    layers.drop_features(network.fc, config.dropout)
+    rates = config.learning_rate, config.weight_decay, config.layer_decay
+    optimizer = train_step.optimizer(network, config.optimizer, *rates)
+    state = State(network, optimizer, average=averaging.average_of(network, config.ema_decay))
     _resume(state)
     return state
 
@@ -154,11 +179,13 @@ def _epoch(
     clock = StepClock(step.device)
     trained = _gather(_train_epoch(task, step, epoch, stream, clock))
     seconds = time.monotonic() - started
-    if epoch < task.config.epochs:
+    # What validation may end is not begun before.
+    if epoch < task.config.epochs and not task.config.patience:
         stream.begin(epoch)
     if not task.config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
-        train_step.average_batch_norm(state.network)
-    validated = _gather(_validate(task, state.network, step.device, validation.batches(epoch - 1)))
+        for network in dict.fromkeys([state.network, state.judged]):
+            train_step.average_batch_norm(network)
+    validated = _gather(_validate(task, state.judged, step.device, validation.batches(epoch - 1)))
     if not math.isfinite(validated.loss_sum):
         raise _diverged(task, epoch, "the loss on the validation images is no finite number")
     _log_exposure(task, trained, epoch)
@@ -217,6 +244,8 @@ def _train_epoch(task: Task, step: train_step.Step, epoch: int, stream: Stream, 
     n_steps = -(-(task.n_train // world) // stream.batch_size)
     seen, losses, told = Seen(), [], Told(task, epoch)
     step.network.train()
+    if config.freeze_batchnorm:
+        layers.freeze_batch_norm(step.network)
     for i, batch in enumerate(stream.batches(epoch - 1)):
         # Of the middle of the step: the rate is zero at both ends of the training.
         progress = (epoch - 1 + (i + 0.5) / n_steps) / config.epochs
@@ -295,7 +324,8 @@ def _validate(task: Task, network: ResNet, device: torch.device, batches: Iterat
     seen = Seen()
     network.eval()
     for batch in batches:
-        inputs = normalise(batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2))
+        images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        inputs = normalise(stain.transform(images, task.stain))
         with resnet.autocast(device, task.config.precision):
             logit = resnet.forward(network, inputs.contiguous(memory_format=torch.channels_last)).logit
         loss_sum = nn.functional.cross_entropy(logit, batch.target.to(device), reduction="sum")

@@ -11,6 +11,7 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
 from bcd.config.training import TrainConfig
+from bcd.model.recipes.reference import Macenko, Reinhard
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Task:
     """`feed.Listed`, unless the rows are streamed."""
     started: float = 0.0
     """When the job started, in seconds since 1970."""
+    class_weights: tuple[float, ...] | None = None
+    """Of the loss, in the order of the classes."""
+    stain: Macenko | Reinhard | None = None
+    """The stain that images are normalised to."""
 
 
 def interface(address: str) -> str | None:

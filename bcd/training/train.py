@@ -104,11 +104,12 @@ def _complete(
     scaling = cluster.scaling(config)
     table, facts = _split(config, run_uri, inspected, own)
     table = located(table, store_of(config))
-    fed = feed.feed_of(config, table, held)
+    stain = feed.stain_of(config, run_uri, table)
+    fed = feed.feed_of(config, table, held, stain)
     result = train_model(config, run_uri, fed, pretrained, scaling, runs_per_node, started)
     own.require()
     run_directory.write_json(run_uri, run_directory.HISTORY, result.return_value)
-    export.bundle_of(config, storage.join(run_uri, run_directory.MODEL), table, facts, result)
+    export.bundle_of(config, storage.join(run_uri, run_directory.MODEL), table, facts, result, stain)
     trained = time.time()
     owner = output.claim_folder(run_uri, output.TRAIN)
     evaluate.evaluate(storage.join(run_uri, run_directory.MODEL), table, facts, run_uri, owner)
@@ -171,7 +172,11 @@ def train_model(
 
     classes, shared = taxonomy.classes(config.target), pretrained and ray.put(pretrained)
     listed = fed.listed and ray.put(fed.listed)
-    task = Task(config, classes, shared, run_uri, fed.n_train, runs_per_node, listed, started)
+    task = Task(
+        *(config, classes, shared, run_uri, fed.n_train, runs_per_node, listed, started),
+        class_weights=fed.class_weights,
+        stain=fed.stain,
+    )
 
     def work(given: Task) -> list[dict[str, Any]] | BcdError:
         # Not at the top: only workers need it, and it takes seconds to import.

@@ -1,6 +1,7 @@
 import pytest
 
-from bcd.config.training import CrossvalConfig, PoolConfig, TrainConfig
+from bcd.config.options import changed
+from bcd.config.training import RECIPES, CrossvalConfig, PoolConfig, TrainConfig, with_recipe
 from bcd.errors import ConfigError
 
 
@@ -47,6 +48,15 @@ from bcd.errors import ConfigError
         ),
         ({"learning_rate": -1}, "--learning-rate input should be greater than 0, not -1"),
         ({"classes": ("benign=0", "malignant=0")}, "--classes malignant=0: 0 is benign"),
+        (
+            {"weighted_loss": True, "balance": "subtype"},
+            "--weighted-loss weights the classes of --target",
+        ),
+        ({"freeze_batchnorm": True, "weights": "none"}, "--freeze-batchnorm requires --weights"),
+        ({"stain_jitter": 0.1, "augment": False}, "--stain-jitter is part of --augment"),
+        ({"recipe": "surprise"}, "--recipe input should be 'steady', 'stains' or 'few', not 'surprise'"),
+        ({"recipe": "few", "weights": "none"}, "--freeze-batchnorm requires --weights"),
+        ({"ema_decay": 1.0}, "--ema-decay input should be less than 1, not 1.0"),
         ({"learning_rat": 1}, "--learning-rat extra inputs are not permitted"),
     ],
 )
@@ -101,3 +111,25 @@ def test_contradictions_of_pooling_name_the_flag(settings, sentence):
 def test_a_model_is_applied_to_any_scores():
     config = PoolConfig(scores="s", model="m", output="o", name="n", maps=0, wait=True, log_format="json")
     assert (config.model, config.labels) == ("m", None)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_names_settings_and_flags_have_priority(name):
+    found = TrainConfig(data="d", recipe=name)
+    assert {field: getattr(found, field) for field in RECIPES[name]} == RECIPES[name]
+    assert TrainConfig(data="d", recipe=name, ema_decay=None).ema_decay is None
+    assert TrainConfig(**found.model_dump()) == found
+    # Of the command line: every field has a value, but only some were given.
+    parsed = TrainConfig(
+        **TrainConfig(data="d").model_dump() | {"recipe": name, "epochs": 3, "ema_decay": 0.5}
+    )
+    arguments = ["--data=d", "--recipe", name, "--epochs", "3", "--ema_decay", "0.5"]
+    assert with_recipe(parsed, arguments) == TrainConfig(data="d", recipe=name, epochs=3, ema_decay=0.5)
+    assert with_recipe(TrainConfig(data="d"), ["--data", "d"]) == TrainConfig(data="d")
+
+
+def test_a_run_of_a_version_without_recipes_can_be_resumed():
+    now = TrainConfig(data="d").model_dump(mode="json")
+    fields = ("recipe", "ema_decay", "stain_jitter", "stain_normalisation", "label_smoothing", "mixup")
+    fields += ("dropout", "layer_decay", "freeze_batchnorm", "patience", "symmetries", "weighted_loss")
+    assert changed({name: value for name, value in now.items() if name not in fields}, now) == []

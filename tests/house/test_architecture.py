@@ -54,11 +54,12 @@ def depth(node: ast.AST) -> int:
 # those of them that start everything.
 RANKS = [
     *("data.stores", "", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data"),
-    *("split", "model", "model.published", "reports", "runtime", "audit", "preflight", "evaluation"),
-    *("training", "scoring", "training.pooling", "serving", "serving.viewer", "doors"),
+    *("split", "model.recipes", "model", "model.published", "reports", "runtime", "audit", "preflight"),
+    *("evaluation", "training", "scoring", "training.pooling", "training.ablation", "serving"),
+    *("serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
-LIGHT = set(RANKS[: RANKS.index("model")])
+LIGHT = set(RANKS[: RANKS.index("split") + 1])
 OPENSLIDE = "bcd.slides.readers.openslide_server"
 WITH_RAY = {
     *("runtime", "evaluation", "training", "scoring"),
@@ -67,8 +68,8 @@ WITH_RAY = {
 }
 WITH_TORCH = {
     *(f"bcd.model.{name}" for name in ("cam", "predictor", "resnet", "train_step", "weights")),
-    "bcd.runtime.cluster",
-    *("bcd.training.checkpoint", "bcd.training.loop", "bcd.training.stream"),
+    *("model.recipes", "bcd.runtime.cluster"),
+    *("bcd.training.checkpoint", "bcd.training.feed", "bcd.training.loop", "bcd.training.stream"),
     "bcd.training.pooling.attention",
     "bcd.preflight.doctor",
     "bcd.serving.serve",
@@ -280,7 +281,7 @@ for name in light:
     importlib.import_module(name)
 print(json.dumps(sorted({'torch', 'ray'} & set(sys.modules))), flush=True)
 jobs = "audit.audit evaluation.evaluate preflight.doctor scoring.score training.crossval training.train"
-for name in [*jobs.split(), "training.pooling.pool"]:
+for name in [*jobs.split(), "training.pooling.pool", "training.ablation.ablate"]:
     importlib.import_module(f"bcd.{name}")
 print(json.dumps(sorted({'torch'} & set(sys.modules))), flush=True)
 # torch.compile's machinery counts cores by a subprocess at import: not ours, so it is let in first

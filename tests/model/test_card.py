@@ -1,5 +1,6 @@
 """A card is as it was written and says what can be, or it is rejected: formats, seals and bounds."""
 
+import hashlib
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from bcd.errors import BundleError
 from bcd.model import card as cards
 from bcd.model import novelty
+from tests.model.recipes.test_reference import MACENKO, REINHARD
 from tests.model.test_bundle import card
 
 KNOWN = card(weights_sha256="a" * 64, canary_logit=(0.5, -0.25))
@@ -33,6 +35,20 @@ def test_a_card_is_read_as_it_was_written():
         update={"feature_statistics": novelty.FeatureStatistics(**statistics()["feature_statistics"])}
     )
     assert cards.parse_card(cards.dump(full), "m") == full
+
+
+def test_recipes_of_the_input_decide_and_change_no_identity_where_they_are_off():
+    """A bundle of a version without them keeps its identity."""
+    old = {n: v for n, v in CONTENT.items() if n not in ("stain", "symmetries", cards.CHECKSUM)}
+    before = cards.parse_card(json.dumps(old | {cards.CHECKSUM: cards.seal(old)}).encode(), "m")
+    facts = json.loads(before.model_dump_json(exclude={"metrics", "warnings", "canary_logit"}))
+    facts = {name: value for name, value in facts.items() if name not in ("stain", "symmetries")}
+    text = json.dumps(facts, separators=(",", ":"), ensure_ascii=False)
+    assert cards.model_id(before) == hashlib.sha256(text.encode()).hexdigest()[:16] == cards.model_id(KNOWN)
+    for change in ({"stain": MACENKO}, {"stain": REINHARD}, {"symmetries": True}):
+        changed = KNOWN.model_copy(update=change)
+        assert cards.model_id(changed) != cards.model_id(KNOWN)
+        assert cards.parse_card(cards.dump(changed), "m") == changed
 
 
 def test_the_identity_follows_what_decides():

@@ -10,8 +10,10 @@ import torch
 from bcd.errors import BundleError
 from bcd.imaging import image
 from bcd.model import bundle, cam, predictor, resnet, weights
+from bcd.model.recipes import stain
 from bcd.model.resnet import normalise
 from tests import pictures
+from tests.model.recipes.test_reference import MACENKO, REINHARD
 from tests.model.test_bundle import card, ready, statistics, untrained, written
 
 
@@ -168,3 +170,31 @@ def test_loading_and_predicting_import_no_ray_and_no_compiler(tmp_path, network)
     (tmp_path / "a.png").write_bytes(pictures.encode(pictures.gradient()))
     command = [sys.executable, "-c", LOAD, tmp_path / "model", tmp_path / "a.png"]
     assert subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("reference", [MACENKO, REINHARD], ids=lambda one: one.method)
+def test_the_stain_of_every_image_is_normalised_before_the_network(tmp_path, network, reference):
+    predictor.save(network, card(stain=reference), str(tmp_path))
+    loaded = predictor.load(str(tmp_path), device="cpu")
+    pixels = np.random.default_rng(0).integers(60, 256, (2, 64, 96, 3), dtype=np.uint8)
+    changed = stain.transform(torch.from_numpy(pixels).permute(0, 3, 1, 2), reference)
+    expected = network(normalise(changed)).detach()
+    assert np.abs(ready(network).predict(pixels).logit - expected.numpy()).max() > 1e-3
+    for found in (loaded.predict(pixels).logit, loaded.pooled(pixels)[1]):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_canary_checks_the_network_alone(network):
+    """Its colours are no stain; a rounding of theirs must not reject a bundle on another machine."""
+    state = dict(network.state_dict())
+    plain, other = (predictor.from_state(state, card(**change)) for change in ({}, {"stain": MACENKO}))
+    np.testing.assert_array_equal(plain._canary()[0], other._canary()[0])
+
+
+def test_the_card_states_the_recipe_of_the_input(tmp_path, network):
+    predictor.save(network, card(stain=MACENKO, symmetries=True), str(tmp_path))
+    text = " ".join((tmp_path / "README.md").read_text().split())
+    assert "normalised to that of 3 training images by the method of Macenko" in text
+    assert "read in its eight orientations" in text
+    predictor.save(network, card(), str(tmp_path))
+    assert "normalised to" not in (tmp_path / "README.md").read_text()

@@ -12,6 +12,9 @@ from torchvision.transforms.v2.functional import (
 )
 
 from bcd.model import train_step, weights
+from bcd.model.recipes import averaging
+from bcd.model.recipes.loss import Loss
+from bcd.model.recipes.reference import Reinhard
 from tests import pictures
 
 
@@ -125,7 +128,7 @@ def test_every_image_has_draws_of_its_own_from_the_seed():
     draws = []
     for _ in range(2):
         torch.manual_seed(3)
-        draws.append(train_step.draw(64, 96, 144))
+        draws.append(train_step.draw(64, 96, 144, stain_jitter=0.1))
     for one, other in zip(*draws, strict=True):
         assert torch.equal(one, other)
     assert len(draws[0].color.unique(dim=0)) == 64
@@ -184,3 +187,63 @@ def test_images_are_turned_and_flipped_exactly():
     found = train_step.augment(image.expand(8, -1, -1, -1), draws)
     for i, turned in enumerate(found):
         assert torch.equal(turned, torch.rot90(image.flip(-1) if i < 4 else image, i, (-2, -1)))
+
+
+def test_stain_jitter_changes_nothing_where_it_is_off():
+    """The same draws, in the same order, and the same pixels."""
+    images, found = batch_of(8, 32, 48), []
+    for strength in (0.0, 0.1):
+        torch.manual_seed(5)
+        found.append(train_step.draw(8, 32, 48, strength))
+    plain, jittered = found
+    assert plain.stain is None
+    assert torch.equal(plain.color, jittered.color)
+    same = jittered._replace(stain=torch.ones(8, 3))
+    apart = train_step.augment(images, same).int() - train_step.augment(images, plain).int()
+    assert apart.abs().max() <= 1
+    apart = train_step.augment(images, jittered).int() - train_step.augment(images, plain).int()
+    assert (apart.abs().amax((1, 2, 3)) > 3).all()
+
+
+def test_a_step_with_a_recipe_is_plain_where_the_recipe_is_off():
+    """Against the step as it was before recipes: forward, cross-entropy, AdamW."""
+    given = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
+    target, device = torch.tensor([0, 1, 1, 0]), torch.device("cpu")
+    networks = [weights.build(2, architecture="resnet18").train() for _ in range(2)]
+    optimizers = [train_step.optimizer(network, "adamw", 1e-3, 0.01) for network in networks]
+    step = train_step.Step(networks[0], optimizers[0], device, "float32", False)
+    found = [step(given, target, 1e-4) for _ in range(2)]
+    for loss in found:
+        for group in optimizers[1].param_groups:
+            group["lr"] = 1e-4
+        batch = train_step.normalise(given.permute(0, 3, 1, 2)).contiguous(memory_format=torch.channels_last)
+        expected = functional.cross_entropy(networks[1](batch), target)
+        optimizers[1].zero_grad(set_to_none=True)
+        expected.backward()
+        optimizers[1].step()
+        assert torch.equal(loss, expected.detach())
+    for one, other in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_step_applies_every_recipe():
+    torch.manual_seed(0)
+    network = weights.build(2, architecture="resnet18").train()
+    average = averaging.average_of(network, 0.9)
+    reference = Reinhard(n_images=1, mean=(-1.0, 0.1, 0.0), spread=(0.3, 0.1, 0.05))
+    step = train_step.Step(
+        network,
+        train_step.optimizer(network, "adamw", 1e-3, 0.01, 0.7),
+        torch.device("cpu"),
+        "float32",
+        True,
+        Loss(0.1, 0.2, torch.tensor([2.0, 0.5])),
+        0.1,
+        reference,
+        average,
+    )
+    for n in range(1, 4):
+        loss = step(torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8), torch.tensor([0, 1, 1, 0]), 1e-4)
+        assert loss.isfinite()
+        assert average.n_averaged == n
+    assert not torch.equal(average.module.fc.weight, network.fc.weight)

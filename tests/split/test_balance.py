@@ -5,7 +5,7 @@ from collections import Counter
 import pyarrow as pa
 import pytest
 
-from bcd import schema
+from bcd import schema, taxonomy
 from bcd.errors import DataError, LeakageError
 from bcd.split import balance, split
 from bcd.taxonomy import SUBTYPES
@@ -84,3 +84,10 @@ def test_a_missing_or_unknown_label_is_an_error() -> None:
     unlabelled = pa.table({schema.SUBTYPE: pa.array(["DC", None, "XX"])})
     with pytest.raises(DataError, match="2 rows have no subtype to balance by; expected A, F"):
         balance.upsample(unlabelled, "subtype", 0)
+
+
+def test_weights_of_classes_are_in_proportion_to_one_over_their_rows():
+    rows = table("A", "DC", "DC", "DC")
+    assert balance.class_weights(rows, "tumor_class") == pytest.approx((2, 2 / 3))
+    found = dict(zip(taxonomy.classes("subtype"), balance.class_weights(rows, "subtype"), strict=True))
+    assert found == pytest.approx({**dict.fromkeys(found, 0.0), "A": 2, "DC": 2 / 3})

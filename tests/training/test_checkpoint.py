@@ -6,6 +6,7 @@ import torch
 
 from bcd.errors import BundleError
 from bcd.model import train_step, weights
+from bcd.model.recipes import averaging
 from bcd.training import checkpoint
 from bcd.training.checkpoint import State
 from tests.training.test_loop import RECORD, flipped, small_state
@@ -68,3 +69,52 @@ def test_a_checkpoint_that_is_no_number_is_damaged(tmp_path, number):
     small_state(bias=torch.tensor([0.0, number, 0.0])).save(tmp_path)
     with pytest.raises(BundleError, match="bias has NaN or infinite values"):
         small_state().load(tmp_path)
+
+
+def averaged_state(seed, decay=0.9):
+    torch.manual_seed(seed)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    return State(
+        network, torch.optim.AdamW(network.parameters()), average=averaging.average_of(network, decay)
+    )
+
+
+def a_step(state, seed):
+    torch.manual_seed(seed)
+    state.optimizer.zero_grad()
+    (state.network(torch.randn(8, 3)) ** 3).sum().backward()
+    state.optimizer.step()
+    state.average.update_parameters(state.network)
+
+
+def test_a_resumed_average_continues_as_if_it_had_not_stopped(tmp_path):
+    whole, stopped, resumed = averaged_state(0), averaged_state(0), averaged_state(1)
+    for seed in range(3):
+        a_step(whole, seed)
+        a_step(stopped, seed)
+    stopped.save(tmp_path)
+    resumed.load(tmp_path)
+    for seed in (3, 4):
+        a_step(whole, seed)
+        a_step(resumed, seed)
+    for one, other in ((whole.network, resumed.network), (whole.judged, resumed.judged)):
+        for name, tensor in one.state_dict().items():
+            assert torch.equal(tensor, other.state_dict()[name]), name
+    assert not torch.equal(resumed.judged[0].weight, resumed.network[0].weight)
+
+
+def test_the_weights_of_a_checkpoint_are_those_to_export(tmp_path):
+    state = averaged_state(0)
+    a_step(state, 0)
+    a_step(state, 1)
+    state.save(tmp_path)
+    tensors, _ = checkpoint.read_checkpoint(tmp_path)
+    assert torch.equal(tensors["0.weight"], state.average.module[0].weight)
+    assert torch.equal(tensors["1.running_var"], state.average.module[1].running_var)
+
+
+def test_a_checkpoint_without_an_average_is_of_another_recipe(tmp_path):
+    state = averaged_state(0)
+    State(state.network, state.optimizer).save(tmp_path)
+    with pytest.raises(BundleError, match="is of another optimiser or recipe"):
+        averaged_state(1).load(tmp_path)

@@ -137,3 +137,27 @@ def test_images_are_held_where_every_node_has_room(monkeypatch):
     monkeypatch.setattr(feed.ray, "nodes", lambda: [node(4, 1_000), node(4, 600), head, dead])
     assert feed._fits(300)
     assert not feed._fits(301)
+
+
+def test_the_stain_is_measured_once_and_on_training_images_only(inspected, tmp_path, monkeypatch):
+    config, table = inspected
+    config = config.model_copy(update={"stain_normalisation": "macenko"})
+    monkeypatch.setattr(feed, "N_STAINS", 5)
+    read, whole = [], feed._read.remote
+    spied = SimpleNamespace(remote=lambda *given: read.append(given[0]) or whole(*given))
+    monkeypatch.setattr(feed, "_read", spied)
+    found = feed.stain_of(config, str(tmp_path), table)
+    train = set(prepare.part_of(table, TRAIN)[schema.IMAGE_ID].to_pylist())
+    assert set(read[0][schema.IMAGE_ID].to_pylist()) < train
+    assert (found.method, len(read[0])) == ("macenko", 5)
+    assert feed.stain_of(config, str(tmp_path), table) == found
+    assert len(read) == 1
+    assert feed.stain_of(config.model_copy(update={"stain_normalisation": None}), "", table) is None
+
+
+def test_a_weighted_loss_repeats_no_rows(inspected):
+    config, table = inspected
+    found = feed.feed_of(config.model_copy(update={"weighted_loss": True}), table)
+    train = prepare.part_of(table, TRAIN)
+    assert found.n_train == len(train)
+    assert found.class_weights == balance.class_weights(train, "tumor_class")

@@ -1,6 +1,7 @@
 import contextlib
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +12,13 @@ import torch
 from bcd.config.training import TrainConfig
 from bcd.errors import BcdError, ConfigError, DivergedError
 from bcd.model import train_step
-from bcd.runtime.run_directory import SCORE
+from bcd.model.recipes.loss import Loss
+from bcd.runtime.run_directory import SCORE, SELECTION
 from bcd.training import checkpoint, loop
 from bcd.training.checkpoint import State
 from bcd.training.stream import Batch
 from bcd.training.task import Task
+from tests.model.recipes.test_reference import MACENKO
 
 RECORD = {
     "epoch": 2,
@@ -104,7 +107,8 @@ def alone(monkeypatch, world=1):
 
 
 def task(n_train, **changes):
-    config = TrainConfig(data="d", weights="none", **{"batch_size": 2, "learning_rate": 1.0} | changes)
+    settings = {"weights": "none", "batch_size": 2, "learning_rate": 1.0}
+    config = TrainConfig(data="d", **settings | changes)
     return Task(config, ("benign", "malignant"), None, "run", n_train)
 
 
@@ -239,3 +243,59 @@ def test_augmentation_differs_between_workers_and_after_resuming():
     drawn = {loop.augmentation_seed(7, rank, n_epochs) for rank in range(8) for n_epochs in range(50)}
     assert len(drawn) == 8 * 50
     assert loop.augmentation_seed(7, 3, 0) == 7_003
+
+
+def test_a_recipe_is_in_the_network_and_its_step(monkeypatch):
+    alone(monkeypatch)
+    monkeypatch.setattr(loop, "_resume", lambda state: None)
+    changes = {"weights": "imagenet", "recipe": "few", "mixup": 0.2, "patience": 3}
+    given = replace(task(4, architecture="resnet18", **changes), class_weights=(2.0, 0.5), stain=MACENKO)
+    state = loop._state(given, torch.device("cpu"))
+    assert not any(m.training for m in state.network.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert {group["scale"] for group in state.optimizer.param_groups} == {0.7**n for n in range(6)}
+    assert len(state.network.fc._forward_pre_hooks) == 1
+    step = loop._step(given, state, state.network, torch.device("cpu"))
+    assert (step.loss.smoothing, step.loss.mixup, step.loss.weights.tolist()) == (0.05, 0.2, [2.0, 0.5])
+    assert (step.stain, step.average) == (MACENKO, state.average)
+    assert state.judged is state.average.module
+
+
+def test_without_a_recipe_the_network_and_its_step_are_plain(monkeypatch):
+    alone(monkeypatch)
+    monkeypatch.setattr(loop, "_resume", lambda state: None)
+    given = task(4, architecture="resnet18")
+    state = loop._state(given, torch.device("cpu"))
+    step = loop._step(given, state, state.network, torch.device("cpu"))
+    assert (step.loss, step.stain_jitter, step.stain, step.average) == (Loss(), 0.0, None, None)
+    assert (state.judged, len(state.optimizer.param_groups)) == (state.network, 2)
+    assert not state.network.fc._forward_pre_hooks
+
+
+SCORES = [0.5, 0.7, 0.6, 0.65, 0.6, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("n_before", "patience", "expected"), [(0, 3, 5), (4, 3, 5), (5, 3, 5), (0, 0, 6), (6, 9, 6)]
+)
+def test_a_training_ends_early_also_where_it_was_resumed(monkeypatch, n_before, patience, expected):
+    """After the third epoch that is no better than the second, wherever the run was interrupted."""
+    alone(monkeypatch)
+    begun, records = [], [{SELECTION: score} for score in SCORES]
+    context = SimpleNamespace(
+        get_world_size=lambda: 1, get_world_rank=lambda: 1, get_local_world_size=lambda: 1
+    )
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ray.train.torch, "prepare_model", lambda network, _: network)
+    monkeypatch.setattr(loop.cluster, "share_cores", lambda n: None)
+    monkeypatch.setattr(loop.log, "hand_on", lambda job: None)
+    state = small_state()
+    state.history = records[:n_before]
+    monkeypatch.setattr(loop, "_state", lambda task, device: state)
+    monkeypatch.setattr(loop, "streams_of", lambda *_: [SimpleNamespace(begin=begun.append)])
+    monkeypatch.setattr(loop, "_epoch", lambda task, step, state, epoch, streams: records[epoch - 1])
+    monkeypatch.setattr(loop, "_checkpoint", lambda state, record: None)
+    history = loop._train(task(4, epochs=6, patience=patience))
+    assert history == records[:expected]
+    # What validation may end is not begun ahead.
+    assert begun == ([0] if not patience else [])

@@ -17,7 +17,7 @@ from ray.train import ControllerError, WorkerGroupError
 from bcd import schema, storage
 from bcd.errors import BundleError, ConfigError, DivergedError, ResourceError, StorageError
 from bcd.model import bundle, predictor, weights
-from bcd.runtime import output, prepare
+from bcd.runtime import output, predict, prepare
 from bcd.training import train
 from bcd.training.feed import Feed
 from tests.cluster import other_lines, read_json
@@ -70,6 +70,40 @@ def test_a_killed_job_resumes_from_its_last_checkpoint(cluster, tree_on_s3, s3):
     assert "epoch 2/2" in resumed.log
     check_whole(resumed.uri, 2)
     check_epochs(resumed.uri)
+
+
+RECIPES = {
+    "ema_decay": 0.9,
+    "stain_jitter": 0.1,
+    "stain_normalisation": "reinhard",
+    "label_smoothing": 0.1,
+    "mixup": 0.2,
+    "dropout": 0.2,
+    "layer_decay": 0.7,
+    "patience": 2,
+    "weighted_loss": True,
+}
+
+
+@pytest.mark.trial
+def test_two_workers_train_with_every_recipe_and_the_bundle_predicts_what_was_evaluated(
+    cluster, tree, tmp_path
+):
+    given = small(tree, output=str(tmp_path), epochs=4, num_workers="2", symmetries=True, **RECIPES)
+    uri = train.run(given)
+    model = predictor.load(f"{uri}/model", device="cpu")
+    assert model.card.symmetries
+    assert model.card.stain.model_dump(mode="json") == read_json(f"{uri}/stain.json")
+    columns = [schema.IMAGE_ID, schema.URI, schema.LOGIT, schema.EVIDENCE, schema.EVIDENCE_BIAS]
+    rows = predict.read_back(f"{uri}/predictions", columns).to_pylist()
+    for row in rows:
+        logit = model.predict_files([storage.read_bytes(row[schema.URI])]).logit[0]
+        np.testing.assert_allclose(row[schema.LOGIT], logit, atol=1e-4)
+        log_odds = np.mean(row[schema.EVIDENCE]) + row[schema.EVIDENCE_BIAS]
+        assert log_odds == pytest.approx(logit[1] - logit[0], abs=1e-3)
+    assert output.read_marker(uri, output.TRAIN)
+    # The same command reports that it is finished.
+    assert train.run(given) == uri
 
 
 def test_the_run_directory_is_as_promised(run_uri, config):
