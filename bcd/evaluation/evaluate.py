@@ -30,6 +30,8 @@ from bcd.runtime.prepare import (
     prepare,
     store_of,
 )
+from bcd.runtime.tracking.board import write_board
+from bcd.runtime.tracking.follow import followed
 from bcd.split import duplicates, split
 from bcd.text import counted, without_folders
 
@@ -61,7 +63,10 @@ def run(config: EvaluateConfig) -> str:
     output.read_marker(folder, job)
     with lease.held(folder, config.wait) as own:
         owner = output.claim_folder(folder, job, own.require)
-        _evaluate_into(config, card, card_sha256, folder, beside, owner, own)
+        name, settings = card.training["name"], config.model_dump(mode="json")
+        apart = () if beside else (None, settings, config.model)
+        with followed(folder, name if beside else f"evaluation of {name}", *apart):
+            _evaluate_into(config, card, card_sha256, folder, beside, owner, own)
     return folder
 
 
@@ -89,6 +94,8 @@ def _evaluate_into(
     table = located(table, store_of(training))
     own.require()
     evaluate(config.model, table, facts, folder, owner, settings, kind, config.against)
+    if beside:
+        write_board(run_uri)
 
 
 def _prepared_beside(given: str, run_uri: str) -> str:

@@ -3,6 +3,7 @@
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -36,6 +37,8 @@ from bcd.runtime.prepare import (
     store_of,
 )
 from bcd.runtime.run_directory import EXPOSURE, SELECTION
+from bcd.runtime.tracking.board import write_board
+from bcd.runtime.tracking.follow import followed
 from bcd.training import export, feed
 from bcd.training.feed import Feed, Held
 
@@ -52,6 +55,7 @@ def run(
     inspected: tuple[pa.Table, DatasetFacts] | None = None,
     runs_per_node: int = 1,
     held: Held | None = None,
+    follows: bool = True,
 ) -> str:
     """Train, write the bundle, evaluate it on the test part, report, and return the URI of the run directory.
 
@@ -62,6 +66,7 @@ def run(
         inspected: result of `prepare.load_data_set`, if the caller has it.
         runs_per_node: number of runs that share the cores of a node, including this one.
         held: the images of `inspected`, if the caller holds them in memory.
+        follows: log the run to MLflow, which a study does for its folds.
 
     Raises:
         BcdError: an error for the user, before any long work where possible.
@@ -72,7 +77,8 @@ def run(
             # Another job may have finished it meanwhile.
             if (work := _open_work(config, run_uri)) is not None:
                 logger.info(work)
-                _complete(config, run_uri, own, inspected, runs_per_node, held)
+                with followed(run_uri, config.name) if follows else nullcontext():
+                    _complete(config, run_uri, own, inspected, runs_per_node, held)
                 return run_uri
     logger.info(f"{run_uri} is finished: see report.html there, or choose another --name to train again")
     return run_uri
@@ -112,6 +118,7 @@ def _complete(
     trained = time.time()
     owner = output.claim_folder(run_uri, output.TRAIN)
     evaluate.evaluate(storage.join(run_uri, run_directory.MODEL), table, facts, run_uri, owner)
+    write_board(run_uri)
     timings = {"train_s": round(trained - started, 1), "evaluate_s": round(time.time() - trained, 1)}
     own.require()
     run_directory.finish_run(config, run_uri, timings | _rates(result.return_value))
