@@ -94,8 +94,6 @@ def _evaluate_into(
     table = located(table, store_of(training))
     own.require()
     evaluate(config.model, table, facts, folder, owner, settings, kind, config.against)
-    if beside:
-        write_board(run_uri)
 
 
 def _prepared_beside(given: str, run_uri: str) -> str:
@@ -212,6 +210,8 @@ def evaluate(
     in_run = storage.exists(storage.join(run_uri, run_directory.HISTORY))
     history = run_directory.read_json(run_uri, run_directory.HISTORY) if in_run else []
     artifacts.write_artifacts(folder, measured, history, images, shown, unscored)
+    if in_run and storage.absolute(folder) == storage.absolute(run_uri):
+        write_board(folder)
     return measured
 
 

@@ -37,7 +37,6 @@ from bcd.runtime.prepare import (
     store_of,
 )
 from bcd.runtime.run_directory import EXPOSURE, SELECTION
-from bcd.runtime.tracking.board import write_board
 from bcd.runtime.tracking.follow import followed
 from bcd.training import export, feed
 from bcd.training.feed import Feed, Held
@@ -118,7 +117,6 @@ def _complete(
     trained = time.time()
     owner = output.claim_folder(run_uri, output.TRAIN)
     evaluate.evaluate(storage.join(run_uri, run_directory.MODEL), table, facts, run_uri, owner)
-    write_board(run_uri)
     timings = {"train_s": round(trained - started, 1), "evaluate_s": round(time.time() - trained, 1)}
     own.require()
     run_directory.finish_run(config, run_uri, timings | _rates(result.return_value))
