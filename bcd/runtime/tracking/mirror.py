@@ -53,7 +53,7 @@ class Mirror:
     settings: Mapping[str, Any] | None = None
     model_uri: str | None = None
     parent: "Mirror | None" = None
-    run_id: str | None = None
+    run_id: str = ""
     has_ended: bool = False
     _losses: dict[int, float] = field(default_factory=dict)
     _has_begun: bool = False
