@@ -72,12 +72,12 @@ def run(
     """
     run_uri = storage.join(config.output, config.name)
     if _open_work(config, run_uri) is not None:
-        with lease.held(run_uri, config.wait) as own:
+        logged = followed(run_uri, config.name) if follows else nullcontext()
+        with lease.held(run_uri, config.wait) as own, logged:
             # Another job may have finished it meanwhile.
             if (work := _open_work(config, run_uri)) is not None:
                 logger.info(work)
-                with followed(run_uri, config.name) if follows else nullcontext():
-                    _complete(config, run_uri, own, inspected, runs_per_node, held)
+                _complete(config, run_uri, own, inspected, runs_per_node, held)
                 return run_uri
     logger.info(f"{run_uri} is finished: see report.html there, or choose another --name to train again")
     return run_uri
