@@ -22,12 +22,13 @@ from tests.cluster import ROOT, free_port, listens, wait_for
 from tests.runtime.tracking import made
 
 # Of a test on a slow machine: much less than what a job would wait for.
-SOON_S = 20
+SOON_S = 60
 
 
 @pytest.fixture
 def client(tmp_path, monkeypatch):
     monkeypatch.setattr(follow, "LOOK_S", 0.05)
+    monkeypatch.setattr(follow, "EARLY_S", SOON_S)
     return made.of_files(tmp_path / "mlruns", monkeypatch)
 
 
