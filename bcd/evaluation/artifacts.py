@@ -18,10 +18,11 @@ from bcd.model import novelty
 from bcd.model.card import Card
 from bcd.reports import model_report, thumbnails
 from bcd.runtime import inspection, predict, run_directory
+from bcd.runtime.run_directory import METRICS, REPORT
 
 logger = logging.getLogger(__name__)
 
-METRICS, REPORT, IMAGES = "metrics.json", "report.html", "test_images.parquet"
+IMAGES = "test_images.parquet"
 # A JSON object.
 Record = Mapping[str, Any]
 TRUTH = (schema.IMAGE_ID, schema.CASE, schema.TUMOR_CLASS, schema.SUBTYPE, schema.MAGNIFICATION)

@@ -30,6 +30,8 @@ from bcd.runtime.prepare import (
     prepare,
     store_of,
 )
+from bcd.runtime.tracking.board import write_board
+from bcd.runtime.tracking.follow import followed
 from bcd.split import duplicates, split
 from bcd.text import counted, without_folders
 
@@ -62,7 +64,10 @@ def run(config: EvaluateConfig) -> str:
     output.read_marker(folder, job)
     with lease.held(folder, config.wait) as own:
         owner = output.claim_folder(folder, job, own.require)
-        _evaluate_into(config, card, card_sha256, folder, beside, owner, own)
+        name, settings = card.training["name"], config.model_dump(mode="json")
+        apart = () if beside else (None, settings, config.model)
+        with followed(folder, name if beside else f"evaluation of {name}", *apart):
+            _evaluate_into(config, card, card_sha256, folder, beside, owner, own)
     return folder
 
 
@@ -206,6 +211,8 @@ def evaluate(
     in_run = storage.exists(storage.join(run_uri, run_directory.HISTORY))
     history = run_directory.read_json(run_uri, run_directory.HISTORY) if in_run else []
     artifacts.write_artifacts(folder, measured, history, images, shown, unscored)
+    if in_run and storage.absolute(folder) == storage.absolute(run_uri):
+        write_board(folder)
     return measured
 
 

@@ -26,7 +26,7 @@ NOTES = ("Thumbs.db", "desktop.ini")
 _ASIDE = rf"(\.[0-9a-f]+{re.escape(disk.ASIDE)})?"
 _REPORT = r"metrics\.json|test_images\.parquet|report\.html|figures/[\w-]+\.(svg|png)|predictions/part-ID-.+"
 _RUN = (
-    r"(config|run|data|history|stain)\.json|split\.parquet|exposure/epoch-\d+\.parquet"
+    r"(config|run|data|history|mlflow|stain)\.json|split\.parquet|exposure/epoch-\d+\.parquet"
     rf"|(tensorboard|checkpoints)/.+|model/({'|'.join(map(re.escape, bundle.FILES))})"
 )
 _FOLD = r"(case|patient|official|image)"
@@ -34,7 +34,7 @@ _SHARDS = r"\d+x\d+-v\d+/[0-9a-f]+-[0-9a-f]+\.(rgb|parquet)"
 # What each job writes, as a pattern of the path below its output; ID is replaced by the id in the marker.
 FILES = {
     TRAIN: f"{_RUN}|{_REPORT}",
-    CROSSVAL: rf"(config|run)\.json|({_FOLD}/)?({_REPORT})|{_FOLD}/repeat-\d+-fold-\d+/.+",
+    CROSSVAL: rf"(config|run|mlflow)\.json|({_FOLD}/)?({_REPORT})|{_FOLD}/repeat-\d+-fold-\d+/.+",
     ABLATE: r"ablation\.(json|md)|[\w.-]+/.+",
     EVALUATE: _REPORT,
     SCORE: r"(config|summary)\.json|(slides|inputs)\.parquet|gallery\.html"

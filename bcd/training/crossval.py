@@ -23,6 +23,7 @@ from bcd.model import bundle
 from bcd.reports import model_report
 from bcd.runtime import cluster, prepare, run_directory
 from bcd.runtime.prepare import DatasetFacts
+from bcd.runtime.tracking.follow import followed
 from bcd.split import split
 from bcd.taxonomy import N_FOLDS
 from bcd.text import counted, without_folders
@@ -77,7 +78,7 @@ def run(config: CrossvalConfig) -> str:
         logger.info(f"{uri} is finished: see report.html there, or choose another --name to run it again")
         return uri
     started = time.time()
-    with lease.held(uri, config.wait) as own:
+    with lease.held(uri, config.wait) as own, followed(uri, config.name, _nested(folds.values())):
         cluster.connect(trains=True)
         if not finished:
             _train_missing(config, own, [fold for arm in folds.values() for fold in arm])
@@ -146,7 +147,7 @@ def _train(
     if at_once == 1:
         for number, fold in enumerate(folds, 1):
             logger.info(f"\n{_name(fold)}: {number} of {len(folds)}")
-            train.run(fold.config, inspected, held=held)
+            train.run(fold.config, inspected, held=held, follows=False)
         return
     logger.info(f"{counted(len(folds), 'fold')}, {at_once} at a time")
     # A fold drives its own workers and needs no CPU of its own. Lost with its node, it resumes elsewhere.
@@ -170,7 +171,11 @@ def _train(
 def _train_apart(*given: Any) -> str:
     """`train.run` in a process of Ray."""
     log.hand_on("crossval")
-    return train.run(*given)
+    return train.run(*given, follows=False)
+
+
+def _nested(arms: Iterable[Sequence[Fold]]) -> dict[str, str]:
+    return {_name(fold): fold.uri for arm in arms for fold in arm}
 
 
 def _name(fold: Fold) -> str:

@@ -32,8 +32,8 @@ from bcd.model import predictor, resnet, train_step, weights
 from bcd.model.recipes import averaging, layers, stain, stopping
 from bcd.model.recipes.loss import Loss
 from bcd.model.resnet import ResNet, normalise
-from bcd.runtime import cluster
-from bcd.runtime.run_directory import EXPOSURE, SCORE, SELECTION
+from bcd.runtime import cluster, run_directory
+from bcd.runtime.run_directory import EXPOSURE, HISTORY, SCORE, SELECTION
 from bcd.text import duration
 from bcd.training.checkpoint import State
 from bcd.training.stream import Batch, Stream, streams_of
@@ -106,7 +106,7 @@ def _train(task: Task) -> list[dict[str, Any]]:
             record = _epoch(task, step, state, epoch, streams)
             state.history.append(record)
             if board is not None:
-                _publish(task, board, Path(folder), record)
+                _publish(task, board, Path(folder), state.history)
             _checkpoint(state, record)
     return state.history
 
@@ -372,7 +372,8 @@ def _log_exposure(task: Task, seen: Seen, epoch: int) -> None:
     storage.write_table(uri, pa.table(columns, schema=schema.EXPOSURE))
 
 
-def _publish(task: Task, board: SummaryWriter, folder: Path, record: dict[str, Any]) -> None:
+def _publish(task: Task, board: SummaryWriter, folder: Path, history: list[dict[str, Any]]) -> None:
+    record = history[-1]
     for name, value in record.items():
         if isinstance(value, float):
             board.add_scalar(name, value, record["epoch"])
@@ -380,6 +381,7 @@ def _publish(task: Task, board: SummaryWriter, folder: Path, record: dict[str, A
     for path in folder.iterdir():
         uri = storage.join(task.run_uri, "tensorboard", without_host(path.name))
         storage.write_bytes(uri, path.read_bytes())
+    run_directory.write_json(task.run_uri, HISTORY, history)
     # Ray Train echoes what a worker prints: a print would appear twice.
     logger.info(progress_line(record, task.config.epochs))
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -36,6 +37,7 @@ from bcd.runtime.prepare import (
     store_of,
 )
 from bcd.runtime.run_directory import EXPOSURE, SELECTION
+from bcd.runtime.tracking.follow import followed
 from bcd.training import export, feed
 from bcd.training.feed import Feed, Held
 
@@ -52,6 +54,7 @@ def run(
     inspected: tuple[pa.Table, DatasetFacts] | None = None,
     runs_per_node: int = 1,
     held: Held | None = None,
+    follows: bool = True,
 ) -> str:
     """Train, write the bundle, evaluate it on the test part, report, and return the URI of the run directory.
 
@@ -62,13 +65,15 @@ def run(
         inspected: result of `prepare.load_data_set`, if the caller has it.
         runs_per_node: number of runs that share the cores of a node, including this one.
         held: the images of `inspected`, if the caller holds them in memory.
+        follows: log the run to MLflow, which a study does for its folds.
 
     Raises:
         BcdError: an error for the user, before any long work where possible.
     """
     run_uri = storage.join(config.output, config.name)
     if _open_work(config, run_uri) is not None:
-        with lease.held(run_uri, config.wait) as own:
+        logged = followed(run_uri, config.name) if follows else nullcontext()
+        with lease.held(run_uri, config.wait) as own, logged:
             # Another job may have finished it meanwhile.
             if (work := _open_work(config, run_uri)) is not None:
                 logger.info(work)

@@ -54,8 +54,8 @@ def depth(node: ast.AST) -> int:
 # those of them that start everything.
 RANKS = [
     *("data.stores", "", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data"),
-    *("split", "model.recipes", "model", "model.published", "reports", "runtime", "audit", "preflight"),
-    *("evaluation", "training", "scoring", "training.pooling", "training.ablation", "serving"),
+    *("split", "model.recipes", "model", "model.published", "reports", "runtime", "runtime.tracking", "audit"),
+    *("preflight", "evaluation", "training", "scoring", "training.pooling", "training.ablation", "serving"),
     *("serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}

@@ -21,12 +21,12 @@ from tests.model.test_bundle import card, untrained
 
 # One file of each kind that a job writes, by the pattern of its path; ID is the id of the folder.
 WRITTEN = {
-    "train": "config.json run.json data.json history.json split.parquet exposure/epoch-0001.parquet "
-    "tensorboard/events.out.tfevents.1 checkpoints/a/b.pt model/model.safetensors model/card.json "
-    "model/README.md metrics.json test_images.parquet report.html figures/roc.svg figures/roc.png "
-    "predictions/part-ID-w-000000.parquet",
-    "crossval": "config.json run.json metrics.json report.html image/metrics.json image/figures/roc.png "
-    "case/repeat-1-fold-2/config.json case/repeat-1-fold-2/checkpoints/x",
+    "train": "config.json run.json data.json history.json mlflow.json split.parquet "
+    "exposure/epoch-0001.parquet tensorboard/events.out.tfevents.1 checkpoints/a/b.pt "
+    "model/model.safetensors model/card.json model/README.md metrics.json test_images.parquet "
+    "report.html figures/roc.svg figures/roc.png predictions/part-ID-w-000000.parquet",
+    "crossval": "config.json run.json mlflow.json metrics.json report.html image/metrics.json "
+    "image/figures/roc.png case/repeat-1-fold-2/config.json case/repeat-1-fold-2/checkpoints/x",
     "evaluate": "metrics.json report.html test_images.parquet figures/roc.svg "
     "predictions/part-ID-w-000000.parquet",
     "score": "config.json summary.json slides.parquet inputs.parquet gallery.html slides/a/b.svs/heatmap.png "

@@ -21,6 +21,7 @@ from bcd.training.checkpoint import State
 from tests import planted, studies
 from tests.cluster import PATIENCE_S, ROOT, read_json, wait_for
 from tests.runtime.test_datasets import small
+from tests.runtime.tracking import made
 from tests.trained import flags_of, score_here, statistics_here
 from tests.training.test_loop import RECORD
 
@@ -186,6 +187,26 @@ def test_a_study_resumes_with_the_folds_that_are_missing(joined, tree, tmp_path,
     assert (row["first"], row["difference"], row["p_value"]) == (measured["pooled"]["accuracy"], 0, None)
     with pytest.raises(DataError, match=r"--against .*/nothing: no test_images.parquet there"):
         crossval.run(config.model_copy(update={"against": f"{tmp_path}/nothing"}))
+
+
+@trial
+def test_a_study_is_logged_with_its_folds_within_it(joined, tree, tmp_path, monkeypatch):
+    client = made.of_files(tmp_path / "mlruns", monkeypatch)
+    monkeypatch.setattr(train, "train_model", untrained)
+    monkeypatch.setattr(train.export.feature_statistics, "compute_statistics", statistics_here)
+    monkeypatch.setattr(predict, "score_rows", score_here)
+    uri = crossval.run(CrossvalConfig(**settings_of(tree, tmp_path / "runs"), parallel=1))
+    whole, *folds = (
+        client.get_run(read_json(f"{folder}/mlflow.json")["run_id"])
+        for folder in (uri, f"{uri}/case/repeat-1-fold-1", f"{uri}/case/repeat-1-fold-2")
+    )
+    assert {run.info.status for run in (whole, *folds)} == {"FINISHED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in folds} == {whole.info.run_id}
+    measured = read_json(f"{uri}/metrics.json")
+    assert whole.data.metrics["accuracy.fold_mean"] == measured["spread"]["accuracy"]["mean"]
+    for run, row in zip(folds, measured["folds"], strict=True):
+        assert run.data.metrics["accuracy"] == row["pooled"]["accuracy"]
+        assert [file.path for file in client.list_artifacts(run.info.run_id, "model")][-1] == "model/data"
 
 
 def check_study(uri, tree):

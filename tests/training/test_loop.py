@@ -13,6 +13,7 @@ from bcd.config.training import TrainConfig
 from bcd.errors import BcdError, ConfigError, DivergedError
 from bcd.model import train_step
 from bcd.model.recipes.loss import Loss
+from bcd.runtime import run_directory
 from bcd.runtime.run_directory import SCORE, SELECTION
 from bcd.training import checkpoint, loop
 from bcd.training.checkpoint import State
@@ -40,11 +41,13 @@ def test_files_of_tensorboard_do_not_name_the_host(tmp_path, monkeypatch):
     task = SimpleNamespace(run_uri=str(tmp_path / "run"), config=SimpleNamespace(epochs=12))
     (tmp_path / "board").mkdir()
     board = loop.SummaryWriter(tmp_path / "board")
-    loop._publish(task, board, tmp_path / "board", RECORD)
+    loop._publish(task, board, tmp_path / "board", [RECORD])
     board.close()
     (made,), (published,) = ((tmp_path / name).iterdir() for name in ("board", "run/tensorboard"))
     assert f".{socket.gethostname()}." in made.name
     assert re.fullmatch(r"events\.out\.tfevents\.\d+\.\d+\.\d+", published.name)
+    # Each epoch, for those who follow the run.
+    assert run_directory.read_json(task.run_uri, run_directory.HISTORY) == [RECORD]
 
 
 def test_progress_line():

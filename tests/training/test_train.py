@@ -22,6 +22,7 @@ from bcd.training import train
 from bcd.training.feed import Feed
 from tests.cluster import other_lines, read_json
 from tests.runtime.test_datasets import small
+from tests.runtime.tracking import made
 from tests.trained import check_whole, trained_by_a_job
 
 pytestmark = pytest.mark.ray
@@ -120,7 +121,7 @@ def test_the_run_directory_is_as_promised(run_uri, config):
     assert 0 < run["timings"]["headspace"] <= 1
     assert run["timings"]["images_from"] == "host memory"
     paths = [file.path for file in storage.list_files(f"{run_uri}/tensorboard")]
-    assert all(path.startswith("events.out.tfevents.") for path in paths)
+    assert all(path.removeprefix("test/").startswith("events.out.tfevents.") for path in paths)
     assert not [path for path in paths if socket.gethostname() in path]
     assert output.read_marker(run_uri, output.TRAIN)  # every file in it is one that it may contain
 
@@ -161,6 +162,19 @@ def test_both_workers_validated_the_model_that_is_kept(run_uri):
 def test_they_do_so_too_where_each_counts_its_own_batches(cluster, config):
     apart = {"name": "apart", "epochs": 1, "sync_batchnorm": False}
     check_validated(train.run(config.model_copy(update=apart)))
+
+
+@pytest.mark.trial
+def test_a_training_is_logged_with_every_epoch(cluster, config, tmp_path, monkeypatch):
+    client = made.of_files(tmp_path / "mlruns", monkeypatch)
+    uri = train.run(config.model_copy(update={"name": "logged"}))
+    run = client.get_run(read_json(f"{uri}/mlflow.json")["run_id"])
+    assert run.info.status == "FINISHED"
+    logged = client.get_metric_history(run.info.run_id, "train_loss")
+    assert [(one.step, one.value) for one in logged] == [
+        (record["epoch"], record["train_loss"]) for record in read_json(f"{uri}/history.json")
+    ]
+    assert run.data.tags["model_id"] == bundle.identify(f"{uri}/model")
 
 
 def check_validated(run_uri):
