@@ -54,6 +54,7 @@ def depth(node: ast.AST) -> int:
 # those of them that start everything.
 RANKS = [
     *("", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"),
+    "model.networks",
     *("model", "reports", "runtime", "audit", "preflight", "evaluation", "training", "scoring"),
     *("training.pooling", "serving", "serving.viewer", "doors"),
 ]
@@ -66,6 +67,7 @@ WITH_RAY = {
 }
 WITH_TORCH = {
     *(f"bcd.model.{name}" for name in ("cam", "predictor", "resnet", "train_step", "weights")),
+    *(f"bcd.model.networks.{name}" for name in ("backbone", "timm_weights")),
     "bcd.runtime.cluster",
     *("bcd.training.checkpoint", "bcd.training.loop", "bcd.training.stream"),
     "bcd.training.pooling.attention",
