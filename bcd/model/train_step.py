@@ -60,7 +60,7 @@ def optimizer(
     return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
 
 
-class Frozen:
+class FrozenTrunk:
     """A network of which only the last layer, `fc`, is trained: what enters it is computed once an image.
 
     Freezes the others in place; running statistics of batch norms remain those of the initial weights.
@@ -233,7 +233,7 @@ class Step:
     augments: bool
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
-    frozen: Frozen | None = None
+    frozen: FrozenTrunk | None = None
     """What comes before `network`, where that is a last layer alone; its images are not augmented."""
 
     def __call__(self, images: Tensor, target: Tensor, rate: float, image_ids: Sequence[str] = ()) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from bcd.errors import BundleError
 from bcd.model import weights
 from bcd.model.resnet import Network
-from bcd.model.train_step import Frozen
+from bcd.model.train_step import FrozenTrunk
 
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "state.pt"
 DIGEST = "weights_sha256"
@@ -24,7 +24,7 @@ class State:
     network: Network
     optimizer: torch.optim.Optimizer
     history: list[dict[str, Any]] = field(default_factory=list)
-    frozen: Frozen | None = None
+    frozen: FrozenTrunk | None = None
 
     def save(self, folder: Path) -> None:
         """Write network, optimiser and history into a folder."""

@@ -123,7 +123,7 @@ def _state(task: Task, device: torch.device) -> State:
     network = network.to(device).to(memory_format=torch.channels_last)
     if config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
         train_step.share_batch_norm(network, device)
-    frozen = train_step.Frozen(network, config.precision) if config.head == "linear" else None
+    frozen = train_step.FrozenTrunk(network, config.precision) if config.head == "linear" else None
     optimizer = train_step.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
     state = State(network, optimizer, frozen=frozen)
     _resume(state)

@@ -189,7 +189,7 @@ def test_images_are_turned_and_flipped_exactly():
 def test_frozen_features_are_computed_once_and_only_the_last_layer_learns(monkeypatch):
     network = weights.build(2, seed=0, architecture="resnet18").train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    frozen = train_step.Frozen(network, "float32")
+    frozen = train_step.FrozenTrunk(network, "float32")
     passes = []
     network.conv1.register_forward_hook(lambda *_: passes.append(1))
     optimizer = train_step.optimizer(network, "adamw", 1e-2, 0.01)
@@ -210,7 +210,7 @@ def test_frozen_features_are_computed_once_and_only_the_last_layer_learns(monkey
 
 def test_frozen_features_stay_within_their_memory(monkeypatch):
     monkeypatch.setattr(train_step, "FROZEN_BYTES", 3 * 4 * 512)
-    frozen = train_step.Frozen(weights.build(2, architecture="resnet18"), "float32")
+    frozen = train_step.FrozenTrunk(weights.build(2, architecture="resnet18"), "float32")
     images = torch.zeros(5, 3, 32, 32)
     assert frozen(list("abcde"), images).shape == (5, 512)
     assert set(frozen._known) == set("abc")
