@@ -75,6 +75,9 @@ def _explain(network: nn.Module, images: Tensor, method: str, layer: str, predic
                 laid_out(t.detach()).float().cpu().numpy() for t in (features, gradient)
             )
     finally:
+        # `release` detaches them in place, which views, as transformers have them, do not permit.
+        hooks.activations.clear()
+        hooks.gradients.clear()
         hooks.release()
     found = tool.get_cam_image(images.detach(), target_layer, targets, activations, gradients, False)
     maps = torch.from_numpy(found).float()

@@ -172,7 +172,11 @@ def test_more_classes_explain_the_predicted_one():
             SIZE,
             r"--architecture timm:resnet5000: timm .* has no such network; expected one",
         ),
-        ("timm:test_vit", (65, 97), r"timm:test_vit cannot be made for 65x97 px \(height x width\): "),
+        (
+            "timm:test_vit,patch_size=0",
+            SIZE,
+            r"patch_size=0 cannot be made for 64x96 px \(height x width\): ",
+        ),
         ("timm:test_vit,depth=99999", SIZE, "depth=99999: expected some of init_values, "),
         ("timm:test_vit,depth=1.2.3", SIZE, "could not convert string to float"),
     ],
