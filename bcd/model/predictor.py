@@ -164,8 +164,10 @@ class Predictor:
         batch = self._normalised(canary(*size)[None])
         with torch.backends.cudnn.flags(allow_tf32=False):
             output = resnet.forward(self.network, batch)
-            # By the network's own forward pass, which knows nothing of maps.
-            direct = self.network.direct if isinstance(self.network, Backbone) else self.network
+            # The network's own forward pass, which knows nothing of maps.
+            direct: Callable[[torch.Tensor], torch.Tensor] = self.network
+            if isinstance(self.network, Backbone):
+                direct = self.network.direct
             explained = cam.quantity(direct(batch)[0], int(output.logit.argmax()))
         summand = float((output.pooled.abs() @ self.network.fc.weight.abs().T).max())
         if output.evidence is not None and output.evidence_bias is not None:

@@ -301,8 +301,13 @@ def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) ->
         numbers["max_pixels"] = image.MAX_PIXELS
         if limits.slides:
             numbers["max_slide_bytes"] = limits.max_slide_bytes
-        known = {"model_id": engine.model_id, "card": engine.card, "limits": numbers}
-        return ModelDocument(**known, version=app.version, overlay=scale_of(engine.card))
+        return ModelDocument(
+            model_id=engine.model_id,
+            version=app.version,
+            card=engine.card,
+            limits=numbers,
+            overlay=scale_of(engine.card),
+        )
 
     @app.get("/healthz", response_model=Health)
     async def alive() -> Any:

@@ -90,8 +90,8 @@ def resolved(config: Settings) -> Settings:
     from bcd.model.networks import timm_weights  # not at the top: a job starts without torch
 
     stated = timm_weights.stated(config.architecture, config.weights)
-    names = {"input_height_px": stated.height_px, "input_width_px": stated.width_px}
-    names |= {"mean": stated.mean, "std": stated.std}
+    sizes = {"input_height_px": stated.height_px, "input_width_px": stated.width_px}
+    names: dict[str, Any] = sizes | {"mean": stated.mean, "std": stated.std}
     return config.model_copy(update={name: getattr(config, name) or value for name, value in names.items()})
 
 
