@@ -60,7 +60,7 @@ def test_a_map_that_adds_up_to_nothing_has_no_bias_and_a_scale_of_its_own(eight)
     prediction = eight.predict(eight.fit(PIXELS)[None], "gradcam")
     found = documents.answer(eight.card, "id", b"", PIXELS, prediction)
     assert found.evidence.bias is None
-    assert found.evidence.limit == overlay.scale([prediction.evidence[0]]) < overlay.LIMIT
+    assert found.evidence.limit == overlay.scale([prediction.evidence[0]]) != overlay.LIMIT
     assert documents.drawn_limit(prediction) == found.evidence.limit
     assert documents.Answer.model_validate_json(found.model_dump_json()) == found
     assert documents.scale_of(eight.card).unit == "log-odds per cell"
