@@ -3,16 +3,18 @@
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, Self, cast, get_args
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import Field, model_validator
 
 from bcd.config.options import (
     AUTO,
+    INPUT_PX,
     MAX_INPUT_PX,
     MAX_SEED,
     MIN_INPUT_PX,
     RANDOM_WEIGHTS,
+    TIMM,
     WORKERS,
     Architecture,
     Config,
@@ -40,6 +42,10 @@ RECIPES: Mapping[Recipe, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
+# What needs more of a network in training than its last layer.
+OF_ALL_LAYERS = ("ema_decay", "layer_decay", "freeze_batchnorm", "stain_jitter")
+Share = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(gt=0, le=1)]
 
 
 class TrainingConfig(LabelledConfig):
@@ -52,11 +58,16 @@ class TrainingConfig(LabelledConfig):
     """Name of the run. Run the same command again to resume."""
 
     architecture: Architecture = "resnet50"
-    """The network. resnet18 trains several times faster and is often nearly as good; resnet101 is slower."""
+    """The network: resnet18, resnet34, resnet50, resnet101, or timm:NAME (extra `timm`). resnet18 trains
+    several times faster and is often nearly as good; resnet101 is slower."""
 
     weights: str = "imagenet"
-    """Initial weights: imagenet (downloaded by torchvision), none, or the URI of a state dict of the
-    architecture (.safetensors, or .pth without pickled code)."""
+    """Initial weights: imagenet (downloaded by torchvision or timm), none, the URI of a state dict of the
+    architecture (.safetensors, or .pth without pickled code), or hf-hub:OWNER/NAME (downloaded by timm)."""
+
+    head: Literal["linear"] | None = None
+    """linear: train the last layer only, on features of the initial weights that are computed once for each
+    image, without augmentation: a cheap first model."""
 
     target: Target = "tumor_class"
     """What is predicted: benign or malignant, or the eight subtypes."""
@@ -83,11 +94,20 @@ class TrainingConfig(LabelledConfig):
     max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Largest share of broken images; they are excluded and named. A larger share ends the run."""
 
-    input_height_px: int = Field(default=224, ge=MIN_INPUT_PX, le=MAX_INPUT_PX)
-    """Height of the network's input in pixels; a field is fitted into it whole, aspect ratio kept."""
+    input_height_px: int = Field(default=0, ge=0, le=MAX_INPUT_PX)
+    """Height of the network's input in pixels; a field is fitted into it whole, aspect ratio kept. 0: 224, or
+    what timm states for a network of its own."""
 
-    input_width_px: int = Field(default=336, ge=MIN_INPUT_PX, le=MAX_INPUT_PX)
-    """Width of the network's input in pixels (a BreaKHis field is 700x460, about 3:2)."""
+    input_width_px: int = Field(default=0, ge=0, le=MAX_INPUT_PX)
+    """Width of the network's input in pixels. 0: 336 (a BreaKHis field is 700x460, about 3:2), or what timm
+    states for a network of its own."""
+
+    mean: tuple[Share, Share, Share] | None = None
+    """Mean of red, green and blue, from 0 to 1, which the network's input is relative to. By default that
+    of ImageNet, or what timm states."""
+
+    std: tuple[Deviation, Deviation, Deviation] | None = None
+    """Standard deviation of red, green and blue; see --mean."""
 
     prepared: str = AUTO
     """Folder where decoded and fitted images are kept for later epochs, runs and evaluations: a local path,
@@ -198,10 +218,26 @@ class TrainingConfig(LabelledConfig):
             raise ValueError("--freeze-batchnorm requires --weights: random ones have no statistics to keep")
         if self.stain_jitter and not self.augment:
             raise ValueError("--stain-jitter is part of --augment, which is off")
+        if self.head == "linear" and (given := [name for name in OF_ALL_LAYERS if getattr(self, name)]):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"--head linear trains the last layer alone: leave out {flags}")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _residual_networks_have_a_size(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if str(given.get("architecture", "")).startswith(TIMM):
+            return given
+        sizes = zip(("input_height_px", "input_width_px"), INPUT_PX, strict=True)
+        return given | {name: given.get(name) or usual for name, usual in sizes}
 
     @model_validator(mode="after")
     def _settings_are_possible(self) -> "TrainingConfig":
+        for flag, pixels in (("height", self.input_height_px), ("width", self.input_width_px)):
+            if 0 < pixels < MIN_INPUT_PX:
+                raise ValueError(f"--input-{flag}-px {pixels}: expected at least {MIN_INPUT_PX}")
+        if self.head == "linear" and self.weights == RANDOM_WEIGHTS:
+            raise ValueError("--head linear trains on the features of --weights: expected others than none")
         workers = WORKERS.fullmatch(self.num_workers)
         if not workers:
             raise ValueError(f"--num-workers requires a number, MIN-MAX or auto, not {self.num_workers!r}")

@@ -11,7 +11,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from bcd.errors import BundleError
 from bcd.model import weights
-from bcd.model.resnet import ResNet
+from bcd.model.resnet import Network
+from bcd.model.train_step import FrozenTrunk
 
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "state.pt"
 DIGEST = "weights_sha256"
@@ -21,18 +22,20 @@ NETWORK, AVERAGED = "network", "n_averaged"
 
 @dataclass
 class State:
-    """Content of a checkpoint. The file of weights is that of the model to judge and export: the average of
-    the network where there is one; then the network itself is beside the optimiser."""
+    """Content of a checkpoint, and what is frozen of the network. The file of weights is that of the model to
+    judge and export: the average of the network where there is one; then the network itself is beside the
+    optimiser."""
 
-    network: ResNet
+    network: Network
     optimizer: torch.optim.Optimizer
     history: list[dict[str, Any]] = field(default_factory=list)
     average: AveragedModel | None = None
+    frozen: FrozenTrunk | None = None
 
     @property
-    def judged(self) -> ResNet:
+    def judged(self) -> Network:
         """The network to validate and export."""
-        return self.network if self.average is None else cast(ResNet, self.average.module)
+        return self.network if self.average is None else cast(Network, self.average.module)
 
     def save(self, folder: Path) -> None:
         """Write network, optimiser and history into a folder."""

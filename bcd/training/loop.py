@@ -26,12 +26,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from bcd import schema, storage
 from bcd.config import log
+from bcd.config.training import TrainingConfig
 from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
+from bcd.imaging.image import IMAGENET_MEAN, IMAGENET_STD
 from bcd.metrics import measures
 from bcd.model import predictor, resnet, train_step, weights
 from bcd.model.recipes import averaging, layers, stain, stopping
 from bcd.model.recipes.loss import Loss
-from bcd.model.resnet import ResNet, normalise
+from bcd.model.resnet import Network, ResNet, normalise
 from bcd.runtime import cluster, run_directory
 from bcd.runtime.run_directory import EXPOSURE, HISTORY, SCORE, SELECTION
 from bcd.text import duration
@@ -92,7 +94,7 @@ def _train(task: Task) -> list[dict[str, Any]]:
     if len(state.history) < config.epochs and not config.patience:
         streams[0].begin(len(state.history))
     torch.manual_seed(augmentation_seed(config.seed, context.get_world_rank(), len(state.history)))
-    network = ray.train.torch.prepare_model(state.network, False)
+    network = ray.train.torch.prepare_model(state.network.fc if state.frozen else state.network, False)
     if isinstance(network, DistributedDataParallel):
         # Running statistics are equal on all workers, or made so by `train_step.average_batch_norm`. Torch
         # 2.11 accepts this only under this name, about which torch 2.13 warns if it is an argument.
@@ -125,6 +127,9 @@ def _step(task: Task, state: State, network: nn.Module, device: torch.device) ->
         config.stain_jitter,
         task.stain,
         state.average,
+        config.mean or IMAGENET_MEAN,
+        config.std or IMAGENET_STD,
+        state.frozen,
     )
 
 
@@ -136,8 +141,11 @@ def augmentation_seed(seed: int, rank: int, n_epochs: int) -> int:
 def _state(task: Task, device: torch.device) -> State:
     config = task.config
     pretrained = ray.get(task.weights) if task.weights is not None else None
-    network = weights.build(len(task.classes), pretrained, config.seed, config.architecture)
+    size = config.input_height_px, config.input_width_px
+    network = weights.build(len(task.classes), pretrained, config.seed, config.architecture, size)
     network = network.to(device).to(memory_format=torch.channels_last)
+    if config.symmetries:
+        _require_orientations(network, config)
     if config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
         train_step.share_batch_norm(network, device)
     if config.freeze_batchnorm:
@@ -145,9 +153,26 @@ def _state(task: Task, device: torch.device) -> State:
     layers.drop_features(network.fc, config.dropout)
     rates = config.learning_rate, config.weight_decay, config.layer_decay
     optimizer = train_step.optimizer(network, config.optimizer, *rates)
-    state = State(network, optimizer, average=averaging.average_of(network, config.ema_decay))
+    frozen = train_step.FrozenTrunk(network, config.precision) if config.head == "linear" else None
+    average = averaging.average_of(network, config.ema_decay)
+    state = State(network, optimizer, average=average, frozen=frozen)
     _resume(state)
     return state
+
+
+def _require_orientations(network: Network, config: TrainingConfig) -> None:
+    """Raises ConfigError for a network whose features cannot be averaged over orientations."""
+    if isinstance(network, ResNet):
+        return
+    if not resnet.has_closed_form(network):
+        raise ConfigError(
+            f"--symmetries averages maps, and {config.architecture} does not pool by their mean: leave it out"
+        )
+    if config.input_height_px != config.input_width_px:
+        raise ConfigError(
+            f"--symmetries turns images, and {config.architecture} may have a fixed input of "
+            f"{config.input_height_px}x{config.input_width_px} px: expected a square"
+        )
 
 
 def _resume(state: State) -> None:
@@ -185,7 +210,7 @@ def _epoch(
     if not task.config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
         for network in dict.fromkeys([state.network, state.judged]):
             train_step.average_batch_norm(network)
-    validated = _gather(_validate(task, state.judged, step.device, validation.batches(epoch - 1)))
+    validated = _gather(_validate(task, state.judged, step, validation.batches(epoch - 1)))
     if not math.isfinite(validated.loss_sum):
         raise _diverged(task, epoch, "the loss on the validation images is no finite number")
     _log_exposure(task, trained, epoch)
@@ -252,7 +277,7 @@ def _train_epoch(task: Task, step: train_step.Step, epoch: int, stream: Stream, 
         rate = train_step.learning_rate(config.learning_rate, progress, config.warmup_fraction)
         _require_several(len(batch.images) * (world if config.sync_batchnorm else 1))
         with clock.step():
-            loss = step(batch.images, batch.target, rate)
+            loss = step(batch.images, batch.target, rate, batch.image_ids)
         losses.append(loss * len(batch.images))
         seen.add(batch, 0.0)
         told.tell(len(seen.image_ids) * world)
@@ -320,14 +345,18 @@ def _diverged(task: Task, epoch: int, what: str) -> DivergedError:
 
 
 @torch.inference_mode()
-def _validate(task: Task, network: ResNet, device: torch.device, batches: Iterator[Batch]) -> Seen:
-    seen = Seen()
+def _validate(task: Task, network: Network, step: train_step.Step, batches: Iterator[Batch]) -> Seen:
+    seen, device = Seen(), step.device
     network.eval()
     for batch in batches:
         images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-        inputs = normalise(stain.transform(images, task.stain))
-        with resnet.autocast(device, task.config.precision):
-            logit = resnet.forward(network, inputs.contiguous(memory_format=torch.channels_last)).logit
+        images = stain.transform(images, task.stain)
+        inputs = normalise(images, step.mean, step.std).contiguous(memory_format=torch.channels_last)
+        if step.frozen:
+            logit = network.fc(step.frozen(batch.image_ids, inputs))
+        else:
+            with resnet.autocast(device, task.config.precision):
+                logit = resnet.forward(network, inputs).logit
         loss_sum = nn.functional.cross_entropy(logit, batch.target.to(device), reduction="sum")
         seen.add(batch, float(loss_sum))
         seen.logits.append(logit.cpu().numpy())

@@ -14,7 +14,7 @@ SCALE = "scale"
 def parameter_groups(
     network: nn.Module, weight_decay: float, layer_decay: float | None
 ) -> list[dict[str, Any]]:
-    """Groups of parameters for an optimiser; biases and norms are not decayed.
+    """Groups of those parameters that are not frozen, for an optimiser; biases and norms are not decayed.
 
     With a `layer_decay`, those of each depth have their own factor of the learning rate: 1 in the head, and
     `layer_decay` times as much at each depth before it (Howard and Ruder 2018, arXiv 1801.06146; Clark et al.
@@ -24,8 +24,8 @@ def parameter_groups(
     found = []
     for steps, parameters in enumerate(reversed(depths)):
         scale = {} if layer_decay is None else {SCALE: layer_decay**steps}
-        decayed = [p for p in parameters if p.ndim > 1]
-        kept = [p for p in parameters if p.ndim <= 1]
+        trained = [p for p in parameters if p.requires_grad]
+        decayed, kept = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
         found.append({"params": decayed, "weight_decay": weight_decay} | scale)
         found.append({"params": kept, "weight_decay": 0.0} | scale)
     return [group for group in found if group["params"]] if layer_decay is not None else found
