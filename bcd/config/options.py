@@ -27,6 +27,8 @@ AUTO, OFF = "auto", "off"
 IMAGENET_WEIGHTS, RANDOM_WEIGHTS = "imagenet", "none"
 # Our own method of Cam: the closed form.
 CLOSED_FORM: Cam = "evidence"
+# Networks in one bundle.
+MOST_MEMBERS = 64
 # Of the network's input: below, the last convolution has no cell; above, no training fits a GPU.
 MIN_INPUT_PX, MAX_INPUT_PX = 32, 4096
 # Largest seed of every generator, with room for the repeats of a cross-validation, which count up from it.
@@ -83,7 +85,7 @@ class LabelledConfig(OutputConfig):
 OPERATIONAL = frozenset(
     {
         *("output", "name", "prepared", "num_workers", "device", "max_failures"),
-        *("max_workers", "parallel", "against", "wait", "require_signature", "log_format"),
+        *("max_workers", "parallel", "against", "export", "wait", "require_signature", "log_format"),
     }
 )
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bcd import taxonomy
-from bcd.config.options import MAX_INPUT_PX, MIN_INPUT_PX, Architecture, Protocol
-from bcd.errors import BundleError
+from bcd.config.options import CLOSED_FORM, MAX_INPUT_PX, MIN_INPUT_PX, MOST_MEMBERS, Architecture, Protocol
+from bcd.errors import BundleError, ConfigError
 from bcd.imaging import image
 from bcd.model.novelty import FeatureStatistics
 from bcd.taxonomy import MAGNIFICATIONS, MAX_MPP, MIN_MPP, Target
@@ -31,6 +31,18 @@ Deviation = Annotated[float, Field(gt=0, le=1)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class Study(BaseModel):
+    """What a bundle is that a cross-validation made of all its models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: Literal["ensemble", "refit"]
+    """ensemble: the models of the study, whose logits are averaged; refit: one network, trained on all
+    images."""
+    n_models: int = Field(ge=2, le=MOST_MEMBERS)
+    """Models of the study."""
+
+
 class Card(BaseModel):
     """Everything that a prediction depends on, and its provenance."""
 
@@ -38,6 +50,9 @@ class Card(BaseModel):
 
     format_version: Literal[2] = FORMAT_VERSION
     architecture: Architecture = "resnet50"
+    study: Study | None = None
+    """Of a bundle of a cross-validation: it has seen all images, its metrics are those of the study's models
+    on images that each had not seen, and these chose temperature and threshold. None for one training."""
     weights_sha256: Digest | None = None
     """SHA-256 of the file of weights; None before the bundle is written."""
     canary_logit: tuple[float, ...] = ()
@@ -91,6 +106,16 @@ class Card(BaseModel):
     versions: dict[str, str]
     git_commit: str | None
 
+    @property
+    def n_members(self) -> int:
+        """Networks whose logits are averaged: a prediction takes as many forward passes."""
+        return self.study.n_models if self.study and self.study.kind == "ensemble" else 1
+
+    @property
+    def n_features(self) -> int:
+        """Channels of the last convolution, of all members."""
+        return self.n_members * FEATURES[self.architecture]
+
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "Card":
         if self.classes != taxonomy.classes(self.target):
@@ -105,7 +130,7 @@ class Card(BaseModel):
             raise ValueError(f"training: {missing[0]} is missing")
         if "epoch" not in self.validation:
             raise ValueError("validation: the epoch is missing")
-        known, n = self.feature_statistics, FEATURES[self.architecture]
+        known, n = self.feature_statistics, self.n_features
         if known and not len(known.mean) == len(known.spread) == n:
             raise ValueError(f"feature_statistics: expected {n} means and spreads")
         return self
@@ -147,9 +172,21 @@ def parse_card(content: bytes, uri: str) -> Card:
 
 def model_id(card: Card) -> str:
     """Hash over everything that a prediction depends on, with the hash of the weights. Metrics and warnings
-    do not change it, nor do the canary's logits, whose rounding depends on the machine."""
-    facts = card.model_dump_json(exclude={"metrics", "warnings", "canary_logit"})
+    do not change it, nor do the canary's logits, whose rounding depends on the machine. Without a study, the
+    id is that of versions which knew of none."""
+    unused = {"metrics", "warnings", "canary_logit", *(() if card.study else ("study",))}
+    facts = card.model_dump_json(exclude=unused)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def require_method(card: Card, method: str) -> None:
+    """Raise ConfigError for a method of evidence maps other than the closed form if the bundle is an
+    ensemble: they explain one network, and the mean of their maps explains none."""
+    if card.n_members > 1 and method != CLOSED_FORM:
+        raise ConfigError(
+            f"--cam {method} explains a single network, and this bundle averages {card.n_members}: use "
+            f"--cam {CLOSED_FORM}, whose maps add up to the log-odds, or the bundle of one fold of the study"
+        )
 
 
 def _require_format(version: Any, uri: str) -> None:

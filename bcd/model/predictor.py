@@ -13,8 +13,9 @@ from bcd.config.options import CLOSED_FORM
 from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError, ImageError
 from bcd.imaging import decoder, image
 from bcd.model import bundle, cam, novelty, resnet, weights
-from bcd.model.card import STRIDE_PX, Card, dump, model_id
-from bcd.model.resnet import ResNet, normalise
+from bcd.model.card import STRIDE_PX, Card, dump, model_id, require_method
+from bcd.model.networks.ensemble import Ensemble
+from bcd.model.resnet import Network, normalise
 from bcd.taxonomy import malignant_mask
 
 # The canary's logits may differ from those in the card by this share of their summands' size: a thousand
@@ -29,7 +30,8 @@ class Prediction:
     logit (n, classes) and probability (n, classes) in card order, probability_malignant (n,),
     predicted_class (n,) names, None where a logit is not finite, evidence (n, h, w) and evidence_bias (n,) as
     in `bcd.model.cam`, novelty (n,) as in `bcd.model.novelty`, NaN where the card has no statistics for it,
-    pooled (n, channels), the features that enter the last layer.
+    pooled (n, channels), the features that enter the last layer, log_odds_sd (n,), the standard deviation
+    over the members of an ensemble of their log-odds of malignancy, NaN for a single network.
     """
 
     logit: np.ndarray
@@ -40,6 +42,7 @@ class Prediction:
     evidence_bias: np.ndarray
     novelty: np.ndarray
     pooled: np.ndarray
+    log_odds_sd: np.ndarray
 
     @property
     def finite(self) -> np.ndarray:
@@ -64,7 +67,7 @@ class Predictor:
 
     card: Card
     model_id: str
-    network: ResNet
+    network: Network
     features: Callable[[torch.Tensor], torch.Tensor]
     device: torch.device
     precision: str
@@ -90,12 +93,14 @@ class Predictor:
         """Predict a batch of uint8 (n, height, width, 3) RGB from `fit`.
 
         `method` of the evidence is the closed form, or one of `cam.METHODS`: these explain the features of
-        `layer`, and `evidence_bias` is NaN, because their maps do not add up to the log-odds.
+        `layer`, and `evidence_bias` is NaN, because their maps do not add up to the log-odds. Raises
+        ConfigError for these with an ensemble.
         """
+        require_method(self.card, method)
         batch = self._normalised(images)
         output = self._output(batch)
-        logit, evidence, bias, pooled = _on_cpu(
-            output.logit, output.evidence, output.evidence_bias, output.pooled
+        logit, evidence, bias, pooled, deviation = _on_cpu(
+            output.logit, output.evidence, output.evidence_bias, output.pooled, self._log_odds_sd(output)
         )
         if method != CLOSED_FORM:
             evidence = cam.explain(self.network, batch, method, layer, output.logit.argmax(1))
@@ -111,6 +116,7 @@ class Predictor:
             bias.numpy(),
             self._novelty(pooled.numpy()),
             pooled.numpy(),
+            deviation.numpy(),
         )
 
     def predict_files(self, contents: Sequence[bytes]) -> Prediction:
@@ -132,6 +138,13 @@ class Predictor:
     def _output(self, batch: torch.Tensor) -> resnet.Output:
         with resnet.autocast(self.device, self.precision):
             return resnet.explained(self.network, self.features(batch))
+
+    def _log_odds_sd(self, output: resnet.Output) -> torch.Tensor:
+        if not isinstance(self.network, Ensemble):
+            return torch.full_like(output.evidence_bias, torch.nan)
+        logit, malignant = self.network.logits(output.pooled), malignant_mask(self.card.classes)
+        benign = [not each for each in malignant]
+        return (logit[..., malignant].logsumexp(-1) - logit[..., benign].logsumexp(-1)).std(1)
 
     def _novelty(self, pooled: np.ndarray) -> np.ndarray:
         statistics = self.card.feature_statistics
@@ -188,7 +201,7 @@ def _decoded(contents: Sequence[bytes]) -> Iterator[np.ndarray]:
             raise ImageError(error.code, f"image {i + 1} of {len(contents)}: {error.message}") from error
 
 
-def save(network: ResNet, card: Card, uri: str) -> str:
+def save(network: Network, card: Card, uri: str) -> str:
     """Write a bundle and return its `model_id`. Raises BundleError where it could not be loaded again:
     weights or logits are not finite, or the card is invalid."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
@@ -229,7 +242,7 @@ def load(
     content = bundle.read_weights_of(uri, card)
     try:
         state = weights.read_weights(content, bundle.WEIGHTS)
-        network = weights.assembled(len(card.classes), state, card.architecture)
+        network = weights.assembled(len(card.classes), state, card.architecture, card.n_members)
     except BundleError as error:
         raise BundleError(f"{uri}: {error}") from error
     loaded = _ready(network, card, model_id(card), device, precision, compiled)
@@ -250,11 +263,11 @@ def _require_canary(loaded: Predictor, uri: str) -> None:
 
 def from_state(state: weights.State, card: Card) -> Predictor:
     """A predictor from weights in memory, in float32, without a `model_id`."""
-    return _ready(weights.assembled(len(card.classes), state, card.architecture), card)
+    return _ready(weights.assembled(len(card.classes), state, card.architecture, card.n_members), card)
 
 
 def _ready(
-    network: ResNet,
+    network: Network,
     card: Card,
     identity: str = "",
     device: str | torch.device | None = None,
@@ -263,7 +276,8 @@ def _ready(
 ) -> Predictor:
     resnet.set_precision(precision)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = resnet.temper(resnet.fold(network), card.temperature).requires_grad_(False)
+    network = resnet.temper(resnet.fold(network), card.temperature)
+    network = (network.join() if isinstance(network, Ensemble) else network).requires_grad_(False)
     network = network.to(where).to(memory_format=torch.channels_last)
     features = resnet.compiled_features(network) if compiled else partial(resnet.features, network)
     return Predictor(card, identity, network, features, where, precision)

@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from bcd.config.options import Architecture
 from bcd.imaging.image import IMAGENET_MEAN, IMAGENET_STD
 from bcd.model import cam
+from bcd.model.networks.ensemble import Ensemble
 
 # He et al. 2015, table 1: https://arxiv.org/abs/1512.03385
 BLOCKS: dict[Architecture, tuple[int, int, int, int]] = {
@@ -104,11 +105,15 @@ class ResNet(nn.Module):
         return images
 
 
+# What a bundle may contain.
+Network = ResNet | Ensemble
+
+
 def _convolution(channels: int, n_out: int, kernel: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(channels, n_out, kernel, stride, padding=kernel // 2, bias=False)
 
 
-def fold(network: ResNet) -> ResNet:
+def fold(network: Network) -> Network:
     """Fold every batch norm into the convolution before it, in place: fewer passes over memory, and the same
     function up to rounding. For evaluation only."""
     network.eval()
@@ -127,7 +132,7 @@ def _fold_pair(parent: nn.Module, convolution: str, norm: str) -> None:
     setattr(parent, norm, nn.Identity())
 
 
-def compiled_features(network: ResNet) -> Callable[[Tensor], Tensor]:
+def compiled_features(network: Network) -> Callable[[Tensor], Tensor]:
     """The convolutions as one compiled function with frozen weights, for long archives.
 
     Requires a C++ compiler on CPUs. The first call compiles for the shape of its batch, in about a minute.
@@ -152,12 +157,12 @@ class Output:
     pooled: Tensor
 
 
-def forward(network: ResNet, images: Tensor) -> Output:
+def forward(network: Network, images: Tensor) -> Output:
     """Logits and evidence maps of normalised (n, 3, height, width); the network is in evaluation mode."""
     return explained(network, features(network, images))
 
 
-def explained(network: ResNet, maps: Tensor) -> Output:
+def explained(network: Network, maps: Tensor) -> Output:
     """Logits and evidence from the features (n, channels, h, w).
 
     The head is always computed in float32, so that mean of the evidence plus bias equals the log-odds
@@ -171,8 +176,11 @@ def explained(network: ResNet, maps: Tensor) -> Output:
     return Output(logit, evidence, bias, pooled)
 
 
-def features(network: ResNet, images: Tensor) -> Tensor:
-    """Output (n, channels, h, w) of the last convolution."""
+def features(network: Network, images: Tensor) -> Tensor:
+    """Output (n, channels, h, w) of the last convolution; of an ensemble those of its members, one after
+    another."""
+    if isinstance(network, Ensemble):
+        return torch.cat([features(cast(ResNet, member), images) for member in network.members], 1)
     for name, module in network.named_children():
         if name == "avgpool":
             break
@@ -180,12 +188,14 @@ def features(network: ResNet, images: Tensor) -> Tensor:
     return images
 
 
-def temper(network: ResNet, temperature: float) -> ResNet:
-    """Divide the last layer by the temperature: this calibrates logits, log-odds, evidence and probabilities,
-    and the evidence still adds up to the log-odds. For evaluation only."""
+def temper(network: Network, temperature: float) -> Network:
+    """Divide the last layer, of every member of an ensemble, by the temperature: this calibrates logits,
+    log-odds, evidence and probabilities, and the evidence still adds up to the log-odds. For evaluation
+    only."""
     with torch.no_grad():
-        network.fc.weight = nn.Parameter(network.fc.weight / temperature)
-        network.fc.bias = nn.Parameter(network.fc.bias / temperature)
+        for head in network.heads() if isinstance(network, Ensemble) else [network.fc]:
+            head.weight = nn.Parameter(head.weight / temperature)
+            head.bias = nn.Parameter(head.bias / temperature)
     return network
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from bcd import storage
 from bcd.config.options import IMAGENET_WEIGHTS, RANDOM_WEIGHTS, Architecture
 from bcd.errors import BundleError
-from bcd.model.resnet import ResNet
+from bcd.model.networks.ensemble import Ensemble
+from bcd.model.resnet import Network, ResNet
 from bcd.text import some
 
 logger = logging.getLogger(__name__)
@@ -226,10 +227,13 @@ def build(
     return network
 
 
-def assembled(n_classes: int, state: State, architecture: Architecture = "resnet50") -> ResNet:
-    """The network of a bundle, which shares these tensors, in evaluation mode. Raises BundleError where they
-    are not exactly those of the architecture."""
-    network = skeleton(n_classes, architecture)
+def assembled(
+    n_classes: int, state: State, architecture: Architecture = "resnet50", n_members: int = 1
+) -> Network:
+    """The network of a bundle, or its ensemble of so many, which shares these tensors, in evaluation mode.
+    Raises BundleError where they are not exactly those of the architecture."""
+    networks = [skeleton(n_classes, architecture) for _ in range(n_members)]
+    network = Ensemble(networks) if n_members > 1 else networks[0]
     fitted = fitting(network.state_dict(), state, architecture, whole=True)
     network.load_state_dict(fitted, assign=True)
     return network.eval()

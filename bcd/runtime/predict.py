@@ -22,7 +22,7 @@ from bcd.data import read
 from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError
 from bcd.imaging import image
 from bcd.model import bundle, novelty
-from bcd.model.card import FEATURES, Card
+from bcd.model.card import Card
 from bcd.reports import overlay
 from bcd.runtime import cluster
 
@@ -201,7 +201,7 @@ class Scorer:
 
     def _table(self, columns: dict[str, pa.Array], images: np.ndarray, good: np.ndarray) -> pa.Table:
         height, width = self._predictor.evidence_size(self._settings.cam_layer)
-        length = FEATURES[self._predictor.card.architecture] if self._settings.embeddings else 0
+        length = self._predictor.card.n_features if self._settings.embeddings else 0
         form = schema.predictions(height, width, self._settings.overlays, length)
         # Every batch has the same shape, so that numbers do not depend on a row's neighbours.
         size = self._settings.batch_size
@@ -232,6 +232,7 @@ class Scorer:
             schema.LOGIT: list(prediction.logit[:n]),
             schema.PROBABILITY: list(prediction.probability[:n]),
             schema.PROBABILITY_MALIGNANT: prediction.probability_malignant[:n],
+            schema.LOG_ODDS_SD: pa.array(prediction.log_odds_sd[:n], from_pandas=True),
             schema.PREDICTED_CLASS: prediction.predicted_class[:n],
             schema.EVIDENCE: list(maps.reshape(n, -1)),
             schema.EVIDENCE_HEIGHT: [height] * n,

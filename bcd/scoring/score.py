@@ -26,7 +26,7 @@ from bcd.data import archive
 from bcd.errors import ConfigError, IncompleteError
 from bcd.lease import Lease
 from bcd.model import bundle
-from bcd.model.card import Card
+from bcd.model.card import Card, require_method
 from bcd.preflight import signing
 from bcd.runtime import cluster, datasets, output, predict
 from bcd.scoring import finish, inputs, ledger, tiling
@@ -97,6 +97,7 @@ def run(config: ScoreConfig) -> str:
     card_sha256 = signing.verified(config.model, config.require_signature)
     model_id = bundle.identify(config.model, card_sha256)
     model = _Model(bundle.read_same(config.model, model_id, card_sha256), model_id, card_sha256)
+    require_method(model.card, config.cam)
     with lease.held(config.output, config.wait) as held:
         return _fill(config, held, model, names, started)
 

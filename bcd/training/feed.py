@@ -50,11 +50,14 @@ class Listed:
 
 @dataclass(frozen=True)
 class Feed:
-    """The number of balanced training rows, and the rows: as streams with images by part, or as a list."""
+    """The number of balanced training rows, and the rows: as streams with images by part, or as a list.
+
+    `validates` is False where there are no validation rows, and then no stream of them."""
 
     n_train: int
     streams: dict[str, Dataset]
     listed: Listed | None = None
+    validates: bool = True
 
 
 def feed_of(config: TrainConfig, table: pa.Table, held: Held | None = None) -> Feed:
@@ -69,18 +72,18 @@ def feed_of(config: TrainConfig, table: pa.Table, held: Held | None = None) -> F
         rows = rows.append_column(schema.POSITION, place)
     parts = {part: _with_target(part_of(rows, part), config.target) for part in (TRAIN, VALIDATION)}
     balanced = balance.upsample(parts[TRAIN], config.balance, config.seed)
+    validates = len(parts[VALIDATION]) > 0
     keep = [schema.IMAGE_ID, schema.TARGET]
     if held is not None:
         columns = [*keep, schema.POSITION]
         listed = {TRAIN: balanced.select(columns), VALIDATION: parts[VALIDATION].select(columns)}
-        return Feed(len(balanced), {}, Listed(listed, held))
-    streams = {
-        TRAIN: datasets.shuffled(balanced, config.seed),
-        VALIDATION: datasets.row_dataset(parts[VALIDATION]),
-    }
+        return Feed(len(balanced), {}, Listed(listed, held), validates)
+    streams = {TRAIN: datasets.shuffled(balanced, config.seed)}
+    if validates:
+        streams[VALIDATION] = datasets.row_dataset(parts[VALIDATION])
     size = config.input_height_px, config.input_width_px
     streams = {part: datasets.read_images(rows, *size, keep) for part, rows in streams.items()}
-    return Feed(len(balanced), streams)
+    return Feed(len(balanced), streams, validates=validates)
 
 
 def _with_target(table: pa.Table, target: Target) -> pa.Table:

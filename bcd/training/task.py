@@ -27,6 +27,8 @@ class Task:
     """`feed.Listed`, unless the rows are streamed."""
     started: float = 0.0
     """When the job started, in seconds since 1970."""
+    validates: bool = True
+    """Whether there are validation rows, which choose the best epoch; without them it is the last."""
 
 
 def interface(address: str) -> str | None:

@@ -151,6 +151,14 @@ def _split(
     return table, facts
 
 
+def refit(config: TrainConfig, run_uri: str, rows: pa.Table) -> Result:
+    """Train on all rows, none of which validates, from the last checkpoint of the run; the last epoch is the
+    best. Raises BcdError."""
+    started = time.time()
+    fed = feed.feed_of(config, located(rows, store_of(config)))
+    return train_model(config, run_uri, fed, _pretrained(config), cluster.scaling(config), started=started)
+
+
 def train_model(
     config: TrainConfig,
     run_uri: str,
@@ -171,7 +179,7 @@ def train_model(
 
     classes, shared = taxonomy.classes(config.target), pretrained and ray.put(pretrained)
     listed = fed.listed and ray.put(fed.listed)
-    task = Task(config, classes, shared, run_uri, fed.n_train, runs_per_node, listed, started)
+    task = Task(config, classes, shared, run_uri, fed.n_train, runs_per_node, listed, started, fed.validates)
 
     def work(given: Task) -> list[dict[str, Any]] | BcdError:
         # Not at the top: only workers need it, and it takes seconds to import.

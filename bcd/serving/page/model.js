@@ -83,7 +83,7 @@ function showDetails({ card, limits }) {
   const facts = {
     classes: card.classes.map(words).join(", "),
     "called malignant": `from a probability of ${brief(card.threshold)}`,
-    architecture: card.architecture,
+    architecture: (card.study?.kind === "ensemble" ? `${card.study.n_models} × ` : "") + card.architecture,
     "network's input": `${card.input_width_px} × ${card.input_height_px} px`,
     "usual field": `${card.field_width_px} × ${card.field_height_px} px`,
     split: split(card).filter(Boolean).join(": "),

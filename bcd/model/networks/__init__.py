@@ -1,0 +1,1 @@
+"""Networks beyond torchvision's ResNets: timm's, and several as one."""
