@@ -215,7 +215,7 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
     }
     measured = about | artifacts.measure_run(pooled, failed, card.classes)
     measured |= {"threshold": None, "folds": list(rows), "spread": _spread(rows)}
-    prior = export.prior_of(config, _split(folds[0]))
+    prior = export.prior_of(config, _seen(folds[0]))
     measured["out_of_fold"] = _chosen(pooled, np.concatenate(logits), prior, config)
     size = (card.input_height_px, card.input_width_px)
     facts = about | data.model_dump(exclude={"split_fingerprint"}) | {"input_size_px": size}
