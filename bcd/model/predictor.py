@@ -276,8 +276,7 @@ def _ready(
 ) -> Predictor:
     resnet.set_precision(precision)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = resnet.temper(resnet.fold(network), card.temperature)
-    network = (network.join() if isinstance(network, Ensemble) else network).requires_grad_(False)
+    network = resnet.temper(resnet.fold(network), card.temperature).requires_grad_(False)
     network = network.to(where).to(memory_format=torch.channels_last)
     features = resnet.compiled_features(network) if compiled else partial(resnet.features, network)
     return Predictor(card, identity, network, features, where, precision)

@@ -117,6 +117,10 @@ def fold(network: Network) -> Network:
     """Fold every batch norm into the convolution before it, in place: fewer passes over memory, and the same
     function up to rounding. For evaluation only."""
     network.eval()
+    if isinstance(network, Ensemble):
+        for member in network.members:
+            fold(cast(ResNet, member))
+        return network
     for module in list(network.modules()):
         if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
             _fold_pair(module, "0", "1")
@@ -189,11 +193,10 @@ def features(network: Network, images: Tensor) -> Tensor:
 
 
 def temper(network: Network, temperature: float) -> Network:
-    """Divide the last layer, of every member of an ensemble, by the temperature: this calibrates logits,
-    log-odds, evidence and probabilities, and the evidence still adds up to the log-odds. For evaluation
-    only."""
+    """Divide the last layer, of an ensemble every one, by the temperature: this calibrates logits, log-odds,
+    evidence and probabilities, and the evidence still adds up to the log-odds. For evaluation only."""
     with torch.no_grad():
-        for head in network.heads() if isinstance(network, Ensemble) else [network.fc]:
+        for head in [network.fc, *(network.heads() if isinstance(network, Ensemble) else ())]:
             head.weight = nn.Parameter(head.weight / temperature)
             head.bias = nn.Parameter(head.bias / temperature)
     return network

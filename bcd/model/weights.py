@@ -236,7 +236,7 @@ def assembled(
     network = Ensemble(networks) if n_members > 1 else networks[0]
     fitted = fitting(network.state_dict(), state, architecture, whole=True)
     network.load_state_dict(fitted, assign=True)
-    return network.eval()
+    return (network.join() if isinstance(network, Ensemble) else network).eval()
 
 
 def skeleton(n_classes: int, architecture: Architecture = "resnet50") -> ResNet:

@@ -185,7 +185,9 @@ def card_of_study(
     }
     known = _card(config, rows, facts, {schema.EPOCH: config.epochs})
     metrics = {name: value for name, value in measured.items() if name not in LEFT_OUT} | sentences
-    return known.model_copy(update={"study": study, "metrics": metrics} | measured["out_of_fold"])
+    return known.model_copy(
+        update={"study": study, "metrics": metrics, "fold": None} | measured["out_of_fold"]
+    )
 
 
 def ensemble_of(bundles: Mapping[str, Card], known: Card, judged: Mapping[str, Any] | None, uri: str) -> None:

@@ -1,1 +1,0 @@
-"""Networks beyond torchvision's ResNets: timm's, and several as one."""

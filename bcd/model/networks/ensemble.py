@@ -15,19 +15,26 @@ from torch import Tensor, nn
 class Ensemble(nn.Module):
     """Networks with a linear last layer `fc` each, over the same number of features.
 
-    Its tensors are those of the members, whose names begin with `members.0.`, `members.1.` and so on.
+    Its tensors are those of the members, whose names begin with `members.0.`, `members.1.` and so on. `fc`,
+    the joint last layer, is there after `join`, and in no file.
     """
+
+    fc: nn.Linear
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (n, classes) of normalised images (n, 3, height, width), by each member's own way."""
+        return torch.stack([member(images) for member in self.members]).mean(0)
 
     def heads(self) -> list[Any]:
         """The last layer of each member."""
         return [member.fc for member in self.members]
 
     def join(self) -> Self:
-        """Make the joint last layer `fc` of those of the members as they are now. For evaluation only."""
+        """Make `fc` of the last layers of the members as they are now. For evaluation only."""
         heads = self.heads()
         weight = torch.cat([head.weight for head in heads], 1) / len(heads)
         self.fc = nn.Linear(weight.shape[1], weight.shape[0], device="meta")

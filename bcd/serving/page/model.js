@@ -70,11 +70,11 @@ export function showModel(about) {
   showScale(about);
 }
 
-function showMeasures({ metrics }) {
+function showMeasures({ metrics, study }) {
   const rows = (metrics.summary ?? []).map(([name, value, interval]) =>
     wrap("tr", {}, make("th", name, { scope: "row" }), make("td", value), make("td", interval)),
   );
-  const heads = ["test part", "value", "95 % interval"].map((name) => make("th", name, { scope: "col" }));
+  const heads = [study ? "out of fold" : "test part", "value", "95 % interval"].map((name) => make("th", name, { scope: "col" }));
   element("measures").replaceChildren(wrap("tr", {}, ...heads), ...rows);
   show("measures", rows.length > 0);
 }

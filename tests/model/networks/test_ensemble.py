@@ -87,6 +87,9 @@ def test_it_is_the_mean_of_its_members(whole, networks, parts):
 
 def test_mean_of_the_evidence_plus_bias_is_the_log_odds(whole):
     found = whole.predict(IMAGES)
+    with torch.inference_mode():  # through none of the joint last layer
+        direct = whole.network(whole._normalised(IMAGES))
+    np.testing.assert_allclose(found.logit, direct, atol=1e-5)
     total = found.evidence.mean((1, 2)) + found.evidence_bias
     np.testing.assert_allclose(total, log_odds(found), atol=1e-3)
     probability = found.probability_malignant
