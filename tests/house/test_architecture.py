@@ -54,18 +54,8 @@ def depth(node: ast.AST) -> int:
 # those of them that start everything.
 RANKS = [
     *("", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"),
-    *(
-        "model.networks",
-        "model",
-        "reports",
-        "runtime",
-        "audit",
-        "preflight",
-        "evaluation",
-        "training",
-        "scoring",
-    ),
-    *("training.pooling", "serving", "serving.viewer", "doors"),
+    *("model.networks", "model", "reports", "runtime", "audit", "preflight", "evaluation", "training"),
+    *("scoring", "training.pooling", "serving", "serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = {"", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"}
