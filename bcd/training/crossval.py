@@ -80,7 +80,8 @@ def run(config: CrossvalConfig) -> str:
         artifacts.require_images(config.against)
     folds = {protocol: list(_folds(config, uri, protocol)) for protocol in config.protocols()}
     finished = run_directory.begin_run(config, uri) and _is_published(folds.values())
-    exported = config.export == "none" or export.fault(storage.join(uri, config.export)) is None
+    # One of folds that are written again would be of others.
+    exported = config.export == "none" or finished and export.fault(storage.join(uri, config.export)) is None
     if finished and exported and not config.against:
         logger.info(f"{uri} is finished: see report.html there, or choose another --name to run it again")
         return uri
@@ -332,7 +333,7 @@ def _export(
         raise DataError(f"{own.uri}: no image of one class was scored, which a threshold requires")
     models = [storage.join(fold.uri, run_directory.MODEL) for fold in folds]
     cards = {model: bundle.read_card(model) for model in models}
-    whole, rows = _of_all(config, own.uri, folds[0], export.median_epoch(cards.values())), _seen(folds[0])
+    whole, rows = _of_all(config, folds[0], export.median_epoch(cards.values())), _seen(folds[0])
     facts = _known(folds).model_copy(update={"split_fingerprint": split.fingerprint(rows)})
     study = Study(kind=config.export, n_models=len(folds))
     known = export.card_of_study(study, whole, rows, facts, arm.measured)
@@ -365,10 +366,10 @@ def _judged(arm: Arm, n_rows: int) -> dict[str, Any] | None:
     return {"cutoff": novelty.cutoff(distances), "n_training": n_rows, "n_validation": len(distances)}
 
 
-def _of_all(config: CrossvalConfig, uri: str, fold: Fold, epochs: int) -> TrainConfig:
+def _of_all(config: CrossvalConfig, fold: Fold, epochs: int) -> TrainConfig:
     """Settings of a training on all images of a study, for so many epochs."""
-    changed: dict[str, Any] = {"output": uri, "name": "refit", "seed": config.seed, "epochs": epochs}
-    changed["num_workers"] = config.num_workers
+    changed: dict[str, Any] = config.model_dump(include={"output", "seed", "num_workers"})
+    changed |= {"name": f"{config.name}-{config.export}", "epochs": epochs}
     if fold.config.protocol != "official":
         changed |= {"fold": None, "cross_folds": None}
     return fold.config.model_copy(update=changed)

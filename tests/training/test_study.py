@@ -149,6 +149,7 @@ def test_the_ensemble_averages_the_models_at_the_choice_of_the_study(study, ense
         whole.predict(pixels).logit, np.mean(raw, 0) / chosen["temperature"], atol=1e-5
     )
     card = whole.card
+    assert card.training["name"] == "crossval-ensemble"
     assert (card.study.kind, card.n_members, card.fold, card.validation) == (
         "ensemble",
         2,
@@ -225,7 +226,7 @@ def test_a_refit_is_the_last_epoch_with_the_choice_of_the_study(study, monkeypat
 
 def test_data_that_changed_since_are_not_trained_on_again(study, tmp_path):
     table, facts = study.inspected
-    whole = crossval._of_all(study.config, str(tmp_path), study.folds[0], 3)
+    whole = crossval._of_all(study.config, study.folds[0], 3)
     with pytest.raises(DataError, match=r"has changed since .* 1 image gone"):
         crossval._refit(whole, f"{tmp_path}/refit", study.own, table, study.folds[0], (table.slice(1), facts))
 
