@@ -81,7 +81,8 @@ def run(config: CrossvalConfig) -> str:
     folds = {protocol: list(_folds(config, uri, protocol)) for protocol in config.protocols()}
     finished = run_directory.begin_run(config, uri) and _is_published(folds.values())
     # One of folds that are written again would be of others.
-    exported = config.export == "none" or finished and export.fault(storage.join(uri, config.export)) is None
+    made = finished and export.fault(storage.join(uri, config.export)) is None
+    exported = config.export == "none" or made
     if finished and exported and not config.against:
         logger.info(f"{uri} is finished: see report.html there, or choose another --name to run it again")
         return uri
