@@ -24,6 +24,7 @@ MASK_FILES, REGION_FILES = "mask_files", "region_files"
 BOUNDS_X_LEVEL0_PX, BOUNDS_Y_LEVEL0_PX = "bounds_x_level0_px", "bounds_y_level0_px"
 # Predictions.
 LOGIT, PROBABILITY, PROBABILITY_MALIGNANT = "logit", "probability", "probability_malignant"
+LOG_ODDS_SD = "log_odds_sd"
 PREDICTED_CLASS, EVIDENCE, EVIDENCE_BIAS = "predicted_class", "evidence", "evidence_bias"
 EVIDENCE_HEIGHT, EVIDENCE_WIDTH, OVERLAY = "evidence_height", "evidence_width", "overlay"
 EMBEDDING = "embedding"
@@ -205,10 +206,10 @@ def predictions(
 ) -> pa.Schema:
     """Schema of the predictions table for evidence maps of the given size in cells.
 
-    `novelty_cutoff` and `warnings` (codes, often none) are null in a row with an error. `sha256` is of the
-    file's bytes; null for a tile, because a slide is never read whole. `engine` and `precision` describe the
-    computation of a row. With overlays, a column has a PNG of each image under its map; with an embedding of
-    so many numbers, another its pooled features.
+    `log_odds_sd` is null unless the model is an ensemble. `novelty_cutoff` and `warnings` (codes, often none)
+    are null in a row with an error. `sha256` is of the file's bytes; null for a tile, because a slide is
+    never read whole. `engine` and `precision` describe the computation of a row. With overlays, a column has
+    a PNG of each image under its map; with an embedding of so many numbers, another its pooled features.
     """
     return pa.schema(
         [
@@ -219,7 +220,7 @@ def predictions(
             *_columns(pa.float32(), MPP),
             *_columns(pa.int32(), WIDTH_PX, HEIGHT_PX),
             *_columns(pa.list_(pa.float32()), LOGIT, PROBABILITY),
-            *_columns(pa.float32(), PROBABILITY_MALIGNANT),
+            *_columns(pa.float32(), PROBABILITY_MALIGNANT, LOG_ODDS_SD),
             *_columns(_TEXT, PREDICTED_CLASS),
             *_columns(pa.list_(pa.float32(), evidence_height * evidence_width), EVIDENCE),
             *_columns(pa.int16(), EVIDENCE_HEIGHT, EVIDENCE_WIDTH),

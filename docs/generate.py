@@ -134,6 +134,8 @@ MEANING: dict[str, str] = {
     schema.LOGIT: "logit of each class, in the order of the card",
     schema.PROBABILITY: "probability of each class, in the order of the card",
     schema.PROBABILITY_MALIGNANT: "probability of malignancy",
+    schema.LOG_ODDS_SD: "standard deviation of the log-odds of malignancy over the networks of an ensemble; "
+    "null for a single network",
     schema.PREDICTED_CLASS: "class after the card's threshold",
     schema.EVIDENCE: "evidence map, row by row, in log-odds; its mean plus `evidence_bias` is the log-odds. "
     "Where that is null, it is of a method that has no unit",

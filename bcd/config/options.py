@@ -40,6 +40,8 @@ AUTO, OFF = "auto", "off"
 IMAGENET_WEIGHTS, RANDOM_WEIGHTS, HUB_WEIGHTS = "imagenet", "none", "hf-hub:"
 # Our own method of Cam: the closed form.
 CLOSED_FORM: Cam = "evidence"
+# Networks in one bundle.
+MOST_MEMBERS = 64
 # Of the network's input: below, the last convolution has no cell; above, no training fits a GPU. A field of
 # BreaKHis is 700x460, about 3:2.
 MIN_INPUT_PX, MAX_INPUT_PX, INPUT_PX = 32, 4096, (224, 336)
@@ -97,7 +99,7 @@ class LabelledConfig(OutputConfig):
 OPERATIONAL = frozenset(
     {
         *("output", "name", "prepared", "num_workers", "device", "max_failures"),
-        *("max_workers", "parallel", "against", "wait", "require_signature", "log_format"),
+        *("max_workers", "parallel", "against", "export", "wait", "require_signature", "log_format"),
     }
 )
 

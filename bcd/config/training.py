@@ -13,6 +13,7 @@ from bcd.config.options import (
     MAX_INPUT_PX,
     MAX_SEED,
     MIN_INPUT_PX,
+    MOST_MEMBERS,
     RANDOM_WEIGHTS,
     TIMM,
     WORKERS,
@@ -344,6 +345,12 @@ class CrossvalConfig(TrainingConfig):
     against: str | None = None
     """Another finished study of the same data, to compare with on the same patients."""
 
+    export: Literal["none", "ensemble", "refit"] = "none"
+    """One bundle of the whole study, in OUTPUT/NAME/ensemble/model or OUTPUT/NAME/refit/model. ensemble: all
+    its models, whose logits are averaged; scoring takes as many forward passes. refit: one model trained on
+    all images, for as many epochs as were best in the folds (median). Threshold and temperature of both are
+    chosen on all patients, each scored by a model that had not seen them."""
+
     @model_validator(mode="after")
     def _arms_are_possible(self) -> "CrossvalConfig":
         named = self.protocol.split(",")
@@ -353,6 +360,11 @@ class CrossvalConfig(TrainingConfig):
             raise ValueError(f"--protocol {self.protocol}: expected each protocol once")
         if ("official" in named) != (self.folds is not None):
             raise ValueError("--protocol official requires --folds FOLDER, and the reverse")
+        n_models = self.repeats * (N_FOLDS if named[0] == "official" else self.k)
+        if self.export != "none" and n_models > MOST_MEMBERS:
+            raise ValueError(f"--export is for at most {MOST_MEMBERS} models, not {n_models} in one protocol")
+        if self.export == "ensemble" and self.stain_normalisation:
+            raise ValueError("--export ensemble: each fold has its own stain, and a bundle one: use refit")
         return self
 
     def protocols(self) -> tuple[Protocol, ...]:

@@ -109,7 +109,7 @@ def _tested(
     config: EvaluateConfig, card: Card, training: TrainConfig, table: pa.Table, facts: DatasetFacts
 ) -> tuple[pa.Table, DatasetFacts, str]:
     """Rows with their part, the facts, and what the test part is, such as `HELD_OUT`."""
-    if facts.data_fingerprint == card.data_fingerprint:
+    if facts.data_fingerprint == card.data_fingerprint and card.study is None:
         parts, facts = prepare(training, (table, facts))
         known = run_directory.read_split(storage.parent(config.model))
         same = facts.split_fingerprint == card.split_fingerprint
@@ -123,9 +123,11 @@ def _tested(
         return parts, facts, EXTERNAL
     if config.force:
         return parts, facts.model_copy(update={"warnings": [*doubts, *facts.warnings]}), FORCED
+    why = f"{config.data} is not the data set that {config.model} was trained on, as it was then"
+    if card.study:
+        why = f"{config.model} is of a whole study, none of whose images was left to test it on"
     raise DataError(
-        f"{config.data} is not the data set that {config.model} was trained on, as it was then, and "
-        f"{'; '.join(doubts)}: its numbers would not be honest. --force measures and marks them"
+        f"{why}, and {'; '.join(doubts)}: its numbers would not be honest. --force measures and marks them"
     )
 
 

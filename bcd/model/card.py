@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bcd import taxonomy
-from bcd.config.options import CLOSED_FORM, MAX_INPUT_PX, MIN_INPUT_PX, TIMM, Architecture, Protocol
+from bcd.config.options import (
+    CLOSED_FORM,
+    MAX_INPUT_PX,
+    MIN_INPUT_PX,
+    MOST_MEMBERS,
+    TIMM,
+    Architecture,
+    Protocol,
+)
 from bcd.errors import BundleError, ConfigError
 from bcd.imaging import image
 from bcd.model.novelty import FeatureStatistics
@@ -31,6 +39,18 @@ Deviation = Annotated[float, Field(gt=0, le=1)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class Study(BaseModel):
+    """What a bundle is that a cross-validation made of all its models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: Literal["ensemble", "refit"]
+    """ensemble: the models of the study, whose logits are averaged; refit: one network, trained on all
+    images."""
+    n_models: int = Field(ge=2, le=MOST_MEMBERS)
+    """Models of the study."""
+
+
 class Card(BaseModel):
     """Everything that a prediction depends on, and its provenance."""
 
@@ -43,6 +63,9 @@ class Card(BaseModel):
     Grad-CAM, which adds up to nothing, of networks that have more than a mean before the last layer."""
     license: Annotated[str, Field(max_length=200)] | None = None
     """Licence of the initial weights, where it is known; that of the data is another."""
+    study: Study | None = None
+    """Of a bundle of a cross-validation: it has seen all images, its metrics are those of the study's models
+    on images that each had not seen, and these chose temperature and threshold. None for one training."""
     weights_sha256: Digest | None = None
     """SHA-256 of the file of weights; None before the bundle is written."""
     canary_logit: tuple[float, ...] = ()
@@ -102,6 +125,11 @@ class Card(BaseModel):
     versions: dict[str, str]
     git_commit: str | None
 
+    @property
+    def n_members(self) -> int:
+        """Networks whose logits are averaged: a prediction takes as many forward passes."""
+        return self.study.n_models if self.study and self.study.kind == "ensemble" else 1
+
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "Card":
         if self.classes != taxonomy.classes(self.target):
@@ -123,6 +151,11 @@ class Card(BaseModel):
 
     def cam(self, given: str, layer: str = LAST_LAYER) -> str:
         """The method of `--cam` and `--cam-layer` for this model; raises ConfigError where it has none."""
+        if self.n_members > 1 and given != CLOSED_FORM:
+            raise ConfigError(
+                f"--cam {given} explains a single network, and this bundle averages {self.n_members}: use "
+                f"--cam {CLOSED_FORM}, whose maps add up to the log-odds, or the bundle of one fold"
+            )
         if not self.architecture.startswith(TIMM):
             return given
         if layer != LAST_LAYER or given in ("scorecam", "ablationcam"):
@@ -172,7 +205,7 @@ def model_id(card: Card) -> str:
     licences do not change it, nor do the canary's logits, whose rounding depends on the machine, nor the kind
     of evidence, which follows from the network, nor fields that an older version did not have, where they are
     off."""
-    off = {name for name in ("stain", "symmetries") if not getattr(card, name)}
+    off = {name for name in ("stain", "symmetries", "study") if not getattr(card, name)}
     apart = {"metrics", "warnings", "canary_logit", "bundle_license", "evidence", "license"}
     facts = card.model_dump_json(exclude=apart | off)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

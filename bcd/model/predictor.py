@@ -16,6 +16,7 @@ from bcd.imaging import decoder, image
 from bcd.model import bundle, cam, novelty, resnet, weights
 from bcd.model.card import GRADCAM, LAST_LAYER, STRIDE_PX, Card, dump, model_id
 from bcd.model.networks.backbone import Backbone
+from bcd.model.networks.ensemble import Ensemble
 from bcd.model.recipes import stain, symmetries
 from bcd.model.resnet import Network, normalise
 from bcd.taxonomy import malignant_mask
@@ -34,7 +35,8 @@ class Prediction:
     predicted_class (n,) names, None where a logit is not finite, evidence (n, h, w) and evidence_bias (n,) as
     in `bcd.model.cam`, the bias NaN where mean and bias do not add up to the log-odds, novelty (n,) as in
     `bcd.model.novelty`, NaN where the card has no statistics for it, pooled (n, channels), the features that
-    enter the last layer.
+    enter the last layer, log_odds_sd (n,), the standard deviation over the members of an ensemble of their
+    log-odds of malignancy, NaN for a single network.
     """
 
     logit: np.ndarray
@@ -45,6 +47,7 @@ class Prediction:
     evidence_bias: np.ndarray
     novelty: np.ndarray
     pooled: np.ndarray
+    log_odds_sd: np.ndarray
 
     @property
     def finite(self) -> np.ndarray:
@@ -96,15 +99,17 @@ class Predictor:
 
         `method` of the evidence is the closed form, or one of `cam.METHODS`: these explain the features of
         `layer`, and `evidence_bias` is NaN, because their maps do not add up to the log-odds. A network
-        without a closed form has Grad-CAM in its place, see `Card.evidence`.
+        without a closed form has Grad-CAM in its place, see `Card.evidence`. Raises ConfigError for a method
+        that the model does not have, see `Card.cam`.
         """
+        method = self.card.cam(method, layer)
         batch = self._normalised(images)
         output = self._output(batch)
-        method = self.card.cam(method, layer)
         maps = output.logit.new_zeros(0), output.logit.new_full((len(images),), torch.nan)
         if method == CLOSED_FORM and output.evidence is not None and output.evidence_bias is not None:
             maps = output.evidence, output.evidence_bias
-        logit, pooled, evidence, bias = _on_cpu(output.logit, output.pooled, *maps)
+        deviation = self._log_odds_sd(output)
+        logit, pooled, deviation, evidence, bias = _on_cpu(output.logit, output.pooled, deviation, *maps)
         if method != CLOSED_FORM:
             layer = self.network.layout.layer if isinstance(self.network, Backbone) else layer
             evidence = cam.explain(self.network, batch, method, layer, output.logit.argmax(1))
@@ -119,6 +124,7 @@ class Predictor:
             bias.numpy(),
             self._novelty(pooled.numpy()),
             pooled.numpy(),
+            deviation.numpy(),
         )
 
     def predict_files(self, contents: Sequence[bytes]) -> Prediction:
@@ -142,6 +148,13 @@ class Predictor:
         with resnet.autocast(self.device, self.precision):
             return resnet.explained(self.network, self.features(batch))
 
+    def _log_odds_sd(self, output: resnet.Output) -> torch.Tensor:
+        if not isinstance(self.network, Ensemble):
+            return torch.full_like(output.logit[:, 0], torch.nan)
+        logit, malignant = self.network.logits(output.pooled), malignant_mask(self.card.classes)
+        benign = [not each for each in malignant]
+        return (logit[..., malignant].logsumexp(-1) - logit[..., benign].logsumexp(-1)).std(1)
+
     def _novelty(self, pooled: np.ndarray) -> np.ndarray:
         statistics = self.card.feature_statistics
         if statistics is None:
@@ -163,7 +176,8 @@ class Predictor:
 
         Raises BundleError where a map in closed form does not add up.
         """
-        size = self.network.size_px if isinstance(self.network, Backbone) else CANARY_PX
+        first = self.network.members[0] if isinstance(self.network, Ensemble) else self.network
+        size = first.size_px if isinstance(first, Backbone) else CANARY_PX
         batch = self._normalised(canary(*size)[None], is_stained=False)
         with torch.backends.cudnn.flags(allow_tf32=False):
             output = resnet.forward(self.network, batch)
@@ -296,7 +310,7 @@ def from_state(state: weights.State, card: Card) -> Predictor:
 
 def _network(state: weights.State, card: Card) -> Network:
     size = card.input_height_px, card.input_width_px
-    network = weights.assembled(len(card.classes), state, card.architecture, size)
+    network = weights.assembled(len(card.classes), state, card.architecture, size, card.n_members)
     known = card.feature_statistics
     if known and len(known.mean) != network.fc.in_features:
         n = network.fc.in_features

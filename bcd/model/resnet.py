@@ -18,6 +18,7 @@ from bcd.config.options import Architecture
 from bcd.imaging.image import IMAGENET_MEAN, IMAGENET_STD
 from bcd.model import cam
 from bcd.model.networks.backbone import Backbone
+from bcd.model.networks.ensemble import Ensemble
 
 # He et al. 2015, table 1: https://arxiv.org/abs/1512.03385
 BLOCKS: dict[Architecture, tuple[int, int, int, int]] = {
@@ -106,7 +107,7 @@ class ResNet(nn.Module):
 
 
 # What a bundle can have.
-Network = ResNet | Backbone
+Network = ResNet | Backbone | Ensemble
 
 
 def _convolution(channels: int, n_out: int, kernel: int, stride: int) -> nn.Conv2d:
@@ -117,7 +118,10 @@ def fold(network: Network) -> Network:
     """Fold every batch norm into the convolution before it, in place: fewer passes over memory, and the same
     function up to rounding. For evaluation only. Networks of timm remain: their norms may contain more."""
     network.eval()
-    if isinstance(network, Backbone):
+    if isinstance(network, Ensemble):
+        for member in network.members:
+            fold(cast(Network, member))
+    if isinstance(network, Backbone | Ensemble):
         return network
     for module in list(network.modules()):
         if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
@@ -167,7 +171,8 @@ def forward(network: Network, images: Tensor) -> Output:
 
 def has_closed_form(network: Network) -> bool:
     """Whether the mean of the features over the image is what enters the last layer."""
-    return not isinstance(network, Backbone) or network.layout.is_mean
+    members = network.members if isinstance(network, Ensemble) else [network]
+    return all(not isinstance(member, Backbone) or member.layout.is_mean for member in members)
 
 
 def explained(network: Network, maps: Tensor) -> Output:
@@ -189,7 +194,9 @@ def explained(network: Network, maps: Tensor) -> Output:
 
 def features(network: Network, images: Tensor) -> Tensor:
     """Output (n, channels, h, w) of the last convolution, or what a network of timm has before it pools,
-    which without a closed form has its own layout."""
+    which without a closed form has its own layout; of an ensemble those of its members, one after another."""
+    if isinstance(network, Ensemble):
+        return torch.cat([features(cast(Network, member), images) for member in network.members], 1)
     if isinstance(network, Backbone):
         maps = network.features(images)
         return network.spatial(maps) if has_closed_form(network) else maps
@@ -201,11 +208,12 @@ def features(network: Network, images: Tensor) -> Tensor:
 
 
 def temper(network: Network, temperature: float) -> Network:
-    """Divide the last layer by the temperature: this calibrates logits, log-odds, evidence and probabilities,
-    and the evidence still adds up to the log-odds. For evaluation only."""
+    """Divide the last layer, of an ensemble every one, by the temperature: this calibrates logits, log-odds,
+    evidence and probabilities, and the evidence still adds up to the log-odds. For evaluation only."""
     with torch.no_grad():
-        network.fc.weight = nn.Parameter(network.fc.weight / temperature)
-        network.fc.bias = nn.Parameter(network.fc.bias / temperature)
+        for head in [network.fc, *(network.heads() if isinstance(network, Ensemble) else ())]:
+            head.weight = nn.Parameter(head.weight / temperature)
+            head.bias = nn.Parameter(head.bias / temperature)
     return network
 
 

@@ -9,7 +9,7 @@ import logging
 import re
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pickle import UnpicklingError
 from typing import Any
@@ -24,6 +24,7 @@ from bcd.config.options import HUB_WEIGHTS, IMAGENET_WEIGHTS, INPUT_PX, RANDOM_W
 from bcd.errors import BundleError
 from bcd.model.networks import backbone, timm_weights
 from bcd.model.networks.backbone import Backbone
+from bcd.model.networks.ensemble import Ensemble
 from bcd.model.resnet import Network, ResNet
 from bcd.text import some
 
@@ -270,17 +271,25 @@ def build(
 
 
 def assembled(
-    n_classes: int, state: State, architecture: Architecture = "resnet50", size_px: tuple[int, int] = INPUT_PX
+    n_classes: int,
+    state: State,
+    architecture: Architecture = "resnet50",
+    size_px: tuple[int, int] = INPUT_PX,
+    n_members: int = 1,
 ) -> Network:
-    """The network of a bundle, which shares these tensors, in evaluation mode. Raises BundleError where they
-    are not exactly those of the architecture."""
-    network = skeleton(n_classes, architecture, size_px)
+    """The network of a bundle, or its ensemble of so many, which shares these tensors, in evaluation mode.
+    Raises BundleError where they are not exactly those of the architecture."""
+
+    def of(make: Callable[[], Network]) -> Network:
+        return Ensemble([make() for _ in range(n_members)]) if n_members > 1 else make()
+
+    network = of(lambda: skeleton(n_classes, architecture, size_px))
     fitted = fitting(network.state_dict(), state, architecture, whole=True)
     if any(name not in fitted for name, _ in network.named_buffers()):
         # Numbers that are in no file: timm computes them where it makes the network.
-        network = build(n_classes, architecture=architecture, size_px=size_px)
+        network = of(lambda: build(n_classes, architecture=architecture, size_px=size_px))
     network.load_state_dict(fitted, assign=True)
-    return network.eval()
+    return (network.join() if isinstance(network, Ensemble) else network).eval()
 
 
 def skeleton(

@@ -323,7 +323,9 @@ def _draw(
         drawn["roc"] = trust_plots.plot_roc(images, pooled)
         drawn["precision_recall"] = trust_plots.plot_precision_recall(images, pooled)
     if len(images):
-        drawn["reliability"] = trust_plots.plot_reliability(measured["calibration"], len(images))
+        drawn["reliability"] = trust_plots.plot_reliability(
+            measured["calibration"], len(images), measured["n_patients"]
+        )
         drawn["abstention"] = trust_plots.plot_abstention(_abstention_curves(images))
     if measured["by_magnification"]:
         drawn["by_magnification"] = plots.plot_by_magnification(measured)

@@ -49,8 +49,9 @@ def plot_precision_recall(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Fi
     return figure
 
 
-def plot_reliability(calibration: Mapping[str, Any], n: int) -> Figure:
-    """Share of malignant images against the stated probability, before and after the temperature.
+def plot_reliability(calibration: Mapping[str, Any], n: int, n_patients: int | None = None) -> Figure:
+    """Share of malignant images against the stated probability, before and after the temperature, of the
+    images of so many patients, if known.
 
     A dot has about as many images as any other; a bar is the 95 % interval of a share, by patients.
     """
@@ -69,7 +70,7 @@ def plot_reliability(calibration: Mapping[str, Any], n: int) -> Figure:
         label = f"{label}, error {100 * calibration[name]['ece']:.1f}{PERCENT}"
         size = 30 if name == "after" else 14
         axes.scatter(x, y, size, color=color, marker=marker, label=label, clip_on=False, zorder=3)
-    _square(axes, "Reliability", n, "stated probability of malignancy", "malignant images")
+    _square(axes, "Reliability", n, "stated probability of malignancy", "malignant images", n_patients)
     return figure
 
 
@@ -81,9 +82,10 @@ def _point(axes: Axes, x: float, y: float) -> None:
     axes.scatter(x, y, s=50, color=VERMILION, clip_on=False, zorder=3, label="in use")
 
 
-def _square(axes: Axes, title: str, n: int, xlabel: str, ylabel: str) -> None:
+def _square(axes: Axes, title: str, n: int, xlabel: str, ylabel: str, n_patients: int | None = None) -> None:
     """Both axes from 0 to 100 %, below title and legend."""
-    axes.set(title=f"{title}, n = {counted(n, 'image')}", xlim=(0, 1), xlabel=xlabel)
+    of = f" of {counted(n_patients, 'patient')}" if n_patients else ""
+    axes.set(title=f"{title}, n = {counted(n, 'image')}{of}", xlim=(0, 1), xlabel=xlabel)
     percent_axis(axes, ylabel)
     axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
     axes.set_aspect("equal")

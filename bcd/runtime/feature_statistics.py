@@ -41,7 +41,7 @@ def compute_statistics(
     One pass: features of validation images wait in Ray's object store for mean and spread.
 
     Args:
-        network: trained, from `bcd.model.weights.build`; not changed.
+        network: trained; not changed.
         card: its card, without statistics.
         train: rows with a `uri`, each image once.
         validation: likewise.

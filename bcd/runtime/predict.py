@@ -232,6 +232,7 @@ class Scorer:
             schema.LOGIT: list(prediction.logit[:n]),
             schema.PROBABILITY: list(prediction.probability[:n]),
             schema.PROBABILITY_MALIGNANT: prediction.probability_malignant[:n],
+            schema.LOG_ODDS_SD: pa.array(prediction.log_odds_sd[:n], from_pandas=True),
             schema.PREDICTED_CLASS: prediction.predicted_class[:n],
             schema.EVIDENCE: list(maps.reshape(n, -1)),
             schema.EVIDENCE_HEIGHT: [height] * n,

@@ -112,6 +112,7 @@ class Answer(BaseModel):
     probability_malignant: float
     probabilities: dict[str, float]
     log_odds: float
+    log_odds_sd: float | None
     threshold: float
     width_px: int
     height_px: int
@@ -196,6 +197,7 @@ def answer(
         probability_malignant=float(prediction.probability_malignant[0]),
         probabilities=dict(zip(card.classes, prediction.probability[0].tolist(), strict=True)),
         log_odds=float(calibration.log_odds(prediction.logit, card.classes)[0]),
+        log_odds_sd=float(prediction.log_odds_sd[0]) if card.n_members > 1 else None,
         threshold=card.threshold,
         width_px=pixels.shape[1],
         height_px=pixels.shape[0],

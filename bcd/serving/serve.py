@@ -27,6 +27,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 from starlette.types import ASGIApp
 
+from bcd import storage
 from bcd.config import log
 from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.errors import NOT_FINITE_MESSAGE, BundleError, ConfigError, ResourceError

@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import ray
 from ray.exceptions import RayTaskError
+from ray.train import Result
 
 from bcd import lease, provenance, schema, storage
 from bcd.config import log
@@ -19,18 +21,22 @@ from bcd.errors import DataError
 from bcd.evaluation import artifacts, evaluate
 from bcd.lease import Lease
 from bcd.metrics import aggregate, compare
-from bcd.model import bundle
+from bcd.model import bundle, novelty
+from bcd.model.card import Study
 from bcd.reports import model_report
 from bcd.runtime import cluster, prepare, run_directory
 from bcd.runtime.prepare import DatasetFacts
 from bcd.runtime.tracking.follow import followed
 from bcd.split import split
-from bcd.taxonomy import N_FOLDS
+from bcd.taxonomy import N_FOLDS, TUMOR_CLASSES
 from bcd.text import counted, without_folders
 from bcd.training import export, feed, train
 from bcd.training.feed import Held
 
 logger = logging.getLogger(__name__)
+
+# The test parts of all folds together.
+OUT_OF_FOLD = "the out-of-fold set"
 
 
 class Fold(NamedTuple):
@@ -64,7 +70,8 @@ class Arm(NamedTuple):
 def run(config: CrossvalConfig) -> str:
     """Train and evaluate every fold of every protocol, and report; returns the URI of the study.
 
-    Running the same config again trains the missing folds; a finished study is only compared with `against`.
+    Running the same config again trains the missing folds; a finished study is only compared with `against`,
+    and gets the bundle of `export` if it lacks it.
 
     Raises:
         DataError: the data cannot be used, or differ from those of the finished folds.
@@ -75,19 +82,26 @@ def run(config: CrossvalConfig) -> str:
         artifacts.require_images(config.against)
     folds = {protocol: list(_folds(config, uri, protocol)) for protocol in config.protocols()}
     finished = run_directory.begin_run(config, uri) and _is_published(folds.values())
-    if finished and not config.against:
+    # One of folds that are written again would be of others.
+    made = finished and export.fault(storage.join(uri, config.export)) is None
+    exported = config.export == "none" or made
+    if finished and exported and not config.against:
         logger.info(f"{uri} is finished: see report.html there, or choose another --name to run it again")
         return uri
     started = time.time()
     with lease.held(uri, config.wait) as own, followed(uri, config.name, _nested(folds.values())):
         cluster.connect(trains=True)
+        inspected = None
         if not finished:
-            _train_missing(config, own, [fold for arm in folds.values() for fold in arm])
+            inspected = _train_missing(config, own, [fold for arm in folds.values() for fold in arm])
         arms = [_arm(protocol, arm, config) for protocol, arm in folds.items()]
         own.require()
         _report(config, uri, arms)
         if not finished:
             run_directory.finish_run(config, uri, {"seconds": round(time.time() - started, 1)})
+        if not exported:
+            main = _main(arms)
+            _export(config, own, folds[main.protocol], main, inspected)
     return uri
 
 
@@ -121,8 +135,11 @@ def _folds(config: CrossvalConfig, uri: str, protocol: Protocol) -> Iterator[Fol
             yield Fold(repeat, fold, TrainConfig(**settings))
 
 
-def _train_missing(config: CrossvalConfig, own: Lease, folds: Sequence[Fold]) -> None:
-    """Train the missing folds; data that cannot be split end the study before any training."""
+def _train_missing(
+    config: CrossvalConfig, own: Lease, folds: Sequence[Fold]
+) -> tuple[pa.Table, DatasetFacts]:
+    """Train the missing folds; data that cannot be split end the study before any training. Returns the data
+    set."""
     for fold in folds:
         prepare.published_fold(fold.config)  # before pixels are read
     inspected = prepare.load_data_set(config)
@@ -135,6 +152,7 @@ def _train_missing(config: CrossvalConfig, own: Lease, folds: Sequence[Fold]) ->
     run_directory.claim_run(config, own.uri, own.require)
     placed = prepare.located(inspected[0], prepare.store_of(folds[0].config))
     _train(folds, inspected, config.parallel, feed.hold(folds[0].config, placed))
+    return inspected
 
 
 def _train(
@@ -185,7 +203,7 @@ def _name(fold: Fold) -> str:
 
 def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> Arm:
     """The results of an arm's models on images that they were not trained on."""
-    rows, tables, unscored = zip(*map(_tested, folds), strict=True)
+    rows, tables, unscored, logits = zip(*map(_tested, folds), strict=True)
     pooled, failed = pd.concat(tables, ignore_index=True), pd.concat(unscored, ignore_index=True)
     card = bundle.read_card(storage.join(folds[0].uri, run_directory.MODEL))
     data = _known(folds)
@@ -205,12 +223,25 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
     }
     measured = about | artifacts.measure_run(pooled, failed, card.classes)
     measured |= {"threshold": None, "folds": list(rows), "spread": _spread(rows)}
+    prior = export.prior_of(config, _seen(folds[0]))
+    measured["out_of_fold"] = _chosen(pooled, np.concatenate(logits), prior, config)
     size = (card.input_height_px, card.input_width_px)
     facts = about | data.model_dump(exclude={"split_fingerprint"})
     facts |= {"input_size_px": size, "evidence": card.evidence}
     # The balance of the first fold represents all.
     facts |= prepare.class_counts(folds[0].config, _split(folds[0]))
     return Arm(protocol, measured, pooled, failed, facts)
+
+
+def _chosen(
+    images: pd.DataFrame, logit: np.ndarray, prior: float, config: CrossvalConfig
+) -> dict[str, Any] | None:
+    """Temperature and threshold by all patients, each scored by a model that had not seen them, from the
+    logits (n, classes) of their images before any temperature; None if a class was not scored."""
+    if set(images[schema.TUMOR_CLASS]) != set(TUMOR_CLASSES):
+        return None
+    rows = pa.Table.from_pandas(images[[schema.TUMOR_CLASS, schema.SUBTYPE, schema.PATIENT]])
+    return export.decided(logit, rows, prior, config.target, config.target_sensitivity, OUT_OF_FOLD)
 
 
 def _known(folds: Sequence[Fold]) -> DatasetFacts:
@@ -226,8 +257,9 @@ def _known(folds: Sequence[Fold]) -> DatasetFacts:
     return facts[0].model_copy(update={"warnings": of_all + of_one})
 
 
-def _tested(fold: Fold) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:
-    """Summary of one fold, its image table, and the images not scored."""
+def _tested(fold: Fold) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, np.ndarray]:
+    """Summary of one fold, its image table, the images not scored, and the logits of the others (n, classes),
+    before the temperature."""
     card = bundle.read_card(storage.join(fold.uri, run_directory.MODEL))
     predictions_uri = storage.join(fold.uri, evaluate.PREDICTIONS)
     frame = artifacts.with_truth(predictions_uri, prepare.part_of(_split(fold), split.TEST), card)
@@ -246,7 +278,9 @@ def _tested(fold: Fold) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:
         "pooled": measured["pooled"],
         "history": run_directory.read_json(fold.uri, run_directory.HISTORY),
     }
-    return row, images, aggregate.unscored(frame)
+    logit = np.array(frame.loc[frame[schema.ERROR].isna(), schema.LOGIT].tolist(), np.float64)
+    logit = logit.reshape(-1, len(card.classes)) * card.temperature
+    return row, images, aggregate.unscored(frame), logit
 
 
 def _split(fold: Fold) -> pa.Table:
@@ -272,8 +306,8 @@ def _spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _report(config: CrossvalConfig, uri: str, arms: Sequence[Arm]) -> None:
-    """Report the first honest arm, with the effect of a leak and the comparison, and each of several arms."""
-    main = next((arm for arm in arms if not arm.facts["leaky"]), arms[0])
+    """Report the main arm, with the effect of a leak and the comparison, and each of several arms."""
+    main = _main(arms)
     for arm in arms if len(arms) > 1 else ():
         logger.info(f"\nprotocol {arm.protocol}")
         arm_uri = storage.join(uri, arm.protocol)
@@ -286,6 +320,87 @@ def _report(config: CrossvalConfig, uri: str, arms: Sequence[Arm]) -> None:
     if config.against:
         measured["comparison"] = artifacts.compared(main.images, config.against)
     artifacts.write_artifacts(uri, measured, [], main.images, main.facts, main.unscored)
+
+
+def _main(arms: Sequence[Arm]) -> Arm:
+    """The first honest arm, or the first of leaky ones."""
+    return next((arm for arm in arms if not arm.facts["leaky"]), arms[0])
+
+
+def _export(
+    config: CrossvalConfig,
+    own: Lease,
+    folds: Sequence[Fold],
+    arm: Arm,
+    inspected: tuple[pa.Table, DatasetFacts] | None,
+) -> None:
+    """Write the bundle of all models of an arm, beside the rows that it has seen: all of the data."""
+    if config.export == "none":
+        return
+    if arm.measured["out_of_fold"] is None:
+        raise DataError(f"{own.uri}: no image of one class was scored, which a threshold requires")
+    models = [storage.join(fold.uri, run_directory.MODEL) for fold in folds]
+    cards = {model: bundle.read_card(model) for model in models}
+    whole = train.resolved(_of_all(config, folds[0], export.median_epoch(cards.values())))
+    rows = _seen(folds[0])
+    facts = _known(folds).model_copy(update={"split_fingerprint": split.fingerprint(rows)})
+    study = Study(kind=config.export, n_models=len(folds))
+    known = export.card_of_study(study, whole, rows, facts, arm.measured)
+    uri = storage.join(own.uri, config.export)
+    if config.export == "ensemble":
+        own.require()
+        run_directory.write_split(uri, rows)
+        export.ensemble_of(cards, known, _judged(arm, len(rows)), storage.join(uri, run_directory.MODEL))
+    else:
+        result = _refit(whole, uri, own, rows, folds[0], inspected)
+        own.require()
+        known = known.model_copy(update={"stain": feed.stain_of(whole, uri, rows)})
+        export.refit_of(
+            whole, known, _judged(arm, len(rows)), storage.join(uri, run_directory.MODEL), rows, result
+        )
+        run_directory.finish_run(whole, uri, {})
+    logger.info(f"bundle of the study, {config.export}: {storage.join(uri, run_directory.MODEL)}")
+
+
+def _seen(fold: Fold) -> pa.Table:
+    """All rows of a study, as rows of training."""
+    rows = schema.fill(_split(fold), schema.INDEX)
+    return rows.append_column(schema.SPLIT.field(schema.PART), pa.array([split.TRAIN] * len(rows)))
+
+
+def _judged(arm: Arm, n_rows: int) -> dict[str, Any] | None:
+    """Cut-off and counts of novelty, by models that had not seen the images; None without statistics."""
+    distances = arm.images[schema.NOVELTY].dropna().to_numpy(float)
+    if not len(distances):
+        return None
+    return {"cutoff": novelty.cutoff(distances), "n_training": n_rows, "n_validation": len(distances)}
+
+
+def _of_all(config: CrossvalConfig, fold: Fold, epochs: int) -> TrainConfig:
+    """Settings of a training on all images of a study, for so many epochs."""
+    changed: dict[str, Any] = config.model_dump(include={"output", "seed", "num_workers"})
+    changed |= {"name": f"{config.name}-{config.export}", "epochs": epochs}
+    if fold.config.protocol != "official":
+        changed |= {"fold": None, "cross_folds": None}
+    return fold.config.model_copy(update=changed)
+
+
+def _refit(
+    whole: TrainConfig,
+    uri: str,
+    own: Lease,
+    rows: pa.Table,
+    fold: Fold,
+    inspected: tuple[pa.Table, DatasetFacts] | None,
+) -> Result:
+    """Train on all rows, or continue to."""
+    logger.info(f"\ntraining on all {counted(len(rows), 'image')} for {counted(whole.epochs, 'epoch')}")
+    run_directory.begin_run(whole, uri)
+    # A patient withdrawn since must not be trained on again.
+    run_directory.resume(fold.config, fold.uri, (inspected or prepare.load_data_set(whole))[0])
+    run_directory.claim_run(whole, uri, own.require)
+    run_directory.write_split(uri, rows)
+    return train.refit(whole, uri, rows)
 
 
 def _leak(leaky: Arm, honest: Arm) -> dict[str, Any]:

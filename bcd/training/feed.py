@@ -55,13 +55,16 @@ class Listed:
 @dataclass(frozen=True)
 class Feed:
     """The number of balanced training rows, and the rows: as streams with images by part, or as a list; the
-    weights of the classes where they are balanced by those, and the stain of `stain_of`."""
+    weights of the classes where they are balanced by those, and the stain of `stain_of`.
+
+    `validates` is False where there are no validation rows, and then no stream of them."""
 
     n_train: int
     streams: dict[str, Dataset]
     listed: Listed | None = None
     class_weights: tuple[float, ...] | None = None
     stain: Macenko | Reinhard | None = None
+    validates: bool = True
 
 
 def feed_of(
@@ -82,18 +85,18 @@ def feed_of(
     parts = {part: _with_target(part_of(rows, part), config.target) for part in (TRAIN, VALIDATION)}
     balanced = balance.upsample(parts[TRAIN], config.upsampled(), config.seed)
     weights = balance.class_weights(parts[TRAIN], config.target) if config.weighted_loss else None
+    validates = len(parts[VALIDATION]) > 0
     keep = [schema.IMAGE_ID, schema.TARGET]
     if held is not None:
         columns = [*keep, schema.POSITION]
         listed = {TRAIN: balanced.select(columns), VALIDATION: parts[VALIDATION].select(columns)}
-        return Feed(len(balanced), {}, Listed(listed, held), weights, stain)
-    streams = {
-        TRAIN: datasets.shuffled(balanced, config.seed),
-        VALIDATION: datasets.row_dataset(parts[VALIDATION]),
-    }
+        return Feed(len(balanced), {}, Listed(listed, held), weights, stain, validates)
+    streams = {TRAIN: datasets.shuffled(balanced, config.seed)}
+    if validates:
+        streams[VALIDATION] = datasets.row_dataset(parts[VALIDATION])
     size = config.input_height_px, config.input_width_px
     streams = {part: datasets.read_images(rows, *size, keep) for part, rows in streams.items()}
-    return Feed(len(balanced), streams, None, weights, stain)
+    return Feed(len(balanced), streams, None, weights, stain, validates)
 
 
 def stain_of(config: TrainConfig, run_uri: str, table: pa.Table) -> Macenko | Reinhard | None:

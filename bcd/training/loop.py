@@ -90,7 +90,7 @@ def _train(task: Task) -> list[dict[str, Any]]:
     state = _state(task, device)
     listed = ray.get(task.listed) if task.listed is not None else None
     sizes = max(1, config.batch_size // context.get_world_size()), config.batch_size
-    streams = streams_of(listed, config.seed, sizes, device)
+    streams = streams_of(listed, config.seed, sizes, device, task.validates)
     if len(state.history) < config.epochs and not config.patience:
         streams[0].begin(len(state.history))
     torch.manual_seed(augmentation_seed(config.seed, context.get_world_rank(), len(state.history)))
@@ -226,7 +226,7 @@ def _epoch(
         **({"first_step_s": clock.first - task.started} if epoch == 1 else {}),
         "class_counts": {name: counts[target] for target, name in enumerate(task.classes)},
         "workers": ray.train.get_context().get_world_size(),
-        **_validation_metrics(task, validated),
+        **_validation_metrics(task, validated, epoch),
     }
 
 
@@ -363,7 +363,10 @@ def _validate(task: Task, network: Network, step: train_step.Step, batches: Iter
     return seen
 
 
-def _validation_metrics(task: Task, seen: Seen) -> dict[str, float]:
+def _validation_metrics(task: Task, seen: Seen, epoch: int) -> dict[str, float | None]:
+    if not task.validates:
+        unknown = dict.fromkeys(("validation_loss", "validation_accuracy", SCORE))
+        return {**unknown, SELECTION: float(epoch), "n_validation": 0}
     probability = predictor.probabilities(torch.from_numpy(np.concatenate(seen.logits))).numpy()
     targets = np.array(seen.targets)
     measured = measures.multiclass(targets, probability, task.classes)
@@ -424,10 +427,14 @@ def progress_line(record: dict[str, Any], epochs: int) -> str:
     """The log line of one epoch."""
     counts = ", ".join(f"{name} {n:,}" for name, n in record["class_counts"].items())
     left = duration((epochs - record["epoch"]) * record["seconds"])
+    validated = ""
+    if n := record["n_validation"]:
+        validated = (
+            f" (validation {record['validation_loss']:.3f}), balanced accuracy {record[SCORE]:.3f} on "
+        )
+        validated += f"{n:,} validation images"
     return (
-        f"epoch {record['epoch']}/{epochs}: "
-        f"loss {record['train_loss']:.3f} (validation {record['validation_loss']:.3f}), "
-        f"balanced accuracy {record[SCORE]:.3f} on {record['n_validation']:,} validation images; "
+        f"epoch {record['epoch']}/{epochs}: loss {record['train_loss']:.3f}{validated}; "
         f"saw {counts}; learning rate {record['learning_rate']:.1e}; "
         f"{record['images_per_s']:.1f} images/s (headspace {record['headspace']:.2f}, images from "
         f"{record['images_from']}), {record['seconds']:.0f} s; {left} left"

@@ -160,13 +160,16 @@ class Stream:
 
 
 def streams_of(
-    listed: Listed | None, seed: int, sizes: tuple[int, int], device: torch.device
+    listed: Listed | None, seed: int, sizes: tuple[int, int], device: torch.device, validates: bool = True
 ) -> tuple[Stream, Stream]:
-    """The streams of training and validation, with batches of these sizes."""
+    """The streams of training and validation, with batches of these sizes; the latter is empty unless there
+    are rows to validate on."""
     pixels = Pixels(listed.held if listed else None, device)
     streams = []
     for part, size in zip((TRAIN, VALIDATION), sizes, strict=True):
         drawn = Drawn(listed.parts[part], seed if part == TRAIN else None) if listed else None
+        if part == VALIDATION and not validates:
+            drawn = Drawn(pa.table({schema.IMAGE_ID: []}), None)
         streams.append(Stream(part, size, pixels, drawn or Streamed(part)))
     return streams[0], streams[1]
 

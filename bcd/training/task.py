@@ -32,6 +32,8 @@ class Task:
     """Of the loss, in the order of the classes."""
     stain: Macenko | Reinhard | None = None
     """The stain that images are normalised to."""
+    validates: bool = True
+    """Whether there are validation rows, which choose the best epoch; without them it is the last."""
 
 
 def interface(address: str) -> str | None:

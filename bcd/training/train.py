@@ -176,6 +176,15 @@ def _split(
     return table, facts
 
 
+def refit(config: TrainConfig, run_uri: str, rows: pa.Table) -> Result:
+    """Train on all rows, none of which validates, from the last checkpoint of the run; the last epoch is the
+    best. Raises BcdError."""
+    started = time.time()
+    rows = located(rows, store_of(config))
+    fed = feed.feed_of(config, rows, stain=feed.stain_of(config, run_uri, rows))
+    return train_model(config, run_uri, fed, _pretrained(config), cluster.scaling(config), started=started)
+
+
 def train_model(
     config: TrainConfig,
     run_uri: str,
@@ -200,6 +209,7 @@ def train_model(
         *(config, classes, shared, run_uri, fed.n_train, runs_per_node, listed, started),
         class_weights=fed.class_weights,
         stain=fed.stain,
+        validates=fed.validates,
     )
 
     def work(given: Task) -> list[dict[str, Any]] | BcdError:

@@ -54,19 +54,9 @@ def depth(node: ast.AST) -> int:
 # those of them that start everything.
 RANKS = [
     *("data.stores", "", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data"),
-    *(
-        "split",
-        "model.recipes",
-        "model.networks",
-        "model",
-        "model.published",
-        "reports",
-        "runtime",
-        "runtime.tracking",
-        "audit",
-    ),
-    *("preflight", "evaluation", "training", "scoring", "training.pooling", "training.ablation", "serving"),
-    *("serving.viewer", "doors"),
+    *("split", "model.recipes", "model.networks", "model", "model.published", "reports"),
+    *("runtime", "runtime.tracking", "audit", "preflight", "evaluation", "training", "scoring"),
+    *("training.pooling", "training.ablation", "serving", "serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = set(RANKS[: RANKS.index("split") + 1])
@@ -78,8 +68,7 @@ WITH_RAY = {
 }
 WITH_TORCH = {
     *(f"bcd.model.{name}" for name in ("cam", "predictor", "resnet", "train_step", "weights")),
-    *(f"bcd.model.networks.{name}" for name in ("backbone", "timm_weights")),
-    *("model.recipes", "bcd.runtime.cluster"),
+    *("model.networks", "model.recipes", "bcd.runtime.cluster"),
     *("bcd.training.checkpoint", "bcd.training.feed", "bcd.training.loop", "bcd.training.stream"),
     "bcd.training.pooling.attention",
     "bcd.preflight.doctor",

@@ -415,8 +415,10 @@ def test_a_cross_validation_shows_its_folds_and_what_a_leak_adds(tmp_path: Path)
     leak = {"leaky": "image", "honest": "case", "n_left_out": 3}
     leak["metrics"] = dict.fromkeys(model_report.MEASURES, row) | {"auc": unclear}
     drawn = {"folds", "histories", "leak"}
-    page = write(tmp_path, frame, draws=drawn, folds=rows, spread=spread, leak=leak, threshold=None)
-    said = text(page)
+    whole = {"threshold": 0.25, "temperature": 1.5, "operating_point": {"rule": "youden", "n_patients": 8}}
+    more = {"folds": rows, "spread": spread, "leak": leak, "threshold": None, "out_of_fold": whole}
+    said = text(write(tmp_path, frame, draws=drawn, **more))
+    assert "the threshold 0.25 and the temperature 1.50, chosen on the images of all 8 patients" in said
     assert "each judged by a model that had not seen the patient, 2 models distinguish" in said
     assert "Its mean over the folds is 90.0 ± 4.0 %" in said
     assert "in 1 of 2 folds validation has too few patients to choose, so the temperature is 1" in said

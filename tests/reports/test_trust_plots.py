@@ -1,5 +1,6 @@
 """What the figures of trust show, as numbers; their look is checked with the pages that hold them."""
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +9,7 @@ from sklearn import metrics as sklearn_metrics
 
 from bcd import schema
 from bcd.metrics import aggregate, decision, measures
-from bcd.reports import trust_plots
+from bcd.reports import plots, trust_plots
 from tests.reports.test_model_report import history, predictions
 
 
@@ -48,6 +49,9 @@ def test_the_dots_of_reliability_are_its_table(images):
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [row["interval"] for row in rows]
     unknown = measures.measure(images.assign(**{schema.PATIENT: None}))["calibration"]
     trust_plots.plot_reliability(unknown, len(images))  # no bars, and no error
+    with matplotlib.rc_context(plots.STYLE):
+        axes = trust_plots.plot_reliability(calibration, 24, 8).axes[0]
+    assert axes.get_title(loc="left") == "Reliability, n = 24 images of 8 patients"
 
 
 def test_abstention_ends_before_the_last_few(images):

@@ -26,7 +26,8 @@ WRITTEN = {
     "model/model.safetensors model/card.json model/README.md metrics.json test_images.parquet "
     "report.html figures/roc.svg figures/roc.png predictions/part-ID-w-000000.parquet",
     "crossval": "config.json run.json mlflow.json metrics.json report.html image/metrics.json "
-    "image/figures/roc.png case/repeat-1-fold-2/config.json case/repeat-1-fold-2/checkpoints/x",
+    "image/figures/roc.png case/repeat-1-fold-2/config.json case/repeat-1-fold-2/checkpoints/x "
+    "ensemble/split.parquet ensemble/model/card.json refit/run.json refit/model/model.sig",
     "evaluate": "metrics.json report.html test_images.parquet figures/roc.svg "
     "predictions/part-ID-w-000000.parquet",
     "score": "config.json summary.json slides.parquet inputs.parquet gallery.html slides/a/b.svs/heatmap.png "

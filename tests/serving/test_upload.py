@@ -31,7 +31,7 @@ class Engine:
         half = np.full((1, 2), 0.5, np.float32)
         return image.decode(content), Prediction(
             *(0 * half, half, half[0, :1], ["malignant"], np.zeros((1, 2, 3)), np.zeros(1)),
-            *(np.full(1, np.nan), np.zeros((1, 4), np.float32)),
+            *(np.full(1, np.nan), np.zeros((1, 4), np.float32), np.full(1, np.nan)),
         )
 
     async def ready(self):

@@ -61,7 +61,7 @@ def noise(cluster, tmp_path_factory):
 @pytest.fixture(scope="module")
 def signal(cluster, tmp_path_factory):
     """The same patients with a sign of their class in every image; two folds at a time."""
-    config = config_of(tmp_path_factory.mktemp("signal"), signal=True, parallel=2)
+    config = config_of(tmp_path_factory.mktemp("signal"), signal=True, parallel=2, export="refit")
     return config, crossval.run(config)
 
 
@@ -95,6 +95,18 @@ def test_no_leak_is_reported_where_images_show_the_class(signal):
     assert abs(row["difference"]) < 0.1
     assert measured["leak"]["n_left_out"] == 0
     assert "No effect of a leak is seen" in storage.read_bytes(f"{uri}/report.html").decode()
+
+
+@trial
+def test_a_refit_is_trained_on_all_images_and_says_whose_numbers_it_has(signal):
+    _, uri = signal
+    card = bundle.read_card(f"{uri}/refit/model")
+    epochs = int(card.validation["epoch"])
+    seen = storage.read_table(f"{uri}/refit/exposure/epoch-{epochs:04d}.parquet")[schema.IMAGE_ID]
+    assert len(set(seen.to_pylist())) == N_IMAGES
+    assert not storage.exists(f"{uri}/refit/exposure/epoch-{epochs + 1:04d}.parquet")
+    assert (card.study.kind, card.study.n_models, card.leaky) == ("refit", K, False)
+    assert card.metrics["pooled"] == read_json(f"{uri}/metrics.json")["pooled"]
 
 
 @trial
@@ -187,6 +199,15 @@ def test_a_study_resumes_with_the_folds_that_are_missing(joined, tree, tmp_path,
     assert (row["first"], row["difference"], row["p_value"]) == (measured["pooled"]["accuracy"], 0, None)
     with pytest.raises(DataError, match=r"--against .*/nothing: no test_images.parquet there"):
         crossval.run(config.model_copy(update={"against": f"{tmp_path}/nothing"}))
+    # Nor is anything trained for a bundle of all its models, and once for one of all images.
+    for kind in ("ensemble", "refit"):
+        crossval.run(config.model_copy(update={"export": kind}))
+        card = bundle.read_card(f"{uri}/{kind}/model")
+        assert (card.study.kind, card.study.n_models) == (kind, 2)
+        assert card.metrics["n_images"] == measured["n_images"]
+        assert output.read_marker(uri, output.CROSSVAL)
+        crossval.run(config.model_copy(update={"export": kind}))
+    assert capsys.readouterr().out.count("bundle of the study") == 2
 
 
 @trial

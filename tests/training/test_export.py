@@ -138,7 +138,7 @@ def test_few_validation_patients_choose_neither_temperature_nor_threshold(capsys
     called = 1 / (1 + np.exp(-(logit[:, 1] - logit[:, 0]))) >= decided["threshold"]
     assert point["sensitivity"] == called[malignant].mean()
     said = capsys.readouterr().out
-    assert "the validation part has 3 benign patients and 3 malignant patients, and choosing requires" in said
+    assert "validation has 3 benign patients and 3 malignant patients, and choosing requires" in said
     assert "the temperature is 1, the threshold 0.7 (rule: prior)" in said
     asked = export.decided(logit, rows, 0.7, target_sensitivity=0.9)
     assert asked["operating_point"]["rule"] == "sensitivity"
@@ -150,7 +150,7 @@ def test_few_validation_patients_choose_neither_temperature_nor_threshold(capsys
 def test_the_prior_is_the_share_of_malignant_rows_in_an_epoch(balance, prior):
     classes = ["benign"] * 6 + ["malignant"] * 2
     train = schema.fill(pa.table({schema.TUMOR_CLASS: classes, schema.PART: ["train"] * 8}), schema.SPLIT)
-    assert export._prior(TrainConfig(data="d", balance=balance), train) == prior
+    assert export.prior_of(TrainConfig(data="d", balance=balance), train) == prior
 
 
 def test_what_timm_states_is_in_settings_and_card_and_flags_win():

@@ -58,6 +58,15 @@ def test_progress_line():
     )
 
 
+def test_without_validation_the_last_epoch_is_the_best():
+    seen = loop.Seen()
+    whole = replace(task(4), validates=False)
+    records = [RECORD | loop._validation_metrics(whole, seen, epoch) for epoch in (1, 2)]
+    assert [record[loop.SELECTION] for record in records] == [1.0, 2.0]
+    assert records[0][SCORE] is None
+    assert loop.progress_line(records[0], 12).startswith("epoch 2/12: loss 0.500; saw benign 4,000")
+
+
 def small_state(**changes):
     """A state of a few numbers, with a step behind it."""
     network = torch.nn.BatchNorm1d(3)

@@ -150,3 +150,16 @@ def test_every_worker_draws_the_same_order_in_every_epoch_another(monkeypatch):
     assert drawn(monkeypatch, 0, 8, 0) != epochs[0][0]
     assert drawn(monkeypatch, 0, 7, 0, world=1) == shuffled_order(101, 7, 0).tolist()
     assert drawn(monkeypatch, 0, None, 3, world=1) == list(range(101))
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_without_validation_rows_its_stream_is_empty(monkeypatch, is_held):
+    monkeypatch.setattr(ray.train, "get_dataset_shard", {TRAIN: Shard()}.__getitem__)
+    context = SimpleNamespace(get_world_size=lambda: 1, get_world_rank=lambda: 0)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(stream, "HeldImages", Held)
+    rows = pa.table({schema.IMAGE_ID: ["0"], schema.TARGET: [0], schema.POSITION: [0]})
+    listed = SimpleNamespace(held="held", parts={TRAIN: rows, VALIDATION: rows.slice(1)})
+    trains, validates = stream.streams_of(listed if is_held else None, 0, (2, 2), CPU, validates=False)
+    assert ids(validates.batches(0)) == []
+    assert ids(trains.batches(0)) == (["0"] if is_held else [f"{i}" for i in range(10)])

@@ -300,9 +300,10 @@ function verdict(answer) {
 
 function numbers(answer) {
   const classes = Object.entries(answer.probabilities);
-  const { novelty, novelty_cutoff: cutoff } = answer;
+  const { novelty, novelty_cutoff: cutoff, log_odds_sd: deviation } = answer;
   return [
     ["log-odds", signed(answer.log_odds)],
+    ...(typeof deviation === "number" ? [["its deviation between networks", `±${deviation.toFixed(2)}`]] : []),
     ...(answer.evidence.bias === null ? [] : [["evidence bias", signed(answer.evidence.bias)]]),
     ...(novelty === null ? [] : [["novelty", `${novelty.toFixed(2)} (usual up to ${cutoff.toFixed(2)})`]]),
     ["size", `${answer.width_px} × ${answer.height_px} px`],

@@ -70,11 +70,11 @@ export function showModel(about) {
   showScale(about);
 }
 
-function showMeasures({ metrics }) {
+function showMeasures({ metrics, study }) {
   const rows = (metrics.summary ?? []).map(([name, value, interval]) =>
     wrap("tr", {}, make("th", name, { scope: "row" }), make("td", value), make("td", interval)),
   );
-  const heads = ["test part", "value", "95 % interval"].map((name) => make("th", name, { scope: "col" }));
+  const heads = [study ? "out of fold" : "test part", "value", "95 % interval"].map((name) => make("th", name, { scope: "col" }));
   element("measures").replaceChildren(wrap("tr", {}, ...heads), ...rows);
   show("measures", rows.length > 0);
 }
@@ -83,7 +83,7 @@ function showDetails({ card, limits }) {
   const facts = {
     classes: card.classes.map(words).join(", "),
     "called malignant": `from a probability of ${brief(card.threshold)}`,
-    architecture: card.architecture,
+    architecture: (card.study?.kind === "ensemble" ? `${card.study.n_models} × ` : "") + card.architecture,
     "network's input": `${card.input_width_px} × ${card.input_height_px} px`,
     "usual field": `${card.field_width_px} × ${card.field_height_px} px`,
     split: split(card).filter(Boolean).join(": "),
