@@ -14,7 +14,7 @@ from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
-from bcd.config.signing import SignConfig, VerifyConfig
+from bcd.config.signing import ImportConfig, SignConfig, VerifyConfig
 from bcd.config.training import CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
 from bcd.errors import BcdError
 
@@ -32,6 +32,7 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "view": (ViewConfig, "serving.viewer.view"),
         "pool": (PoolConfig, "training.pooling.pool"),
         "serve": (ServeConfig, "serving.serve"),
+        "import": (ImportConfig, "model.published.importer"),
         "sign": (SignConfig, "preflight.signing"),
         "verify": (VerifyConfig, "preflight.signing"),
     }

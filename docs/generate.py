@@ -22,7 +22,7 @@ from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
-from bcd.config.signing import SignConfig, VerifyConfig
+from bcd.config.signing import ImportConfig, SignConfig, VerifyConfig
 from bcd.config.training import CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
 
 DOCS = Path(__file__).parent
@@ -35,6 +35,7 @@ JOBS: dict[str, type[Config]] = {
     "view": ViewConfig,
     "pool": PoolConfig,
     "serve": ServeConfig,
+    "import": ImportConfig,
     "sign": SignConfig,
     "verify": VerifyConfig,
     "doctor": DoctorConfig,

@@ -54,8 +54,8 @@ def depth(node: ast.AST) -> int:
 # those of them that start everything.
 RANKS = [
     *("", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"),
-    *("model", "reports", "runtime", "audit", "preflight", "evaluation", "training", "scoring"),
-    *("training.pooling", "serving", "serving.viewer", "doors"),
+    *("model", "model.published", "reports", "runtime", "audit", "preflight", "evaluation", "training"),
+    *("scoring", "training.pooling", "serving", "serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = {"", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"}
@@ -66,6 +66,7 @@ WITH_RAY = {
 }
 WITH_TORCH = {
     *(f"bcd.model.{name}" for name in ("cam", "predictor", "resnet", "train_step", "weights")),
+    "bcd.model.published.importer",
     "bcd.runtime.cluster",
     *("bcd.training.checkpoint", "bcd.training.loop", "bcd.training.stream"),
     "bcd.training.pooling.attention",
