@@ -6,9 +6,10 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
-from importlib.metadata import distributions, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -16,10 +17,18 @@ from urllib.parse import quote
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "kornia-rs", "simplejpeg")
 
 
+# That they depend on where they are installed.
+EXTRAS = ("timm",)
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, `bcd`, and the packages that numbers depend on."""
-    own = {"python": platform.python_version(), "bcd": own_version()}
-    return own | {name: version(name) for name in PACKAGES}
+    found = {"python": platform.python_version(), "bcd": own_version()}
+    found |= {name: version(name) for name in PACKAGES}
+    for name in EXTRAS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def own_version() -> str:

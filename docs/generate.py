@@ -134,10 +134,12 @@ MEANING: dict[str, str] = {
     schema.PROBABILITY: "probability of each class, in the order of the card",
     schema.PROBABILITY_MALIGNANT: "probability of malignancy",
     schema.PREDICTED_CLASS: "class after the card's threshold",
-    schema.EVIDENCE: "evidence map, row by row, in log-odds; its mean plus `evidence_bias` is the log-odds",
+    schema.EVIDENCE: "evidence map, row by row, in log-odds; its mean plus `evidence_bias` is the log-odds. "
+    "Where that is null, it is of a method that has no unit",
     schema.EVIDENCE_HEIGHT: "rows of the map",
     schema.EVIDENCE_WIDTH: "columns of the map",
-    schema.EVIDENCE_BIAS: "bias of the map; null for methods of `--cam` other than the closed form",
+    schema.EVIDENCE_BIAS: "bias of the map; null for methods of `--cam` other than the closed form, and "
+    "models that have none",
     schema.NOVELTY: "distance of the pooled features from those of the training images",
     schema.NOVELTY_CUTOFF: "99 % of the validation images are below this; null in a row with an error",
     schema.WARNINGS: "codes, often none: `unlike_training_data`; null in a row with an error",

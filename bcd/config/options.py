@@ -7,7 +7,7 @@ from there and have no such flags.
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bcd.errors import ConfigError
 from bcd.taxonomy import given_names
@@ -16,19 +16,33 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Protocol = Literal["case", "patient", "official", "image"]
 Precision = Literal["auto", "float32", "bfloat16"]
 LogFormat = Literal["text", "json"]
-Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+# Before the name of a network of timm, which numbers in place of those of its name may follow.
+TIMM = "timm:"
+_TIMM = re.compile(r"timm:\w+(\.[\w-]+)?(,[a-z_]+=[\d.e-]+)*")
+
+
+def _is_known(name: str) -> str:
+    if name not in RESNETS and not _TIMM.fullmatch(name):
+        raise ValueError(f"expected {', '.join(RESNETS)} or timm:NAME")
+    return name
+
+
+Architecture = Annotated[str, AfterValidator(_is_known)]
 # fmt: off
 Cam = Literal["evidence", "gradcam", "gradcam++", "layercam", "eigencam", "xgradcam", "hirescam", "scorecam",
               "ablationcam"]
 # fmt: on
 # Values of `--prepared` besides a URI: beside the runs, and nowhere.
 AUTO, OFF = "auto", "off"
-# Values of `--weights` besides a URI: torchvision's download, and random weights.
-IMAGENET_WEIGHTS, RANDOM_WEIGHTS = "imagenet", "none"
+# Values of `--weights` besides a URI: a download by torchvision or timm, random weights, and the start of a
+# name on the Hugging Face Hub.
+IMAGENET_WEIGHTS, RANDOM_WEIGHTS, HUB_WEIGHTS = "imagenet", "none", "hf-hub:"
 # Our own method of Cam: the closed form.
 CLOSED_FORM: Cam = "evidence"
-# Of the network's input: below, the last convolution has no cell; above, no training fits a GPU.
-MIN_INPUT_PX, MAX_INPUT_PX = 32, 4096
+# Of the network's input: below, the last convolution has no cell; above, no training fits a GPU. A field of
+# BreaKHis is 700x460, about 3:2.
+MIN_INPUT_PX, MAX_INPUT_PX, INPUT_PX = 32, 4096, (224, 336)
 # Largest seed of every generator, with room for the repeats of a cross-validation, which count up from it.
 MAX_SEED = 2**31 - 1
 WORKERS = re.compile(r"auto|[1-9]\d*|([1-9]\d*)-([1-9]\d*)")

@@ -12,9 +12,9 @@ class ImportConfig(Config):
     """Turn a published classifier into a model bundle; no code of its publisher is run.
 
     The weights are a state dict (.safetensors, or .pth and .bin without pickled code) of a ResNet of
-    torchvision; a TorchScript program is rejected. What the publisher's files do not state is given by
-    flags; a flag that contradicts them is rejected. Numbers of the publisher are marked as stated, not
-    measured, until jobs/evaluate.py measures others.
+    torchvision or a network of timm; a TorchScript program is rejected. What the publisher's files do not
+    state is given by flags; a flag that contradicts them is rejected. Numbers of the publisher are marked as
+    stated, not measured, until jobs/evaluate.py measures others.
     """
 
     published: tyro.conf.Positional[str]

@@ -1,15 +1,18 @@
 """Settings of a training run, a cross-validation, the pooling of tiles and the demo."""
 
 import re
-from typing import Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import Field, model_validator
 
 from bcd.config.options import (
     AUTO,
+    INPUT_PX,
     MAX_INPUT_PX,
     MAX_SEED,
     MIN_INPUT_PX,
+    RANDOM_WEIGHTS,
+    TIMM,
     WORKERS,
     Architecture,
     Config,
@@ -20,6 +23,9 @@ from bcd.config.options import (
     Protocol,
 )
 from bcd.taxonomy import MAGNIFICATIONS, N_FOLDS, Target, given_names
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(gt=0, le=1)]
 
 
 class TrainingConfig(LabelledConfig):
@@ -32,11 +38,16 @@ class TrainingConfig(LabelledConfig):
     """Name of the run. Run the same command again to resume."""
 
     architecture: Architecture = "resnet50"
-    """The network. resnet18 trains several times faster and is often nearly as good; resnet101 is slower."""
+    """The network: resnet18, resnet34, resnet50, resnet101, or timm:NAME (extra `timm`). resnet18 trains
+    several times faster and is often nearly as good; resnet101 is slower."""
 
     weights: str = "imagenet"
-    """Initial weights: imagenet (downloaded by torchvision), none, or the URI of a state dict of the
-    architecture (.safetensors, or .pth without pickled code)."""
+    """Initial weights: imagenet (downloaded by torchvision or timm), none, the URI of a state dict of the
+    architecture (.safetensors, or .pth without pickled code), or hf-hub:OWNER/NAME (downloaded by timm)."""
+
+    head: Literal["linear"] | None = None
+    """linear: train the last layer only, on features of the initial weights that are computed once for each
+    image, without augmentation: a cheap first model."""
 
     target: Target = "tumor_class"
     """What is predicted: benign or malignant, or the eight subtypes."""
@@ -59,11 +70,20 @@ class TrainingConfig(LabelledConfig):
     max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Largest share of broken images; they are excluded and named. A larger share ends the run."""
 
-    input_height_px: int = Field(default=224, ge=MIN_INPUT_PX, le=MAX_INPUT_PX)
-    """Height of the network's input in pixels; a field is fitted into it whole, aspect ratio kept."""
+    input_height_px: int = Field(default=0, ge=0, le=MAX_INPUT_PX)
+    """Height of the network's input in pixels; a field is fitted into it whole, aspect ratio kept. 0: 224, or
+    what timm states for a network of its own."""
 
-    input_width_px: int = Field(default=336, ge=MIN_INPUT_PX, le=MAX_INPUT_PX)
-    """Width of the network's input in pixels (a BreaKHis field is 700x460, about 3:2)."""
+    input_width_px: int = Field(default=0, ge=0, le=MAX_INPUT_PX)
+    """Width of the network's input in pixels. 0: 336 (a BreaKHis field is 700x460, about 3:2), or what timm
+    states for a network of its own."""
+
+    mean: tuple[Share, Share, Share] | None = None
+    """Mean of red, green and blue, from 0 to 1, which the network's input is relative to. By default that
+    of ImageNet, or what timm states."""
+
+    std: tuple[Deviation, Deviation, Deviation] | None = None
+    """Standard deviation of red, green and blue; see --mean."""
 
     prepared: str = AUTO
     """Folder where decoded and fitted images are kept for later epochs, runs and evaluations: a local path,
@@ -114,8 +134,21 @@ class TrainingConfig(LabelledConfig):
     max_failures: int = Field(default=3, ge=0)
     """How often training restarts from the last epoch after a worker or node is lost."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _residual_networks_have_a_size(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if str(given.get("architecture", "")).startswith(TIMM):
+            return given
+        sizes = zip(("input_height_px", "input_width_px"), INPUT_PX, strict=True)
+        return given | {name: given.get(name) or usual for name, usual in sizes}
+
     @model_validator(mode="after")
     def _settings_are_possible(self) -> "TrainingConfig":
+        for flag, pixels in (("height", self.input_height_px), ("width", self.input_width_px)):
+            if 0 < pixels < MIN_INPUT_PX:
+                raise ValueError(f"--input-{flag}-px {pixels}: expected at least {MIN_INPUT_PX}")
+        if self.head == "linear" and self.weights == RANDOM_WEIGHTS:
+            raise ValueError("--head linear trains on the features of --weights: expected others than none")
         workers = WORKERS.fullmatch(self.num_workers)
         if not workers:
             raise ValueError(f"--num-workers requires a number, MIN-MAX or auto, not {self.num_workers!r}")

@@ -202,7 +202,7 @@ def evaluate(
     if against:
         measured["comparison"] = artifacts.compared(images, against)
     shown = about | facts.model_dump() | {"input_size_px": (card.input_height_px, card.input_width_px)}
-    shown["published"] = card.published and card.published.model_dump()
+    shown |= {"evidence": card.evidence, "published": card.published and card.published.model_dump()}
     if kind == HELD_OUT:
         shown |= class_counts(TrainConfig(**card.training), table)
     run_uri = storage.parent(model_uri)

@@ -1,6 +1,6 @@
 """The files of a model bundle: weights, a machine-readable card, the same card as a README, and origin.
 
-    <uri>/model.safetensors   float32 tensors, names of torchvision's network
+    <uri>/model.safetensors   float32 tensors, names of torchvision's network or timm's
     <uri>/sbom.cdx.json       the packages of the environment that wrote it (CycloneDX)
     <uri>/provenance.json     data, code, command and settings that made the weights (in-toto, SLSA)
     <uri>/README.md           the card as text

@@ -42,8 +42,9 @@ def explain(network: nn.Module, images: Tensor, method: str, layer: str, predict
     """Maps by a method of pytorch-grad-cam, for the target of `evidence`: float32 (n, h, w) on the CPU.
 
     Raw: before ReLU, min-max scaling and enlarging. `gradcam` on `layer4` is `evidence` over h * w. The
-    images (n, 3, height, width) are normalised, h and w are those of the layer's features, and the network,
-    in evaluation mode, remains unchanged. `predicted` (n,) is used with more than two classes.
+    images (n, 3, height, width) are normalised, h and w are those of the layer's features, which `spatial` of
+    the network, if it has one, lays out, and the network, in evaluation mode, remains unchanged. `predicted`
+    (n,) is used with more than two classes.
     """
     # Score-CAM has a masked copy of the image for every channel: 2 GB for one field.
     size = 1 if method == "scorecam" else len(images)
@@ -66,10 +67,13 @@ def _explain(network: nn.Module, images: Tensor, method: str, layer: str, predic
             images = images.clone().requires_grad_()
             logit = hooks(images)
             features = hooks.activations[0]
-            targets = [partial(_score, predicted=index) for index in predicted.tolist()]
+            targets = [partial(quantity, predicted=index) for index in predicted.tolist()]
             scores = torch.stack([target(row) for target, row in zip(targets, logit, strict=True)])
             (gradient,) = torch.autograd.grad(scores.sum(), features)
-            activations, gradients = (t.detach().float().cpu().numpy() for t in (features, gradient))
+            laid_out = getattr(network, "spatial", lambda maps: maps)
+            activations, gradients = (
+                laid_out(t.detach()).float().cpu().numpy() for t in (features, gradient)
+            )
     finally:
         hooks.release()
     found = tool.get_cam_image(images.detach(), target_layer, targets, activations, gradients, False)
@@ -80,6 +84,6 @@ def _explain(network: nn.Module, images: Tensor, method: str, layer: str, predic
     return maps
 
 
-def _score(logit: Tensor, predicted: int) -> Tensor:
-    """The quantity that a map explains, from the logits (classes,) of one image: see `evidence`."""
+def quantity(logit: Tensor, predicted: int) -> Tensor:
+    """What a map explains, from the logits (classes,) of one image: see `evidence`."""
     return logit[1] - logit[0] if len(logit) == 2 else logit[predicted] - logit.mean()

@@ -5,23 +5,22 @@ A card that was truncated or edited is rejected, and so is one with numbers that
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bcd import taxonomy
-from bcd.config.options import MAX_INPUT_PX, MIN_INPUT_PX, Architecture, Protocol
-from bcd.errors import BundleError
+from bcd.config.options import CLOSED_FORM, MAX_INPUT_PX, MIN_INPUT_PX, TIMM, Architecture, Protocol
+from bcd.errors import BundleError, ConfigError
 from bcd.imaging import image
 from bcd.model.novelty import FeatureStatistics
 from bcd.taxonomy import MAGNIFICATIONS, MAX_MPP, MIN_MPP
 
 FORMAT_VERSION: Literal[2] = 2
-# The network halves the image five times: a cell of the last layer covers this many pixels of its input.
+# A ResNet halves the image five times: a cell of the last layer covers this many pixels of its input.
 STRIDE_PX = 32
-# Channels of the last convolution.
-FEATURES: Mapping[Architecture, int] = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
+# The last layer of a residual network, and the method for networks without a closed form.
+LAST_LAYER, GRADCAM = "layer4", "gradcam"
 CHECKSUM = "checksum"
 MOST_CLASSES = 100
 # What is known of every model that was trained here.
@@ -66,6 +65,11 @@ class Card(BaseModel):
 
     format_version: Literal[2] = FORMAT_VERSION
     architecture: Architecture = "resnet50"
+    evidence: Literal["evidence", "gradcam"] = "evidence"
+    """What the evidence maps are. evidence: the closed form, whose mean plus bias is the log-odds; gradcam:
+    Grad-CAM, which adds up to nothing, of networks that have more than a mean before the last layer."""
+    license: Annotated[str, Field(max_length=200)] | None = None
+    """Licence of the initial weights, where it is known; that of the data is another."""
     weights_sha256: Digest | None = None
     """SHA-256 of the file of weights; None before the bundle is written."""
     canary_logit: tuple[float, ...] = ()
@@ -142,10 +146,21 @@ class Card(BaseModel):
             raise ValueError("validation: the epoch is missing")
         if not self.published and (missing := [name for name in OWN if getattr(self, name) is None]):
             raise ValueError(f"{missing[0]} is missing")
-        known, n = self.feature_statistics, FEATURES[self.architecture]
-        if known and not len(known.mean) == len(known.spread) == n:
-            raise ValueError(f"feature_statistics: expected {n} means and spreads")
+        known = self.feature_statistics
+        if known and len(known.mean) != len(known.spread):
+            raise ValueError("feature_statistics: expected as many means as spreads")
         return self
+
+    def cam(self, given: str, layer: str = LAST_LAYER) -> str:
+        """The method of `--cam` and `--cam-layer` for this model; raises ConfigError where it has none."""
+        if not self.architecture.startswith(TIMM):
+            return given
+        if layer != LAST_LAYER or given in ("scorecam", "ablationcam"):
+            raise ConfigError(
+                f"--cam {given} --cam-layer {layer} needs a ResNet, and the model is {self.architecture}: "
+                f"leave out --cam-layer, and use another --cam than scorecam and ablationcam"
+            )
+        return self.evidence if given == CLOSED_FORM else given
 
 
 def _require_published_classes(names: tuple[str, ...]) -> None:
@@ -195,9 +210,10 @@ def parse_card(content: bytes, uri: str) -> Card:
 
 def model_id(card: Card) -> str:
     """Hash over everything that a prediction depends on, with the hash of the weights. Metrics, warnings and
-    a publisher's statements do not change it, nor do the canary's logits, whose rounding depends on the
-    machine."""
-    facts = card.model_dump_json(exclude={"metrics", "warnings", "canary_logit", "published"})
+    licences and a publisher's statements do not change it, nor do the canary's logits, whose rounding depends
+    on the machine, nor the kind of evidence, which follows from the network."""
+    apart = {"metrics", "warnings", "canary_logit", "evidence", "license", "published"}
+    facts = card.model_dump_json(exclude=apart)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 

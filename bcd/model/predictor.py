@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import numpy as np
@@ -13,13 +13,15 @@ from bcd.config.options import CLOSED_FORM
 from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError, ImageError
 from bcd.imaging import decoder, image
 from bcd.model import bundle, cam, novelty, resnet, weights
-from bcd.model.card import STRIDE_PX, Card, dump, model_id
-from bcd.model.resnet import ResNet, normalise
+from bcd.model.card import GRADCAM, LAST_LAYER, STRIDE_PX, Card, dump, model_id
+from bcd.model.networks.backbone import Backbone
+from bcd.model.resnet import Network, normalise
 from bcd.taxonomy import malignant_mask
 
 # The canary's logits may differ from those in the card by this share of their summands' size: a thousand
 # times the differences of kernels, threads, folding and compiling on CPUs, a third of that of bfloat16.
 TOLERANCE = 1e-4
+CANARY_PX = (64, 96)
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Prediction:
 
     logit (n, classes) and probability (n, classes) in card order, probability_malignant (n,),
     predicted_class (n,) names, None where a logit is not finite, evidence (n, h, w) and evidence_bias (n,) as
-    in `bcd.model.cam`, novelty (n,) as in `bcd.model.novelty`, NaN where the card has no statistics for it,
-    pooled (n, channels), the features that enter the last layer.
+    in `bcd.model.cam`, the bias NaN where mean and bias do not add up to the log-odds, novelty (n,) as in
+    `bcd.model.novelty`, NaN where the card has no statistics for it, pooled (n, channels), the features that
+    enter the last layer.
     """
 
     logit: np.ndarray
@@ -64,13 +67,15 @@ class Predictor:
 
     card: Card
     model_id: str
-    network: ResNet
+    network: Network
     features: Callable[[torch.Tensor], torch.Tensor]
     device: torch.device
     precision: str
 
-    def evidence_size(self, layer: str = cam.LAYERS[-1]) -> tuple[int, int]:
+    def evidence_size(self, layer: str = LAST_LAYER) -> tuple[int, int]:
         """Height and width, in cells, of the maps over a layer's features."""
+        if isinstance(self.network, Backbone):
+            return self.network.layout.height, self.network.layout.width
         stride = STRIDE_PX >> (len(cam.LAYERS) - 1 - cam.LAYERS.index(layer))
         return -(-self.card.input_height_px // stride), -(-self.card.input_width_px // stride)
 
@@ -84,22 +89,23 @@ class Predictor:
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda").numpy()
 
     @torch.inference_mode()
-    def predict(
-        self, images: np.ndarray, method: str = CLOSED_FORM, layer: str = cam.LAYERS[-1]
-    ) -> Prediction:
+    def predict(self, images: np.ndarray, method: str = CLOSED_FORM, layer: str = LAST_LAYER) -> Prediction:
         """Predict a batch of uint8 (n, height, width, 3) RGB from `fit`.
 
         `method` of the evidence is the closed form, or one of `cam.METHODS`: these explain the features of
-        `layer`, and `evidence_bias` is NaN, because their maps do not add up to the log-odds.
+        `layer`, and `evidence_bias` is NaN, because their maps do not add up to the log-odds. A network
+        without a closed form has Grad-CAM in its place, see `Card.evidence`.
         """
         batch = self._normalised(images)
         output = self._output(batch)
-        logit, evidence, bias, pooled = _on_cpu(
-            output.logit, output.evidence, output.evidence_bias, output.pooled
-        )
+        method = self.card.cam(method, layer)
+        maps = output.logit.new_zeros(0), output.logit.new_full((len(images),), torch.nan)
+        if method == CLOSED_FORM and output.evidence is not None and output.evidence_bias is not None:
+            maps = output.evidence, output.evidence_bias
+        logit, pooled, evidence, bias = _on_cpu(output.logit, output.pooled, *maps)
         if method != CLOSED_FORM:
+            layer = self.network.layout.layer if isinstance(self.network, Backbone) else layer
             evidence = cam.explain(self.network, batch, method, layer, output.logit.argmax(1))
-            bias = torch.full_like(bias, torch.nan)
         probability = probabilities(logit)
         malignant = malignant_share(probability, self.card.classes)
         return Prediction(
@@ -150,11 +156,31 @@ class Predictor:
 
     @torch.inference_mode()
     def _canary(self) -> tuple[np.ndarray, float]:
-        """Logits (classes,) of `canary` in float32, and the largest sum of their absolute summands."""
+        """Logits (classes,) of `canary` in float32, and the largest sum of their absolute summands.
+
+        Raises BundleError where a map in closed form does not add up.
+        """
+        size = self.network.size_px if isinstance(self.network, Backbone) else CANARY_PX
+        batch = self._normalised(canary(*size)[None])
         with torch.backends.cudnn.flags(allow_tf32=False):
-            output = resnet.forward(self.network, self._normalised(canary()[None]))
-        summand = (output.pooled.abs() @ self.network.fc.weight.abs().T).max()
-        return output.logit[0].cpu().numpy(), float(summand)
+            output = resnet.forward(self.network, batch)
+            # By the network's own forward pass, which knows nothing of maps.
+            direct = self.network.direct if isinstance(self.network, Backbone) else self.network
+            explained = cam.quantity(direct(batch)[0], int(output.logit.argmax()))
+        summand = float((output.pooled.abs() @ self.network.fc.weight.abs().T).max())
+        if output.evidence is not None and output.evidence_bias is not None:
+            total = output.evidence.mean() + output.evidence_bias[0]
+            if abs(float(total - explained)) > 2 * TOLERANCE * summand:
+                raise BundleError(
+                    f"{self.card.architecture}: mean and bias of the evidence map of the canary image are "
+                    f"{float(total):.6g}, expected its log-odds, {float(explained):.6g}"
+                )
+        return output.logit[0].cpu().numpy(), summand
+
+    @property
+    def kind_of_evidence(self) -> str:
+        """What `Card.evidence` states, as the network is."""
+        return CLOSED_FORM if resnet.has_closed_form(self.network) else GRADCAM
 
 
 def _on_cpu(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -174,9 +200,12 @@ def malignant_share(given: torch.Tensor, class_names: tuple[str, ...]) -> torch.
     return given[:, torch.tensor(malignant_mask(class_names))].sum(1)
 
 
-def canary() -> np.ndarray:
-    """A test image, uint8 (64, 96, 3) RGB, from an integer formula: the same on every machine."""
-    y, x, channel = np.ogrid[:64, :96, :3]
+def canary(height: int = CANARY_PX[0], width: int = CANARY_PX[1]) -> np.ndarray:
+    """A test image, uint8 (height, width, 3) RGB, from an integer formula: the same on every machine.
+
+    Networks of timm may have a fixed size of their input, which it then has.
+    """
+    y, x, channel = np.ogrid[:height, :width, :3]
     return ((3 * y + 2 * x + (7 * channel + 5) * (x * y // 16)) % 256).astype(np.uint8)
 
 
@@ -188,16 +217,17 @@ def _decoded(contents: Sequence[bytes]) -> Iterator[np.ndarray]:
             raise ImageError(error.code, f"image {i + 1} of {len(contents)}: {error.message}") from error
 
 
-def save(network: ResNet, card: Card, uri: str) -> str:
+def save(network: Network, card: Card, uri: str) -> str:
     """Write a bundle and return its `model_id`. Raises BundleError where it could not be loaded again:
     weights or logits are not finite, or the card is invalid."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     content = save_safetensors(state)
-    logit, _ = from_state(state, card)._canary()
+    made = from_state(state, card)
+    logit, _ = made._canary()
     if not np.isfinite(logit).all():
         raise BundleError(f"{uri}: no bundle is written, because the model gives the logits {logit.tolist()}")
     facts = {"weights_sha256": hashlib.sha256(content).hexdigest(), "canary_logit": tuple(logit.tolist())}
-    card = card.model_copy(update=facts)
+    card = card.model_copy(update=facts | {"evidence": made.card.evidence})
     dump(card)  # before anything is written
     bundle.write_bundle(content, card, uri)
     return model_id(card)
@@ -229,20 +259,24 @@ def load(
     content = bundle.read_weights_of(uri, card)
     try:
         state = weights.read_weights(content, bundle.WEIGHTS)
-        network = weights.assembled(len(card.classes), state, card.architecture)
+        loaded = _ready(_network(state, card), card, model_id(card), device, precision, compiled)
+        _require_canary(loaded)
     except BundleError as error:
         raise BundleError(f"{uri}: {error}") from error
-    loaded = _ready(network, card, model_id(card), device, precision, compiled)
-    _require_canary(loaded, uri)
     return loaded
 
 
-def _require_canary(loaded: Predictor, uri: str) -> None:
+def _require_canary(loaded: Predictor) -> None:
+    if loaded.kind_of_evidence != loaded.card.evidence:
+        raise BundleError(
+            f"the card states {loaded.card.evidence!r} as evidence, but {loaded.card.architecture} has "
+            f"{loaded.kind_of_evidence!r}"
+        )
     logit, summand = loaded._canary()
     expected = np.array(loaded.card.canary_logit)
     if not np.abs(logit - expected).max() <= TOLERANCE * summand:  # NaN is no agreement
         raise BundleError(
-            f"{uri}: for the bundle's canary image this machine computes the logits {logit.tolist()}, "
+            f"for the bundle's canary image this machine computes the logits {logit.tolist()}, "
             f"expected {expected.tolist()} to within {TOLERANCE * summand:.2g}; try another device or "
             "another version of torch"
         )
@@ -250,11 +284,22 @@ def _require_canary(loaded: Predictor, uri: str) -> None:
 
 def from_state(state: weights.State, card: Card) -> Predictor:
     """A predictor from weights in memory, in float32, without a `model_id`."""
-    return _ready(weights.assembled(len(card.classes), state, card.architecture), card)
+    made = _ready(_network(state, card), card)
+    return replace(made, card=card.model_copy(update={"evidence": made.kind_of_evidence}))
+
+
+def _network(state: weights.State, card: Card) -> Network:
+    size = card.input_height_px, card.input_width_px
+    network = weights.assembled(len(card.classes), state, card.architecture, size)
+    known = card.feature_statistics
+    if known and len(known.mean) != network.fc.in_features:
+        n = network.fc.in_features
+        raise BundleError(f"the model card has statistics of {len(known.mean)} features, expected {n}")
+    return network
 
 
 def _ready(
-    network: ResNet,
+    network: Network,
     card: Card,
     identity: str = "",
     device: str | torch.device | None = None,
@@ -265,5 +310,6 @@ def _ready(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network = resnet.temper(resnet.fold(network), card.temperature).requires_grad_(False)
     network = network.to(where).to(memory_format=torch.channels_last)
+    resnet.has_closed_form(network)  # found before the network is compiled or shared by threads
     features = resnet.compiled_features(network) if compiled else partial(resnet.features, network)
     return Predictor(card, identity, network, features, where, precision)

@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from bcd.config.options import Architecture
 from bcd.imaging.image import IMAGENET_MEAN, IMAGENET_STD
 from bcd.model import cam
+from bcd.model.networks.backbone import Backbone
 
 # He et al. 2015, table 1: https://arxiv.org/abs/1512.03385
 BLOCKS: dict[Architecture, tuple[int, int, int, int]] = {
@@ -104,14 +105,20 @@ class ResNet(nn.Module):
         return images
 
 
+# What a bundle can have.
+Network = ResNet | Backbone
+
+
 def _convolution(channels: int, n_out: int, kernel: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(channels, n_out, kernel, stride, padding=kernel // 2, bias=False)
 
 
-def fold(network: ResNet) -> ResNet:
+def fold(network: Network) -> Network:
     """Fold every batch norm into the convolution before it, in place: fewer passes over memory, and the same
-    function up to rounding. For evaluation only."""
+    function up to rounding. For evaluation only. Networks of timm remain: their norms may contain more."""
     network.eval()
+    if isinstance(network, Backbone):
+        return network
     for module in list(network.modules()):
         if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
             _fold_pair(module, "0", "1")
@@ -127,7 +134,7 @@ def _fold_pair(parent: nn.Module, convolution: str, norm: str) -> None:
     setattr(parent, norm, nn.Identity())
 
 
-def compiled_features(network: ResNet) -> Callable[[Tensor], Tensor]:
+def compiled_features(network: Network) -> Callable[[Tensor], Tensor]:
     """The convolutions as one compiled function with frozen weights, for long archives.
 
     Requires a C++ compiler on CPUs. The first call compiles for the shape of its batch, in about a minute.
@@ -143,36 +150,47 @@ def compiled_features(network: ResNet) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Output:
-    """Output of one forward pass, all float32: logit (n, classes), evidence (n, h, w) and evidence_bias (n,)
-    as in `bcd.model.cam`, and pooled (n, channels), the mean of each feature over the image."""
+    """Output of one forward pass, all float32: logit (n, classes); pooled (n, channels), what enters the last
+    layer; evidence (n, h, w) and evidence_bias (n,) as in `bcd.model.cam`, None where they have no closed
+    form."""
 
     logit: Tensor
-    evidence: Tensor
-    evidence_bias: Tensor
     pooled: Tensor
+    evidence: Tensor | None
+    evidence_bias: Tensor | None
 
 
-def forward(network: ResNet, images: Tensor) -> Output:
+def forward(network: Network, images: Tensor) -> Output:
     """Logits and evidence maps of normalised (n, 3, height, width); the network is in evaluation mode."""
     return explained(network, features(network, images))
 
 
-def explained(network: ResNet, maps: Tensor) -> Output:
-    """Logits and evidence from the features (n, channels, h, w).
+def has_closed_form(network: Network) -> bool:
+    """Whether the mean of the features over the image is what enters the last layer."""
+    return not isinstance(network, Backbone) or network.layout.is_mean
+
+
+def explained(network: Network, maps: Tensor) -> Output:
+    """Logits and evidence from what `features` gives.
 
     The head is always computed in float32, so that mean of the evidence plus bias equals the log-odds
     closely.
     """
     with torch.autocast(maps.device.type, enabled=False):
         maps = maps.float()
-        pooled = maps.mean((2, 3))
+        pooled = network.pool(maps) if isinstance(network, Backbone) else maps.mean((2, 3))
         logit = network.fc(pooled)
+        if not has_closed_form(network):
+            return Output(logit, pooled, None, None)
+        maps = network.spatial(maps) if isinstance(network, Backbone) else maps
         evidence, bias = cam.evidence(maps, network.fc.weight, network.fc.bias, logit.argmax(1))
-    return Output(logit, evidence, bias, pooled)
+    return Output(logit, pooled, evidence, bias)
 
 
-def features(network: ResNet, images: Tensor) -> Tensor:
-    """Output (n, channels, h, w) of the last convolution."""
+def features(network: Network, images: Tensor) -> Tensor:
+    """Output (n, channels, h, w) of the last convolution, or what a network of timm has before it pools."""
+    if isinstance(network, Backbone):
+        return network.features(images)
     for name, module in network.named_children():
         if name == "avgpool":
             break
@@ -180,7 +198,7 @@ def features(network: ResNet, images: Tensor) -> Tensor:
     return images
 
 
-def temper(network: ResNet, temperature: float) -> ResNet:
+def temper(network: Network, temperature: float) -> Network:
     """Divide the last layer by the temperature: this calibrates logits, log-odds, evidence and probabilities,
     and the evidence still adds up to the log-odds. For evaluation only."""
     with torch.no_grad():

@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from bcd.imaging.image import IMAGENET_MEAN, IMAGENET_STD
 from bcd.model import resnet
-from bcd.model.resnet import normalise
+from bcd.model.networks.backbone import Backbone
+from bcd.model.networks.timm_weights import load_timm
+from bcd.model.resnet import Network, normalise
 
 # Of the augmentation: shares of the area that are kept, the most by which a side is stretched, tries to find
 # such a part, and the largest changes of brightness, contrast and saturation, and of the hue in radians.
 AREA, STRETCH, TRIES = (0.6, 1.0), 0.1, 10
 FACTOR, HUE = 0.2, 0.03 * 2 * math.pi
+# Features of images that are kept where the last layer alone is trained, on the device of the network.
+FROZEN_BYTES = 2**31
 # Maps from places in an image turned by 0, 90, 180 and 270 degrees to those in the image, x before y.
 QUARTER_TURNS = torch.tensor(
     [[[1, 0], [0, 1]], [[0, -1], [1, 0]], [[-1, 0], [0, -1]], [[0, 1], [-1, 0]]]
@@ -45,13 +50,39 @@ COLOR_PARTS = _color_parts()
 def optimizer(
     network: nn.Module, name: str, learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD with Nesterov momentum; biases and norms are not decayed."""
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    kept = [p for p in network.parameters() if p.ndim <= 1]
+    """AdamW or SGD with Nesterov momentum, of what is not frozen; biases and norms are not decayed."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    kept = [p for p in trained if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate)
     return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
+
+
+class FrozenTrunk:
+    """A network of which only the last layer, `fc`, is trained: what enters it is computed once an image.
+
+    Freezes the others in place; running statistics of batch norms remain those of the initial weights.
+    """
+
+    def __init__(self, network: Network, precision: str) -> None:
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name.startswith("fc."))
+        self.network, self._precision = network.eval(), precision
+        self._known: dict[str, Tensor] = {}
+        self._room = FROZEN_BYTES // (4 * network.fc.in_features)
+
+    def __call__(self, image_ids: Sequence[str], images: Tensor) -> Tensor:
+        """What enters the last layer, float32 (n, channels), of normalised images with these ids."""
+        if all(name in self._known for name in image_ids):
+            return torch.stack([self._known[name] for name in image_ids])
+        with torch.no_grad(), resnet.autocast(images.device, self._precision):
+            pooled = resnet.forward(self.network, images).pooled
+        for name, row in zip(image_ids, pooled, strict=True):
+            if len(self._known) < self._room:
+                self._known[name] = row
+        return pooled
 
 
 def learning_rate(peak: float, progress: float, warmup_fraction: float) -> float:
@@ -200,9 +231,14 @@ class Step:
     device: torch.device
     precision: str
     augments: bool
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+    frozen: FrozenTrunk | None = None
+    """What comes before `network`, where that is a last layer alone; its images are not augmented."""
 
-    def __call__(self, images: Tensor, target: Tensor, rate: float) -> Tensor:
-        """Train on uint8 (n, height, width, 3) RGB and int64 (n,) class indices, at a learning rate.
+    def __call__(self, images: Tensor, target: Tensor, rate: float, image_ids: Sequence[str] = ()) -> Tensor:
+        """Train on uint8 (n, height, width, 3) RGB and int64 (n,) class indices, at a learning rate. What is
+        frozen knows images by their ids.
 
         Returns:
             The mean loss, a scalar on the device, detached.
@@ -210,9 +246,10 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        if self.augments:
+        if self.augments and not self.frozen:
             batch = augment(batch, draw(len(batch), *batch.shape[2:]))
-        batch = normalise(batch).contiguous(memory_format=torch.channels_last)
+        batch = normalise(batch, self.mean, self.std).contiguous(memory_format=torch.channels_last)
+        batch = self.frozen(image_ids, batch) if self.frozen else batch
         with resnet.autocast(self.device, self.precision):
             logit = self.network(batch)
         loss = nn.functional.cross_entropy(logit.float(), target.to(self.device, non_blocking=True))
@@ -251,13 +288,18 @@ class _Normalise(torch.autograd.Function):
 
 
 class SharedBatchNorm(nn.BatchNorm2d):
-    """torch's SyncBatchNorm for CPUs, which it does not support."""
+    """torch's SyncBatchNorm for CPUs, which it does not support; also in place of timm's batch norms, which
+    contain what follows them."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (n, channels, height, width) by mean and variance over all workers' batches. Collective:
         every worker has to call it. In evaluation, plain batch norm."""
-        if not self.training:
-            return super().forward(x)
+        x = self._normalised(x) if self.training else super().forward(x)
+        for follower in ("drop", "act"):
+            x = getattr(self, follower, nn.Identity())(x)
+        return x
+
+    def _normalised(self, x: Tensor) -> Tensor:
         mean, var, total = _over_all(x.detach(), self.weight.dtype)
         self._remember(mean, var * total / (total - 1))
         mean, var = mean.to(self.weight.dtype), var.to(self.weight.dtype)
@@ -287,9 +329,11 @@ def _over_all(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def share_batch_norm(network: nn.Module, device: torch.device) -> nn.Module:
     """Make the batch norms of a network use the batches of all workers of the process group, in place."""
     if device.type == "cuda":
+        if isinstance(network, Backbone):
+            return cast(nn.Module, load_timm().layers.convert_sync_batchnorm(network))
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for module in network.modules():
-        if type(module) is nn.BatchNorm2d:
+        if isinstance(module, nn.BatchNorm2d):
             # Only `forward` differs; parameters and buffers remain those of the optimiser.
             module.__class__ = SharedBatchNorm
     return network

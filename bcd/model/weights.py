@@ -9,7 +9,8 @@ import logging
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pickle import UnpicklingError
 from typing import Any
 
@@ -19,9 +20,11 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from bcd import storage
-from bcd.config.options import IMAGENET_WEIGHTS, RANDOM_WEIGHTS, Architecture
+from bcd.config.options import HUB_WEIGHTS, IMAGENET_WEIGHTS, INPUT_PX, RANDOM_WEIGHTS, RESNETS, Architecture
 from bcd.errors import BundleError
-from bcd.model.resnet import ResNet
+from bcd.model.networks import backbone, timm_weights
+from bcd.model.networks.backbone import Backbone
+from bcd.model.resnet import Network, ResNet
 from bcd.text import some
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ HEADS = ("fc", "head", "classifier", "last_linear", "projection_head", "projecto
 TORCHVISION = "layer1.0.conv1.weight"
 TIATOOLBOX = "feat_extract.4.0.conv1.weight"
 HUGGINGFACE = "encoder.stages.0.layers.0.layer.0.convolution.weight"
+ANCHORS = (TORCHVISION, HUGGINGFACE, TIATOOLBOX)
 # MoCo has two networks, of which the second is an average: https://github.com/facebookresearch/moco-v3
 LEADS, FOLLOWS = {"encoder_q", "base_encoder"}, {"encoder_k", "momentum_encoder"}
 EXPECTED = "expected a state dict of tensors in .safetensors or plain .pth form"
@@ -59,23 +63,32 @@ _IN_BLOCK = re.compile(
 )
 
 
-def pretrained(weights: str, architecture: Architecture = "resnet50") -> dict[str, Tensor] | None:
-    """The state dict of `--weights`: `imagenet`, `none` (None), or the URI of a file.
+def pretrained(
+    weights: str, architecture: Architecture = "resnet50", size_px: tuple[int, int] = INPUT_PX
+) -> dict[str, Tensor] | None:
+    """The state dict of `--weights`, for inputs of a size (height, width) in px: `imagenet`, `none` (None),
+    the URI of a file, or a name on the Hugging Face Hub.
 
     One level of wrapping (`state_dict`, `model`, ...) and one prefix (`module.`, `_orig_mod.`, ...) are
     removed, names of HuggingFace's ResNet and of TIAToolbox become torchvision's, and a line is printed about
     it.
 
     Raises:
-        BundleError: the file is no state dict of the architecture, or the download of `imagenet` failed.
+        BundleError: the file is no state dict of the architecture, or a download failed.
         StorageError: the URI cannot be read.
     """
     if weights == RANDOM_WEIGHTS:
         return None
     if weights == IMAGENET_WEIGHTS:
-        return _download(architecture)
-    level, state = _unwrapped(read_weights(storage.read_bytes(weights), weights), weights)
-    prefix, anchor = _prefix(state, weights)
+        return _download(architecture, size_px)
+    own = skeleton(2, architecture, size_px)
+    is_on_hub = weights.startswith(HUB_WEIGHTS)
+    found = (
+        timm_weights.hub_state(weights) if is_on_hub else read_weights(storage.read_bytes(weights), weights)
+    )
+    anchors = ANCHORS if isinstance(own, ResNet) else (_own_anchor(own.body.state_dict()),)
+    level, state = _unwrapped(found, weights, anchors)
+    prefix, anchor = _prefix(state, weights, anchors)
     inside = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
     left_out = [name for name in state if not name.startswith(prefix)]
     if anchor == HUGGINGFACE:
@@ -93,13 +106,34 @@ def pretrained(weights: str, architecture: Architecture = "resnet50") -> dict[st
         done = ", ".join(step for step, is_done in steps.items() if is_done)
         logger.info(f"--weights {weights}: {done}")
     try:
-        fitting(skeleton(2, architecture).state_dict(), inside, architecture)
+        return _for_network(own, inside, architecture)
     except BundleError as error:
         raise BundleError(f"{weights}: {error}") from None
-    return inside
 
 
-def _download(architecture: Architecture) -> dict[str, Tensor]:
+def _for_network(own: Network, inside: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """The tensors by our names, for the network's input size; raises BundleError where they do not fit."""
+    if isinstance(own, ResNet):
+        fitting(own.state_dict(), inside, architecture)
+        return inside
+    named = own.named(inside)
+    try:
+        fitting(own.state_dict(), named, architecture)
+    except BundleError:
+        stated = timm_weights.stated(architecture, RANDOM_WEIGHTS)
+        usual = stated.height_px, stated.width_px
+        if usual == own.size_px or not hasattr(own.body, "set_input_size"):
+            raise
+        network = Backbone(architecture, 2, usual)
+        fitted = fitting(network.state_dict(), named, architecture)
+        return named | network.resized(fitted, own.size_px)
+    return named
+
+
+def _download(architecture: Architecture, size_px: tuple[int, int]) -> dict[str, Tensor]:
+    if architecture not in RESNETS:
+        state = timm_weights.imagenet_state(architecture, partial(backbone.created, architecture, size_px))
+        return {f"body.{name}": tensor for name, tensor in state.items()}
     # Not at the top: it brings in torch's compiler, seconds that scoring and serving do without.
     from torchvision.models import get_model_weights
 
@@ -169,7 +203,7 @@ def _guess_zip(content: bytes) -> str:
     return f"a ZIP archive of {some(names)}"
 
 
-def _unwrapped(found: Any, name: str) -> tuple[str, State]:
+def _unwrapped(found: Any, name: str, anchors: Sequence[str]) -> tuple[str, State]:
     """The key of the level with the tensors, '' for the top level, and the tensors by name."""
     if _is_state(found):
         return "", found
@@ -177,7 +211,8 @@ def _unwrapped(found: Any, name: str) -> tuple[str, State]:
         content = f"an object of type {type(found).__name__}"
         raise BundleError(f"{name}: not a state dict, but {content}; {EXPECTED}")
     below = {str(key): value for key, value in found.items() if _is_state(value)}
-    networks = {key: state for key, state in below.items() if any(map(_anchor_of, state))} or below
+    is_network = partial(_anchor_of, anchors=anchors)
+    networks = {key: state for key, state in below.items() if any(map(is_network, state))} or below
     if len(networks) == 1:
         return next(iter(networks.items()))
     if networks:
@@ -194,21 +229,25 @@ def _is_state(found: Any) -> bool:
     )
 
 
-def _anchor_of(name: str) -> str | None:
+def _anchor_of(name: str, anchors: Sequence[str]) -> str | None:
     """The anchor that a name ends with, as whole components."""
-    anchors = (TORCHVISION, HUGGINGFACE, TIATOOLBOX)
     return next((anchor for anchor in anchors if f".{name}".endswith(f".{anchor}")), None)
 
 
-def _prefix(state: State, name: str) -> tuple[str, str]:
+def _own_anchor(state: State) -> str:
+    """The first name that no other one ends with."""
+    return next(name for name in state if not any(other.endswith(f".{name}") for other in state))
+
+
+def _prefix(state: State, name: str, anchors: Sequence[str]) -> tuple[str, str]:
     """The prefix of the names of the one network among these tensors, and its anchor."""
-    found = {key.removesuffix(anchor): anchor for key in state if (anchor := _anchor_of(key))}
+    found = {key.removesuffix(anchor): anchor for key in state if (anchor := _anchor_of(key, anchors))}
     last = {prefix: prefix.rstrip(".").rpartition(".")[2] for prefix in found}
     if len(found) == 2 and set(last.values()) & LEADS and set(last.values()) & FOLLOWS:
         found = {prefix: anchor for prefix, anchor in found.items() if last[prefix] in LEADS}
     if len(found) > 1:
         raise BundleError(f"{name}: contains several networks: {', '.join(found)}; save one of them alone")
-    return next(iter(found.items()), ("", TORCHVISION))
+    return next(iter(found.items()), ("", anchors[0]))
 
 
 def _as_torchvision(name: str) -> str:
@@ -233,32 +272,49 @@ def _from_tiatoolbox(name: str) -> str:
 
 
 def build(
-    n_classes: int, given: State | None = None, seed: int = 0, architecture: Architecture = "resnet50"
-) -> ResNet:
+    n_classes: int,
+    given: State | None = None,
+    seed: int = 0,
+    architecture: Architecture = "resnet50",
+    size_px: tuple[int, int] = INPUT_PX,
+) -> Network:
     """A network from the given weights or from random ones, with a new head unless theirs fits `n_classes`.
     Raises BundleError where the weights are not exactly those of the architecture; names the first that are
     not."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = ResNet(architecture, n_classes)
+        network = _made(architecture, n_classes, size_px)
     if given is not None:
         network.load_state_dict(fitting(network.state_dict(), given, architecture))
     return network
 
 
-def assembled(n_classes: int, state: State, architecture: Architecture = "resnet50") -> ResNet:
+def assembled(
+    n_classes: int, state: State, architecture: Architecture = "resnet50", size_px: tuple[int, int] = INPUT_PX
+) -> Network:
     """The network of a bundle, which shares these tensors, in evaluation mode. Raises BundleError where they
     are not exactly those of the architecture."""
-    network = skeleton(n_classes, architecture)
+    network = skeleton(n_classes, architecture, size_px)
     fitted = fitting(network.state_dict(), state, architecture, whole=True)
+    if any(name not in fitted for name, _ in network.named_buffers()):
+        # Numbers that are in no file: timm computes them where it makes the network.
+        network = build(n_classes, architecture=architecture, size_px=size_px)
     network.load_state_dict(fitted, assign=True)
     return network.eval()
 
 
-def skeleton(n_classes: int, architecture: Architecture = "resnet50") -> ResNet:
+def skeleton(
+    n_classes: int, architecture: Architecture = "resnet50", size_px: tuple[int, int] = INPUT_PX
+) -> Network:
     """A network whose tensors have names, shapes and dtypes, but no data."""
     with torch.device("meta"):
+        return _made(architecture, n_classes, size_px)
+
+
+def _made(architecture: Architecture, n_classes: int, size_px: tuple[int, int]) -> Network:
+    if architecture in RESNETS:
         return ResNet(architecture, n_classes)
+    return Backbone(architecture, n_classes, size_px)
 
 
 def fitting(
@@ -278,7 +334,7 @@ def fitting(
     foreign = [name for name in given if name not in own and (whole or not _is_head(name))]
     faults += [f"{name} is no part of it" for name in foreign]
     if faults:
-        name = architecture.replace("resnet", "ResNet")
+        name = architecture.replace("resnet", "ResNet") if architecture in RESNETS else architecture
         raise BundleError(f"not the weights of a {name}: {some(faults, separator='; ')}")
     return {name: own[name] if name in kept else given[name].to(own[name].dtype) for name in own}
 

@@ -26,7 +26,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bcd import provenance, schema, storage, taxonomy
 from bcd.audit import identifiers
 from bcd.config.checks import DoctorConfig
-from bcd.config.options import IMAGENET_WEIGHTS, RANDOM_WEIGHTS, Architecture
+from bcd.config.options import (
+    HUB_WEIGHTS,
+    IMAGENET_WEIGHTS,
+    INPUT_PX,
+    RANDOM_WEIGHTS,
+    TIMM,
+    Architecture,
+)
 from bcd.data import archive, index, manifest
 from bcd.errors import BcdError, DataError, DiagnosisError, ResourceError
 from bcd.preflight import diagnosis
@@ -260,10 +267,15 @@ def _first_inputs(uri: str) -> dict[str, str]:
 def _load(architecture: Architecture, flag: str, uri: str) -> None:
     # Not at the top: see `_torch_gpus`.
     from bcd.model import predictor, weights
+    from bcd.model.networks import timm_weights
 
     if flag == "--weights":
-        given = weights.pretrained(uri, architecture)
-        weights.build(len(taxonomy.TUMOR_CLASSES), given, architecture=architecture)
+        size = INPUT_PX
+        if architecture.startswith(TIMM):
+            stated = timm_weights.stated(architecture, uri)
+            size = stated.height_px, stated.width_px
+        given = weights.pretrained(uri, architecture, size)
+        weights.build(len(taxonomy.TUMOR_CLASSES), given, architecture=architecture, size_px=size)
     else:
         predictor.load(uri, "cpu")
 
@@ -294,7 +306,8 @@ def _attempts(party: Party, flag: str, uri: str) -> list[Attempts]:
     """The nodes' attempts at the place that a flag names."""
     if not party.members or (flag == "--weights" and uri == RANDOM_WEIGHTS):
         return []
-    place = uri if flag == "--weights" and uri == IMAGENET_WEIGHTS else storage.absolute(uri)
+    is_download = flag == "--weights" and (uri == IMAGENET_WEIGHTS or uri.startswith(HUB_WEIGHTS))
+    place = uri if is_download else storage.absolute(uri)
     everywhere = dict.fromkeys(party.members, place)
     # Actions for all nodes run on the node where the job is started.
     here = ray.get_runtime_context().get_node_id()

@@ -16,6 +16,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from bcd import schema
+from bcd.config.options import CLOSED_FORM
 from bcd.metrics import aggregate, decision
 from bcd.model import novelty
 from bcd.reports import overlay, style, thumbnails
@@ -137,8 +138,11 @@ def choose_examples(images: pd.DataFrame) -> Choice:
 def _pictures(
     images: pd.DataFrame, choice: Choice, examples: Mapping[int, Example], facts: Facts
 ) -> dict[str, Any]:
-    """The chosen images for which there is an example, drawn on the scale of all pages."""
-    look = overlay.LIMIT, facts.get("input_size_px"), PICTURE_WIDTH_PX
+    """The chosen images for which there is an example, drawn on the scale of all pages; on their own where
+    the values have no unit."""
+    closed = facts.get("evidence") in (None, CLOSED_FORM)
+    limit = overlay.LIMIT if closed else overlay.scale(one.evidence for one in examples.values())
+    look = limit, facts.get("input_size_px"), PICTURE_WIDTH_PX
     drawn = {
         place: thumbnails.draw_example(examples[place], *look) | {"row": images.iloc[place].to_dict()}
         for place in choice.all()
@@ -154,7 +158,8 @@ def _pictures(
         "wrong": wrong,
         "clearest": [drawn[place] for place in choice.clearest if place in drawn],
         "correct": [drawn[place] for place in choice.correct if place in drawn],
-        "limit": overlay.LIMIT,
+        "closed": closed,
+        "limit": limit,
         "legend": thumbnails.data_uri(overlay.legend(), "PNG"),
     }
 

@@ -145,6 +145,11 @@ def scale(maps: Iterable[np.ndarray]) -> float:
     return float(np.percentile(values, 99)) or 1.0 if values.size else 1.0
 
 
+def limit_of(evidence: np.ndarray, bias: float | None) -> float:
+    """The value of one map at full colour: `LIMIT`, or of a map that has no unit, and so no bias, its own."""
+    return LIMIT if bias is not None and np.isfinite(bias) else scale([evidence])
+
+
 def legend(width_px: int = 256, height_px: int = 12) -> np.ndarray:
     """Colours from -limit on the left to +limit on the right over white, uint8 (height, width, 3)."""
     ramp = np.linspace(-1, 1, width_px)[None].repeat(height_px, 0)

@@ -16,7 +16,7 @@ from bcd.runtime import cluster, datasets, inspection, predict
 from bcd.taxonomy import TRAIN, VALIDATION
 
 if TYPE_CHECKING:
-    from bcd.model.resnet import ResNet
+    from bcd.model.resnet import Network
 
 KEEP = (schema.IMAGE_ID, schema.PART)
 N, TOTAL, SQUARES, POOLED = "n", "total", "squares", "pooled"
@@ -34,7 +34,7 @@ SUMS = pa.schema(
 
 
 def compute_statistics(
-    network: "ResNet", card: Card, train: pa.Table, validation: pa.Table
+    network: "Network", card: Card, train: pa.Table, validation: pa.Table
 ) -> tuple[FeatureStatistics, np.ndarray]:
     """Mean and spread of the pooled features over the training images, and the validation images' results.
 

@@ -22,7 +22,7 @@ from bcd.data import read
 from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError
 from bcd.imaging import image
 from bcd.model import bundle, novelty
-from bcd.model.card import FEATURES, Card
+from bcd.model.card import LAST_LAYER, Card
 from bcd.reports import overlay
 from bcd.runtime import cluster
 
@@ -51,7 +51,7 @@ class Settings:
     precision: str = "float32"
     batch_size: int = 32
     cam: str = CLOSED_FORM
-    cam_layer: str = "layer4"
+    cam_layer: str = LAST_LAYER
     overlays: bool = False
     embeddings: bool = False
     compile: bool = False
@@ -201,7 +201,7 @@ class Scorer:
 
     def _table(self, columns: dict[str, pa.Array], images: np.ndarray, good: np.ndarray) -> pa.Table:
         height, width = self._predictor.evidence_size(self._settings.cam_layer)
-        length = FEATURES[self._predictor.card.architecture] if self._settings.embeddings else 0
+        length = self._predictor.network.fc.in_features if self._settings.embeddings else 0
         form = schema.predictions(height, width, self._settings.overlays, length)
         # Every batch has the same shape, so that numbers do not depend on a row's neighbours.
         size = self._settings.batch_size
@@ -250,7 +250,7 @@ class Scorer:
 
     def _overlay(self, pixels: np.ndarray, evidence: np.ndarray) -> bytes:
         # Log-odds share one scale over all images; the values of other methods have none.
-        closed_form = self._settings.cam == CLOSED_FORM
+        closed_form = self._predictor.card.cam(self._settings.cam, self._settings.cam_layer) == CLOSED_FORM
         limit = overlay.LIMIT if closed_form else overlay.scale([evidence])
         return image.encode_png(overlay.overlay(pixels, evidence, limit))
 

@@ -97,6 +97,7 @@ def run(config: ScoreConfig) -> str:
     card_sha256 = signing.verified(config.model, config.require_signature)
     model_id = bundle.identify(config.model, card_sha256)
     model = _Model(bundle.read_same(config.model, model_id, card_sha256), model_id, card_sha256)
+    model.card.cam(config.cam, config.cam_layer)  # before any work
     with lease.held(config.output, config.wait) as held:
         return _fill(config, held, model, names, started)
 
@@ -204,7 +205,8 @@ def _facts(config: ScoreConfig, card: Card, model_id: str, names: Pseudonyms | N
     return {
         **({"title": "Scored archive", "pseudonyms": names.fingerprint} if names else shown),
         "model_id": model_id,
-        **config.model_dump(include={"precision", "cam", "cam_layer"}),
+        **config.model_dump(include={"precision", "cam_layer"}),
+        "cam": card.cam(config.cam, config.cam_layer),
         **{name: getattr(card, name) for name in ("target", "threshold", "synthetic", "leaky")},
     }
 

@@ -26,7 +26,6 @@ from bcd.errors import MissingError, StorageError
 from bcd.imaging import image
 from bcd.model.card import Card
 from bcd.model.predictor import Prediction
-from bcd.reports.overlay import LIMIT
 from bcd.serving import front, slide_jobs, upload
 from bcd.serving.documents import (
     NOTICE,
@@ -41,6 +40,8 @@ from bcd.serving.documents import (
     SlideDocument,
     answer,
     drawn,
+    drawn_limit,
+    scale_of,
 )
 from bcd.serving.middleware import REQUEST_ID, SENT_ID
 from bcd.serving.receive import SLIDES, Limits, RefusedError, require_name
@@ -167,7 +168,8 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         """One image (PNG, JPEG or TIFF) as raw body, or as multipart field `file`.
 
         With `Accept: image/png` the answer is the image with its evidence drawn over it; the header
-        `X-Evidence-Limit` is the number of log-odds per cell at full colour.
+        `X-Evidence-Limit` is the number of log-odds per cell at full colour; of a model without a closed
+        form, the value of Grad-CAM.
         """
         sent = await upload.one(request)
         async with _logged(sent, request):
@@ -176,7 +178,7 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
                 given = engine.card, engine.model_id, *seen
                 return await asyncio.to_thread(answer, *given, overlay, preview)
             png = await asyncio.to_thread(drawn, engine.card, *seen[1:])
-        headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{LIMIT:g}"}
+        headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{drawn_limit(seen[1]):g}"}
         return Response(png, media_type="image/png", headers=headers)
 
     @app.post(
@@ -299,7 +301,8 @@ def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) ->
         numbers["max_pixels"] = image.MAX_PIXELS
         if limits.slides:
             numbers["max_slide_bytes"] = limits.max_slide_bytes
-        return ModelDocument(model_id=engine.model_id, version=app.version, card=engine.card, limits=numbers)
+        known = {"model_id": engine.model_id, "card": engine.card, "limits": numbers}
+        return ModelDocument(**known, version=app.version, overlay=scale_of(engine.card))
 
     @app.get("/healthz", response_model=Health)
     async def alive() -> Any:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from bcd import provenance
+from bcd.config.options import CLOSED_FORM
 from bcd.imaging import image
 from bcd.metrics import calibration
 from bcd.model import novelty
@@ -83,13 +85,14 @@ class Covers(BaseModel):
 class Evidence(BaseModel):
     """The evidence map in log-odds per cell: the mean of all values plus the bias is the log-odds.
 
-    Drawn at full colour from `limit`.
+    Drawn at full colour from `limit`. Without a bias the values are Grad-CAM, in its own units, and the
+    limit is that of this image.
     """
 
     height: int
     width: int
     values: list[list[float]]
-    bias: float
+    bias: float | None
     limit: float = overlay.LIMIT
     explains: str
     covers: Covers
@@ -224,11 +227,21 @@ def drawn(card: Card, pixels: np.ndarray, prediction: Prediction) -> bytes:
     """
     prediction.require_finite()
     size = {"input_height_px": card.input_height_px, "input_width_px": card.input_width_px}
-    return image.encode_png(overlay.overlay(pixels, prediction.evidence[0], **size))
+    return image.encode_png(overlay.overlay(pixels, prediction.evidence[0], drawn_limit(prediction), **size))
+
+
+def scale_of(card: Card) -> Scale:
+    """How the evidence of a model is drawn."""
+    return Scale() if card.evidence == CLOSED_FORM else Scale(unit="Grad-CAM, each image on its own scale")
+
+
+def drawn_limit(prediction: Prediction) -> float:
+    """The value of the map of one image at full colour."""
+    return overlay.limit_of(prediction.evidence[0], float(prediction.evidence_bias[0]))
 
 
 def _evidence(card: Card, pixels: np.ndarray, prediction: Prediction) -> Evidence:
-    values = prediction.evidence[0]
+    values, bias = prediction.evidence[0], float(prediction.evidence_bias[0])
     first, *others = card.classes
     explains = (
         f"{others[0]} against {first}"
@@ -240,7 +253,8 @@ def _evidence(card: Card, pixels: np.ndarray, prediction: Prediction) -> Evidenc
         height=values.shape[0],
         width=values.shape[1],
         values=values.tolist(),
-        bias=float(prediction.evidence_bias[0]),
+        bias=bias if math.isfinite(bias) else None,
+        limit=overlay.limit_of(values, bias),
         explains=explains,
         covers=Covers(**overlay.covers(*size)),
     )

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from bcd.errors import BundleError
 from bcd.model import weights
-from bcd.model.resnet import ResNet
+from bcd.model.resnet import Network
+from bcd.model.train_step import FrozenTrunk
 
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "state.pt"
 DIGEST = "weights_sha256"
@@ -18,11 +19,12 @@ DIGEST = "weights_sha256"
 
 @dataclass
 class State:
-    """Content of a checkpoint."""
+    """Content of a checkpoint, and what is frozen of the network."""
 
-    network: ResNet
+    network: Network
     optimizer: torch.optim.Optimizer
     history: list[dict[str, Any]] = field(default_factory=list)
+    frozen: FrozenTrunk | None = None
 
     def save(self, folder: Path) -> None:
         """Write network, optimiser and history into a folder."""

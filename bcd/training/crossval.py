@@ -68,6 +68,7 @@ def run(config: CrossvalConfig) -> str:
     Raises:
         DataError: the data cannot be used, or differ from those of the finished folds.
     """
+    config = train.resolved(config)
     uri = storage.join(config.output, config.name)
     if config.against:
         artifacts.require_images(config.against)
@@ -201,7 +202,8 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
     measured = about | artifacts.measure_run(pooled, failed, card.classes)
     measured |= {"threshold": None, "folds": list(rows), "spread": _spread(rows)}
     size = (card.input_height_px, card.input_width_px)
-    facts = about | data.model_dump(exclude={"split_fingerprint"}) | {"input_size_px": size}
+    facts = about | data.model_dump(exclude={"split_fingerprint"})
+    facts |= {"input_size_px": size, "evidence": card.evidence}
     # The balance of the first fold represents all.
     facts |= prepare.class_counts(folds[0].config, _split(folds[0]))
     return Arm(protocol, measured, pooled, failed, facts)

@@ -9,9 +9,10 @@ import pyarrow as pa
 from ray.train import Result
 
 from bcd import provenance, schema, storage, taxonomy, text
-from bcd.config.options import Architecture
+from bcd.config.options import HUB_WEIGHTS, TIMM
 from bcd.config.training import TrainConfig
 from bcd.errors import BundleError
+from bcd.imaging.image import IMAGENET_MEAN, IMAGENET_STD
 from bcd.metrics import aggregate, calibration, decision, measures
 from bcd.model import bundle, card
 from bcd.model.card import Card
@@ -21,7 +22,7 @@ from bcd.runtime.run_directory import SCORE, SELECTION
 from bcd.split import balance, split
 
 if TYPE_CHECKING:
-    from bcd.model.resnet import ResNet
+    from bcd.model.resnet import Network
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def bundle_of(config: TrainConfig, uri: str, table: pa.Table, facts: DatasetFact
     """Write the best epoch as a bundle to `uri`; raises BundleError if no checkpoint is intact."""
     from bcd.model import predictor  # not at the top: a job starts without torch
 
-    network, measured = _best(result, len(taxonomy.classes(config.target)), config.architecture)
+    network, measured = _best(result, config)
     train, validation = part_of(table, split.TRAIN), part_of(table, split.VALIDATION)
     known = _card(config, train, facts, measured)
     statistics, logit = feature_statistics.compute_statistics(network, known, train, validation)
@@ -57,17 +58,18 @@ def fault(run_uri: str) -> str | None:
     return None
 
 
-def _best(result: Result, n_classes: int, architecture: Architecture) -> tuple["ResNet", dict[str, Any]]:
+def _best(result: Result, config: TrainConfig) -> tuple["Network", dict[str, Any]]:
     """The network of the best epoch with an intact checkpoint, and its metrics."""
     from bcd.model import weights
     from bcd.training import checkpoint
 
+    n_classes, size = len(taxonomy.classes(config.target)), (config.input_height_px, config.input_width_px)
     best_first = sorted(result.best_checkpoints, key=lambda pair: pair[1][SELECTION], reverse=True)
     for kept, measured in best_first:
         try:
             with kept.as_directory() as folder:
                 tensors, _ = checkpoint.read_checkpoint(Path(folder))
-                return weights.assembled(n_classes, tensors, architecture), measured
+                return weights.assembled(n_classes, tensors, config.architecture, size), measured
         except BundleError as error:
             epoch = measured[schema.EPOCH]
             logger.warning(f"the checkpoint of epoch {epoch} is damaged: {error}")
@@ -75,6 +77,11 @@ def _best(result: Result, n_classes: int, architecture: Architecture) -> tuple["
 
 
 def _card(config: TrainConfig, train: pa.Table, facts: DatasetFacts, measured: dict[str, Any]) -> Card:
+    license = None
+    if config.architecture.startswith(TIMM) or config.weights.startswith(HUB_WEIGHTS):
+        from bcd.model.networks import timm_weights  # not at the top: it imports torch
+
+        license = timm_weights.license_of(config.architecture, config.weights)
     settings = config.model_dump(mode="json")
     shared = config.model_dump(
         include={"architecture", "target", "input_height_px", "input_width_px", "protocol", "fold", "seed"}
@@ -83,6 +90,9 @@ def _card(config: TrainConfig, train: pa.Table, facts: DatasetFacts, measured: d
     )
     return card.make(
         **shared,
+        mean=config.mean or IMAGENET_MEAN,
+        std=config.std or IMAGENET_STD,
+        license=license,
         classes=taxonomy.classes(config.target),
         mpp=_distinct(train, schema.MPP),
         magnifications=_distinct(train, schema.MAGNIFICATION),

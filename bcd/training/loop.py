@@ -27,9 +27,10 @@ from torch.utils.tensorboard import SummaryWriter
 from bcd import schema, storage
 from bcd.config import log
 from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
+from bcd.imaging.image import IMAGENET_MEAN, IMAGENET_STD
 from bcd.metrics import measures
 from bcd.model import predictor, resnet, train_step, weights
-from bcd.model.resnet import ResNet, normalise
+from bcd.model.resnet import Network, normalise
 from bcd.runtime import cluster
 from bcd.runtime.run_directory import EXPOSURE, SCORE, SELECTION
 from bcd.text import duration
@@ -90,12 +91,14 @@ def _train(task: Task) -> list[dict[str, Any]]:
     if len(state.history) < config.epochs:
         streams[0].begin(len(state.history))
     torch.manual_seed(augmentation_seed(config.seed, context.get_world_rank(), len(state.history)))
-    network = ray.train.torch.prepare_model(state.network, False)
+    network = ray.train.torch.prepare_model(state.network.fc if state.frozen else state.network, False)
     if isinstance(network, DistributedDataParallel):
         # Running statistics are equal on all workers, or made so by `train_step.average_batch_norm`. Torch
         # 2.11 accepts this only under this name, about which torch 2.13 warns if it is an argument.
         network.broadcast_buffers = False
-    step = train_step.Step(network, state.optimizer, device, config.precision, config.augment)
+    colors = config.mean or IMAGENET_MEAN, config.std or IMAGENET_STD
+    how = config.precision, config.augment, *colors, state.frozen
+    step = train_step.Step(network, state.optimizer, device, *how)
     with tempfile.TemporaryDirectory() as folder:
         board = SummaryWriter(folder) if context.get_world_rank() == 0 else None
         for epoch in range(len(state.history) + 1, config.epochs + 1):
@@ -115,12 +118,14 @@ def augmentation_seed(seed: int, rank: int, n_epochs: int) -> int:
 def _state(task: Task, device: torch.device) -> State:
     config = task.config
     pretrained = ray.get(task.weights) if task.weights is not None else None
-    network = weights.build(len(task.classes), pretrained, config.seed, config.architecture)
+    size = config.input_height_px, config.input_width_px
+    network = weights.build(len(task.classes), pretrained, config.seed, config.architecture, size)
     network = network.to(device).to(memory_format=torch.channels_last)
     if config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
         train_step.share_batch_norm(network, device)
+    frozen = train_step.FrozenTrunk(network, config.precision) if config.head == "linear" else None
     optimizer = train_step.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
-    state = State(network, optimizer)
+    state = State(network, optimizer, frozen=frozen)
     _resume(state)
     return state
 
@@ -158,7 +163,7 @@ def _epoch(
         stream.begin(epoch)
     if not task.config.sync_batchnorm and ray.train.get_context().get_world_size() > 1:
         train_step.average_batch_norm(state.network)
-    validated = _gather(_validate(task, state.network, step.device, validation.batches(epoch - 1)))
+    validated = _gather(_validate(task, state.network, step, validation.batches(epoch - 1)))
     if not math.isfinite(validated.loss_sum):
         raise _diverged(task, epoch, "the loss on the validation images is no finite number")
     _log_exposure(task, trained, epoch)
@@ -223,7 +228,7 @@ def _train_epoch(task: Task, step: train_step.Step, epoch: int, stream: Stream, 
         rate = train_step.learning_rate(config.learning_rate, progress, config.warmup_fraction)
         _require_several(len(batch.images) * (world if config.sync_batchnorm else 1))
         with clock.step():
-            loss = step(batch.images, batch.target, rate)
+            loss = step(batch.images, batch.target, rate, batch.image_ids)
         losses.append(loss * len(batch.images))
         seen.add(batch, 0.0)
         told.tell(len(seen.image_ids) * world)
@@ -291,13 +296,17 @@ def _diverged(task: Task, epoch: int, what: str) -> DivergedError:
 
 
 @torch.inference_mode()
-def _validate(task: Task, network: ResNet, device: torch.device, batches: Iterator[Batch]) -> Seen:
-    seen = Seen()
+def _validate(task: Task, network: Network, step: train_step.Step, batches: Iterator[Batch]) -> Seen:
+    seen, device = Seen(), step.device
     network.eval()
     for batch in batches:
-        inputs = normalise(batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2))
-        with resnet.autocast(device, task.config.precision):
-            logit = resnet.forward(network, inputs.contiguous(memory_format=torch.channels_last)).logit
+        images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        inputs = normalise(images, step.mean, step.std).contiguous(memory_format=torch.channels_last)
+        if step.frozen:
+            logit = network.fc(step.frozen(batch.image_ids, inputs))
+        else:
+            with resnet.autocast(device, task.config.precision):
+                logit = resnet.forward(network, inputs).logit
         loss_sum = nn.functional.cross_entropy(logit, batch.target.to(device), reduction="sum")
         seen.add(batch, float(loss_sum))
         seen.logits.append(logit.cpu().numpy())

@@ -3,7 +3,7 @@
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -21,7 +21,8 @@ from ray.train import (
 )
 
 from bcd import lease, storage, taxonomy
-from bcd.config.training import TrainConfig
+from bcd.config.options import TIMM
+from bcd.config.training import TrainConfig, TrainingConfig
 from bcd.errors import BcdError, StorageError
 from bcd.evaluation import evaluate
 from bcd.lease import Lease
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Settings = TypeVar("Settings", bound=TrainingConfig)
+
 
 def run(
     config: TrainConfig,
@@ -66,6 +69,7 @@ def run(
     Raises:
         BcdError: an error for the user, before any long work where possible.
     """
+    config = resolved(config)
     run_uri = storage.join(config.output, config.name)
     if _open_work(config, run_uri) is not None:
         with lease.held(run_uri, config.wait) as own:
@@ -76,6 +80,19 @@ def run(
                 return run_uri
     logger.info(f"{run_uri} is finished: see report.html there, or choose another --name to train again")
     return run_uri
+
+
+def resolved(config: Settings) -> Settings:
+    """The settings with what timm states about a network of its own in place of what was not given: input
+    size, mean and standard deviation. Raises BcdError where it has no such network."""
+    if not config.architecture.startswith(TIMM):
+        return config
+    from bcd.model.networks import timm_weights  # not at the top: a job starts without torch
+
+    stated = timm_weights.stated(config.architecture, config.weights)
+    names = {"input_height_px": stated.height_px, "input_width_px": stated.width_px}
+    names |= {"mean": stated.mean, "std": stated.std}
+    return config.model_copy(update={name: getattr(config, name) or value for name, value in names.items()})
 
 
 def _open_work(config: TrainConfig, run_uri: str) -> str | None:
@@ -126,7 +143,9 @@ def _rates(history: list[dict[str, Any]]) -> dict[str, Any]:
 def _pretrained(config: TrainConfig) -> "State | None":
     from bcd.model import weights  # takes seconds, with torch
 
-    return weights.pretrained(config.weights, config.architecture)
+    return weights.pretrained(
+        config.weights, config.architecture, (config.input_height_px, config.input_width_px)
+    )
 
 
 def _split(

@@ -45,6 +45,12 @@ from bcd.errors import ConfigError
             {"sync_batchnorm": False, "batch_size": 7, "num_workers": "2-4"},
             "--no-sync-batchnorm: with --batch-size 7 some of 4 workers .* expected at least 8",
         ),
+        ({"input_height_px": 31}, "--input-height-px 31: expected at least 32"),
+        ({"architecture": "vgg16"}, r"--architecture expected resnet18, .* or timm:NAME, not 'vgg16'"),
+        ({"architecture": "timm:a/b"}, "--architecture expected"),
+        ({"head": "linear", "weights": "none"}, "--head linear .*: expected others than none"),
+        ({"mean": (0.5, 0.5, 2)}, "--mean input should be less than or equal to 1"),
+        ({"std": (0.5, 0.5, 0)}, "--std input should be greater than 0"),
         ({"learning_rate": -1}, "--learning-rate input should be greater than 0, not -1"),
         ({"classes": ("benign=0", "malignant=0")}, "--classes malignant=0: 0 is benign"),
         ({"learning_rat": 1}, "--learning-rat extra inputs are not permitted"),
@@ -54,6 +60,17 @@ def test_contradictions_are_one_sentence_that_names_the_flag(settings, sentence)
     with pytest.raises(ConfigError, match=sentence) as caught:
         TrainConfig(data="x", **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_only_residual_networks_have_a_size_of_their_own():
+    def size(**given):
+        config = TrainConfig(data="x", **given)
+        return config.input_height_px, config.input_width_px
+
+    assert size() == (224, 336)
+    assert size(input_width_px=100) == (224, 100)
+    assert size(architecture="timm:vit_small_patch16_224") == (0, 0)
+    assert size(architecture="timm:vit_small_patch16_224", input_width_px=336) == (0, 336)
 
 
 def test_a_single_image_is_none_where_batch_norm_counts_all_workers():

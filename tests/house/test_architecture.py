@@ -54,8 +54,8 @@ def depth(node: ast.AST) -> int:
 # those of them that start everything.
 RANKS = [
     *("", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"),
-    *("model", "model.published", "reports", "runtime", "audit", "preflight", "evaluation", "training"),
-    *("scoring", "training.pooling", "serving", "serving.viewer", "doors"),
+    *("model.networks", "model", "model.published", "reports", "runtime", "audit", "preflight", "evaluation"),
+    *("training", "scoring", "training.pooling", "serving", "serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = {"", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data", "split"}
@@ -67,6 +67,7 @@ WITH_RAY = {
 WITH_TORCH = {
     *(f"bcd.model.{name}" for name in ("cam", "predictor", "resnet", "train_step", "weights")),
     "bcd.model.published.importer",
+    *(f"bcd.model.networks.{name}" for name in ("backbone", "timm_weights")),
     "bcd.runtime.cluster",
     *("bcd.training.checkpoint", "bcd.training.loop", "bcd.training.stream"),
     "bcd.training.pooling.attention",

@@ -130,3 +130,27 @@ def test_running_statistics_of_workers_that_counted_apart_are_averaged(found):
         for name, value in state.items():
             expected = torch.stack([first[name], second[name]]).double().mean(0).to(value.dtype)
             torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
+
+
+class WithActivation(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d, which contains what follows the norm."""
+
+    def __init__(self):
+        super().__init__(8)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+def test_a_batch_norm_keeps_the_activation_that_it_contains(tmp_path):
+    images = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+    expected, shared = WithActivation(), train_step.share_batch_norm(WithActivation(), CPU)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        trained = shared(images)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(trained, expected(images), atol=1e-5, rtol=1e-5)
+    assert (trained == 0).any()
+    torch.testing.assert_close(shared.eval()(images), expected.eval()(images), atol=1e-5, rtol=1e-5)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bcd.errors import BundleError
+from bcd.errors import BundleError, ConfigError
 from bcd.model import card as cards
 from bcd.model import novelty
 from tests.model.test_bundle import card
@@ -37,6 +37,7 @@ def test_a_card_is_read_as_it_was_written():
 
 def test_the_identity_follows_what_decides():
     same = {"metrics": {"accuracy": 1.0}, "canary_logit": (0.5, -0.2500001), "warnings": ("few patients",)}
+    same |= {"license": "MIT", "evidence": "gradcam"}
     assert cards.model_id(KNOWN.model_copy(update=same)) == cards.model_id(KNOWN)
     for change in ({"threshold": 0.4}, {"weights_sha256": "b" * 64}, {"temperature": 1.5}):
         assert cards.model_id(KNOWN.model_copy(update=change)) != cards.model_id(KNOWN)
@@ -104,7 +105,10 @@ def test_text_in_no_utf8_is_rejected():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"architecture": "vgg16"}, "architecture: Input should be 'resnet18'"),
+        ({"architecture": "vgg16"}, "architecture: expected resnet18, .* or timm:NAME"),
+        ({"architecture": "timm:hf-hub:a/b"}, "architecture: expected"),
+        ({"evidence": "layercam"}, "evidence: Input should be 'evidence' or 'gradcam'"),
+        ({"license": "x" * 201}, "license: String should have at most 200"),
         ({"classes": ["malignant", "benign"]}, r"expected \['benign', 'malignant'\], in this order"),
         ({"classes": ["benign"]}, "in this order"),
         ({"target": "subtype"}, "in this order"),
@@ -151,7 +155,7 @@ def test_text_in_no_utf8_is_rejected():
         ({"training": {"data": "d"}}, "training: name is missing"),
         ({"validation": {}}, "validation: the epoch is missing"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
-        (statistics(mean=[0.0]), "feature_statistics: expected 512 means and spreads"),
+        (statistics(mean=[0.0]), "feature_statistics: expected as many means as spreads"),
         (
             statistics(spread=[1.0] * 2047 + [0.0]),
             "feature_statistics.spread.2047: Input should be greater than 0",
@@ -171,3 +175,27 @@ def test_the_bounds_hold_when_a_card_is_written():
         BundleError, match="no model card can be written: temperature: Input should be a finite"
     ):
         cards.dump(KNOWN.model_copy(update={"temperature": float("nan")}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "given", "expected"),
+    [
+        ("resnet18", ("evidence",), "evidence"),
+        ("resnet18", ("scorecam", "layer2"), "scorecam"),
+        ("timm:resnet18", ("evidence",), "gradcam"),
+        ("timm:resnet18", ("layercam",), "layercam"),
+        ("timm:resnet18", ("layercam", "layer3"), None),
+        ("timm:resnet18", ("ablationcam",), None),
+    ],
+)
+def test_a_method_is_one_that_the_network_has(architecture, given, expected):
+    known = KNOWN.model_copy(update={"architecture": architecture})
+    if architecture != "resnet18":
+        known = known.model_copy(update={"evidence": "gradcam"})
+    if expected is None:
+        with pytest.raises(
+            ConfigError, match=f"--cam {given[0]} .* needs a ResNet, and the model is timm:res"
+        ):
+            known.cam(*given)
+    else:
+        assert known.cam(*given) == expected

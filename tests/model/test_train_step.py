@@ -184,3 +184,48 @@ def test_images_are_turned_and_flipped_exactly():
     found = train_step.augment(image.expand(8, -1, -1, -1), draws)
     for i, turned in enumerate(found):
         assert torch.equal(turned, torch.rot90(image.flip(-1) if i < 4 else image, i, (-2, -1)))
+
+
+def test_frozen_features_are_computed_once_and_only_the_last_layer_learns(monkeypatch):
+    network = weights.build(2, seed=0, architecture="resnet18").train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    frozen = train_step.FrozenTrunk(network, "float32")
+    passes = []
+    network.conv1.register_forward_hook(lambda *_: passes.append(1))
+    optimizer = train_step.optimizer(network, "adamw", 1e-2, 0.01)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+    step = train_step.Step(network.fc, optimizer, torch.device("cpu"), "float32", True, frozen=frozen)
+    images = torch.cat([torch.zeros(2, 32, 64, 3), torch.full((2, 32, 64, 3), 255)]).to(torch.uint8)
+    target, names = torch.tensor([0, 0, 1, 1]), list("abcd")
+    losses = [float(step(images, target, 1e-2, names)) for _ in range(8)]
+    assert losses[-1] < losses[0] / 2
+    assert len(passes) == 1
+    # Those of other images, in another order and of others beside them.
+    again = frozen(["c", "a"], torch.zeros(2, 3, 32, 64))
+    torch.testing.assert_close(again, torch.stack([frozen._known["c"], frozen._known["a"]]), rtol=0, atol=0)
+    assert len(passes) == 1
+    changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+
+
+def test_frozen_features_stay_within_their_memory(monkeypatch):
+    monkeypatch.setattr(train_step, "FROZEN_BYTES", 3 * 4 * 512)
+    frozen = train_step.FrozenTrunk(weights.build(2, architecture="resnet18"), "float32")
+    images = torch.zeros(5, 3, 32, 32)
+    assert frozen(list("abcde"), images).shape == (5, 512)
+    assert set(frozen._known) == set("abc")
+    assert frozen(list("de"), images[:2]).shape == (2, 512)
+
+
+def test_a_step_normalises_by_the_colours_of_the_network():
+    class Seen(torch.nn.Linear):
+        def forward(self, batch):
+            self.batch = batch
+            return super().forward(batch.mean((2, 3)))
+
+    network = Seen(3, 2)
+    optimizer = train_step.optimizer(network, "sgd", 0.1, 0)
+    how = "float32", False, (0.5, 0.25, 0.0), (0.5, 0.5, 1.0)
+    step = train_step.Step(network, optimizer, torch.device("cpu"), *how)
+    step(torch.full((2, 4, 4, 3), 255, dtype=torch.uint8), torch.tensor([0, 1]), 0.1)
+    torch.testing.assert_close(network.batch[0, :, 0, 0], torch.tensor([1.0, 1.5, 1.0]))

@@ -182,3 +182,10 @@ def test_a_tile_is_drawn_over_the_pixels_given(picture):
 def test_a_row_without_its_map_or_image_is_named(change, reason, picture):
     with pytest.raises(DataError, match=f"a.png: .*{reason}"):
         overlay.overlay_of_row(row(picture) | change)
+
+
+def test_a_map_without_a_bias_has_a_limit_of_its_own():
+    values = np.array([[0.0, 0.01], [-0.02, 0.02]])
+    assert overlay.limit_of(values, 0.3) == overlay.LIMIT
+    for bias in (None, float("nan")):
+        assert overlay.limit_of(values, bias) == overlay.scale([values]) == pytest.approx(0.02)

@@ -281,6 +281,25 @@ def test_overlays_and_other_methods_on_request(model_uri, tmp_path):
     assert plain[0][schema.LOGIT] == good[schema.LOGIT]
 
 
+def test_rows_of_a_network_without_a_closed_form(tmp_path):
+    """Maps of its own size by Grad-CAM, no bias, an embedding of its own length."""
+    pytest.importorskip("timm", reason="needs the extra `timm`")
+    network = weights.build(2, seed=1, architecture="timm:test_vit", size_px=(64, 96))
+    known = card(architecture="timm:test_vit", mean=(0.5,) * 3, std=(0.5,) * 3, license="apache-2.0")
+    predictor.save(network, known, str(tmp_path / "model"))
+    rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b""})
+    found = Scores(settings(str(tmp_path / "model"), batch_size=2, overlays=True, embeddings=True))(rows)
+    assert found.schema.equals(schema.predictions(4, 6, overlays=True, embedding=64))
+    good, bad = found.to_pylist()
+    assert good[schema.EVIDENCE_BIAS] is None
+    assert np.ptp(good[schema.EVIDENCE]) > 0
+    assert (bad[schema.EVIDENCE], bad[schema.ERROR]) == (None, "empty")
+    pixels = image.fit(pictures.gradient(), 64, 96).astype(np.float32) / 255
+    inputs = torch.from_numpy((pixels - 0.5) / 0.5).permute(2, 0, 1)[None]
+    expected = network.eval()(inputs)[0].tolist()
+    assert good[schema.LOGIT] == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_last_layer_turns_the_embedding_into_the_logits(tmp_path):
     """To the precision of float16; a temperature divides them, and a row with an error has none."""
     network = untrained()

@@ -54,3 +54,15 @@ def test_a_large_image_has_a_small_preview(eight):
     assert Image.open(io.BytesIO(base64.b64decode(found.preview_png))).size == (1024, 512)
     assert (found.width_px, found.height_px) == (2_200, 1_100)
     assert found.overlay_png is None
+
+
+def test_a_map_that_adds_up_to_nothing_has_no_bias_and_a_scale_of_its_own(eight):
+    prediction = eight.predict(eight.fit(PIXELS)[None], "gradcam")
+    found = documents.answer(eight.card, "id", b"", PIXELS, prediction)
+    assert found.evidence.bias is None
+    assert found.evidence.limit == overlay.scale([prediction.evidence[0]]) < overlay.LIMIT
+    assert documents.drawn_limit(prediction) == found.evidence.limit
+    assert documents.Answer.model_validate_json(found.model_dump_json()) == found
+    assert documents.scale_of(eight.card).unit == "log-odds per cell"
+    other = eight.card.model_copy(update={"evidence": "gradcam"})
+    assert documents.scale_of(other).unit.startswith("Grad-CAM")

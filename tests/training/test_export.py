@@ -12,7 +12,7 @@ from bcd.config.training import TrainConfig
 from bcd.errors import BundleError
 from bcd.model import weights
 from bcd.runtime.prepare import DatasetFacts
-from bcd.training import checkpoint, export
+from bcd.training import checkpoint, export, train
 
 
 def validation(n=400, seed=0, n_patients=30):
@@ -52,7 +52,7 @@ def result(monkeypatch, *pairs):
         return str(folder), {}
 
     monkeypatch.setattr(checkpoint, "read_checkpoint", read)
-    monkeypatch.setattr(weights, "assembled", lambda n_classes, tensors, architecture: tensors)
+    monkeypatch.setattr(weights, "assembled", lambda n_classes, tensors, *shape: tensors)
     kept = [
         (Kept(content), {schema.EPOCH: epoch, export.SELECTION: score})
         for epoch, (content, score) in enumerate(pairs, 1)
@@ -69,14 +69,14 @@ def result(monkeypatch, *pairs):
     ],
 )
 def test_the_best_epoch_is_the_best_intact_one(monkeypatch, capsys, pairs, expected, n_told):
-    network, measured = export._best(result(monkeypatch, *pairs), 2, "resnet50")
+    network, measured = export._best(result(monkeypatch, *pairs), TrainConfig(data="d"))
     assert (network, measured[schema.EPOCH]) == expected
     assert capsys.readouterr().out.count("is damaged: model.safetensors is not as it was written") == n_told
 
 
 def test_without_an_intact_checkpoint_there_is_no_bundle(monkeypatch):
     with pytest.raises(BundleError, match="no checkpoint of this run is intact; choose another --name"):
-        export._best(result(monkeypatch, ("damaged", 0.9)), 2, "resnet50")
+        export._best(result(monkeypatch, ("damaged", 0.9)), TrainConfig(data="d"))
 
 
 def test_a_card_that_could_not_be_written_is_found_before_the_training():
@@ -151,3 +151,28 @@ def test_the_prior_is_the_share_of_malignant_rows_in_an_epoch(balance, prior):
     classes = ["benign"] * 6 + ["malignant"] * 2
     train = schema.fill(pa.table({schema.TUMOR_CLASS: classes, schema.PART: ["train"] * 8}), schema.SPLIT)
     assert export._prior(TrainConfig(data="d", balance=balance), train) == prior
+
+
+def test_what_timm_states_is_in_settings_and_card_and_flags_win():
+    pytest.importorskip("timm", reason="needs the extra `timm`")
+    config = TrainConfig(data="d", architecture="timm:test_vit", weights="imagenet", input_width_px=320)
+    found = train.resolved(config)
+    assert (found.input_height_px, found.input_width_px) == (160, 320)
+    assert (found.mean, found.std) == ((0.5,) * 3, (0.5,) * 3)
+    assert train.resolved(found) == found
+    plain = TrainConfig(data="d")
+    assert train.resolved(plain) is plain
+    facts = DatasetFacts(
+        data_fingerprint="a" * 64,
+        split_fingerprint="b" * 64,
+        synthetic=False,
+        warnings=[],
+        broken=[],
+        quarantined=[],
+        field_height_px=460,
+        field_width_px=700,
+    )
+    measured = {schema.EPOCH: 1, export.SCORE: 0.5, "n_validation": 1}
+    known = export._card(found, validation(4)[1], facts, measured)
+    assert (known.input_width_px, known.mean, known.license) == (320, (0.5,) * 3, "apache-2.0")
+    assert TrainConfig(**known.training) == found

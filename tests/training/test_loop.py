@@ -115,7 +115,7 @@ class Steps:
         self.network, self.losses = torch.nn.BatchNorm1d(3), iter(losses)
         self.rates, self.sizes, self.spoils = [], [], spoils
 
-    def __call__(self, images, target, rate):
+    def __call__(self, images, target, rate, image_ids):
         self.rates.append(rate)
         self.sizes.append(len(images))
         if self.spoils:

@@ -10,9 +10,9 @@ from bcd import provenance, storage, taxonomy
 from bcd.config.signing import ImportConfig
 from bcd.errors import BundleError, ConfigError
 from bcd.model import card, predictor, weights
-from bcd.model.card import FEATURES, Card
+from bcd.model.card import Card
 from bcd.model.published import sources
-from bcd.model.published.sources import BILINEAR, Source
+from bcd.model.published.sources import BILINEAR, Classifier
 from bcd.text import counted, without_folders
 
 logger = logging.getLogger(__name__)
@@ -29,12 +29,14 @@ def run(config: ImportConfig) -> str:
     source = sources.read_source(config)
     if storage.list_files_if_any(config.output):
         raise ConfigError(f"--output {config.output} is not empty: choose another, or move its files away")
-    uri = storage.absolute(config.weights)  # a file, no word for one
+    uri, size_px = storage.absolute(config.weights), (source.input_px, source.input_px)
     known = _card(config, source, hashlib.sha256(storage.read_bytes(uri)).hexdigest())
-    state = weights.pretrained(uri, source.architecture)
-    assert state is not None  # None is that of a word
-    state = _with_head(state, source, uri)
-    network = weights.build(len(known.classes), state, architecture=source.architecture).eval()
+    state = weights.pretrained(uri, source.architecture, size_px)
+    assert state is not None  # that is of a word, and an absolute path is none
+    made = (source.architecture, size_px)
+    n_features = weights.skeleton(2, *made).fc.in_features
+    state = _with_head(state, source, n_features, uri)
+    network = weights.build(len(known.classes), state, 0, *made).eval()
     identity = predictor.save(network, known, config.output)
     scale = f" at {source.mpp:g} µm/px" if source.mpp else ""
     logger.info(
@@ -45,10 +47,10 @@ def run(config: ImportConfig) -> str:
     return identity
 
 
-def _with_head(state: dict[str, Tensor], source: Source, uri: str) -> dict[str, Tensor]:
+def _with_head(state: dict[str, Tensor], source: Classifier, n_features: int, uri: str) -> dict[str, Tensor]:
     """The tensors with the last layer in the order of the card. Of a network with one logit, whose
     probability is its sigmoid, the other class gets the logit 0: their softmax is the same."""
-    n, n_features = len(source.classes), FEATURES[source.architecture]
+    n = len(source.classes)
     for name, shape in (("fc.weight", (n, n_features)), ("fc.bias", (n,))):
         found = state.get(name)
         if found is None or tuple(found.shape) != shape:
@@ -71,7 +73,7 @@ def _against_zero(tensor: Tensor) -> Tensor:
     return paired
 
 
-def _classes(source: Source) -> tuple[taxonomy.Target | str, tuple[str, ...]]:
+def _classes(source: Classifier) -> tuple[taxonomy.Target | str, tuple[str, ...]]:
     """Target and class names for the card."""
     if len(source.classes) <= 2:
         return "tumor_class", taxonomy.TUMOR_CLASSES
@@ -79,7 +81,7 @@ def _classes(source: Source) -> tuple[taxonomy.Target | str, tuple[str, ...]]:
     return taxonomy.PUBLISHED, tuple(names)
 
 
-def _card(config: ImportConfig, source: Source, file_sha256: str) -> Card:
+def _card(config: ImportConfig, source: Classifier, file_sha256: str) -> Card:
     target, classes = _classes(source)
     sides = {"input_height_px": source.input_px, "input_width_px": source.input_px}
     warnings = [
@@ -114,7 +116,7 @@ def _card(config: ImportConfig, source: Source, file_sha256: str) -> Card:
     )
 
 
-def _statements(config: ImportConfig, source: Source, file_sha256: str) -> dict[str, Any]:
+def _statements(config: ImportConfig, source: Classifier, file_sha256: str) -> dict[str, Any]:
     stated = [tuple(part.strip() for part in pair.split("=", 1)) for pair in config.stated]
     if bad := [pair for pair, parts in zip(config.stated, stated, strict=True) if len(parts) < 2]:
         raise ConfigError(f"--stated {bad[0]}: expected NAME=VALUE")

@@ -6,12 +6,12 @@ A transform is accepted only where a bundle applies it exactly.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
 from bcd import storage
-from bcd.config.options import Architecture
+from bcd.config.options import RESNETS, TIMM, Architecture
 from bcd.config.signing import ImportConfig, Triple
 from bcd.errors import BundleError, ConfigError
 from bcd.imaging.image import IMAGENET_MEAN, IMAGENET_STD
@@ -50,7 +50,7 @@ _WSINFER_PAPER = "Kaczmarzyk et al. 2024, WSInfer, doi:10.1038/s41698-024-00499-
 
 
 @dataclass(frozen=True)
-class Source:
+class Classifier:
     """A published classifier, without its weights.
 
     `classes` are in the order of the logits, `malignant` are some of them. A tile of `tile_px` at `mpp`, µm
@@ -106,7 +106,7 @@ class _Timm(BaseModel):
     pretrained_cfg: _TimmInput
 
 
-def read_source(config: ImportConfig) -> Source:
+def read_source(config: ImportConfig) -> Classifier:
     """Everything about a classifier but its weights.
 
     Raises:
@@ -132,8 +132,8 @@ def read_source(config: ImportConfig) -> Source:
     stated.setdefault("source", f"{publisher}: {name or without_folders(config.weights)}")
     facts = _agreed(config, stated)
     facts["tile_px"] = facts.get("tile_px") or facts["input_px"]
-    architecture = _known(str(facts.pop("architecture")))
-    found = Source(**facts, name=name or architecture, architecture=architecture)
+    architecture = _known(publisher, facts.pop("architecture"))
+    found = Classifier(**facts, name=name or architecture, architecture=architecture)
     _require_exact(found)
     return found
 
@@ -228,15 +228,21 @@ def _parsed(uri: str, kind: type[Parsed]) -> Parsed:
         raise BundleError(f"{uri}: not the config.json that was expected: {where}: {first['msg']}") from None
 
 
-def _known(name: str) -> Architecture:
-    """The architecture of a name of timm or torchvision, without the tag of its weights."""
-    for known in get_args(Architecture):
-        if name.partition(".")[0] == known:
-            return known
-    raise BundleError(f"there is no architecture {name!r} here; expected {some(get_args(Architecture), 9)}")
+def _known(publisher: str, name: str) -> Architecture:
+    """The architecture of a publisher's name, a ResNet's without the tag of its weights. WSInfer's names are
+    timm's."""
+    plain = name.partition(".")[0]
+    if plain in RESNETS:
+        return plain
+    if publisher in ("timm", "wsinfer"):
+        return f"{TIMM}{name}"
+    raise BundleError(
+        f"{publisher}: no {name!r} can be imported; expected {some(RESNETS, 9)}, or a network of timm under "
+        "timm's names of its tensors"
+    )
 
 
-def _require_exact(found: Source) -> None:
+def _require_exact(found: Classifier) -> None:
     if unknown := set(found.malignant) - set(found.classes):
         raise ConfigError(f"--malignant {some(unknown)}: expected some of {some(found.classes, 99)}")
     if len(set(found.classes)) < len(found.classes):

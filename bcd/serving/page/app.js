@@ -200,7 +200,7 @@ function drawThumb(item) {
   if (!item.answer) return draw(item.canvas, item.thumb);
   const { width, height } = item.thumb;
   const { overlay } = state.about;
-  const strengths = strengthsOf(item.answer.evidence, overlay.limit, width, height);
+  const strengths = strengthsOf(item.answer.evidence, item.answer.evidence.limit, width, height);
   draw(item.canvas, laidOver(item.thumb, strengths, overlay, opacity()));
 }
 
@@ -273,7 +273,7 @@ function withEvidence(shown, answer) {
   const { pixels } = shown;
   if (!answer) return pixels;
   const { overlay } = state.about;
-  shown.strengths ??= strengthsOf(answer.evidence, overlay.limit, pixels.width, pixels.height);
+  shown.strengths ??= strengthsOf(answer.evidence, answer.evidence.limit, pixels.width, pixels.height);
   return laidOver(pixels, shown.strengths, overlay, opacity());
 }
 
@@ -303,7 +303,7 @@ function numbers(answer) {
   const { novelty, novelty_cutoff: cutoff } = answer;
   return [
     ["log-odds", signed(answer.log_odds)],
-    ["evidence bias", signed(answer.evidence.bias)],
+    ...(answer.evidence.bias === null ? [] : [["evidence bias", signed(answer.evidence.bias)]]),
     ...(novelty === null ? [] : [["novelty", `${novelty.toFixed(2)} (usual up to ${cutoff.toFixed(2)})`]]),
     ["size", `${answer.width_px} × ${answer.height_px} px`],
     // The probability of one of two classes gives the other; that of one of eight does not.

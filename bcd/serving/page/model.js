@@ -110,13 +110,17 @@ function showScale({ card, overlay }) {
   const [against, towards] = two ? card.classes.map(words) : ["against", "for the predicted class"];
   element("against").textContent = against;
   element("towards").textContent = towards;
-  element("low").textContent = `−${brief(overlay.limit)}`;
-  element("high").textContent = `+${brief(overlay.limit)}`;
+  // Without a closed form each image has its own limit.
+  const closed = card.evidence !== "gradcam";
+  element("low").textContent = closed ? `−${brief(overlay.limit)}` : "least";
+  element("high").textContent = closed ? `+${brief(overlay.limit)}` : "most";
   element("unit").textContent = overlay.unit;
   const label = `Colours from blue for ${against} over none to vermilion for ${towards}`;
   element("scale").setAttribute("aria-label", label);
   const ends = two ? `Vermilion is evidence for ${towards}, blue for ${against}` : "Vermilion is evidence for the predicted class, blue against it";
-  element("reading").textContent =
-    `${ends}; uncoloured places are evidence for neither. All images share this scale; colours saturate beyond its ends. The mean over the map plus the bias is the log-odds.`;
+  const scale = closed
+    ? "All images share this scale; colours saturate beyond its ends. The mean over the map plus the bias is the log-odds."
+    : "Each image has its own scale: the maps are Grad-CAM, which does not add up to the log-odds.";
+  element("reading").textContent = `${ends}; uncoloured places are evidence for neither. ${scale}`;
   show("reading", true);
 }

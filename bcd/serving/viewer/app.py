@@ -208,7 +208,9 @@ def _explained(row: dict[str, Any], output: Scored) -> dict[str, Any] | None:
     values = np.reshape(row[schema.EVIDENCE], (height, width)).tolist()
     logit = pa.chunked_array([[row[schema.LOGIT]]])
     odds = packed.log_odds_of(logit, classes(output.summary["target"]))
-    return {"log_odds": odds.item(), "height": height, "width": width, "values": values, "covers": covers}
+    bias = row[schema.EVIDENCE_BIAS]
+    shown = {"height": height, "width": width, "values": values, "covers": covers}
+    return {"log_odds": odds.item(), "bias": bias, "limit": overlay.limit_of(np.array(values), bias), **shown}
 
 
 def _message(row: Mapping[str, Any]) -> str | None:

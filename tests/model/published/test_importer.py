@@ -172,6 +172,24 @@ def test_timm_keeps_several_malignant_classes(tmp_path, images):
     assert "its publisher uses bicubic" in model.card.warnings[1]
 
 
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
+def test_other_networks_of_timm(tmp_path, images, name):
+    timm = pytest.importorskip("timm", reason="needs the extra `timm`")
+    fixed = {"img_size": 48} if name == "test_vit" else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = timm.create_model(name, num_classes=3, **fixed).eval()
+        nn.init.normal_(network.get_classifier().weight, std=4)
+    content = TIMM | {"architecture": name}
+    content["pretrained_cfg"] = TIMM["pretrained_cfg"] | {"input_size": [3, 48, 48]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    flags = {"config": str(tmp_path / "config.json"), "malignant": ("b",)}
+    flags["weights"] = stored(tmp_path, network.state_dict())
+    model, found = imported(tmp_path, "timm", images, **flags)
+    require_equal(found.probability, softmax(logits(network, batch(images))))
+    assert (model.card.architecture, model.card.mpp) == (f"timm:{name}", ())
+
+
 TORCHVISION = {
     "classes": ("tumor", "normal"),
     "malignant": ("tumor",),

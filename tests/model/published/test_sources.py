@@ -99,7 +99,6 @@ def test_a_transform_that_cannot_be_applied_exactly_is_rejected(tmp_path, steps,
         (WSINFER | {"spacing_um_px": 0}, "spacing_um_px: Input should be greater than 0"),
         ({}, "architecture: Field required"),
         (WSINFER | {"num_classes": 3}, "3 classes with 2 names"),
-        (WSINFER | {"architecture": "inceptionv4"}, "no architecture 'inceptionv4' here; expected resnet18"),
     ],
 )
 def test_what_is_no_config_of_wsinfer_is_rejected(tmp_path, content, said):
@@ -149,6 +148,15 @@ def test_an_unknown_publisher_is_rejected(published, flags, said):
         sources.read_source(config(published, **flags))
 
 
+def test_other_networks_are_those_of_timm(tmp_path):
+    flags = {"malignant": ("Tumor",)}
+    assert (
+        found(tmp_path, WSINFER | {"architecture": "inception_v4"}, **flags).architecture
+        == "timm:inception_v4"
+    )
+    assert found(tmp_path, timm(), "timm", malignant=("c",)).architecture == "resnet50"
+
+
 def test_tiatoolboxs_other_networks_are_rejected():
-    with pytest.raises(BundleError, match="no architecture 'densenet121' here"):
+    with pytest.raises(BundleError, match="tiatoolbox: no 'densenet121' can be imported; expected resnet18"):
         sources.read_source(config("tiatoolbox:densenet121-pcam"))

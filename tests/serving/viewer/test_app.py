@@ -104,6 +104,7 @@ def test_a_field_has_its_numbers_and_its_evidence(client, made):
     explained = row["explained"]
     assert np.ravel(explained["values"]).tolist() == expected[schema.EVIDENCE]
     assert explained["log_odds"] == calibration.log_odds([expected[schema.LOGIT]], TUMOR_CLASSES)[0]
+    assert (explained["bias"], explained["limit"]) == (expected[schema.EVIDENCE_BIAS], overlay.LIMIT)
     # 101 x 64 px in an input of 96 x 64: a bar of a pixel above, and of two below.
     assert explained["covers"] == {"top": 1 / 64, "left": 0, "bottom": 62 / 64, "right": 1}
     assert client.get("/v1/view/input", params={"name": "field 3.png"}).json()["explained"] is None

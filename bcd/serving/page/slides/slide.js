@@ -297,10 +297,13 @@ async function openField() {
   const bitmap = await decode(image);
   const pixels = pixelsOf(bitmap);
   bitmap.close();
-  state.field = { pixels, strengths: strengthsOf(row.explained, overlay.limit, pixels.width, pixels.height) };
+  // A method without a unit has no bias, and a limit of its own.
+  const { limit, bias } = row.explained;
+  const digits = bias === null ? 3 : 0;
+  state.field = { pixels, strengths: strengthsOf(row.explained, limit, pixels.width, pixels.height) };
   element("map-name").textContent = "Evidence";
-  [element("low").textContent, element("high").textContent] = [signed(-overlay.limit, 0), signed(overlay.limit, 0)];
-  element("middle").textContent = "log-odds per cell";
+  [element("low").textContent, element("high").textContent] = [signed(-limit, digits), signed(limit, digits)];
+  element("middle").textContent = bias === null ? "units of its method" : "log-odds per cell";
   setOpacity(100 * overlay.opacity);
 }
 
