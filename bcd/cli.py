@@ -14,7 +14,7 @@ from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
-from bcd.config.signing import PushConfig, SignConfig, VerifyConfig
+from bcd.config.signing import ImportConfig, PushConfig, SignConfig, VerifyConfig
 from bcd.config.training import (
     AblateConfig,
     CrossvalConfig,
@@ -40,6 +40,7 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "view": (ViewConfig, "serving.viewer.view"),
         "pool": (PoolConfig, "training.pooling.pool"),
         "serve": (ServeConfig, "serving.viewer.service"),
+        "import": (ImportConfig, "model.published.importer"),
         "sign": (SignConfig, "preflight.signing"),
         "verify": (VerifyConfig, "preflight.signing"),
         "push": (PushConfig, "model.published.push"),

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "kornia-rs", "simplejpeg")
@@ -87,6 +87,7 @@ def statement(
     fingerprints: Mapping[str, str],
     commit: str | None,
     when: datetime,
+    job: Literal["train", "import"] = "train",
 ) -> dict[str, Any]:
     """How a file with a model was made: an in-toto statement with SLSA provenance. Equal but for the time for
     equal arguments of equal commands in equal environments.
@@ -94,10 +95,11 @@ def statement(
     Args:
         file: its name.
         sha256: of its content.
-        settings: of the training; `data` is the URI of the training data.
-        fingerprints: of the data and of their split.
+        settings: of the training; `data` is the URI of the training data, or a publisher's words for them.
+        fingerprints: of the data and of their split, or of an imported file.
         commit: of the code, where known.
-        when: the training ended.
+        when: the job ended.
+        job: what made the file; an import converts weights that others trained.
     """
     data = {"name": settings["data"], "annotations": dict(fingerprints)}
     code = {"name": "bcd", "annotations": {"git_commit": commit or "unknown", "version": own_version()}}
@@ -107,12 +109,12 @@ def statement(
         "predicateType": "https://slsa.dev/provenance/v1",
         "predicate": {
             "buildDefinition": {
-                "buildType": "urn:bcd:training:1",
+                "buildType": {"train": "urn:bcd:training:1", "import": "urn:bcd:import:1"}[job],
                 "externalParameters": {"command": command(), "settings": dict(settings)},
                 "resolvedDependencies": [data, code],
             },
             "runDetails": {
-                "builder": {"id": "urn:bcd:train", "version": versions()},
+                "builder": {"id": f"urn:bcd:{job}", "version": versions()},
                 "metadata": {"finishedOn": _stamp(when)},
             },
         },

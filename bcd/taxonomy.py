@@ -12,6 +12,8 @@ from bcd.errors import ConfigError
 from bcd.text import folded
 
 Target = Literal["tumor_class", "subtype"]
+# Of a model with classes of its publisher's: see `published_class`.
+PUBLISHED: Literal["published"] = "published"
 
 BENIGN, MALIGNANT = "benign", "malignant"
 TUMOR_CLASSES = (BENIGN, MALIGNANT)
@@ -71,9 +73,20 @@ def classes(target: Target) -> tuple[str, ...]:
 
 
 def malignant_mask(class_names: tuple[str, ...]) -> tuple[bool, ...]:
-    """For each class name (tumour class or subtype code): whether it is malignant."""
-    malignant = {MALIGNANT} | {code for code, s in SUBTYPES.items() if s.tumor_class == MALIGNANT}
-    return tuple(name in malignant for name in class_names)
+    """For each class name of a card: whether it is malignant."""
+    return tuple(tumor_class_of(name) == MALIGNANT for name in class_names)
+
+
+def published_class(name: str, is_malignant: bool) -> str:
+    """The name in a card of a publisher's class: behind the tumour class that it counts as, `malignant:TUM`.
+    So every table with predicted classes says by itself which are malignant."""
+    return f"{MALIGNANT if is_malignant else BENIGN}:{name}"
+
+
+def tumor_class_of(name: str) -> str:
+    """The tumour class of a class of a card: itself, that of a subtype's code, or what a publisher's class
+    counts as."""
+    return SUBTYPES[name].tumor_class if name in SUBTYPES else name.partition(":")[0]
 
 
 def given_names(pairs: Sequence[str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
-from bcd.config.signing import PushConfig, SignConfig, VerifyConfig
+from bcd.config.signing import ImportConfig, PushConfig, SignConfig, VerifyConfig
 from bcd.config.training import AblateConfig, CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
 
 DOCS = Path(__file__).parent
@@ -36,6 +36,7 @@ JOBS: dict[str, type[Config]] = {
     "view": ViewConfig,
     "pool": PoolConfig,
     "serve": ServeConfig,
+    "import": ImportConfig,
     "sign": SignConfig,
     "verify": VerifyConfig,
     "push": PushConfig,

@@ -63,6 +63,13 @@ def test_the_bill_of_materials_names_what_is_installed():
     assert content["dependencies"][0] == {"ref": FILE[0], "dependsOn": references}
 
 
+def test_an_import_is_not_stated_as_a_training():
+    made = provenance.statement(*FILE, {"data": "PCam"}, {"published_sha256": "f"}, None, NOON, "import")
+    predicate = made["predicate"]
+    assert predicate["buildDefinition"]["buildType"] == "urn:bcd:import:1"
+    assert predicate["runDetails"]["builder"]["id"] == "urn:bcd:import"
+
+
 def test_documents_of_origin_differ_in_their_times_only():
     later = datetime(2026, 11, 29, 14, tzinfo=timezone(timedelta(hours=1)))
     facts = ({"data": "d", "seed": 0}, {"data_fingerprint": "f" * 64}, "0123456789ab")

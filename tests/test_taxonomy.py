@@ -26,6 +26,15 @@ def test_malignant_mask():
     assert taxonomy.malignant_mask(taxonomy.classes("subtype")) == (False,) * 4 + (True,) * 4
 
 
+def test_a_publishers_class_names_the_tumor_class_that_it_counts_as():
+    names = tuple(taxonomy.published_class(name, name == "TUM") for name in ("LYM", "TUM", "DC"))
+    assert names == ("benign:LYM", "malignant:TUM", "benign:DC")
+    assert taxonomy.malignant_mask(names) == (False, True, False)
+    assert [taxonomy.tumor_class_of(name) for name in ("benign", "DC", *names)] == [
+        *("benign", "malignant", "benign", "malignant", "benign")
+    ]
+
+
 def test_given_names_of_classes():
     assert taxonomy.given_names(["benign=0", "Malignant = Tumor Tissue", "malignant=2"]) == {
         "0": "benign",

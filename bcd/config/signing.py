@@ -1,9 +1,74 @@
-"""Settings of the jobs that sign, verify and push a model bundle, and of those that require a signature."""
+"""Settings of the jobs that import, sign, verify and push a model bundle, and of those that require a
+signature."""
 
 import tyro
 from pydantic import Field
 
-from bcd.config.options import Config
+from bcd.config.options import MAX_INPUT_PX, MIN_INPUT_PX, Config
+
+Triple = tuple[float, float, float]
+
+
+class ImportConfig(Config):
+    """Turn a published classifier into a model bundle; no code of its publisher is run.
+
+    The weights are a state dict (.safetensors, or .pth and .bin without pickled code) of a ResNet of
+    torchvision or a network of timm; a TorchScript program is rejected. What the publisher's files do not
+    state is given by flags; a flag that contradicts them is rejected. Numbers of the publisher are marked as
+    stated, not measured, until jobs/evaluate.py measures others.
+    """
+
+    published: tyro.conf.Positional[str]
+    """Who published it, and the name: tiatoolbox:resnet50-pcam (resnet18, 34, 50 or 101; -pcam or
+    -kather100k); wsinfer, with --config; timm:resnet50, or timm with --config; torchvision:resnet50."""
+
+    weights: str
+    """The publisher's file of weights: a local path, s3:// or gs://."""
+
+    output: str
+    """Folder for the bundle, which must be empty: local, s3:// or gs://."""
+
+    config: str | None = None
+    """The publisher's config.json, of WSInfer's zoo or of timm: a local path, s3:// or gs://."""
+
+    classes: tuple[str, ...] = ()
+    """Names of the classes in the order of the logits; of a network with one logit, its class alone."""
+
+    malignant: tuple[str, ...] = ()
+    """The classes that count as malignant; all others count as benign. tiatoolbox: those of the tumour."""
+
+    mpp: float | None = None
+    """µm per pixel of the tiles that the network was trained on."""
+
+    input_px: int | None = Field(default=None, ge=MIN_INPUT_PX, le=MAX_INPUT_PX)
+    """Side of the network's square input in pixels."""
+
+    tile_px: int | None = Field(default=None, ge=1)
+    """Side in pixels, at --mpp, of the tiles that are resized to the input; by default that of the input."""
+
+    mean: Triple | None = None
+    """Mean of red, green and blue, of values from 0 to 1, that is subtracted; 0 0 0 where nothing is."""
+
+    std: Triple | None = None
+    """Standard deviation of red, green and blue, by which they are divided; 1 1 1 where they are not."""
+
+    source: str | None = None
+    """Where the weights are from, for the card; by default publisher and name."""
+
+    license: str | None = None
+    """Licence of the weights, for the card. tiatoolbox: that of the data, which the publisher states."""
+
+    citation: str | None = None
+    """The publication to cite, for the card."""
+
+    trained_on: str | None = None
+    """The images that it was trained on, for the card."""
+
+    stated: tuple[str, ...] = ()
+    """Numbers of the publisher, as NAME=VALUE: "AUC=0.96" "sensitivity=0.85 (0.80 to 0.89)"."""
+
+    stated_on: str | None = None
+    """The images behind these numbers."""
 
 
 class SignConfig(Config):

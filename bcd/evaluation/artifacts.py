@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import ray
 
-from bcd import schema, storage, taxonomy
+from bcd import schema, storage
 from bcd.errors import DataError
 from bcd.metrics import aggregate, calibration, compare, measures
 from bcd.model import novelty
@@ -93,7 +93,7 @@ def _draw(
     unscored: Sequence[Mapping[str, str]],
 ) -> None:
     chosen = model_report.choose_examples(images).all()
-    examples = thumbnails.of_images(images.iloc[chosen], taxonomy.classes(measured["target"]))
+    examples = thumbnails.of_images(images.iloc[chosen], measured["classes"])
     shown = dict(zip(chosen, examples, strict=True))
     with tempfile.TemporaryDirectory() as folder:
         model_report.write_report(Path(folder), measured, history, images, facts, shown, unscored)

@@ -38,8 +38,9 @@ from bcd.text import counted, without_folders
 logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions"
-# What is tested: the test part of the model's own data, data that it has not seen, or others with --force.
-HELD_OUT, EXTERNAL, FORCED = "held_out", "external", "forced"
+# What is tested: the test part of the model's own data, data that it has not seen, or others with --force; or
+# data of which it is not known whether a published model has seen them.
+HELD_OUT, EXTERNAL, FORCED, UNPROVEN = "held_out", "external", "forced", "unproven"
 
 
 def run(config: EvaluateConfig) -> str:
@@ -118,6 +119,8 @@ def _tested(
     whole = pa.array([split.TEST] * len(table))
     table = schema.fill(table, schema.INDEX)  # without parts given with the data
     parts = table.append_column(schema.SPLIT.field(schema.PART), whole)
+    if card.published:
+        return parts, facts.model_copy(update={"warnings": [*card.warnings, *facts.warnings]}), UNPROVEN
     doubts = _doubts(config.model, table)
     if not doubts:
         return parts, facts, EXTERNAL
@@ -202,12 +205,12 @@ def evaluate(
     measured |= {name: getattr(card, name) for name in ("threshold", "temperature", "operating_point")}
     measured["summary"] = model_report.summary(measured)
     measured["too_few_patients"] = model_report.too_few_patients(measured)
-    if kind == HELD_OUT:
+    if kind in (HELD_OUT, UNPROVEN):
         _write_metrics(card, measured, model_uri)
     if against:
         measured["comparison"] = artifacts.compared(images, against)
     shown = about | facts.model_dump() | {"input_size_px": (card.input_height_px, card.input_width_px)}
-    shown |= {"evidence": card.evidence}
+    shown |= {"evidence": card.evidence, "published": card.published and card.published.model_dump()}
     if kind == HELD_OUT:
         shown |= class_counts(TrainConfig(**card.training), table)
     run_uri = storage.parent(model_uri)
@@ -236,8 +239,9 @@ def _about(card: Card, facts: DatasetFacts, kind: str) -> dict[str, Any]:
         "title": f"Breast cancer detection: {card.training['name']}",
         "data": without_folders(facts.data or card.training["data"]),
         "target": card.target,
+        "classes": card.classes,
         "weights": card.training["weights"],
-        "best_epoch": card.validation[schema.EPOCH],
+        "best_epoch": card.validation.get(schema.EPOCH),
         "protocol": card.protocol,
         "fold": card.fold,
         "seed": card.seed,

@@ -53,7 +53,7 @@ def measure(
             _malignant(images, schema.TUMOR_CLASS), _malignant(images, schema.PREDICTED_CLASS), TUMOR_CLASSES
         ),
     }
-    if tuple(class_names) != TUMOR_CLASSES:
+    if tuple(class_names) == tuple(SUBTYPES):
         report["multiclass"] = _multiclass(images, class_names)
     return report
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 
@@ -40,7 +40,11 @@ def write_bundle(weights: bytes, card: Card, uri: str) -> None:
     storage.write_bytes(storage.join(uri, WEIGHTS), weights)
     file, now = (WEIGHTS, hashlib.sha256(weights).hexdigest()), datetime.now(UTC)
     prints = {"data_fingerprint": card.data_fingerprint, "split_fingerprint": card.split_fingerprint}
-    origin = provenance.statement(*file, card.training, prints, card.git_commit, now)
+    if card.published:
+        prints = {"published_sha256": card.published.file_sha256}
+    known = {name: value for name, value in prints.items() if value}
+    job: Literal["train", "import"] = "import" if card.published else "train"
+    origin = provenance.statement(*file, card.training, known, card.git_commit, now, job)
     for name, document in ((MATERIALS, provenance.bill_of_materials(*file, now)), (ORIGIN, origin)):
         storage.write_bytes(storage.join(uri, name), json.dumps(document, indent=2).encode())
     write_card(card, uri)

@@ -23,7 +23,7 @@ from bcd.errors import BundleError, ConfigError
 from bcd.imaging import image
 from bcd.model.novelty import FeatureStatistics
 from bcd.model.recipes.reference import StainReference
-from bcd.taxonomy import MAGNIFICATIONS, MAX_MPP, MIN_MPP, Target
+from bcd.taxonomy import MAGNIFICATIONS, MAX_MPP, MIN_MPP
 
 FORMAT_VERSION: Literal[2] = 2
 # A ResNet halves the image five times: a cell of the last layer covers this many pixels of its input.
@@ -31,12 +31,40 @@ STRIDE_PX = 32
 # The last layer of a residual network, and the method for networks without a closed form.
 LAST_LAYER, GRADCAM = "layer4", "gradcam"
 CHECKSUM = "checksum"
+MOST_CLASSES = 100
+# What is known of every model that was trained here.
+OWN = ("protocol", "seed", "data_fingerprint", "split_fingerprint")
 
 InputSize = Annotated[int, Field(ge=MIN_INPUT_PX, le=MAX_INPUT_PX)]
 FieldSize = Annotated[int, Field(ge=1, le=100_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0, le=1)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# Printable text of one line, of users and publishers.
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", min_length=1, max_length=500)]
+
+
+class Published(BaseModel):
+    """Where the weights of an imported model are from, as its publisher states it; nothing was measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    source: Line
+    """The library or collection, and the model's name there."""
+    license: Line
+    """Licence of the weights."""
+    citation: Line
+    """The publication to cite."""
+    trained_on: Line
+    """The images that it was trained on."""
+    classes: tuple[Line, ...] = Field(min_length=1, max_length=MOST_CLASSES)
+    """The publisher's names of the classes, in the order of the file."""
+    file_sha256: Digest
+    """SHA-256 of the publisher's file of weights."""
+    stated: tuple[tuple[Line, Line], ...] = Field(default=(), max_length=50)
+    """Name and value of each number that the publisher states, not measured here."""
+    stated_on: Line | None = None
+    """The images behind these numbers."""
 
 
 class Study(BaseModel):
@@ -70,7 +98,9 @@ class Card(BaseModel):
     """SHA-256 of the file of weights; None before the bundle is written."""
     canary_logit: tuple[float, ...] = ()
     """Logits of `bundle.canary`, in float32 on the machine that wrote the bundle."""
-    target: Target
+    target: Literal["tumor_class", "subtype", "published"]
+    """What is predicted; `published`: classes of the publisher's, each behind the tumour class that it counts
+    as, such as `malignant:TUM`."""
     classes: tuple[str, ...]
     """Class names in the order of the logits."""
     input_height_px: InputSize
@@ -99,12 +129,15 @@ class Card(BaseModel):
     """How the threshold was chosen, and its metrics on validation: `decision.choose_threshold`."""
     calibration: dict[str, float] = {}
     """On validation, before and after the temperature: cross-entropy, Brier score, calibration error."""
-    protocol: Protocol
+    published: Published | None = None
+    """The publisher's statements, of an imported model; of such a one, protocol, seed and fingerprints are
+    unknown."""
+    protocol: Protocol | None = None
     fold: int | None = Field(default=None, ge=1)
-    seed: int = Field(ge=0)
-    data_fingerprint: Digest
+    seed: int | None = Field(default=None, ge=0)
+    data_fingerprint: Digest | None = None
     """Hash over the ids, sizes and classes of the images before the split."""
-    split_fingerprint: Digest
+    split_fingerprint: Digest | None = None
     """Hash over the part of every image."""
     leaky: bool
     """Whether patients may be in more than one part of the split, which makes the metrics misleading."""
@@ -132,7 +165,9 @@ class Card(BaseModel):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "Card":
-        if self.classes != taxonomy.classes(self.target):
+        if self.target == taxonomy.PUBLISHED:
+            _require_published_classes(self.classes)
+        elif self.classes != taxonomy.classes(self.target):
             raise ValueError(
                 f"classes {list(self.classes)}: expected {list(taxonomy.classes(self.target))}, in this order"
             )
@@ -142,8 +177,10 @@ class Card(BaseModel):
             raise ValueError(f"magnifications {sorted(unknown)}: expected some of {list(MAGNIFICATIONS)}")
         if missing := [key for key in ("name", "data", "weights") if key not in self.training]:
             raise ValueError(f"training: {missing[0]} is missing")
-        if "epoch" not in self.validation:
+        if not self.published and "epoch" not in self.validation:
             raise ValueError("validation: the epoch is missing")
+        if not self.published and (missing := [name for name in OWN if getattr(self, name) is None]):
+            raise ValueError(f"{missing[0]} is missing")
         known = self.feature_statistics
         if known and len(known.mean) != len(known.spread):
             raise ValueError("feature_statistics: expected as many means as spreads")
@@ -164,6 +201,17 @@ class Card(BaseModel):
                 f"leave out --cam-layer, and use another --cam than scorecam and ablationcam"
             )
         return self.evidence if given == CLOSED_FORM else given
+
+
+def _require_published_classes(names: tuple[str, ...]) -> None:
+    """Raise ValueError unless they are of the form of `taxonomy.published_class`."""
+    parts = [name.partition(":") for name in names]
+    if {word for word, _, name in parts if name} != set(taxonomy.TUMOR_CLASSES):
+        raise ValueError(f"classes {list(names)}: expected benign:NAME and malignant:NAME, at least one each")
+    if not all(word in taxonomy.TUMOR_CLASSES and name for word, _, name in parts):
+        raise ValueError(f"classes {list(names)}: expected benign:NAME and malignant:NAME only")
+    if not len(set(names)) == len(names) <= MOST_CLASSES:
+        raise ValueError(f"classes: expected at most {MOST_CLASSES}, of different names")
 
 
 def make(**facts: Any) -> Card:
@@ -202,11 +250,11 @@ def parse_card(content: bytes, uri: str) -> Card:
 
 def model_id(card: Card) -> str:
     """Hash over everything that a prediction depends on, with the hash of the weights. Metrics, warnings and
-    licences do not change it, nor do the canary's logits, whose rounding depends on the machine, nor the kind
-    of evidence, which follows from the network, nor fields that an older version did not have, where they are
-    off."""
+    licences and a publisher's statements do not change it, nor do the canary's logits, whose rounding depends
+    on the machine, nor the kind of evidence, which follows from the network, nor fields that an older version
+    did not have, where they are off."""
     off = {name for name in ("stain", "symmetries", "study") if not getattr(card, name)}
-    apart = {"metrics", "warnings", "canary_logit", "bundle_license", "evidence", "license"}
+    apart = {"metrics", "warnings", "canary_logit", "bundle_license", "evidence", "license", "published"}
     facts = card.model_dump_json(exclude=apart | off)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 

@@ -40,9 +40,11 @@ DAMAGED = (
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Modules besides a trunk, replaced by our last layer.
 HEADS = ("fc", "head", "classifier", "last_linear", "projection_head", "projector", "prototypes", "predictor")
-# A tensor of every ResNet, as torchvision and timm name it, and as HuggingFace does.
+# A tensor of every ResNet, as torchvision and timm name it, as HuggingFace does, and TIAToolbox.
 TORCHVISION = "layer1.0.conv1.weight"
+TIATOOLBOX = "feat_extract.4.0.conv1.weight"
 HUGGINGFACE = "encoder.stages.0.layers.0.layer.0.convolution.weight"
+ANCHORS = (TORCHVISION, HUGGINGFACE, TIATOOLBOX)
 # MoCo has two networks, of which the second is an average: https://github.com/facebookresearch/moco-v3
 LEADS, FOLLOWS = {"encoder_q", "base_encoder"}, {"encoder_k", "momentum_encoder"}
 EXPECTED = "expected a state dict of tensors in .safetensors or plain .pth form"
@@ -54,6 +56,8 @@ STARTS = {
     b"\x93NUMPY": "a NumPy array",
     b"{": "JSON text",
 }
+# TIAToolbox numbers torchvision's modules in their order; two of these have no tensors.
+_NUMBERED = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 _KINDS = {"convolution": "conv", "normalization": "bn"}
 _IN_BLOCK = re.compile(
     r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(layer\.(\d+)|shortcut)\.(convolution|normalization)\.(\w+)"
@@ -67,7 +71,8 @@ def pretrained(
     the URI of a file, or a name on the Hugging Face Hub.
 
     One level of wrapping (`state_dict`, `model`, ...) and one prefix (`module.`, `_orig_mod.`, ...) are
-    removed, names of HuggingFace's ResNet become torchvision's, and a line is printed about it.
+    removed, names of HuggingFace's ResNet and of TIAToolbox become torchvision's, and a line is printed about
+    it.
 
     Raises:
         BundleError: the file is no state dict of the architecture, or a download failed.
@@ -82,17 +87,20 @@ def pretrained(
     found = (
         timm_weights.hub_state(weights) if is_on_hub else read_weights(storage.read_bytes(weights), weights)
     )
-    anchors = (TORCHVISION, HUGGINGFACE) if isinstance(own, ResNet) else (_own_anchor(own.body.state_dict()),)
+    anchors = ANCHORS if isinstance(own, ResNet) else (_own_anchor(own.body.state_dict()),)
     level, state = _unwrapped(found, weights, anchors)
     prefix, anchor = _prefix(state, weights, anchors)
     inside = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
     left_out = [name for name in state if not name.startswith(prefix)]
     if anchor == HUGGINGFACE:
         inside = {_as_torchvision(name): tensor for name, tensor in inside.items()}
+    if anchor == TIATOOLBOX:
+        inside = {_from_tiatoolbox(name): tensor for name, tensor in inside.items()}
     steps = {
         f"took {level!r} out of the file": level,
         f"removed the prefix {prefix!r}": prefix,
         "renamed from HuggingFace's names": anchor == HUGGINGFACE,
+        "renamed from TIAToolbox's names": anchor == TIATOOLBOX,
         f"left out {some(left_out)}": left_out,
     }
     if any(steps.values()):
@@ -187,7 +195,10 @@ def _guess_zip(content: bytes) -> str:
     except DAMAGED:
         return f"a damaged PyTorch file of {len(content):,} bytes; copy it again"
     if any("/code/" in name or name.endswith("constants.pkl") for name in names):
-        return "a TorchScript program; save `network.state_dict()` alone"
+        return (
+            "a TorchScript program, which is code and is not run: take the weights alone (in WSInfer's zoo "
+            "model.safetensors or pytorch_model.bin), or save `network.state_dict()`"
+        )
     if any(name.endswith("data.pkl") for name in names):
         return "a damaged PyTorch file, or one with pickled Python objects; save `network.state_dict()` alone"
     return f"a ZIP archive of {some(names)}"
@@ -250,6 +261,15 @@ def _as_torchvision(name: str) -> str:
     for kind, ours in _KINDS.items():
         name = name.replace(f"embedder.embedder.{kind}.", f"{ours}1.")
     return name
+
+
+def _from_tiatoolbox(name: str) -> str:
+    """The torchvision name of a tensor of TIAToolbox's CNNModel."""
+    part, _, rest = name.partition(".")
+    number, _, inner = rest.partition(".")
+    if part == "feat_extract" and number.isdecimal() and int(number) < len(_NUMBERED):
+        return f"{_NUMBERED[int(number)]}.{inner}"
+    return f"fc.{rest}" if part == "classifier" else name
 
 
 def build(

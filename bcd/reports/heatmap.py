@@ -20,7 +20,7 @@ from PIL import Image
 
 from bcd.reports.plots import CLASS_COLOR, STYLE, WIDTH_IN
 from bcd.reports.style import BLUE, GREEN, GREY, INK, SOFT, VERMILION
-from bcd.taxonomy import SUBTYPES
+from bcd.taxonomy import tumor_class_of
 
 # White, the middle of an odd number of colours, is at the threshold, where the class changes.
 COLORS = LinearSegmentedColormap.from_list("probability", [BLUE, "#ffffff", VERMILION], N=257)
@@ -274,6 +274,5 @@ def _classification(name: str | None) -> str:
     """The property of a tile of a class, with the comma before it; nothing without a class."""
     if name is None:
         return ""
-    tumor_class = SUBTYPES[name].tumor_class if name in SUBTYPES else name
-    color = [round(255 * part) for part in to_rgb(CLASS_COLOR.get(tumor_class, GREY))]
+    color = [round(255 * part) for part in to_rgb(CLASS_COLOR.get(tumor_class_of(name), GREY))]
     return ',"classification":' + json.dumps({"name": name, "color": color}, separators=(",", ":"))

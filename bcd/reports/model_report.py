@@ -77,7 +77,7 @@ def write_report(
             validation_accuracy, learning_rate, seconds, images_per_s, class_counts); may be empty.
         images: from `aggregate.image_table`.
         facts: about the run, all optional: title, model_id, data, protocol, fold, seed, target, weights,
-            synthetic, leaky, forced, external, warnings, broken, quarantined, best_epoch, command,
+            synthetic, leaky, forced, external, published, warnings, broken, quarantined, best_epoch, command,
             git_commit, versions, data_fingerprint, split_fingerprint, input_size_px (height and width, which
             the evidence covers), `parts` (images per class in each part) and `balanced` (training rows per
             class after upsampling).

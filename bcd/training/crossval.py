@@ -211,6 +211,7 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
         "title": f"Breast cancer detection: {config.name}, {counted(len(folds), 'model')}",
         "data": without_folders(config.data),
         "target": config.target,
+        "classes": card.classes,
         "weights": config.weights,
         "protocol": protocol,
         "seed": config.seed,

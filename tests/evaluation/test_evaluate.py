@@ -1,12 +1,15 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from bcd import schema, storage
 from bcd.config.evaluation import EvaluateConfig
+from bcd.config.signing import ImportConfig
 from bcd.errors import BundleError, DataError
 from bcd.evaluation import evaluate
-from bcd.model import bundle
+from bcd.model import bundle, weights
+from bcd.model.published import importer
 from bcd.runtime import predict, run_directory
 from tests import planted
 from tests.cluster import read_json
@@ -53,6 +56,28 @@ def test_what_was_trained_on_is_refused_or_marked_when_forced(run_uri, fewer, tm
     assert "were seen in training" in storage.read_bytes(f"{output}/report.html").decode()
     assert "forced: may have been trained on" in storage.read_bytes(f"{output}/report.html").decode()
     assert storage.read_bytes(f"{model}/card.json") == before
+
+
+def test_an_imported_model_is_measured_in_place_of_its_publishers_numbers(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "score_rows", score_here)
+    network, model = weights.build(3, architecture="resnet18"), str(tmp_path / "imported")
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    flags = {"classes": ("a", "b", "c"), "malignant": ("b", "c"), "input_px": 64, "stated": ("AUC=0.96",)}
+    importer.run(
+        ImportConfig(
+            published="torchvision:resnet18", weights=str(tmp_path / "weights.pth"), output=model, **flags
+        )
+    )
+    began = bundle.identify(model)
+    evaluate.run(EvaluateConfig(model=model, data=tree, output=f"{tmp_path}/out"))
+    measured, card = read_json(f"{tmp_path}/out/metrics.json"), bundle.read_card(model)
+    assert (measured["tested_on"], measured["classes"][1]) == ("unproven", "malignant:b")
+    assert "multiclass" not in measured
+    assert card.metrics["pooled"] == measured["pooled"]
+    assert bundle.identify(model) == began
+    page = storage.read_bytes(f"{tmp_path}/out/report.html").decode()
+    for words in ("AUC, stated by the publisher, not measured", "which its publisher may have trained it on"):
+        assert words in page
 
 
 def test_without_its_split_a_model_may_have_seen_the_data(run_uri, fewer, tmp_path):

@@ -68,13 +68,14 @@ WITH_RAY = {
 }
 WITH_TORCH = {
     *(f"bcd.model.{name}" for name in ("cam", "predictor", "resnet", "train_step", "weights")),
+    "bcd.model.published.importer",
     *("model.networks", "model.recipes", "bcd.runtime.cluster"),
     *("bcd.training.checkpoint", "bcd.training.feed", "bcd.training.loop", "bcd.training.stream"),
     "bcd.training.pooling.attention",
     "bcd.preflight.doctor",
     "bcd.serving.serve",
 }
-MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 26_000
+MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 30_000
 
 
 def folder_of(name: str) -> str:

@@ -128,6 +128,22 @@ def test_text_in_no_utf8_is_rejected():
         ({"classes": ["malignant", "benign"]}, r"expected \['benign', 'malignant'\], in this order"),
         ({"classes": ["benign"]}, "in this order"),
         ({"target": "subtype"}, "in this order"),
+        ({"target": "published"}, "expected benign:NAME and malignant:NAME, at least one each"),
+        (
+            {"target": "published", "classes": ["malignant:a", "malignant:b"]},
+            "expected benign:NAME and malignant:NAME, at least one each",
+        ),
+        (
+            {"target": "published", "classes": ["malignant:a", "benign:b", "benign"]},
+            "expected benign:NAME and malignant:NAME only",
+        ),
+        (
+            {"target": "published", "classes": ["malignant:a", "benign:b", "benign:b"]},
+            "at most 100, of different names",
+        ),
+        ({"seed": None}, "seed is missing"),
+        ({"data_fingerprint": None}, "data_fingerprint is missing"),
+        ({"published": {"source": "x"}}, "published.license: Field required"),
         ({"target": "grade"}, "target: "),
         ({"threshold": 1.01}, "threshold: Input should be less than or equal to 1"),
         ({"threshold": -0.01}, "threshold: "),

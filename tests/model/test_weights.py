@@ -49,6 +49,17 @@ def huggingface(prefix="resnet."):
     return named
 
 
+def tiatoolbox():
+    """The same tensors as TIAToolbox's CNNModel names them, and a last layer of nine classes."""
+    order = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    named = {"classifier.weight": constant(1, (9, 2048)), "classifier.bias": constant(2, (9,))}
+    for name, tensor in network().items():
+        module, _, rest = name.partition(".")
+        if module != "fc":
+            named[f"feat_extract.{order.index(module)}.{rest}"] = tensor
+    return named
+
+
 def test_huggingfaces_names_are_those_of_the_published_model():
     names = huggingface().keys()
     for name in (
@@ -94,6 +105,7 @@ FORMS = {
         huggingface(),
         "removed the prefix 'resnet.', renamed from HuggingFace's names, left out clas",
     ),
+    "TIAToolbox": (tiatoolbox(), "renamed from TIAToolbox's names"),
     "HuggingFace's backbone": (
         {n: t for n, t in huggingface("").items() if "classifier" not in n},
         "renamed from HuggingFace's names",

@@ -448,11 +448,20 @@ def test_several_models_of_an_image_are_not_several_images(
     assert "Missed cancers: 4 of 24 judgements of malignant images" in page
 
 
+def test_numbers_of_a_publisher_are_marked_as_not_measured(tmp_path: Path) -> None:
+    words = {"source": "timm: x", "license": "CC0", "citation": "Someone", "trained_on": "PCam"}
+    published = words | {"stated": (("AUC", "0.96"),), "stated_on": "its test part"}
+    page = text(write(tmp_path, predictions(), facts=FACTS | {"published": published}, draws=()))
+    assert "AUC, stated by the publisher, not measured 0.96 on its test part" in page
+    assert "which its publisher may have trained it on, the model distinguishes" in page
+    assert "that it had never seen" not in page
+
+
 def test_colours_speak_for_the_predicted_subtype_where_there_are_eight(tmp_path: Path) -> None:
     targets = ("tumor_class", "subtype")
     pages = [text(write(tmp_path, predictions(), facts={"target": target}, draws=())) for target in targets]
     assert "vermilion for malignant, blue for benign" in pages[0]
-    assert "vermilion for the predicted subtype, blue against it" in pages[1]
+    assert "vermilion for the predicted class, blue against it" in pages[1]
     assert "vermilion for malignant" not in pages[1]
 
 

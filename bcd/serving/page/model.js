@@ -27,26 +27,31 @@ function range(values, unit) {
   return low === high ? `${low} ${unit}` : `${low} to ${high} ${unit}`;
 }
 
-function split({ protocol, fold }) {
+function split({ protocol, fold, published }) {
+  if (published) return ["by its publisher", "what it has seen is not known here"];
   const name = protocol === "official" ? `official fold ${fold}` : `by ${words(protocol)}`;
   return [name, SPLITS[protocol] ?? ""];
 }
 
 /** Balanced accuracy or its substitute, with its interval and the images that it was measured on. */
-function accuracy({ metrics, leaky }) {
+function accuracy({ metrics, leaky, published }) {
   const rows = metrics.summary ?? [];
   const row = [rows.find(([name]) => name === "balanced accuracy"), rows.find(([name]) => name === "image recognition rate")].find(
     (one) => one && one[1] !== "–",
   );
+  const [stated] = published?.stated ?? [];
+  if (!row && stated) {
+    return [`${stated[0]}, stated by the publisher`, stated[1], published.stated_on ? `not measured here, on ${published.stated_on}` : "not measured here"];
+  }
   if (!row) return ["test part", "not measured", "this model has not been evaluated"];
   const [name, value, interval] = row;
   if (metrics.too_few_patients) {
     const headline = interval.includes("too few") ? interval : "too few patients";
     return [`${name}, test part`, headline, metrics.too_few_patients];
   }
-  const seen = leaky ? "of patients that it may have seen" : "of unseen patients";
+  const seen = leaky || published ? "of patients that it may have seen" : "of unseen patients";
   const on = metrics.n_images ? `on ${plural(metrics.n_images, "image")} ${seen}` : "on its test part";
-  return [`${name}, test part`, value, interval === "–" ? on : `95 % interval ${interval}, ${on}`];
+  return [published ? `${name}, measured` : `${name}, test part`, value, interval === "–" ? on : `95 % interval ${interval}, ${on}`];
 }
 
 /** Show facts, warnings and metrics of the model; `about` is the document of /v1/model. */
@@ -87,8 +92,11 @@ function showDetails({ card, limits }) {
     "network's input": `${card.input_width_px} × ${card.input_height_px} px`,
     "usual field": `${card.field_width_px} × ${card.field_height_px} px`,
     split: split(card).filter(Boolean).join(": "),
-    seed: String(card.seed),
-    "data fingerprint": card.data_fingerprint.slice(0, 12),
+    seed: card.seed === null ? "" : String(card.seed),
+    "data fingerprint": card.data_fingerprint?.slice(0, 12),
+    source: card.published?.source,
+    "licence of the weights": card.published?.license,
+    "to cite": card.published?.citation,
     commit: card.git_commit?.slice(0, 12),
     limits: `${mebibytes(limits.max_body_bytes)} and ${limits.max_pixels.toLocaleString("en")} pixels per image`,
   };
