@@ -134,8 +134,12 @@ def _naming(uri: str, action: str) -> Iterator[None]:
         yield
     except UnicodeError as error:
         raise StorageError(f"{uri}: a name there is not in UTF-8; rename it", True) from error
-    except (OSError, *LASTING, *schemes.failures()) as error:
+    except _failures() as error:
         raise failure(uri, action, error) from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    return (OSError, *LASTING, *schemes.failures())
 
 
 def failure(uri: str, action: str, error: Exception) -> StorageError:

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -82,7 +82,7 @@ def pretrained(
         return None
     if weights == IMAGENET_WEIGHTS:
         return _download(architecture, size_px)
-    own = skeleton(2, architecture, size_px)
+    own = cast(ResNet | Backbone, skeleton(2, architecture, size_px))
     is_on_hub = weights.startswith(HUB_WEIGHTS)
     found = (
         timm_weights.hub_state(weights) if is_on_hub else read_weights(storage.read_bytes(weights), weights)
@@ -112,7 +112,9 @@ def pretrained(
         raise BundleError(f"{weights}: {error}") from None
 
 
-def _for_network(own: Network, inside: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+def _for_network(
+    own: ResNet | Backbone, inside: dict[str, Tensor], architecture: Architecture
+) -> dict[str, Tensor]:
     """The tensors by our names, for the network's input size; raises BundleError where they do not fit."""
     if isinstance(own, ResNet):
         fitting(own.state_dict(), inside, architecture)

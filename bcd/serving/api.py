@@ -178,7 +178,7 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
                 given = engine.card, engine.model_id, *seen
                 return await asyncio.to_thread(answer, *given, overlay, preview)
             png = await asyncio.to_thread(drawn, engine.card, *seen[1:])
-        headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{drawn_limit(seen[1]):g}"}
+        headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{drawn_limit(seen[2]):g}"}
         return Response(png, media_type="image/png", headers=headers)
 
     @app.post(

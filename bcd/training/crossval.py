@@ -187,10 +187,12 @@ def _train(
         logger.info(f"{_name(fold)}: finished, {left} of {len(folds)} left")
 
 
-def _train_apart(*given: Any) -> str:
+def _train_apart(
+    config: TrainConfig, inspected: tuple[pa.Table, DatasetFacts], runs_per_node: int, held: Held | None
+) -> str:
     """`train.run` in a process of Ray."""
     log.hand_on("crossval")
-    return train.run(*given, follows=False)
+    return train.run(config, inspected, runs_per_node, held, follows=False)
 
 
 def _nested(arms: Iterable[Sequence[Fold]]) -> dict[str, str]:

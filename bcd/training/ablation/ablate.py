@@ -69,7 +69,7 @@ def arms_of(config: AblateConfig, uri: str) -> dict[str, CrossvalConfig]:
     }
 
 
-def _settings(arm: str) -> Mapping[str, Any]:
+def _settings(arm: str) -> dict[str, Any]:
     """Settings by name of an arm: `plain`, a recipe, or NAME=VALUE,NAME=VALUE."""
     if arm == PLAIN:
         return {}
