@@ -74,5 +74,6 @@ def main(job: str, doc: str | None = None) -> None:
     try:
         import_module(f"bcd.{pipeline}").run(with_recipe(config, sys.argv[1:]))
     except BcdError as error:
-        logging.getLogger(__name__).error(error)
+        # What a task of Ray raised says its whole stack trace; its cause is the sentence.
+        logging.getLogger(__name__).error(getattr(error, "cause", error))
         sys.exit(error.exit_code)

@@ -24,6 +24,8 @@ HIDDEN, SPECIAL = "hidden", "no regular file"
 LOOP, AGAIN = "link to a folder above it", "link to a folder that is listed already"
 # Suffix of a file that is being written; one that a killed process left behind is unused.
 ASIDE = ".part"
+# How often a folder is made for one file, before its absence is an error.
+MOST_FOLDERS = 10
 HALF_WRITTEN = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(ASIDE)}$")
 
 
@@ -163,17 +165,17 @@ def put(data: bytes | BinaryIO, target: IO[bytes]) -> None:
 
 def write_in_place(path: str, data: bytes | BinaryIO) -> None:
     """Write a file that may be found half-written; makes its folder."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "wb") as file:
+    with _new_file(path, "wb") as file:
         put(data, file)
 
 
 def write_aside(path: str, data: bytes | BinaryIO, private: bool = False) -> None:
     """Write a file whole or not at all, in a power cut too; makes its folder."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}{ASIDE}"
+    folder, name = os.path.split(path)
+    # Hidden, so that those who read all files of a folder as one table pass over it.
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}{ASIDE}")
     try:
-        with open(temporary, "xb") as file:
+        with _new_file(temporary, "xb") as file:
             if private:
                 os.fchmod(file.fileno(), 0o600)  # before it has content
             put(data, file)
@@ -184,6 +186,15 @@ def write_aside(path: str, data: bytes | BinaryIO, private: bool = False) -> Non
         with suppress(FileNotFoundError):
             os.remove(temporary)
     sync_folder(os.path.dirname(path))
+
+
+def _new_file(path: str, mode: str) -> IO[bytes]:
+    """Open a file in a folder that is made, once more where a job that ends has just deleted it as empty."""
+    for _ in range(MOST_FOLDERS):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with suppress(FileNotFoundError):
+            return open(path, mode)
+    return open(path, mode)
 
 
 def write_private(path: str, data: bytes | BinaryIO) -> None:

@@ -3,10 +3,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from bcd import cli
 from bcd.config.training import TrainConfig
-from bcd.errors import DataError, IncompleteError
+from bcd.errors import DataError, IncompleteError, StorageError
 
 
 def run(monkeypatch, *arguments, pipeline=lambda config: None, job="train"):
@@ -61,6 +62,18 @@ def test_what_a_user_can_put_right_is_one_line_and_exit_code_2(monkeypatch, caps
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, job="demo", pipeline=pipeline)
     assert capsys.readouterr().err == "error: x.csv: no column 'uri'\n"
+
+
+def test_what_a_task_of_ray_raises_is_one_line_too(monkeypatch, capsys):
+    """Ray's own error is of our class as well, and its text is a stack trace."""
+
+    def pipeline(config):
+        cause = StorageError("s3://bucket/a: cannot write it")
+        raise RayTaskError("draw", "Traceback\n  File ...", cause).as_instanceof_cause()
+
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, job="demo", pipeline=pipeline)
+    assert capsys.readouterr().err == "error: s3://bucket/a: cannot write it\n"
 
 
 def test_inputs_without_a_result_exit_1(monkeypatch, capsys):

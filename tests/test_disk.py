@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import pyarrow.dataset as pads
 import pytest
 
 from bcd import disk
@@ -144,6 +145,43 @@ def test_a_folder_goes_only_where_nothing_else_is_in_it(tmp_path):
     for name in "abcd":
         disk.delete_empty_folder(str(tmp_path / name), ".lease")
     assert [(tmp_path / name).exists() for name in ("a", "b/.lease", "c/.lease/y")] == [False, True, True]
+
+
+def test_who_reads_a_folder_passes_over_a_file_that_is_being_written(tmp_path, monkeypatch):
+    """pyarrow reads every file of a folder but hidden ones, whatever their suffix."""
+    seen, replace = [], os.replace
+
+    def replaced(temporary, path):
+        seen.extend(os.listdir(tmp_path))
+        assert pads.dataset(tmp_path, format="parquet").files == []
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    disk.write_aside(str(tmp_path / "a.parquet"), b"half")
+    assert len(seen) == 1
+    assert disk.HALF_WRITTEN.search(seen[0])
+    assert os.listdir(tmp_path) == ["a.parquet"]
+
+
+@pytest.mark.parametrize("write", [disk.write_aside, disk.write_in_place])
+def test_a_folder_that_goes_while_a_file_is_written_is_made_again(tmp_path, monkeypatch, write):
+    """A job that ends deletes folders in which nothing is."""
+    gone, makedirs = iter([1, 1]), os.makedirs
+
+    def made(path, exist_ok):
+        makedirs(path, exist_ok=exist_ok)
+        if next(gone, None):
+            os.rmdir(path)
+
+    monkeypatch.setattr(os, "makedirs", made)
+    write(str(tmp_path / ".lease" / "a.json"), b"{}")
+    assert (tmp_path / ".lease" / "a.json").read_bytes() == b"{}"
+
+
+def test_a_file_without_a_possible_folder_is_an_error(tmp_path):
+    os.symlink(tmp_path / "nowhere" / "b", tmp_path / "a")
+    with pytest.raises(FileNotFoundError):
+        disk.write_in_place(str(tmp_path / "a"), b"")
 
 
 def test_what_a_killed_process_left_is_deleted(tmp_path):

@@ -308,7 +308,7 @@ def test_a_batch_request_has_the_same_numbers(service, archived, models, files):
 
 
 @pytest.mark.ray
-def test_a_slide_is_scored_as_in_an_archive_though_its_replica_is_lost(service, models, tmp_path):
+def test_a_slide_is_scored_as_in_an_archive_though_its_replica_is_lost(cluster, service, models, tmp_path):
     """The replica that runs the job is killed; the next one runs it again."""
     content = pictures.tiled_tiff(pictures.stained(920, 1400), 0.49, side=256)
     sent = httpx.post(f"{service.url}/v1/slides?name=a.tif", content=content, headers=AUTHORISED)
@@ -319,7 +319,7 @@ def test_a_slide_is_scored_as_in_an_archive_though_its_replica_is_lost(service, 
         return httpx.get(address + path, headers=AUTHORISED, timeout=60)
 
     wait_for(lambda: found().json()["state"] == "running", PATIENCE_S, "work on the slide")
-    (replica,) = [p for p in psutil.process_iter() if re.match(REPLICA, "".join(p.cmdline()[:1]))]
+    (replica,) = map(psutil.Process, replicas(cluster))
     replica.kill()
     wait_for(
         lambda: found().status_code == 200 and found().json()["state"] == "done", PATIENCE_S, "its result"
@@ -642,7 +642,7 @@ def bombs():
 
 @pytest.mark.trial
 @pytest.mark.ray
-def test_bombs_among_the_images_hold_up_nobody(service, files, capsys):
+def test_bombs_among_the_images_hold_up_nobody(cluster, service, files, capsys):
     """One in fifty, for BCD_SOAK_MINUTES: the other answers take at most twice their usual time."""
     minutes = float(os.environ.get("BCD_SOAK_MINUTES", "10"))
     given, slow = itertools.cycle(bombs().items()), []
@@ -661,7 +661,7 @@ def test_bombs_among_the_images_hold_up_nobody(service, files, capsys):
             times.append(time.monotonic() - begun)
         return times
 
-    (replica,) = [p for p in psutil.process_iter() if re.match(REPLICA, "".join(p.cmdline()[:1]))]
+    (replica,) = map(psutil.Process, replicas(cluster))
     with ThreadPoolExecutor(100) as pool, ThreadPoolExecutor(4) as clients:
         alone, beside = (
             [clients.submit(answers, pool, *how) for _ in range(4)]

@@ -95,7 +95,7 @@ def a_claim_is_not_looked_at_again(patch, world):
     real = lease._acquired
 
     def acquired(uri, wait):
-        if lease._files(uri):
+        if storage.list_files_if_any(storage.join(uri, lease.FOLDER)):
             return real(uri, wait)
         ours = lease.Lease(uri)
         ours.claim()
@@ -172,7 +172,7 @@ def rows_are_merged_twice(patch, world):
 @planted
 def replaced_files_are_not_noticed(patch, world):
     """What was scored once is not looked at again."""
-    patch.setattr(inputs, "_changed", lambda *known: set())
+    patch.setattr(inputs, "_changed", lambda *known: (set(), set()))
 
 
 @planted
@@ -184,7 +184,7 @@ def versions_are_recorded_too_early(patch, world):
         uri = storage.join(ours.uri, inputs.FILE)
         before = storage.read_table(uri) if storage.exists(uri) else now.slice(0, 0)
         storage.write_table(uri, now)
-        changed = inputs._changed(before, now, older, done, found.table)
+        changed, _ = inputs._changed(before, now, older, done, found.table)
         for rows in (older, done):
             ledger.remove(ours, rows, changed)
         return sorted(changed)
