@@ -189,7 +189,7 @@ def write_aside(path: str, data: bytes | BinaryIO, private: bool = False) -> Non
 
 
 def _new_file(path: str, mode: str) -> IO[bytes]:
-    """Open a file in a folder that is made, once more where a job that ends has just deleted it as empty."""
+    """Open a file in a folder that is made, and made again where a job that ends has just deleted it."""
     for _ in range(MOST_FOLDERS):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with suppress(FileNotFoundError):
