@@ -88,13 +88,14 @@ def pinned_revision(uri: str) -> str:
         return uri
     with _installed("hf"):
         from huggingface_hub import HfApi, HfFileSystem
+        from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
     try:
         found = HfFileSystem(skip_instance_cache=True).resolve_path(uri[len(HUB) :])
     except FileNotFoundError as error:
         raise FileNotFoundError(
             "there is no such repository or revision, or it is not public: set HF_TOKEN to read a private one"
         ) from error
-    if not hasattr(found, "revision"):  # a bucket
+    if not isinstance(found, HfFileSystemResolvedRepositoryPath):  # a bucket
         return uri
     commit = HfApi().repo_info(found.repo_id, repo_type=found.repo_type, revision=found.revision).sha
     kind = "" if found.repo_type == "model" else f"{found.repo_type}s/"
