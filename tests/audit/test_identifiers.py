@@ -129,7 +129,7 @@ def test_a_stored_file_is_searched_by_its_header(tmp_path):
         path.write_bytes(content)
         found = identifiers.in_stored(path.name, str(path))
         assert {(one.what, one.found_in) for one in found} == expected
-    for place in (str(tmp_path / "gone.svs"), "ftp://host/gone.svs"):
+    for place in (str(tmp_path / "gone.svs"), "tape://host/gone.svs"):
         (gone,) = identifiers.in_stored("gone.svs", place)
         assert gone.what == identifiers.NOT_READ
 

