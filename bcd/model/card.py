@@ -89,8 +89,8 @@ class Card(BaseModel):
     evidence: Literal["evidence", "gradcam"] = "evidence"
     """What the evidence maps are. evidence: the closed form, whose mean plus bias is the log-odds; gradcam:
     Grad-CAM, which adds up to nothing, of networks that have more than a mean before the last layer."""
-    license: Annotated[str, Field(max_length=200)] | None = None
-    """Licence of the initial weights, where it is known; that of the data is another."""
+    weights_license: Annotated[str, Field(max_length=200)] | None = None
+    """Licence of the initial weights, where it is known; of an imported model see `published`."""
     study: Study | None = None
     """Of a bundle of a cross-validation: it has seen all images, its metrics are those of the study's models
     on images that each had not seen, and these chose temperature and threshold. None for one training."""
@@ -254,7 +254,7 @@ def model_id(card: Card) -> str:
     on the machine, nor the kind of evidence, which follows from the network, nor fields that an older version
     did not have, where they are off."""
     off = {name for name in ("stain", "symmetries", "study") if not getattr(card, name)}
-    apart = {"metrics", "warnings", "canary_logit", "bundle_license", "evidence", "license", "published"}
+    apart = {"metrics", "warnings", "canary_logit", "bundle_license", "evidence", "weights_license", "published"}
     facts = card.model_dump_json(exclude=apart | off)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 

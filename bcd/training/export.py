@@ -114,7 +114,7 @@ def _card(config: TrainConfig, train: pa.Table, facts: DatasetFacts, measured: d
         **shared,
         mean=config.mean or IMAGENET_MEAN,
         std=config.std or IMAGENET_STD,
-        license=license,
+        weights_license=license,
         classes=taxonomy.classes(config.target),
         mpp=_distinct(train, schema.MPP),
         magnifications=_distinct(train, schema.MAGNIFICATION),

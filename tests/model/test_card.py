@@ -39,7 +39,7 @@ def test_a_card_is_read_as_it_was_written():
 
 
 # Fields that cards of version 0.2.0 do not have.
-ADDED = {"stain", "symmetries", "study", "evidence", "license", "published", "bundle_license"}
+ADDED = {"stain", "symmetries", "study", "evidence", "weights_license", "published", "bundle_license"}
 
 
 def test_a_card_of_an_older_version_keeps_its_identity():
@@ -63,7 +63,7 @@ def test_recipes_and_studies_decide(change):
 
 def test_the_identity_follows_what_decides():
     same = {"metrics": {"accuracy": 1.0}, "canary_logit": (0.5, -0.2500001), "warnings": ("few patients",)}
-    same |= {"bundle_license": "mit", "license": "MIT", "evidence": "gradcam"}
+    same |= {"bundle_license": "mit", "weights_license": "MIT", "evidence": "gradcam"}
     assert cards.model_id(KNOWN.model_copy(update=same)) == cards.model_id(KNOWN)
     for change in ({"threshold": 0.4}, {"weights_sha256": "b" * 64}, {"temperature": 1.5}):
         assert cards.model_id(KNOWN.model_copy(update=change)) != cards.model_id(KNOWN)
@@ -134,7 +134,7 @@ def test_text_in_no_utf8_is_rejected():
         ({"architecture": "vgg16"}, "architecture: expected resnet18, .* or timm:NAME"),
         ({"architecture": "timm:hf-hub:a/b"}, "architecture: expected"),
         ({"evidence": "layercam"}, "evidence: Input should be 'evidence' or 'gradcam'"),
-        ({"license": "x" * 201}, "license: String should have at most 200"),
+        ({"weights_license": "x" * 201}, "weights_license: String should have at most 200"),
         ({"classes": ["malignant", "benign"]}, r"expected \['benign', 'malignant'\], in this order"),
         ({"classes": ["benign"]}, "in this order"),
         ({"target": "subtype"}, "in this order"),

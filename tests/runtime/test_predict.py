@@ -285,7 +285,7 @@ def test_rows_of_a_network_without_a_closed_form(tmp_path):
     """Maps of its own size by Grad-CAM, no bias, an embedding of its own length."""
     pytest.importorskip("timm", reason="needs the extra `timm`")
     network = weights.build(2, seed=1, architecture="timm:test_vit", size_px=(64, 96))
-    known = card(architecture="timm:test_vit", mean=(0.5,) * 3, std=(0.5,) * 3, license="apache-2.0")
+    known = card(architecture="timm:test_vit", mean=(0.5,) * 3, std=(0.5,) * 3, weights_license="apache-2.0")
     predictor.save(network, known, str(tmp_path / "model"))
     rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b""})
     found = Scores(settings(str(tmp_path / "model"), batch_size=2, overlays=True, embeddings=True))(rows)

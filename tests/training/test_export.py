@@ -174,5 +174,5 @@ def test_what_timm_states_is_in_settings_and_card_and_flags_win():
     )
     measured = {schema.EPOCH: 1, export.SCORE: 0.5, "n_validation": 1}
     known = export._card(found, validation(4)[1], facts, measured)
-    assert (known.input_width_px, known.mean, known.license) == (320, (0.5,) * 3, "apache-2.0")
+    assert (known.input_width_px, known.mean, known.weights_license) == (320, (0.5,) * 3, "apache-2.0")
     assert TrainConfig(**known.training) == found

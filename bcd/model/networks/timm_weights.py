@@ -41,6 +41,7 @@ ENCODERS = {
     "paige-ai/virchow2": Terms(NC_ND, False, True, "its layers have no name in timm, and it is not read"),
     "prov-gigapath/prov-gigapath": Terms("Apache-2.0", True, True),
     "owkin/phikon": Terms("Owkin non-commercial", False, False, FOREIGN),
+    "owkin/phikon-v2": Terms(NC_ND, False, False, FOREIGN),
     "bioptimus/h-optimus-0": Terms("Apache-2.0", True, True, "timm:vit_giant_patch14_reg4_dinov2"),
 }
 
