@@ -254,8 +254,8 @@ def model_id(card: Card) -> str:
     on the machine, nor the kind of evidence, which follows from the network, nor fields that an older version
     did not have, where they are off."""
     off = {name for name in ("stain", "symmetries", "study") if not getattr(card, name)}
-    apart = {"metrics", "warnings", "canary_logit", "bundle_license", "evidence", "weights_license", "published"}
-    facts = card.model_dump_json(exclude=apart | off)
+    words = {"metrics", "warnings", "weights_license", "bundle_license", "published"}
+    facts = card.model_dump_json(exclude=words | {"canary_logit", "evidence"} | off)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
