@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import tyro
 
+from bcd import errors
 from bcd.config import log
 from bcd.config.checks import AuditConfig, DoctorConfig
 from bcd.config.evaluation import EvaluateConfig
@@ -23,7 +24,7 @@ from bcd.config.training import (
     TrainConfig,
     with_recipe,
 )
-from bcd.errors import BcdError
+from bcd.errors import BcdError, StorageError
 
 # The settings of each job, and the module below `bcd` with its `run`: not imported yet, because Ray and torch
 # take seconds, and flags may be wrong.
@@ -74,6 +75,15 @@ def main(job: str, doc: str | None = None) -> None:
     try:
         import_module(f"bcd.{pipeline}").run(with_recipe(config, sys.argv[1:]))
     except BcdError as error:
-        # What a task of Ray raised says its whole stack trace; its cause is the sentence.
-        logging.getLogger(__name__).error(getattr(error, "cause", error))
+        logging.getLogger(__name__).error(_sentence(error))
         sys.exit(error.exit_code)
+
+
+def _sentence(error: BcdError) -> str:
+    """What failed, and what to do."""
+    # What a task of Ray raised says its whole stack trace; its cause is the sentence.
+    cause = getattr(error, "cause", error)
+    is_transient = isinstance(cause, StorageError) and not cause.lasting
+    if not is_transient or "same command again" in str(cause):
+        return str(cause)
+    return f"{str(cause).removesuffix('.')}; {errors.ASK_AGAIN}"

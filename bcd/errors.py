@@ -16,6 +16,8 @@ BcdError              jobs print its sentence and exit with code 2
 └── DiagnosisError    exit code 1
 """
 
+# What to do about a transient `StorageError`.
+ASK_AGAIN = "check the network, the credentials and the free space, and run the same command again"
 # Code and message of an image error.
 NOT_FINITE = "not_finite"
 NOT_FINITE_MESSAGE = "the model's logits are not finite numbers; use --precision float32, or another model"

@@ -7,7 +7,7 @@ from ray.exceptions import RayTaskError
 
 from bcd import cli
 from bcd.config.training import TrainConfig
-from bcd.errors import DataError, IncompleteError, StorageError
+from bcd.errors import ASK_AGAIN, DataError, IncompleteError, MissingError, StorageError
 
 
 def run(monkeypatch, *arguments, pipeline=lambda config: None, job="train"):
@@ -73,7 +73,28 @@ def test_what_a_task_of_ray_raises_is_one_line_too(monkeypatch, capsys):
 
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, job="demo", pipeline=pipeline)
-    assert capsys.readouterr().err == "error: s3://bucket/a: cannot write it\n"
+    assert capsys.readouterr().err == f"error: s3://bucket/a: cannot write it; {ASK_AGAIN}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            StorageError("s3://b/a: cannot list it: timeout."),
+            f"s3://b/a: cannot list it: timeout; {ASK_AGAIN}",
+        ),
+        (StorageError("a: cannot read it: denied", lasting=True), "a: cannot read it: denied"),
+        (MissingError("a: no such file"), "a: no such file"),
+        (StorageError("a: replaced; run the same command again"), "a: replaced; run the same command again"),
+    ],
+)
+def test_another_attempt_is_advised_where_it_may_succeed(monkeypatch, capsys, error, said):
+    def pipeline(config):
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, job="demo", pipeline=pipeline)
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 def test_inputs_without_a_result_exit_1(monkeypatch, capsys):

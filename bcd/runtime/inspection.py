@@ -23,8 +23,6 @@ from bcd.text import counted, duration, some
 
 logger = logging.getLogger(__name__)
 
-# What to do after a transient error of storage.
-ASK_AGAIN = "check the network and the credentials, and run the same command again"
 # Number of progress lines.
 PROGRESS_STEPS = 10
 
@@ -172,7 +170,7 @@ def require_given(names: Sequence[str], errors: Sequence[str | None]) -> None:
     if lost := [name for name, code in zip(names, codes, strict=True) if code == image.UNAVAILABLE]:
         raise StorageError(
             f"storage failed to deliver {lost[0]} (and {len(lost) - 1} more images); the image itself is not "
-            f"at fault: {ASK_AGAIN}"
+            "at fault"
         )
 
 

@@ -24,10 +24,10 @@ from ray.train import (
 from bcd import lease, storage, taxonomy
 from bcd.config.options import TIMM
 from bcd.config.training import TrainConfig, TrainingConfig
-from bcd.errors import BcdError, StorageError
+from bcd.errors import BcdError
 from bcd.evaluation import evaluate
 from bcd.lease import Lease
-from bcd.runtime import cluster, datasets, inspection, output, run_directory
+from bcd.runtime import cluster, datasets, output, run_directory
 from bcd.runtime.prepare import (
     DatasetFacts,
     describe_split,
@@ -272,6 +272,5 @@ def for_people(error: TrainingFailedError, run_uri: str) -> Exception:
     for cause in causes:
         # Ray's own timeouts are OSErrors, too.
         if isinstance(cause, OSError) and not isinstance(cause, RayError):
-            failure = storage.failure(storage.join(run_uri, "checkpoints"), "keep or read it", cause)
-            return StorageError(f"{str(failure).removesuffix('.')}; {inspection.ASK_AGAIN}")
+            return storage.failure(storage.join(run_uri, "checkpoints"), "keep or read it", cause)
     return error

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from bcd import storage
-from bcd.runtime import inspection
+from bcd import errors, storage
 from tests import faults, policies
 from tests.cluster import PATIENCE_S, finish, finished, read_json, start_job, submit
 from tests.trained import check_whole, wait_for_epoch
@@ -89,7 +88,7 @@ def test_credentials_that_expire_cost_at_most_the_running_epoch(moment, cluster,
         log, _ = job.communicate(timeout=PATIENCE_S)
         assert job.returncode == 2, log
         assert log.splitlines()[-1].startswith(f"error: {run_uri}/{moment}")
-        assert log.splitlines()[-1].endswith(inspection.ASK_AGAIN)
+        assert log.splitlines()[-1].endswith(errors.ASK_AGAIN)
         store.fault = lambda method, path: None
         log = finished(start_job(*arguments, **store.variables))
     assert "epoch 1/3" not in log

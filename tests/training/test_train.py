@@ -301,7 +301,7 @@ def test_what_the_workers_return_instead_of_a_history_ends_the_run(monkeypatch):
         (BundleError("no such layer"), "no such layer"),
         (
             OSError("When reading: AWS Error UNKNOWN; Details: 7"),
-            "s3://b/run/checkpoints: .* UNKNOWN; check the",
+            "s3://b/run/checkpoints: .* UNKNOWN$",
         ),
         (ValueError("ours"), "Training failed"),
         (GetTimeoutError("Ray's own, and an OSError"), "Training failed"),
