@@ -127,6 +127,7 @@ def document(content: bytes, with_overlay: bool, with_preview: bool) -> dict[str
         "probability_malignant": malignant,
         "probabilities": {"benign": 1 - malignant, "malignant": malignant},
         "log_odds": log_odds,
+        "log_odds_sd": None,
         "threshold": CARD["threshold"],
         "width_px": width,
         "height_px": height,

@@ -27,7 +27,7 @@ def write_board(run_uri: str) -> None:
 
     settings = run_directory.read_json(run_uri, run_directory.CONFIG)
     measured = run_directory.read_json(run_uri, METRICS)
-    step = measured.get("best_epoch") or 0
+    step = int(measured.get("best_epoch") or 0)  # JSON may have it as a float
     scalars = {f"test/{name}": value for name, value in values.metrics_of(measured).items()}
     shown = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
     shown += [

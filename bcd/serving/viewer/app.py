@@ -72,7 +72,20 @@ class Viewer:
             "/heatmap": self.heat_map,
             "/pixels/{level:int}/{column:int}_{row:int}": self.tile,
         }
-        return [Route(f"{PREFIX}{path}", answer) for path, answer in data.items()]
+        return [Route(f"{PREFIX}{path}", self._checked(answer)) for path, answer in data.items()]
+
+    def _checked(self, answer: Callable[[Request], Any]) -> Callable[[Request], Any]:
+        """The same answer; but where it lacks a file, because its slide was deleted, that is the error."""
+
+        async def answered(request: Request) -> Response:
+            try:
+                return await answer(request)
+            except (ImageError, StorageError):
+                if job_id := request.query_params.get(JOB):
+                    await self._outputs.find_again(job_id)
+                raise
+
+        return answered
 
     async def _output(self, request: Request) -> Scored:
         """The output that a request names."""

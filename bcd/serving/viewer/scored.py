@@ -162,6 +162,11 @@ class Outputs:
             self._open.popitem(last=False)
         return found
 
+    async def find_again(self, job_id: str | None) -> Scored:
+        """The output as it is now, not as it was some seconds ago; raises as `find`."""
+        self._open.pop(job_id, None)
+        return await self.find(job_id)
+
     def _look(self, job_id: str | None, known: Scored | None) -> Scored:
         uri = self._place(job_id)
         try:
