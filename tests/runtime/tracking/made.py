@@ -29,7 +29,7 @@ MEASURED: dict[str, Any] = {
     "synthetic": True,
     "leaky": False,
     "too_few_patients": None,
-    "best_epoch": 2,
+    "best_epoch": 2.0,
     "threshold": 0.5,
     "temperature": None,
     "n_images": 30,

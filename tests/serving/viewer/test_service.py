@@ -105,6 +105,17 @@ def test_a_slide_that_was_sent_is_seen_from_when_it_is_done_until_it_is_deleted(
             assert refusal(answer) == (404, "no_slide"), path
 
 
+def test_a_slide_that_was_just_deleted_is_unknown_and_not_damaged(config, engine, monkeypatch):
+    monkeypatch.setattr(scored, "LOOK_S", 60)
+    with client_of(config, engine) as client:
+        job_id = send(client)
+        finish(config, job_id)
+        assert client.get("/v1/view", params={"job": job_id}).status_code == 200
+        client.delete(f"/v1/slides/{job_id}")
+        for path in ("/heatmap", "/pixels/10/1_1", ""):
+            assert refusal(client.get(f"/v1/view{path}", params=named(job_id))) == (404, "no_slide"), path
+
+
 def test_slides_of_one_name_are_not_confused(config, engine):
     """Nor where the versions of their outputs are equal."""
     with client_of(config, engine) as client:
