@@ -145,10 +145,14 @@ class Replica:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         self._forward.set_max_batch_size(self._config.max_batch_size)
         limits, slides = front.limits_of(self._config), jobs_of(self._config)
-        if slides:
-            _runner(self._config, slides).start()
+        self._slides = _runner(self._config, slides).start() if slides else None
         app = api.create_app(self, limits, self._config.max_images, slides)
         return middleware.guarded(app, limits, self._token_digest)
+
+    def check_health(self) -> None:
+        """Ray Serve replaces a replica of which this raises: one that would leave slides waiting for ever."""
+        if self._slides and not self._slides.is_alive():
+            raise RuntimeError("the thread that scores slides has ended")
 
     async def look(self, content: bytes) -> Seen:
         """See `api.Engine`."""

@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import IO, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from bcd import lease, schema, storage
 from bcd.config.serving import ServiceConfig
@@ -146,19 +146,27 @@ class SlideJobs:
 
     def about(self, job_id: str) -> About:
         """The slide of an id. Raises RefusedError if there is none."""
-        if re.fullmatch(r"[0-9a-f]{32}", job_id):
-            try:
-                return About.model_validate_json(storage.read_bytes(self.folder(job_id, ABOUT)))
-            except MissingError:
-                pass
+        if found := self.known(job_id):
+            return found
         raise RefusedError(404, "no_slide", "this service knows no slide of this id")
+
+    def known(self, job_id: str) -> About | None:
+        """The slide of an id; None if there is none, or no longer."""
+        if re.fullmatch(r"[0-9a-f]{32}", job_id):
+            with suppress(MissingError, ValidationError):
+                return About.model_validate_json(storage.read_bytes(self.folder(job_id, ABOUT)))
+        return None
 
     def state(self, job_id: str) -> State:
         """How far a slide is."""
-        ends: dict[State, str] = {"failed": FAILED, "cancelled": CANCELLED, "running": PROGRESS}
-        if storage.exists(self.folder(job_id, OUTPUT, ledger.SUMMARY)):
-            return "done"
-        return next((s for s, name in ends.items() if storage.exists(self.folder(job_id, name))), "queued")
+        # What was cancelled stays so, also where the job ended before it noticed.
+        signs: dict[State, tuple[str, ...]] = {
+            "cancelled": (CANCELLED,),
+            "done": (OUTPUT, ledger.SUMMARY),
+            "failed": (FAILED,),
+            "running": (PROGRESS,),
+        }
+        return next((s for s, sign in signs.items() if storage.exists(self.folder(job_id, *sign))), "queued")
 
     def note(self, job_id: str, name: str, content: dict[str, Any]) -> None:
         """Write `PROGRESS`, `FAILED` or `CANCELLED`."""
@@ -226,8 +234,9 @@ class SlideJobs:
         state = self.state(job_id)
         if state in ("queued", "running"):
             self.note(job_id, CANCELLED, {})
-        else:
-            storage.delete_folder(self.folder(job_id))
+            if job_id in self.waiting():  # its runner deletes the rest
+                return state
+        storage.delete_folder(self.folder(job_id))
         return state
 
 
@@ -253,17 +262,19 @@ class SlideRunner:
     environ: Mapping[str, str] = field(default_factory=dict)
     command: Sequence[str] = COMMAND
 
-    def start(self) -> None:
-        """Work until the process ends."""
-        threading.Thread(target=self._work, name="slides", daemon=True).start()
+    def start(self) -> threading.Thread:
+        """Work until the process ends, in the returned thread."""
+        worker = threading.Thread(target=self._work, name="slides", daemon=True)
+        worker.start()
+        return worker
 
     def _work(self) -> None:
         while True:
             try:
                 if self.jobs.waiting():
                     self.run_all()
-            except StorageError as error:
-                logger.warning(f"slides wait for storage: {error}")
+            except (StorageError, OSError) as error:  # of storage, or no process can be started now
+                logger.warning(f"slides wait: {error}")
             except BusyError:  # another replica works
                 pass
             time.sleep(LOOK_S)
@@ -277,15 +288,17 @@ class SlideRunner:
     def _run(self, job_id: str, held: Lease) -> None:
         """One slide to its end."""
         runs = 0
-        while self.jobs.state(job_id) in ("queued", "running"):
+        while (about := self.jobs.known(job_id)) and self.jobs.state(job_id) in ("queued", "running"):
             runs += 1
-            code, said = self._once(self.jobs.about(job_id), held)
+            code, said = self._once(about, held)
             if code and (runs >= MOST_RUNS or code in FINAL_CODES):
                 logger.warning(f"a slide was not scored (exit code {code}): {said}")
                 why = "the job that scores it failed; the log of the service says why"
                 self.jobs.fail(job_id, "job_failed", why)
-        if self.jobs.state(job_id) == "cancelled":
-            # What a caller does not want is not kept: it may be a patient's.
+        # What a caller does not want is not kept: it may be a patient's.
+        if not self.jobs.known(job_id):  # deleted while the job ended
+            storage.delete_folder(self.jobs.folder(job_id))
+        elif self.jobs.state(job_id) == "cancelled":
             for part in (SENT, OUTPUT):
                 storage.delete_folder(self.jobs.folder(job_id, part))
         held.require()

@@ -16,6 +16,7 @@ timm = pytest.importorskip("timm", reason="needs the extra `timm`")
 
 
 @pytest.mark.ray
+@pytest.mark.trial
 def test_a_linear_head_on_a_network_of_timm(joined, tree, tmp_path):
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "w.safetensors")

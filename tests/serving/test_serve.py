@@ -870,6 +870,17 @@ def test_a_replica_without_numbers_is_not_ready(models, monkeypatch):
         serve.Replica.__base__(ServiceConfig(model=models[0], max_batch_size=1), None, broken.model_id)
 
 
+def test_a_replica_that_scores_no_slides_any_more_is_replaced():
+    replica, worker = Unloaded(1), threading.Thread(target=lambda: None)
+    replica._slides, check = None, serve.Replica.__base__.check_health
+    check(replica)
+    replica._slides = worker
+    worker.start()
+    worker.join()
+    with pytest.raises(RuntimeError, match="the thread that scores slides has ended"):
+        check(replica)
+
+
 def test_a_port_in_use_and_a_missing_model_are_errors(models, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -36,8 +36,17 @@ def test_states_follow_each_other(jobs):
     assert jobs.document(job_id)["progress"] == {"message": "starting"}
     jobs.note(job_id, "cancelled", {})
     assert jobs.state(job_id) == "cancelled"
-    finish(jobs, job_id)  # it had ended before it could be cancelled
-    assert jobs.state(job_id) == "done"
+    finish(jobs, job_id)  # before its job noticed
+    assert jobs.state(job_id) == "cancelled"
+
+
+def test_a_slide_that_ends_while_it_is_cancelled_is_deleted(jobs, monkeypatch):
+    job_id = add(jobs)
+    monkeypatch.setattr(SlideJobs, "state", lambda *_: "running")
+    finish(jobs, job_id)
+    jobs.forget_waiting(job_id)
+    assert jobs.remove(job_id) == "running"
+    assert storage.list_files_if_any(jobs.folder(job_id)) == []
 
 
 def test_a_result_has_no_place_of_the_service(jobs):

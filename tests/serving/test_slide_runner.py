@@ -101,6 +101,48 @@ def test_progress_is_what_the_job_says_and_cancelling_ends_it(runner, jobs):
     assert not storage.exists(jobs.folder(job_id, "slide"))
 
 
+@pytest.mark.parametrize("how", ["", "exit1", "exit2"])
+def test_a_slide_deleted_while_its_job_ends_holds_up_no_other(runner, jobs, log, monkeypatch, how):
+    """Its result is there before its process has ended."""
+    ids, end = [add(jobs, how), add(jobs, "")], slide_jobs._end
+
+    def delete_first(process):
+        if jobs.known(ids[0]):
+            storage.delete_folder(jobs.folder(ids[0]))
+            jobs.note(ids[0], "progress.json", {"message": "too late"})
+        end(process)
+
+    monkeypatch.setattr(slide_jobs, "_end", delete_first)
+    runner.run_all()
+    assert len(log()) == 2
+    assert jobs.waiting() == []
+    assert storage.list_files_if_any(jobs.folder(ids[0])) == []
+    assert jobs.state(ids[1]) == "done"
+
+
+def test_a_folder_that_is_lost_or_damaged_holds_up_no_other(runner, jobs, log):
+    lost, damaged, whole = add(jobs, ""), add(jobs, ""), add(jobs, "")
+    storage.delete_folder(jobs.folder(lost))
+    storage.write_bytes(jobs.folder(damaged, slide_jobs.ABOUT), b"{")
+    runner.run_all()
+    assert [flags["--output"] for flags in log()] == [jobs.folder(whole, "output")]
+    assert (jobs.waiting(), jobs.state(whole)) == ([], "done")
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(runner, jobs, monkeypatch):
+    job_id, start = add(jobs, ""), slide_jobs.subprocess.Popen
+
+    def refuse_once(*arguments, **options):
+        monkeypatch.setattr(slide_jobs.subprocess, "Popen", start)
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(slide_jobs.subprocess, "Popen", refuse_once)
+    monkeypatch.setattr(slide_jobs, "LOOK_S", 0.01)
+    worker = runner.start()
+    wait_for(lambda: jobs.waiting() == [], 60, "the slide")
+    assert (jobs.state(job_id), worker.is_alive()) == ("done", True)
+
+
 def test_a_runner_that_is_lost_is_replaced(runner, jobs, log):
     """What it had begun is begun again, by the same command; what had ended is not."""
     done, begun = add(jobs, ""), add(jobs, "")
