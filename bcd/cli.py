@@ -13,17 +13,10 @@ from bcd.config import log
 from bcd.config.checks import AuditConfig, DoctorConfig
 from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
-from bcd.config.scoring import ScoreConfig
+from bcd.config.scoring import PoolConfig, ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
 from bcd.config.signing import ImportConfig, PushConfig, SignConfig, VerifyConfig
-from bcd.config.training import (
-    AblateConfig,
-    CrossvalConfig,
-    DemoConfig,
-    PoolConfig,
-    TrainConfig,
-    with_recipe,
-)
+from bcd.config.training import AblateConfig, CrossvalConfig, DemoConfig, TrainConfig, TuneConfig, with_recipe
 from bcd.errors import BcdError, StorageError
 
 # The settings of each job, and the module below `bcd` with its `run`: not imported yet, because Ray and torch
@@ -37,6 +30,7 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "evaluate": (EvaluateConfig, "evaluation.evaluate"),
         "crossval": (CrossvalConfig, "training.crossval"),
         "ablate": (AblateConfig, "training.ablation.ablate"),
+        "tune": (TuneConfig, "training.tuning.tune"),
         "score": (ScoreConfig, "scoring.score"),
         "view": (ViewConfig, "serving.viewer.view"),
         "pool": (PoolConfig, "training.pooling.pool"),

@@ -20,10 +20,10 @@ from bcd import schema
 from bcd.config.checks import AuditConfig, DoctorConfig
 from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
-from bcd.config.scoring import ScoreConfig
+from bcd.config.scoring import PoolConfig, ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
 from bcd.config.signing import ImportConfig, PushConfig, SignConfig, VerifyConfig
-from bcd.config.training import AblateConfig, CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
+from bcd.config.training import AblateConfig, CrossvalConfig, DemoConfig, TrainConfig, TuneConfig
 
 DOCS = Path(__file__).parent
 JOBS: dict[str, type[Config]] = {
@@ -31,6 +31,7 @@ JOBS: dict[str, type[Config]] = {
     "evaluate": EvaluateConfig,
     "crossval": CrossvalConfig,
     "ablate": AblateConfig,
+    "tune": TuneConfig,
     "audit": AuditConfig,
     "score": ScoreConfig,
     "view": ViewConfig,

@@ -114,3 +114,11 @@ def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def changed_flags(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The settings of `changed`, as `--flag old -> new`."""
     return [f"--{key.replace('_', '-')} {old.get(key)} -> {new.get(key)}" for key in changed(old, new)]
+
+
+def require_run_name(name: str) -> None:
+    """Raise ValueError unless `--name` is good as the name of a folder and in an address."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            f"--name {name!r}: use letters, digits, dots, dashes and underscores, a letter or digit first"
+        )

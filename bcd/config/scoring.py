@@ -1,12 +1,12 @@
-"""Settings of a scoring job."""
+"""Settings of a scoring job, and of what reads its embeddings."""
 
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bcd.config.options import Cam, OutputConfig, Precision
+from bcd.config.options import MAX_SEED, Cam, Fraction, OutputConfig, Precision, require_run_name
 from bcd.config.signing import SignedConfig
-from bcd.taxonomy import MAX_MPP, MIN_MPP
+from bcd.taxonomy import MAX_MPP, MIN_MPP, given_names
 
 
 class ScoreConfig(OutputConfig, SignedConfig):
@@ -103,4 +103,74 @@ class ScoreConfig(OutputConfig, SignedConfig):
     def _closed_form_knows_the_last_layer(self) -> "ScoreConfig":
         if self.cam == "evidence" and self.cam_layer != "layer4":
             raise ValueError(f"--cam-layer {self.cam_layer} needs another --cam, such as gradcam or layercam")
+        return self
+
+
+class PoolConfig(OutputConfig):
+    """Answer for whole slides by attention over their tiles: train on labelled slides, or apply a model.
+
+    With --labels, a model is trained on the embeddings of a scored archive and tested on patients that it
+    has never seen; with --model, a trained one answers for every slide of an archive.
+    """
+
+    scores: str
+    """Output of jobs/score.py --embeddings: local, s3:// or gs://."""
+
+    labels: str | None = None
+    """CSV, TSV or Parquet table of the slides to train on: columns slide (as in the scores; or image_id),
+    tumor_class or subtype, patient unless the scores have it, and, where known, case and part."""
+
+    model: str | None = None
+    """Model of an earlier run, OUTPUT/NAME/model, to apply."""
+
+    output: str = "runs"
+    """Folder of the runs: local, s3:// or gs://. The run is written to OUTPUT/NAME."""
+
+    name: str = "pool"
+    """Name of the run."""
+
+    maps: int = Field(default=20, ge=0)
+    """Slides whose attention is drawn over the slide, the most probable first; each is opened for that."""
+
+    classes: tuple[str, ...] = ()
+    """Other names of the classes in the labels, such as benign=negative malignant=positive."""
+
+    protocol: Literal["case", "patient"] = "case"
+    """What is never divided between parts of the split, see jobs/train.py."""
+
+    validation_fraction: Fraction = 0.2
+    """Share of the slides that choose the best epoch and the threshold."""
+
+    test_fraction: Fraction = 0.2
+    """Share of the slides that only the final evaluation uses."""
+
+    epochs: int = Field(default=60, ge=1)
+    """Passes over the training slides; the best on validation is kept."""
+
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """Learning rate of AdamW."""
+
+    target_sensitivity: Fraction | None = None
+    """Sensitivity on the validation slides that the threshold must reach, see jobs/train.py."""
+
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """Seeds the split and the training."""
+
+    max_failures: int = Field(default=3, ge=0)
+    """How often training starts again after its worker or node is lost."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "PoolConfig":
+        require_run_name(self.name)
+        given_names(self.classes)
+        if (self.labels is None) == (self.model is None):
+            raise ValueError(
+                "expected --labels to train, or --model to apply a trained model: one of the two"
+            )
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("--validation-fraction and --test-fraction leave nothing to train on")
+        applies = {"scores", "labels", "model", "output", "name", "maps", "wait", "log_format"}
+        for name, field in type(self).model_fields.items():
+            if self.model and name not in applies and getattr(self, name) != field.default:
+                raise ValueError(f"--{name.replace('_', '-')} is for training, which needs --labels")
         return self

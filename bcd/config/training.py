@@ -1,6 +1,5 @@
-"""Settings of a training run, a cross-validation, the pooling of tiles and the demo."""
+"""Settings of a training run, a search, a cross-validation and the demo."""
 
-import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, cast, get_args
@@ -21,11 +20,11 @@ from bcd.config.options import (
     Config,
     Fraction,
     LabelledConfig,
-    OutputConfig,
     Precision,
     Protocol,
+    require_run_name,
 )
-from bcd.taxonomy import MAGNIFICATIONS, N_FOLDS, Target, given_names
+from bcd.taxonomy import MAGNIFICATIONS, N_FOLDS, Target
 
 Recipe = Literal["steady", "stains", "few"]
 # Settings by the name of their recipe. Each names a purpose; none is the default before an ablation on
@@ -246,7 +245,7 @@ class TrainingConfig(LabelledConfig):
             raise ValueError(f"--num-workers {self.num_workers}: the minimum exceeds the maximum")
         if unknown := set(self.magnifications) - set(MAGNIFICATIONS):
             raise ValueError(f"--magnifications {sorted(unknown)}: BreaKHis has {list(MAGNIFICATIONS)}")
-        _require_name(self.name)
+        require_run_name(self.name)
         bounds = self.worker_bounds()
         if bounds and not self.sync_batchnorm and self.batch_size < 2 * bounds[1]:
             raise ValueError(
@@ -274,13 +273,6 @@ def with_recipe(config: Config, arguments: Sequence[str]) -> Config:
     names = {part.partition("=")[0].lstrip("-").replace("-", "_") for part in arguments if part[:2] == "--"}
     names |= {name.removeprefix("no_") for name in names}
     return type(config)(**config.model_dump(include=names))
-
-
-def _require_name(name: str) -> None:
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ValueError(
-            f"--name {name!r}: use letters, digits, dots, dashes and underscores, a letter or digit first"
-        )
 
 
 class TrainConfig(TrainingConfig):
@@ -317,6 +309,40 @@ class TrainConfig(TrainingConfig):
             raise ValueError("--fold requires --protocol official or --cross-folds, and the reverse")
         if n_folds and self.fold and self.fold > n_folds:
             raise ValueError(f"--fold {self.fold}: there are {n_folds} folds")
+        return self
+
+
+class TuneConfig(TrainConfig):
+    """Search settings on validation patients, then train with the best and test once on unseen patients.
+
+    Every trial has the same training and validation images; no trial sees the test part. Run the same command
+    again to resume.
+    """
+
+    name: str = "tune"
+    """Name of the search. Run the same command again to resume."""
+
+    space: str
+    """YAML file of the settings to search, and their values: `dropout: {uniform: [0, 0.5]}`,
+    `learning_rate: {loguniform: [1.0e-5, 1.0e-3]}`, `batch_size: {integer: [16, 64]}`, or a list to choose
+    from, `optimizer: [adamw, sgd]`."""
+
+    trials: int = Field(default=16, ge=2, le=1000)
+    """Number of trainings."""
+
+    parallel: int | None = Field(default=None, ge=1)
+    """Trials at a time; by default as many as fit on the cluster."""
+
+    search: Literal["random", "optuna"] = "random"
+    """How the settings of the next trial are chosen; optuna, by the results of earlier ones."""
+
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha: end trials that are behind others at the same epoch; none: train all to their last epoch."""
+
+    @model_validator(mode="after")
+    def _is_judged_on_unseen_patients(self) -> "TuneConfig":
+        if self.protocol == "image":
+            raise ValueError("--protocol image judges trials on patients of the training: expected another")
         return self
 
 
@@ -392,76 +418,6 @@ class AblateConfig(CrossvalConfig):
             raise ValueError(f"--arms {' '.join(self.arms)}: expected two or more, each once")
         if self.against or "," in self.protocol:
             raise ValueError("--arms are compared under one --protocol, without --against")
-        return self
-
-
-class PoolConfig(OutputConfig):
-    """Answer for whole slides by attention over their tiles: train on labelled slides, or apply a model.
-
-    With --labels, a model is trained on the embeddings of a scored archive and tested on patients that it
-    has never seen; with --model, a trained one answers for every slide of an archive.
-    """
-
-    scores: str
-    """Output of jobs/score.py --embeddings: local, s3:// or gs://."""
-
-    labels: str | None = None
-    """CSV, TSV or Parquet table of the slides to train on: columns slide (as in the scores; or image_id),
-    tumor_class or subtype, patient unless the scores have it, and, where known, case and part."""
-
-    model: str | None = None
-    """Model of an earlier run, OUTPUT/NAME/model, to apply."""
-
-    output: str = "runs"
-    """Folder of the runs: local, s3:// or gs://. The run is written to OUTPUT/NAME."""
-
-    name: str = "pool"
-    """Name of the run."""
-
-    maps: int = Field(default=20, ge=0)
-    """Slides whose attention is drawn over the slide, the most probable first; each is opened for that."""
-
-    classes: tuple[str, ...] = ()
-    """Other names of the classes in the labels, such as benign=negative malignant=positive."""
-
-    protocol: Literal["case", "patient"] = "case"
-    """What is never divided between parts of the split, see jobs/train.py."""
-
-    validation_fraction: Fraction = 0.2
-    """Share of the slides that choose the best epoch and the threshold."""
-
-    test_fraction: Fraction = 0.2
-    """Share of the slides that only the final evaluation uses."""
-
-    epochs: int = Field(default=60, ge=1)
-    """Passes over the training slides; the best on validation is kept."""
-
-    learning_rate: float = Field(default=5e-4, gt=0)
-    """Learning rate of AdamW."""
-
-    target_sensitivity: Fraction | None = None
-    """Sensitivity on the validation slides that the threshold must reach, see jobs/train.py."""
-
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    """Seeds the split and the training."""
-
-    max_failures: int = Field(default=3, ge=0)
-    """How often training starts again after its worker or node is lost."""
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> "PoolConfig":
-        _require_name(self.name)
-        given_names(self.classes)
-        if (self.labels is None) == (self.model is None):
-            raise ValueError(
-                "expected --labels to train, or --model to apply a trained model: one of the two"
-            )
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError("--validation-fraction and --test-fraction leave nothing to train on")
-        applies = {"scores", "labels", "model", "output", "name", "maps", "wait", "log_format"}
-        for name, field in type(self).model_fields.items():
-            if self.model and name not in applies and getattr(self, name) != field.default:
-                raise ValueError(f"--{name.replace('_', '-')} is for training, which needs --labels")
         return self
 
 

@@ -16,7 +16,7 @@ from bcd.errors import ConfigError
 from bcd.model import bundle
 
 TRAIN, CROSSVAL, EVALUATE, SCORE, AUDIT, DEMO = "train", "crossval", "evaluate", "score", "audit", "demo"
-POOL, ABLATE = "pool", "ablate"
+POOL, ABLATE, TUNE = "pool", "ablate", "tune"
 # No job, but what trainings and evaluations share.
 PREPARED = "prepared"
 MARKER = ".bcd-output.json"
@@ -38,6 +38,7 @@ FILES = {
     CROSSVAL: rf"(config|run|mlflow)\.json|({_FOLD}/)?({_REPORT})|{_FOLD}/repeat-\d+-fold-\d+/.+"
     rf"|ensemble/(split\.parquet|{_MODEL})|refit/.+",
     ABLATE: r"ablation\.(json|md)|[\w.-]+/.+",
+    TUNE: r"(config|run|space|data|trials)\.json|split\.parquet|tuning\.html|(search|trials|best)/.+",
     EVALUATE: _REPORT,
     SCORE: r"(config|summary)\.json|(slides|inputs)\.parquet|gallery\.html"
     r"|slides/.+/(heatmap\.png|tissue\.(jpg|geojson)|tiles\.geojson(\.gz)?)|predictions/part-ID-.+"
@@ -72,7 +73,7 @@ def read_marker(uri: str, job: str) -> str | None:
     storage.require_writable(uri)
     job_there, found = _marker(uri)
     again = "choose another --prepared" if job == PREPARED else "choose another --output"
-    again += " or --name" if job in (TRAIN, CROSSVAL, POOL, ABLATE) else ""
+    again += " or --name" if job in (TRAIN, CROSSVAL, POOL, ABLATE, TUNE) else ""
     if job_there not in (None, job):
         raise ConfigError(f"{uri} belongs to {_writer(job_there)}; {_writer(job)} needs its own: {again}")
     pattern = re.compile(f"({FILES[job].replace('ID', found or '')}){_ASIDE}") if found else None

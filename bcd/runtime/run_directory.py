@@ -8,7 +8,8 @@ import pyarrow as pa
 
 from bcd import provenance, schema, storage
 from bcd.config.options import changed_flags
-from bcd.config.training import PoolConfig, TrainConfig, TrainingConfig
+from bcd.config.scoring import PoolConfig
+from bcd.config.training import TrainConfig, TrainingConfig, TuneConfig
 from bcd.errors import BcdError, ConfigError, DataError
 from bcd.runtime import output
 from bcd.split import split
@@ -58,6 +59,8 @@ def claim_run(config: Settings, run_uri: str, before: Callable[[], None] = lambd
 def _job(config: Settings) -> str:
     if isinstance(config, PoolConfig):
         return output.POOL
+    if isinstance(config, TuneConfig):
+        return output.TUNE
     return output.TRAIN if isinstance(config, TrainConfig) else output.CROSSVAL
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
+    UserCallback,
     WorkerGroupError,
 )
 
@@ -120,11 +122,11 @@ def _complete(
     started = time.time()
     with ThreadPoolExecutor(1) as pool:
         # Ray starts meanwhile.
-        reading = pool.submit(_pretrained, config)
+        reading = pool.submit(initial_weights, config)
         cluster.connect(trains=True)
         pretrained = reading.result()
     scaling = cluster.scaling(config)
-    table, facts = _split(config, run_uri, inspected, own)
+    table, facts = split_of(config, run_uri, inspected, own)
     table = located(table, store_of(config))
     stain = feed.stain_of(config, run_uri, table)
     fed = feed.feed_of(config, table, held, stain)
@@ -146,7 +148,8 @@ def _rates(history: list[dict[str, Any]]) -> dict[str, Any]:
     return {"first_step_s": history[0].get("first_step_s")} | last
 
 
-def _pretrained(config: TrainConfig) -> "State | None":
+def initial_weights(config: TrainConfig) -> "State | None":
+    """The tensors of `--weights`; None for random ones. Raises BcdError."""
     from bcd.model import weights  # takes seconds, with torch
 
     return weights.pretrained(
@@ -154,10 +157,10 @@ def _pretrained(config: TrainConfig) -> "State | None":
     )
 
 
-def _split(
+def split_of(
     config: TrainConfig, run_uri: str, inspected: tuple[pa.Table, DatasetFacts] | None, own: Lease
 ) -> tuple[pa.Table, DatasetFacts]:
-    """The split rows of this run, made once and read back by a resumed run.
+    """The split rows of this run and facts about them, made once and read back by a resumed run.
 
     A resumed run reads every image again, because images withdrawn or changed since must not be trained on.
     The run directory is claimed only here, so that a run that failed on its data may be repeated with others.
@@ -182,7 +185,9 @@ def refit(config: TrainConfig, run_uri: str, rows: pa.Table) -> Result:
     started = time.time()
     rows = located(rows, store_of(config))
     fed = feed.feed_of(config, rows, stain=feed.stain_of(config, run_uri, rows))
-    return train_model(config, run_uri, fed, _pretrained(config), cluster.scaling(config), started=started)
+    return train_model(
+        config, run_uri, fed, initial_weights(config), cluster.scaling(config), started=started
+    )
 
 
 def train_model(
@@ -193,10 +198,11 @@ def train_model(
     scaling: ScalingConfig,
     runs_per_node: int = 1,
     started: float = 0.0,
+    callbacks: Sequence[UserCallback] = (),
 ) -> Result:
     """Train from the last checkpoint of the run, or raise BcdError; `return_value` is the history.
 
-    `started` is when the job started, in seconds since 1970.
+    `started` is when the job started, in seconds since 1970; `callbacks` see every epoch.
     """
     # Not at the top: a job starts without torch.
     from ray.train.torch import TorchTrainer
@@ -225,7 +231,7 @@ def train_model(
         scaling_config=scaling,
         datasets=fed.streams,
         dataset_config=datasets.SplitData(storage.join(run_uri, EXPOSURE)),
-        run_config=kept_in(run_uri, config.max_failures),
+        run_config=kept_in(run_uri, config.max_failures, callbacks),
     )
     return fitted(trainer, run_uri)
 
@@ -241,8 +247,8 @@ def fitted(trainer: "TorchTrainer", run_uri: str) -> Result:
     return result
 
 
-def kept_in(run_uri: str, max_failures: int) -> RunConfig:
-    """Where and which checkpoints are kept, and how often a lost worker is replaced."""
+def kept_in(run_uri: str, max_failures: int, callbacks: Sequence[UserCallback] = ()) -> RunConfig:
+    """Where and which checkpoints are kept, how often a lost worker is replaced, and what sees epochs."""
     filesystem, path = storage.resolve(run_uri)
     return RunConfig(
         name="checkpoints",
@@ -251,6 +257,7 @@ def kept_in(run_uri: str, max_failures: int) -> RunConfig:
         logging_config=LoggingConfig(log_level="WARNING"),
         worker_runtime_env=cluster.worker_env(),
         failure_config=FailureConfig(max_failures=max_failures),
+        callbacks=[*callbacks],
         # Besides the best, Ray keeps the latest, to resume from; two, in case one is damaged.
         checkpoint_config=CheckpointConfig(
             num_to_keep=2, checkpoint_score_attribute=SELECTION, checkpoint_score_order="max"

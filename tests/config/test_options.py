@@ -5,8 +5,8 @@ import pytest
 from bcd.config.checks import AuditConfig
 from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import changed_flags
-from bcd.config.scoring import ScoreConfig
-from bcd.config.training import CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
+from bcd.config.scoring import PoolConfig, ScoreConfig
+from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
 
 
 def test_a_config_survives_json_and_is_frozen():

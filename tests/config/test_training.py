@@ -1,7 +1,8 @@
 import pytest
 
 from bcd.config.options import changed
-from bcd.config.training import RECIPES, CrossvalConfig, PoolConfig, TrainConfig, with_recipe
+from bcd.config.scoring import PoolConfig
+from bcd.config.training import RECIPES, CrossvalConfig, TrainConfig, with_recipe
 from bcd.errors import ConfigError
 
 

@@ -56,7 +56,7 @@ RANKS = [
     *("data.stores", "", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data"),
     *("split", "model.recipes", "model.networks", "model", "model.published", "reports"),
     *("runtime", "runtime.tracking", "audit", "preflight", "evaluation", "training", "scoring"),
-    *("training.pooling", "training.ablation", "serving", "serving.viewer", "doors"),
+    *("training.pooling", "training.ablation", "training.tuning", "serving", "serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = set(RANKS[: RANKS.index("split") + 1])
@@ -65,6 +65,7 @@ WITH_RAY = {
     *("runtime", "evaluation", "training", "scoring"),
     *("bcd.audit.audit", "bcd.preflight.doctor", "bcd.serving.serve", "bcd.training.pooling.pool"),
     "bcd.serving.viewer.service",
+    "bcd.training.tuning.tune",
 }
 WITH_TORCH = {
     *(f"bcd.model.{name}" for name in ("cam", "predictor", "resnet", "train_step", "weights")),
@@ -75,7 +76,7 @@ WITH_TORCH = {
     "bcd.preflight.doctor",
     "bcd.serving.serve",
 }
-MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 30_000
+MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 30_500
 
 
 def folder_of(name: str) -> str:
@@ -282,7 +283,7 @@ for name in light:
     importlib.import_module(name)
 print(json.dumps(sorted({'torch', 'ray'} & set(sys.modules))), flush=True)
 jobs = "audit.audit evaluation.evaluate preflight.doctor scoring.score training.crossval training.train"
-for name in [*jobs.split(), "training.pooling.pool", "training.ablation.ablate"]:
+for name in [*jobs.split(), "training.pooling.pool", "training.ablation.ablate", "training.tuning.tune"]:
     importlib.import_module(f"bcd.{name}")
 print(json.dumps(sorted({'torch'} & set(sys.modules))), flush=True)
 # torch.compile's machinery counts cores by a subprocess at import: not ours, so it is let in first

@@ -8,8 +8,8 @@ from bcd import demo, storage
 from bcd.audit import audit
 from bcd.config.checks import AuditConfig
 from bcd.config.evaluation import EvaluateConfig
-from bcd.config.scoring import ScoreConfig
-from bcd.config.training import CrossvalConfig, DemoConfig, PoolConfig, TrainConfig
+from bcd.config.scoring import PoolConfig, ScoreConfig
+from bcd.config.training import CrossvalConfig, DemoConfig, TrainConfig
 from bcd.errors import ConfigError, DataError, StorageError
 from bcd.evaluation import evaluate
 from bcd.model import predictor

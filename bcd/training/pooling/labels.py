@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bcd import schema
-from bcd.config.training import PoolConfig
+from bcd.config.scoring import PoolConfig
 from bcd.data import index, manifest, names
 from bcd.errors import DataError
 from bcd.split import quarantine, split

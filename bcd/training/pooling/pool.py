@@ -19,7 +19,7 @@ from ray.train import ScalingConfig
 
 from bcd import lease, provenance, schema, storage
 from bcd.config import log
-from bcd.config.training import PoolConfig
+from bcd.config.scoring import PoolConfig
 from bcd.errors import BcdError, BundleError, DataError, DivergedError
 from bcd.lease import Lease
 from bcd.runtime import cluster, run_directory

@@ -6,7 +6,7 @@ from safetensors.torch import save
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from bcd import schema
-from bcd.config.training import PoolConfig
+from bcd.config.scoring import PoolConfig
 from bcd.errors import BundleError, DivergedError
 from bcd.training.pooling import attention, bags, labels
 from tests.training.pooling.planted import SHARE, write_study

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from bcd import schema
-from bcd.config.training import PoolConfig
+from bcd.config.scoring import PoolConfig
 from bcd.errors import DataError, LeakageError
 from bcd.training.pooling import bags, labels
 from tests.training.pooling.planted import failed, tiles_of, write_labels, write_scores

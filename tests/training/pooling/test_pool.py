@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bcd import schema, storage
-from bcd.config.training import PoolConfig
+from bcd.config.scoring import PoolConfig
 from bcd.errors import BundleError, ConfigError
 from bcd.runtime import output
 from bcd.training.pooling import attention, bags, pool

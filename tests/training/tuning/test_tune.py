@@ -1,0 +1,142 @@
+"""The driver of a search: what it keeps, what it refuses, and one search on a local cluster."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from bcd import schema
+from bcd.config.training import TuneConfig
+from bcd.errors import BcdError, ConfigError, DivergedError, StorageError
+from bcd.runtime.run_directory import read_json
+from bcd.taxonomy import VALIDATION
+from bcd.training.tuning import tune
+from bcd.training.tuning.space import Values
+from bcd.training.tuning.trials import RECORDED
+from tests.cluster import wait_for
+
+SPACE = {"dropout": Values(uniform=(0.0, 0.5))}
+
+
+def result(dropout, records, **facts):
+    """What Ray Tune keeps of a trial."""
+    frame = pd.DataFrame([dict(zip(RECORDED, one, strict=True)) for one in records])
+    metrics = {"config": {"dropout": dropout}, **facts}
+    return SimpleNamespace(metrics=metrics, metrics_dataframe=frame)
+
+
+class Results(list):
+    errors = ()
+
+
+def test_results_become_trials_in_their_order():
+    results = Results(
+        [
+            # Killed after two epochs, and resumed from the first.
+            result(0.1, [(1, 0.5, 0.7, 0.4), (2, 0.6, 0.6, 0.5), (2, 0.7, 0.5, 0.6)]),
+            result(0.2, [(1, 0.5, 0.7, 0.4)]),
+            result(0.3, [(0, 0.0, 0.0, -math.inf)], failure="the loss is no longer finite"),
+        ]
+    )
+    first, second, third = tune._trials(results, SPACE)
+    assert [first.number, second.number, third.number] == [1, 2, 3]
+    assert [record["validation_balanced_accuracy"] for record in first.epochs] == [0.5, 0.7]
+    assert (third.epochs, third.failure) == ([], "the loss is no longer finite")
+    assert first.settings == {"dropout": 0.1}
+
+
+@pytest.mark.parametrize("error", [StorageError("s3://b: cannot write it"), ZeroDivisionError()])
+def test_an_error_of_a_trial_is_that_of_the_search(error):
+    results = Results()
+    results.errors = [SimpleNamespace(cause=error) if isinstance(error, BcdError) else error]
+    with pytest.raises(type(error)):
+        tune._trials(results, SPACE)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(DivergedError("the loss is NaN"), "the loss is NaN"), (ConfigError("too few rows"), "too few rows")],
+)
+def test_settings_that_cannot_be_trained_are_a_result(monkeypatch, error, said):
+    reported = []
+    monkeypatch.setattr(tune.tune, "report", reported.append)
+    monkeypatch.setattr(tune.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "3f8a1"))
+    monkeypatch.setattr(tune, "TuneReportCallback", lambda: None)
+
+    def fail(config, *_):
+        assert (config.name, config.dropout) == ("trial-3f8a1", 0.2)
+        raise error
+
+    monkeypatch.setattr(tune, "_fit", fail)
+    tune._trial({"dropout": 0.2}, TuneConfig(data="d", space="s"), "runs/tune", None, None, 1)
+    assert reported == [{"failure": said, "selection": -math.inf, "epoch": 0}]
+
+
+def test_a_search_goes_on_in_its_own_space_only(tmp_path):
+    tune._keep_space(str(tmp_path), SPACE)
+    tune._keep_space(str(tmp_path), {"dropout": Values(uniform=(0.0, 0.5))})
+    with pytest.raises(ConfigError, match=r"--space has changed since .* began: dropout, epochs"):
+        tune._keep_space(str(tmp_path), {"dropout": Values(choice=(0, 1)), "epochs": Values(choice=(1, 2))})
+
+
+def test_a_search_without_a_model_is_an_error(tmp_path):
+    failed = tune._trials(Results([result(0.1, [(0, 0, 0, 0)], failure="too few rows")]), SPACE)
+    with pytest.raises(ConfigError, match="no trial could be trained; the first: too few rows"):
+        tune._write(TuneConfig(data="d", space="s"), str(tmp_path), failed, {})
+
+
+@pytest.mark.parametrize(("per_class", "choosable"), [(1, False), (12, True)])
+def test_few_validation_patients_are_said(per_class, choosable):
+    names = [f"{kind}{n}" for kind in "bm" for n in range(per_class)]
+    classes = ["benign" if name[0] == "b" else "malignant" for name in names]
+    parts = [VALIDATION] * len(names)
+    table = pa.table({schema.PATIENT: names, schema.TUMOR_CLASS: classes, schema.PART: parts})
+    expected = {"n_images": 2 * per_class, "n_patients": 2 * per_class, "is_choosable": choosable}
+    assert tune._judged_on(table) == expected
+
+
+def test_optuna_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match="pip install optuna"):
+        tune._require_optuna(TuneConfig(data="d", space="s", search="optuna"))
+
+
+def search(tree, output, space, *flags):
+    """A search in a process of its own."""
+    small = ["--architecture", "resnet18", "--weights", "none", "--input-height-px", "32"]
+    small += ["--input-width-px", "48", "--epochs", "2", "--num-workers", "1", "--trials", "8"]
+    command = [sys.executable, "jobs/tune.py", "--data", tree, "--output", output, "--space", space]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *small, *flags], **output)
+
+
+@pytest.mark.ray
+@pytest.mark.trial
+def test_a_killed_search_goes_on_and_its_best_is_an_ordinary_run(tree, tmp_path):
+    (tmp_path / "space.yaml").write_text("learning_rate: {loguniform: [1.0e-5, 1.0e-2]}\n")
+    job = search(tree, str(tmp_path), str(tmp_path / "space.yaml"))
+    uri = tmp_path / "tune"
+    wait_for(lambda: len([*uri.glob("trials/*/checkpoints")]) == 2, 300, "a second trial")
+    os.kill(job.pid, signal.SIGKILL)
+    job.communicate()
+    again = search(tree, str(tmp_path), str(tmp_path / "space.yaml"), "--wait")
+    log, _ = again.communicate(timeout=1800)
+    assert again.returncode == 0, log
+    trials = read_json(str(uri), "trials.json")
+    assert [trial["number"] for trial in trials] == [*range(1, 9)]
+    assert all(1e-5 <= trial["settings"]["learning_rate"] <= 1e-2 for trial in trials)
+    best = max(trials, key=lambda trial: max(record["selection"] for record in trial["epochs"]))
+    config = read_json(str(uri / "best"), "config.json")
+    assert config["learning_rate"] == best["settings"]["learning_rate"]
+    history = read_json(str(uri / "best"), "history.json")
+    for one, other in zip(history, best["epochs"], strict=True):
+        assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
+    assert (uri / "best/report.html").exists()
+    assert not (uri / "trials").exists()
+    assert "Trial" in (uri / "tuning.html").read_text()
