@@ -114,7 +114,7 @@ def class_sets(images: pd.DataFrame) -> dict[str, Any] | None:
 
     A set has the predicted class, and both classes up to a cut-off from the threshold: the hierarchical
     conformal quantile over patients (Lee, Barber and Willett 2023), each of whom weighs as much as any other.
-    It is valid for patients who chose nothing about the model, which validation patients did (decision 12).
+    It is valid for patients who chose nothing about the model, which validation patients did (decision 13).
 
     Returns:
         `level`, `n_patients`; `cutoff` in log-odds, for other patients; and of these images, each by the

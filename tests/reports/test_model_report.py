@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from bcd import schema
-from bcd.metrics import aggregate, measures
+from bcd.metrics import aggregate, decision, measures
 from bcd.metrics.intervals import interval_of_rate
 from bcd.reports import model_report, plots
 from bcd.reports.style import format_interval
@@ -540,6 +540,7 @@ def test_the_page_says_what_is_held_out_and_in_no_part(tmp_path: Path) -> None:
 def test_sets_of_classes_are_stated_from_ten_patients_on(tmp_path: Path) -> None:
     few, many = (write(tmp_path, predictions(n), draws=()) for n in (8, 16))
     assert "8 patients: too few to say. With fewer than 10, every image would get both classes" in few
-    sets = studies.measured(predictions(16))["class_sets"]
+    sets = decision.class_sets(aggregate.image_table(predictions(16)))
+    assert sets is not None
     assert f"within {sets['cutoff']:.2f} of the threshold" in many
     assert f"Of these images {100 * sets['both']:.1f}\xa0% get both" in many

@@ -148,6 +148,15 @@ def test_the_audit_names_14_13412_in_folds_1_3_and_5(
 
 
 @pytest.mark.real
+def test_a_magnification_is_held_out_of_all_published_names(published: pa.Table) -> None:
+    kept = quarantine.apply_rules(published).kept
+    made = split.hold_out(kept, "magnification", 0, "40")
+    split.require_no_leak(made, "magnification", "40")
+    counts = [part_of(made, part).num_rows for part in (*split.PARTS, LEFT_OUT)]
+    assert counts == [3836, 664, 378, 2785]
+
+
+@pytest.mark.real
 def test_by_image_shares_are_exact_and_patients_leak(published: pa.Table) -> None:
     assigned = split.assign(published, "image", seed=0)
     split.require_no_leak(assigned, "image")
