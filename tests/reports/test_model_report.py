@@ -543,4 +543,4 @@ def test_sets_of_classes_are_stated_from_ten_patients_on(tmp_path: Path) -> None
     sets = decision.class_sets(aggregate.image_table(predictions(16)))
     assert sets is not None
     assert f"within {sets['cutoff']:.2f} of the threshold" in many
-    assert f"Of these images {100 * sets['both']:.1f}\xa0% get both" in many
+    assert f"Here {100 * sets['both']:.1f}\xa0% of the images get both classes" in many
