@@ -151,31 +151,24 @@ def hold_out(
         folds: their number, and the one to test on, counted from 1; over all of them each image of the
             held-out magnification is tested once.
 
-    Raises:
-        DataError: a row has no patient, class or value; none has the one to hold out; a patient is at several
-            sites; or there are too few groups.
+    Raises `DataError` if a row has no patient, class or value, none has the one to hold out, a patient is at
+    several sites, or there are too few groups.
     """
     rows, order = _ordered(table)
     _require_patients(rows, protocol)
     if held_out not in (known := values_of(rows, protocol)):
         raise DataError(f"no image has the {protocol} {held_out}; there are {', '.join(known)}")
-    groups = _groups(rows, "case")
-    is_held = _has(rows, protocol, held_out)
+    groups, is_held = _groups(rows, "case"), _has(rows, protocol, held_out)
     tested = is_held.copy()
     if protocol == "site":
         _require_one_site(rows, groups)
+    elif folds:
+        tested[is_held] = _tested(rows, seed, groups, folds, f"of magnification {held_out}", is_held)
     else:
-        of_it = rows.filter(pa.array(is_held)), seed, groups[is_held]
-        tested[is_held] = (
-            _tested(*of_it, folds, f"of magnification {held_out}")
-            if folds
-            else _drawn(*of_it, {TEST: test_fraction}) == TEST
-        )
+        tested[is_held] = _drawn(rows, seed, groups, {TEST: test_fraction}, used=is_held) == TEST
     others = ~is_held & ~np.isin(groups, groups[tested])
     parts = np.where(tested, TEST, LEFT_OUT).astype(object)
-    parts[others] = _drawn(
-        rows.filter(pa.array(others)), seed, groups[others], {VALIDATION: validation_fraction}
-    )
+    parts[others] = _drawn(rows, seed, groups, {VALIDATION: validation_fraction}, used=others)
     return _with_parts(table, order, parts)
 
 
@@ -376,11 +369,16 @@ def _partition(
 
 
 def _drawn(
-    rows: pa.Table, seed: int, groups: Integers, held_out: Mapping[str, float], unit: str = schema.PATIENT
+    rows: pa.Table,
+    seed: int,
+    groups: Integers,
+    held_out: Mapping[str, float],
+    unit: str = schema.PATIENT,
+    used: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.object_]:
-    """`_partition` by the given groups, called `unit` in errors."""
+    """`_partition` of the rows used by the given groups of all, called `unit` in errors."""
     parts = [TRAIN, *held_out]
-    groups = np.unique(groups, return_inverse=True)[1]
+    rows, groups = _used(rows, groups, used)
     sizes = stratify.image_counts(rows, groups)
     of_class = np.count_nonzero(sizes[:, stratify.CLASSES], axis=0)
     for tumor_class, n in zip(TUMOR_CLASSES, of_class, strict=True):
@@ -394,13 +392,25 @@ def _drawn(
     return np.array(parts, dtype=object)[divided[groups]]
 
 
+def _used(rows: pa.Table, groups: Integers, used: NDArray[np.bool_] | None) -> tuple[pa.Table, Integers]:
+    """The rows used, by default all, and their groups, numbered from 0."""
+    if used is None:
+        return rows, groups
+    return rows.filter(pa.array(used)), np.unique(groups[used], return_inverse=True)[1]
+
+
 def _tested(
-    rows: pa.Table, seed: int, groups: Integers, folds: tuple[int, int], which: str
+    rows: pa.Table,
+    seed: int,
+    groups: Integers,
+    folds: tuple[int, int],
+    which: str,
+    used: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.bool_]:
-    """Whether each row is tested in one of so many folds, given with their number; errors say `which` groups
-    these are."""
+    """Whether each of the rows used is tested in one of so many folds, given with their number; errors say
+    `which` groups these are."""
     k, fold = folds
-    groups = np.unique(groups, return_inverse=True)[1]
+    rows, groups = _used(rows, groups, used)
     sizes, patients = stratify.image_counts(rows, groups), stratify.patient_counts(rows, groups)
     if len(sizes) < k:
         raise DataError(f"{counted(len(sizes), 'group')} {which} cannot make {k} folds; lower --k")
@@ -416,12 +426,12 @@ def _has(rows: pa.Table, protocol: Protocol, value: str) -> NDArray[np.bool_]:
 def _require_one_site(rows: pa.Table, groups: Integers) -> None:
     """Raise `DataError` if a group is at several sites: the same number may be of two people, or of one."""
     sites = rows[schema.SITE].to_pylist()
-    first = {group: row for row, group in reversed(list(enumerate(groups.tolist())))}
+    first: dict[int, int] = {}
     for row, group in enumerate(groups.tolist()):
-        if sites[row] != sites[first[group]]:
+        if sites[row] != sites[one := first.setdefault(group, row)]:
             names, who = (rows[key].to_pylist() for key in (schema.IMAGE_ID, schema.PATIENT))
             raise DataError(
-                f"{names[first[group]]} (patient {who[first[group]]}) is at site {sites[first[group]]}, and "
+                f"{names[one]} (patient {who[one]}) is at site {sites[one]}, and "
                 f"{names[row]} (patient {who[row]}) at {sites[row]}, with the same patient, case, slide or "
                 f"content: give two people ids of their own, as in {sites[row]}/{who[row]}, and one person "
                 "one site"
