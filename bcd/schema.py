@@ -10,7 +10,7 @@ MANIFEST_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 
 # Identity of an image, and its labels.
 IMAGE_ID, URI, VERSION, SHA256, SIZE_BYTES = "image_id", "uri", "version", "sha256", "size_bytes"
-PATIENT, CASE, SLIDE, PART = "patient", "case", "slide", "part"
+PATIENT, CASE, SLIDE, SITE, PART = "patient", "case", "slide", "site", "part"
 TUMOR_CLASS, SUBTYPE, MAGNIFICATION, TARGET = "tumor_class", "subtype", "magnification", "target"
 # Pixels, size and scale; place of a tile; region of a slide that QuPath shows.
 IMAGE, WIDTH_PX, HEIGHT_PX = "image", "width_px", "height_px"
@@ -76,7 +76,7 @@ CONTENT = (*_columns(pa.float32(), TISSUE_SHARE), *_columns(_TEXT, REGION))
 INDEX = pa.schema(
     [
         *_columns(_TEXT, IMAGE_ID, URI, required=True),
-        *_columns(_TEXT, PATIENT, CASE, SLIDE, TUMOR_CLASS, SUBTYPE),
+        *_columns(_TEXT, PATIENT, CASE, SLIDE, SITE, TUMOR_CLASS, SUBTYPE),
         *_columns(pa.int16(), MAGNIFICATION),
         *_columns(pa.float32(), MPP),
         *_columns(_TEXT, SHA256),
@@ -89,7 +89,7 @@ INDEX = pa.schema(
 # Inputs of an archive; one that cannot be read has an error already.
 INPUTS = pa.schema([*INDEX, *_columns(_TEXT, ERROR, ERROR_MESSAGE)])
 
-# The part, one of `taxonomy.PARTS`, of each row of a split.
+# The part, one of `taxonomy.PARTS` or `taxonomy.LEFT_OUT`, of each row of a split.
 SPLIT = pa.schema([*INDEX, *_columns(_TEXT, PART, required=True)])
 
 # The appearance of each image (`appearance.measure_appearance`). A damaged one has an error, no numbers.

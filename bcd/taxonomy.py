@@ -54,6 +54,8 @@ MIN_MPP, MAX_MPP = 0.05, 20.0
 
 # Parts of a split, and their names in the folders or columns of data sets.
 TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
+# Images that a split uses in none of them.
+LEFT_OUT = "left_out"
 _SYNONYMS = {
     TRAIN: ("train", "training", "trn"),
     VALIDATION: ("validation", "valid", "val", "dev"),

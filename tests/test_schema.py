@@ -22,6 +22,7 @@ def test_every_column_constant_is_spelled_as_its_name():
     assert all(value == name.lower() for name, value in constants.items())
     tables = schema.INDEX, schema.SPLIT, schema.EXPOSURE, schema.READING, schema.SLIDES
     tables += schema.AUDIT, schema.NEAR_DUPLICATES, schema.INPUTS, schema.SEEN_INPUTS, schema.TIMES
+    assert {schema.SITE} < {*schema.INDEX.names} & {*schema.SPLIT.names} & {*schema.INPUTS.names}
     tables += (schema.IDENTIFIERS, schema.PSEUDONYMS, schema.POOLED_SLIDES, schema.TILE_ATTENTION)
     used = {name for table in (*tables, schema.predictions(1, 1, True, 1)) for name in table.names}
     used |= {schema.IMAGE, schema.TARGET, schema.POSITION, schema.MASK_FILES, schema.REGION_FILES}

@@ -5,6 +5,7 @@ from there and have no such flags.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -13,7 +14,9 @@ from bcd.errors import ConfigError
 from bcd.taxonomy import given_names
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Protocol = Literal["case", "patient", "official", "image"]
+Protocol = Literal["case", "patient", "official", "image", "magnification", "site"]
+# Those that test on one value of the column of the same name, and train on the others.
+HOLDING_OUT = ("magnification", "site")
 Precision = Literal["auto", "float32", "bfloat16"]
 LogFormat = Literal["text", "json"]
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -109,6 +112,23 @@ def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     version did not have."""
     keys = sorted((old.keys() | new.keys()) - OPERATIONAL)
     return [key for key in keys if (old.get(key) or None) != (new.get(key) or None)]
+
+
+def require_held_out(
+    protocols: Sequence[str],
+    held_out: Sequence[str],
+    magnifications: Sequence[int],
+    is_required: bool = False,
+) -> None:
+    """Raises ValueError unless what is held out is for one of the protocols, and among the magnifications."""
+    named = [protocol for protocol in protocols if protocol in HOLDING_OUT]
+    if len(named) > 1 or (held_out and not named):
+        raise ValueError("--held-out is for --protocol magnification or site, one of the two")
+    if is_required and named and not held_out:
+        raise ValueError(f"--protocol {named[0]} requires --held-out, the one to test on")
+    if "magnification" in named and (unused := {*held_out} - {str(m) for m in magnifications}):
+        used = " ".join(map(str, magnifications))
+        raise ValueError(f"--held-out {min(unused)}: expected some of --magnifications {used}")
 
 
 def changed_flags(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

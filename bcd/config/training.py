@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from bcd.config.options import (
     AUTO,
+    HOLDING_OUT,
     INPUT_PX,
     MAX_INPUT_PX,
     MAX_SEED,
@@ -22,6 +23,7 @@ from bcd.config.options import (
     LabelledConfig,
     Precision,
     Protocol,
+    require_held_out,
     require_run_name,
 )
 from bcd.taxonomy import MAGNIFICATIONS, N_FOLDS, Target
@@ -284,7 +286,10 @@ class TrainConfig(TrainingConfig):
     protocol: Protocol = "case"
     """What is never divided between parts of the split. case: all slides of one case number (the safe
     choice); patient: one slide id; official: the published folds; image: leaks patients, only to reproduce
-    the literature."""
+    the literature; magnification, site: as case, and --held-out is in the test part only, alone."""
+
+    held_out: str | None = None
+    """Magnification, or name of a site, to test on, for --protocol magnification or site."""
 
     test_fraction: Fraction = 0.20
     """Share of the images that only the final evaluation uses."""
@@ -302,8 +307,10 @@ class TrainConfig(TrainingConfig):
         official = self.protocol == "official"
         if official != (self.folds is not None):
             raise ValueError("--protocol official requires --folds FOLDER, and the reverse")
-        if official and self.cross_folds:
-            raise ValueError("--cross-folds is for the other protocols: official has its own five folds")
+        held_out = [self.held_out] if self.held_out else []
+        require_held_out([self.protocol], held_out, self.magnifications, is_required=True)
+        if self.protocol in ("official", "site") and self.cross_folds:
+            raise ValueError("--cross-folds: official has its own five folds, and a site is tested whole")
         n_folds = N_FOLDS if official else self.cross_folds
         if (n_folds is None) != (self.fold is None):
             raise ValueError("--fold requires --protocol official or --cross-folds, and the reverse")
@@ -357,10 +364,14 @@ class CrossvalConfig(TrainingConfig):
     """Name of the study. Run the same command again to resume."""
 
     protocol: str = "case"
-    """case, patient, official or image (see jobs/train.py), or several, separated by commas: case,image."""
+    """case, patient, official, image, magnification or site (see jobs/train.py), or several, separated by
+    commas: case,image. magnification has --k folds for each magnification, site one for each site."""
+
+    held_out: tuple[str, ...] = ()
+    """Magnifications or sites to test on, by default all, for --protocol magnification or site."""
 
     k: int = Field(default=5, ge=2)
-    """Folds of every protocol but official, which has five."""
+    """Folds of every protocol but official, which has five, and site."""
 
     repeats: int = Field(default=1, ge=1)
     """Number of cross-validations, each with other folds."""
@@ -386,6 +397,11 @@ class CrossvalConfig(TrainingConfig):
             raise ValueError(f"--protocol {self.protocol}: expected each protocol once")
         if ("official" in named) != (self.folds is not None):
             raise ValueError("--protocol official requires --folds FOLDER, and the reverse")
+        require_held_out(named, self.held_out, self.magnifications)
+        if self.export != "none" and {*HOLDING_OUT} & {*named}:
+            raise ValueError(
+                "--export is of models that know all magnifications and sites: use --protocol case"
+            )
         n_models = self.repeats * (N_FOLDS if named[0] == "official" else self.k)
         if self.export != "none" and n_models > MOST_MEMBERS:
             raise ValueError(f"--export is for at most {MOST_MEMBERS} models, not {n_models} in one protocol")

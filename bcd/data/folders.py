@@ -270,6 +270,7 @@ def _row(place: _Place, part: str | None) -> dict[str, Any]:
         schema.IMAGE_ID: place.file.path,
         schema.URI: place.file.uri,
         schema.PATIENT: "/".join([*sites, patient]) if patient else None,
+        schema.SITE: "/".join(sites) or None,
         schema.TUMOR_CLASS: place.tumor_class,
         schema.SUBTYPE: place.subtype,
         schema.SIZE_BYTES: place.file.size_bytes,

@@ -41,6 +41,7 @@ def read_index(data: str, classes: Sequence[str] = ()) -> tuple[pa.Table, list[s
     table = pa.Table.from_pylist(rows, schema=schema.SPLIT if schema.PART in rows[0] else schema.INDEX)
     for column in (schema.PATIENT, schema.CASE, schema.SLIDE):
         warnings += names.doubtful_ids(table[column].to_pylist(), column)
+    warnings += names.shared_ids(table[schema.PATIENT].to_pylist(), table[schema.SITE].to_pylist())
     return table, warnings
 
 

@@ -42,7 +42,7 @@ ENCODINGS = {
 # Uncompressed; ten million rows have about 1 GiB. A gzip file of a few MB can expand to any size.
 MAX_BYTES = 2**32
 # Columns of `inputs`, and one of its own.
-GIVEN = (schema.IMAGE_ID, schema.URI, schema.PATIENT, schema.CASE, schema.SLIDE, schema.MPP)
+GIVEN = (schema.IMAGE_ID, schema.URI, schema.PATIENT, schema.CASE, schema.SLIDE, schema.SITE, schema.MPP)
 _FILE = "file"
 # Python objects at a time. No column of a manifest has the second name: a header has no NUL.
 ROWS_AT_A_TIME = 10_000
@@ -249,8 +249,8 @@ def _cells(name: str, column: pa.ChunkedArray) -> list[str]:
 def inputs(manifest: Manifest, copies: bool) -> pa.Table:
     """A row per image with columns of `schema.INDEX`, in the manifest's order, without labels.
 
-    Requires a column `uri`; `image_id` (by default the uri as written), `patient`, `case`, `slide` and `mpp`
-    are optional. With `copies`, rows with an `image_id` each may name the same file.
+    Requires a column `uri`; `image_id` (by default the uri as written), `patient`, `case`, `slide`, `site`
+    and `mpp` are optional. With `copies`, rows with an `image_id` each may name the same file.
 
     Raises `DataError`, with the line, if an id or a file occurs twice or a cell is invalid.
     """
@@ -284,7 +284,7 @@ def _input(row: Row, root: str, copies: bool) -> dict[str, Any]:
     """The columns GIVEN, and the file that no other row may name."""
     if not (uri := row.cells.get(schema.URI)):
         raise DataError(f"{row.where}: the {schema.URI} is empty")
-    ids = (schema.PATIENT, schema.CASE, schema.SLIDE)
+    ids = (schema.PATIENT, schema.CASE, schema.SLIDE, schema.SITE)
     try:
         placed = storage.absolute_uri(uri, root)
     except StorageError as error:

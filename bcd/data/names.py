@@ -26,12 +26,11 @@ _MEANT: Mapping[str, frozenset[str]] = {
         {"label", "labels", "class", "target", "diagnosis", "category", "tumour_class", "malignant", "y"}
     ),
     schema.SUBTYPE: frozenset({"sub_type", "histology", "tumor_type", "tumour_type"}),
+    schema.SITE: frozenset({"hospital", "center", "centre", "clinic", "institution"}),
     schema.PART: frozenset({"split", "fold", "set", "subset", "partition", "phase"}),
     schema.MAGNIFICATION: frozenset({"mag", "zoom", "objective"}),
     schema.MPP: frozenset({"um_per_px", "pixel_size", "pixel_size_um", "microns_per_pixel", "resolution"}),
 }
-# Hospitals may use the same patient numbers.
-_SITES = frozenset({"site", "hospital", "center", "centre", "clinic", "institution"})
 
 
 def identity(value: Any) -> str | None:
@@ -72,6 +71,22 @@ def doubtful_ids(ids: Iterable[str | None], what: str) -> list[str]:
     return warnings
 
 
+def shared_ids(ids: Iterable[str | None], sites: Iterable[str | None]) -> list[str]:
+    """A warning that names the ids of patients that occur at several sites: two people, or one."""
+    places: dict[str, set[str]] = defaultdict(set)
+    for name, site in zip(ids, sites, strict=True):
+        if name is not None and site is not None:
+            places[name].add(site)
+    found = sorted(f"{name!r} at {some(sorted(at))}" for name, at in places.items() if len(at) > 1)
+    if not found:
+        return []
+    return [
+        f"{schema.PATIENT} ids occur at several sites: {some(found, separator='; ')}. Each counts as one "
+        f"{schema.PATIENT}: if hospitals use the same numbers, put the {schema.SITE} into "
+        f"{schema.PATIENT!r}, as in A/12"
+    ]
+
+
 def _key(name: str) -> str:
     # A slash separates hospital and patient, so it is kept.
     parts = (re.sub(r"(?<!\d)0+(?=\d)", "", part.casefold()) for part in name.split("/"))
@@ -85,13 +100,7 @@ def column(name: str, known: Collection[str]) -> str:
 
 def unused_columns(columns: Collection[str]) -> list[str]:
     """A warning for each unused column whose name is similar to one of ours."""
-    sites = [
-        f"column {written!r} is not used; if hospitals use the same patient numbers, put it into "
-        f"{schema.PATIENT!r}, as in A/12"
-        for written in columns
-        if folded(written) in _SITES
-    ]
-    return sites + [
+    return [
         f"column {written!r} is not used; "
         + (f"the column {name!r} is" if name in columns else f"call it {name!r} to use it")
         for written in columns

@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 IMAGES = "test_images.parquet"
 # A JSON object.
 Record = Mapping[str, Any]
-TRUTH = (schema.IMAGE_ID, schema.CASE, schema.TUMOR_CLASS, schema.SUBTYPE, schema.MAGNIFICATION)
+TRUTH = (
+    *(schema.IMAGE_ID, schema.CASE, schema.SITE),
+    *(schema.TUMOR_CLASS, schema.SUBTYPE, schema.MAGNIFICATION),
+)
 
 
 def with_truth(predictions_uri: str, test: pa.Table, card: Card) -> pd.DataFrame:

@@ -139,7 +139,7 @@ def _doubts(model_uri: str, table: pa.Table) -> list[str]:
     known = run_directory.read_split(storage.parent(model_uri))
     if known is None:
         return ["there is no split.parquet beside the model to show what it has seen"]
-    seen = known.filter(pc.not_equal(known[schema.PART], split.TEST))
+    seen = known.filter(pc.is_in(known[schema.PART], pa.array([split.TRAIN, split.VALIDATION])))
     doubts = []
     if n_seen := _n_seen(seen, table):
         doubts.append(
@@ -244,6 +244,7 @@ def _about(card: Card, facts: DatasetFacts, kind: str) -> dict[str, Any]:
         "best_epoch": card.validation.get(schema.EPOCH),
         "protocol": card.protocol,
         "fold": card.fold,
+        "held_out": card.training.get("held_out"),
         "seed": card.seed,
         "leaky": card.leaky and kind == HELD_OUT,
         "synthetic": card.synthetic or facts.synthetic,

@@ -22,7 +22,7 @@ DRAW, SOURCE = "draw", "source"
 # What metrics and report need of a prediction and its truth, without the evidence maps.
 COLUMNS = (
     *(schema.IMAGE_ID, schema.SLIDE, schema.CASE, schema.PATIENT),
-    *(schema.TUMOR_CLASS, schema.SUBTYPE, schema.MAGNIFICATION),
+    *(schema.TUMOR_CLASS, schema.SUBTYPE, schema.MAGNIFICATION, schema.SITE),
     *(schema.PROBABILITY, schema.PROBABILITY_MALIGNANT, UNCALIBRATED),
     *(schema.NOVELTY, schema.NOVELTY_CUTOFF),
 )

@@ -1,4 +1,4 @@
-"""From a probability to a decision: the threshold, and when to abstain.
+"""From a probability to a decision: the threshold, when to abstain, and sets of classes.
 
 The threshold is chosen on validation, never on the test part, whose numbers would then be too good.
 """
@@ -17,6 +17,9 @@ SENSITIVITY = "sensitivity"
 PRIOR = "prior"
 # Validation patients of each class from which a threshold and a temperature are chosen: see `is_choosable`.
 MIN_CHOOSING = 4
+# Share of images of other patients whose set has the true class. The sets of fewer patients have both classes
+# always: those of n say nothing beyond n / (n + 1).
+SET_LEVEL, MIN_CALIBRATING = 0.9, 9
 
 
 def is_choosable(patients_by_class: Mapping[str, int] | None) -> bool:
@@ -104,3 +107,47 @@ def abstention_curve(table: pd.DataFrame) -> pd.DataFrame:
     curve = pd.DataFrame({"handed_over": 1 - kept / max(1, len(known)), "n_kept": kept})
     curve["accuracy"] = np.cumsum(correct[surest_first]) / kept
     return curve.iloc[::-1].reset_index(drop=True)
+
+
+def class_sets(images: pd.DataFrame) -> dict[str, Any] | None:
+    """Sets of classes that have the true one of an image of a new patient with a probability of `SET_LEVEL`.
+
+    A set has the predicted class, and both classes up to a cut-off from the threshold: the hierarchical
+    conformal quantile over patients (Lee, Barber and Willett 2023), each of whom weighs as much as any other.
+    It is valid for patients who chose nothing about the model, which validation patients did (decision 13).
+
+    Returns:
+        `level`, `n_patients`; `cutoff` in log-odds, for other patients; and of these images, each by the
+        cut-off of all other patients: `both`, the share with both classes, and `coverage`, the mean over
+        patients of the share whose set has the truth, also for the images of each class
+        (`coverage_by_class`). All but the first two are `None` with at most `MIN_CALIBRATING` patients.
+        `None` if an image has no patient.
+    """
+    if images[schema.PATIENT].isna().any():
+        return None
+    names, patient = np.unique(images[schema.PATIENT].to_numpy(str), return_inverse=True)
+    found: dict[str, Any] = {"level": SET_LEVEL, "n_patients": len(names)}
+    if len(names) <= MIN_CALIBRATING:
+        return found | dict.fromkeys(("cutoff", "both", "coverage", "coverage_by_class"))
+    distance = images[aggregate.MARGIN].abs().to_numpy()
+    # How far the cut-off must reach for the set to have the truth.
+    needed = np.where(images[aggregate.CORRECT].to_numpy(bool), 0.0, distance)
+    weight = 1 / np.bincount(patient)[patient]
+    others = [_cutoff(needed[kept], weight[kept]) for one in range(len(names)) for kept in [patient != one]]
+    of_others = np.array(others)[patient]
+    covered = pd.Series(needed <= of_others, dtype=float)
+    by_class = covered.groupby([images[schema.TUMOR_CLASS].to_numpy(object), patient]).mean()
+    return found | {
+        "cutoff": _cutoff(needed, weight),
+        "both": float((distance <= of_others).mean()),
+        "coverage": float(covered.groupby(patient).mean().mean()),
+        "coverage_by_class": {str(name): float(rows.mean()) for name, rows in by_class.groupby(level=0)},
+    }
+
+
+def _cutoff(needed: np.ndarray, weight: np.ndarray) -> float:
+    """Smallest distance that suffices for a share `SET_LEVEL` by weight, of which each patient has 1, if one
+    more patient had images for whom none does."""
+    order = np.argsort(needed, kind="stable")
+    reached = np.cumsum(weight[order]) >= SET_LEVEL * (weight.sum() + 1) - 1e-9
+    return float(needed[order][reached.argmax()])

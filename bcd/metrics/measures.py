@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from bcd import schema
-from bcd.metrics import aggregate, bootstrap, calibration, intervals
+from bcd.metrics import aggregate, bootstrap, calibration, decision, intervals
 from bcd.taxonomy import MALIGNANT, SUBTYPES, TUMOR_CLASSES
 
 # Units above the image, the smallest first.
@@ -26,9 +26,10 @@ def measure(
         `n_images` (distinct), `n_judgements` (more, if several models judged an image), `n_patients`,
         `patients_by_class` (a patient with images of both counts in both; `None` if an image has no patient),
         `interval`; as `with_intervals`: `pooled`, `by_magnification` ("40", ...; empty without
-        magnifications) and `by_level` ("slide", "case", "patient", if ids are known); `calibration` (`after`
-        and `before` the temperature), `recall_by_subtype`, `classification_report`, and `multiclass` for a
-        model of subtypes, whose `class_names` are in the order of `probability`.
+        magnifications), `by_site` and `by_level` ("slide", "case", "patient", if ids are known);
+        `calibration` (`after` and `before` the temperature), `class_sets` (from `decision`),
+        `recall_by_subtype`, `classification_report`, and `multiclass` for a model of subtypes, whose
+        `class_names` are in the order of `probability`.
     """
     report: dict[str, Any] = {
         "n_images": int(images[schema.IMAGE_ID].nunique()),
@@ -46,8 +47,10 @@ def measure(
             str(int(magnification)): with_intervals(rows, seed)
             for magnification, rows in images.groupby(schema.MAGNIFICATION)
         },
+        "by_site": {site: with_intervals(rows, seed) for site, rows in images.groupby(schema.SITE)},
         "by_level": {level: row for level in LEVELS if (row := _level(images, level, seed))},
         "calibration": _calibration(images, seed),
+        "class_sets": decision.class_sets(images),
         "recall_by_subtype": _recall_by_subtype(images),
         "classification_report": classification_report(
             _malignant(images, schema.TUMOR_CLASS), _malignant(images, schema.PREDICTED_CLASS), TUMOR_CLASSES

@@ -76,11 +76,11 @@ def write_report(
         history: a record per epoch (epoch, train_loss, validation_loss, validation_balanced_accuracy,
             validation_accuracy, learning_rate, seconds, images_per_s, class_counts); may be empty.
         images: from `aggregate.image_table`.
-        facts: about the run, all optional: title, model_id, data, protocol, fold, seed, target, weights,
-            synthetic, leaky, forced, external, published, warnings, broken, quarantined, best_epoch, command,
-            git_commit, versions, data_fingerprint, split_fingerprint, input_size_px (height and width, which
-            the evidence covers), `parts` (images per class in each part) and `balanced` (training rows per
-            class after upsampling).
+        facts: about the run, all optional: title, model_id, data, protocol, held_out, left_out, fold, seed,
+            target, weights, synthetic, leaky, forced, external, published, warnings, broken, quarantined,
+            best_epoch, command, git_commit, versions, data_fingerprint, split_fingerprint, input_size_px
+            (height and width, which the evidence covers), `parts` (images per class in each part) and
+            `balanced` (training rows per class after upsampling).
         examples: by position in `images`, for the positions of `choose_examples`.
         unscored: `image_id` and `error` of what could not be scored.
     """

@@ -12,15 +12,15 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
 from bcd import schema, storage
-from bcd.config.options import AUTO, OFF
-from bcd.config.training import TrainConfig, TrainingConfig
+from bcd.config.options import AUTO, HOLDING_OUT, OFF
+from bcd.config.training import CrossvalConfig, TrainConfig, TrainingConfig
 from bcd.data import breakhis, index, synthetic
 from bcd.errors import BcdError, DataError
 from bcd.imaging import prepared
 from bcd.imaging.prepared import Store
 from bcd.runtime import inspection, output
 from bcd.split import balance, quarantine, split
-from bcd.taxonomy import TUMOR_CLASSES, Target
+from bcd.taxonomy import LEFT_OUT, TUMOR_CLASSES, Target
 from bcd.text import counted, size
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ class DatasetFacts(BaseModel):
     warnings: list[str]
     broken: list[str]
     quarantined: list[str]
+    # Images in no part, because a magnification or site is held out.
+    left_out: int = 0
     field_height_px: int
     field_width_px: int
 
@@ -54,10 +56,11 @@ def prepare(
     fold = published_fold(config)  # first, to find a missing file before pixels are read
     table, facts = inspected or load_data_set(config)
     warnings = list(facts.warnings)
-    if schema.PART in table.column_names and config.fold:
+    if schema.PART in table.column_names and (config.fold or config.held_out):
         table = table.drop_columns(schema.PART)
+        flag = "--fold" if config.fold else "--held-out"
         warnings.append(
-            "the parts given with the data are not used: --fold divides the images into new parts"
+            f"the parts given with the data are not used: {flag} divides the images into new parts"
         )
     elif schema.PART in table.column_names:
         warnings.append("the parts are those given with the data; --test-fraction is not used")
@@ -67,10 +70,11 @@ def prepare(
         # They often name the cause, such as a column of another name.
         log_warnings(facts)
         raise
-    is_given = schema.PART in table.column_names or config.protocol == "official"
+    is_given = schema.PART in table.column_names or config.protocol in ("official", *HOLDING_OUT)
     warnings = split.share_warnings(parts, None if is_given else _wanted(config)) + warnings
     changed = {"split_fingerprint": split.fingerprint(parts), "warnings": warnings}
-    return parts, facts.model_copy(update=changed)
+    n_left_out = len(part_of(parts, LEFT_OUT))
+    return parts, facts.model_copy(update=changed | {"left_out": n_left_out})
 
 
 def _divided(config: TrainConfig, table: pa.Table, fold: Mapping[str, str] | None) -> pa.Table:
@@ -79,11 +83,14 @@ def _divided(config: TrainConfig, table: pa.Table, fold: Mapping[str, str] | Non
     share = config.validation_fraction
     if schema.PART in table.column_names:
         parts = split.keep(table, *settings, share)
+    elif config.held_out:
+        folds = (config.cross_folds, config.fold) if config.cross_folds and config.fold else None
+        parts = split.hold_out(table, *settings, config.held_out, share, config.test_fraction, folds)
     elif config.cross_folds and config.fold:
         parts = split.assign_fold(table, *settings, config.cross_folds, config.fold, share)
     else:
         parts = split.assign(table, *settings, share, config.test_fraction, fold)
-    split.require_no_leak(parts, config.protocol)
+    split.require_no_leak(parts, config.protocol, config.held_out)
     _require_classes(parts)
     return parts
 
@@ -119,6 +126,19 @@ def load_data_set(config: TrainingConfig) -> tuple[pa.Table, DatasetFacts]:
         field_width_px=width,
     )
     return table, facts
+
+
+def held_out_values(config: CrossvalConfig) -> tuple[str, ...]:
+    """The magnifications or sites that a study holds out, one after another: by default all of its data.
+
+    Raises `DataError` if the data do not say them.
+    """
+    named = [protocol for protocol in config.protocols() if protocol in HOLDING_OUT]
+    if config.held_out or not named:
+        return config.held_out
+    table, _ = index.read_index(config.data, config.classes)
+    table = index.select_magnifications(table, config.magnifications)
+    return tuple(split.values_of(table, named[0]))
 
 
 def store_of(config: TrainingConfig) -> Store | None:
@@ -186,6 +206,11 @@ def describe_split(config: TrainConfig, table: pa.Table, facts: DatasetFacts) ->
     """The lines that describe the split in the log."""
     lines = [f"left out, broken: {text}" for text in facts.broken]
     lines += [f"left out, quarantined: {text}" for text in facts.quarantined]
+    if facts.left_out:
+        lines.append(
+            f"left out, in no part: {counted(facts.left_out, 'image')}, at {config.held_out} of patients who "
+            "are not tested, or at others of those who are"
+        )
     for part in split.PARTS:
         rows = part_of(table, part)
         patients = rows[schema.PATIENT]

@@ -97,7 +97,7 @@ def resume(config: TrainConfig, run_uri: str, now: pa.Table) -> pa.Table | None:
     """
     if (before := read_split(run_uri)) is None:
         return None
-    if config.fold:  # which ignores parts given with the data
+    if config.fold or config.held_out:  # which ignore parts given with the data
         now = schema.fill(now, schema.INDEX)
     if changes := split.changes(before, now):
         raise DataError(

@@ -23,7 +23,7 @@ from bcd.errors import ConfigError, DataError, LeakageError
 from bcd.metrics import decision
 from bcd.split import stratify
 from bcd.split.stratify import Integers
-from bcd.taxonomy import PARTS, TEST, TRAIN, TUMOR_CLASSES, VALIDATION
+from bcd.taxonomy import LEFT_OUT, PARTS, TEST, TRAIN, TUMOR_CLASSES, VALIDATION
 from bcd.text import counted, some
 
 # Protocols that put images of one patient into several parts: their numbers are always marked.
@@ -45,8 +45,11 @@ _DEPENDS_ON_THEM = {
 
 # What must be in one part only. "case" includes the patient, because a manifest may give one patient several
 # cases; duplicates are never divided, under any protocol.
+_BY_CASE = (schema.CASE, schema.PATIENT, schema.SLIDE, schema.SHA256)
 _KEYS: Mapping[Protocol, tuple[str, ...]] = {
-    "case": (schema.CASE, schema.PATIENT, schema.SLIDE, schema.SHA256),
+    "case": _BY_CASE,
+    "magnification": _BY_CASE,
+    "site": _BY_CASE,
     "patient": (schema.PATIENT, schema.SLIDE, schema.SHA256),
     "official": (schema.PATIENT, schema.SLIDE, schema.SHA256),
     "image": (schema.SHA256,),
@@ -117,14 +120,71 @@ def assign_fold(
             f"validation fraction {validation_fraction} leaves nothing to train on in {k} folds"
         )
     rows, order = _ordered(table)
-    groups, sizes = _groups(rows, protocol)
-    if len(sizes) < k:
-        raise DataError(f"{len(sizes)} groups by {protocol} cannot make {k} folds; lower --k")
-    patients = stratify.patient_counts(rows, groups)
-    tested = stratify.divide(sizes, patients, np.full(k, 1 / k), [1] * k, seed)[groups] == fold - 1
+    tested = _tested(rows, seed, _groups(rows, protocol), (k, fold), f"by {protocol}")
     parts = np.full(len(rows), TEST, dtype=object)
     parts[~tested] = _partition(rows.filter(pa.array(~tested)), protocol, seed, {VALIDATION: share})
     return _with_parts(table, order, parts)
+
+
+def hold_out(
+    table: pa.Table,
+    protocol: Protocol,
+    seed: int,
+    held_out: str,
+    validation_fraction: float = 0.15,
+    test_fraction: float = 0.20,
+    folds: tuple[int, int] | None = None,
+) -> pa.Table:
+    """Test on one magnification or site, and train on the others and on other patients.
+
+    The test part has images of the value `held_out` only, training and validation only others. No case or
+    patient is in two parts: held-out images of patients who are not tested, and others of those who are, are
+    in no part (`LEFT_OUT`). A site is tested whole; of a magnification, a share of its cases.
+
+    Args:
+        table: rows with schema `schema.INDEX`.
+        protocol: `magnification` or `site`.
+        seed: selects one of many equally good divisions, the same for every fold.
+        held_out: the magnification or site, as text.
+        validation_fraction: share of the images that are neither tested on nor left out.
+        test_fraction: share of the images of the held-out magnification; not used with `folds`.
+        folds: their number, and the one to test on, counted from 1; over all of them each image of the
+            held-out magnification is tested once.
+
+    Raises `DataError` if a row has no patient, class or value, none has the one to hold out, a patient is at
+    several sites, or there are too few groups.
+    """
+    rows, order = _ordered(table)
+    _require_patients(rows, protocol)
+    if held_out not in (known := values_of(rows, protocol)):
+        raise DataError(f"no image has the {protocol} {held_out}; there are {', '.join(known)}")
+    groups, is_held = _groups(rows, "case"), _has(rows, protocol, held_out)
+    tested = is_held.copy()
+    if protocol == "site":
+        _require_one_site(rows, groups)
+    elif folds:
+        tested[is_held] = _tested(rows, seed, groups, folds, f"of magnification {held_out}", is_held)
+    else:
+        tested[is_held] = _drawn(rows, seed, groups, {TEST: test_fraction}, used=is_held) == TEST
+    others = ~is_held & ~np.isin(groups, groups[tested])
+    parts = np.where(tested, TEST, LEFT_OUT).astype(object)
+    parts[others] = _drawn(rows, seed, groups, {VALIDATION: validation_fraction}, used=others)
+    return _with_parts(table, order, parts)
+
+
+def values_of(table: pa.Table, protocol: Protocol) -> list[str]:
+    """The magnifications or sites of a data set, as text; raises DataError if an image has none, or all have
+    the same."""
+    needs = f"no {protocol}; protocol {protocol} needs it of every image"
+    if protocol == "site":
+        needs += f": give a manifest with the column {schema.SITE}"
+    _require(table, pc.is_valid(table[protocol]), needs)  # a protocol and its column have the same name
+    values = [str(value) for value in sorted(set(table[protocol].to_pylist()))]
+    if len(values) < 2:
+        raise DataError(
+            f"all images have the {protocol} {', '.join(values)}; expected several, to hold one out"
+        )
+    return values
 
 
 def keep(table: pa.Table, protocol: Protocol, seed: int, validation_fraction: float = 0.15) -> pa.Table:
@@ -163,6 +223,7 @@ def share_warnings(table: pa.Table, wanted: Mapping[str, float] | None = None) -
     one.
     """
     rows = table.select([schema.PART, schema.TUMOR_CLASS, schema.PATIENT]).to_pandas()
+    rows = rows[rows[schema.PART].isin(PARTS)]
     shares = wanted or {part: (rows[schema.PART] == part).mean() for part in PARTS}
     sentences = []
     for part, name in itertools.product(PARTS, TUMOR_CLASSES):
@@ -203,9 +264,15 @@ def crossings(table: pa.Table, keys: Iterable[str]) -> list[tuple[str, str]]:
     return [(name, f"{', '.join(of)} {name} is in {where}") for (name, where), of in columns.items()]
 
 
-def require_no_leak(table: pa.Table, protocol: Protocol) -> None:
-    """Raise `LeakageError`, naming what is in which parts, unless the split is disjoint."""
-    if leaks := crossings_forbidden(table, protocol):
+def require_no_leak(table: pa.Table, protocol: Protocol, held_out: str | None = None) -> None:
+    """Raise `LeakageError`, naming what is in which parts, unless the split is disjoint.
+
+    The test part must have images of the magnification or site `held_out` only, and the others none.
+    """
+    leaks = crossings_forbidden(table, protocol)
+    if held_out is not None:
+        leaks += _misplaced(table, protocol, held_out)
+    if leaks:
         raise LeakageError(f"the split by {protocol} leaks: {some(leaks, 3, '; ')}")
 
 
@@ -224,12 +291,14 @@ def changes(before: pa.Table, now: pa.Table) -> list[str]:
     both = sorted(old.keys() & new.keys())
     if other := [name for name in both if any(old[name][key] != new[name][key] for key in _CONTENT)]:
         said.append(f"other content in {counted(len(other), 'image')} ({some(other)})")
+    # Runs of older versions know no sites.
+    metadata = (*_METADATA, schema.SITE) if len(before[schema.SITE].drop_null()) else _METADATA
     has_parts = schema.PART in now.column_names
     if has_parts and VALIDATION not in now[schema.PART].to_pylist():
         # The validation part was then taken from the training part.
         for row in old.values():
             row[schema.PART] = TEST if row[schema.PART] == TEST else TRAIN
-    for column in (*_METADATA, schema.PART) if has_parts else _METADATA:
+    for column in (*metadata, schema.PART) if has_parts else metadata:
         if other := [name for name in both if old[name][column] != new[name][column]]:
             was, is_now = old[other[0]][column], new[other[0]][column]
             said.append(f"another {column} of {counted(len(other), 'image')} ({other[0]}: {was} -> {is_now})")
@@ -295,9 +364,22 @@ def _partition(
     rows: pa.Table, protocol: Protocol, seed: int, held_out: Mapping[str, float]
 ) -> NDArray[np.object_]:
     """Part of every row: `train`, or one of the held-out parts, given with their shares."""
-    parts = [TRAIN, *held_out]
-    groups, sizes = _groups(rows, protocol)
     unit = schema.PATIENT if protocol == "case" and not rows[schema.CASE].drop_null() else protocol
+    return _drawn(rows, seed, _groups(rows, protocol), held_out, unit)
+
+
+def _drawn(
+    rows: pa.Table,
+    seed: int,
+    groups: Integers,
+    held_out: Mapping[str, float],
+    unit: str = schema.PATIENT,
+    used: NDArray[np.bool_] | None = None,
+) -> NDArray[np.object_]:
+    """`_partition` of the rows used by the given groups of all, called `unit` in errors."""
+    parts = [TRAIN, *held_out]
+    rows, groups = _used(rows, groups, used)
+    sizes = stratify.image_counts(rows, groups)
     of_class = np.count_nonzero(sizes[:, stratify.CLASSES], axis=0)
     for tumor_class, n in zip(TUMOR_CLASSES, of_class, strict=True):
         if n < len(parts):
@@ -310,11 +392,67 @@ def _partition(
     return np.array(parts, dtype=object)[divided[groups]]
 
 
-def _groups(rows: pa.Table, protocol: Protocol) -> tuple[Integers, Integers]:
-    """Group of every row, and the sizes of the groups as in `stratify.image_counts`."""
+def _used(rows: pa.Table, groups: Integers, used: NDArray[np.bool_] | None) -> tuple[pa.Table, Integers]:
+    """The rows used, by default all, and their groups, numbered from 0."""
+    if used is None:
+        return rows, groups
+    return rows.filter(pa.array(used)), np.unique(groups[used], return_inverse=True)[1]
+
+
+def _tested(
+    rows: pa.Table,
+    seed: int,
+    groups: Integers,
+    folds: tuple[int, int],
+    which: str,
+    used: NDArray[np.bool_] | None = None,
+) -> NDArray[np.bool_]:
+    """Whether each of the rows used is tested in one of so many folds, given with their number; errors say
+    `which` groups these are."""
+    k, fold = folds
+    rows, groups = _used(rows, groups, used)
+    sizes, patients = stratify.image_counts(rows, groups), stratify.patient_counts(rows, groups)
+    if len(sizes) < k:
+        raise DataError(f"{counted(len(sizes), 'group')} {which} cannot make {k} folds; lower --k")
+    is_tested = stratify.divide(sizes, patients, np.full(k, 1 / k), [1] * k, seed)[groups] == fold - 1
+    return np.asarray(is_tested)
+
+
+def _has(rows: pa.Table, protocol: Protocol, value: str) -> NDArray[np.bool_]:
+    """Whether each row is of a magnification or site, given as text."""
+    return np.array([str(own) == value for own in rows[protocol].to_pylist()], bool)
+
+
+def _require_one_site(rows: pa.Table, groups: Integers) -> None:
+    """Raise `DataError` if a group is at several sites: the same number may be of two people, or of one."""
+    sites = rows[schema.SITE].to_pylist()
+    first: dict[int, int] = {}
+    for row, group in enumerate(groups.tolist()):
+        if sites[row] != sites[one := first.setdefault(group, row)]:
+            names, who = (rows[key].to_pylist() for key in (schema.IMAGE_ID, schema.PATIENT))
+            raise DataError(
+                f"{names[one]} (patient {who[one]}) is at site {sites[one]}, and "
+                f"{names[row]} (patient {who[row]}) at {sites[row]}, with the same patient, case, slide or "
+                f"content: give two people ids of their own, as in {sites[row]}/{who[row]}, and one person "
+                "one site"
+            )
+
+
+def _misplaced(parts: pa.Table, protocol: Protocol, held_out: str) -> list[str]:
+    """A sentence for each image that the magnification or site held out puts into the wrong part."""
+    is_held = _has(parts, protocol, held_out)
+    rows = zip(*(parts[key].to_pylist() for key in (schema.IMAGE_ID, schema.PART, protocol)), strict=True)
+    return [
+        f"{name} of the {protocol} {value} is in {part}, and {held_out} is held out"
+        for (name, part, value), held in zip(rows, is_held.tolist(), strict=True)
+        if part in PARTS and held != (part == TEST)
+    ]
+
+
+def _groups(rows: pa.Table, protocol: Protocol) -> Integers:
+    """Group of every row."""
     _require_patients(rows, protocol)
-    groups = _connected(rows, _KEYS[protocol])
-    return groups, stratify.image_counts(rows, groups)
+    return _connected(rows, _KEYS[protocol])
 
 
 def _require_patients(rows: pa.Table, protocol: Protocol) -> None:

@@ -15,7 +15,7 @@ from ray.train import Result
 
 from bcd import lease, provenance, schema, storage
 from bcd.config import log
-from bcd.config.options import OFF, Protocol
+from bcd.config.options import HOLDING_OUT, OFF, Protocol
 from bcd.config.training import CrossvalConfig, TrainConfig, TrainingConfig
 from bcd.errors import DataError
 from bcd.evaluation import artifacts, evaluate
@@ -28,7 +28,7 @@ from bcd.runtime import cluster, prepare, run_directory
 from bcd.runtime.prepare import DatasetFacts
 from bcd.runtime.tracking.follow import followed
 from bcd.split import split
-from bcd.taxonomy import N_FOLDS, TUMOR_CLASSES
+from bcd.taxonomy import LEFT_OUT, N_FOLDS, TUMOR_CLASSES
 from bcd.text import counted, without_folders
 from bcd.training import export, feed, train
 from bcd.training.feed import Held
@@ -77,6 +77,7 @@ def run(config: CrossvalConfig) -> str:
         DataError: the data cannot be used, or differ from those of the finished folds.
     """
     config = train.resolved(config)
+    config = config.model_copy(update={"held_out": prepare.held_out_values(config)})
     uri = storage.join(config.output, config.name)
     if config.against:
         artifacts.require_images(config.against)
@@ -115,24 +116,36 @@ def _is_published(arms: Iterable[Sequence[Fold]]) -> bool:
 
 def _folds(config: CrossvalConfig, uri: str, protocol: Protocol) -> Iterator[Fold]:
     """The folds of one arm; each is a run as of `jobs/train.py`."""
-    official = protocol == "official"
     shared = config.model_dump(include=set(TrainingConfig.model_fields) - {"output", "name", "seed", "folds"})
-    n_folds, store = N_FOLDS if official else config.k, prepare.store_of(config)
+    store = prepare.store_of(config)
     for repeat in range(1, config.repeats + 1):
-        for fold in range(1, n_folds + 1):
-            settings = shared | {
+        for fold, division in enumerate(_divisions(config, protocol), 1):
+            settings = shared | division
+            settings |= {
                 "output": storage.join(uri, protocol),
                 "name": f"repeat-{repeat}-fold-{fold}",
                 "seed": config.seed + repeat - 1,
                 "prepared": OFF if store is None else store.uri,
                 "protocol": protocol,
-                "fold": fold,
-                "folds": config.folds if official else None,
-                "cross_folds": None if official else n_folds,
                 # One GPU per fold, and several folds at a time.
                 "num_workers": "1" if config.num_workers == "auto" else config.num_workers,
             }
             yield Fold(repeat, fold, TrainConfig(**settings))
+
+
+def _divisions(config: CrossvalConfig, protocol: Protocol) -> list[dict[str, Any]]:
+    """The settings in which the folds of a repeat differ."""
+    if protocol == "official":
+        return [{"folds": config.folds, "fold": fold} for fold in range(1, N_FOLDS + 1)]
+    folds = [{"cross_folds": config.k, "fold": fold} for fold in range(1, config.k + 1)]
+    if protocol not in HOLDING_OUT:
+        return folds
+    # A site is tested whole, by one model.
+    return [
+        {"held_out": value} | fold
+        for value in config.held_out
+        for fold in ([{}] if protocol == "site" else folds)
+    ]
 
 
 def _train_missing(
@@ -200,7 +213,8 @@ def _nested(arms: Iterable[Sequence[Fold]]) -> dict[str, str]:
 
 
 def _name(fold: Fold) -> str:
-    return f"{fold.config.protocol}, repeat {fold.repeat}, fold {fold.fold}"
+    held_out = f", {fold.config.held_out} held out" if fold.config.held_out else ""
+    return f"{fold.config.protocol}, repeat {fold.repeat}, fold {fold.fold}{held_out}"
 
 
 def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> Arm:
@@ -229,7 +243,7 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
     prior = export.prior_of(config, _seen(folds[0]))
     measured["out_of_fold"] = _chosen(pooled, np.concatenate(logits), prior, config)
     size = (card.input_height_px, card.input_width_px)
-    facts = about | data.model_dump(exclude={"split_fingerprint"})
+    facts = about | data.model_dump(exclude={"split_fingerprint", "left_out"})
     facts |= {"input_size_px": size, "evidence": card.evidence}
     # The balance of the first fold represents all.
     facts |= prepare.class_counts(folds[0].config, _split(folds[0]))
@@ -271,6 +285,8 @@ def _tested(fold: Fold) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, np.
     row = {
         "repeat": fold.repeat,
         "fold": fold.fold,
+        "held_out": fold.config.held_out,
+        "left_out": len(prepare.part_of(_split(fold), LEFT_OUT)),
         "n_images": len(images),
         "n_patients": measured["n_patients"],
         "threshold": card.threshold,

@@ -19,6 +19,13 @@ from bcd.errors import ConfigError
             {"protocol": "official", "folds": "f", "fold": 1, "cross_folds": 5},
             "official has its own five folds",
         ),
+        ({"protocol": "magnification"}, "--protocol magnification requires --held-out, the one to test on"),
+        ({"held_out": "A"}, "--held-out is for --protocol magnification or site"),
+        (
+            {"protocol": "magnification", "held_out": "40", "magnifications": (100, 200)},
+            "--held-out 40: expected some of --magnifications 100 200",
+        ),
+        ({"protocol": "site", "held_out": "A", "cross_folds": 2, "fold": 1}, "a site is tested whole"),
         ({"fold": 2}, "--fold requires --protocol official or --cross-folds"),
         ({"cross_folds": 3}, "--fold requires --protocol official or --cross-folds"),
         ({"cross_folds": 3, "fold": 4}, "--fold 4: there are 3 folds"),
@@ -94,6 +101,19 @@ def test_a_single_image_is_none_where_batch_norm_counts_all_workers():
 def test_worker_bounds():
     bounds = [TrainConfig(data="x", num_workers=n).worker_bounds() for n in ("auto", "3", "2-8")]
     assert bounds == [None, (3, 3), (2, 8)]
+
+
+def test_a_study_holds_out_by_one_protocol():
+    study = CrossvalConfig(data="d", protocol="case,magnification", held_out=("40", "400"))
+    assert study.held_out == ("40", "400")
+    for changes, sentence in (
+        ({"protocol": "magnification,site"}, "one of the two"),
+        ({"held_out": ("40",)}, "--held-out is for --protocol magnification or site"),
+        ({"protocol": "magnification", "held_out": ("50",)}, "--held-out 50: expected some of"),
+        ({"protocol": "case,site", "export": "refit"}, "--export is of models that know all"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            CrossvalConfig(data="d", **changes)
 
 
 def test_protocols_are_separated_by_commas():

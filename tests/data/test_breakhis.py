@@ -102,6 +102,7 @@ def test_an_index_has_one_row_per_file_in_order() -> None:
         schema.PATIENT: "14-2523",
         schema.CASE: "14-2523",
         schema.SLIDE: "14-2523",
+        schema.SITE: None,
         schema.TUMOR_CLASS: "malignant",
         schema.SUBTYPE: "DC",
         schema.MAGNIFICATION: 100,

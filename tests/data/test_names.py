@@ -78,10 +78,17 @@ def test_a_column_that_looks_like_ours_is_named(column, ours):
     assert names.unused_columns([ours, column]) == [f"column {column!r} is not used; the column {ours!r} is"]
 
 
-@pytest.mark.parametrize("written", ["site", "Hospital", "centre "])
+@pytest.mark.parametrize("written", ["Hospital", "centre "])
 def test_a_column_of_hospitals_is_named(written):
-    (warning,) = names.unused_columns(["uri", "patient", written])
-    assert warning.startswith(f"column {written!r} is not used; if hospitals use the same patient numbers")
+    assert names.unused_columns(["uri", "patient", written]) == [
+        f"column {written!r} is not used; call it 'site' to use it"
+    ]
+
+
+def test_a_number_that_two_hospitals_use_is_named():
+    assert names.shared_ids(["1", "2", "1", None, "2"], ["A", "A", "A", "B", None]) == []
+    (warning,) = names.shared_ids(["1", "2", "1"], ["B", "A", "A"])
+    assert warning.startswith("patient ids occur at several sites: '1' at A, B. Each counts as one patient")
 
 
 def test_only_the_first_of_many_columns_are_named():

@@ -173,3 +173,76 @@ def test_abstention_of_groups_leaves_out_those_of_unknown_class() -> None:
 
 def test_abstention_of_nothing() -> None:
     assert len(decision.abstention_curve(images([]))) == 0
+
+
+def calls(n_patients: int, seed: int = 0) -> pd.DataFrame:
+    """Images of patients of both classes, 1 to 6 each, many of them wrong."""
+    generator = np.random.default_rng(seed)
+    patient = np.repeat(np.arange(n_patients), 1 + np.arange(n_patients) % 6)
+    truth = np.where(patient % 2, "malignant", "benign")
+    probability = 1 / (1 + np.exp(-generator.normal(np.where(patient % 2, 1, -1), 1.5)))
+    table = images(list(zip(truth, probability, strict=True)))
+    return table.assign(**{schema.PATIENT: [f"p{i}" for i in patient]})
+
+
+def test_class_sets_by_hand() -> None:
+    """Each patient without those of one other: the smallest cut-off that suffices for nine tenths of all and
+    one more, by the plain definition."""
+    table = calls(12)
+    found = decision.class_sets(table)
+    rows = list(
+        zip(table[schema.PATIENT], table[aggregate.MARGIN].abs(), table[aggregate.CORRECT], strict=True)
+    )
+
+    def cutoff(without: str | None) -> float:
+        others = [row for row in rows if row[0] != without]
+        patients = {row[0] for row in others}
+        for reach in sorted({0.0, *(margin for _, margin, _ in others)}):
+            shares = [
+                np.mean([right or margin <= reach for p, margin, right in others if p == patient])
+                for patient in patients
+            ]
+            if sum(shares) / (len(patients) + 1) >= 0.9 - 1e-9:
+                return reach
+        raise AssertionError
+
+    reach = {patient: cutoff(patient) for patient in table[schema.PATIENT].unique()}
+    both = [margin <= reach[patient] for patient, margin, _ in rows]
+    covered = pd.Series([right or two for (_, _, right), two in zip(rows, both, strict=True)], dtype=float)
+    share = covered.groupby(table[schema.PATIENT]).mean()
+    assert found is not None
+    assert found["cutoff"] == cutoff(None)
+    assert found["both"] == np.mean(both)
+    assert 0.3 < found["both"] < 1
+    assert found["coverage"] == pytest.approx(share.mean())
+    malignant = share[[f"p{i}" for i in range(1, 12, 2)]].mean()
+    assert found["coverage_by_class"]["malignant"] == pytest.approx(malignant)
+
+
+def test_sets_of_few_or_unknown_patients_are_not_stated() -> None:
+    found = decision.class_sets(calls(9))
+    assert found is not None
+    assert (found["n_patients"], found["cutoff"], found["coverage"]) == (9, None, None)
+    enough = decision.class_sets(calls(10))
+    assert enough is not None
+    assert enough["cutoff"] is not None
+    assert decision.class_sets(calls(12).assign(**{schema.PATIENT: None})) is None
+
+
+def test_sets_keep_their_level_on_patients_alike() -> None:
+    """Mean over studies whose patients differ much, and over new patients of each."""
+    covered = []
+    for seed in range(40):
+        table = calls(24, seed)
+        shift = np.random.default_rng(seed).normal(0, 2, 24)[table[schema.PATIENT].str[1:].astype(int)]
+        log_odds = table[aggregate.LOG_ODDS] + shift
+        table = images(list(zip(table[schema.TUMOR_CLASS], 1 / (1 + np.exp(-log_odds)), strict=True))).assign(
+            **{schema.PATIENT: table[schema.PATIENT]}
+        )
+        is_new = table[schema.PATIENT].isin([f"p{i}" for i in range(12)])
+        found = decision.class_sets(table[~is_new])
+        assert found is not None
+        new = table[is_new]
+        right = new[aggregate.CORRECT] | (new[aggregate.MARGIN].abs() <= found["cutoff"])
+        covered.append(right.groupby(new[schema.PATIENT]).mean().mean())
+    assert 0.88 < np.mean(covered) < 0.99

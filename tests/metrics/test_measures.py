@@ -325,3 +325,22 @@ def test_evaluate_a_model_of_subtypes() -> None:
     known = frame[schema.SUBTYPE].notna()
     truth = np.array([names.index(code) for code in frame.loc[known, schema.SUBTYPE]])
     assert result["multiclass"] == measures.multiclass(truth, probability[known], names)
+
+
+def test_groups_of_images_are_measured_as_tables_of_their_own() -> None:
+    frame = predictions()
+    frame[schema.SITE] = np.where(frame[schema.PATIENT] == "p1", "B", "A")
+    found = studies.measured(frame)
+    for name, column in (("by_site", schema.SITE), ("by_magnification", schema.MAGNIFICATION)):
+        assert found[name].keys() == {str(value) for value in frame[column].unique()}
+        for value, rows in frame.groupby(column):
+            alone = studies.measured(rows.reset_index(drop=True))
+            assert found[name][str(value)] == alone["pooled"]
+            called = rows[schema.PROBABILITY_MALIGNANT] >= 0.5
+            right = called == (rows[schema.TUMOR_CLASS] == "malignant")
+            assert found[name][str(value)]["accuracy"] == pytest.approx(right.mean())
+            by_patient = right.groupby(rows[schema.PATIENT])
+            interval = intervals.interval_of_rate(by_patient.sum().to_numpy(), by_patient.size().to_numpy())
+            assert found[name][str(value)]["intervals"]["accuracy"] == interval
+    assert found["by_site"]["B"]["intervals"]["accuracy"] is None  # of one patient
+    assert studies.measured(predictions())["by_site"] == {}

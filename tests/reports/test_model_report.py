@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from bcd import schema
-from bcd.metrics import aggregate, measures
+from bcd.metrics import aggregate, decision, measures
+from bcd.metrics.intervals import interval_of_rate
 from bcd.reports import model_report, plots
+from bcd.reports.style import format_interval
 from bcd.reports.thumbnails import Example
 from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES
 from tests import studies
@@ -493,3 +495,52 @@ def test_summary_lines() -> None:
     assert len(lines) == 2 + len(model_report.MEASURES)
     marked = model_report.summary_lines(studies.measured(predictions()) | {"leaky": True, "forced": True})
     assert marked[0].endswith("[leaky: patients in several parts] [forced: may have been trained on]")
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """Text of the cells of a table, by its first."""
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in table.split("<tr>")[2:]]
+    plain = [[" ".join(re.sub(r"<[^>]*>", " ", cell).split()) for cell in row] for row in rows]
+    return {row[0]: row[1:] for row in plain}
+
+
+def test_groups_of_images_show_their_own_numbers(tmp_path: Path) -> None:
+    """By a plain computation from the table of predictions."""
+    sites = {f"p{i}": "Lyon" if i < 6 else "Porto" for i in range(7)} | {"p7": "Turin"}
+    frame = predictions().assign(**{schema.SITE: lambda rows: rows[schema.PATIENT].map(sites)})
+    page = write(tmp_path, frame, facts=FACTS, draws=())
+    section = page.split("<h2>By subtype, magnification and site")[1].split("<h2>")[0]
+    subtypes, magnifications, by_site = map(cells, section.split("<table>")[1:])
+    assert subtypes["A adenosis"] == ["", "66.7 % 1 patient: too few to say", "3", "1"]
+    right = (frame[schema.PROBABILITY_MALIGNANT] >= 0.5) == (frame[schema.TUMOR_CLASS] == "malignant")
+    for found, column, unit in (
+        (magnifications, schema.MAGNIFICATION, "X"),
+        (by_site, schema.SITE, ""),
+    ):
+        assert found.keys() == {f"{value}{unit}" for value in frame[column].unique()} | {"all"}
+        for value, rows in frame.groupby(column):
+            here = right[rows.index].groupby(rows[schema.PATIENT])
+            n, patients, images, recognised, *_ = found[f"{value}{unit}"]
+            assert (n, patients) == (str(len(rows)), str(here.ngroups))
+            ends = interval_of_rate(here.sum().to_numpy(int), here.size().to_numpy())
+            certainty = format_interval(ends) if ends else "1 patient: too few to say"
+            assert images == f"{100 * right[rows.index].mean():.1f} % {certainty}".replace("\xa0", " ")
+            assert recognised.startswith(f"{100 * here.mean().mean():.1f} %")
+    assert by_site["Turin"][2].endswith("1 patient: too few to say")
+    assert by_site["Turin"][4] == "–"  # one class only
+
+
+def test_the_page_says_what_is_held_out_and_in_no_part(tmp_path: Path) -> None:
+    facts = FACTS | {"protocol": "magnification", "held_out": "40", "left_out": 1234}
+    page = write(tmp_path, predictions(), facts=facts, draws=())
+    assert "Split by magnification, 40 held out." in page
+    assert "<dt>in no part</dt><dd>1,234 images, because they are at 40 and their patients" in page
+
+
+def test_sets_of_classes_are_stated_from_ten_patients_on(tmp_path: Path) -> None:
+    few, many = (write(tmp_path, predictions(n), draws=()) for n in (8, 16))
+    assert "8 patients: too few to say. With fewer than 10, every image would get both classes" in few
+    sets = decision.class_sets(aggregate.image_table(predictions(16)))
+    assert sets is not None
+    assert f"within {sets['cutoff']:.2f} of the threshold" in many
+    assert f"Here {100 * sets['both']:.1f}\xa0% of the images get both classes" in many

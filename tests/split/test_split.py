@@ -4,18 +4,22 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
+import hypothesis
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from hypothesis import strategies as st
 
 from bcd import schema
+from bcd.config.options import Protocol
 from bcd.data import breakhis
 from bcd.errors import ConfigError, DataError, LeakageError
 from bcd.split import quarantine, split, stratify
 from bcd.storage import File
-from bcd.taxonomy import SUBTYPES, TUMOR_CLASSES, part_named
+from bcd.taxonomy import LEFT_OUT, SUBTYPES, TUMOR_CLASSES, part_named
 
 SEEDS = range(8)
 
@@ -141,6 +145,15 @@ def test_the_audit_names_14_13412_in_folds_1_3_and_5(
         else:
             assert findings == []
             split.require_no_leak(split.assign(published, "official", 0, fold=fold), "official")
+
+
+@pytest.mark.real
+def test_a_magnification_is_held_out_of_all_published_names(published: pa.Table) -> None:
+    kept = quarantine.apply_rules(published).kept
+    made = split.hold_out(kept, "magnification", 0, "40")
+    split.require_no_leak(made, "magnification", "40")
+    counts = [part_of(made, part).num_rows for part in (*split.PARTS, LEFT_OUT)]
+    assert counts == [3836, 664, 378, 2785]
 
 
 @pytest.mark.real
@@ -431,19 +444,170 @@ def test_official_names_what_is_wrong() -> None:
         split.assign(rows, "official", 0, fold=fold_of(rows, lambda name: name in {"DC0", "A0", "A1", "A2"}))
 
 
+# --- one magnification or site held out
+
+# Of `cohort`, as they were before there were these protocols: `assign`, and fold 2 of 3.
+BEFORE = {
+    ("case", 0): ("e2862f7947b3b92d", "1da961ce3e6c798e"),
+    ("case", 1): ("71b2701f0e43ea8d", "b5cf9ad0cafe01c8"),
+    ("patient", 0): ("183a2bcdf6d88c32", "187b0f7b05e5f751"),
+    ("patient", 1): ("f59fbd3ac77efdeb", "1a777ad3ee4fb7ae"),
+    ("image", 0): ("f417fd466f05cdf1", "2b59628308744ea9"),
+    ("image", 1): ("19ab465a35685126", "d5b7f2fcf9651933"),
+}
+
+
+@pytest.mark.parametrize(("protocol", "seed"), BEFORE)
+def test_the_other_protocols_split_as_before(protocol: split.Protocol, seed: int) -> None:
+    rows = cohort(seed)
+    made = split.assign(rows, protocol, seed), split.assign_fold(rows, protocol, seed, 3, 2)
+    assert tuple(split.fingerprint(one)[:16] for one in made) == BEFORE[protocol, seed]
+
+
+@st.composite
+def magnified(draw: st.DrawFn) -> pa.Table:
+    """Patients of both classes, some in one case, with images at some of three magnifications, and a site."""
+    rows = []
+    for i in range(draw(st.integers(8, 16))):
+        more = {schema.CASE: f"c{draw(st.integers(0, 60))}", schema.SITE: draw(st.sampled_from("ABC"))}
+        for j, magnification in enumerate(
+            draw(st.lists(st.sampled_from([40, 100, 200]), min_size=1, max_size=6))
+        ):
+            one = row(f"{i:02}-{j}", f"p{i}", ("A", "DC")[i % 2], **more)
+            rows.append(one | {schema.MAGNIFICATION: magnification})
+    return table(*rows)
+
+
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@hypothesis.given(
+    rows=magnified(), protocol=st.sampled_from(["magnification", "site"]), seed=st.integers(0, 9)
+)
+def test_what_is_held_out_is_tested_alone_and_on_other_patients(
+    rows: pa.Table, protocol: split.Protocol, seed: int
+) -> None:
+    tested: list[str] = []
+    held_out, folds = ("40", 2) if protocol == "magnification" else ("A", 1)
+    for fold in range(1, folds + 1):
+        try:
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(stratify, "_WORK", 1)  # one round: what is balanced is tested elsewhere
+                made = split.hold_out(
+                    rows, protocol, seed, held_out, folds=(folds, fold) if folds > 1 else None
+                )
+        except DataError:  # too few patients, or one at two sites, through a case
+            hypothesis.assume(False)
+        split.require_no_leak(made, protocol, held_out)
+        assert made.drop_columns(schema.PART) == rows
+        part = parts(made)
+        for one in made.to_pylist():
+            is_held = str(one[protocol]) == held_out
+            assert not (is_held and one[schema.PART] in (split.TRAIN, split.VALIDATION))
+            assert is_held or one[schema.PART] != split.TEST
+        for column in (schema.PATIENT, schema.CASE):
+            assert all(len(of - {LEFT_OUT}) <= 1 for of in groups_of(made, column).values())
+        tested += [name for name, of in part.items() if of == split.TEST]
+        # Nobody is left out without need.
+        in_test = {one[schema.PATIENT] for one in part_of(made, split.TEST).to_pylist()}
+        cases = {one[schema.CASE] for one in part_of(made, split.TEST).to_pylist()}
+        for one in part_of(made, LEFT_OUT).to_pylist():
+            connected = one[schema.PATIENT] in in_test or one[schema.CASE] in cases
+            assert connected != (str(one[protocol]) == held_out)
+        assert protocol == "magnification" or not part_of(made, LEFT_OUT).num_rows
+    held = [one[schema.IMAGE_ID] for one in rows.to_pylist() if str(one[protocol]) == held_out]
+    assert sorted(tested) == sorted(held)
+
+
+def biopsies(n_patients: int = 12, **more: str | None) -> pa.Table:
+    """Patients with an image at each of two magnifications, half of them at each of two sites."""
+    return table(
+        *(
+            row(f"{p:02}-{m}", f"p{p}", ("A", "DC")[p % 2], **{schema.SITE: "AB"[p // 2 % 2]})
+            | {schema.MAGNIFICATION: m}
+            | more
+            for p in range(n_patients)
+            for m in (40, 100)
+        )
+    )
+
+
+def test_a_share_of_the_patients_is_tested_at_the_magnification() -> None:
+    made = split.hold_out(biopsies(), "magnification", 0, "40", 0.2, 1 / 3)
+    counts = {part: part_of(made, part).num_rows for part in (*split.PARTS, LEFT_OUT)}
+    assert counts == {"train": 6, "validation": 2, "test": 4, LEFT_OUT: 4 + 8}
+    assert split.fingerprint(made) != split.fingerprint(split.hold_out(biopsies(), "magnification", 1, "40"))
+    shuffled = biopsies().take(np.random.default_rng(1).permutation(24))
+    assert parts(split.hold_out(shuffled, "magnification", 0, "40", 0.2, 1 / 3)) == parts(made)
+    # Of the images in a part, 4 of 12 are tested; those in none are of no share.
+    assert not any("less than half" in text for text in split.share_warnings(made))
+
+
+def test_a_site_is_tested_whole() -> None:
+    made = split.hold_out(biopsies(), "site", 0, "A", 0.3)
+    assert part_of(made, split.TEST)[schema.SITE].to_pylist() == ["A"] * 12
+    assert set(made[schema.PART].to_pylist()) == {*split.PARTS}
+
+
+@pytest.mark.parametrize(
+    ("rows", "protocol", "held_out", "said"),
+    [
+        (biopsies(), "magnification", "200", "no image has the magnification 200; there are 40, 100"),
+        (biopsies(), "site", "C", "no image has the site C; there are A, B"),
+        (biopsies(site=None), "site", "A", "00-100, 00-40, .*: no site; .* manifest with the column site"),
+        (biopsies(site="A"), "site", "A", "all images have the site A; expected several"),
+        (biopsies(4), "magnification", "40", "class benign has 1 patient; train and validation need"),
+        (biopsies(patient=None), "site", "A", "protocol site needs the column patient"),
+        (
+            biopsies(case="c"),
+            "site",
+            "A",
+            r"00-100 \(patient p0\) is at site A, and 02-100 \(patient p2\) at B, .* as in B/p2, and one",
+        ),
+    ],
+)
+def test_what_cannot_be_held_out_is_refused(
+    rows: pa.Table, protocol: split.Protocol, held_out: str, said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        split.hold_out(rows, protocol, 0, held_out)
+
+
+def test_too_few_patients_at_a_magnification_cannot_make_the_folds() -> None:
+    with pytest.raises(DataError, match="12 groups of magnification 40 cannot make 13 folds; lower --k"):
+        split.hold_out(biopsies(), "magnification", 0, "40", folds=(13, 1))
+
+
+def test_an_image_of_the_wrong_magnification_is_a_leak() -> None:
+    made = split.hold_out(biopsies(), "magnification", 0, "40")
+    names, of = made[schema.IMAGE_ID].to_pylist(), made[schema.PART].to_pylist()
+    for part, magnification in ((split.TRAIN, 40), (split.TEST, 100)):
+        patients = part_of(made, part)[schema.PATIENT].to_pylist()
+        other = next(
+            one[schema.IMAGE_ID]
+            for one in part_of(made, LEFT_OUT).to_pylist()
+            if one[schema.PATIENT] in patients
+        )
+        moved = with_parts(
+            made.drop_columns(schema.PART),
+            *(part if name == other else was for name, was in zip(names, of, strict=True)),
+        )
+        split.require_no_leak(moved, "case")
+        with pytest.raises(LeakageError, match=f"{other} of the magnification {magnification} is in {part}"):
+            split.require_no_leak(moved, "magnification", "40")
+
+
 # --- tables by hand: quarantine, audit, fingerprints
 
 
 @pytest.mark.parametrize(
     ("column", "forbidden_by"),
     [
-        (schema.CASE, {"case"}),
-        (schema.PATIENT, {"case", "patient", "official"}),
-        (schema.SLIDE, {"case", "patient", "official"}),
-        (schema.SHA256, {"case", "patient", "official", "image"}),
+        (schema.CASE, {"case", "magnification", "site"}),
+        (schema.PATIENT, {"case", "patient", "official", "magnification", "site"}),
+        (schema.SLIDE, {"case", "patient", "official", "magnification", "site"}),
+        (schema.SHA256, {"case", "patient", "official", "magnification", "site", "image"}),
     ],
 )
-@pytest.mark.parametrize("protocol", ["case", "patient", "official", "image"])
+@pytest.mark.parametrize("protocol", get_args(Protocol))
 def test_what_may_not_cross_is_found(
     column: str, forbidden_by: set[split.Protocol], protocol: split.Protocol
 ) -> None:

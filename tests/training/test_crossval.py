@@ -211,6 +211,22 @@ def test_a_study_resumes_with_the_folds_that_are_missing(joined, tree, tmp_path,
     assert capsys.readouterr().out.count("bundle of the study") == 2
 
 
+def test_a_study_tests_a_magnification_that_its_models_have_not_seen(joined, tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_model", untrained)
+    monkeypatch.setattr(train.export.feature_statistics, "compute_statistics", statistics_here)
+    monkeypatch.setattr(predict, "score_rows", score_here)
+    settings = settings_of(tree, tmp_path) | {"protocol": "magnification", "held_out": ("200",)}
+    uri = crossval.run(CrossvalConfig(**settings, parallel=1))
+    measured = read_json(f"{uri}/metrics.json")
+    assert measured["n_images"] == measured["n_patients"] == 24
+    assert list(measured["by_magnification"]) == ["200"]
+    for row in measured["folds"]:
+        assert bundle.read_card(row["model"]).magnifications == (40,)
+        # Of the patients who train at 40X those at 200X, and of those who are tested the reverse.
+        assert (row["held_out"], row["left_out"]) == ("200", 24)
+    assert "200 held out, 24 images in no part" in storage.read_bytes(f"{uri}/report.html").decode()
+
+
 @trial
 def test_a_study_is_logged_with_its_folds_within_it(joined, tree, tmp_path, monkeypatch):
     client = made.of_files(tmp_path / "mlruns", monkeypatch)

@@ -12,7 +12,7 @@ MAX_CHARACTERS = 500
 COUNTS = ("n_images", "n_patients", "n_errors", "threshold", "temperature")
 # Of `metrics.json`, for tags: which model and data, and whatever qualifies the numbers.
 FACTS = (
-    *(schema.MODEL_ID, "data_fingerprint", "split_fingerprint", "protocol", "tested_on"),
+    *(schema.MODEL_ID, "data_fingerprint", "split_fingerprint", "protocol", "held_out", "tested_on"),
     *("synthetic", "leaky", "forced", "too_few_patients"),
 )
 
