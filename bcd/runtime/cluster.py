@@ -82,7 +82,7 @@ def worker_env() -> dict[str, Any]:
     return {"env_vars": MODEL_VARIABLES}
 
 
-def _start(trains: bool, metrics_port: int | None) -> None:
+def _start(trains: bool, metrics_port: int | None = None) -> None:
     os.environ.update(MODEL_VARIABLES)
     # For Ray Data in the workers of this cluster, too.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")

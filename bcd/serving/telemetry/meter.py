@@ -4,15 +4,13 @@ from ray.util import metrics
 
 from bcd.serving.telemetry.signals import Signal
 
-Made = metrics.Counter | metrics.Gauge | metrics.Histogram
-
 
 class RayMeter:
     """A `signals.Record`; `always` are labels of this process, such as its model."""
 
     def __init__(self, **always: str) -> None:
         self._always = always
-        self._made: dict[str, Made] = {}
+        self._made: dict[str, metrics.Metric] = {}
 
     def __call__(self, signal: Signal, value: float = 1.0, /, **labels: str) -> None:
         """See `signals.Record`."""
@@ -27,7 +25,7 @@ class RayMeter:
                 made.observe(value, tags)
 
 
-def _make(signal: Signal) -> Made:
+def _make(signal: Signal) -> metrics.Metric:
     described = signal.name, signal.text
     if signal.kind == "histogram":
         return metrics.Histogram(*described, boundaries=list(signal.bounds), tag_keys=signal.labels)
