@@ -155,6 +155,13 @@ def test_the_alerts_ask_for_metrics_that_exist():
     assert named(expressions) <= {signal.exported for signal in SIGNALS}
 
 
+def test_the_page_names_every_metric_and_its_labels():
+    rows = re.findall(r"^\| `(ray_bcd_\w+)` \| (.*?) \|", PAGE, re.M)
+    assert rows == [
+        (signal.exported, ", ".join(f"`{label}`" for label in signal.labels)) for signal in SIGNALS
+    ]
+
+
 def test_queries_ask_for_labels_that_exist():
     known = {signal.exported: {*signal.labels, "le"} for signal in SIGNALS}
     for text in [*queries(), *(rule["expr"] for rule in alerts())]:
