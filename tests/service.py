@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bcd.imaging import image
 from bcd.model import predictor
-from bcd.serving import api, middleware, receive
+from bcd.serving import api, front, middleware, receive
 from tests.cluster import free_port, wait_for
 
 TOKEN = "a-token-for-tests"
@@ -38,11 +38,16 @@ class LocalEngine:
         return self.works
 
 
-def guarded(engine: api.Engine, limits: receive.Limits | None = None, token: str | None = TOKEN) -> ASGIApp:
+def guarded(
+    engine: api.Engine,
+    limits: receive.Limits | None = None,
+    token: str | None = TOKEN,
+    named: api.Named | None = None,
+) -> ASGIApp:
     """The app as a replica builds it."""
-    limits = limits or receive.Limits()
-    app = api.create_app(engine, limits, max_images=4)
-    return middleware.guarded(app, limits, middleware.digest(token) if token else None)
+    limits, named = limits or receive.Limits(), named or api.Named()
+    app = front.whole_addresses(api.create_app(engine, limits, max_images=4, named=named))
+    return middleware.guarded(app, limits, middleware.digest(token) if token else None, named.record)
 
 
 def routed(apps: Mapping[str, ASGIApp]) -> ASGIApp:

@@ -8,12 +8,21 @@ from pydantic import Field, model_validator
 from bcd.config.options import Config, Precision
 from bcd.config.signing import SignedConfig
 
+NAME = r"^[a-z0-9][a-z0-9_-]{0,31}$"
+
 
 class ServiceConfig(SignedConfig):
     """Settings of `serve run bcd.serving.serve:app model=URI`, and the args in serve.yaml."""
 
     model: str
     """The model bundle: a local folder, s3://, gs:// or hf://OWNER/NAME[@REVISION]."""
+
+    name: str = Field(default="default", pattern=NAME)
+    """Name of the model, which answers at /v1/models/NAME, too."""
+
+    models: tuple[str, ...] = ()
+    """More bundles, as NAME=URI: each answers at /v1/models/NAME, by processes of its own with the settings
+    of --model."""
 
     token_file: str | None = None
     """File with the token that callers of /v1 must send; by default the variable BCD_API_TOKEN. Without
@@ -81,6 +90,25 @@ class ServiceConfig(SignedConfig):
                 )
         return self
 
+    @property
+    def named_models(self) -> dict[str, str]:
+        """URIs of `models` by name."""
+        return dict(part.split("=", 1) for part in self.models)
+
+    @model_validator(mode="after")
+    def _models_have_names(self) -> "ServiceConfig":
+        names = [self.name]
+        for part in self.models:
+            name, _, uri = part.partition("=")
+            if not re.fullmatch(NAME, name) or not uri:
+                raise ValueError(
+                    f"--models {part}: expected NAME=URI, a name of at most 32 small letters, digits, - and _"
+                )
+            names.append(name)
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two models have the name {twice[0]}; choose others in --name and --models")
+        return self
+
     @model_validator(mode="after")
     def _archive_has_a_place_for_results(self) -> "ServiceConfig":
         if self.archive is not None and self.slides is None:
@@ -104,6 +132,10 @@ class ServeConfig(ServiceConfig):
 
     port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on."""
+
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port with metrics for Prometheus, of Ray and of bcd, for all who reach this machine, without a token;
+    by default one that Ray chooses. Nodes of a running cluster have that of their `ray start`."""
 
 
 class ViewConfig(Config):

@@ -46,8 +46,9 @@ MODEL_VARIABLES = {
 }
 
 
-def connect(trains: bool = False) -> None:
-    """Join the cluster named by RAY_ADDRESS (set by `ray job submit`), else start one on this machine.
+def connect(trains: bool = False, metrics_port: int | None = None) -> None:
+    """Join the cluster named by RAY_ADDRESS (set by `ray job submit`), else start one on this machine, with
+    its metrics at a port if one is given.
 
     Raises:
         ResourceError: RAY_ADDRESS names a cluster that does not answer; starting another would hide that.
@@ -56,7 +57,7 @@ def connect(trains: bool = False) -> None:
         if address := os.environ.get("RAY_ADDRESS"):
             _join(address)
         else:
-            _start(trains)
+            _start(trains, metrics_port)
     # Ray 2.60's default grants each step what it used in the seconds before. Rounded, that was less than a
     # task of the last step, which commits rows: it waited until all images were scored. This one grants all
     # nodes.
@@ -81,7 +82,7 @@ def worker_env() -> dict[str, Any]:
     return {"env_vars": MODEL_VARIABLES}
 
 
-def _start(trains: bool) -> None:
+def _start(trains: bool, metrics_port: int | None = None) -> None:
     os.environ.update(MODEL_VARIABLES)
     # For Ray Data in the workers of this cluster, too.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
@@ -105,6 +106,7 @@ def _start(trains: bool) -> None:
         # Eleven processes and 170 MiB, a quarter of the start, for a page that ends with the job. But Ray
         # Train queries it, and warns about once a second where it is missing.
         include_dashboard=trains,
+        _metrics_export_port=metrics_port,
     )
     _close_token()
 

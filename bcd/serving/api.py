@@ -1,19 +1,16 @@
 """The HTTP interface as a FastAPI app: its routes and errors. An `Engine` computes."""
 
 import asyncio
-import base64
-import hashlib
 import logging
-import re
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Annotated, Any, Protocol
 
 import numpy as np
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
@@ -24,6 +21,7 @@ from starlette.exceptions import HTTPException
 from bcd import provenance
 from bcd.errors import MissingError, StorageError
 from bcd.imaging import image
+from bcd.model import novelty
 from bcd.model.card import Card
 from bcd.model.predictor import Prediction
 from bcd.serving import front, slide_jobs, upload
@@ -35,7 +33,9 @@ from bcd.serving.documents import (
     ErrorBody,
     ErrorDocument,
     Health,
+    ListedModel,
     ModelDocument,
+    ModelList,
     NamedSlide,
     SlideDocument,
     answer,
@@ -44,14 +44,15 @@ from bcd.serving.documents import (
     scale_of,
 )
 from bcd.serving.middleware import REQUEST_ID, SENT_ID
-from bcd.serving.receive import SLIDES, Limits, RefusedError, require_name
+from bcd.serving.openapi import explained
+from bcd.serving.openapi.explained import errors, shows
+from bcd.serving.openapi.swagger import swagger_page
+from bcd.serving.receive import MODELS, SLIDES, Limits, RefusedError, require_name
 from bcd.serving.slide_jobs import SlideJobs
+from bcd.serving.telemetry import signals
 from bcd.taxonomy import MAX_MPP, MIN_MPP
 
 logger = logging.getLogger(__name__)
-
-# Where FastAPIOffline mounts the files of Swagger UI.
-DOCS_FILES = "/static-offline-docs"
 
 
 class Engine(Protocol):
@@ -71,8 +72,24 @@ class Engine(Protocol):
         """Whether a forward pass has succeeded recently."""
 
 
-def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
-    return {code: {"model": ErrorDocument} for code in codes}
+@dataclass(frozen=True)
+class Named:
+    """A model among those of its service: its name, the names of those beside it, and what records its
+    answers."""
+
+    name: str = "default"
+    others: tuple[str, ...] = ()
+    record: signals.Record = signals.silent
+
+    def require(self, name: str) -> None:
+        """Raises RefusedError for the name of another model."""
+        if name != self.name:
+            why = f"this service has no model `{name[:40]}`; GET {MODELS} lists them"
+            raise RefusedError(404, "no_model", why)
+
+
+def _errors(*groups: Iterable[str]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorDocument, **shown} for status, shown in errors(*groups).items()}
 
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -90,10 +107,20 @@ def _body(field: str, schema: dict[str, Any], *raw: str) -> dict[str, Any]:
 Scale = Annotated[
     float | None, Query(ge=MIN_MPP, le=MAX_MPP, description="µm per pixel of a slide that states none")
 ]
-WORK_ERRORS = _errors(400, 401, 408, 413, 415, 422, 500, 503, 504)
+Overlay = Annotated[bool, Query(description="with `overlay_png`, base64")]
+Preview = Annotated[bool, Query(description="with `preview_png`, base64, at most 1024 px")]
+Name = Annotated[str, Path(description=f"a name of `GET {MODELS}`", examples=["default"])]
+FileName = Annotated[str, Path(description=" or ".join(slide_jobs.FILES))]
+JobId = Annotated[str, Path(description="the id in the answer to `add_slide`")]
 
 
-def create_app(engine: Engine, limits: Limits, max_images: int, slides: SlideJobs | None = None) -> FastAPI:
+def create_app(
+    engine: Engine,
+    limits: Limits,
+    max_images: int,
+    slides: SlideJobs | None = None,
+    named: Named = Named(),
+) -> FastAPI:
     """The app around an engine, and a folder of slides if it scores any; without authentication and limits,
     which are `middleware.Guard`'s."""
     # It logs bytes of forms that it cannot read; the answer says what is wrong with them.
@@ -106,12 +133,16 @@ def create_app(engine: Engine, limits: Limits, max_images: int, slides: SlideJob
         title="bcd",
         version=provenance.own_version(),
         description=f"Breast-histopathology fields of view: probability and evidence. **{NOTICE}**",
+        openapi_tags=explained.TAGS,
+        generate_unique_id_function=lambda route: route.name,
     )
     _handle_errors(app)
-    _add_work(app, engine, max_images)
+    _add_predict(app, engine, named)
+    _add_batch(app, engine, max_images, named)
     if slides:
         _add_slides(app, slides)
-    _add_facts(app, engine, limits, max_images)
+    _add_models(app, engine, limits, max_images, named)
+    _add_health(app, engine)
     _add_page(app)
     return app
 
@@ -149,22 +180,23 @@ def _handle_errors(app: FastAPI) -> None:
         return await refused(request, RefusedError(error.status_code, code, message, error.headers))
 
 
-def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
-    # Documents the token in OpenAPI; the guard checks it.
-    bearer = Depends(HTTPBearer(auto_error=False, description="the service's token"))
+# Documents the token in OpenAPI; the guard checks it.
+BEARER = Depends(HTTPBearer(auto_error=False, description="the service's token"))
 
-    @app.post(
-        "/v1/predict",
-        response_model=Answer,
-        responses=WORK_ERRORS | {200: {"content": {"image/png": BINARY}, "model": Answer}},
-        openapi_extra=_body(upload.ONE, BINARY["schema"], *IMAGE_TYPES),
-        dependencies=[bearer, Depends(upload.options("overlay", "preview"))],
-    )
-    async def predict(
-        request: Request,
-        overlay: Annotated[bool, Query(description="with `overlay_png`, base64")] = False,
-        preview: Annotated[bool, Query(description="with `preview_png`, base64, at most 1024 px")] = False,
-    ) -> Any:
+
+def _add_predict(app: FastAPI, engine: Engine, named: Named) -> None:
+    described: dict[str, Any] = {
+        "response_model": Answer,
+        "responses": _errors(explained.ANY, explained.BODY, explained.FORM, explained.IMAGE)
+        | shows(explained.ANSWER, "The answer, or the image under its evidence."),
+        "openapi_extra": _body(upload.ONE, BINARY["schema"], *IMAGE_TYPES),
+        "dependencies": [BEARER, Depends(upload.options("overlay", "preview"))],
+        "tags": [explained.PREDICT],
+    }
+    described["responses"][200]["content"]["image/png"] = BINARY
+
+    @app.post("/v1/predict", summary="Predict one image", **described)
+    async def predict(request: Request, overlay: Overlay = False, preview: Preview = False) -> Any:
         """One image (PNG, JPEG or TIFF) as raw body, or as multipart field `file`.
 
         With `Accept: image/png` the answer is the image with its evidence drawn over it; the header
@@ -172,8 +204,8 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         form, the value of Grad-CAM.
         """
         sent = await upload.one(request)
-        async with _logged(sent, request):
-            seen = await _look(engine, sent)
+        async with _logged(sent, request, named):
+            seen = await _look(engine, sent, named)
             if not request.headers.get("accept", "").lower().startswith("image/png"):
                 given = engine.card, engine.model_id, *seen
                 return await asyncio.to_thread(answer, *given, overlay, preview)
@@ -181,17 +213,41 @@ def _add_work(app: FastAPI, engine: Engine, max_images: int) -> None:
         headers = {"X-Model-Id": engine.model_id, "X-Evidence-Limit": f"{drawn_limit(seen[2]):g}"}
         return Response(png, media_type="image/png", headers=headers)
 
-    @app.post(
-        "/v1/predict/batch",
-        response_model=BatchAnswer,
-        responses=WORK_ERRORS,
-        openapi_extra=_body(upload.MANY, SEVERAL),
-        dependencies=[bearer, Depends(upload.options())],
-    )
+    described["responses"] = described["responses"] | _errors(explained.ANY_MODEL)
+
+    @app.post(MODELS + "/{name}/predict", summary="Predict one image with a named model", **described)
+    async def predict_with_model(
+        name: Name, request: Request, overlay: Overlay = False, preview: Preview = False
+    ) -> Any:
+        """As `/v1/predict`, by the model of this name."""
+        named.require(name)
+        return await predict(request, overlay, preview)
+
+
+def _add_batch(app: FastAPI, engine: Engine, max_images: int, named: Named) -> None:
+    described: dict[str, Any] = {
+        "response_model": BatchAnswer,
+        "responses": _errors(explained.ANY, explained.BODY, explained.FORM)
+        | shows(explained.BATCH, "An answer or an error for each image, in the order of the request."),
+        "openapi_extra": _body(upload.MANY, SEVERAL),
+        "dependencies": [BEARER, Depends(upload.options())],
+        "tags": [explained.PREDICT],
+    }
+
+    @app.post("/v1/predict/batch", summary="Predict several images", **described)
     async def predict_batch(request: Request) -> Any:
         """Several images as multipart field `files`: an answer or an error for each."""
         files = await upload.many(request, max_images)
-        return BatchAnswer(results=await asyncio.gather(*(_item(engine, sent, request) for sent in files)))
+        items = (_item(engine, sent, request, named) for sent in files)
+        return BatchAnswer(results=await asyncio.gather(*items))
+
+    described["responses"] = described["responses"] | _errors(explained.ANY_MODEL)
+
+    @app.post(MODELS + "/{name}/predict/batch", summary="Predict several with a named model", **described)
+    async def predict_batch_with_model(name: Name, request: Request) -> Any:
+        """As `/v1/predict/batch`, by the model of this name."""
+        named.require(name)
+        return await predict_batch(request)
 
 
 SLIDE_BODY = {
@@ -207,54 +263,58 @@ SLIDE_BODY = {
 
 def _add_slides(app: FastAPI, jobs: SlideJobs) -> None:
     """Add the routes to an app, whose guard has put a slide that was sent into its place already."""
-    bearer = [Depends(HTTPBearer(auto_error=False))]
-    _add_slide_post(app, jobs, bearer)
+    described: dict[str, Any] = {
+        "dependencies": [BEARER, Depends(upload.options())],
+        "tags": [explained.SLIDES],
+        "responses": _errors(explained.ANY, explained.KNOWN_SLIDE),
+    }
+    _add_slide_post(app, jobs)
 
     @app.get(
         SLIDES + "/{job_id}",
+        summary="State or result of a slide",
         response_model=SlideDocument,
         response_model_exclude_none=True,
-        responses=_errors(401, 404, 503),
-        dependencies=[*bearer, Depends(upload.options())],
+        **described | {"responses": described["responses"] | shows(explained.SLIDE, "The slide.")},
     )
-    async def about_slide(job_id: str) -> Any:
+    async def get_slide(job_id: JobId) -> Any:
         """State, progress and, once it is done, the result of a slide."""
         return await asyncio.to_thread(jobs.document, job_id)
 
+    found = {200: {"description": "The file.", "content": dict.fromkeys(slide_jobs.FILES.values(), BINARY)}}
+
     @app.get(
         SLIDES + "/{job_id}/{name}",
+        summary="A file of a slide's result",
         response_class=Response,
-        responses=_errors(401, 404, 503),
-        dependencies=[*bearer, Depends(upload.options())],
+        **described | {"responses": _errors(explained.ANY, explained.SLIDE_FILE) | found},
     )
-    async def file_of_slide(job_id: str, name: str) -> Any:
+    async def get_slide_file(job_id: JobId, name: FileName) -> Any:
         """A file of the result: the heat map, or the tiles as GeoJSON for QuPath."""
         if name not in slide_jobs.FILES:
             why = f"a slide has no {name[:40]}; it has {' and '.join(slide_jobs.FILES)}"
             raise RefusedError(404, "not_found", why)
         return Response(await asyncio.to_thread(jobs.file, job_id, name), media_type=slide_jobs.FILES[name])
 
-    @app.delete(
-        SLIDES + "/{job_id}",
-        status_code=204,
-        responses=_errors(401, 404, 503),
-        dependencies=[*bearer, Depends(upload.options())],
-    )
-    async def remove_slide(job_id: str) -> Response:
+    @app.delete(SLIDES + "/{job_id}", summary="Cancel or delete a slide", status_code=204, **described)
+    async def delete_slide(job_id: JobId) -> Response:
         """Cancel a slide that waits or is being scored; delete one that has ended, with all its files."""
         await asyncio.to_thread(jobs.remove, job_id)
         return Response(status_code=204)
 
 
-def _add_slide_post(app: FastAPI, jobs: SlideJobs, bearer: list[Any]) -> None:
+def _add_slide_post(app: FastAPI, jobs: SlideJobs) -> None:
     @app.post(
         SLIDES,
+        summary="Score a whole slide",
         status_code=202,
         response_model=SlideDocument,
         response_model_exclude_none=True,
-        responses=_errors(400, 401, 404, 408, 413, 415, 422, 503),
+        responses=_errors(explained.ANY, explained.SENT_SLIDE)
+        | shows(explained.SLIDE, "The slide waits; `Location` is its address.", 202),
         openapi_extra=SLIDE_BODY,
-        dependencies=[*bearer, Depends(upload.options("name", "mpp"))],
+        dependencies=[BEARER, Depends(upload.options("name", "mpp"))],
+        tags=[explained.SLIDES],
     )
     async def add_slide(request: Request, name: str | None = None, mpp: Scale = None) -> Any:
         """Score a whole slide: its bytes as the body, with `name`, or JSON that names one of the archive.
@@ -284,24 +344,24 @@ async def _named(request: Request) -> NamedSlide:
         raise RefusedError(422, "invalid_request", why) from None
 
 
-def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) -> None:
-    bearer = Depends(HTTPBearer(auto_error=False))
+def _add_models(app: FastAPI, engine: Engine, limits: Limits, max_images: int, named: Named) -> None:
+    described: dict[str, Any] = {
+        "dependencies": [BEARER, Depends(upload.options())],
+        "responses": _errors(explained.ANY) | shows(explained.MODEL, "The model."),
+        "tags": [explained.MODELS],
+    }
+    # Thousands of numbers that no client uses.
+    about = {"response_model": ModelDocument, "response_model_exclude": {"card": {"feature_statistics"}}}
 
-    @app.get(
-        "/v1/model",
-        response_model=ModelDocument,
-        # Thousands of numbers that no client uses.
-        response_model_exclude={"card": {"feature_statistics"}},
-        responses=_errors(401, 422, 503, 504),
-        dependencies=[bearer, Depends(upload.options())],
-    )
-    async def about_model() -> Any:
+    @app.get("/v1/model", summary="The model", **described | about)
+    async def get_model() -> Any:
         """The model card, its identity, the limits, and the scale of the overlays."""
         numbers = {"max_body_bytes": limits.max_body_bytes, "max_images": max_images}
         numbers["max_pixels"] = image.MAX_PIXELS
         if limits.slides:
             numbers["max_slide_bytes"] = limits.max_slide_bytes
         return ModelDocument(
+            name=named.name,
             model_id=engine.model_id,
             version=app.version,
             card=engine.card,
@@ -309,32 +369,60 @@ def _add_facts(app: FastAPI, engine: Engine, limits: Limits, max_images: int) ->
             overlay=scale_of(engine.card),
         )
 
-    @app.get("/healthz", response_model=Health)
-    async def alive() -> Any:
-        """Whether the process answers."""
-        return Health(status="alive")
+    described["responses"] = described["responses"] | _errors(explained.ANY_MODEL)
 
-    @app.get("/readyz", response_model=Health, responses=_errors(503))
-    async def ready() -> Any:
+    @app.get(MODELS + "/{name}", summary="A named model", **described | about)
+    async def get_named_model(name: Name) -> Any:
+        """As `/v1/model`, of the model of this name."""
+        named.require(name)
+        return await get_model()
+
+    described["responses"] = _errors(explained.ANY) | shows(explained.LISTED, "The models.")
+
+    @app.get(MODELS, summary="All models", response_model=ModelList, **described)
+    async def list_models() -> Any:
+        """The models of this service by name, the default one first."""
+        names = [named.name, *named.others]
+        return ModelList(
+            models=[
+                ListedModel(name=name, default=name == named.name, predict=f"{MODELS}/{name}/predict")
+                for name in names
+            ]
+        )
+
+
+def _add_health(app: FastAPI, engine: Engine) -> None:
+    alive, is_ready = ({"status": status} for status in ("alive", "ready"))
+
+    @app.get(
+        "/healthz",
+        summary="Alive",
+        response_model=Health,
+        responses=shows(alive, "The process answers."),
+        tags=[explained.HEALTH],
+    )
+    async def get_health() -> Any:
+        """Whether the process answers."""
+        return alive
+
+    @app.get(
+        "/readyz",
+        summary="Ready",
+        response_model=Health,
+        responses=_errors(["not_ready"]) | shows(is_ready, "A forward pass has succeeded a moment ago."),
+        tags=[explained.HEALTH],
+    )
+    async def get_readiness() -> Any:
         """Whether a forward pass has succeeded recently."""
         if not await engine.ready():
             raise RefusedError(503, "not_ready", "no forward pass has succeeded yet", {"Retry-After": "1"})
-        return Health(status="ready")
+        return is_ready
 
 
 def _add_page(app: FastAPI) -> None:
     folder = files("bcd.serving").joinpath("page")
     page = folder.joinpath("index.html").read_text(encoding="utf-8")
-    docs = get_swagger_ui_html(
-        openapi_url="/openapi.json",
-        title=app.title,
-        swagger_js_url=f"{DOCS_FILES}/swagger-ui-bundle.js",
-        swagger_css_url=f"{DOCS_FILES}/swagger-ui.css",
-        swagger_favicon_url=f"{DOCS_FILES}/favicon.png",
-    )
-    scripts = re.findall(rb"<script>(.*?)</script>", bytes(docs.body), re.DOTALL)
-    docs.headers["Content-Security-Policy"] = _docs_policy(scripts)
-    docs.headers["X-Content-Type-Options"] = "nosniff"
+    docs = swagger_page(app.title, front.PAGE_POLICY)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -348,24 +436,29 @@ def _add_page(app: FastAPI) -> None:
     app.mount("/page", StaticFiles(directory=str(folder)), name="page")
 
 
-def _docs_policy(scripts: Iterable[bytes]) -> str:
-    """`front.PAGE_POLICY` for Swagger UI: with its own inline scripts, by their hashes, and inline styles."""
-    hashes = [base64.b64encode(hashlib.sha256(script).digest()).decode() for script in scripts]
-    allowed = " ".join(["'self'", *(f"'sha256-{value}'" for value in hashes)])
-    policy = front.PAGE_POLICY.replace("script-src 'self'", f"script-src {allowed}")
-    return policy.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
-
-
-async def _look(engine: Engine, sent: upload.Sent) -> tuple[bytes, np.ndarray, Prediction]:
+async def _look(engine: Engine, sent: upload.Sent, named: Named) -> tuple[bytes, np.ndarray, Prediction]:
     # In a thread: recognising a slide may require a file on disk.
     content = await asyncio.to_thread(upload.field_of, sent)
-    return content, *await engine.look(content)
+    pixels, prediction = await engine.look(content)
+    _record(engine.card, prediction, named.record)
+    return content, pixels, prediction
 
 
-async def _item(engine: Engine, sent: upload.Sent, request: Request) -> BatchItem:
+def _record(card: Card, prediction: Prediction, record: signals.Record) -> None:
+    (found,) = prediction.predicted_class
+    if found is None:  # its logits are not finite, which is an error
+        return
+    distance = float(prediction.novelty[0])
+    limit = card.feature_statistics.cutoff if card.feature_statistics else None
+    ratio = distance / limit if limit else None
+    probability = float(prediction.probability_malignant[0])
+    signals.record_answer(record, found, probability, ratio, novelty.warning_codes(distance, limit))
+
+
+async def _item(engine: Engine, sent: upload.Sent, request: Request, named: Named) -> BatchItem:
     try:
-        async with _logged(sent, request):
-            seen = await _look(engine, sent)
+        async with _logged(sent, request, named):
+            seen = await _look(engine, sent, named)
             document = await asyncio.to_thread(answer, engine.card, engine.model_id, *seen)
     except image.ImageError as error:
         return BatchItem(name=sent.name, error=ErrorBody(code=error.code, message=error.message))
@@ -373,7 +466,7 @@ async def _item(engine: Engine, sent: upload.Sent, request: Request) -> BatchIte
 
 
 @asynccontextmanager
-async def _logged(sent: upload.Sent, request: Request) -> AsyncIterator[None]:
+async def _logged(sent: upload.Sent, request: Request, named: Named) -> AsyncIterator[None]:
     """Log why an image has no answer: never with its name, which may be a patient's, but with its hash."""
     try:
         yield
@@ -381,4 +474,5 @@ async def _logged(sent: upload.Sent, request: Request) -> AsyncIterator[None]:
         facts = {"image_id": await asyncio.to_thread(sent.sha256), "code": error.code}
         facts["request_id"] = request.headers.get(REQUEST_ID.decode())
         logger.info(f"an image cannot be used: {error.code}", extra=facts)
+        named.record(signals.IMAGE_ERRORS, code=error.code)
         raise

@@ -153,9 +153,24 @@ class Scale(BaseModel):
     contrast: float = overlay.CONTRAST
 
 
+class ListedModel(BaseModel):
+    """A model of the service, and where it predicts; the default one does at `/v1/predict`, too."""
+
+    name: str
+    default: bool
+    predict: str
+
+
+class ModelList(BaseModel):
+    """The models of the service, the default one first."""
+
+    models: list[ListedModel]
+
+
 class ModelDocument(BaseModel):
     """The model, its card, and the limits of requests."""
 
+    name: str
     model_id: str
     version: str
     card: Card

@@ -12,6 +12,7 @@ from importlib.resources import files
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bcd import storage
 from bcd.config.serving import ServiceConfig
@@ -82,16 +83,26 @@ def placed(config: ServiceConfig) -> ServiceConfig:
 
 
 def limits_of(config: ServiceConfig) -> Limits:
-    """The limits that the settings state."""
+    """The limits that the settings state, for all models of the service together."""
+    each = 2 * config.max_batch_size * config.max_replicas + config.max_queued
     return Limits(
         max_body_bytes=config.max_body_bytes,
-        max_requests=2 * config.max_batch_size * config.max_replicas + config.max_queued,
+        max_requests=(1 + len(config.models)) * each,
         upload_timeout_s=config.upload_timeout_s,
         answer_timeout_s=config.answer_timeout_s,
         cors_origins=config.cors_origins,
         slides=storage.absolute(config.slides) if config.slides else None,
         max_slide_bytes=config.max_slide_bytes,
     )
+
+
+def whole_addresses(app: ASGIApp) -> ASGIApp:
+    """Ray Serve states the prefix of an application, which its routes then would do without."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "root_path": ""}, receive, send)
+
+    return answer
 
 
 def viewer_pages() -> list[Route]:

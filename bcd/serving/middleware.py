@@ -26,7 +26,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bcd.config import log
 from bcd.serving import receive as receiving
-from bcd.serving.receive import CACHE_CONTROL, NO_STORE, SLIDES, Limits, RefusedError, overloaded
+from bcd.serving.receive import (
+    CACHE_CONTROL,
+    ERROR_CODE,
+    MODELS,
+    NO_STORE,
+    SLIDES,
+    Limits,
+    RefusedError,
+    overloaded,
+)
+from bcd.serving.telemetry import signals
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +50,7 @@ LIMITS_VARIABLE = "BCD_SERVE_LIMITS"
 PUBLIC = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/-/healthz", "/slides")
 # Pages of the viewer have names in their addresses, and no data.
 PUBLIC_FOLDERS = ("/page/", "/static-offline-docs/", "/slides/")
-WORK = ("/v1/predict", "/v1/predict/batch", "/v1/model", "/v1/view", SLIDES)
+WORK = ("/v1/predict", "/v1/predict/batch", "/v1/model", MODELS, "/v1/view", SLIDES)
 # Tiles of slides, of which a page requests hundreds, and what else the viewer shows.
 PIXELS, VIEW = "/v1/view/pixels/", "/v1/view/"
 # Slides that a process receives at a time.
@@ -77,11 +87,13 @@ def is_loopback(host: str | None) -> bool:
 
 def proxy_middlewares() -> list[Middleware]:
     """The guard of Ray Serve's HTTP proxy, with token and limits from its environment."""
+    from bcd.serving.telemetry.meter import RayMeter  # brings Ray, which the proxy has and the viewer lacks
+
     log.hand_on("serve")
     limits = Limits(**json.loads(os.environ.get(LIMITS_VARIABLE, "{}")))
     token = os.environ.get(TOKEN_VARIABLE)
     known = os.environ.get(DIGEST_VARIABLE) or (digest(token) if token else None)
-    return [*_cors(limits), Middleware(Guard, limits=limits, token_digest=known)]
+    return [*_cors(limits), Middleware(Guard, limits=limits, token_digest=known, record=RayMeter())]
 
 
 def _cors(limits: Limits) -> list[Middleware]:
@@ -100,10 +112,12 @@ def _cors(limits: Limits) -> list[Middleware]:
     ]
 
 
-def guarded(app: ASGIApp, limits: Limits, token_digest: str | None) -> ASGIApp:
+def guarded(
+    app: ASGIApp, limits: Limits, token_digest: str | None, record: signals.Record = signals.silent
+) -> ASGIApp:
     """The app of a replica behind its guard, which may be behind that of the proxy."""
     behind = PROXY_VARIABLE in os.environ
-    guard: ASGIApp = Guard(app, limits, token_digest, loopback_only=True, behind_proxy=behind)
+    guard: ASGIApp = Guard(app, limits, token_digest, loopback_only=True, behind_proxy=behind, record=record)
     for outer in _cors(limits):
         guard = outer.cls(guard, *outer.args, **outer.kwargs)
     return guard
@@ -117,7 +131,8 @@ class _Answer:
     private: bool
     request_id: bytes
     status: int | None = None
-    replaced: RefusedError | None = None
+    code: str | None = None
+    replaced: bool = False
 
     @property
     def started(self) -> bool:
@@ -133,12 +148,13 @@ class _Answer:
 
     async def refuse(self, error: RefusedError) -> None:
         """Send an error in place of any other answer."""
-        self.replaced = error
+        self.replaced = True
         await error.send(self._send)
 
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self.code = dict(message["headers"]).get(ERROR_CODE, b"").decode() or None
             # Ray Serve adds the id as well.
             headers = [pair for pair in message["headers"] if pair[0].lower() != REQUEST_ID]
             headers.append((REQUEST_ID, self.request_id))
@@ -172,7 +188,9 @@ class Guard:
         limits: of requests.
         token_digest: `digest` of the token that `/v1/*` requires; None requires none.
         loopback_only: without a token, reject requests that arrive at another address than loopback.
-        behind_proxy: keep the id that the proxy's guard gave a request, and leave the line about it to that.
+        behind_proxy: keep the id that the proxy's guard gave a request, and leave it to that to log and count
+            the request.
+        record: of requests.
     """
 
     app: ASGIApp
@@ -180,6 +198,7 @@ class Guard:
     token_digest: str | None = None
     loopback_only: bool = False
     behind_proxy: bool = False
+    record: signals.Record = signals.silent
     _open: int = 0
     _slides: int = 0
 
@@ -206,8 +225,14 @@ class Guard:
                 await answer.refuse(refused)
         finally:
             if not self.behind_proxy:
-                _log(scope, answer, time.monotonic() - started)
+                self._finished(scope, answer, time.monotonic() - started)
         return None
+
+    def _finished(self, scope: Scope, answer: _Answer, seconds: float) -> None:
+        _log(scope, answer, seconds)
+        route, status = _route(scope["path"]), str(answer.status or "left")
+        self.record(signals.REQUESTS, route=route, status=status, code=answer.code or "none")
+        self.record(signals.REQUEST_SECONDS, seconds, route=route)
 
     def _identify(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         given = dict(headers).get(REQUEST_ID, b"")
@@ -295,13 +320,11 @@ def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
     status, path = answer.status, scope["path"]
     if (_is_public(path) or path.startswith(PIXELS)) and (status or 500) < 400:
         return
-    folders = (*PUBLIC_FOLDERS, PIXELS, VIEW, f"{SLIDES}/")
-    folder = next((folder for folder in folders if path.startswith(folder)), "another address")
     facts = {
         "method": scope["method"] if scope["method"] in METHODS else "another method",
-        "path": path if path in PUBLIC + WORK else folder,
+        "path": _route(path),
         "status": status,
-        "code": answer.replaced.code if answer.replaced else None,
+        "code": answer.code,
         "seconds": round(seconds, 3),
         "request_id": answer.request_id.decode(),
     }
@@ -309,6 +332,16 @@ def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
     words = facts["method"], facts["path"], status or "no answer", facts["code"]
     level = logging.WARNING if status and status >= 500 else logging.INFO
     logger.log(level, f"{' '.join(str(word) for word in words if word)}, {seconds:.3f} s", extra=facts)
+
+
+def _route(path: str) -> str:
+    """The route of a path, without names and ids that a caller chose: one of few."""
+    if path in PUBLIC + WORK:
+        return path
+    if match := re.fullmatch(rf"{MODELS}/[^/]+(/predict(?:/batch)?)?", path):
+        return f"{MODELS}/NAME{match[1] or ''}"
+    folders = (*PUBLIC_FOLDERS, PIXELS, VIEW, f"{SLIDES}/")
+    return next((folder for folder in folders if path.startswith(folder)), "another address")
 
 
 def _is_public(path: str) -> bool:

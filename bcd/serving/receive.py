@@ -25,8 +25,12 @@ logger = logging.getLogger(__name__)
 # An answer about a patient's image belongs into no cache, unless it says itself into which.
 CACHE_CONTROL = b"cache-control"
 NO_STORE = (CACHE_CONTROL, b"no-store")
+# The code of an error, for who reads no bodies: proxies, and the guard that counts requests.
+ERROR_CODE = b"x-error-code"
 # Where slides are sent, and the folder of one below that of its id.
 SLIDES, SENT = "/v1/slides", "slide"
+# Where the models of the service are listed, and the folder of each.
+MODELS = "/v1/models"
 # Formats of one file: a MIRAX slide is a folder, and most DICOM slides are several files.
 SUFFIXES = (".svs", ".ndpi", ".scn", ".bif", ".svslide", ".dcm", ".tif", ".tiff")
 MAX_NAME = 120
@@ -39,7 +43,8 @@ class RefusedError(Exception):
         self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(status, code, message)
-        self.status, self.code, self.message, self.headers = status, code, message, dict(headers or {})
+        self.status, self.code, self.message = status, code, message
+        self.headers = {ERROR_CODE.decode(): code, **(headers or {})}
 
     def document(self) -> dict[str, Any]:
         """The body of the answer."""

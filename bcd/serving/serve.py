@@ -38,7 +38,10 @@ from bcd.model.predictor import Prediction
 from bcd.preflight import signing
 from bcd.runtime import cluster
 from bcd.serving import api, front, middleware
+from bcd.serving.receive import MODELS
 from bcd.serving.slide_jobs import SlideJobs, SlideRunner, jobs_of
+from bcd.serving.telemetry import signals
+from bcd.serving.telemetry.meter import RayMeter
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,10 @@ class Gate:
     def __init__(self, size: int) -> None:
         self._size, self._busy = size, False
         self._waiting: deque[asyncio.Future[None]] = deque()
+
+    def __len__(self) -> int:
+        """How many requests wait."""
+        return sum(not place.done() for place in self._waiting)
 
     async def enter(self) -> None:
         """Wait until the model is idle."""
@@ -109,6 +116,7 @@ class Replica:
         token_digest: `middleware.digest` of the token; None answers requests from this machine only.
         model_id: of the deployed model; a replica that starts later rejects any other.
         card_sha256: of its card, if its signature was verified; a replica loads no other.
+        n_models: of the service.
     """
 
     def __init__(
@@ -117,13 +125,15 @@ class Replica:
         token_digest: str | None,
         model_id: str,
         card_sha256: str | None = None,
+        n_models: int = 1,
     ) -> None:
         threads = min(cluster.CPUS_PER_MODEL, cluster.cores())
-        if config.max_replicas > 1:  # together they use no more cores than they reserve
+        if n_models * config.max_replicas > 1:  # together they use no more cores than they reserve
             threads = max(1, int(config.num_cpus))
         cluster.use_threads(threads)
         log.hand_on("serve", config.log_format)
         self._config, self._token_digest = config, token_digest
+        self._record = RayMeter(model=config.name)
         # Ray shows all GPUs to a process that reserves none: every replica would use the first.
         device = None if config.num_gpus else "cpu"
         self._predictor = predictor.load(config.model, device, config.precision, card_sha256=card_sha256)
@@ -146,8 +156,9 @@ class Replica:
         self._forward.set_max_batch_size(self._config.max_batch_size)
         limits, slides = front.limits_of(self._config), jobs_of(self._config)
         self._slides = _runner(self._config, slides).start() if slides else None
-        app = api.create_app(self, limits, self._config.max_images, slides)
-        return middleware.guarded(app, limits, self._token_digest)
+        named = api.Named(self._config.name, tuple(self._config.named_models), self._record)
+        app = api.create_app(self, limits, self._config.max_images, slides, named)
+        return middleware.guarded(front.whole_addresses(app), limits, self._token_digest, self._record)
 
     def check_health(self) -> None:
         """Ray Serve replaces a replica of which this raises: one that would leave slides waiting for ever."""
@@ -165,7 +176,13 @@ class Replica:
         return pixels, await self._in_batch(fitted)
 
     async def _in_batch(self, fitted: np.ndarray) -> Prediction:
-        await self._gate.enter()
+        arrived = time.monotonic()
+        self._record(signals.QUEUE_IMAGES, 1 + len(self._gate))
+        try:
+            await self._gate.enter()
+        finally:
+            self._record(signals.QUEUE_IMAGES, len(self._gate))
+            self._record(signals.QUEUE_SECONDS, time.monotonic() - arrived)
         try:
             return await self._forward(fitted)
         except asyncio.CancelledError:
@@ -189,8 +206,10 @@ class Replica:
             self._gate.open()
 
     async def _predict(self, fitted: list[np.ndarray]) -> list[Prediction]:
-        loop = asyncio.get_running_loop()
+        loop, begun = asyncio.get_running_loop(), time.monotonic()
         prediction = await loop.run_in_executor(self._computer, self._predictor.predict, np.stack(fitted))
+        self._record(signals.BATCH_SECONDS, time.monotonic() - begun)
+        self._record(signals.BATCH_IMAGES, len(fitted))
         # The weights were finite when they were loaded: a replica with other logits now is broken.
         self._succeeded = time.monotonic() if prediction.finite.all() else -READY_FOR_S
         return prediction.rows()
@@ -210,11 +229,11 @@ class Replica:
 def app(config: ServiceConfig) -> Application:
     """`create_application` for `serve run bcd.serving.serve:app model=URI` and for serve.yaml."""
     client = _get_global_client(raise_if_no_controller_running=False)
-    return create_application(config, client.http_config.host if client else None)
+    return create_application(config, client.http_config.host if client else None, 1 + len(config.models))
 
 
-def create_application(config: ServiceConfig, host: str | None) -> Application:
-    """The application behind an address, None where that is not known yet.
+def create_application(config: ServiceConfig, host: str | None, n_models: int = 1) -> Application:
+    """The application of one of `n_models` behind an address, None where that is not known yet.
 
     Raises:
         ConfigError: other machines reach the address, and there is no token.
@@ -242,7 +261,19 @@ def create_application(config: ServiceConfig, host: str | None) -> Application:
         max_ongoing_requests=2 * config.max_batch_size,
         max_queued_requests=config.max_queued,
     )
-    return options.bind(front.placed(config), token_digest, identity, card_sha256)
+    return options.bind(front.placed(config), token_digest, identity, card_sha256, n_models)
+
+
+def beside_default(config: ServeConfig) -> list[serve.RunTarget]:
+    """The other models of a service, each an application with replicas and a queue of its own, so that one
+    that fails or is slow leaves the others alone. Raises as `create_application`."""
+    alone = {"models": (), "slides": None, "archive": None, "scores": None}
+    targets = []
+    for name, uri in config.named_models.items():
+        one = config.model_copy(update=alone | {"name": name, "model": uri})
+        application = create_application(one, config.host, 1 + len(config.models))
+        targets.append(serve.RunTarget(application, f"{NAME}-model-{name}", f"{MODELS}/{name}", QUIET))
+    return targets
 
 
 def _runner(config: ServiceConfig, jobs: SlideJobs) -> SlideRunner:
@@ -256,21 +287,27 @@ def _runner(config: ServiceConfig, jobs: SlideJobs) -> SlideRunner:
 def run(config: ServeConfig, beside: Sequence[serve.RunTarget] = ()) -> None:
     """Serve until SIGTERM or SIGINT, then finish the accepted requests; `beside` are more applications."""
     _require_plain_serve()
+    if config.metrics_port and "RAY_ADDRESS" in os.environ:
+        raise ConfigError(
+            "--metrics-port is for a cluster that this job starts, but RAY_ADDRESS names one; start its "
+            "nodes with ray start --metrics-export-port instead"
+        )
     config = config.model_copy(update={"model": storage.pinned(config.model)})
-    application = create_application(config, config.host)
+    application = create_application(config, config.host, 1 + len(config.models))
+    others = beside_default(config)
     front.require_free(config.host, config.port)
     # For the proxy of a cluster that we start; the proxy of a running cluster has its own environment.
     os.environ[middleware.PROXY_VARIABLE] = middleware.PROXY_CALLBACK
     os.environ[middleware.LIMITS_VARIABLE] = json.dumps(asdict(front.limits_of(config)))
     if token_digest := front.read_digest(config.token_file, config.host):
         os.environ[middleware.DIGEST_VARIABLE] = token_digest
-    cluster.connect()
+    cluster.connect(metrics_port=config.metrics_port)
     _require_capacity(config)
     # Ray Serve logs every step; we print what users need.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     http = HTTPOptions(host=config.host, port=config.port)
     serve.start(http_options=http, logging_config=QUIET)
-    targets = [serve.RunTarget(application, NAME, logging_config=QUIET), *beside]
+    targets = [serve.RunTarget(application, NAME, logging_config=QUIET), *others, *beside]
     serve.run_many(targets)
     stop = threading.Event()
     # After the start of Ray, which sets handlers of its own.
@@ -299,16 +336,17 @@ def _require_plain_serve() -> None:
 
 def _require_capacity(config: ServeConfig) -> None:
     """Reject what the cluster does not have: Serve would wait for ever."""
-    have = cluster.total_resources()
+    have, n_models = cluster.total_resources(), 1 + len(config.models)
     # The job that scores a slide takes one for its model, and a part of another.
-    if config.slides and config.num_cpus * config.max_replicas + 1 >= have["CPU"]:
+    if config.slides and config.num_cpus * config.max_replicas * n_models + 1 >= have["CPU"]:
         raise ResourceError(
             f"--slides requires more than one CPU besides those of the replicas, but the cluster has "
             f"{have['CPU']:g}; lower --num-cpus, or score slides with jobs/score.py"
         )
     for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
-        if each * config.min_replicas > have[kind]:
+        if n_models * each * config.min_replicas > have[kind]:
+            models = f" for each of {n_models} models" if n_models > 1 else ""
             raise ResourceError(
-                f"--min-replicas {config.min_replicas} of {each:g} {kind} each do not fit: the cluster has "
-                f"{have[kind]:g}; lower --min-replicas or --num-{kind.lower()}s"
+                f"--min-replicas {config.min_replicas} of {each:g} {kind} each{models} do not fit: "
+                f"the cluster has {have[kind]:g}; lower --min-replicas or --num-{kind.lower()}s"
             )

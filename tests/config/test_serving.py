@@ -21,3 +21,27 @@ def test_origins_are_named():
     for origin in ("*", "viewer.example", "https://a/b", "https://*.example", "file:///", "null"):
         with pytest.raises(ConfigError, match="expected a scheme and a host, as https://HOST:PORT"):
             ServiceConfig(model="m", cors_origins=(origin,))
+
+
+def test_models_have_names():
+    config = ServiceConfig(model="m", models=("b=s3://bucket/b", "c_2=runs/x=1/model"))
+    assert config.named_models == {"b": "s3://bucket/b", "c_2": "runs/x=1/model"}
+    assert (config.name, ServiceConfig(model="m").named_models) == ("default", {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"models": ("b",)}, "expected NAME=URI"),
+        ({"models": ("b=",)}, "expected NAME=URI"),
+        ({"models": ("=uri",)}, "expected NAME=URI"),
+        ({"models": ("B/..=uri",)}, "expected NAME=URI"),
+        ({"models": ("b=1", "b=2")}, "two models have the name b"),
+        ({"models": ("default=1",)}, "two models have the name default"),
+        ({"name": "b", "models": ("b=1",)}, "two models have the name b"),
+        ({"name": "a/b"}, "name"),
+    ],
+)
+def test_names_of_models_are_addresses_and_differ(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        ServiceConfig(model="m", **settings)

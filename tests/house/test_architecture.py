@@ -56,7 +56,8 @@ RANKS = [
     *("data.stores", "", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data"),
     *("split", "model.recipes", "model.networks", "model", "model.published", "reports"),
     *("runtime", "runtime.tracking", "audit", "preflight", "evaluation", "training", "scoring"),
-    *("training.pooling", "training.ablation", "training.tuning", "serving", "serving.viewer", "doors"),
+    *("training.pooling", "training.ablation", "training.tuning", "serving.openapi", "serving.telemetry"),
+    *("serving", "serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = set(RANKS[: RANKS.index("split") + 1])
@@ -64,7 +65,7 @@ OPENSLIDE = "bcd.slides.readers.openslide_server"
 WITH_RAY = {
     *("runtime", "evaluation", "training", "scoring"),
     *("bcd.audit.audit", "bcd.preflight.doctor", "bcd.serving.serve", "bcd.training.pooling.pool"),
-    "bcd.serving.viewer.service",
+    *("bcd.serving.telemetry.meter", "bcd.serving.viewer.service"),
     "bcd.training.tuning.tune",
 }
 WITH_TORCH = {

@@ -374,6 +374,14 @@ def test_probes_are_answered_without_a_token():
     assert "/api/local_raylet_healthz" in worker["livenessProbe"]["exec"]["command"][-1]
 
 
+@pytest.mark.parametrize("group", ["rayservice-head", "rayservice-gpu"])
+def test_metrics_are_at_a_named_port(group):
+    ports = {each["name"]: each["containerPort"] for each in container(GROUPS[group])["ports"]}
+    assert GROUPS[group]["rayStartParams"]["metrics-export-port"] == str(ports["metrics"])
+    (policy,) = (each for each in of_kind("NetworkPolicy") if each["metadata"]["name"] == "bcd-metrics")
+    assert policy["spec"]["ingress"][0]["ports"] == [{"protocol": "TCP", "port": ports["metrics"]}]
+
+
 def test_one_replica_always_stays():
     labels = pod(GROUPS["rayservice-gpu"])["metadata"]["labels"]
     assert BUDGET["spec"]["selector"]["matchLabels"].items() <= labels.items()

@@ -144,6 +144,7 @@ OPERATOR = (
 )
 DNS = ({"k8s-app": "kube-dns"}, {"kubernetes.io/metadata.name": "kube-system"})
 INGRESS = ({"app": "ingress"}, {"bcd-callers": "yes"})
+PROMETHEUS = ({"app": "prometheus"}, {"bcd-metrics": "yes"})
 STRANGER = ({"app": "other"}, HERE)
 Peer = tuple[dict[str, str], dict[str, str]]
 
@@ -211,6 +212,7 @@ S3, STS, API = "192.0.2.1", "192.0.2.65", "192.0.2.129"
         *((WORKER, S3, 443), (WORKER, STS, 443), (REPLICA, S3, 443), (HEAD, API, 443), (API_HEAD, API, 6443)),
         *((OPERATOR, HEAD, 8265), (OPERATOR, API_HEAD, 8265), (REPLICA, API_HEAD, 6379)),
         *((INGRESS, REPLICA, 8000), (API_HEAD, REPLICA, 8000)),
+        *((PROMETHEUS, REPLICA, 8080), (PROMETHEUS, API_HEAD, 8080)),
     ],
 )
 def test_what_must_be_reached_is(source, target, port):
@@ -229,6 +231,8 @@ def test_names_are_found(peer):
     [
         *((STRANGER, target, port) for target in (HEAD, WORKER) for port in (6379, 8265, 8000, 52365)),
         *((WORKER, REPLICA, 8000), (REPLICA, HEAD, 6379), (HEAD, API_HEAD, 8265), (STRANGER, REPLICA, 8000)),
+        *((PROMETHEUS, REPLICA, 8000), (PROMETHEUS, WORKER, 8080), (INGRESS, REPLICA, 8080)),
+        *((STRANGER, REPLICA, 8080), (STRANGER, API_HEAD, 8080)),
         *(
             (WORKER, API, 443),
             (REPLICA, API, 6443),

@@ -192,6 +192,17 @@ def test_ray_reports_nothing_unless_it_is_wanted(before, after, tmp_path, monkey
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == after
 
 
+def test_metrics_are_at_the_port_that_is_asked_for(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", lambda **options: given.update(options))
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(cluster, "_close_token", lambda: None)
+    monkeypatch.setattr(cluster, "_private_folder", lambda: str(tmp_path))
+    cluster.connect(metrics_port=8080)
+    assert given["_metrics_export_port"] == 8080
+
+
 def test_the_token_of_ray_is_for_its_user_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     cluster._close_token()

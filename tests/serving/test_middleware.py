@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from bcd.serving import middleware
 from bcd.serving.middleware import Guard
 from bcd.serving.receive import Limits
+from bcd.serving.telemetry.meter import RayMeter
 from tests.service import TOKEN, serving
 
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
@@ -327,10 +328,13 @@ def test_without_a_token_only_this_machine_is_answered(server, allowed):
 
 def test_the_proxy_takes_token_and_limits_from_its_environment(monkeypatch):
     monkeypatch.delenv(middleware.TOKEN_VARIABLE, raising=False)
-    assert middleware.proxy_middlewares()[0].kwargs == {"limits": Limits(), "token_digest": None}
+    made = middleware.proxy_middlewares()[0].kwargs
+    assert isinstance(made.pop("record"), RayMeter)
+    assert made == {"limits": Limits(), "token_digest": None}
     monkeypatch.setenv(middleware.TOKEN_VARIABLE, TOKEN)
     monkeypatch.setenv(middleware.LIMITS_VARIABLE, '{"max_body_bytes": 7}')
     made = middleware.proxy_middlewares()[0].kwargs
+    del made["record"]
     assert made == {"limits": Limits(max_body_bytes=7), "token_digest": middleware.digest(TOKEN)}
 
 

@@ -43,7 +43,8 @@ from bcd.errors import BundleError, ConfigError, ResourceError
 from bcd.model import bundle, predictor
 from bcd.runtime import predict
 from bcd.scoring import tiling
-from bcd.serving import middleware, serve
+from bcd.serving import front, middleware, serve
+from bcd.serving.telemetry import signals
 from bcd.serving.viewer import service as viewer_service
 from tests import archives, pictures
 from tests.cluster import BIN, PATIENCE_S, ROOT, free_port, kill, other_lines, wait_for
@@ -115,7 +116,7 @@ class Unloaded(serve.Replica.__base__):
     """A replica's way from a request to the batch, with Ray Serve's own queue, and no model behind it."""
 
     def __init__(self, size):
-        self._gate = serve.Gate(size)
+        self._gate, self._record = serve.Gate(size), signals.silent
         self._forward.set_max_batch_size(size)
         self.begun, self.may_end = asyncio.Event(), asyncio.Event()
 
@@ -766,6 +767,39 @@ def test_the_door_serves_with_a_token_and_ends_on_sigterm(models, files, tmp_pat
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.ray
+def test_several_models_and_their_metrics_at_a_port(models, files, tmp_path):
+    """What only Ray Serve shows: prefixes, processes, the exporter. One is killed, the other answers."""
+    port, metrics, content = free_port(), free_port(), next(iter(files.values()))
+    running = Service(port)
+    settings = ["--models", f"b={models[1]}", "--metrics-port", str(metrics)]
+    with door(models[0], port, tmp_path, *settings) as (job, log):
+        wait_for(lambda: running.is_ready() or job.poll() is not None, PATIENCE_S, "the service")
+        assert job.poll() is None, log()
+        for name, uri in (("default", models[0]), ("b", models[1])):
+            answer = httpx.post(f"{running.url}/v1/models/{name}/predict", content=content, timeout=300)
+            assert (answer.status_code, answer.json()["model_id"]) == (200, bundle.identify(uri))
+        assert running.ask(b"").status_code == 422
+
+        def exported():
+            text = httpx.get(f"http://127.0.0.1:{metrics}/metrics", timeout=60).text
+            lines = [line for line in text.splitlines() if line.startswith("ray_bcd_")]
+            return lines if any('code="empty"' in line for line in lines) else None
+
+        lines = wait_for(exported, PATIENCE_S, "the metrics")
+        series = {line.partition("{")[0] for line in lines}
+        expected = {signal.exported for signal in signals.SIGNALS} - {signals.WARNINGS.exported}
+        assert expected <= series
+        assert any('model="b"' in line for line in lines if line.startswith(signals.PREDICTIONS.exported))
+        (other,) = [
+            process
+            for process in psutil.Process(job.pid).children(recursive=True)
+            if "ServeReplica:bcd-model-b:" in "".join(process.cmdline())
+        ]
+        other.kill()
+        assert all(running.ask(content).status_code == 200 for content in list(files.values())[:5])
+
+
 def test_without_a_token_only_loopback(models, monkeypatch):
     monkeypatch.delenv(middleware.TOKEN_VARIABLE, raising=False)
     with pytest.raises(
@@ -819,10 +853,9 @@ def started(models, monkeypatch):
     monkeypatch.setattr(serve.cluster, "cores", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: used.update(threads=n))
 
-    def start(**settings):
-        replica = serve.Replica.__base__(
-            ServiceConfig(model=models[0], max_batch_size=1, **settings), None, bundle.identify(models[0])
-        )
+    def start(n_models=1, **settings):
+        config = ServiceConfig(model=models[0], max_batch_size=1, **settings)
+        replica = serve.Replica.__base__(config, None, bundle.identify(models[0]), None, n_models)
         return used | {"decoders": replica._decoders._max_workers}
 
     return start
@@ -854,8 +887,12 @@ def test_a_replica_without_numbers_is_not_ready(models, monkeypatch):
     replica, predicted = Unloaded(1), serve.Replica.__base__._predict
     replica._predictor, replica._computer, replica._succeeded = loaded, ThreadPoolExecutor(1), 0.0
     pictures = [np.zeros((64, 96, 3), np.uint8)]
+    kept = []
+    replica._record = lambda signal, value: kept.append((signal.name, value))
     asyncio.run(predicted(replica, pictures))
     assert replica._succeeded > 0
+    assert [name for name, _ in kept] == ["bcd_batch_seconds", "bcd_batch_images"]
+    assert kept[1][1] == 1
     broken = replace(loaded, features=lambda batch: torch.full((len(batch), 512, 4, 6), torch.nan))
     replica._predictor = broken
     (prediction,) = asyncio.run(predicted(replica, pictures))
@@ -895,7 +932,7 @@ def test_what_is_beside_the_model_starts_and_ends_with_it(models, monkeypatch):
     monkeypatch.setattr(serve.os, "environ", {})
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     monkeypatch.setattr(serve.threading, "Event", lambda: SimpleNamespace(wait=lambda: said.append("stop")))
-    monkeypatch.setattr(serve.cluster, "connect", lambda: None)
+    monkeypatch.setattr(serve.cluster, "connect", lambda **_: None)
     monkeypatch.setattr(serve, "_require_capacity", lambda _: None)
     monkeypatch.setattr(ray_serve, "start", lambda **_: None)
     monkeypatch.setattr(ray_serve, "run_many", lambda targets: said.extend(targets))
@@ -904,6 +941,64 @@ def test_what_is_beside_the_model_starts_and_ends_with_it(models, monkeypatch):
     serve.run(ServeConfig(model=models[0], port=free_port()), [beside])
     assert [(one.name, one.route_prefix) for one in said[:2]] == [("bcd", "/"), ("other", "/other")]
     assert said[2:] == ["stop", "bcd", "other"]
+
+
+def test_each_model_is_an_application_of_its_own(models):
+    """With a queue and replicas of its own, at its own address, without the slides of the default one."""
+    settings = {"slides": "slides", "max_queued": 3, "min_replicas": 2, "max_replicas": 2}
+    config = ServeConfig(model=models[0], models=(f"b={models[1]}", f"c={models[0]}"), **settings)
+    targets = serve.beside_default(config)
+    assert [(one.name, one.route_prefix) for one in targets] == [
+        ("bcd-model-b", "/v1/models/b"),
+        ("bcd-model-c", "/v1/models/c"),
+    ]
+    bound = targets[0].target._bound_deployment
+    assert (bound.num_replicas, bound.max_queued_requests) == (2, 3)
+    placed, _, identity, _, n_models = bound.init_args
+    assert (placed.name, placed.model, identity) == ("b", models[1], bundle.identify(models[1]))
+    assert (placed.models, placed.slides, n_models) == ((), None, 3)
+    with pytest.raises(BundleError, match="no model bundle there"):
+        serve.beside_default(ServeConfig(model=models[0], models=("b=/nothing/here",)))
+
+
+def test_models_must_fit_together(monkeypatch):
+    monkeypatch.setattr(serve.cluster, "total_resources", lambda: {"CPU": 2.0, "GPU": 0.0})
+    two = ServeConfig(model="m", models=("b=n",))
+    serve._require_capacity(two)
+    with pytest.raises(ResourceError, match="of 1 CPU each for each of 3 models do not fit"):
+        serve._require_capacity(two.model_copy(update={"models": ("b=n", "c=n")}))
+
+
+def test_models_share_the_cores_and_the_limit_of_requests(started):
+    assert started(n_models=2)["threads"] == 1
+    assert front.limits_of(ServiceConfig(model="m", models=("b=n",))).max_requests == 2 * (2 * 8 + 16)
+
+
+def test_the_port_of_metrics_is_that_of_a_cluster_of_our_own(models, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ConfigError, match="nodes with ray start --metrics-export-port"):
+        serve.run(ServeConfig(model=models[0], metrics_port=8080))
+
+
+def test_the_queue_and_the_batches_are_measured(make_batch_queue):
+    """Two images wait while one is computed, and come as one batch."""
+    make_batch_queue()
+    kept = []
+
+    async def story():
+        replica = Unloaded(4)
+        replica._record = lambda signal, value: kept.append((signal.name, value))
+        first = asyncio.create_task(replica._in_batch(b"first"))
+        await replica.begun.wait()
+        waiting = [asyncio.create_task(replica._in_batch(b"waits")) for _ in range(2)]
+        await asyncio.sleep(0)
+        replica.may_end.set()
+        await asyncio.gather(first, *waiting)
+
+    asyncio.run(story())
+    lengths = [value for name, value in kept if name == "bcd_queue_images"]
+    assert lengths == [1, 0, 1, 2, 0, 0]
+    assert [0 <= value < 60 for name, value in kept if name == "bcd_queue_seconds"] == [True] * 3
 
 
 def test_the_example_for_clusters_is_valid():

@@ -8,13 +8,14 @@ the model's application. No torch here.
 
 from ray import serve
 from ray.serve import Application
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from bcd.config import log
 from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.errors import ConfigError
 from bcd.serving import front, middleware
 from bcd.serving.slide_jobs import jobs_of
+from bcd.serving.telemetry.meter import RayMeter
 from bcd.serving.viewer import scored
 from bcd.serving.viewer.app import PREFIX, create_viewer
 from bcd.serving.viewer.pixels import MOST_WAITING, PixelReader
@@ -40,17 +41,9 @@ class ViewerReplica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         outputs = Outputs(self._config.scores, jobs_of(self._config))
-        app = _whole_addresses(create_viewer(outputs, PixelReader(niceness=NICENESS)))
-        return middleware.guarded(app, front.limits_of(self._config), self._token_digest)
-
-
-def _whole_addresses(app: ASGIApp) -> ASGIApp:
-    """Ray Serve states the prefix of an application, which its routes then would do without."""
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        await app({**scope, "root_path": ""}, receive, send)
-
-    return answer
+        app = front.whole_addresses(create_viewer(outputs, PixelReader(niceness=NICENESS)))
+        limits, meter = front.limits_of(self._config), RayMeter()
+        return middleware.guarded(app, limits, self._token_digest, meter)
 
 
 def viewer(config: ServiceConfig) -> Application:
