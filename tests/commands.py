@@ -38,6 +38,12 @@ def check_job(config_type: type[Config], arguments: list[str]) -> Config | None:
     """Fails on a flag that the job does not have, or a value that it does not take."""
     if arguments == ["--help"]:
         return None
+    if "--config" in arguments:  # the file has what is required
+        fields = config_type.model_fields.items()
+        required = [
+            f"--{(field.alias or name).replace('_', '-')}" for name, field in fields if field.is_required()
+        ]
+        arguments = arguments + [word for flag in required if flag not in arguments for word in (flag, "x")]
     return tyro.cli(config_type, args=arguments)
 
 

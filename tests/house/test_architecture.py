@@ -53,10 +53,21 @@ def depth(node: ast.AST) -> int:
 # A folder imports from itself and from those before it. "" holds the modules beside the folders, `DOORS`
 # those of them that start everything.
 RANKS = [
-    *("data.stores", "", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data"),
+    *(
+        "data.stores",
+        "",
+        "config",
+        "config.files",
+        "metrics",
+        "imaging",
+        "slides.readers",
+        "slides.parts",
+        "slides",
+        "data",
+    ),
     *("split", "model.recipes", "model.networks", "model", "model.published", "reports"),
     *("runtime", "runtime.tracking", "audit", "preflight", "evaluation", "training", "scoring"),
-    *("training.pooling", "training.ablation", "serving", "serving.viewer", "doors"),
+    *("training.pooling", "training.ablation", "preflight.dry_run", "serving", "serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = set(RANKS[: RANKS.index("split") + 1])
@@ -73,6 +84,8 @@ WITH_TORCH = {
     *("bcd.training.checkpoint", "bcd.training.feed", "bcd.training.loop", "bcd.training.stream"),
     "bcd.training.pooling.attention",
     "bcd.preflight.doctor",
+    "bcd.preflight.dry_run.measure",
+    "bcd.preflight.environment",
     "bcd.serving.serve",
 }
 MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 30_000
