@@ -7,7 +7,15 @@ from there and have no such flags.
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from bcd.errors import ConfigError
 from bcd.taxonomy import given_names
@@ -62,6 +70,13 @@ class Config(BaseModel):
 
     log_format: LogFormat = "text"
     """Form of the log: lines of text, or one JSON object per line with time, level, job and message."""
+
+    @field_validator("config")
+    @classmethod
+    def _is_read_before(cls, value: str | None) -> str | None:
+        if value is not None:
+            raise ValueError("is read by commands, bcd.train and its like: give the settings themselves here")
+        return value
 
     def __init__(self, **settings: Any) -> None:
         try:

@@ -29,16 +29,18 @@ def run(config: TrainConfig) -> list[str]:
     if run_directory.begin_run(config, uri) and export.fault(uri) is None:
         return page.show([f"{uri} is finished: nothing is left to do"])
     rows, facts = data_set(config)
-    parts = run_directory.read_split(uri)
-    lines = [*data_lines(config, rows, facts)]
-    if parts is None:
+    lines, done = data_lines(config, rows, facts), 0
+    if (parts := run_directory.read_split(uri)) is None:
         parts, facts = prepare.prepare(config, (rows, facts))
         lines += [f"warning: {text}" for text in facts.warnings]
     else:
-        lines.append(f"{uri} is begun: its split is used, and {_epochs_done(config, uri)} done")
-    lines += [text for text in prepare.describe_split(config, parts, facts) if "left out" not in text]
+        done = _epochs_done(uri)
+        of = counted(config.epochs, "epoch")
+        lines.append(f"{uri} is begun: its split is used, and {done} of {of} are done")
+    lines += prepare.describe_split(config, parts, facts.model_copy(update={"quarantined": []}))
     lines += [network_line(config), _steps(config, parts)]
-    return page.show([*lines, *estimated_lines(config, [parts])])
+    left = config.model_copy(update={"epochs": config.epochs - done})
+    return page.show([*lines, *estimated_lines(left, [parts])])
 
 
 def resolved_here(config: Settings) -> Settings:
@@ -74,10 +76,14 @@ def data_lines(config: TrainingConfig, rows: pa.Table, facts: DatasetFacts) -> l
 
 
 def network_line(config: TrainingConfig) -> str:
-    """The network, its input and its classes."""
+    """The network, its input and its classes. Raises StorageError where a file of weights cannot be read."""
     height, width = config.input_height_px, config.input_width_px
-    kinds = {IMAGENET_WEIGHTS: "downloaded unless it is here", RANDOM_WEIGHTS: "random"}
-    known = kinds.get(config.weights, "not read here")
+    known = "random" if config.weights == RANDOM_WEIGHTS else "downloaded unless they are here"
+    if config.weights not in (RANDOM_WEIGHTS, IMAGENET_WEIGHTS) and not config.weights.startswith(
+        HUB_WEIGHTS
+    ):
+        storage.read_start(config.weights, 1)
+        known = "not loaded here"
     names = ", ".join(classes(config.target))
     return (
         f"{config.architecture}: input {height}x{width} px, batches of {config.batch_size}, "
@@ -85,10 +91,9 @@ def network_line(config: TrainingConfig) -> str:
     )
 
 
-def _epochs_done(config: TrainConfig, uri: str) -> str:
+def _epochs_done(uri: str) -> int:
     there = storage.exists(storage.join(uri, run_directory.HISTORY))
-    n = len(run_directory.read_json(uri, run_directory.HISTORY)) if there else 0
-    return f"{n} of {counted(config.epochs, 'epoch')} are"
+    return len(run_directory.read_json(uri, run_directory.HISTORY)) if there else 0
 
 
 def _balanced_rows(config: TrainingConfig, parts: pa.Table) -> int:

@@ -139,7 +139,9 @@ def test_every_job_takes_a_file_and_keeps_no_word_of_it():
     for kind in cli.CONFIGS.values():
         assert kind.model_fields["config"].exclude
         assert "config" not in settings.fields_of(kind)
-    assert "config" not in TrainConfig(data="d", config="x.yaml").model_dump()
+    assert "config" not in TrainConfig(data="d").model_dump()
+    with pytest.raises(ConfigError, match="--config is read by commands"):
+        TrainConfig(data="d", config="x.yaml")
 
 
 def test_settings_are_named_as_their_flags():

@@ -2,7 +2,7 @@ import pytest
 
 from bcd import storage
 from bcd.config.training import TrainConfig
-from bcd.errors import ConfigError, DataError
+from bcd.errors import ConfigError, DataError, StorageError
 from bcd.preflight.dry_run import train
 from bcd.runtime import prepare, run_directory
 from bcd.split import split
@@ -59,6 +59,7 @@ def test_a_run_that_is_begun_keeps_its_split(dry, tree, tmp_path):
     run_directory.write_json(uri, run_directory.HISTORY, [{}])
     lines = dry(train, given)
     assert f"{uri} is begun: its split is used, and 1 of 3 epochs are done" in lines
+    assert any(line.startswith("  all, with 2 epochs and the test part: about ") for line in lines)
     with pytest.raises(ConfigError, match="was started with other settings: --epochs 3 -> 4"):
         dry(train, given.model_copy(update={"epochs": 4}))
 
@@ -70,6 +71,8 @@ def test_what_is_particular_to_a_training_is_measured_too(dry, tree, changes):
 
 
 def test_a_fault_is_that_of_the_training(dry, tree, tmp_path):
+    with pytest.raises(StorageError, match=r"none\.pth"):
+        dry(train, config(tree, weights=str(tmp_path / "none.pth")))
     with pytest.raises(DataError, match="no image below it"):
         dry(train, config(str(tmp_path / "home")))
     (tmp_path / "runs/train").mkdir(parents=True)
