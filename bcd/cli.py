@@ -65,8 +65,8 @@ COMPLETION, SHELLS = "--print-completion", ("bash", "zsh", "fish")
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job wrote, as URIs: its folder, the table of predictions (Parquet) and the model bundle; and the
-    content of its `metrics.json`, of a scoring job that of `summary.json`."""
+    """What a job wrote: `uri` of its folder, `table`, the URI of the predictions (Parquet), `model`, that of
+    the bundle, and `metrics`, the content of `metrics.json`, of a scoring job that of `summary.json`."""
 
     uri: str
     table: str
