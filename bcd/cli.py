@@ -1,23 +1,34 @@
-"""The command line of the jobs: `bcd train ...`, the same as `python jobs/train.py ...`."""
+"""The jobs, from the command line, `bcd train ...`, the same as `python jobs/train.py ...`; and as functions,
+`bcd.train(...)`."""
 
+import json
 import logging
+import operator
+import re
+import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from functools import reduce
 from importlib import import_module
+from io import StringIO
 from types import MappingProxyType
+from typing import Annotated, Any
 
 import tyro
 
-from bcd import errors
+from bcd import errors, provenance, storage
 from bcd.config import log
-from bcd.config.checks import AuditConfig, DoctorConfig
+from bcd.config.checks import AuditConfig, DoctorConfig, EnvConfig
 from bcd.config.evaluation import EvaluateConfig
+from bcd.config.files import settings as files
 from bcd.config.options import Config
 from bcd.config.scoring import PoolConfig, ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
 from bcd.config.signing import ImportConfig, PushConfig, SignConfig, VerifyConfig
 from bcd.config.training import AblateConfig, CrossvalConfig, DemoConfig, TrainConfig, TuneConfig, with_recipe
-from bcd.errors import BcdError, StorageError
+from bcd.errors import BcdError, ConfigError, StorageError
 
 # The settings of each job, and the module below `bcd` with its `run`: not imported yet, because Ray and torch
 # take seconds, and flags may be wrong.
@@ -39,8 +50,22 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "sign": (SignConfig, "preflight.signing"),
         "verify": (VerifyConfig, "preflight.signing"),
         "push": (PushConfig, "model.published.push"),
+        "env": (EnvConfig, "preflight.environment"),
     }
 )
+CONFIGS: Mapping[str, type[Config]] = {job: config for job, (config, _) in JOBS.items()}
+COMPLETION, SHELLS = "--print-completion", ("bash", "zsh", "fish")
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job wrote: `uri` of its folder, `table`, the URI of the predictions (Parquet), `model`, that of
+    the bundle, and `metrics`, the content of `metrics.json`, of a scoring job that of `summary.json`."""
+
+    uri: str
+    table: str
+    model: str
+    metrics: dict[str, Any]
 
 
 def console() -> None:
@@ -50,27 +75,89 @@ def console() -> None:
         sys.argv[0] = f"bcd {job}"
         main(job)
         return
+    if sys.argv[1:2] == [COMPLETION] and sys.argv[2:] in [[shell] for shell in SHELLS]:
+        _print_completion(sys.argv[2])
+        return
     is_help = sys.argv[1:] in (["--help"], ["-h"])
-    lines = [f"  {job:<10}{(config.__doc__ or '').splitlines()[0]}" for job, (config, _) in JOBS.items()]
-    usage = ["usage: bcd JOB [FLAGS]", "", *lines, "", "bcd JOB --help lists its flags."]
+    lines = [f"  {job:<10}{_first_line(config)}" for job, config in CONFIGS.items()]
+    last = f"bcd JOB --help lists its flags; bcd {COMPLETION} {'|'.join(SHELLS)} prints their completion."
+    usage = ["usage: bcd JOB [FLAGS]", "", *lines, "", last]
     print("\n".join(usage), file=sys.stdout if is_help else sys.stderr)
     sys.exit(0 if is_help else 2)
+
+
+def _first_line(config: type[Config]) -> str:
+    return (config.__doc__ or "").splitlines()[0]
+
+
+def _print_completion(shell: str) -> None:
+    """Print the script by which a shell completes jobs, flags and their values."""
+    jobs: Any = [
+        Annotated[config, tyro.conf.subcommand(job, description=_first_line(config))]
+        for job, config in CONFIGS.items()
+    ]
+    with redirect_stdout(StringIO()) as printed, suppress(SystemExit):
+        tyro.cli(reduce(operator.or_, jobs), prog="bcd", args=["--tyro-print-completion", shell])
+    # A line of help would be a candidate of its own: tyro hands them on a line each.
+    print(
+        re.sub(
+            r"^COMPLETION_SPEC = .*", lambda line: line[0].replace(r"\n", " "), printed.getvalue(), flags=re.M
+        )
+    )
 
 
 def main(job: str, doc: str | None = None) -> None:
     """Parse `sys.argv` into the settings of a job, run it, and exit.
 
-    Exit code 0 on success; 2 with one sentence on errors that the user can correct; 1 where inputs lack a
-    result, an audited split leaks or a check of the cluster found a fault. Bugs keep their stack trace.
+    Settings of a file (`--config`) are put in its place into `sys.argv`, so that the command which a job
+    records is whole. Exit code 0 on success; 2 with one sentence on errors that the user can correct; 1 where
+    inputs lack a result, an audited split leaks or a check of the cluster found a fault. Bugs keep their
+    stack trace.
     """
-    config_type, pipeline = JOBS[job]
-    config = tyro.cli(config_type, description=doc)
+    try:
+        sys.argv[1:] = files.expanded(sys.argv[1:], job, CONFIGS)
+    except BcdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    config: Config = tyro.cli(CONFIGS[job], description=doc)
     log.start(job, config.log_format)
     try:
-        import_module(f"bcd.{pipeline}").run(with_recipe(config, sys.argv[1:]))
+        import_module(_module(job, config)).run(with_recipe(config, sys.argv[1:]))
     except BcdError as error:
         logging.getLogger(__name__).error(_sentence(error))
         sys.exit(error.exit_code)
+
+
+def _module(job: str, config: Config) -> str:
+    """The module with the `run` of a job, or with that of its dry run."""
+    return f"bcd.preflight.dry_run.{job}" if getattr(config, "dry_run", False) else f"bcd.{JOBS[job][1]}"
+
+
+def run_job(job: str, settings: Mapping[str, Any]) -> JobResult:
+    """Run `train`, `evaluate` or `score` with settings as of `--help`, those of a file (`config`) included.
+
+    Raises:
+        BcdError: the sentence with which the job would exit.
+    """
+    given = dict(settings)
+    if (uri := given.pop("config", None)) is not None:
+        given = files.read_settings_file(uri, job, CONFIGS) | given
+    config = CONFIGS[job](**given)
+    if getattr(config, "dry_run", False):
+        raise ConfigError(f"dry_run is of the command line: bcd {job} --dry-run")
+    try:
+        with provenance.stating(shlex.join(["bcd", job, *files.as_flags(given)])):
+            uri = import_module(_module(job, config)).run(config)
+    except BcdError as error:
+        # What a task of Ray raised is of our class, too, and its text is a stack trace.
+        raise getattr(error, "cause", error) from None
+    # Not at the top: they import Ray, as the job has.
+    from bcd.runtime.run_directory import METRICS, MODEL
+    from bcd.scoring.ledger import PREDICTIONS, SUMMARY
+
+    metrics = storage.read_bytes(storage.join(uri, SUMMARY if job == "score" else METRICS))
+    model = storage.join(uri, MODEL) if job == "train" else given["model"]
+    return JobResult(uri, storage.join(uri, PREDICTIONS), model, json.loads(metrics))
 
 
 def _sentence(error: BcdError) -> str:

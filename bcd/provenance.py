@@ -2,11 +2,13 @@
 
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distributions, version
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+_STATED: ContextVar[str | None] = ContextVar("command", default=None)
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "kornia-rs", "simplejpeg")
 
 
@@ -56,8 +59,19 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def command() -> str:
-    """The command line of this process."""
-    return " ".join(["python", *sys.argv])
+    """The command line of this process, as a shell takes it, or that of `stating`."""
+    program = [*sys.argv[0].split()] if sys.argv[0].startswith("bcd ") else ["python", sys.argv[0]]
+    return _STATED.get() or shlex.join([*program, *sys.argv[1:]])
+
+
+@contextmanager
+def stating(known: str) -> Iterator[None]:
+    """Context in which `command` is this one: that of a function, or of the job that started this process."""
+    token = _STATED.set(known)
+    try:
+        yield
+    finally:
+        _STATED.reset(token)
 
 
 def bill_of_materials(file: str, sha256: str, when: datetime) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bcd import schema
-from bcd.config.checks import AuditConfig, DoctorConfig
+from bcd.config.checks import AuditConfig, DoctorConfig, EnvConfig
 from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import PoolConfig, ScoreConfig
@@ -42,6 +42,7 @@ JOBS: dict[str, type[Config]] = {
     "verify": VerifyConfig,
     "push": PushConfig,
     "doctor": DoctorConfig,
+    "env": EnvConfig,
     "demo": DemoConfig,
 }
 MADE = "<!-- Made by docs/generate.py: do not edit. -->\n\n"
@@ -51,7 +52,8 @@ COMMAND_LINE = """# Command line
 Every job is a script in `jobs/`. Each flag is a field of one config class in `bcd/config/`, and the text here
 is the text of `--help`. Unknown flags and contradictions are rejected before Ray starts. Run the commands
 inside the environment (`source .venv/bin/activate`); on a cluster, put `ray job submit --working-dir . --` in
-front.
+front. Settings can be in a file, and `--dry-run` says what a job would do: see
+[Commands](../guides/commands.md).
 
 Exit codes: 0 on success; 2 with one sentence on anything that the user can correct; 1 where inputs remain
 without a result or an error, an audited split leaks, or a diagnosis found a fault. See [Errors](errors.md).

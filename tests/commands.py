@@ -9,6 +9,7 @@ from ray.scripts.scripts import cli as ray_cli
 from ray.serve.scripts import cli as serve_cli
 
 from bcd import cli
+from bcd.config.files.settings import fields_of
 from bcd.config.options import Config
 
 JOBS: dict[str, type[Config]] = {name: config for name, (config, _) in cli.JOBS.items()}
@@ -38,6 +39,13 @@ def check_job(config_type: type[Config], arguments: list[str]) -> Config | None:
     """Fails on a flag that the job does not have, or a value that it does not take."""
     if arguments == ["--help"]:
         return None
+    if "--config" in arguments:  # whose file has what is required
+        place = arguments.index("--config")
+        required = [name for name, field in fields_of(config_type).items() if field.is_required()]
+        arguments = arguments[:place] + arguments[place + 2 :]
+        arguments += [
+            word for name in required if f"--{name}" not in arguments for word in (f"--{name}", "x")
+        ]
     return tyro.cli(config_type, args=arguments)
 
 

@@ -1,13 +1,19 @@
+import json
+import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import RayTaskError
 
-from bcd import cli
+import bcd
+from bcd import cli, provenance
+from bcd.config.evaluation import EvaluateConfig
+from bcd.config.scoring import ScoreConfig
 from bcd.config.training import TrainConfig
-from bcd.errors import ASK_AGAIN, DataError, IncompleteError, MissingError, StorageError
+from bcd.errors import ASK_AGAIN, ConfigError, DataError, IncompleteError, MissingError, StorageError
 
 
 def run(monkeypatch, *arguments, pipeline=lambda config: None, job="train"):
@@ -29,6 +35,41 @@ def test_flags_have_priority_over_the_recipe(monkeypatch):
     run(monkeypatch, *arguments, pipeline=seen.append)
     assert seen == [TrainConfig(data="d", recipe="few", dropout=0.0, freeze_batchnorm=False)]
     assert seen[0].layer_decay == 0.7
+
+
+def test_a_file_is_put_in_its_place_so_that_the_command_is_whole(monkeypatch, tmp_path):
+    (tmp_path / "run.yaml").write_text("data: my data\nepochs: 3\nrecipe: few\n")
+    seen = []
+    pipeline = lambda config: seen.append((config, provenance.command()))  # noqa: E731
+    run(monkeypatch, "--config", str(tmp_path / "run.yaml"), "--dropout", "0.1", pipeline=pipeline)
+    config, command = seen[0]
+    assert config == TrainConfig(data="my data", epochs=3, recipe="few", dropout=0.1)
+    assert command == "python job.py --data 'my data' --epochs 3 --recipe few --dropout 0.1"
+    run(monkeypatch, *shlex.split(command)[2:], pipeline=pipeline)
+    assert seen[1] == seen[0]
+
+
+def test_a_fault_in_the_file_is_one_line_and_exit_code_2(monkeypatch, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("epocs: 3\n")
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "--config", str(tmp_path / "run.yaml"), pipeline=lambda config: pytest.fail("ran"))
+    said = capsys.readouterr().err
+    assert said == (
+        f"error: {tmp_path / 'run.yaml'}: 'epocs' is no setting of bcd train; did you mean 'epochs'?\n"
+    )
+
+
+@pytest.mark.parametrize("job", ["train", "crossval", "ablate", "evaluate", "score"])
+def test_a_dry_run_is_another_module(monkeypatch, job):
+    flags = {"evaluate": "--model m --data d", "score": "--model m --input i --output o"}
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["job.py", "--dry-run", *flags.get(job, "--data d").split()])
+    pipeline = SimpleNamespace(run=seen.append)
+    monkeypatch.setattr(cli, "import_module", lambda name: seen.append(name) or pipeline)
+    cli.main(job)
+    assert seen[0] == f"bcd.preflight.dry_run.{job}"
+    assert seen[1].dry_run
+    assert find_spec(seen[0])
 
 
 def test_help_shows_the_command_and_every_flag(monkeypatch, capsys):
@@ -115,7 +156,7 @@ def test_our_own_faults_keep_their_trace(monkeypatch):
 
 
 def test_wrong_flags_and_help_cost_no_import_of_ray_or_torch():
-    code = "import sys; from bcd import cli; assert not {'ray', 'torch'} & set(sys.modules)"
+    code = "import sys; from bcd import cli, train, score; assert not {'ray', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -139,3 +180,96 @@ def test_the_command_lists_the_jobs(monkeypatch, capsys, arguments, code):
     said = capsys.readouterr()
     text = said.err if code else said.out
     assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == list(cli.JOBS)
+
+
+@pytest.mark.parametrize("shell", cli.SHELLS)
+def test_completion_knows_jobs_flags_and_values(monkeypatch, capsys, shell):
+    monkeypatch.setattr(sys, "argv", ["bcd", "--print-completion", shell])
+    cli.console()
+    script = capsys.readouterr().out
+    for word in ("crossval", "--dry-run", "--stain-normalisation", "macenko"):
+        assert word in script
+    (known,) = [line for line in script.splitlines() if line.startswith("COMPLETION_SPEC = ")]
+    assert r"\n" not in known  # of which a shell would make candidates
+
+
+def test_of_other_shells_there_is_no_completion(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bcd", "--print-completion", "powershell"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.console()
+    assert "bash|zsh|fish" in capsys.readouterr().err
+
+
+COMPLETE = """
+source /dev/stdin
+COMP_WORDS=(bcd train --stain-n) COMP_CWORD=2; _tyro_bcd; echo "${COMPREPLY[@]}"
+COMP_WORDS=(bcd cross) COMP_CWORD=1; _tyro_bcd; echo "${COMPREPLY[@]}"
+complete -p bcd
+"""
+
+
+@pytest.mark.process
+def test_bash_completes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bcd", "--print-completion", "bash"])
+    cli.console()
+    script = capsys.readouterr().out
+    done = subprocess.run(["bash", "-c", COMPLETE], input=script, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["--stain-normalisation", "crossval", "complete -F _tyro_bcd bcd"]
+    assert done.stderr == ""
+
+
+def called(monkeypatch, folder, pipeline=None):
+    """Stand in for the jobs: one writes what the function reads back."""
+    seen = []
+
+    def run(config):
+        seen.append((config, provenance.command()))
+        for name in ("metrics.json", "summary.json"):
+            (folder / name).write_text(json.dumps({"from": name}))
+        return str(folder)
+
+    module = SimpleNamespace(run=pipeline or run)
+    monkeypatch.setattr(cli, "import_module", lambda name: module)
+    return seen
+
+
+def test_jobs_are_functions_with_the_same_settings(monkeypatch, tmp_path):
+    seen = called(monkeypatch, tmp_path)
+    trained = bcd.train(data="my data", epochs=3, magnifications=[40, 100], augment=False)
+    expected = TrainConfig(data="my data", epochs=3, magnifications=(40, 100), augment=False)
+    command = "bcd train --data 'my data' --epochs 3 --magnifications 40 100 --no-augment"
+    assert seen == [(expected, command)]
+    uri = str(tmp_path)
+    assert trained == cli.JobResult(uri, f"{uri}/predictions", f"{uri}/model", {"from": "metrics.json"})
+    assert bcd.evaluate(model="m", data="d") == cli.JobResult(
+        uri, f"{uri}/predictions", "m", {"from": "metrics.json"}
+    )
+    assert bcd.score(model="m", input="i", output="o").metrics == {"from": "summary.json"}
+    assert [config for config, _ in seen[1:]] == [
+        EvaluateConfig(model="m", data="d"),
+        ScoreConfig(model="m", input="i", output="o"),
+    ]
+    assert not provenance.command().startswith("bcd ")
+
+
+def test_keywords_have_priority_over_a_file(monkeypatch, tmp_path):
+    seen = called(monkeypatch, tmp_path)
+    (tmp_path / "run.yaml").write_text("data: d\nepochs: 7\nseed: 2\n")
+    bcd.train(config=str(tmp_path / "run.yaml"), epochs=9)
+    assert seen == [(TrainConfig(data="d", epochs=9, seed=2), "bcd train --data d --epochs 9 --seed 2")]
+
+
+def test_functions_raise_the_sentences_of_the_jobs(monkeypatch, tmp_path):
+    def pipeline(config):
+        raise RayTaskError("draw", "Traceback\n  File ...", DataError("x.csv: empty")).as_instanceof_cause()
+
+    called(monkeypatch, tmp_path, pipeline)
+    with pytest.raises(DataError) as raised:
+        bcd.score(model="m", input="i", output="o")
+    assert str(raised.value) == "x.csv: empty"
+    with pytest.raises(ConfigError, match="--epochs"):
+        bcd.train(data="d", epochs=0)
+    with pytest.raises(ConfigError, match="bcd train --dry-run"):
+        bcd.train(data="d", dry_run=True)
+    with pytest.raises(AttributeError, match="serve"):
+        bcd.serve  # noqa: B018

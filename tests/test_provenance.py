@@ -40,6 +40,14 @@ def test_command(monkeypatch):
     assert provenance.command() == "python jobs/train.py --data x"
 
 
+def test_the_command_can_be_given_to_a_shell(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bcd train", "--data", "my data", "--classes", "benign=0"])
+    assert provenance.command() == "bcd train --data 'my data' --classes benign=0"
+    with provenance.stating("bcd score --input 'a b'"):
+        assert provenance.command() == "bcd score --input 'a b'"
+    assert provenance.command().startswith("bcd train ")
+
+
 FILE = ("model.safetensors", "a" * 64)
 NOON = datetime(2026, 11, 29, 12, tzinfo=UTC)
 

@@ -131,3 +131,13 @@ class DoctorConfig(Config):
     def not_given(self) -> list[str]:
         """Flags of the places that were not given."""
         return [f"--{name}" for name in PLACES[self.purpose] if getattr(self, name) is None]
+
+
+class EnvConfig(Config):
+    """Print what a bug report needs: versions, hardware, settings of the environment, without secrets.
+
+    Starts no Ray and writes nothing.
+    """
+
+    as_json: bool = False
+    """Print one JSON object in place of the page."""

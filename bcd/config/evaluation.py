@@ -2,11 +2,11 @@
 
 from pydantic import Field, model_validator
 
-from bcd.config.options import AUTO, LabelledConfig, Precision
+from bcd.config.options import AUTO, DryConfig, LabelledConfig, Precision
 from bcd.config.signing import SignedConfig
 
 
-class EvaluateConfig(LabelledConfig, SignedConfig):
+class EvaluateConfig(LabelledConfig, SignedConfig, DryConfig):
     """Evaluate a model on its held-out test part, or on data that it has never seen."""
 
     model: str

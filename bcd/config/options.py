@@ -8,7 +8,15 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from bcd.errors import ConfigError
 from bcd.taxonomy import given_names
@@ -58,8 +66,20 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    # Neither kept nor compared: a job is given what the file contains.
+    config: str | None = Field(default=None, exclude=True)
+    """File with settings, each as NAME: VALUE in YAML or JSON, such as the config.json of a run: local, s3://
+    or gs://. Flags have priority over the file, the file over --recipe, and that over defaults."""
+
     log_format: LogFormat = "text"
     """Form of the log: lines of text, or one JSON object per line with time, level, job and message."""
+
+    @field_validator("config")
+    @classmethod
+    def _is_read_before(cls, value: str | None) -> str | None:
+        if value is not None:
+            raise ValueError("is read by commands, bcd.train and its like: give the settings themselves here")
+        return value
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -72,6 +92,14 @@ def _sentence(error: Any) -> str:
     flag = "".join(f"--{str(part).replace('_', '-')} " for part in error["loc"][:1])
     message = error["msg"].removeprefix("Value error, ")
     return f"{flag}{message[0].lower()}{message[1:]}" + (f", not {error['input']!r}" if flag else "")
+
+
+class DryConfig(Config):
+    """Settings of a job that can say what it would do."""
+
+    dry_run: bool = Field(default=False, exclude=True)
+    """Say what would be read, done and written, what is done already, and about how long the rest would
+    take, measured on a few images in this process; then end. Nothing is written, and no Ray is started."""
 
 
 class OutputConfig(Config):

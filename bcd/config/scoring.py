@@ -4,12 +4,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bcd.config.options import MAX_SEED, Cam, Fraction, OutputConfig, Precision, require_run_name
+from bcd.config.options import MAX_SEED, Cam, DryConfig, Fraction, OutputConfig, Precision, require_run_name
 from bcd.config.signing import SignedConfig
 from bcd.taxonomy import MAX_MPP, MIN_MPP, given_names
 
 
-class ScoreConfig(OutputConfig, SignedConfig):
+class ScoreConfig(OutputConfig, SignedConfig, DryConfig):
     """Score every image and slide of an archive once, with an evidence map on each row, to Parquet.
 
     Run the same command again to resume, to score files that were added, and to score again those that were

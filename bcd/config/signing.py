@@ -20,7 +20,8 @@ class ImportConfig(Config):
 
     published: tyro.conf.Positional[str]
     """Who published it, and the name: tiatoolbox:resnet50-pcam (resnet18, 34, 50 or 101; -pcam or
-    -kather100k); wsinfer, with --config; timm:resnet50, or timm with --config; torchvision:resnet50."""
+    -kather100k); wsinfer, with --publisher-config; timm:resnet50, or timm with --publisher-config;
+    torchvision:resnet50."""
 
     weights: str
     """The publisher's file of weights: a local path, s3:// or gs://."""
@@ -28,7 +29,7 @@ class ImportConfig(Config):
     output: str
     """Folder for the bundle, which must be empty: local, s3:// or gs://."""
 
-    config: str | None = None
+    publisher_config: str | None = None
     """The publisher's config.json, of WSInfer's zoo or of timm: a local path, s3:// or gs://."""
 
     classes: tuple[str, ...] = ()

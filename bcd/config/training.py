@@ -19,6 +19,7 @@ from bcd.config.options import (
     WORKERS,
     Architecture,
     Config,
+    DryConfig,
     Fraction,
     LabelledConfig,
     Precision,
@@ -50,7 +51,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0, le=1)]
 
 
-class TrainingConfig(LabelledConfig):
+class TrainingConfig(LabelledConfig, DryConfig):
     """Settings of a training run, without those of its test part."""
 
     output: str = "runs"

@@ -56,13 +56,8 @@ def run(config: EvaluateConfig) -> str:
     card = bundle.read_card(config.model, card_sha256)
     if config.against:
         artifacts.require_images(config.against)
-    run_uri = storage.parent(config.model)
-    folder = config.output or run_uri
-    beside = storage.absolute(folder) == run_uri
-    if beside and output.owner(run_uri) != output.TRAIN:
-        raise DataError(f"{run_uri} is not the directory of a training: name an --output for the evaluation")
-    job = output.TRAIN if beside else output.EVALUATE
-    output.read_marker(folder, job)
+    folder, job = place_of(config)
+    beside = job == output.TRAIN
     with lease.held(folder, config.wait) as own:
         owner = output.claim_folder(folder, job, own.require)
         name, settings = card.training["name"], config.model_dump(mode="json")
@@ -70,6 +65,19 @@ def run(config: EvaluateConfig) -> str:
         with followed(folder, name if beside else f"evaluation of {name}", *apart):
             _evaluate_into(config, card, card_sha256, folder, beside, owner, own)
     return folder
+
+
+def place_of(config: EvaluateConfig) -> tuple[str, str]:
+    """The folder of an evaluation, and the job that it belongs to: that of the training, if it is beside the
+    bundle. Raises DataError and ConfigError where nothing may be written there."""
+    run_uri = storage.parent(config.model)
+    folder = config.output or run_uri
+    beside = storage.absolute(folder) == run_uri
+    if beside and output.owner(run_uri) != output.TRAIN:
+        raise DataError(f"{run_uri} is not the directory of a training: name an --output for the evaluation")
+    job = output.TRAIN if beside else output.EVALUATE
+    output.read_marker(folder, job)
+    return folder, job
 
 
 def _evaluate_into(

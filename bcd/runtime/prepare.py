@@ -102,14 +102,21 @@ def _wanted(config: TrainConfig) -> dict[str, float]:
     return held_out | {split.TRAIN: 1 - sum(held_out.values())}
 
 
+def listed_rows(config: TrainingConfig) -> tuple[pa.Table, list[str]]:
+    """The rows of a data set that a training may use, found without opening an image, and warnings, as of
+    `index.read_index`. Raises DataError where a setting requires what they lack."""
+    table, warnings = index.read_index(config.data, config.classes)
+    table = index.select_magnifications(table, config.magnifications)
+    _require_subtypes(config, table)
+    return table, warnings
+
+
 def load_data_set(config: TrainingConfig) -> tuple[pa.Table, DatasetFacts]:
     """The usable rows of a data set (`index.read_index`), found by reading every image, and its facts.
 
     Images are prepared in the same pass, if `store_of` has room for them.
     """
-    table, warnings = index.read_index(config.data, config.classes)
-    table = index.select_magnifications(table, config.magnifications)
-    _require_subtypes(config, table)
+    table, warnings = listed_rows(config)
     table, broken, (height, width) = inspection.inspect_images(table, *_preparing(config, len(table)))
     broken_lines = inspection.check_bad_fraction(broken, len(table) + len(broken), config.max_bad_fraction)
     reasons: list[str] = []

@@ -148,21 +148,11 @@ def open_ledger(
         ConfigError: the folder was written with other settings, or contains foreign files.
         StorageError: nothing can be written there.
     """
-    uri = lease.uri
-    owner = output.claim_folder(uri, output.SCORE, lease.require)
-    old = read_settings(uri)
-    old = None if old is None else {**defaults, **old}
-    added = [] if old is None else changed(old, settings)
-    if old is None:
+    owner = output.claim_folder(lease.uri, output.SCORE, lease.require)
+    added = added_settings(lease.uri, settings, remedies, defaults)
+    if added is None:
         _write_settings(lease, settings)
-    elif not all(name in remedies and old.get(name) is None for name in added):
-        raise ConfigError(
-            f"{uri} contains rows scored with other settings: {'; '.join(changed_flags(old, settings))}. "
-            "Repeat the earlier command to resume, or choose another --output"
-        )
-    summary = _read_json(uri, SUMMARY)
-    merges = summary.get("merges", [""] * summary["generation"]) if summary else []
-    ours = Ledger(lease, owner, tuple(merges))
+    ours, summary = as_left(lease, owner)
     # Segments left by a kill between summary and cleaning would be counted twice.
     _delete_work(ours)
     # An unfinished merge may have cut the files at other places.
@@ -172,6 +162,30 @@ def open_ledger(
         _forget(ours, frozenset().union(*(remedies[name] for name in added)))
         _write_settings(lease, settings)
     return ours, summary
+
+
+def added_settings(
+    uri: str, settings: dict[str, Any], remedies: Remedies, defaults: Mapping[str, Any]
+) -> list[str] | None:
+    """The settings that are added to those of an output folder (see `open_ledger`); None for a new one.
+    Raises ConfigError for other differences."""
+    if (old := read_settings(uri)) is None:
+        return None
+    old = {**defaults, **old}
+    added = changed(old, settings)
+    if not all(name in remedies and old.get(name) is None for name in added):
+        raise ConfigError(
+            f"{uri} contains rows scored with other settings: {'; '.join(changed_flags(old, settings))}. "
+            "Repeat the earlier command to resume, or choose another --output"
+        )
+    return added
+
+
+def as_left(lease: Lease, owner: str) -> tuple[Ledger, dict[str, Any] | None]:
+    """The ledger of an output folder as the last job left it, and the summary of the last finished run."""
+    summary = _read_json(lease.uri, SUMMARY)
+    merges = summary.get("merges", [""] * summary["generation"]) if summary else []
+    return Ledger(lease, owner, tuple(merges)), summary
 
 
 def _write_settings(lease: Lease, settings: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ class Books:
 
 
 @dataclass(frozen=True)
-class _Model:
+class OpenedModel:
     """The model that the job began with: its card, its id, and the hash of a card that was verified."""
 
     card: Card
@@ -89,18 +89,25 @@ def run(config: ScoreConfig) -> str:
         IncompleteError: inputs have neither a result nor an error.
     """
     started = time.monotonic()
+    config, model, names = opened(config)
+    with lease.held(config.output, config.wait) as held:
+        return _fill(config, held, model, names, started)
+
+
+def opened(config: ScoreConfig) -> tuple[ScoreConfig, OpenedModel, Pseudonyms | None]:
+    """The settings with the revision of the model, the model, and the ids that replace names, if any: all
+    checks before any work. Raises BcdError."""
     for flag, place in (("--output", config.output), ("--masks", config.masks)):
         if place is not None and storage.join(place, "").startswith(storage.join(config.input, "")):
             raise ConfigError(f"{flag} {place} is inside --input: its images would be scored too")
     names = _pseudonyms(config)
-    output.read_marker(config.output, output.SCORE)  # before any work
+    output.read_marker(config.output, output.SCORE)
     config = config.model_copy(update={"model": storage.pinned(config.model)})
     card_sha256 = signing.verified(config.model, config.require_signature)
     model_id = bundle.identify(config.model, card_sha256)
-    model = _Model(bundle.read_same(config.model, model_id, card_sha256), model_id, card_sha256)
-    model.card.cam(config.cam, config.cam_layer)  # before any work
-    with lease.held(config.output, config.wait) as held:
-        return _fill(config, held, model, names, started)
+    model = OpenedModel(bundle.read_same(config.model, model_id, card_sha256), model_id, card_sha256)
+    model.card.cam(config.cam, config.cam_layer)
+    return config, model, names
 
 
 def _pseudonyms(config: ScoreConfig) -> Pseudonyms | None:
@@ -115,7 +122,7 @@ def _pseudonyms(config: ScoreConfig) -> Pseudonyms | None:
     return pseudonyms.read_key(config.pseudonymise)
 
 
-def _listed(config: ScoreConfig, names: Pseudonyms | None) -> tuple[archive.Archive, pa.Table]:
+def listed_inputs(config: ScoreConfig, names: Pseudonyms | None) -> tuple[archive.Archive, pa.Table]:
     """The inputs, under ids where names are hidden, and under their own names."""
     found = archive.list_inputs(config.input)
     for flag, uri, suffix, column in (
@@ -134,13 +141,15 @@ def _listed(config: ScoreConfig, names: Pseudonyms | None) -> tuple[archive.Arch
     return replace(found, table=table.take(order), versions=found.versions.take(order)), found.table
 
 
-def _fill(config: ScoreConfig, held: Lease, model: _Model, names: Pseudonyms | None, started: float) -> str:
+def _fill(
+    config: ScoreConfig, held: Lease, model: OpenedModel, names: Pseudonyms | None, started: float
+) -> str:
     """Score what is missing in the output; `started` is when the job began."""
-    found, named = _listed(config, names)
+    found, named = listed_inputs(config, names)
     cluster.connect()
     compiled = _compiles(config, found.table)
     ours, summary = ledger.open_ledger(
-        held, _deciding(config, model.id, compiled, names), _remedies(model.card), DEFAULTS
+        held, deciding(config, model.id, compiled, names), remedies_of(model.card), DEFAULTS
     )
     if names:
         logger.info(f"map of ids: {names.write_map(named, ours.owner)}")
@@ -155,12 +164,12 @@ def _fill(config: ScoreConfig, held: Lease, model: _Model, names: Pseudonyms | N
     progress = Progress(todo, ours.plans_uri, books.done)
     with predict.one_model(settings):
         rate = _score(
-            ours, books, progress, todo, settings, _tile_settings(config, model.card), config.max_workers
+            ours, books, progress, todo, settings, tiling_of(config, model.card), config.max_workers
         )
-    books = _books(ours, found.table)
+    books = books_of(ours, found.table)
     _require_balance(books, progress.withheld)
     if books.plans:
-        inputs.require_same_slides(found, _listed(config, names)[0], books.plans)
+        inputs.require_same_slides(found, listed_inputs(config, names)[0], books.plans)
     n_rows = sum(books.older.rows.values()) + _merge(ours, books.done)
     facts = _facts(config, model.card, model.id, names) | {
         "n_ignored_files": found.ignored,
@@ -181,13 +190,14 @@ def _fill(config: ScoreConfig, held: Lease, model: _Model, names: Pseudonyms | N
     return ours.uri
 
 
-def _settings(config: ScoreConfig, model: _Model, compiled: bool) -> predict.Settings:
+def _settings(config: ScoreConfig, model: OpenedModel, compiled: bool) -> predict.Settings:
     shared = config.model_dump(include={"precision", "batch_size", "cam", "cam_layer", "embeddings"})
     shared |= {"overlays": config.overlays == "png", "compile": compiled, "card_sha256": model.card_sha256}
     return predict.Settings(config.model, model.id, timed=True, **shared)
 
 
-def _tile_settings(config: ScoreConfig, card: Card) -> tiling.Tiling:
+def tiling_of(config: ScoreConfig, card: Card) -> tiling.Tiling:
+    """How the slides are cut."""
     return tiling.Tiling(
         tile_mpp=config.tile_mpp or max(card.mpp, default=None),
         tile_width_px=card.field_width_px,
@@ -228,7 +238,7 @@ def _compiles(config: ScoreConfig, inputs: pa.Table) -> bool:
     return config.precision == "bfloat16" and shutil.which("g++") is not None
 
 
-def _deciding(config: ScoreConfig, model_id: str, compiled: bool, names: Pseudonyms | None) -> dict[str, Any]:
+def deciding(config: ScoreConfig, model_id: str, compiled: bool, names: Pseudonyms | None) -> dict[str, Any]:
     """The settings that determine a row; model and key by their content, independent of their place."""
     settings = config.model_dump(mode="json", exclude=set(OPERATIONAL))
     if names:
@@ -238,7 +248,7 @@ def _deciding(config: ScoreConfig, model_id: str, compiled: bool, names: Pseudon
     return settings | {"model": model_id, "compile": compiled}
 
 
-def _remedies(card: Card) -> ledger.Remedies:
+def remedies_of(card: Card) -> ledger.Remedies:
     """Flags that resolve errors of slides; no slide with a result has used them."""
     remedies = {"mpp": MPP_ERRORS, "mpp_override": MPP_ERRORS | {"too_coarse"}}
     return remedies if card.mpp else remedies | {"tile_mpp": MPP_ERRORS}
@@ -248,15 +258,16 @@ def _settled(
     ours: Ledger, found: archive.Archive, names: Pseudonyms | None = None
 ) -> tuple[Books, list[str]]:
     """The committed rows, without those of changed inputs, and the ids of these inputs."""
-    books = _books(ours, found.table)
+    books = books_of(ours, found.table)
     changed = inputs.settle(ours, books.older, books.done, found, names)
     if changed:
         logger.info(f"{inputs.changed_text(changed, 'since the last run')}: scoring them again")
-        books = _books(ours, found.table)
+        books = books_of(ours, found.table)
     return books, changed
 
 
-def _books(ours: Ledger, listed: pa.Table) -> Books:
+def books_of(ours: Ledger, listed: pa.Table) -> Books:
+    """What is committed of the listed inputs, and the plans of slides."""
     done = ledger.committed(ours)
     uris = dict(zip(listed[schema.IMAGE_ID].to_pylist(), listed[schema.URI].to_pylist(), strict=True))
     possible = [name for name in done.rows if name in uris and tiling.may_be_slide(uris[name])]
@@ -277,16 +288,21 @@ def _require_balance(books: Books, withheld: str | None = None) -> None:
 
 
 def _announce(found: archive.Archive, todo: pa.Table) -> None:
+    logger.info(summed_up(found, todo))
+    if found.unclaimed:
+        files = counted(len(found.unclaimed), "file") + f" ({some(found.unclaimed)})"
+        logger.warning(f"of --masks and --regions, {files} have the name of no slide and are not used")
+
+
+def summed_up(found: archive.Archive, todo: pa.Table) -> str:
+    """The inputs, how many of them are scored, and what else is there, in a line."""
     line = counted(len(found.table), "input")
     if found.ignored:
         others = counted(found.ignored, "other entry is", "other entries are")
         line += f" ({others} not read: {archive.described(found.passed)})"
     if len(todo) < len(found.table):
         line += f"; {len(found.table) - len(todo):,} are already scored, resuming with {len(todo):,}"
-    logger.info(line)
-    if found.unclaimed:
-        files = counted(len(found.unclaimed), "file") + f" ({some(found.unclaimed)})"
-        logger.warning(f"of --masks and --regions, {files} have the name of no slide and are not used")
+    return line
 
 
 def _score(

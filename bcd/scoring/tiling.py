@@ -127,6 +127,14 @@ def _reading(row: dict[str, Any]) -> pa.Table:
 
 def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
     """Plan a slide, and write the plan."""
+    plan, seen, tiles = planned(row, tiling)
+    _keep(plans_uri, plan, seen, tiles)
+    return tiles
+
+
+def planned(row: dict[str, Any], tiling: Tiling) -> tuple[Plan, _Seen, pa.Table]:
+    """The plan of a slide, a row of `schema.INPUTS`, what was seen of it, and its tiles (schema
+    `schema.READING`). Raises ImageError and StorageError."""
     opened, _ = slide_cache.open_staged(row[schema.URI], tiling.given(row))
     if tiling.tile_mpp is None:
         raise ImageError("missing_mpp", "the model card has no µm per pixel; --tile-mpp gives it")
@@ -162,9 +170,7 @@ def _tiles(row: dict[str, Any], tiling: Tiling, plans_uri: str) -> pa.Table:
     unnamed: list[str | None] = [None] * len(chosen)
     names = seen.drawn.names_of(boxes[chosen]) if seen.drawn and not tiling.hides_uris else unnamed
     content = {schema.TISSUE_SHARE: share[chosen], schema.REGION: pa.array(names, pa.string())}
-    tiles = _tile_rows(plan, grid, chosen, tiling.tile_mpp, tiling, content)
-    _keep(plans_uri, plan, seen, tiles)
-    return tiles
+    return plan, seen, _tile_rows(plan, grid, chosen, tiling.tile_mpp, tiling, content)
 
 
 def _look(row: dict[str, Any], opened: slide.Slide) -> _Seen:

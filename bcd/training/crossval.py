@@ -81,7 +81,7 @@ def run(config: CrossvalConfig) -> str:
     uri = storage.join(config.output, config.name)
     if config.against:
         artifacts.require_images(config.against)
-    folds = {protocol: list(_folds(config, uri, protocol)) for protocol in config.protocols()}
+    folds = {protocol: list(folds_of(config, uri, protocol)) for protocol in config.protocols()}
     finished = run_directory.begin_run(config, uri) and _is_published(folds.values())
     # One of folds that are written again would be of others.
     made = finished and export.fault(storage.join(uri, config.export)) is None
@@ -114,7 +114,7 @@ def _is_published(arms: Iterable[Sequence[Fold]]) -> bool:
     return not faults
 
 
-def _folds(config: CrossvalConfig, uri: str, protocol: Protocol) -> Iterator[Fold]:
+def folds_of(config: CrossvalConfig, uri: str, protocol: Protocol) -> Iterator[Fold]:
     """The folds of one arm; each is a run as of `jobs/train.py`."""
     shared = config.model_dump(include=set(TrainingConfig.model_fields) - {"output", "name", "seed", "folds"})
     store = prepare.store_of(config)
@@ -161,7 +161,7 @@ def _train_missing(
         run_directory.resume(fold.config, fold.uri, inspected[0])
         for text in prepare.prepare(fold.config, inspected)[1].warnings:
             if text not in inspected[1].warnings:
-                logger.warning(f"{_name(fold)}: {text}")
+                logger.warning(f"{name_of(fold)}: {text}")
     run_directory.claim_run(config, own.uri, own.require)
     placed = prepare.located(inspected[0], prepare.store_of(folds[0].config))
     _train(folds, inspected, config.parallel, feed.hold(folds[0].config, placed))
@@ -178,18 +178,18 @@ def _train(
     at_once = min(len(folds), parallel or cluster.room(folds[0].config))
     if at_once == 1:
         for number, fold in enumerate(folds, 1):
-            logger.info(f"\n{_name(fold)}: {number} of {len(folds)}")
+            logger.info(f"\n{name_of(fold)}: {number} of {len(folds)}")
             train.run(fold.config, inspected, held=held, follows=False)
         return
     logger.info(f"{counted(len(folds), 'fold')}, {at_once} at a time")
     # A fold drives its own workers and needs no CPU of its own. Lost with its node, it resumes elsewhere.
     remote = ray.remote(num_cpus=0, max_retries=folds[0].config.max_failures)(_train_apart)
-    shared, waiting = ray.put(inspected), list(folds)
+    shared, waiting, command = ray.put(inspected), list(folds), provenance.command()
     running: dict[ray.ObjectRef, Fold] = {}
     while waiting or running:
         while waiting and len(running) < at_once:
             fold = waiting.pop(0)
-            running[remote.remote(fold.config, shared, cluster.per_node(at_once), held)] = fold
+            running[remote.remote(fold.config, shared, cluster.per_node(at_once), held, command)] = fold
         (done, *_), _ = ray.wait(list(running), num_returns=1)
         fold = running.pop(done)
         try:
@@ -197,22 +197,28 @@ def _train(
         except RayTaskError as error:
             raise error.cause from error
         left = len(waiting) + len(running)
-        logger.info(f"{_name(fold)}: finished, {left} of {len(folds)} left")
+        logger.info(f"{name_of(fold)}: finished, {left} of {len(folds)} left")
 
 
 def _train_apart(
-    config: TrainConfig, inspected: tuple[pa.Table, DatasetFacts], runs_per_node: int, held: Held | None
+    config: TrainConfig,
+    inspected: tuple[pa.Table, DatasetFacts],
+    runs_per_node: int,
+    held: Held | None,
+    command: str,
 ) -> str:
-    """`train.run` in a process of Ray."""
+    """`train.run` in a process of Ray, as of the command of the study."""
     log.hand_on("crossval")
-    return train.run(config, inspected, runs_per_node, held, follows=False)
+    with provenance.stating(command):
+        return train.run(config, inspected, runs_per_node, held, follows=False)
 
 
 def _nested(arms: Iterable[Sequence[Fold]]) -> dict[str, str]:
-    return {_name(fold): fold.uri for arm in arms for fold in arm}
+    return {name_of(fold): fold.uri for arm in arms for fold in arm}
 
 
-def _name(fold: Fold) -> str:
+def name_of(fold: Fold) -> str:
+    """`case, repeat 1, fold 2`."""
     held_out = f", {fold.config.held_out} held out" if fold.config.held_out else ""
     return f"{fold.config.protocol}, repeat {fold.repeat}, fold {fold.fold}{held_out}"
 
@@ -266,7 +272,7 @@ def _known(folds: Sequence[Fold]) -> DatasetFacts:
     facts = [DatasetFacts(**run_directory.read_json(fold.uri, run_directory.DATA)) for fold in folds]
     of_all = [text for text in facts[0].warnings if all(text in each.warnings for each in facts)]
     of_one = [
-        f"{_name(fold)}: {text}"
+        f"{name_of(fold)}: {text}"
         for fold, each in zip(folds, facts, strict=True)
         for text in each.warnings
         if text not in of_all

@@ -238,7 +238,7 @@ def test_a_killed_job_resumes_and_adds_new_files(resumed, archive, archive_on_s3
     output, model_uri, log = resumed
     assert "are already scored, resuming with" in log
     settings = predict.Settings(model_uri, bundle.identify(model_uri))
-    tiles = score._tile_settings(
+    tiles = score.tiling_of(
         ScoreConfig(model=model_uri, input=archive, output=str(tmp_path)), bundle.read_card(model_uri)
     )
     rows = tiling.expand(list_inputs(archive).table, tiles, str(tmp_path), frozenset())

@@ -53,11 +53,22 @@ def depth(node: ast.AST) -> int:
 # A folder imports from itself and from those before it. "" holds the modules beside the folders, `DOORS`
 # those of them that start everything.
 RANKS = [
-    *("data.stores", "", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data"),
+    *(
+        "data.stores",
+        "",
+        "config",
+        "config.files",
+        "metrics",
+        "imaging",
+        "slides.readers",
+        "slides.parts",
+        "slides",
+        "data",
+    ),
     *("split", "model.recipes", "model.networks", "model", "model.published", "reports"),
     *("runtime", "runtime.tracking", "audit", "preflight", "evaluation", "training", "scoring"),
-    *("training.pooling", "training.ablation", "training.tuning", "serving.openapi", "serving.telemetry"),
-    *("serving", "serving.viewer", "doors"),
+    *("training.pooling", "training.ablation", "training.tuning", "preflight.dry_run"),
+    *("serving.openapi", "serving.telemetry", "serving", "serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = set(RANKS[: RANKS.index("split") + 1])
@@ -75,6 +86,8 @@ WITH_TORCH = {
     *("bcd.training.checkpoint", "bcd.training.feed", "bcd.training.loop", "bcd.training.stream"),
     "bcd.training.pooling.attention",
     "bcd.preflight.doctor",
+    "bcd.preflight.dry_run.measure",
+    "bcd.preflight.environment",
     "bcd.serving.serve",
 }
 MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 30_500

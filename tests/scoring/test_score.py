@@ -90,14 +90,14 @@ def test_auto_compiles_by_device_and_precision(n_gpus, precision, compiler, expe
 def test_settings_that_determine_a_row_are_recorded(flag, value, tmp_path):
     config = ScoreConfig(model="m", input="i", output="o")
     other = config.model_copy(update={flag: value, "output": "p", "max_workers": 3})
-    one, two = (score._deciding(c, "id", False, None) for c in (config, other))
+    one, two = (score.deciding(c, "id", False, None) for c in (config, other))
     assert {key for key in one if one[key] != two[key]} == {flag}
 
 
 def test_a_setting_that_an_older_version_did_not_have_is_its_default(tmp_path):
     """So that an output can be resumed after an upgrade, with the same meaning only."""
     config = ScoreConfig(model="m", input="i", output=str(tmp_path))
-    settings = score._deciding(config, "id", False, None)
+    settings = score.deciding(config, "id", False, None)
     older = {key: value for key, value in settings.items() if key not in ("tile_overlap", "min_region")}
     ledger.open_ledger(claimed(str(tmp_path)), older)
     ledger.open_ledger(claimed(str(tmp_path)), settings, defaults=score.DEFAULTS)
@@ -109,7 +109,7 @@ def test_a_setting_that_an_older_version_did_not_have_is_its_default(tmp_path):
 def test_places_are_hidden_with_names(tmp_path):
     config = ScoreConfig(model="m", input="/i/one", output="o", regions="/r/two", pseudonymise="k")
     names = Pseudonyms("k", bytes(range(32)))
-    settings = score._deciding(config, "id", False, names)
+    settings = score.deciding(config, "id", False, names)
     assert {key: settings[key] for key in ("input", "regions", "masks", "pseudonymise")} == {
         "input": names.of("/i/one"),
         "regions": names.of("/r/two"),
@@ -136,13 +136,13 @@ def test_slides_are_listed_with_the_files_beside_them(tmp_path):
         regions=str(tmp_path / "regions"),
         masks=str(tmp_path / "masks"),
     )
-    found, named = score._listed(config, None)
+    found, named = score.listed_inputs(config, None)
     assert found.table is named
     assert named[schema.REGION_FILES].to_pylist() == [[str(tmp_path / "regions/a.geojson")], [], None]
     assert named[schema.MASK_FILES].to_pylist() == [[], [str(tmp_path / "masks/b.png")], None]
     assert found.unclaimed == ("x.geojson",)
     keys = Pseudonyms("k", bytes(range(32)))
-    hidden, _ = score._listed(config, keys)
+    hidden, _ = score.listed_inputs(config, keys)
     both = dict(
         zip(
             hidden.table[schema.IMAGE_ID].to_pylist(),
@@ -189,5 +189,5 @@ def test_plans_are_read_side_by_side(tmp_path, monkeypatch):
         return PLAN.model_copy(update={"slide": name})
 
     monkeypatch.setattr(tiling, "read_plan", read_plan)
-    found = score._books(ours, inputs(*names)).plans
+    found = score.books_of(ours, inputs(*names)).plans
     assert {name: plan.slide for name, plan in found.items()} == dict(zip(names, names, strict=True))

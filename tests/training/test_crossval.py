@@ -153,7 +153,7 @@ def test_a_finished_study_says_so_and_another_is_refused(noise, capsys):
 
 
 def test_warnings_of_one_fold_have_its_name(tmp_path):
-    folds = list(crossval._folds(CrossvalConfig(data="d", k=2), str(tmp_path), "case"))
+    folds = list(crossval.folds_of(CrossvalConfig(data="d", k=2), str(tmp_path), "case"))
     facts = {"data_fingerprint": "0", "synthetic": False, "broken": [], "quarantined": []}
     facts |= {"field_height_px": 1, "field_width_px": 1}
     for fold, warnings in zip(folds, (["of all", "of one"], ["of all"]), strict=True):
@@ -185,7 +185,7 @@ def test_a_study_resumes_with_the_folds_that_are_missing(joined, tree, tmp_path,
     monkeypatch.setattr(predict, "score_rows", score_here)
     config = CrossvalConfig(**settings_of(tree, tmp_path), parallel=1)
     run_directory.claim_run(config, f"{tmp_path}/crossval")
-    first, second = crossval._folds(config, f"{tmp_path}/crossval", "case")
+    first, second = crossval.folds_of(config, f"{tmp_path}/crossval", "case")
     train.run(first.config)
     before = {path: path.read_bytes() for path in Path(first.uri).rglob("*") if path.is_file()}
     uri = crossval.run(config)
@@ -285,7 +285,7 @@ def test_a_study_does_not_resume_with_other_data(cluster, tree, tmp_path):
     config = CrossvalConfig(
         **small(tree).model_dump(include={"data", "weights", "architecture"}), output=str(tmp_path), k=2
     )
-    fold = next(crossval._folds(config, f"{tmp_path}/crossval", "case"))
+    fold = next(crossval.folds_of(config, f"{tmp_path}/crossval", "case"))
     parts, facts = prepare.prepare(fold.config)
     output.claim_folder(f"{tmp_path}/crossval", output.CROSSVAL)
     run_directory.write_json(fold.uri, run_directory.DATA, facts.model_dump())
@@ -309,7 +309,7 @@ def test_a_leak_is_measured_on_images_of_both_arms():
 def test_what_a_user_can_put_right_stays_one_sentence_from_parallel_folds(joined, tmp_path):
     """Ray wraps the errors of its tasks in their traceback."""
     config = CrossvalConfig(data="d", output=str(tmp_path), weights=f"{tmp_path}/none.pth", k=2)
-    folds = list(crossval._folds(config, str(tmp_path), "case"))
+    folds = list(crossval.folds_of(config, str(tmp_path), "case"))
     with pytest.raises(StorageError, match=rf"^{tmp_path}/none.pth: cannot read it"):
         crossval._train(folds, None, parallel=2)
 

@@ -63,7 +63,7 @@ def study(tmp_path_factory):
     config = CrossvalConfig(data=data, output=str(folder), k=2, prepared="off", **network)
     uri = f"{folder}/crossval"
     output.claim_folder(uri, output.CROSSVAL)
-    folds = list(crossval._folds(config, uri, "case"))
+    folds = list(crossval.folds_of(config, uri, "case"))
     table, facts = schema.fill(index.read_index(data)[0], schema.INDEX), DatasetFacts(**facts)
     for fold in folds:
         fill(fold, table, facts)

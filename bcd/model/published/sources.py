@@ -117,17 +117,17 @@ def read_source(config: ImportConfig) -> Classifier:
     publisher, _, name = config.published.partition(":")
     if publisher == "tiatoolbox":
         stated = _of_tiatoolbox(name)
-    elif publisher == "wsinfer" and config.config and not name:
-        stated = _of_wsinfer(config.config)
-    elif publisher == "timm" and config.config and not name:
-        stated = _of_timm(config.config)
-    elif publisher in ("timm", "torchvision") and name and not config.config:
+    elif publisher == "wsinfer" and config.publisher_config and not name:
+        stated = _of_wsinfer(config.publisher_config)
+    elif publisher == "timm" and config.publisher_config and not name:
+        stated = _of_timm(config.publisher_config)
+    elif publisher in ("timm", "torchvision") and name and not config.publisher_config:
         stated = {"architecture": name, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         stated |= {key: value for key in ("mean", "std") if (value := getattr(config, key))}
     else:
         raise ConfigError(
             f"{config.published}: expected tiatoolbox:resnet50-pcam or the like; wsinfer, or timm, with "
-            "--config; or timm:resnet50, torchvision:resnet50 or the like without it"
+            "--publisher-config; or timm:resnet50, torchvision:resnet50 or the like without it"
         )
     stated.setdefault("source", f"{publisher}: {name or without_folders(config.weights)}")
     facts = _agreed(config, stated)
@@ -204,7 +204,7 @@ def _of_timm(uri: str) -> dict[str, Any]:
         raise BundleError(
             f"{uri}: an input of {height} x {width} px, cropped to {crop:g} of the image, cannot be made "
             "exactly: a bundle fits the whole image into a square. If it was trained on uncropped squares, "
-            "import timm:NAME with --input-px, --mean and --std, without --config"
+            "import timm:NAME with --input-px, --mean and --std, without --publisher-config"
         )
     facts = {"classes": found.label_names} if found.label_names else {}
     return facts | {

@@ -22,6 +22,7 @@ PLAIN = "plain"
 SAME = {
     *("data", "classes", "output", "name", "target", "magnifications", "folds", "validation_fraction"),
     *("quarantine", "max_bad_fraction", "prepared", "seed", "wait", "log_format", "recipe"),
+    *("config", "dry_run"),
 }
 TABLE, NUMBERS = "ablation.md", "ablation.json"
 # The metrics of the table; all others are in `NUMBERS`.

@@ -141,7 +141,7 @@ def zoo(tmp_path):
 
     def write(**changes):
         (tmp_path / "config.json").write_text(json.dumps(content | changes))
-        return {"config": str(tmp_path / "config.json"), "malignant": ("Tumor",)}
+        return {"publisher_config": str(tmp_path / "config.json"), "malignant": ("Tumor",)}
 
     return write
 
@@ -175,7 +175,7 @@ def test_timm_keeps_several_malignant_classes(tmp_path, images):
     content = TIMM | {"architecture": "resnet18"}
     content["pretrained_cfg"] = TIMM["pretrained_cfg"] | {"input_size": [3, side, side]}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    flags = {"config": str(tmp_path / "config.json"), "malignant": ("a", "c"), "mpp": 0.5}
+    flags = {"publisher_config": str(tmp_path / "config.json"), "malignant": ("a", "c"), "mpp": 0.5}
     flags["weights"] = stored(tmp_path, network.state_dict())
     model, found = imported(tmp_path, "timm", images, **flags)
     expected = softmax(logits(network, batch(images)))
@@ -197,7 +197,7 @@ def test_other_networks_of_timm(tmp_path, images, name):
     content = TIMM | {"architecture": name}
     content["pretrained_cfg"] = TIMM["pretrained_cfg"] | {"input_size": [3, 48, 48]}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    flags = {"config": str(tmp_path / "config.json"), "malignant": ("b",)}
+    flags = {"publisher_config": str(tmp_path / "config.json"), "malignant": ("b",)}
     flags["weights"] = stored(tmp_path, network.state_dict())
     model, found = imported(tmp_path, "timm", images, **flags)
     require_equal(found.probability, softmax(logits(network, batch(images))))

@@ -40,7 +40,7 @@ def config(published, **flags):
 def found(tmp_path, content, publisher="wsinfer", **flags):
     path = tmp_path / "config.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return sources.read_source(config(publisher, config=str(path), **flags))
+    return sources.read_source(config(publisher, publisher_config=str(path), **flags))
 
 
 def test_tiatoolbox_scales_to_0_to_1_and_no_more():
@@ -138,8 +138,8 @@ def test_without_a_config_flags_say_everything():
     ("published", "flags", "said"),
     [
         ("tiatoolbox:resnet50", {}, "expected ARCHITECTURE-pcam or ARCHITECTURE-kather100k"),
-        ("wsinfer", {}, "expected tiatoolbox:resnet50-pcam or the like; wsinfer, or timm, with --config"),
-        ("timm:resnet50", {"config": "c.json"}, "expected tiatoolbox"),
+        ("wsinfer", {}, "the like; wsinfer, or timm, with --publisher-config"),
+        ("timm:resnet50", {"publisher_config": "c.json"}, "expected tiatoolbox"),
         ("keras:resnet50", {}, "expected tiatoolbox"),
     ],
 )

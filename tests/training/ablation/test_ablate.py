@@ -73,13 +73,13 @@ def test_folds_and_seeds_are_the_same_in_all_arms():
     found = [
         [
             (fold.repeat, fold.fold, fold.config.seed, fold.config.cross_folds, fold.config.protocol)
-            for fold in crossval._folds(study, study.output, "case")
+            for fold in crossval.folds_of(study, study.output, "case")
         ]
         for study in ablate.arms_of(config("runs"), "runs/ablation").values()
     ]
     assert found[0] == found[1] == found[2]
     assert [(repeat, fold) for repeat, fold, *_ in found[0]] == [(r, f) for r in (1, 2) for f in (1, 2, 3)]
-    (fold, *_) = crossval._folds(ablate.arms_of(config("runs"), "u")["few"], "u", "case")
+    (fold, *_) = crossval.folds_of(ablate.arms_of(config("runs"), "u")["few"], "u", "case")
     assert fold.config.layer_decay == RECIPES["few"]["layer_decay"]
 
 
@@ -126,6 +126,7 @@ def test_the_same_command_continues_after_a_kill(studied, tmp_path):
         (("few", "few"), "expected two or more, each once"),
         (("plain", "fw"), "--arms 'fw': 'fw' is no setting .* expected plain, steady, stains, few, or"),
         (("plain", "seed=3"), "'seed' is no setting in which arms can differ"),
+        (("plain", "dry_run=true"), "'dry_run' is no setting in which arms can differ"),
         (("plain", "ema_decay=2"), "--ema-decay input should be less than 1"),
     ],
 )
