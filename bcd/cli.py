@@ -15,7 +15,7 @@ from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
-from bcd.config.signing import ImportConfig, PushConfig, SignConfig, VerifyConfig
+from bcd.config.signing import ExportConfig, ImportConfig, PushConfig, SignConfig, VerifyConfig
 from bcd.config.training import (
     AblateConfig,
     CrossvalConfig,
@@ -42,6 +42,7 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "pool": (PoolConfig, "training.pooling.pool"),
         "serve": (ServeConfig, "serving.viewer.service"),
         "import": (ImportConfig, "model.published.importer"),
+        "export": (ExportConfig, "model.published.onnx_file"),
         "sign": (SignConfig, "preflight.signing"),
         "verify": (VerifyConfig, "preflight.signing"),
         "push": (PushConfig, "model.published.push"),

@@ -54,7 +54,7 @@ def depth(node: ast.AST) -> int:
 # those of them that start everything.
 RANKS = [
     *("data.stores", "", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data"),
-    *("split", "model.recipes", "model.networks", "model", "model.published", "reports"),
+    *("split", "model.recipes", "model.networks", "model.engines", "model", "model.published", "reports"),
     *("runtime", "runtime.tracking", "audit", "preflight", "evaluation", "training", "scoring"),
     *("training.pooling", "training.ablation", "serving", "serving.viewer", "doors"),
 ]
@@ -68,7 +68,7 @@ WITH_RAY = {
 }
 WITH_TORCH = {
     *(f"bcd.model.{name}" for name in ("cam", "predictor", "resnet", "train_step", "weights")),
-    "bcd.model.published.importer",
+    *("bcd.model.engines.openvino_engine", "bcd.model.published.importer", "bcd.model.published.onnx_file"),
     *("model.networks", "model.recipes", "bcd.runtime.cluster"),
     *("bcd.training.checkpoint", "bcd.training.feed", "bcd.training.loop", "bcd.training.stream"),
     "bcd.training.pooling.attention",
