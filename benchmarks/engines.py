@@ -4,8 +4,8 @@
 
 Each round computes one batch, then single images, by every engine in every precision, each time in another
 order. What is timed is `Predictor.predict`: network, map and probabilities, without decoding. Prints medians
-over rounds; ratios are medians of the ratios within a round. `log-odds` is the largest difference from torch in
-float32. CPUs without AVX512-BF16 and AMX have no bfloat16.
+over rounds; ratios are medians of the ratios within a round. `log-odds` is the largest difference from torch
+in float32. CPUs without AVX512-BF16 and AMX have no bfloat16.
 """
 
 import argparse

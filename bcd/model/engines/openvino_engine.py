@@ -2,7 +2,7 @@
 
 The operations are given to OpenVINO one by one. Its own way from torch sends statistics to its makers
 (`convert_model`), and needs what torch has deprecated (`torch.jit.trace`) or takes five seconds to import
-(`torch.export`). Whoever makes this compares its features with torch's.
+(`torch.export`). What loads a bundle compares the features with torch's.
 """
 
 from importlib import import_module
