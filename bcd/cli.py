@@ -26,7 +26,7 @@ from bcd.config.files import settings as files
 from bcd.config.options import Config
 from bcd.config.scoring import PoolConfig, ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
-from bcd.config.signing import ImportConfig, PushConfig, SignConfig, VerifyConfig
+from bcd.config.signing import ExportConfig, ImportConfig, PushConfig, SignConfig, VerifyConfig
 from bcd.config.training import AblateConfig, CrossvalConfig, DemoConfig, TrainConfig, TuneConfig, with_recipe
 from bcd.errors import BcdError, ConfigError, StorageError
 
@@ -47,6 +47,7 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "pool": (PoolConfig, "training.pooling.pool"),
         "serve": (ServeConfig, "serving.viewer.service"),
         "import": (ImportConfig, "model.published.importer"),
+        "export": (ExportConfig, "model.published.onnx_file"),
         "sign": (SignConfig, "preflight.signing"),
         "verify": (VerifyConfig, "preflight.signing"),
         "push": (PushConfig, "model.published.push"),

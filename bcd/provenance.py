@@ -21,7 +21,7 @@ PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "kornia
 
 
 # That they depend on where they are installed.
-EXTRAS = ("timm",)
+EXTRAS = ("timm", "openvino")
 
 
 def versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import Config
 from bcd.config.scoring import PoolConfig, ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
-from bcd.config.signing import ImportConfig, PushConfig, SignConfig, VerifyConfig
+from bcd.config.signing import ExportConfig, ImportConfig, PushConfig, SignConfig, VerifyConfig
 from bcd.config.training import AblateConfig, CrossvalConfig, DemoConfig, TrainConfig, TuneConfig
 
 DOCS = Path(__file__).parent
@@ -38,6 +38,7 @@ JOBS: dict[str, type[Config]] = {
     "pool": PoolConfig,
     "serve": ServeConfig,
     "import": ImportConfig,
+    "export": ExportConfig,
     "sign": SignConfig,
     "verify": VerifyConfig,
     "push": PushConfig,
@@ -154,7 +155,7 @@ MEANING: dict[str, str] = {
     schema.ERROR: "null, or a code from [Errors](errors.md)",
     schema.ERROR_MESSAGE: "one sentence about the error",
     schema.MODEL_ID: "hash over weights and card",
-    schema.ENGINE: "what computed the row",
+    schema.ENGINE: "what computed the row: `torch`, `torch_compiled` or `openvino`",
     schema.PRECISION: "`float32` or `bfloat16`",
     schema.BCD_VERSION: "version of `bcd` that wrote the row",
     schema.OVERLAY: "PNG of the image under its evidence map",

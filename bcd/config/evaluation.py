@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from bcd.config.options import AUTO, DryConfig, LabelledConfig, Precision
+from bcd.config.options import AUTO, DryConfig, Engine, LabelledConfig, Precision
 from bcd.config.signing import SignedConfig
 
 
@@ -35,6 +35,9 @@ class EvaluateConfig(LabelledConfig, SignedConfig, DryConfig):
 
     precision: Precision = "float32"
     """float32 gives the same numbers everywhere; bfloat16 is faster."""
+
+    engine: Engine = "auto"
+    """What computes the network, as in jobs/score.py; each row of the predictions names it."""
 
     @model_validator(mode="after")
     def _marked_numbers_stay_apart(self) -> "EvaluateConfig":

@@ -26,6 +26,7 @@ Protocol = Literal["case", "patient", "official", "image", "magnification", "sit
 # Those that test on one value of the column of the same name, and train on the others.
 HOLDING_OUT = ("magnification", "site")
 Precision = Literal["auto", "float32", "bfloat16"]
+Engine = Literal["auto", "torch", "openvino"]
 LogFormat = Literal["text", "json"]
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 # Before the name of a network of timm, which numbers in place of those of its name may follow.
@@ -44,8 +45,9 @@ Architecture = Annotated[str, AfterValidator(_is_known)]
 Cam = Literal["evidence", "gradcam", "gradcam++", "layercam", "eigencam", "xgradcam", "hirescam", "scorecam",
               "ablationcam"]
 # fmt: on
-# Values of `--prepared` besides a URI: beside the runs, and nowhere.
-AUTO, OFF = "auto", "off"
+# Values of `--prepared` besides a URI: beside the runs, and nowhere. `auto` is one of `--engine`, too.
+AUTO: Literal["auto"] = "auto"
+OFF = "off"
 # Values of `--weights` besides a URI: a download by torchvision or timm, random weights, and the start of a
 # name on the Hugging Face Hub.
 IMAGENET_WEIGHTS, RANDOM_WEIGHTS, HUB_WEIGHTS = "imagenet", "none", "hf-hub:"

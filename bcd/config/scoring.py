@@ -4,7 +4,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bcd.config.options import MAX_SEED, Cam, DryConfig, Fraction, OutputConfig, Precision, require_run_name
+from bcd.config.options import (
+    MAX_SEED,
+    Cam,
+    DryConfig,
+    Engine,
+    Fraction,
+    OutputConfig,
+    Precision,
+    require_run_name,
+)
 from bcd.config.signing import SignedConfig
 from bcd.taxonomy import MAX_MPP, MIN_MPP, given_names
 
@@ -80,12 +89,18 @@ class ScoreConfig(OutputConfig, SignedConfig, DryConfig):
     precision: Precision = "float32"
     """float32 gives the same numbers everywhere; bfloat16 is several times faster on fitting hardware."""
 
+    engine: Engine = "auto"
+    """What computes the network. auto: OpenVINO (extra `openvino`) for ResNets and maps in closed form, where
+    it is installed and the cluster has no GPU, else torch. In float32 both give the same numbers up to
+    rounding. An output keeps the engine that it began with."""
+
     batch_size: int = Field(default=32, ge=1)
     """Images per forward pass."""
 
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the network first, which costs half a minute and changes rounding. auto: from 20,000 files or
-    4 GB of slides on GPUs, and on CPUs where --precision is bfloat16 and a compiler (g++) is installed."""
+    4 GB of slides on GPUs, and on CPUs where --precision is bfloat16 and a compiler (g++) is installed; never
+    with OpenVINO, which compiles by itself."""
 
     max_workers: int | None = Field(default=None, ge=1)
     """Largest number of model workers; by default one per GPU, else one per four CPUs."""
@@ -103,6 +118,12 @@ class ScoreConfig(OutputConfig, SignedConfig, DryConfig):
     def _closed_form_knows_the_last_layer(self) -> "ScoreConfig":
         if self.cam == "evidence" and self.cam_layer != "layer4":
             raise ValueError(f"--cam-layer {self.cam_layer} needs another --cam, such as gradcam or layercam")
+        return self
+
+    @model_validator(mode="after")
+    def _one_engine_compiles(self) -> "ScoreConfig":
+        if self.engine == "openvino" and self.compile == "on":
+            raise ValueError("--compile on is torch's compiler: leave it out with --engine openvino")
         return self
 
 

@@ -5,7 +5,7 @@ import re
 import tyro
 from pydantic import Field, model_validator
 
-from bcd.config.options import Config, Precision
+from bcd.config.options import Config, Engine, Precision
 from bcd.config.signing import SignedConfig
 
 NAME = r"^[a-z0-9][a-z0-9_-]{0,31}$"
@@ -31,8 +31,13 @@ class ServiceConfig(SignedConfig):
     precision: Precision = "float32"
     """float32 gives the numbers of the scoring job; bfloat16 is several times faster on fitting hardware."""
 
+    engine: Engine = "auto"
+    """What computes the network. auto: OpenVINO (extra `openvino`) for ResNets, where it is installed and
+    --num-gpus is 0, else torch. All replicas have the same."""
+
     max_batch_size: int = Field(default=8, ge=1)
-    """Largest number of images in one forward pass. A single request never waits for others."""
+    """Largest number of images in one forward pass. Replicas without GPUs have at most 2, and 1 by OpenVINO,
+    because more gain nothing there. A single request never waits for others."""
 
     min_replicas: int = Field(default=1, ge=1)
     """Replicas of the model that always run."""
@@ -107,6 +112,14 @@ class ServiceConfig(SignedConfig):
             names.append(name)
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two models have the name {twice[0]}; choose others in --name and --models")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_fits_the_device(self) -> "ServiceConfig":
+        if self.engine == "openvino" and self.num_gpus:
+            raise ValueError(
+                "--engine openvino computes on CPUs: leave out --num-gpus, or use --engine torch"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,5 +1,5 @@
-"""Settings of the jobs that import, sign, verify and push a model bundle, and of those that require a
-signature."""
+"""Settings of the jobs that import, export, sign, verify and push a model bundle, and of those that require
+a signature."""
 
 import tyro
 from pydantic import Field
@@ -70,6 +70,21 @@ class ImportConfig(Config):
 
     stated_on: str | None = None
     """The images behind these numbers."""
+
+
+class ExportConfig(Config):
+    """Write a model bundle as an ONNX file, which programs of others run.
+
+    Its outputs are logits, pooled features and, where the model has it in closed form, the evidence map; its
+    metadata state how an image becomes the input. On a canary image they must be the bundle's to 1e-4, else
+    no file is written. Research use only, as the bundle. Requires `pip install onnx onnxscript`.
+    """
+
+    bundle: tyro.conf.Positional[str]
+    """The model bundle: a local folder, s3://, gs:// or hf://OWNER/NAME[@REVISION]."""
+
+    output: tyro.conf.Positional[str]
+    """The file, which must not exist: a local path, s3:// or gs://."""
 
 
 class SignConfig(Config):

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from bcd import lease, provenance, schema, storage
 from bcd.config.checks import AuditConfig
 from bcd.config.evaluation import EvaluateConfig
-from bcd.config.options import AUTO, OFF
+from bcd.config.options import AUTO, CLOSED_FORM, OFF
 from bcd.config.training import TrainConfig
 from bcd.errors import DataError
 from bcd.evaluation import artifacts
@@ -18,6 +18,7 @@ from bcd.lease import Lease
 from bcd.metrics import aggregate
 from bcd.model import bundle
 from bcd.model.card import Card, model_id
+from bcd.model.engines.choice import choose_engine
 from bcd.preflight import signing
 from bcd.reports import model_report
 from bcd.runtime import cluster, datasets, output, predict, run_directory
@@ -98,9 +99,10 @@ def _evaluate_into(
     table, facts, kind = _tested(config, card, training, *load_data_set(training))
     if kind != HELD_OUT and beside:
         raise DataError(f"{config.data} is not the model's own data: name an --output for its evaluation")
-    settings = predict.Settings(
-        config.model, model_id(card), config.precision, config.batch_size, card_sha256=card_sha256
-    )
+    has_gpus = cluster.total_resources()["GPU"] > 0
+    engine = choose_engine(config.engine, card.architecture, card.cam(CLOSED_FORM), has_gpus)
+    shared: dict[str, Any] = {"card_sha256": card_sha256, "engine": engine}
+    settings = predict.Settings(config.model, model_id(card), config.precision, config.batch_size, **shared)
     table = located(table, store_of(training))
     own.require()
     evaluate(config.model, table, facts, folder, owner, settings, kind, config.against)

@@ -30,8 +30,9 @@ def evidence(features: Tensor, weight: Tensor, bias: Tensor, predicted: Tensor) 
     minus the mean logit. `weight` (classes, channels) and `bias` (classes,) are those of the linear layer.
     """
     if len(weight) == 2:
-        contrast = (weight[1] - weight[0]).expand(len(features), -1)
-        offset = (bias[1] - bias[0]).expand(len(features))
+        n = features.shape[0]  # not its length, which is no variable of an exported network
+        contrast = (weight[1] - weight[0]).expand(n, -1)
+        offset = (bias[1] - bias[0]).expand(n)
     else:
         contrast = weight[predicted] - weight.mean(0)
         offset = bias[predicted] - bias.mean()

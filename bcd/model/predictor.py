@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from bcd import storage
-from bcd.config.options import CLOSED_FORM
+from bcd.config.options import CLOSED_FORM, Engine
 from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError, ImageError
 from bcd.imaging import decoder, image
 from bcd.model import bundle, cam, novelty, resnet, weights
 from bcd.model.card import GRADCAM, LAST_LAYER, STRIDE_PX, Card, dump, model_id
+from bcd.model.engines.choice import COMPILED, OPENVINO, TORCH, choose_engine
+from bcd.model.engines.openvino_engine import OpenVinoFeatures
 from bcd.model.networks.backbone import Backbone
 from bcd.model.networks.ensemble import Ensemble
 from bcd.model.recipes import stain, symmetries
@@ -24,6 +26,8 @@ from bcd.taxonomy import malignant_mask
 # The canary's logits may differ from those in the card by this share of their summands' size: a thousand
 # times the differences of kernels, threads, folding and compiling on CPUs, a third of that of bfloat16.
 TOLERANCE = 1e-4
+# The same for an engine in bfloat16: ten times the most that was seen.
+TOLERANCE_BFLOAT16 = 1e-2
 CANARY_PX = (64, 96)
 
 
@@ -68,7 +72,7 @@ class Prediction:
 @dataclass(frozen=True)
 class Predictor:
     """A model ready to predict, from `load`. Batch norms are folded into the convolutions, and the
-    temperature into the last layer."""
+    temperature into the last layer. `engine` is the value of that column."""
 
     card: Card
     model_id: str
@@ -76,6 +80,7 @@ class Predictor:
     features: Callable[[torch.Tensor], torch.Tensor]
     device: torch.device
     precision: str
+    engine: str = TORCH
 
     def evidence_size(self, layer: str = LAST_LAYER) -> tuple[int, int]:
         """Height and width, in cells, of the maps over a layer's features."""
@@ -186,7 +191,7 @@ class Predictor:
             if isinstance(self.network, Backbone):
                 direct = self.network.direct
             explained = cam.quantity(direct(batch)[0], int(output.logit.argmax()))
-        summand = float((output.pooled.abs() @ self.network.fc.weight.abs().T).max())
+        summand = self._summand(output)
         if output.evidence is not None and output.evidence_bias is not None:
             total = output.evidence.mean() + output.evidence_bias[0]
             if abs(float(total - explained)) > 2 * TOLERANCE * summand:
@@ -195,6 +200,9 @@ class Predictor:
                     f"{float(total):.6g}, expected its log-odds, {float(explained):.6g}"
                 )
         return output.logit[0].cpu().numpy(), summand
+
+    def _summand(self, output: resnet.Output) -> float:
+        return float((output.pooled.abs() @ self.network.fc.weight.abs().T).max())
 
     @property
     def kind_of_evidence(self) -> str:
@@ -258,6 +266,7 @@ def load(
     precision: str = "float32",
     compiled: bool = False,
     card_sha256: str | None = None,
+    engine: Engine = TORCH,
 ) -> Predictor:
     """Load a bundle from a local folder, s3://, gs:// or hf://OWNER/NAME[@REVISION], ready to predict.
 
@@ -268,19 +277,26 @@ def load(
         compiled: compile for batches of one size, which takes a minute at the first batch.
         card_sha256: of the card of a verified bundle, from `bcd.preflight.signing.verify`: any other bundle
             is rejected before its weights are read.
+        engine: `torch`, or `openvino`, which computes on CPUs whatever the device; `auto` is the latter where
+            it can be, without a GPU, see `choose_engine`.
 
     Raises:
-        BundleError: there is no bundle, it was changed, or this machine computes other logits than the one
-            that wrote it.
+        BundleError: there is no bundle, it was changed, or this machine or engine computes other logits than
+            the machine that wrote it.
+        ConfigError: the engine is not installed, or cannot compute this network.
         StorageError: the URI cannot be read.
     """
     uri = storage.pinned(uri)
     card = bundle.read_card(uri, card_sha256)
     content = bundle.read_weights_of(uri, card)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    by_openvino = choose_engine(engine, card.architecture, card.evidence, where.type == "cuda") == OPENVINO
     try:
         state = weights.read_weights(content, bundle.WEIGHTS)
-        loaded = _ready(_network(state, card), card, model_id(card), device, precision, compiled)
+        given = "cpu" if by_openvino else where, precision, compiled and not by_openvino
+        loaded = _ready(_network(state, card), card, model_id(card), *given)
         _require_canary(loaded)
+        loaded = _by_openvino(loaded) if by_openvino else loaded
     except BundleError as error:
         raise BundleError(f"{uri}: {error}") from error
     return loaded
@@ -300,6 +316,27 @@ def _require_canary(loaded: Predictor) -> None:
             f"expected {expected.tolist()} to within {TOLERANCE * summand:.2g}; try another device or "
             "another version of torch"
         )
+
+
+@torch.inference_mode()
+def _by_openvino(loaded: Predictor) -> Predictor:
+    """The predictor with features by OpenVINO, if these give torch's logits of a canary image of the size of
+    the network's input; torch's logits are known to be those of the card."""
+    card, network = loaded.card, loaded.network
+    precision = resnet.effective_precision(loaded.device, loaded.precision)
+    features = OpenVinoFeatures(network, precision)
+    batch = loaded._normalised(canary(card.input_height_px, card.input_width_px)[None], is_stained=False)
+    expected, found = (
+        resnet.explained(network, each(batch)) for each in (partial(resnet.features, network), features)
+    )
+    limit = (TOLERANCE if precision == "float32" else TOLERANCE_BFLOAT16) * loaded._summand(expected)
+    if not (found.logit - expected.logit).abs().max() <= limit:
+        raise BundleError(
+            f"for a canary image --engine {OPENVINO} computes the logits {found.logit[0].tolist()} in "
+            f"{precision}, expected {expected.logit[0].tolist()} to within {limit:.2g}; use --engine {TORCH}"
+        )
+    averaged = symmetries.averaged(features) if card.symmetries else features
+    return replace(loaded, features=averaged, engine=OPENVINO)
 
 
 def from_state(state: weights.State, card: Card) -> Predictor:
@@ -337,4 +374,4 @@ def _ready(
         )
     features = resnet.compiled_features(network) if compiled else partial(resnet.features, network)
     features = symmetries.averaged(features) if card.symmetries else features
-    return Predictor(card, identity, network, features, where, precision)
+    return Predictor(card, identity, network, features, where, precision, COMPILED if compiled else TORCH)

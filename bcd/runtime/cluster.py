@@ -271,7 +271,7 @@ class Pool:
     num_gpus: int
 
 
-def model_workers(limit: int | None = None) -> Pool:
+def model_workers(limit: int | None = None, may_use_gpus: bool = True) -> Pool:
     """One model per GPU; without GPUs one per four CPUs of a node, or per smaller node; at most `limit`.
 
     One CPU stays free for other tasks (planning slides, cutting blocks); without it Ray Data would wait for
@@ -279,7 +279,7 @@ def model_workers(limit: int | None = None) -> Pool:
     """
     now, most = ray.cluster_resources(), limit or sys.maxsize
     have = total_resources()
-    if have["GPU"] >= 1:
+    if have["GPU"] >= 1 and may_use_gpus:
         size = min(int(have["GPU"]), most)
         return Pool(size, min(size, max(1, int(now.get("GPU", 0)))), threads=1, num_cpus=1, num_gpus=1)
     threads = min([*_node_cpus(), CPUS_PER_MODEL])

@@ -17,19 +17,18 @@ from ray.data.datasource import FilenameProvider
 from ray.exceptions import RayError
 
 from bcd import provenance, schema, storage
-from bcd.config.options import CLOSED_FORM
+from bcd.config.options import CLOSED_FORM, Engine
 from bcd.data import read
-from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError
+from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError, ConfigError
 from bcd.imaging import image
 from bcd.model import bundle, novelty
 from bcd.model.card import LAST_LAYER, Card
+from bcd.model.engines.choice import OPENVINO, TORCH
 from bcd.reports import overlay
 from bcd.runtime import cluster
 
 # The largest number of float16; what exceeds it, which features of a sane network do not, becomes this.
 MOST = float(np.finfo(np.float16).max)
-# Values of the column `engine`.
-EAGER, COMPILED = "torch", "torch_compiled"
 # Columns copied from the input rows.
 CARRIED = (
     *(schema.IMAGE_ID, schema.URI, schema.SLIDE, schema.PATIENT),
@@ -57,12 +56,19 @@ class Settings:
     compile: bool = False
     card_sha256: str | None = None
     timed: bool = False
+    engine: Engine = TORCH
+
+    def workers(self, limit: int | None = None) -> cluster.Pool:
+        """The actors for these settings, at most `limit`."""
+        return cluster.model_workers(limit, self.engine != OPENVINO)
 
 
 def score_rows(dataset: Dataset, settings: Settings, max_workers: int | None = None) -> Dataset:
     """Score rows of `schema.READING`: one row of `schema.predictions` for each, a result or an error."""
     options = reading_options(read_card_of(settings), CARRIED)
-    return on_models(dataset, Scorer, (settings,), options, settings.batch_size, max_workers)
+    return on_models(
+        dataset, Scorer, (settings,), options, settings.batch_size, settings.workers(max_workers)
+    )
 
 
 @contextmanager
@@ -93,7 +99,7 @@ def on_models(
     arguments: tuple[Any, ...],
     options: dict[str, Any],
     batch_size: int,
-    max_workers: int | None = None,
+    pool: cluster.Pool | None = None,
 ) -> Dataset:
     """Pass every image to an actor that holds a model; other processes read for it meanwhile.
 
@@ -105,8 +111,9 @@ def on_models(
             `batch_size` of them on GPUs, else those of one block.
         arguments: of the constructor.
         options: of `read.pixels`.
+        pool: the actors; by default as many as the cluster has room for.
     """
-    pool = cluster.model_workers(max_workers)
+    pool = pool or cluster.model_workers()
     readers: dict[str, Any] = {"num_cpus": 1} if pool.num_gpus else cluster.beside_models()
     pixels = dataset.map_batches(
         read.pixels, fn_kwargs=options, batch_size=None, batch_format="pyarrow", **readers
@@ -156,21 +163,25 @@ class Scorer:
         cluster.use_threads(threads)
         self._settings = settings
         self._stopwatch = Stopwatch()
-        self._fault: BundleError | None = None
+        self._fault: BundleError | ConfigError | None = None
         try:
             self._predictor = predictor.load(
                 settings.model_uri,
                 precision=settings.precision,
                 compiled=settings.compile,
                 card_sha256=settings.card_sha256,
+                engine=settings.engine,
             )
-        except BundleError as error:  # raised later, because Ray would replace an actor that fails here
+        except (
+            BundleError,
+            ConfigError,
+        ) as error:  # raised later, because Ray would replace an actor that fails here
             self._fault = error
             return
         self._staged = self._predictor.stage(settings.batch_size)
         self._constant = {
             schema.MODEL_ID: self._predictor.model_id,
-            schema.ENGINE: COMPILED if settings.compile else EAGER,
+            schema.ENGINE: self._predictor.engine,
             schema.PRECISION: resnet.effective_precision(self._predictor.device, settings.precision),
             schema.BCD_VERSION: provenance.own_version(),
         }

@@ -20,13 +20,14 @@ from ray.data import Dataset
 from bcd import lease, schema, storage
 from bcd.audit import pseudonyms
 from bcd.audit.pseudonyms import Pseudonyms
-from bcd.config.options import OPERATIONAL
+from bcd.config.options import AUTO, OPERATIONAL, Engine
 from bcd.config.scoring import ScoreConfig
 from bcd.data import archive
 from bcd.errors import ConfigError, IncompleteError
 from bcd.lease import Lease
 from bcd.model import bundle
 from bcd.model.card import Card
+from bcd.model.engines.choice import OPENVINO, TORCH, choose_engine
 from bcd.preflight import signing
 from bcd.runtime import cluster, datasets, output, predict
 from bcd.scoring import finish, inputs, ledger, tiling
@@ -47,7 +48,7 @@ COMPILE_FROM_FILES, COMPILE_FROM_SLIDE_BYTES = 20_000, 2**32
 MPP_ERRORS = frozenset({"missing_mpp", "bad_mpp"})
 # Of outputs of versions that did not have a flag yet.
 FIELDS = ScoreConfig.model_fields.items()
-DEFAULTS = {name: field.default for name, field in FIELDS if not field.is_required()}
+DEFAULTS = {name: field.default for name, field in FIELDS if not field.is_required()} | {"engine": TORCH}
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def _fill(
     """Score what is missing in the output; `started` is when the job began."""
     found, named = listed_inputs(config, names)
     cluster.connect()
+    config = config.model_copy(update={"engine": _engine(config, model.card)})
     compiled = _compiles(config, found.table)
     ours, summary = ledger.open_ledger(
         held, deciding(config, model.id, compiled, names), remedies_of(model.card), DEFAULTS
@@ -191,7 +193,8 @@ def _fill(
 
 
 def _settings(config: ScoreConfig, model: OpenedModel, compiled: bool) -> predict.Settings:
-    shared = config.model_dump(include={"precision", "batch_size", "cam", "cam_layer", "embeddings"})
+    names = {"precision", "engine", "batch_size", "cam", "cam_layer", "embeddings"}
+    shared = config.model_dump(include=names)
     shared |= {"overlays": config.overlays == "png", "compile": compiled, "card_sha256": model.card_sha256}
     return predict.Settings(config.model, model.id, timed=True, **shared)
 
@@ -217,15 +220,26 @@ def _facts(config: ScoreConfig, card: Card, model_id: str, names: Pseudonyms | N
         **({"title": "Scored archive", "pseudonyms": names.fingerprint} if names else shown),
         "model_id": model_id,
         "model": without_folders(config.model),
-        **config.model_dump(include={"precision", "cam_layer"}),
+        **config.model_dump(include={"precision", "engine", "cam_layer"}),
         "cam": card.cam(config.cam, config.cam_layer),
         **{name: getattr(card, name) for name in ("target", "threshold", "synthetic", "leaky")},
     }
 
 
+def _engine(config: ScoreConfig, card: Card) -> Engine:
+    """What computes the network; fixed by the first run into an output, because rounding differs."""
+    given: Engine = TORCH if config.engine == AUTO and config.compile == "on" else config.engine
+    before = ledger.read_settings(config.output)
+    if given == AUTO and before:
+        given = before.get("engine", TORCH)
+    has_gpus = cluster.total_resources()["GPU"] > 0
+    method = card.cam(config.cam, config.cam_layer)
+    return choose_engine(given, card.architecture, method, has_gpus)
+
+
 def _compiles(config: ScoreConfig, inputs: pa.Table) -> bool:
-    """Whether the network is compiled; fixed by the first run into an output, because rounding differs."""
-    if config.compile != "auto":
+    """Whether torch compiles the network; fixed by the first run into an output, because rounding differs."""
+    if config.compile != "auto" or config.engine == OPENVINO:
         return config.compile == "on"
     before = ledger.read_settings(config.output) or {}
     if "compile" in before:
@@ -317,7 +331,7 @@ def _score(
     """Score and commit; returns rows per second."""
     if not len(todo):
         return 0.0
-    pool = cluster.model_workers(max_workers)
+    pool = settings.workers(max_workers)
     started_slides = {name for name in todo[schema.IMAGE_ID].to_pylist() if books.done.rows[name]}
     done_tiles = ledger.tile_ids(books.done, started_slides)
     dataset = _reading(todo, tile_settings, ours.plans_uri, done_tiles)

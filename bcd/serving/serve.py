@@ -29,11 +29,13 @@ from starlette.types import ASGIApp
 
 from bcd import storage
 from bcd.config import log
+from bcd.config.options import CLOSED_FORM, Engine
 from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.errors import NOT_FINITE_MESSAGE, BundleError, ConfigError, ResourceError
 from bcd.imaging import child, decoder, image
 from bcd.model import bundle, predictor
 from bcd.model.card import model_id
+from bcd.model.engines.choice import OPENVINO, TORCH, choose_engine
 from bcd.model.predictor import Prediction
 from bcd.preflight import signing
 from bcd.runtime import cluster
@@ -50,6 +52,9 @@ NAME = "bcd"
 # A replica is ready if a forward pass succeeded at most this long ago.
 READY_FOR_S = 10.0
 READY_TIMEOUT_S = 20.0
+# Images in one forward pass on a CPU: more take as much longer as they are more. torch converts the weights
+# to bfloat16 for each.
+MOST_ON_CPUS = {TORCH: 2, OPENVINO: 1}
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 # The image as sent, and its prediction.
 Seen = tuple[np.ndarray, Prediction]
@@ -117,6 +122,7 @@ class Replica:
         model_id: of the deployed model; a replica that starts later rejects any other.
         card_sha256: of its card, if its signature was verified; a replica loads no other.
         n_models: of the service.
+        engine: what computes the network, `torch` or `openvino`.
     """
 
     def __init__(
@@ -126,6 +132,7 @@ class Replica:
         model_id: str,
         card_sha256: str | None = None,
         n_models: int = 1,
+        engine: Engine = TORCH,
     ) -> None:
         threads = min(cluster.CPUS_PER_MODEL, cluster.cores())
         if n_models * config.max_replicas > 1:  # together they use no more cores than they reserve
@@ -136,24 +143,28 @@ class Replica:
         self._record = RayMeter(model=config.name)
         # Ray shows all GPUs to a process that reserves none: every replica would use the first.
         device = None if config.num_gpus else "cpu"
-        self._predictor = predictor.load(config.model, device, config.precision, card_sha256=card_sha256)
+        self._predictor = predictor.load(
+            config.model, device, config.precision, card_sha256=card_sha256, engine=engine
+        )
         bundle.require_same(config.model, model_id, self._predictor.model_id)
         self.card, self.model_id = self._predictor.card, self._predictor.model_id
         self._decoders = ThreadPoolExecutor(threads, "decode")
         # One at a time: those that take long would hold up the others, and need most memory.
         self._patient = ThreadPoolExecutor(1, "decode slowly")
         self._computer = ThreadPoolExecutor(1, "compute")
-        self._gate = Gate(config.max_batch_size)
+        most = config.max_batch_size if config.num_gpus else MOST_ON_CPUS[engine]
+        self._batch_size = min(config.max_batch_size, most)
+        self._gate = Gate(self._batch_size)
         self._succeeded = -READY_FOR_S
         canary = np.zeros((self.card.input_height_px, self.card.input_width_px, 3), np.uint8)
         self._canary = image.encode_png(canary)
-        for n in {1, config.max_batch_size}:  # a replica that cannot compute does not become healthy
+        for n in {1, self._batch_size}:  # a replica that cannot compute does not become healthy
             prediction = self._computer.submit(self._predictor.predict, np.stack([canary] * n)).result()
             if not prediction.finite.all():
                 raise BundleError(f"{config.model}: {NOT_FINITE_MESSAGE}")
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        self._forward.set_max_batch_size(self._config.max_batch_size)
+        self._forward.set_max_batch_size(self._batch_size)
         limits, slides = front.limits_of(self._config), jobs_of(self._config)
         self._slides = _runner(self._config, slides).start() if slides else None
         named = api.Named(self._config.name, tuple(self._config.named_models), self._record)
@@ -236,7 +247,8 @@ def create_application(config: ServiceConfig, host: str | None, n_models: int = 
     """The application of one of `n_models` behind an address, None where that is not known yet.
 
     Raises:
-        ConfigError: other machines reach the address, and there is no token.
+        ConfigError: other machines reach the address, and there is no token; or the engine is not installed,
+            or cannot draw the evidence maps of this model.
         BundleError: there is no model, or not the signature that is required.
         StorageError: the model cannot be read, or slides cannot be kept.
     """
@@ -244,7 +256,9 @@ def create_application(config: ServiceConfig, host: str | None, n_models: int = 
     if config.slides:
         storage.require_writable(config.slides)
     card_sha256 = signing.verified(config.model, config.require_signature)
-    identity = model_id(bundle.read_card(config.model, card_sha256))
+    card = bundle.read_card(config.model, card_sha256)
+    # Here, so that all replicas have the same.
+    engine = choose_engine(config.engine, card.architecture, card.cam(CLOSED_FORM), config.num_gpus > 0)
     token_digest = front.read_digest(config.token_file, host)
     replicas: dict[str, Any] = {"num_replicas": config.min_replicas}
     if config.max_replicas > config.min_replicas:
@@ -261,7 +275,7 @@ def create_application(config: ServiceConfig, host: str | None, n_models: int = 
         max_ongoing_requests=2 * config.max_batch_size,
         max_queued_requests=config.max_queued,
     )
-    return options.bind(front.placed(config), token_digest, identity, card_sha256, n_models)
+    return options.bind(front.placed(config), token_digest, model_id(card), card_sha256, n_models, engine)
 
 
 def beside_default(config: ServeConfig) -> list[serve.RunTarget]:
@@ -278,7 +292,7 @@ def beside_default(config: ServeConfig) -> list[serve.RunTarget]:
 
 def _runner(config: ServiceConfig, jobs: SlideJobs) -> SlideRunner:
     """Scores slides as `jobs/score.py` does, on the cluster of this replica."""
-    flags = ["--model", config.model, "--precision", config.precision]
+    flags = ["--model", config.model, "--precision", config.precision, "--engine", config.engine]
     if config.require_signature:
         flags += ["--require-signature", config.require_signature]
     return SlideRunner(jobs, flags, {"RAY_ADDRESS": ray.get_runtime_context().gcs_address})

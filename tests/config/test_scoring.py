@@ -21,6 +21,7 @@ from bcd.model import cam
         ({"mpp_override": float("inf")}, "--mpp-override input should be a finite number, not inf"),
         ({"min_tissue": 1.5}, "--min-tissue input should be less than or equal to 1, not 1.5"),
         ({"max_workers": 0}, "--max-workers input should be greater than or equal to 1, not 0"),
+        ({"engine": "openvino", "compile": "on"}, "--compile on is torch's compiler: leave it out with"),
         ({"classes": 2}, "--classes extra inputs are not permitted"),
     ],
 )

@@ -7,6 +7,8 @@ from bcd.errors import ConfigError
 def test_a_service_has_its_bounds_in_order():
     with pytest.raises(ConfigError, match=r"--max-replicas 2 is less than --min-replicas 3"):
         ServeConfig(model="m", min_replicas=3, max_replicas=2)
+    with pytest.raises(ConfigError, match="--engine openvino computes on CPUs: leave out --num-gpus"):
+        ServeConfig(model="m", engine="openvino", num_gpus=0.5)
     assert ServiceConfig(model="m", num_gpus="0.25", max_replicas="4").num_gpus == 0.25
 
 

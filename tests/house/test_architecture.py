@@ -53,19 +53,9 @@ def depth(node: ast.AST) -> int:
 # A folder imports from itself and from those before it. "" holds the modules beside the folders, `DOORS`
 # those of them that start everything.
 RANKS = [
-    *(
-        "data.stores",
-        "",
-        "config",
-        "config.files",
-        "metrics",
-        "imaging",
-        "slides.readers",
-        "slides.parts",
-        "slides",
-        "data",
-    ),
-    *("split", "model.recipes", "model.networks", "model", "model.published", "reports"),
+    *("data.stores", "", "config", "config.files", "metrics", "imaging", "slides.readers", "slides.parts"),
+    *("slides", "data", "split", "model.recipes", "model.networks", "model.engines", "model"),
+    *("model.published", "reports"),
     *("runtime", "runtime.tracking", "audit", "preflight", "evaluation", "training", "scoring"),
     *("training.pooling", "training.ablation", "training.tuning", "preflight.dry_run"),
     *("serving.openapi", "serving.telemetry", "serving", "serving.viewer", "doors"),
@@ -81,7 +71,7 @@ WITH_RAY = {
 }
 WITH_TORCH = {
     *(f"bcd.model.{name}" for name in ("cam", "predictor", "resnet", "train_step", "weights")),
-    "bcd.model.published.importer",
+    *("bcd.model.engines.openvino_engine", "bcd.model.published.importer", "bcd.model.published.onnx_file"),
     *("model.networks", "model.recipes", "bcd.runtime.cluster"),
     *("bcd.training.checkpoint", "bcd.training.feed", "bcd.training.loop", "bcd.training.stream"),
     "bcd.training.pooling.attention",

@@ -117,6 +117,16 @@ def test_model_workers_leave_a_cpu_free(monkeypatch, nodes, gpus, limit, expecte
     assert pool.size * pool.num_cpus < max(2, sum(nodes))
 
 
+def test_models_that_compute_on_cpus_reserve_no_gpu(monkeypatch):
+    """As with `--engine openvino` on a cluster that has GPUs."""
+    fake(monkeypatch, 8, 4)
+    for facts in ("cluster_resources", "available_resources"):
+        monkeypatch.setattr(ray, facts, lambda: {"CPU": 8.0, "GPU": 4.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    pool = cluster.model_workers(None, may_use_gpus=False)
+    assert (pool.size, pool.num_cpus, pool.threads, pool.num_gpus) == (2, 3, 4, 0)
+
+
 @pytest.mark.parametrize(
     ("nodes", "held", "expected"),
     [

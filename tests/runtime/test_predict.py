@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from bcd import schema, storage
 from bcd.data import index, read
-from bcd.errors import BundleError
+from bcd.errors import BundleError, ConfigError
 from bcd.imaging import image
 from bcd.model import bundle, novelty, predictor, weights
 from bcd.runtime import datasets, predict
@@ -250,6 +250,26 @@ def test_a_row_says_which_bytes_it_is_of_and_what_computed_it(scorer, model_uri,
     assert found[schema.PRECISION].to_pylist() == ["float32"] * 4
     half = Scores(settings(model_uri, precision="bfloat16", batch_size=4))(table.slice(1, 1))
     assert half[schema.PRECISION].to_pylist() == ["bfloat16"]
+
+
+def test_rows_of_openvino_name_it_and_have_the_numbers_of_torch(scorer, model_uri, tmp_path):
+    pytest.importorskip("openvino", reason="pip install 'openvino>=2026.4,<2027'")
+    table = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b"broken"})
+    found = Scores(settings(model_uri, engine="openvino", batch_size=4))(table)
+    assert found[schema.ENGINE].to_pylist() == ["openvino"] * 2
+    expected = scorer(table)
+    for name in (schema.LOGIT, schema.EVIDENCE):
+        ours, theirs = (np.array(rows[name][0].as_py()) for rows in (found, expected))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert found[schema.ERROR].to_pylist() == expected[schema.ERROR].to_pylist()
+
+
+def test_a_worker_without_the_engine_says_so_with_its_first_batch(model_uri, monkeypatch):
+    """Ray would replace an actor that fails when it starts, again and again."""
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    worker = predict.Scorer(settings(model_uri, engine="openvino"), 2)
+    with pytest.raises(ConfigError, match="openvino is missing"):
+        worker({})
 
 
 def test_warnings_are_in_the_row(tmp_path):

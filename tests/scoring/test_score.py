@@ -8,8 +8,10 @@ from bcd import schema, storage
 from bcd.audit.pseudonyms import Pseudonyms
 from bcd.config.scoring import ScoreConfig
 from bcd.errors import ConfigError, IncompleteError
+from bcd.model.engines import choice
 from bcd.scoring import ledger, score, tiling
 from tests.archives import claimed
+from tests.model.test_bundle import card
 
 PLAN = tiling.Plan(
     slide="s.svs",
@@ -80,10 +82,50 @@ def test_auto_compiles_by_device_and_precision(n_gpus, precision, compiler, expe
     assert not score._compiles(config, inputs("a.svs"))
 
 
+def test_the_engine_is_decided_once_for_an_output(tmp_path, monkeypatch):
+    """An output of a version without the flag is torch's."""
+    monkeypatch.setattr(choice, "find_spec", lambda name: name)
+    monkeypatch.setattr(score.cluster, "total_resources", lambda: {"CPU": 2.0, "GPU": 0.0})
+    config = ScoreConfig(model="m", input="i", output=f"{tmp_path}/older")
+    assert score._engine(config, card()) == "openvino"
+    assert score._engine(config.model_copy(update={"compile": "on"}), card()) == "torch"
+    assert score._engine(config.model_copy(update={"cam": "gradcam"}), card()) == "torch"
+    settings = score._deciding(config.model_copy(update={"engine": "torch"}), "id", False, None)
+    older = {name: value for name, value in settings.items() if name != "engine"}
+    ledger.open_ledger(claimed(config.output), older)
+    assert score._engine(config, card()) == "torch"
+    ledger.open_ledger(claimed(config.output), settings, defaults=score.DEFAULTS)
+    with pytest.raises(ConfigError, match="other settings: --engine torch -> openvino"):
+        ledger.open_ledger(claimed(config.output), settings | {"engine": "openvino"}, defaults=score.DEFAULTS)
+    newer = config.model_copy(update={"output": f"{tmp_path}/newer", "engine": "openvino"})
+    ledger.open_ledger(claimed(newer.output), score._deciding(newer, "id", False, None))
+    resumed = newer.model_copy(update={"engine": "auto"})
+    monkeypatch.setattr(score.cluster, "total_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    assert score._engine(resumed, card()) == "openvino"
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="openvino is missing"):
+        score._engine(resumed, card())
+
+
+def test_openvino_compiles_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(score.shutil, "which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(score.cluster, "total_resources", lambda: {"CPU": 2.0, "GPU": 0.0})
+    many = inputs("a.svs", size_bytes=score.COMPILE_FROM_SLIDE_BYTES)
+    config = ScoreConfig(model="m", input="i", output=str(tmp_path), precision="bfloat16", engine="torch")
+    assert score._compiles(config, many)
+    assert not score._compiles(config.model_copy(update={"engine": "openvino"}), many)
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        *(("precision", "bfloat16"), ("min_tissue", 0.5), ("input", "j"), ("cam", "layercam")),
+        *(
+            ("precision", "bfloat16"),
+            ("engine", "openvino"),
+            ("min_tissue", 0.5),
+            ("input", "j"),
+            ("cam", "layercam"),
+        ),
         *(("tile_overlap", 0.5), ("regions", "r"), ("masks", "m"), ("min_region", 0.1)),
     ],
 )

@@ -41,6 +41,7 @@ from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.data import archive
 from bcd.errors import BundleError, ConfigError, ResourceError
 from bcd.model import bundle, predictor
+from bcd.model.engines import choice
 from bcd.runtime import predict
 from bcd.scoring import tiling
 from bcd.serving import front, middleware, serve
@@ -839,12 +840,51 @@ def test_replicas_are_as_many_and_as_large_as_asked_for(models):
     assert (elastic.max_ongoing_requests, elastic.max_queued_requests) == (16, 16)
 
 
+def test_replicas_have_the_engine_that_the_model_was_deployed_with(models, monkeypatch):
+    """Not each the one that its node has; and the job that scores slides chooses for itself."""
+
+    def bound(**settings):
+        config = ServiceConfig(model=models[0], **settings)
+        return serve.create_application(config, None)._bound_deployment.init_args
+
+    monkeypatch.setattr(choice, "find_spec", lambda name: name)
+    assert [bound(**given)[-1] for given in ({}, {"num_gpus": 1}, {"engine": "torch"})] == [
+        "openvino",
+        "torch",
+        "torch",
+    ]
+    assert bound()[0].engine == "auto"
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    assert bound()[-1] == "torch"
+    with pytest.raises(ConfigError, match="openvino is missing"):
+        bound(engine="openvino")
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "engine", "expected"), [(0, "torch", 2), (0, "openvino", 1), (0.5, "torch", 8)]
+)
+def test_a_batch_has_no_more_images_than_help(models, monkeypatch, num_gpus, engine, expected):
+    """Each replica computes one of the largest size when it starts."""
+    sizes = []
+
+    def predict(images):
+        sizes.append(len(images))
+        return SimpleNamespace(finite=np.array([True]))
+
+    known = bundle.read_card(models[0])
+    fake = SimpleNamespace(card=known, model_id=bundle.identify(models[0]), predict=predict)
+    monkeypatch.setattr(predictor, "load", lambda *_, **given: fake)
+    config = ServiceConfig(model=models[0], num_gpus=num_gpus)
+    replica = serve.Replica.__base__(config, None, fake.model_id, engine=engine)
+    assert (replica._gate._size, max(sizes)) == (expected, expected)
+
+
 @pytest.fixture
 def started(models, monkeypatch):
     """Starts a replica in this process, as on a machine of 4 cores; gives what it uses."""
     used = {}
 
-    def load(uri, device, precision, card_sha256):
+    def load(uri, device, precision, card_sha256, engine):
         used["device"] = device
         return loaded(uri, "cpu", precision, card_sha256=card_sha256)
 

@@ -54,7 +54,7 @@ class BundleModel:
         answers = iter(self._loaded.predict(np.stack(images)).rows() if images else ())
         constant = {
             schema.MODEL_ID: self._loaded.model_id,
-            schema.ENGINE: "torch",
+            schema.ENGINE: self._loaded.engine,
             schema.PRECISION: self._loaded.precision,
             schema.BCD_VERSION: provenance.own_version(),
         }
