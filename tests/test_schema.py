@@ -11,7 +11,9 @@ DESIGN_PREDICTIONS = set(
 
 def test_predictions_table_is_the_promised_one():
     table = schema.predictions(7, 11)
-    assert set(table.names) == DESIGN_PREDICTIONS | {schema.TISSUE_SHARE, schema.REGION, schema.LOG_ODDS_SD}
+    assert set(table.names) == DESIGN_PREDICTIONS | {
+        *(schema.TISSUE_SHARE, schema.REGION, schema.LOG_ODDS_SD, *schema.STAIN)
+    }
     assert table.field(schema.EVIDENCE).type == pa.list_(pa.float32(), 77)
     assert table.field(schema.LOGIT).type == pa.list_(pa.float32())
     assert not table.field(schema.IMAGE_ID).nullable

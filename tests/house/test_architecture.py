@@ -53,7 +53,8 @@ def depth(node: ast.AST) -> int:
 # A folder imports from itself and from those before it. "" holds the modules beside the folders, `DOORS`
 # those of them that start everything.
 RANKS = [
-    *("data.stores", "", "config", "metrics", "imaging", "slides.readers", "slides.parts", "slides", "data"),
+    *("data.stores", "", "config", "metrics", "metrics.drift", "imaging"),
+    *("slides.readers", "slides.parts", "slides", "data"),
     *("split", "model.recipes", "model.networks", "model", "model.published", "reports"),
     *("runtime", "runtime.tracking", "audit", "preflight", "evaluation", "training", "scoring"),
     *("training.pooling", "training.ablation", "serving", "serving.viewer", "doors"),
