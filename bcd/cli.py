@@ -11,7 +11,7 @@ import tyro
 from bcd import errors
 from bcd.config import log
 from bcd.config.checks import AuditConfig, DoctorConfig
-from bcd.config.evaluation import EvaluateConfig
+from bcd.config.evaluation import EvaluateConfig, TriageConfig
 from bcd.config.options import Config
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
@@ -38,6 +38,7 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "crossval": (CrossvalConfig, "training.crossval"),
         "ablate": (AblateConfig, "training.ablation.ablate"),
         "score": (ScoreConfig, "scoring.score"),
+        "triage": (TriageConfig, "scoring.triage.triage"),
         "view": (ViewConfig, "serving.viewer.view"),
         "pool": (PoolConfig, "training.pooling.pool"),
         "serve": (ServeConfig, "serving.viewer.service"),

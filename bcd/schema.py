@@ -33,6 +33,8 @@ NOVELTY, NOVELTY_CUTOFF, WARNINGS = "novelty", "novelty_cutoff", "warnings"
 ERROR, ERROR_MESSAGE, MODEL_ID, EPOCH = "error", "error_message", "model_id", "epoch"
 ENGINE, PRECISION, BCD_VERSION = "engine", "precision", "bcd_version"
 COMPUTE_S, ELAPSED_S = "compute_s", "elapsed_s"
+# Of a sheet for a person: why a row is in it, and the label that the person writes.
+REASON, REVIEWED_CLASS = "reason", "reviewed_class"
 # Slides.
 TILES, BACKGROUND_TILES, ERROR_TILES = "tiles", "background_tiles", "error_tiles"
 OUTSIDE_TILES = "outside_tiles"
@@ -89,6 +91,18 @@ INDEX = pa.schema(
 
 # Inputs of an archive; one that cannot be read has an error already.
 INPUTS = pa.schema([*INDEX, *_columns(_TEXT, ERROR, ERROR_MESSAGE)])
+
+# The sheet, whose cells are text, and the manifest that comes of it.
+TRIAGE = (
+    *(IMAGE_ID, REVIEWED_CLASS, REASON, PREDICTED_CLASS, PROBABILITY_MALIGNANT, TUMOR_CLASS, SUBTYPE),
+    *(PATIENT, CASE, SLIDE, MAGNIFICATION, NOVELTY, X_LEVEL0_PX, Y_LEVEL0_PX, URI),
+)
+MANIFEST = pa.schema(
+    [
+        INDEX.field(name)
+        for name in (IMAGE_ID, URI, TUMOR_CLASS, SUBTYPE, PATIENT, CASE, SLIDE, MAGNIFICATION, MPP)
+    ]
+)
 
 # The part, one of `taxonomy.PARTS`, of each row of a split.
 SPLIT = pa.schema([*INDEX, *_columns(_TEXT, PART, required=True)])

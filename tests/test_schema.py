@@ -26,6 +26,7 @@ def test_every_column_constant_is_spelled_as_its_name():
     tables += schema.AUDIT, schema.NEAR_DUPLICATES, schema.INPUTS, schema.SEEN_INPUTS, schema.TIMES
     tables += (schema.IDENTIFIERS, schema.PSEUDONYMS, schema.POOLED_SLIDES, schema.TILE_ATTENTION)
     used = {name for table in (*tables, schema.predictions(1, 1, True, 1)) for name in table.names}
+    used |= {*schema.TRIAGE, *schema.MANIFEST.names}
     used |= {schema.IMAGE, schema.TARGET, schema.POSITION, schema.MASK_FILES, schema.REGION_FILES}
     assert used == {*constants.values(), *schema.QUANTILES}
 

@@ -57,7 +57,7 @@ RANKS = [
     *("slides.readers", "slides.parts", "slides", "data"),
     *("split", "model.recipes", "model.networks", "model", "model.published", "reports"),
     *("runtime", "runtime.tracking", "audit", "preflight", "evaluation", "training", "scoring"),
-    *("training.pooling", "training.ablation", "serving", "serving.viewer", "doors"),
+    *("training.pooling", "training.ablation", "scoring.triage", "serving", "serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
 LIGHT = set(RANKS[: RANKS.index("split") + 1])
