@@ -42,7 +42,7 @@ class Design(NamedTuple):
     within: float
 
 
-PATIENTS = ((10, 2), (10, 10), (10, 60), (50, 1), (50, 20), (50, 200))
+PATIENTS = ((10, 3), (10, 10), (10, 60), (50, 3), (50, 20), (50, 200))
 DESIGNS = [Design(*both, *of) for both in PATIENTS for of in ((1, 0.5), (20, 0.2), (20, 0.8))]
 SHIFTS = (0.0, 0.5, 1.0, 2.0)
 

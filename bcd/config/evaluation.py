@@ -52,7 +52,7 @@ class TriageConfig(OutputConfig):
     """Output of jobs/score.py, jobs/evaluate.py or jobs/train.py."""
 
     output: str = "triage"
-    """Folder for triage.csv, fiftyone/labels.json and manifest.parquet: local, s3:// or gs://."""
+    """Folder for triage.csv, fiftyone/ and manifest.parquet: local, s3:// or gs://."""
 
     most: int = Field(default=200, ge=1)
     """Most rows of triage.csv that are wrong, and most that are uncertain."""

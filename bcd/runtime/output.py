@@ -45,7 +45,7 @@ FILES = {
     POOL: r"(config|run|history|metrics)\.json|(split|slides|attention)\.parquet|slides/.+/attention\.png"
     r"|checkpoints/.+|model/(model\.safetensors|card\.json)",
     # With sheets that a person saves beside that of the job, which replaces none.
-    TRIAGE: r"[^/]+\.(csv|tsv|xlsx|ods)|manifest\.parquet|fiftyone/labels\.json",
+    TRIAGE: r"[^/]+\.(csv|tsv|xlsx|ods)|manifest\.parquet|fiftyone/(labels|data)\.json",
     AUDIT: r"audit\.(html|json)|(images|near_duplicates|identifiers)\.parquet",
     DEMO: r"(archive/)?BreaKHis_v1/(SYNTHETIC\.txt|histology_slides/.+\.png)|archive/cut short\.png"
     rf"|(run|scores)/.+|prepared/{_SHARDS}",

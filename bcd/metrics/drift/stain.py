@@ -113,7 +113,8 @@ def _densities(values: Iterable[float]) -> list[float]:
 
 
 def _sentence(found: dict[str, Any], beside: str) -> str:
-    tested = f"p = {found['p_value']:.2g}; {beside}"
+    p_value = found["p_value"]
+    tested = f"p {f'= {p_value:.2g}' if p_value >= 1e-4 else '< 0.0001'}; {beside}"
     if found["observed"].get(FILE):
         tested += "; files count as of different patients"
     if not found["is_found"]:

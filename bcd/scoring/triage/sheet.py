@@ -44,18 +44,23 @@ def harmless(text: str) -> str:
     return APOSTROPHE + text if text.startswith((*FORMULA, APOSTROPHE)) else text
 
 
-def as_fiftyone(rows: pd.DataFrame) -> bytes:
-    """Local files and their predictions as labels.json of a `FiftyOneImageClassificationDataset`."""
-    labels = {}
+def as_fiftyone(rows: pd.DataFrame) -> dict[str, bytes]:
+    """Local files and their predictions as a `FiftyOneImageClassificationDataset`: `labels.json` and, with
+    the place of each file, `data.json`."""
+    labels: dict[str, Any] = {}
+    places: dict[str, str] = {}
     for row in rows.astype(object).where(rows.notna(), None).to_dict("records"):
         predicted, p = row[schema.PREDICTED_CLASS], float(row[schema.PROBABILITY_MALIGNANT])
         shown = (schema.IMAGE_ID, schema.REASON, schema.TUMOR_CLASS, schema.PATIENT)
-        labels[row[schema.URI]] = {
+        key = f"{len(labels):06}"
+        places[key] = row[schema.URI]
+        labels[key] = {
             "label": predicted,
             "confidence": p if tumor_class_of(predicted) == MALIGNANT else 1 - p,
             "attributes": {name: row[name] for name in shown if row[name] is not None},
         }
-    return json.dumps({"classes": None, "labels": labels}, indent=1).encode()
+    files = {"labels.json": {"classes": None, "labels": labels}, "data.json": places}
+    return {name: json.dumps(content, indent=1).encode() for name, content in files.items()}
 
 
 def read_labels(uri: str, image_ids: Iterable[str]) -> dict[str, tuple[str | None, str | None]]:

@@ -21,7 +21,7 @@ from bcd.text import counted
 
 logger = logging.getLogger(__name__)
 
-SHEET, MANIFEST, FIFTYONE = "triage.csv", "manifest.parquet", "fiftyone/labels.json"
+SHEET, MANIFEST, FIFTYONE = "triage.csv", "manifest.parquet", "fiftyone"
 # Values of the column `reason`.
 WRONG, LEAST_CERTAIN = "wrong", "least_certain"
 PREDICTED = [
@@ -97,7 +97,8 @@ def _write_sheet(config: TriageConfig, rows: pd.DataFrame, own: Lease) -> None:
     storage.write_bytes(uri, content)
     shown = rows[[Path(place).is_absolute() for place in rows[schema.URI]]]
     shown = shown[shown[schema.X_LEVEL0_PX].isna()]
-    storage.write_bytes(storage.join(config.output, FIFTYONE), sheet.as_fiftyone(shown))
+    for name, content in sheet.as_fiftyone(shown).items():
+        storage.write_bytes(storage.join(config.output, FIFTYONE, name), content)
     counts = rows[schema.REASON].value_counts()
     logger.info(
         f"{uri}: {counted(int(counts.get(WRONG, 0)), 'wrong prediction')} and "
@@ -105,7 +106,7 @@ def _write_sheet(config: TriageConfig, rows: pd.DataFrame, own: Lease) -> None:
         f"{schema.REVIEWED_CLASS}, and read it back with --labels"
     )
     if others := len(rows) - len(shown):
-        logger.info(f"{FIFTYONE} has local fields only: {counted(others, 'tile or remote file')} left out")
+        logger.info(f"{FIFTYONE}/ has local fields only: {counted(others, 'tile or remote file')} left out")
 
 
 def _write_manifest(config: TriageConfig, images: pd.DataFrame, own: Lease) -> None:

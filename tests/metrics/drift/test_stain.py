@@ -86,7 +86,7 @@ def test_the_sentence_has_the_numbers():
     assert result["observed"] == {"file": 60}
     assert result["density"][0] == pytest.approx(0.45, abs=0.03)
     assert result["training_density"][1] == pytest.approx(0.3, abs=0.03)
-    assert "unlike the training data (p = " in result["sentence"]
+    assert "unlike the training data (p < 0.0001; " in result["sentence"]
     assert "60 files, beside 30 patients" in result["sentence"]
     assert "files count as of different patients" in result["sentence"]
     same = stain.measure_drift(*images(20, 3, seed=5), training)

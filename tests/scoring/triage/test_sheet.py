@@ -78,11 +78,13 @@ def test_fiftyone_gets_label_confidence_and_attributes():
             schema.PATIENT: [None, "p"],
         }
     )
-    found = json.loads(sheet.as_fiftyone(shown))
+    files = sheet.as_fiftyone(shown)
+    assert json.loads(files["data.json"]) == {"000000": "/in/a.png", "000001": "/in/b.png"}
+    found = json.loads(files["labels.json"])
     assert found["classes"] is None
     first = {"image_id": "a", "reason": "wrong", "tumor_class": "benign"}
     second = {"image_id": "b", "reason": "least_certain", "patient": "p"}
     assert found["labels"] == {
-        "/in/a.png": {"label": "malignant", "confidence": 0.75, "attributes": first},
-        "/in/b.png": {"label": "F", "confidence": 0.75, "attributes": second},
+        "000000": {"label": "malignant", "confidence": 0.75, "attributes": first},
+        "000001": {"label": "F", "confidence": 0.75, "attributes": second},
     }
