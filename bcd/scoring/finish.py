@@ -97,14 +97,14 @@ def _by_warning(table: pa.Table) -> dict[str, int] | None:
 
 def _stain_drift(table: pa.Table, card: Card) -> dict[str, Any]:
     """`stain.measure_drift` of the rows that have a stain."""
-    known = card.feature_statistics
+    training = card.feature_statistics.stain if card.feature_statistics else None
     if schema.STAIN[0] not in table.column_names:
-        return stain.measure_drift([], np.zeros((0, len(schema.STAIN))), known and known.stain)
+        return stain.measure_drift([], np.zeros((0, len(schema.STAIN))), training)
     measured = table.filter(pc.is_valid(table[schema.STAIN[0]]))
     names = (measured[name].to_pylist() for name in (schema.PATIENT, schema.SLIDE, schema.IMAGE_ID))
     owners = [stain.owner(*name) for name in zip(*names, strict=True)]
     numbers = np.stack([measured[name].to_numpy() for name in schema.STAIN], axis=1)
-    return stain.measure_drift(owners, numbers, known and known.stain)
+    return stain.measure_drift(owners, numbers, training)
 
 
 def _write_gallery(

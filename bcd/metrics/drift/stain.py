@@ -61,9 +61,8 @@ def statistics_of(owners: Sequence[str], stains: np.ndarray) -> StainStatistics 
     observed = means(owners, stains)
     if len(observed) < 2:
         return None
-    covariance = tuple(map(tuple, np.cov(observed.to_numpy().T).tolist()))
-    mean = tuple(observed.mean().tolist())
-    return StainStatistics(n_patients=len(observed), mean=mean, covariance=covariance)
+    facts = {"mean": observed.mean().tolist(), "covariance": np.cov(observed.to_numpy().T).tolist()}
+    return StainStatistics.model_validate(facts | {"n_patients": len(observed)})
 
 
 def measure_drift(
