@@ -112,16 +112,13 @@ def _write_sheet(config: TriageConfig, rows: pd.DataFrame, own: Lease) -> None:
 def _write_manifest(config: TriageConfig, images: pd.DataFrame, own: Lease) -> None:
     """All images whose class is known, from the data or from the person, who is believed."""
     given = sheet.read_labels(str(config.labels), images[schema.IMAGE_ID])
-    labels = pd.DataFrame(given.values(), list(given), [schema.TUMOR_CLASS, schema.SUBTYPE])
-    images = images.set_index(schema.IMAGE_ID, drop=False)
-    told = images.index.isin(labels.index)
-    is_same = images[schema.TUMOR_CLASS] == labels[schema.TUMOR_CLASS].reindex(images.index)
-    n_changed = int((told & images[schema.TUMOR_CLASS].notna() & ~is_same).sum())
-    # A class that is confirmed keeps its subtype.
-    new = labels.reindex(images.index)
-    subtype = new[schema.SUBTYPE].where(new[schema.SUBTYPE].notna() | ~is_same, images[schema.SUBTYPE])
-    images[schema.SUBTYPE] = images[schema.SUBTYPE].where(~told, subtype)
-    images[schema.TUMOR_CLASS] = images[schema.TUMOR_CLASS].where(~told, new[schema.TUMOR_CLASS])
+    images, n_changed = images.set_index(schema.IMAGE_ID, drop=False), 0
+    for name, (tumor_class, subtype) in given.items():
+        before = images.at[name, schema.TUMOR_CLASS]
+        # A class that is confirmed keeps its subtype.
+        kept = images.at[name, schema.SUBTYPE] if before == tumor_class else None
+        images.loc[name, [schema.TUMOR_CLASS, schema.SUBTYPE]] = [tumor_class, subtype or kept]
+        n_changed += before is not None and before != tumor_class
     known = images[images[schema.TUMOR_CLASS].notna()]
     fields = known[known[schema.X_LEVEL0_PX].isna()]
     if fields.empty:
