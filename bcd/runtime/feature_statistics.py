@@ -130,7 +130,7 @@ class _Pooler:
             schema.IMAGE_ID: batch[schema.IMAGE_ID][~is_train],
             schema.LOGIT: logit[~is_train].ravel(),
             POOLED: pooled[~is_train].ravel(),
-            OWNERS: [stain.owner(*name) for name in names],
+            OWNERS: [stain.observation_of(*name) for name in names],
             STAINS: np.stack([batch[name] for name in schema.STAIN], 1).ravel(),
         }
         return pa.table({name: pa.array([value], SUMS.field(name).type) for name, value in row.items()})

@@ -102,7 +102,7 @@ def _stain_drift(table: pa.Table, card: Card) -> dict[str, Any]:
         return stain.measure_drift([], np.zeros((0, len(schema.STAIN))), training)
     measured = table.filter(pc.is_valid(table[schema.STAIN[0]]))
     names = (measured[name].to_pylist() for name in (schema.PATIENT, schema.SLIDE, schema.IMAGE_ID))
-    owners = [stain.owner(*name) for name in zip(*names, strict=True)]
+    owners = [stain.observation_of(*name) for name in zip(*names, strict=True)]
     numbers = np.stack([measured[name].to_numpy() for name in schema.STAIN], axis=1)
     return stain.measure_drift(owners, numbers, training)
 

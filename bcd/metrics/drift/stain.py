@@ -43,7 +43,7 @@ class StainStatistics(BaseModel):
     """Of the patients' means."""
 
 
-def owner(patient: Any, slide: Any, image_id: str) -> str:
+def observation_of(patient: Any, slide: Any, image_id: str) -> str:
     """Whose observation an image is part of: its patient's, else its slide's, else its own."""
     named = {PATIENT: patient, SLIDE: slide, FILE: image_id}
     kind = next(kind for kind, name in named.items() if not pd.isna(name))

@@ -63,7 +63,7 @@ def as_fiftyone(rows: pd.DataFrame) -> dict[str, bytes]:
     return {name: json.dumps(content, indent=1).encode() for name, content in files.items()}
 
 
-def read_labels(uri: str, image_ids: Iterable[str]) -> dict[str, tuple[str | None, str | None]]:
+def read_sheet(uri: str, image_ids: Iterable[str]) -> dict[str, tuple[str | None, str | None]]:
     """Class and subtype by image, of the rows of a sheet in which a person wrote one; both None for those to
     leave out. Raises DataError, with the line."""
     found = manifest.read_manifest(uri)

@@ -111,7 +111,7 @@ def _write_sheet(config: TriageConfig, rows: pd.DataFrame, own: Lease) -> None:
 
 def _write_manifest(config: TriageConfig, images: pd.DataFrame, own: Lease) -> None:
     """All images whose class is known, from the data or from the person, who is believed."""
-    given = sheet.read_labels(str(config.labels), images[schema.IMAGE_ID])
+    given = sheet.read_sheet(str(config.labels), images[schema.IMAGE_ID])
     images, n_changed = images.set_index(schema.IMAGE_ID, drop=False), 0
     for name, (tumor_class, subtype) in given.items():
         before = images.at[name, schema.TUMOR_CLASS]

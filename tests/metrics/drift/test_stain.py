@@ -58,9 +58,9 @@ def test_the_statistic_is_hotellings_and_no_turn_of_the_numbers_changes_it():
 
 
 def test_an_image_is_its_patients_else_its_slides_else_its_own():
-    assert stain.owner("p", "s", "i") == "patient p"
-    assert stain.owner(None, "s", "i") == "slide s"
-    assert stain.owner(np.nan, None, "i") == "file i"
+    assert stain.observation_of("p", "s", "i") == "patient p"
+    assert stain.observation_of(None, "s", "i") == "slide s"
+    assert stain.observation_of(np.nan, None, "i") == "file i"
 
 
 def test_what_is_not_known_is_said():

@@ -43,7 +43,7 @@ def test_no_cell_of_a_sheet_is_a_formula():
 def test_labels_come_back_for_any_name(tmp_path, separator, encoding):
     labels = ["benign", "Malignant", "DC", "ductal carcinoma", "exclude", "", "n/a", "A", "b", "benign", "PT"]
     labels[8] = "fibroadenoma"
-    found = sheet.read_labels(filled(tmp_path / "a.csv", labels, separator, encoding), NAMES)
+    found = sheet.read_sheet(filled(tmp_path / "a.csv", labels, separator, encoding), NAMES)
     expected = [("benign", None), ("malignant", None), ("malignant", "DC"), ("malignant", "DC"), (None, None)]
     expected += [None, None, ("benign", "A"), ("benign", "F"), ("benign", None), ("benign", "PT")]
     assert found == {name: label for name, label in zip(NAMES, expected, strict=True) if label}
@@ -54,16 +54,16 @@ def test_what_is_no_label_is_named_with_its_line(tmp_path):
     with pytest.raises(
         DataError, match=r"a.csv, line 3: reviewed_class 'maybe'; expected benign, malignant, A"
     ):
-        sheet.read_labels(filled(tmp_path / "a.csv", labels), NAMES)
+        sheet.read_sheet(filled(tmp_path / "a.csv", labels), NAMES)
     labels[1] = "benign"
     with pytest.raises(DataError, match=r"line 3: no result for image \"'\+a\" in --scores"):
-        sheet.read_labels(filled(tmp_path / "a.csv", labels), NAMES[2:])
+        sheet.read_sheet(filled(tmp_path / "a.csv", labels), NAMES[2:])
     (tmp_path / "b.csv").write_text("image_id,reviewed_class\nx,benign\nx,malignant\n")
     with pytest.raises(DataError, match=r"line 3: image 'x' has another reviewed_class above"):
-        sheet.read_labels(str(tmp_path / "b.csv"), ["x"])
+        sheet.read_sheet(str(tmp_path / "b.csv"), ["x"])
     (tmp_path / "c.csv").write_text("image_id,label\nx,benign\n")
     with pytest.raises(DataError, match="no column 'reviewed_class'"):
-        sheet.read_labels(str(tmp_path / "c.csv"), ["x"])
+        sheet.read_sheet(str(tmp_path / "c.csv"), ["x"])
 
 
 def test_fiftyone_gets_label_confidence_and_attributes():
