@@ -21,7 +21,7 @@ import tyro
 from bcd import errors, provenance, storage
 from bcd.config import log
 from bcd.config.checks import AuditConfig, DoctorConfig, EnvConfig
-from bcd.config.evaluation import EvaluateConfig
+from bcd.config.evaluation import EvaluateConfig, TriageConfig
 from bcd.config.files import settings as files
 from bcd.config.options import Config
 from bcd.config.scoring import PoolConfig, ScoreConfig
@@ -43,6 +43,7 @@ JOBS: Mapping[str, tuple[type[Config], str]] = MappingProxyType(
         "ablate": (AblateConfig, "training.ablation.ablate"),
         "tune": (TuneConfig, "training.tuning.tune"),
         "score": (ScoreConfig, "scoring.score"),
+        "triage": (TriageConfig, "scoring.triage.triage"),
         "view": (ViewConfig, "serving.viewer.view"),
         "pool": (PoolConfig, "training.pooling.pool"),
         "serve": (ServeConfig, "serving.viewer.service"),

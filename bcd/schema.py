@@ -33,6 +33,8 @@ NOVELTY, NOVELTY_CUTOFF, WARNINGS = "novelty", "novelty_cutoff", "warnings"
 ERROR, ERROR_MESSAGE, MODEL_ID, EPOCH = "error", "error_message", "model_id", "epoch"
 ENGINE, PRECISION, BCD_VERSION = "engine", "precision", "bcd_version"
 COMPUTE_S, ELAPSED_S = "compute_s", "elapsed_s"
+# Of a sheet for a person: why a row is in it, and the label that the person writes.
+REASON, REVIEWED_CLASS = "reason", "reviewed_class"
 # Slides.
 TILES, BACKGROUND_TILES, ERROR_TILES = "tiles", "background_tiles", "error_tiles"
 OUTSIDE_TILES = "outside_tiles"
@@ -48,6 +50,7 @@ QUANTILES = {f"probability_q{round(100 * q):02}": q for q in (0.05, 0.25, 0.5, 0
 PHASH, TISSUE_FRACTION = "phash", "tissue_fraction"
 HEMATOXYLIN_OD_MEAN, HEMATOXYLIN_OD_STD = "hematoxylin_od_mean", "hematoxylin_od_std"
 EOSIN_OD_MEAN, EOSIN_OD_STD = "eosin_od_mean", "eosin_od_std"
+STAIN = (HEMATOXYLIN_OD_MEAN, HEMATOXYLIN_OD_STD, EOSIN_OD_MEAN, EOSIN_OD_STD)
 IMAGE_ID_A, IMAGE_ID_B, HAMMING_DISTANCE = "image_id_a", "image_id_b", "hamming_distance"
 # What may identify a patient: its kind, where it is found, and its value, mostly hidden.
 IDENTIFIER, FOUND_IN, MASKED = "identifier", "found_in", "masked"
@@ -89,6 +92,18 @@ INDEX = pa.schema(
 # Inputs of an archive; one that cannot be read has an error already.
 INPUTS = pa.schema([*INDEX, *_columns(_TEXT, ERROR, ERROR_MESSAGE)])
 
+# The sheet, whose cells are text, and the manifest that comes of it.
+TRIAGE = (
+    *(IMAGE_ID, REVIEWED_CLASS, REASON, PREDICTED_CLASS, PROBABILITY_MALIGNANT, TUMOR_CLASS, SUBTYPE),
+    *(PATIENT, CASE, SLIDE, MAGNIFICATION, NOVELTY, X_LEVEL0_PX, Y_LEVEL0_PX, URI),
+)
+MANIFEST = pa.schema(
+    [
+        INDEX.field(name)
+        for name in (IMAGE_ID, URI, TUMOR_CLASS, SUBTYPE, PATIENT, CASE, SLIDE, MAGNIFICATION, MPP)
+    ]
+)
+
 # The part, one of `taxonomy.PARTS` or `taxonomy.LEFT_OUT`, of each row of a split.
 SPLIT = pa.schema([*INDEX, *_columns(_TEXT, PART, required=True)])
 
@@ -97,7 +112,7 @@ AUDIT = pa.schema(
     [
         *INDEX,
         *_columns(pa.int32(), WIDTH_PX, HEIGHT_PX),
-        *_columns(pa.float32(), HEMATOXYLIN_OD_MEAN, HEMATOXYLIN_OD_STD, EOSIN_OD_MEAN, EOSIN_OD_STD),
+        *_columns(pa.float32(), *STAIN),
         *_columns(_TEXT, ERROR, ERROR_MESSAGE),
     ]
 )
@@ -207,9 +222,10 @@ def predictions(
     """Schema of the predictions table for evidence maps of the given size in cells.
 
     `log_odds_sd` is null unless the model is an ensemble. `novelty_cutoff` and `warnings` (codes, often none)
-    are null in a row with an error. `sha256` is of the file's bytes; null for a tile, because a slide is
-    never read whole. `engine` and `precision` describe the computation of a row. With overlays, a column has
-    a PNG of each image under its map; with an embedding of so many numbers, another its pooled features.
+    are null in a row with an error, the columns of `STAIN` also where there is no tissue. `sha256` is of the
+    file's bytes; null for a tile, because a slide is never read whole. `engine` and `precision` describe the
+    computation of a row. With overlays, a column has a PNG of each image under its map; with an embedding of
+    so many numbers, another its pooled features.
     """
     return pa.schema(
         [
@@ -226,6 +242,7 @@ def predictions(
             *_columns(pa.int16(), EVIDENCE_HEIGHT, EVIDENCE_WIDTH),
             *_columns(pa.float32(), EVIDENCE_BIAS, NOVELTY, NOVELTY_CUTOFF),
             *_columns(pa.list_(_TEXT), WARNINGS),
+            *_columns(pa.float32(), *STAIN),
             *_columns(_TEXT, SHA256, ERROR, ERROR_MESSAGE),
             *_columns(_TEXT, MODEL_ID, required=True),
             *_columns(_TEXT, ENGINE, PRECISION),

@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from bcd import schema
 from bcd.config.checks import AuditConfig, DoctorConfig, EnvConfig
-from bcd.config.evaluation import EvaluateConfig
+from bcd.config.evaluation import EvaluateConfig, TriageConfig
 from bcd.config.options import Config
 from bcd.config.scoring import PoolConfig, ScoreConfig
 from bcd.config.serving import ServeConfig, ViewConfig
@@ -34,6 +34,7 @@ JOBS: dict[str, type[Config]] = {
     "tune": TuneConfig,
     "audit": AuditConfig,
     "score": ScoreConfig,
+    "triage": TriageConfig,
     "view": ViewConfig,
     "pool": PoolConfig,
     "serve": ServeConfig,

@@ -11,7 +11,9 @@ DESIGN_PREDICTIONS = set(
 
 def test_predictions_table_is_the_promised_one():
     table = schema.predictions(7, 11)
-    assert set(table.names) == DESIGN_PREDICTIONS | {schema.TISSUE_SHARE, schema.REGION, schema.LOG_ODDS_SD}
+    assert set(table.names) == DESIGN_PREDICTIONS | {
+        *(schema.TISSUE_SHARE, schema.REGION, schema.LOG_ODDS_SD, *schema.STAIN)
+    }
     assert table.field(schema.EVIDENCE).type == pa.list_(pa.float32(), 77)
     assert table.field(schema.LOGIT).type == pa.list_(pa.float32())
     assert not table.field(schema.IMAGE_ID).nullable
@@ -25,6 +27,7 @@ def test_every_column_constant_is_spelled_as_its_name():
     assert {schema.SITE} < {*schema.INDEX.names} & {*schema.SPLIT.names} & {*schema.INPUTS.names}
     tables += (schema.IDENTIFIERS, schema.PSEUDONYMS, schema.POOLED_SLIDES, schema.TILE_ATTENTION)
     used = {name for table in (*tables, schema.predictions(1, 1, True, 1)) for name in table.names}
+    used |= {*schema.TRIAGE, *schema.MANIFEST.names}
     used |= {schema.IMAGE, schema.TARGET, schema.POSITION, schema.MASK_FILES, schema.REGION_FILES}
     assert used == {*constants.values(), *schema.QUANTILES}
 

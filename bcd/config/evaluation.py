@@ -1,8 +1,8 @@
-"""Settings of an evaluation."""
+"""Settings of an evaluation, and of what a person should look at after it."""
 
 from pydantic import Field, model_validator
 
-from bcd.config.options import AUTO, DryConfig, Engine, LabelledConfig, Precision
+from bcd.config.options import AUTO, DryConfig, Engine, LabelledConfig, OutputConfig, Precision
 from bcd.config.signing import SignedConfig
 
 
@@ -46,3 +46,20 @@ class EvaluateConfig(LabelledConfig, SignedConfig, DryConfig):
                 "--force needs --output: its numbers must not replace those of the held-out part"
             )
         return self
+
+
+class TriageConfig(OutputConfig):
+    """Write wrong and least certain predictions for a person to look at, and read the labels back."""
+
+    scores: str
+    """Output of jobs/score.py, jobs/evaluate.py or jobs/train.py."""
+
+    output: str = "triage"
+    """Folder for triage.csv, fiftyone/ and manifest.parquet: local, s3:// or gs://."""
+
+    most: int = Field(default=200, ge=1)
+    """Most rows of triage.csv that are wrong, and most that are uncertain."""
+
+    labels: str | None = None
+    """triage.csv with labels in its column reviewed_class (benign, malignant, a subtype, or exclude), also
+    saved by a spreadsheet: writes manifest.parquet in place of a sheet, to train on."""

@@ -1,6 +1,7 @@
 """Read and decode the image of a row, a whole file or a tile of a slide."""
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from PIL import Image
 
 from bcd import schema, storage
 from bcd.errors import StorageError, TooLargeError
-from bcd.imaging import decoder, image, prepared
+from bcd.imaging import appearance, decoder, image, prepared
 from bcd.slides import pixel_size, slide_cache
 from bcd.slides.slide import Slide
 
@@ -28,13 +29,15 @@ Given = TypeVar("Given")
 Fetched = TypeVar("Fetched")
 
 
-def pixels(batch: pa.Table, height_px: int, width_px: int, keep: Sequence[str]) -> dict[str, Any]:
+def pixels(
+    batch: pa.Table, height_px: int, width_px: int, keep: Sequence[str], stain: bool = False
+) -> dict[str, Any]:
     """Read, decode and fit the image of every row into the network's input.
 
     Rows have a `uri`; tiles, and prepared images, also the other columns of `schema.READING`. Returns the
     columns `keep`, `image` uint8 (n, height, width, 3), black if broken, `height_px` and `width_px` of the
     original, `sha256` of the file's bytes, empty for a tile, and `error` and `error_message`, empty for a
-    good image.
+    good image; with `stain` also the columns `schema.STAIN` of the fitted image, NaN where unknown.
     """
     n = len(batch)
     images = np.zeros((n, height_px, width_px, 3), np.uint8)
@@ -49,6 +52,7 @@ def pixels(batch: pa.Table, height_px: int, width_px: int, keep: Sequence[str]) 
             images[i], heights[i], widths[i] = result
     return {
         **{name: batch[name].to_numpy() for name in keep},
+        **(_stains(images, errors) if stain else {}),
         schema.IMAGE: images,
         schema.HEIGHT_PX: heights,
         schema.WIDTH_PX: widths,
@@ -56,6 +60,14 @@ def pixels(batch: pa.Table, height_px: int, width_px: int, keep: Sequence[str]) 
         schema.ERROR: np.array(errors, object),
         schema.ERROR_MESSAGE: np.array(messages, object),
     }
+
+
+def _stains(images: np.ndarray, errors: Sequence[str]) -> dict[str, np.ndarray]:
+    broken = [math.nan] * len(schema.STAIN)
+    pairs = zip(images, errors, strict=True)
+    measured = [broken if error else appearance.measure_stain(one) for one, error in pairs]
+    values = np.reshape(np.array(measured, np.float32), (-1, len(schema.STAIN)))
+    return dict(zip(schema.STAIN, values.T, strict=True))
 
 
 def _fitted(

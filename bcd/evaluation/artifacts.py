@@ -18,11 +18,10 @@ from bcd.model import novelty
 from bcd.model.card import Card
 from bcd.reports import model_report, thumbnails
 from bcd.runtime import inspection, predict, run_directory
-from bcd.runtime.run_directory import METRICS, REPORT
+from bcd.runtime.run_directory import IMAGES, METRICS, REPORT
 
 logger = logging.getLogger(__name__)
 
-IMAGES = "test_images.parquet"
 # A JSON object.
 Record = Mapping[str, Any]
 TRUTH = (

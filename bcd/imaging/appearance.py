@@ -3,6 +3,7 @@
 All of them are measured on the image shrunk to at most `SIDE_PX`, so that a large one costs no more memory.
 """
 
+import math
 from typing import Any
 
 import imagehash
@@ -22,10 +23,7 @@ HASH_BITS = HASH_SIDE**2
 # Optical density of haematoxylin and of eosin in red, green and blue: Ruifrok and Johnston 2001,
 # "Quantification of histochemical staining by color deconvolution", Anal Quant Cytol Histol 23(4).
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
-STAIN_COLUMNS = (
-    (schema.HEMATOXYLIN_OD_MEAN, schema.HEMATOXYLIN_OD_STD),
-    (schema.EOSIN_OD_MEAN, schema.EOSIN_OD_STD),
-)
+STAIN_COLUMNS = (schema.STAIN[:2], schema.STAIN[2:])
 # A median deviation below this optical density is camera noise.
 LEAST_DEVIATION = 0.005
 # 8-bit value -> optical density, -log10(I / 255); black counts as 1.
@@ -64,10 +62,25 @@ def measure_appearance(pixels: np.ndarray) -> dict[str, Any]:
     described = {schema.HEIGHT_PX: pixels.shape[0], schema.WIDTH_PX: pixels.shape[1]}
     described |= _hashed(small, is_tissue)
     if is_tissue.any():
-        densities = stain_density(squares[is_tissue]).reshape(-1, len(STAINS))
-        for density, (mean, std) in zip(densities.T, STAIN_COLUMNS, strict=True):
-            described |= {mean: float(density.mean()), std: float(density.std())}
+        described |= dict(zip(schema.STAIN, _stain_of(squares[is_tissue]), strict=True))
     return described
+
+
+def measure_stain(pixels: np.ndarray) -> list[float]:
+    """The columns `schema.STAIN` of uint8 (h, w, 3) RGB, as in `measure_appearance`; NaN without tissue.
+
+    An image larger than `SIDE_PX` is not shrunk: of its rows and columns, so many are left out.
+    """
+    step = -(-max(pixels.shape[:2]) // SIDE_PX)
+    squares = _squares(pixels[::step, ::step])
+    is_tissue = _is_tissue(squares)
+    return _stain_of(squares[is_tissue]) if is_tissue.any() else [math.nan] * len(schema.STAIN)
+
+
+def _stain_of(tissue: np.ndarray) -> list[float]:
+    """Mean and standard deviation of the optical density of each stain in uint8 (n, pixels, 3)."""
+    densities = stain_density(tissue).reshape(-1, len(STAINS))
+    return [float(value) for density in densities.T for value in (density.mean(), density.std())]
 
 
 def _squares(pixels: np.ndarray) -> np.ndarray:

@@ -12,6 +12,8 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from bcd.metrics.drift.stain import StainStatistics
+
 CUTOFF_PERCENTILE = 99
 # A feature that is constant in training would make any change infinite: the smallest spread is this share of
 # the mean spread.
@@ -32,6 +34,8 @@ class FeatureStatistics(BaseModel):
     """Distance that 99 % of the validation images do not exceed."""
     n_training: int = Field(ge=1)
     n_validation: int = Field(ge=1)
+    stain: StainStatistics | None = None
+    """The stain of both, by patient, to find drift of an archive; None in bundles of older versions."""
 
 
 def spread(n: int, total: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -162,8 +162,8 @@ def render_gallery(
     Args:
         facts: about the run. `threshold` is required; optional are title, input, output, model, model_id,
             precision, cam, cam_layer, target (as on the card), seconds, rows_per_s, synthetic, leaky,
-            bcd_version, the counts n_inputs, n_images, n_slides, n_tiles, n_errors, n_ignored_files, and
-            `warnings`: results by code, None where the model has no statistics for them.
+            bcd_version, stain_drift, the counts n_inputs, n_images, n_slides, n_tiles, n_errors,
+            n_ignored_files, and `warnings`: by code, None where the model has no statistics for them.
         probabilities: float (n,) of malignancy, of every result.
         examples: by group (`choose_groups`), in the order of the page, at most `PER_GROUP` of each.
         errors: by typed code.

@@ -9,6 +9,7 @@ import ray
 from ray.data import Dataset
 
 from bcd import schema
+from bcd.metrics.drift import stain
 from bcd.model import novelty
 from bcd.model.card import Card
 from bcd.model.novelty import FeatureStatistics
@@ -18,9 +19,11 @@ from bcd.taxonomy import TRAIN, VALIDATION
 if TYPE_CHECKING:
     from bcd.model.resnet import Network
 
-KEEP = (schema.IMAGE_ID, schema.PART)
+KEEP = (schema.IMAGE_ID, schema.PART, schema.PATIENT, schema.SLIDE)
 N, TOTAL, SQUARES, POOLED = "n", "total", "squares", "pooled"
-# A row per batch: sums over its training images; ids, logits and features, one after another, of the others.
+OWNERS, STAINS = "owners", "stains"
+# A row per batch: sums over its training images; ids, logits and features, one after another, of the others;
+# whose image each of both is, and its stain.
 SUMS = pa.schema(
     [
         (N, pa.int64()),
@@ -29,6 +32,8 @@ SUMS = pa.schema(
         (schema.IMAGE_ID, pa.list_(pa.string())),
         (schema.LOGIT, pa.list_(pa.float32())),
         (POOLED, pa.list_(pa.float32())),
+        (OWNERS, pa.list_(pa.string())),
+        (STAINS, pa.list_(pa.float32())),
     ]
 )
 
@@ -53,9 +58,13 @@ def compute_statistics(
     shared = ray.put((network.state_dict(), card))
     batches = _pooled({TRAIN: train, VALIDATION: validation}, card, shared)
     n, total, squares, waiting = 0, np.zeros(1), np.zeros(1), []
+    owners: list[str] = []
+    stains: list[np.ndarray] = []
     for block in batches.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for row in _rows(block.select([N, TOTAL, SQUARES])):
+        for row in _rows(block.select([N, TOTAL, SQUARES, OWNERS, STAINS])):
             n, total, squares = n + row[N], total + row[TOTAL], squares + row[SQUARES]
+            owners += row[OWNERS].tolist()
+            stains.append(np.reshape(row[STAINS], (-1, len(schema.STAIN))))
         waiting.append(ray.put(block.select([schema.IMAGE_ID, schema.LOGIT, POOLED])))
     mean, spread = novelty.spread(n, total, squares)
     distances: list[np.ndarray] = []
@@ -72,6 +81,7 @@ def compute_statistics(
         cutoff=novelty.cutoff(np.concatenate(distances)),
         n_training=n,
         n_validation=len(logit),
+        stain=stain.statistics_of(owners, np.concatenate(stains)),
     )
     return statistics, np.stack([logit[name] for name in validation[schema.IMAGE_ID].to_pylist()])
 
@@ -111,6 +121,7 @@ class _Pooler:
         # Copied, because a batch from another worker is a read-only view of Ray's object store.
         pooled, logit = self._predictor.pooled(np.array(batch[schema.IMAGE]))
         is_train = batch[schema.PART] == TRAIN
+        names = zip(*(batch[name] for name in (schema.PATIENT, schema.SLIDE, schema.IMAGE_ID)), strict=True)
         trained = pooled[is_train].astype(np.float64)
         row = {
             N: len(trained),
@@ -119,5 +130,7 @@ class _Pooler:
             schema.IMAGE_ID: batch[schema.IMAGE_ID][~is_train],
             schema.LOGIT: logit[~is_train].ravel(),
             POOLED: pooled[~is_train].ravel(),
+            OWNERS: [stain.observation_of(*name) for name in names],
+            STAINS: np.stack([batch[name] for name in schema.STAIN], 1).ravel(),
         }
         return pa.table({name: pa.array([value], SUMS.field(name).type) for name, value in row.items()})

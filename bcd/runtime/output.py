@@ -16,7 +16,7 @@ from bcd.errors import ConfigError
 from bcd.model import bundle
 
 TRAIN, CROSSVAL, EVALUATE, SCORE, AUDIT, DEMO = "train", "crossval", "evaluate", "score", "audit", "demo"
-POOL, ABLATE, TUNE = "pool", "ablate", "tune"
+POOL, ABLATE, TUNE, TRIAGE = "pool", "ablate", "tune", "triage"
 # No job, but what trainings and evaluations share.
 PREPARED = "prepared"
 MARKER = ".bcd-output.json"
@@ -45,6 +45,8 @@ FILES = {
     r"|work/\d{4}/(plans/)?[0-9a-f]{24}\.(parquet|json|(mask\.)?png)",
     POOL: r"(config|run|history|metrics)\.json|(split|slides|attention)\.parquet|slides/.+/attention\.png"
     r"|checkpoints/.+|model/(model\.safetensors|card\.json)",
+    # With sheets that a person saves beside that of the job, which replaces none.
+    TRIAGE: r"[^/]+\.(csv|tsv|xlsx|ods)|manifest\.parquet|fiftyone/(labels|data)\.json",
     AUDIT: r"audit\.(html|json)|(images|near_duplicates|identifiers)\.parquet",
     DEMO: r"(archive/)?BreaKHis_v1/(SYNTHETIC\.txt|histology_slides/.+\.png)|archive/cut short\.png"
     rf"|(run|scores)/.+|prepared/{_SHARDS}",

@@ -90,7 +90,8 @@ def read_card_of(settings: Settings) -> Card:
 
 def reading_options(card: Card, keep: Sequence[str]) -> dict[str, Any]:
     """Arguments of `read.pixels` for the network of a card; the columns `keep` are copied."""
-    return {"height_px": card.input_height_px, "width_px": card.input_width_px, "keep": keep}
+    size = {"height_px": card.input_height_px, "width_px": card.input_width_px}
+    return size | {"keep": keep, "stain": True}
 
 
 def on_models(
@@ -193,7 +194,8 @@ class Scorer:
         bundle.require_same(self._settings.model_uri, self._settings.model_id, self._predictor.model_id)
         good = batch[schema.ERROR] == ""
         n = len(good)
-        columns = {name: pa.array(batch[name], from_pandas=True) for name in CARRIED}
+        measured = [name for name in schema.STAIN if name in batch]
+        columns = {name: pa.array(batch[name], from_pandas=True) for name in (*CARRIED, *measured)}
         for name in (schema.HEIGHT_PX, schema.WIDTH_PX):
             columns[name] = pa.array(batch[name], mask=~good)
         for name in (schema.ERROR, schema.ERROR_MESSAGE):

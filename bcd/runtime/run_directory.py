@@ -17,6 +17,7 @@ from bcd.split import split
 CONFIG, RUN, DATA, SPLIT, MODEL = "config.json", "run.json", "data.json", "split.parquet", "model"
 HISTORY, STAIN = "history.json", "stain.json"
 METRICS, REPORT, FIGURES = "metrics.json", "report.html", "figures"
+IMAGES = "test_images.parquet"
 FINISHED = "finished"
 # Folder of the run with a table per finished epoch: the images that it trained on.
 EXPOSURE = "exposure"

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
 from bcd import schema, storage
 from bcd.errors import IncompleteError
+from bcd.metrics.drift import stain
 from bcd.model.card import Card
 from bcd.runtime import predict
 from bcd.scoring import slides, tiling
@@ -18,8 +20,10 @@ from bcd.text import counted, duration
 OVERVIEW = [
     *(schema.IMAGE_ID, schema.URI, schema.SLIDE, schema.PATIENT, schema.X_LEVEL0_PX),
     *(schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS, schema.NOVELTY, schema.NOVELTY_CUTOFF),
-    *(schema.WARNINGS, schema.ERROR, schema.ERROR_MESSAGE),
+    *(schema.WARNINGS, *schema.STAIN, schema.ERROR, schema.ERROR_MESSAGE),
 ]
+# Of the summary.
+STAIN_DRIFT = "stain_drift"
 
 
 def present(
@@ -38,7 +42,9 @@ def present(
     Raises:
         IncompleteError: results and errors do not add up to the inputs.
     """
-    table = storage.dataset(ours.predictions_uri).to_table(OVERVIEW)
+    merged = storage.dataset(ours.predictions_uri)
+    # The stain is not in tables that an older version began.
+    table = merged.to_table([name for name in OVERVIEW if name in merged.schema.names])
     failed = table.filter(pc.is_valid(table[schema.ERROR]))
     whole_inputs = failed.filter(pc.is_null(failed[schema.X_LEVEL0_PX]))
     broken = whole_inputs.filter(pc.equal(whole_inputs[schema.SLIDE], whole_inputs[schema.IMAGE_ID]))
@@ -46,6 +52,7 @@ def present(
     described = slides.write_slides(ours, plans, broken, card)
     summary = dict(facts) | _counts(table, whole_inputs, described, inputs)
     summary |= {"errors": _by_code(failed), "warnings": _by_warning(table)}
+    summary[STAIN_DRIFT] = _stain_drift(table, card)
     drawing = ray.remote(num_cpus=1, max_retries=-1)(_write_gallery)
     ray.get(drawing.remote(ours, table, described, card, summary, places))
     return summary
@@ -88,6 +95,18 @@ def _by_warning(table: pa.Table) -> dict[str, int] | None:
     return {row["values"]: row["counts"] for row in rows}
 
 
+def _stain_drift(table: pa.Table, card: Card) -> dict[str, Any]:
+    """`stain.measure_drift` of the rows that have a stain."""
+    training = card.feature_statistics.stain if card.feature_statistics else None
+    if schema.STAIN[0] not in table.column_names:
+        return stain.measure_drift([], np.zeros((0, len(schema.STAIN))), training)
+    measured = table.filter(pc.is_valid(table[schema.STAIN[0]]))
+    names = (measured[name].to_pylist() for name in (schema.PATIENT, schema.SLIDE, schema.IMAGE_ID))
+    owners = [stain.observation_of(*name) for name in zip(*names, strict=True)]
+    numbers = np.stack([measured[name].to_numpy() for name in schema.STAIN], axis=1)
+    return stain.measure_drift(owners, numbers, training)
+
+
 def _write_gallery(
     ours: Ledger,
     table: pa.Table,
@@ -122,5 +141,7 @@ def closing_lines(uri: str, summary: Mapping[str, Any]) -> list[str]:
     if warnings is None and summary["n_results"]:
         lines.append("  the model has no statistics to identify images unlike its training data")
     lines += [f"  warned of {code}: {counted(n, 'row')}" for code, n in sorted((warnings or {}).items())]
+    if drift := summary.get(STAIN_DRIFT):
+        lines.append(f"  {'warning: ' if drift['is_found'] else ''}{drift['sentence']}")
     files = {"table:  ": "predictions", "gallery:": GALLERY, "summary:": SUMMARY}
     return lines + [f"{name} {storage.join(uri, file)}" for name, file in files.items()]

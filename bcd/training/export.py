@@ -244,7 +244,8 @@ def joined_statistics(
     if judged is None or len(known) < len(parts):
         return None
     mean, spread = (tuple(v for part in known for v in getattr(part, name)) for name in ("mean", "spread"))
-    return FeatureStatistics(mean=mean, spread=spread, **judged)
+    # The stain is of the images alone: that of one network's is a fair part of the study's.
+    return FeatureStatistics(mean=mean, spread=spread, stain=known[0].stain, **judged)
 
 
 def refit_of(

@@ -8,7 +8,7 @@ import pytest
 from bcd import schema, storage
 from bcd.data import read
 from bcd.errors import StorageError
-from bcd.imaging import image, prepared
+from bcd.imaging import appearance, image, prepared
 from bcd.slides import slide_cache
 from tests import pictures
 from tests.test_storage import DAMAGED
@@ -150,3 +150,16 @@ def test_a_file_that_is_another_one_by_now_is_an_error(kept):
     found = read.pixels(table, 32, 48, [])
     assert found[schema.ERROR].tolist() == ["changed"]
     assert not found[schema.IMAGE].any()
+
+
+def test_the_stain_is_that_of_the_fitted_image(tmp_path):
+    storage.write_bytes(str(tmp_path / "a.png"), pictures.encode(pictures.gradient(92, 140)))
+    storage.write_bytes(str(tmp_path / "b.png"), b"no image")
+    rows = [{schema.IMAGE_ID: name, schema.URI: str(tmp_path / name)} for name in ("a.png", "b.png")]
+    table = schema.fill(pa.Table.from_pylist(rows), schema.READING)
+    found = read.pixels(table, 64, 96, [], stain=True)
+    expected = np.array(appearance.measure_stain(found[schema.IMAGE][0]), np.float32)
+    assert np.isfinite(expected).all()
+    assert [found[name][0] for name in schema.STAIN] == expected.tolist()
+    assert np.isnan([found[name][1] for name in schema.STAIN]).all()
+    assert not set(schema.STAIN) & read.pixels(table, 64, 96, []).keys()

@@ -53,11 +53,11 @@ def depth(node: ast.AST) -> int:
 # A folder imports from itself and from those before it. "" holds the modules beside the folders, `DOORS`
 # those of them that start everything.
 RANKS = [
-    *("data.stores", "", "config", "config.files", "metrics", "imaging", "slides.readers", "slides.parts"),
-    *("slides", "data", "split", "model.recipes", "model.networks", "model.engines", "model"),
+    *("data.stores", "", "config", "config.files", "metrics", "metrics.drift", "imaging", "slides.readers"),
+    *("slides.parts", "slides", "data", "split", "model.recipes", "model.networks", "model.engines", "model"),
     *("model.published", "reports"),
     *("runtime", "runtime.tracking", "audit", "preflight", "evaluation", "training", "scoring"),
-    *("training.pooling", "training.ablation", "training.tuning", "preflight.dry_run"),
+    *("training.pooling", "training.ablation", "training.tuning", "scoring.triage", "preflight.dry_run"),
     *("serving.openapi", "serving.telemetry", "serving", "serving.viewer", "doors"),
 ]
 DOORS = {"bcd.cli", "bcd.demo"}
@@ -80,7 +80,7 @@ WITH_TORCH = {
     "bcd.preflight.environment",
     "bcd.serving.serve",
 }
-MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 30_500
+MOST_MODULES, MOST_FOLDERS, MOST_ROOT_MODULES, MOST_LINES = 8, 15, 10, 34_000
 
 
 def folder_of(name: str) -> str:

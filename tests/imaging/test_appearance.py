@@ -114,3 +114,14 @@ def test_real_copies_are_below_the_cut_off_and_others_above(real_data: Path, eve
         assert moved(field, 0.01) <= 34
         assert moved(field, 0.02) <= 54
         assert appearance.measure_appearance(np.asarray(field))[schema.TISSUE_FRACTION] > 5 * duplicates.BLANK
+
+
+def test_the_stain_alone_is_that_of_the_whole_measurement():
+    rng = np.random.default_rng(0)
+    field = rng.integers(60, 200, (96, 160, 3), np.uint8)
+    described = appearance.measure_appearance(field)
+    assert appearance.measure_stain(field) == [described[name] for name in schema.STAIN]
+    # Of twice the size, every second row and column.
+    larger = field.repeat(2, axis=0).repeat(2, axis=1)
+    assert appearance.measure_stain(larger) == appearance.measure_stain(field)
+    assert np.isnan(appearance.measure_stain(np.full((64, 64, 3), 240, np.uint8))).all()

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from bcd.errors import BundleError, ConfigError
+from bcd.metrics.drift.stain import StainStatistics
 from bcd.model import card as cards
 from bcd.model import novelty
 from tests.model.recipes.test_reference import MACENKO, REINHARD
@@ -48,6 +49,24 @@ def test_a_card_of_an_older_version_keeps_its_identity():
     before = cards.parse_card(json.dumps(old | {cards.CHECKSUM: cards.seal(old)}).encode(), "m")
     facts = before.model_dump_json(exclude=ADDED | {"metrics", "warnings", "canary_logit"})
     assert cards.model_id(before) == hashlib.sha256(facts.encode()).hexdigest()[:16] == cards.model_id(KNOWN)
+
+
+def test_what_only_finds_drift_does_not_change_a_model():
+    """And a card without it, of an older version, is read, and keeps its identity."""
+    facts = statistics()["feature_statistics"]
+    known = StainStatistics(n_patients=9, mean=(0.0,) * 4, covariance=((0.0,) * 4,) * 4)
+    without, whole = (
+        KNOWN.model_copy(update={"feature_statistics": novelty.FeatureStatistics(**facts, stain=stain)})
+        for stain in (None, known)
+    )
+    old = json.loads(cards.dump(without))
+    del old["feature_statistics"]["stain"], old[cards.CHECKSUM]
+    assert cards.parse_card(json.dumps(old | {cards.CHECKSUM: cards.seal(old)}).encode(), "m") == without
+    assert cards.parse_card(cards.dump(whole), "m") == whole
+    assert cards.model_id(without) == cards.model_id(whole) != cards.model_id(KNOWN)
+    words = {"metrics": True, "warnings": True, "canary_logit": True} | dict.fromkeys(ADDED, True)
+    as_before = without.model_dump_json(exclude=words | {"feature_statistics": {"stain"}})
+    assert cards.model_id(without) == hashlib.sha256(as_before.encode()).hexdigest()[:16]
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,12 @@ def test_a_warning_is_beside_its_image_and_counted() -> None:
     assert "it is unknown which of these images are unlike them" in unknown
 
 
+@pytest.mark.parametrize(("is_found", "kind"), [(True, "banner"), (False, "quiet")])
+def test_drift_of_the_stain_is_one_sentence(is_found, kind):
+    drift = {"is_found": is_found, "sentence": "a sentence of <drift>"}
+    assert f'<p class="{kind}">A sentence of &lt;drift&gt;.</p>' in page(facts=FACTS | {"stain_drift": drift})
+
+
 @pytest.mark.parametrize(
     ("known", "said"),
     [

@@ -42,6 +42,7 @@ def test_they_are_those_of_a_plain_loop(joined, tmp_path):
     np.testing.assert_allclose(logit, expected_logit, atol=1e-4)
     assert found.cutoff == pytest.approx(expected.cutoff, rel=1e-2)
     assert (found.n_training, found.n_validation) == (41, 12)
+    assert found.stain.n_patients == 41 + 12  # files, whose patients are unknown
     assert (network.fc.weight == before).all()
 
 

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from bcd import schema, storage
 from bcd.data import index, read
 from bcd.errors import BundleError, ConfigError
-from bcd.imaging import image
+from bcd.imaging import appearance, image
 from bcd.model import bundle, novelty, predictor, weights
 from bcd.runtime import datasets, predict
 from tests import pictures
@@ -286,6 +286,15 @@ def test_warnings_are_in_the_row(tmp_path):
         told.append((good[schema.NOVELTY_CUTOFF], good[schema.WARNINGS]))
     first = np.float32(1e-6).item()
     assert told == [(first, ["unlike_training_data"]), (1e6, []), (None, [])]
+
+
+def test_the_stain_is_in_the_row(scorer, tmp_path):
+    rows = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b""})
+    good, bad = scorer(rows).select(schema.STAIN).to_pylist()
+    fitted = scorer.worker._predictor.fit(pictures.gradient())
+    expected = [np.float32(value).item() for value in appearance.measure_stain(fitted)]
+    assert list(good.values()) == expected
+    assert set(bad.values()) == {None}
 
 
 def test_overlays_and_other_methods_on_request(model_uri, tmp_path):

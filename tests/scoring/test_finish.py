@@ -1,10 +1,14 @@
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from bcd import schema
 from bcd.errors import IncompleteError
+from bcd.metrics.drift import stain
+from bcd.model import novelty
 from bcd.scoring import finish
 from bcd.scoring.finish import OVERVIEW
+from tests.model.test_bundle import card
 
 FORM = pa.schema([schema.predictions(1, 1).field(name) for name in OVERVIEW])
 
@@ -88,3 +92,40 @@ def test_warnings_by_code_need_statistics_of_the_model():
     assert finish._by_warning(table) == {"unlike_training_data": 2}
     assert finish._by_warning(table.slice(1, 1)) == {}
     assert finish._by_warning(judged(("a", 0.9, [], None), ("b", None, None, None))) is None
+
+
+def stained(n_patients, shift, statistics):
+    """What `finish` finds for an archive of so many patients with two images each."""
+    rng = np.random.default_rng(n_patients)
+    stains = np.repeat(0.3 + shift + 0.05 * rng.normal(size=(n_patients, 4)), 2, axis=0)
+    rows = [
+        {schema.IMAGE_ID: f"{i}", schema.URI: "u", schema.PATIENT: f"{i // 2}"}
+        | dict(zip(schema.STAIN, row, strict=True))
+        for i, row in enumerate(stains.tolist())
+    ]
+    rows.append({schema.IMAGE_ID: "glass", schema.URI: "u", schema.PATIENT: "glass"})
+    table = pa.Table.from_pylist(rows, schema=FORM)
+    return finish._stain_drift(table, card().model_copy(update={"feature_statistics": statistics}))
+
+
+def test_an_archive_of_another_stain_is_warned_of():
+    rng = np.random.default_rng(0)
+    names = [f"patient {i}" for i in range(40)]
+    known = stain.statistics_of(names, 0.3 + 0.05 * rng.normal(size=(40, 4)))
+    facts = {"mean": [0.0], "spread": [1.0], "cutoff": 1, "n_training": 1, "n_validation": 1}
+    statistics = novelty.FeatureStatistics(**facts, stain=known)
+    moved, same = (stained(20, shift, statistics) for shift in (0.1, 0))
+    assert (moved["is_found"], same["is_found"]) == (True, False)
+    assert moved["observed"] == {"patient": 20}
+    assert moved["p_value"] < 1e-6 < 0.01 < same["p_value"]
+    base = counts(["a.png"]) | {"errors": {}, "warnings": {}}
+    lines = finish.closing_lines("/out", base | {"stain_drift": moved})
+    assert lines[1].startswith("  warning: this archive is stained unlike the training data (p < 0.0001; ")
+    lines = finish.closing_lines("/out", base | {"stain_drift": same})
+    assert lines[1].startswith("  no drift of the stain was found (p = 0.")
+
+
+def test_drift_is_not_known_without_statistics_or_stain():
+    for found in (stained(20, 0, None), finish._stain_drift(TABLE.select([schema.IMAGE_ID]), card())):
+        assert found["p_value"] is None
+        assert "not known" in found["sentence"]

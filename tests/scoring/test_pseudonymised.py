@@ -24,7 +24,7 @@ from tests.trained import scored
 
 KEY = os.urandom(32)
 # Of files, folders, ids and stores: in no file, and in the name of none.
-NAMES = ["doe", "roe", "zephyr", "1950", "mrn", "7654321", "smith", "patients", "gone", "ward"]
+NAMES = ["doe", "roe", "zephyr", "1950", "mrn", "7654321", "smith", "clinics", "gone", "ward"]
 
 
 class KilledError(Exception):
@@ -82,8 +82,8 @@ def archive(tmp_path):
         "Roe/text.smith": b"no input",
     }
     for name, content in contents.items():
-        storage.write_bytes(str(tmp_path / "patients" / name), content)
-    (tmp_path / "patients/Roe/link.png").symlink_to("/gone/smith_1950.png")
+        storage.write_bytes(str(tmp_path / "clinics" / name), content)
+    (tmp_path / "clinics/Roe/link.png").symlink_to("/gone/smith_1950.png")
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys/key").touch(0o600)
     (tmp_path / "keys/key").write_bytes(KEY)
@@ -93,7 +93,7 @@ def archive(tmp_path):
 def config_of(root, model_uri, **changes):
     given = {
         "model": model_uri,
-        "input": str(root / "patients"),
+        "input": str(root / "clinics"),
         "output": str(root / "out"),
         "compile": "off",
     }
@@ -158,7 +158,7 @@ def check_maps(archive, model_uri, table):
 
     assert by_name(table, lambda name: originals[name][schema.ORIGINAL]) == by_name(plain, str)
     places = {row[schema.URI] for row in originals.values()}
-    assert str(archive / "patients/Zephyr_1950.tif") in places
+    assert str(archive / "clinics/Zephyr_1950.tif") in places
     assert table[schema.URI].to_pylist() == [
         name.partition("#")[0] for name in table[schema.IMAGE_ID].to_pylist()
     ]
@@ -191,9 +191,9 @@ def test_a_later_run_knows_the_files_by_their_ids(archive, model_uri, committed,
     batches.clear()
     score.run(config)
     assert batches == []
-    os.utime(archive / "patients/Doe_1950/a.png", (1, 1))
-    (archive / "patients/Doe_1950/cut.png").write_bytes(pictures.encode(pictures.gradient()))
-    storage.write_bytes(str(archive / "patients/Roe/new.png"), pictures.encode(pictures.gradient()))
+    os.utime(archive / "clinics/Doe_1950/a.png", (1, 1))
+    (archive / "clinics/Doe_1950/cut.png").write_bytes(pictures.encode(pictures.gradient()))
+    storage.write_bytes(str(archive / "clinics/Roe/new.png"), pictures.encode(pictures.gradient()))
     score.run(config)
     names = Pseudonyms("", KEY)
     again = {names.of("Doe_1950/cut.png"), names.of("Roe/new.png")}
@@ -211,8 +211,8 @@ def test_a_later_run_knows_the_files_by_their_ids(archive, model_uri, committed,
 def test_ids_of_a_manifest_are_hidden_too(archive, model_uri, committed):
     lines = ["uri,image_id,patient,case,slide", "Doe_1950/a.png,Doe-a,Doe,MRN7654321,ward"]
     lines += ["Doe_1950/MRN7654321.png,Doe-b,Doe,,", "Zephyr_1950.tif,Zephyr,Zephyr^A,,"]
-    (archive / "patients/list.csv").write_text("\n".join(lines))
-    score.run(config_of(archive, model_uri, input=str(archive / "patients/list.csv")))
+    (archive / "clinics/list.csv").write_text("\n".join(lines))
+    score.run(config_of(archive, model_uri, input=str(archive / "clinics/list.csv")))
     assert named_in(archive / "out") == []
     table = storage.dataset(str(archive / "out/predictions")).to_table()
     of = Pseudonyms("", KEY).of
@@ -220,7 +220,7 @@ def test_ids_of_a_manifest_are_hidden_too(archive, model_uri, committed):
     assert of("ward") in table[schema.SLIDE].to_pylist()
 
 
-@pytest.mark.parametrize("place", ["patients/key", "out/key"])
+@pytest.mark.parametrize("place", ["clinics/key", "out/key"])
 def test_a_key_that_would_be_read_or_published_is_rejected(archive, model_uri, place):
     with pytest.raises(ConfigError, match=r"is inside --(input|output): keep the key elsewhere"):
         score.run(config_of(archive, model_uri, pseudonymise=str(archive / place)))
