@@ -18,6 +18,7 @@ from bcd.errors import ConfigError
 
 # The data, their split, and what decides where and how trainings run: all trials have the same.
 FIXED = {
+    *("config", "dry_run"),
     *("data", "classes", "output", "name", "target", "magnifications", "folds", "validation_fraction"),
     *("quarantine", "max_bad_fraction", "prepared", "seed", "wait", "log_format", "recipe", "num_workers"),
     *("device", "max_failures", "input_height_px", "input_width_px", "architecture", "mean", "std"),
