@@ -101,7 +101,7 @@ class Training(Jobs):
             patch.setattr(cluster, "connect", lambda trains: None)
             patch.setattr(cluster, "scaling", lambda config: None)
             patch.setattr(train, "ThreadPoolExecutor", InTurn)
-            patch.setattr(train, "_pretrained", lambda config: None)
+            patch.setattr(train, "initial_weights", lambda config: None)
             patch.setattr(train, "load_data_set", lambda config: (self.rows, FACTS))
             patch.setattr(train, "prepare", lambda config, inspected: (self.rows, FACTS))
             patch.setattr(train, "describe_split", lambda *known: [])
