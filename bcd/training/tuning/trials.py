@@ -37,7 +37,7 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
     )
 
 
-def as_flags(settings: Mapping[str, Any]) -> str:
+def chosen_flags(settings: Mapping[str, Any]) -> str:
     """Settings as flags."""
     return " ".join(
         f"--{name.replace('_', '-')} {value:.3g}"
@@ -61,7 +61,7 @@ def render_search(trials: Sequence[Trial], facts: Mapping[str, Any]) -> str:
     rows = [
         {
             "number": trial.number,
-            "settings": as_flags(trial.settings),
+            "settings": chosen_flags(trial.settings),
             "n_epochs": len(trial.epochs),
             "reached": trial.best and trial.best[SCORE],
             "loss": trial.best and trial.best[LOSS],

@@ -200,7 +200,7 @@ class TrialLines(Callback):
         reached = result.get(run_directory.SCORE)
         said = result.get(FAILURE) or f"balanced accuracy {reached:.3f} after epoch {result[schema.EPOCH]}"
         name = f"trial {trials.index(trial) + 1} ({self._ended} of {self._n_trials})"
-        logger.info(f"{name}: {said}; {found.as_flags(trial.config)}")
+        logger.info(f"{name}: {said}; {found.chosen_flags(trial.config)}")
 
 
 def _trial(
@@ -273,6 +273,6 @@ def _train_best(
     """An ordinary run with the best settings: bundle, test part, report."""
     trials = [Trial(**record) for record in run_directory.read_json(uri, TRIALS)]
     best = found.ranked(trials)[0]
-    logger.info(f"\nbest: trial {best.number}: {found.as_flags(best.settings)}")
+    logger.info(f"\nbest: trial {best.number}: {found.chosen_flags(best.settings)}")
     train.run(training_of(config, best.settings, output=uri, name=BEST), inspected, held=held)
     logger.info(f"all trials: {storage.join(uri, PAGE)}")

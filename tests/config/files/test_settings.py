@@ -5,8 +5,8 @@ import pytest
 from bcd import cli
 from bcd.config.files import settings
 from bcd.config.options import Config
-from bcd.config.scoring import ScoreConfig
-from bcd.config.training import AblateConfig, CrossvalConfig, PoolConfig, TrainConfig, with_recipe
+from bcd.config.scoring import PoolConfig, ScoreConfig
+from bcd.config.training import AblateConfig, CrossvalConfig, TrainConfig, with_recipe
 from bcd.errors import ConfigError, StorageError
 
 

@@ -36,7 +36,7 @@ def test_the_best_epoch_counts_and_the_loss_decides_between_equals():
 
 def test_settings_are_written_as_flags():
     given = {"learning_rate": 0.000123456, "batch_size": 32, "optimizer": "sgd"}
-    assert trials.as_flags(given) == "--learning-rate 0.000123 --batch-size 32 --optimizer sgd"
+    assert trials.chosen_flags(given) == "--learning-rate 0.000123 --batch-size 32 --optimizer sgd"
 
 
 @pytest.mark.parametrize("few", [False, True])
