@@ -77,7 +77,7 @@ def test_a_run_resumes_only_with_the_sites_that_it_was_split_by(data, tmp_path):
 def study(data, **settings):
     config = CrossvalConfig(data=data, prepared="off", validation_fraction=0.3, **settings)
     config = config.model_copy(update={"held_out": prepare.held_out_values(config)})
-    return config, list(crossval._folds(config, "u", config.protocols()[-1]))
+    return config, list(crossval.folds_of(config, "u", config.protocols()[-1]))
 
 
 def test_a_study_tests_each_image_once_at_each_magnification(data):

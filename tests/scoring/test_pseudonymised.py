@@ -62,6 +62,7 @@ def committed(monkeypatch):
         return 1.0
 
     monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(cluster, "total_resources", lambda: {"CPU": 2, "GPU": 0})
     monkeypatch.setattr(inspection, "checked", lambda rows, check: check(rows))
     monkeypatch.setattr(predict, "one_model", lambda settings: nullcontext())
     monkeypatch.setattr(score, "_score", score_rows)

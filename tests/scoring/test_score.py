@@ -90,7 +90,7 @@ def test_the_engine_is_decided_once_for_an_output(tmp_path, monkeypatch):
     assert score._engine(config, card()) == "openvino"
     assert score._engine(config.model_copy(update={"compile": "on"}), card()) == "torch"
     assert score._engine(config.model_copy(update={"cam": "gradcam"}), card()) == "torch"
-    settings = score._deciding(config.model_copy(update={"engine": "torch"}), "id", False, None)
+    settings = score.deciding(config.model_copy(update={"engine": "torch"}), "id", False, None)
     older = {name: value for name, value in settings.items() if name != "engine"}
     ledger.open_ledger(claimed(config.output), older)
     assert score._engine(config, card()) == "torch"
@@ -98,7 +98,7 @@ def test_the_engine_is_decided_once_for_an_output(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="other settings: --engine torch -> openvino"):
         ledger.open_ledger(claimed(config.output), settings | {"engine": "openvino"}, defaults=score.DEFAULTS)
     newer = config.model_copy(update={"output": f"{tmp_path}/newer", "engine": "openvino"})
-    ledger.open_ledger(claimed(newer.output), score._deciding(newer, "id", False, None))
+    ledger.open_ledger(claimed(newer.output), score.deciding(newer, "id", False, None))
     resumed = newer.model_copy(update={"engine": "auto"})
     monkeypatch.setattr(score.cluster, "total_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
     assert score._engine(resumed, card()) == "openvino"

@@ -994,7 +994,7 @@ def test_each_model_is_an_application_of_its_own(models):
     ]
     bound = targets[0].target._bound_deployment
     assert (bound.num_replicas, bound.max_queued_requests) == (2, 3)
-    placed, _, identity, _, n_models = bound.init_args
+    placed, _, identity, _, n_models, _ = bound.init_args
     assert (placed.name, placed.model, identity) == ("b", models[1], bundle.identify(models[1]))
     assert (placed.models, placed.slides, n_models) == ((), None, 3)
     with pytest.raises(BundleError, match="no model bundle there"):
