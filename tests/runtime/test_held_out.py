@@ -84,7 +84,7 @@ def test_a_study_tests_each_image_once_at_each_magnification(data):
     config, folds = study(data, protocol="case,magnification", k=2, repeats=2)
     assert config.held_out == ("40", "100")
     assert len(folds) == 2 * 2 * 2
-    assert [crossval._name(fold) for fold in folds[:3]] == [
+    assert [crossval.name_of(fold) for fold in folds[:3]] == [
         "magnification, repeat 1, fold 1, 40 held out",
         "magnification, repeat 1, fold 2, 40 held out",
         "magnification, repeat 1, fold 3, 100 held out",
