@@ -128,7 +128,8 @@ def test_the_library_of_the_hub_reads_the_front_matter(tmp_path):
     library = pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
     (tmp_path / "README.md").write_text(bundle._readme(card(metrics=measured())), encoding="utf-8")
     found = library.ModelCard.load(tmp_path / "README.md").data
-    assert (found.library_name, found.pipeline_tag) == ("bcd", "image-classification")
+    facts = found.to_dict()
+    assert (facts["library_name"], facts["pipeline_tag"]) == ("bcd", "image-classification")
     assert [(each.metric_type, each.metric_value) for each in found.eval_results] == [
         ("auc", 0.9123),
         ("specificity", 0.5),

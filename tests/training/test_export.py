@@ -14,6 +14,17 @@ from bcd.model import weights
 from bcd.runtime.prepare import DatasetFacts
 from bcd.training import checkpoint, export, train
 
+FACTS = DatasetFacts(
+    data_fingerprint="a" * 64,
+    split_fingerprint="b" * 64,
+    synthetic=False,
+    warnings=[],
+    broken=[],
+    quarantined=[],
+    field_height_px=460,
+    field_width_px=700,
+)
+
 
 def validation(n=400, seed=0, n_patients=30):
     """Logits that are twice too sure, and rows with their classes, drawn from the honest probability."""
@@ -80,24 +91,14 @@ def test_without_an_intact_checkpoint_there_is_no_bundle(monkeypatch):
 
 
 def test_a_card_that_could_not_be_written_is_found_before_the_training():
-    facts = DatasetFacts(
-        data_fingerprint="a" * 64,
-        split_fingerprint="b" * 64,
-        synthetic=False,
-        warnings=[],
-        broken=[],
-        quarantined=[],
-        field_height_px=460,
-        field_width_px=700,
-    )
     rows = validation(4)[1]
     table = rows.append_column(schema.SPLIT.field(schema.PART), pa.array(["train"] * 4))
-    export.require_valid_card(TrainConfig(data="d"), table, facts)
+    export.require_valid_card(TrainConfig(data="d"), table, FACTS)
     fine = table.set_column(
         table.schema.get_field_index(schema.MPP), schema.MPP, pa.array([0.01] * 4, pa.float32())
     )
     with pytest.raises(BundleError, match=r"mpp.0: Input should be greater than or equal to 0.05"):
-        export.require_valid_card(TrainConfig(data="d"), fine, facts)
+        export.require_valid_card(TrainConfig(data="d"), fine, FACTS)
 
 
 def test_a_finished_run_whose_bundle_is_of_another_format_says_why(tmp_path):
@@ -162,17 +163,7 @@ def test_what_timm_states_is_in_settings_and_card_and_flags_win():
     assert train.resolved(found) == found
     plain = TrainConfig(data="d")
     assert train.resolved(plain) is plain
-    facts = DatasetFacts(
-        data_fingerprint="a" * 64,
-        split_fingerprint="b" * 64,
-        synthetic=False,
-        warnings=[],
-        broken=[],
-        quarantined=[],
-        field_height_px=460,
-        field_width_px=700,
-    )
     measured = {schema.EPOCH: 1, export.SCORE: 0.5, "n_validation": 1}
-    known = export._card(found, validation(4)[1], facts, measured)
+    known = export._card(found, validation(4)[1], FACTS, measured)
     assert (known.input_width_px, known.mean, known.weights_license) == (320, (0.5,) * 3, "apache-2.0")
     assert TrainConfig(**known.training) == found

@@ -71,6 +71,8 @@ def run(config: TuneConfig) -> str:
             own.require()
             _write(config, uri, _trials(results, space), judged | {"synthetic": facts.synthetic})
         own.require()
+        # The checkpoints of trials are many times as large as all else.
+        storage.delete_folder(storage.join(uri, RUNS))
         _train_best(config, uri, inspected, held)
         run_directory.finish_run(config, uri, {"seconds": round(time.time() - started, 1)})
     return uri
@@ -263,8 +265,6 @@ def _write(config: TuneConfig, uri: str, trials: list[Trial], judged: Mapping[st
     }
     storage.write_bytes(storage.join(uri, PAGE), found.render_search(trials, facts).encode())
     run_directory.write_json(uri, TRIALS, [trial.model_dump(mode="json") for trial in trials])
-    # Their checkpoints are many times as large as all else.
-    storage.delete_folder(storage.join(uri, RUNS))
 
 
 def _train_best(

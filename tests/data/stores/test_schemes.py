@@ -18,9 +18,9 @@ FILES = {"a.png": b"123", "b/2.png": b"12345", "b/empty.png": b"", ".git/x": b"1
 def memory():
     """URI of a folder in fsspec's memory."""
     client = fsspec.filesystem("memory")
-    client.pipe({f"/root/{path}": content for path, content in FILES.items()})
-    yield "memory://root"
-    client.rm("/root", recursive=True)
+    client.pipe({f"/store/{path}": content for path, content in FILES.items()})
+    yield "memory://store"
+    client.rm("/store", recursive=True)
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def impatient(monkeypatch):
 def test_a_folder_of_another_scheme_is_listed_and_read(memory, tmp_path):
     found = storage.list_folder(f"{memory}/")
     assert [(file.uri, file.size_bytes) for file in found.files] == [
-        ("memory://root/a.png", 3),
-        ("memory://root/b/2.png", 5),
-        ("memory://root/b/empty.png", 0),
+        ("memory://store/a.png", 3),
+        ("memory://store/b/2.png", 5),
+        ("memory://store/b/empty.png", 0),
     ]
     assert found.passed == {"hidden": 1}
     assert storage.read_bytes(f"{memory}/b/2.png") == b"12345"
@@ -70,7 +70,7 @@ def test_nothing_is_written_there(memory):
 def test_a_version_changes_with_the_content(memory):
     first = storage.version(f"{memory}/a.png")
     assert storage.list_files(memory)[0].version == first
-    fsspec.filesystem("memory").pipe("/root/a.png", b"321")
+    fsspec.filesystem("memory").pipe("/store/a.png", b"321")
     assert storage.version(f"{memory}/a.png") != first
     same = {"type": "file", "size": 3, "name": "x"}
     infos = [schemes._facts("x", same | mark) for mark in ({"ETag": "1"}, {"ETag": "2"}, {"ETag": "1"})]
