@@ -50,6 +50,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/installed-dev: pyproject.toml constraints.txt
 	$(new)
 	$(call install,-c constraints.txt -e '.[dev]')
+	$(call install,-c constraints.txt --no-deps --target $(VENV)/openvino openvino)
 	touch $(VENV)/installed $@
 
 clean:  ## remove the environment and what the demo made

@@ -9,12 +9,14 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow.fs
@@ -33,6 +35,9 @@ from tests.hub import Hub
 # Ray reads these when it is imported: the cluster asks for this token, and every client here has it.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less for every training
+
+# Modules of OpenVINO, which cannot be imported twice.
+_openvino: dict[str, ModuleType] = {}
 
 
 class Halves(LoadScopeScheduling):
@@ -122,6 +127,23 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
             monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         yield found
+
+
+@pytest.fixture
+def openvino(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The package, for a test and the processes that it starts.
+
+    It is installed beside the environment, or `--engine auto` would choose it in every other test.
+    """
+    folder = str(Path(sys.prefix) / "openvino")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", folder, prepend=os.pathsep)
+    for name, module in _openvino.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    yield pytest.importorskip("openvino", reason="make env")
+    _openvino.update({name: sys.modules[name] for name in [*sys.modules] if name.startswith("openvino")})
+    for name in _openvino:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,7 @@ CARD: dict[str, Any] = {
 def model_document() -> dict[str, Any]:
     """The body of /v1/model."""
     return {
+        "name": "default",
         "model_id": MODEL_ID,
         "version": VERSION,
         "card": copy.deepcopy(CARD),

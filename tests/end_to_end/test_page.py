@@ -1025,7 +1025,7 @@ def test_the_documentation_works_under_its_policy(page, shot):
     engine = SimpleNamespace(card=card(), model_id="abc")
     with service.serving(service.guarded(engine, token=None)) as url:
         page.goto(f"{url}/docs")
-        sync_api.expect(page.locator(".opblock")).to_have_count(5)
+        sync_api.expect(page.locator(".opblock")).to_have_count(9)
         page.locator(".opblock-summary").first.click()
         sync_api.expect(page.get_by_text("One image (PNG, JPEG or TIFF) as raw body")).to_be_visible()
         shot()

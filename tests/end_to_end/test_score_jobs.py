@@ -24,6 +24,7 @@ import pytest
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+import bcd
 from bcd import lease, schema, storage
 from bcd.config.scoring import ScoreConfig
 from bcd.data.archive import list_inputs
@@ -140,6 +141,7 @@ LINES = (
     r"[\d.]+ rows/s \(headspace (not measured|[\d.]+), images from .*\)",
     r"  [a-z_]+: [\d,]+",
     r"  the model has no statistics to identify images unlike its training data",
+    r"  drift of the stain: not known, because the model has no data on it",
     r"(table|gallery|summary): +s3://.*",
 )
 
@@ -473,3 +475,18 @@ def test_a_model_and_fields_of_the_hub_are_scored_as_on_a_disk(cluster, model_ur
     disk, ours = (table(tmp_path / name).drop_columns([schema.URI]) for name in ("disk", "hub"))
     assert ours.column(schema.LOGIT).to_pylist() == disk.column(schema.LOGIT).to_pylist()
     assert ours.column(schema.SHA256).to_pylist() == disk.column(schema.SHA256).to_pylist()
+
+
+@pytest.mark.parametrize("job", ["score", pytest.param("evaluate", marks=pytest.mark.trial)])
+def test_openvino_gives_a_row_what_it_gives_in_python(openvino, cluster, tree, model_uri, tmp_path, job):
+    """Wherever a batch ends, and in whichever process: a service asks the same class."""
+    data = ("--input" if job == "score" else "--data", tree, "--output", str(tmp_path / job))
+    finished(start_job(f"jobs/{job}.py", "--model", model_uri, *data, "--engine", "openvino"))
+    rows = table(tmp_path / job)
+    assert set(rows[schema.ENGINE].to_pylist()) == {"openvino"}
+    contents = [storage.read_bytes(uri) for uri in rows[schema.URI].to_pylist()]
+    expected = bcd.load(model_uri, engine="openvino").predict_files(contents)
+    np.testing.assert_allclose(rows[schema.LOGIT].to_pylist(), expected.logit, atol=1e-6)
+    np.testing.assert_allclose(
+        rows[schema.EVIDENCE].to_pylist(), expected.evidence.reshape(len(rows), -1), atol=1e-6
+    )

@@ -252,8 +252,7 @@ def test_a_row_says_which_bytes_it_is_of_and_what_computed_it(scorer, model_uri,
     assert half[schema.PRECISION].to_pylist() == ["bfloat16"]
 
 
-def test_rows_of_openvino_name_it_and_have_the_numbers_of_torch(scorer, model_uri, tmp_path):
-    pytest.importorskip("openvino", reason="pip install 'openvino>=2026.4,<2027'")
+def test_rows_of_openvino_name_it_and_have_the_numbers_of_torch(openvino, scorer, model_uri, tmp_path):
     table = reading(tmp_path, {"a.png": pictures.encode(pictures.gradient()), "b.png": b"broken"})
     found = Scores(settings(model_uri, engine="openvino", batch_size=4))(table)
     assert found[schema.ENGINE].to_pylist() == ["openvino"] * 2

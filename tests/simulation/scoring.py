@@ -103,6 +103,7 @@ class Scoring(Jobs):
             patch.setattr(bundle, "identify", lambda *_: "abc")
             patch.setattr(bundle, "read_same", lambda *_: CARD)
             patch.setattr(cluster, "connect", lambda: None)
+            patch.setattr(cluster, "total_resources", lambda: {"CPU": 2.0, "GPU": 0.0})
             patch.setattr(predict, "one_model", lambda settings: nullcontext())
             patch.setattr(inspection, "checked", lambda rows, check: check(rows))
             patch.setattr(score, "_score", self.score_rows)

@@ -28,7 +28,9 @@ PREDICTED = [
     *(schema.IMAGE_ID, schema.URI, schema.PATIENT, schema.SLIDE, schema.X_LEVEL0_PX, schema.Y_LEVEL0_PX),
     *(schema.MPP, schema.PROBABILITY_MALIGNANT, schema.PREDICTED_CLASS, schema.NOVELTY),
 ]
-TRUTH = [schema.IMAGE_ID, schema.CASE, schema.TUMOR_CLASS, schema.SUBTYPE, schema.MAGNIFICATION]
+TRUTH = [
+    *(schema.IMAGE_ID, schema.CASE, schema.SITE, schema.TUMOR_CLASS, schema.SUBTYPE, schema.MAGNIFICATION)
+]
 JUDGED = [aggregate.MARGIN, aggregate.CORRECT]
 
 
@@ -63,7 +65,8 @@ def _scored(uri: str) -> pd.DataFrame:
     # Integers stay integers, beside missing ones.
     images = table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
     if job != output.SCORE:
-        known = storage.read_table(storage.join(uri, end), [*TRUTH, *JUDGED]).to_pandas()
+        # Runs of earlier versions have no sites.
+        known = storage.read_table(storage.join(uri, end)).to_pandas().reindex(columns=[*TRUTH, *JUDGED])
         return images.merge(known, on=schema.IMAGE_ID, validate="one_to_one")
     summary = json.loads(storage.read_bytes(storage.join(uri, SUMMARY)))
     if "pseudonyms" in summary:

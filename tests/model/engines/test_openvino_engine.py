@@ -13,7 +13,7 @@ from bcd.model.networks.ensemble import Ensemble
 from tests.model.recipes.test_reference import MACENKO
 from tests.model.test_bundle import card, statistics, untrained
 
-library = pytest.importorskip("openvino", reason="pip install 'openvino>=2026.4,<2027'")
+pytestmark = pytest.mark.usefixtures("openvino")
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (3, 64, 96, 3), np.uint8)
 
@@ -65,8 +65,8 @@ def test_every_kind_of_model_is_that_of_torch(made, network, tmp_path):
     require_equal(other.predict(IMAGES), plain.predict(IMAGES))
 
 
-def test_bfloat16_is_within_its_tolerance(uri):
-    if "BF16" not in library.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+def test_bfloat16_is_within_its_tolerance(openvino, uri):
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bfloat16")
     expected = predictor.load(uri, "cpu").predict(IMAGES)
     loaded = predictor.load(uri, "cpu", "bfloat16", engine="openvino")

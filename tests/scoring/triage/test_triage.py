@@ -52,6 +52,7 @@ def evaluated(tmp_path):
     storage.write_table(f"{uri}/predictions/part-0.parquet", table)
     truth = pd.DataFrame(IMAGES, columns=[schema.IMAGE_ID, schema.TUMOR_CLASS, schema.SUBTYPE, "p"])
     truth = truth.assign(**{schema.MAGNIFICATION: [40, 100, None, 40, 40], schema.CASE: "14-1"})
+    truth[schema.SITE] = "north"
     images = aggregate.image_table(table.to_pandas().merge(truth, on=schema.IMAGE_ID), 0.5)
     storage.write_table(f"{uri}/test_images.parquet", pa.Table.from_pandas(images, preserve_index=False))
     return uri
@@ -112,7 +113,15 @@ def test_corrected_labels_are_data_to_train_on(evaluated, tmp_path):
     ]
     assert table[schema.URI].to_pylist()[0] == str(tmp_path / "in/=a.png")
     assert table[schema.MAGNIFICATION].to_pylist() == [40, 100, 40, 40]
+    assert set(table[schema.SITE].to_pylist()) == {"north"}
     np.testing.assert_allclose(table[schema.MPP].to_numpy(), 0.49)
+
+
+def test_an_evaluation_of_a_version_without_sites_is_read(evaluated, tmp_path):
+    images = f"{evaluated}/test_images.parquet"
+    storage.write_table(images, storage.read_table(images).drop_columns([schema.SITE]))
+    triage.run(TriageConfig(scores=evaluated, output=str(tmp_path / "t")))
+    assert set(read_sheet(tmp_path / "t")[schema.SITE]) == {""}
 
 
 def test_of_an_archive_only_what_a_person_labelled(archive, tmp_path, caplog):

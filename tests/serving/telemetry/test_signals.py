@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from pathlib import Path
 
 import httpx
@@ -28,14 +29,22 @@ class Recorder:
     """A `signals.Record` that keeps everything."""
 
     def __init__(self):
-        self.kept = []
+        self.kept, self.more = [], threading.Condition()
 
     def __call__(self, signal, value=1.0, /, **labels):
         assert labels.keys() | {"model"} >= set(signal.labels) >= labels.keys()
-        self.kept.append((signal, value, labels))
+        with self.more:
+            self.kept.append((signal, value, labels))
+            self.more.notify_all()
 
     def of(self, signal):
         return [(value, *labels.values()) for kept, value, labels in self.kept if kept is signal]
+
+    def requests(self, count):
+        """What was recorded of `count` requests. A request is counted after its caller has the answer."""
+        with self.more:
+            assert self.more.wait_for(lambda: len(self.of(signals.REQUEST_SECONDS)) >= count, 30)
+        return self.of(signals.REQUESTS)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +86,7 @@ def test_requests_are_counted_by_route_status_and_code(client, recorder):
     client.get("/v1/model", headers={"Authorization": "Bearer wrong"})
     client.get("/healthz")
     client.get("/v1/models/default")
-    assert recorder.of(signals.REQUESTS) == [
+    assert recorder.requests(6) == [
         (1.0, "/v1/predict", "200", "none"),
         (1.0, "/v1/predict", "422", "empty"),
         (1.0, "/v1/predict", "422", "unknown_option"),
@@ -101,9 +110,10 @@ def test_what_a_caller_chose_is_in_no_label(client, recorder):
     client.post("/v1/predict", files={"file": (name, FIELD)})
     client.post("/v1/predict/batch", files=[("files", (name, FIELD)), ("files", (name, b"text"))])
     client.post(f"/v1/predict?{PATIENT}={PATIENT}", content=FIELD)
+    counted = {row[1] for row in recorder.requests(13)}
     said = {text for _, _, labels in recorder.kept for text in labels.values()}
     assert not [text for text in said if "1950" in text or TOKEN in text]
-    assert {row[1] for row in recorder.of(signals.REQUESTS)} == {
+    assert counted == {
         *("another address", "/v1/models/NAME", "/v1/models/NAME/predict", "/page/", "/v1/slides/"),
         *("/v1/view/pixels/", "/v1/predict", "/v1/predict/batch"),
     }

@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ from bcd.taxonomy import VALIDATION
 from bcd.training.tuning import tune
 from bcd.training.tuning.space import Values
 from bcd.training.tuning.trials import RECORDED
-from tests.cluster import wait_for
+from tests.cluster import PATIENCE_S, finished, start_job, wait_for
 
 SPACE = {"dropout": Values(uniform=(0.0, 0.5))}
 
@@ -110,26 +109,23 @@ def test_optuna_is_asked_for_where_it_is_missing(monkeypatch):
 def search(tree, output, space, *flags):
     """A search in a process of its own."""
     small = ["--architecture", "resnet18", "--weights", "none", "--input-height-px", "32"]
-    small += ["--input-width-px", "48", "--epochs", "2", "--num-workers", "1", "--trials", "8"]
-    command = [sys.executable, "jobs/tune.py", "--data", tree, "--output", output, "--space", space]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, *small, *flags], **output)
+    small += ["--input-width-px", "48", "--num-workers", "1"]
+    return start_job("jobs/tune.py", "--data", tree, "--output", output, "--space", space, *small, *flags)
 
 
 @pytest.mark.ray
-@pytest.mark.trial
-def test_a_killed_search_goes_on_and_its_best_is_an_ordinary_run(tree, tmp_path):
+@pytest.mark.parametrize(("n_trials", "epochs"), [(2, 1), pytest.param(8, 2, marks=pytest.mark.trial)])
+def test_a_killed_search_resumes_and_its_best_is_an_ordinary_run(cluster, tree, tmp_path, n_trials, epochs):
     (tmp_path / "space.yaml").write_text("learning_rate: {loguniform: [1.0e-5, 1.0e-2]}\n")
-    job = search(tree, str(tmp_path), str(tmp_path / "space.yaml"))
+    size = ("--trials", str(n_trials), "--epochs", str(epochs))
+    job = search(tree, str(tmp_path), str(tmp_path / "space.yaml"), *size)
     uri = tmp_path / "tune"
-    wait_for(lambda: len([*uri.glob("trials/*/checkpoints")]) == 2, 300, "a second trial")
+    wait_for(lambda: len([*uri.glob("trials/*/checkpoints")]) == 2, PATIENCE_S, "a second trial")
     os.kill(job.pid, signal.SIGKILL)
     job.communicate()
-    again = search(tree, str(tmp_path), str(tmp_path / "space.yaml"), "--wait")
-    log, _ = again.communicate(timeout=1800)
-    assert again.returncode == 0, log
+    finished(search(tree, str(tmp_path), str(tmp_path / "space.yaml"), "--wait", *size))
     trials = read_json(str(uri), "trials.json")
-    assert [trial["number"] for trial in trials] == [*range(1, 9)]
+    assert [trial["number"] for trial in trials] == [*range(1, n_trials + 1)]
     assert all(1e-5 <= trial["settings"]["learning_rate"] <= 1e-2 for trial in trials)
     best = max(trials, key=lambda trial: max(record["selection"] for record in trial["epochs"]))
     config = read_json(str(uri / "best"), "config.json")
