@@ -3,6 +3,7 @@
 However a job was disturbed, the table is that of an undisturbed run, each row once.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -36,6 +37,7 @@ from bcd.scoring import score, tiling
 from tests import archives, faults, pictures, policies, slide_files
 from tests.cluster import (
     PATIENCE_S,
+    ROOT,
     finish,
     finished,
     kill,
@@ -460,28 +462,30 @@ def test_regions_and_overlap_on_a_cluster(joined, model_uri, tmp_path):
     assert (tmp_path / "out/slides/s.tif/tissue.geojson").exists()
 
 
-def test_a_model_and_fields_of_the_hub_are_scored_as_on_a_disk(cluster, model_uri, hub, tmp_path):
+def test_a_model_and_fields_of_the_hub_are_scored_as_files_are(cluster, model_uri, hub, tmp_path):
     """Every process of the job reads the commit that the job found at its start."""
     pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
     fields = {f"{name}.png": pictures.encode(pictures.gradient(46, 70 + i)) for i, name in enumerate("ab")}
-    (tmp_path / "fields").mkdir()
-    for name, content in fields.items():
-        (tmp_path / "fields" / name).write_bytes(content)
     commit = hub.put("owner/model", {path.name: path.read_bytes() for path in Path(model_uri).iterdir()})
     hub.put("owner/fields", fields, kind="datasets")
-    finished(start(model_uri, str(tmp_path / "fields"), tmp_path / "disk"))
     finished(start("hf://owner/model", "hf://datasets/owner/fields", tmp_path / "hub", **hub.variables))
     assert read_json(str(tmp_path / "hub" / "summary.json"))["model"] == f"hf://owner/model@{commit}"
-    disk, ours = (table(tmp_path / name).drop_columns([schema.URI]) for name in ("disk", "hub"))
-    assert ours.column(schema.LOGIT).to_pylist() == disk.column(schema.LOGIT).to_pylist()
-    assert ours.column(schema.SHA256).to_pylist() == disk.column(schema.SHA256).to_pylist()
+    rows = table(tmp_path / "hub")
+    assert rows[schema.IMAGE_ID].to_pylist() == [*fields]
+    assert rows[schema.SHA256].to_pylist() == [hashlib.sha256(each).hexdigest() for each in fields.values()]
+    expected = bcd.load(model_uri).predict_files([*fields.values()])
+    np.testing.assert_allclose(rows[schema.LOGIT].to_pylist(), expected.logit, atol=1e-6)
 
 
 @pytest.mark.parametrize("job", ["score", pytest.param("evaluate", marks=pytest.mark.trial)])
 def test_openvino_gives_a_row_what_it_gives_in_python(openvino, cluster, tree, model_uri, tmp_path, job):
     """Wherever a batch ends, and in whichever process: a service asks the same class."""
     data = ("--input" if job == "score" else "--data", tree, "--output", str(tmp_path / job))
-    finished(start_job(f"jobs/{job}.py", "--model", model_uri, *data, "--engine", "openvino"))
+    paths = os.pathsep.join([str(Path(openvino.__file__).parents[1]), str(ROOT)])
+    # As where every node has the package.
+    nodes = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": {"PYTHONPATH": paths}}})}
+    arguments = ("--model", model_uri, *data, "--engine", "openvino")
+    finished(start_job(f"jobs/{job}.py", *arguments, **nodes))
     rows = table(tmp_path / job)
     assert set(rows[schema.ENGINE].to_pylist()) == {"openvino"}
     contents = [storage.read_bytes(uri) for uri in rows[schema.URI].to_pylist()]

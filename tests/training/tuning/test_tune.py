@@ -114,10 +114,10 @@ def search(tree, output, space, *flags):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("n_trials", "epochs"), [(2, 1), pytest.param(8, 2, marks=pytest.mark.trial)])
-def test_a_killed_search_resumes_and_its_best_is_an_ordinary_run(cluster, tree, tmp_path, n_trials, epochs):
+@pytest.mark.trial
+def test_a_killed_search_resumes_and_its_best_is_an_ordinary_run(cluster, tree, tmp_path):
     (tmp_path / "space.yaml").write_text("learning_rate: {loguniform: [1.0e-5, 1.0e-2]}\n")
-    size = ("--trials", str(n_trials), "--epochs", str(epochs))
+    size = ("--trials", "8", "--epochs", "2")
     job = search(tree, str(tmp_path), str(tmp_path / "space.yaml"), *size)
     uri = tmp_path / "tune"
     wait_for(lambda: len([*uri.glob("trials/*/checkpoints")]) == 2, PATIENCE_S, "a second trial")
@@ -125,14 +125,15 @@ def test_a_killed_search_resumes_and_its_best_is_an_ordinary_run(cluster, tree, 
     job.communicate()
     finished(search(tree, str(tmp_path), str(tmp_path / "space.yaml"), "--wait", *size))
     trials = read_json(str(uri), "trials.json")
-    assert [trial["number"] for trial in trials] == [*range(1, n_trials + 1)]
+    assert [trial["number"] for trial in trials] == [*range(1, 9)]
     assert all(1e-5 <= trial["settings"]["learning_rate"] <= 1e-2 for trial in trials)
     best = max(trials, key=lambda trial: max(record["selection"] for record in trial["epochs"]))
     config = read_json(str(uri / "best"), "config.json")
     assert config["learning_rate"] == best["settings"]["learning_rate"]
     history = read_json(str(uri / "best"), "history.json")
     for one, other in zip(history, best["epochs"], strict=True):
-        assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
+        # Of equal settings; blocks of the first pass may overtake each other.
+        assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=0.02)
     assert (uri / "best/report.html").exists()
     assert not (uri / "trials").exists()
     assert "Trial" in (uri / "tuning.html").read_text()
