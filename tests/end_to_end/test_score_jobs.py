@@ -484,7 +484,14 @@ def test_openvino_gives_a_row_what_it_gives_in_python(openvino, cluster, tree, m
     paths = os.pathsep.join([str(Path(openvino.__file__).parents[1]), str(ROOT)])
     # As where every node has the package.
     nodes = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": {"PYTHONPATH": paths}}})}
-    arguments = ("--model", model_uri, *data, "--engine", "openvino")
+    arguments = (
+        "--model",
+        model_uri,
+        *data,
+        "--engine",
+        "openvino",
+        *(["--force"] if job == "evaluate" else ()),
+    )
     finished(start_job(f"jobs/{job}.py", *arguments, **nodes))
     rows = table(tmp_path / job)
     assert set(rows[schema.ENGINE].to_pylist()) == {"openvino"}
