@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
+import scipy
 from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.spatial import KDTree
 
 from bcd.taxonomy import BENIGN, MAGNIFICATIONS, MALIGNANT, SUBTYPES
 
@@ -370,7 +370,7 @@ def _scatter(rng: Generator, corner: complex, spacing: float) -> Points:
 
 def _apart(points: Points, spacing: float) -> Points:
     """The points that are at least `spacing` from all points kept before them."""
-    tree = KDTree(np.stack([points.real, points.imag], axis=-1))
+    tree = scipy.spatial.KDTree(np.stack([points.real, points.imag], axis=-1))
     keep = np.ones(len(points), bool)
     for first, second in sorted(tree.query_pairs(spacing)):
         keep[second] &= not keep[first]

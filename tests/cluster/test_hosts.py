@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from bcd import storage
@@ -18,7 +19,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.trial]
 def test_two_hosts_train_the_same_model_as_one(hosts, training, bucket, real_data, request):
     """Done when 1: every epoch is one step of all rows, so that both see the same global batch.
 
-    From trained weights: at random ones float32 alone, on one host, moves the gradient by two percent.
+    The first loss is of the same weights, the second of those after one step; then rounding grows. From
+    trained weights: at random ones float32 alone, on one host, moves the gradient by two percent.
     """
     weights = f"{bucket}/weights.safetensors"
     storage.write_bytes(weights, (real_data / "weights/resnet50_imagenet.safetensors").read_bytes())
@@ -45,11 +47,15 @@ def test_two_hosts_train_the_same_model_as_one(hosts, training, bucket, real_dat
         [1] * EPOCHS,
         [2] * EPOCHS,
     ]
-    for one, two in zip(*histories, strict=True):
-        assert one["class_counts"] == two["class_counts"]
-        assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-3)
-        assert two["validation_loss"] == pytest.approx(one["validation_loss"], abs=1e-3)
-    losses = [record["train_loss"] for record in histories[0]]
+    counts, losses, validation = (
+        [[record[name] for record in history] for history in histories]
+        for name in ("class_counts", "train_loss", "validation_loss")
+    )
+    assert counts[0] == counts[1]
+    apart = np.abs(np.subtract(*losses))
+    assert (apart < (1e-5, 1e-4, *(EPOCHS - 2) * [5e-3])).all(), losses
+    assert validation[1] == pytest.approx(validation[0], abs=5e-3)
+    losses = losses[0]
     assert max(losses) - min(losses) > 0.05  # it learnt: equal losses say something
 
 

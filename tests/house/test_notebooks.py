@@ -55,19 +55,17 @@ def test_calls_have_the_settings_of_the_jobs(place):
 
 @pytest.mark.ray
 def test_notebooks_run_one_after_the_other(cluster, tmp_path, monkeypatch):
-    """In kernels, processes of their own, which join the cluster of the tests."""
+    """In one kernel, a process of its own, which joins the cluster of the tests: of two each would start
+    processes of Ray."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # of which jupyter_core warns
-    texts = {}
-    for name in ORDER:
-        notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-        client = nbclient.NotebookClient(
-            notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-        )
-        client.execute()
-        texts[name] = json.dumps(notebook)
+    notebooks = {name: nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4) for name in ORDER}
+    whole = nbformat.v4.new_notebook(cells=[cell for each in notebooks.values() for cell in each.cells])
+    place = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(whole, timeout=600, kernel_name="python3", resources=place).execute()
+    texts = {name: json.dumps(each) for name, each in notebooks.items()}
     assert "JobResult(uri=" in texts["train"]
     assert "'n_errors': 1" in texts["score"]
     assert "no model bundle there" in texts["score"]
