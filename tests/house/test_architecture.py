@@ -1,6 +1,7 @@
 """The rules of the house, held by reading the code's own syntax trees. Each test lists all offenders."""
 
 import ast
+import importlib.util
 import json
 import subprocess
 import sys
@@ -318,6 +319,11 @@ def test_importing_starts_writes_and_downloads_nothing(imported):
     done, folder = imported
     assert done.returncode == 0
     assert not list(folder.iterdir())
+
+
+def test_no_package_of_development_slows_every_process_of_ray():
+    """Ray imports jsonschema, and that this grammar where it is installed: 1.6 s of CPU."""
+    assert importlib.util.find_spec("rfc3987_syntax") is None
 
 
 @pytest.mark.process

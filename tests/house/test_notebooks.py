@@ -62,7 +62,11 @@ def test_notebooks_run_one_after_the_other(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # of which jupyter_core warns
     notebooks = {name: nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4) for name in ORDER}
-    whole = nbformat.v4.new_notebook(cells=[cell for each in notebooks.values() for cell in each.cells])
+    whole = nbformat.v4.new_notebook()
+    for name, each in notebooks.items():
+        for cell in each.cells:
+            cell.id = f"{name}-{cell.id}"
+            whole.cells.append(cell)
     place = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(whole, timeout=600, kernel_name="python3", resources=place).execute()
     texts = {name: json.dumps(each) for name, each in notebooks.items()}
