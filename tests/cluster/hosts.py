@@ -28,8 +28,9 @@ BUCKET = "s3://hosts"
 IMPATIENT = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000"}
 # How a host is lost: the cable is pulled, or Ray's own process there is killed.
 LOSSES = ("cut", "raylet")
-# Of the block that is set aside for tests of networks, so that nobody's own network is hidden.
-NETWORK = "198.18.0"
+# Each network has the next number. Of the block that is set aside for tests of networks, so that nobody's own
+# network is hidden.
+NETWORKS = (f"198.18.{number}" for number in range(256))
 # Processes of the jobs, by their titles.
 SCORER, TRAINER = "ray::MapWorker(MapBatches(Scorer)", "ray::RayTrainWorker"
 GCS_PORT, DASHBOARD_PORT, S3_PORT = 6379, 8265, 5000
@@ -157,19 +158,21 @@ class Host:
 @contextmanager
 def network(names: Sequence[str]) -> Iterator[dict[str, Host]]:
     """A host for each name; the test itself is on the network, too. All is removed in the end."""
-    prefix = f"bcd{os.getpid()}"
+    address = next(NETWORKS)
+    # A link's name has 15 letters at most.
+    prefix = f"bcd{os.getpid():x}{address.rpartition('.')[2]}"
     with ExitStack() as stack:
         bridge = f"{prefix}br"
         _ip(f"link add {bridge} type bridge")
         stack.callback(_ip, f"link del {bridge}")
-        _ip(f"addr add {NETWORK}.1/24 dev {bridge}")
+        _ip(f"addr add {address}.1/24 dev {bridge}")
         _ip(f"link set {bridge} up")
         found = {}
         for number, name in enumerate(names, start=2):
             # Short, because the paths of Ray's sockets may have 107 characters only.
             folder = Path(tempfile.mkdtemp(prefix="bcd-", dir="/tmp"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            host = Host(f"{prefix}{name}", f"{NETWORK}.{number}", folder)
+            host = Host(f"{prefix}{name}", f"{address}.{number}", folder)
             _ip(f"netns add {host.name}")
             stack.callback(_ip, f"netns del {host.name}")
             stack.callback(host.lose)

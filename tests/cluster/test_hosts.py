@@ -104,6 +104,7 @@ def test_training_continues_without_a_lost_host(loss, both, training):
     epochs = 4 * EPOCHS
     job = training("--num-workers", "1-3", epochs=epochs)
     wait_for_epoch(both.client, job.id, job.output, 1)
+    job.wait_for_work_on(both.one, both.two, of=TRAINER)
     both.lose(loss)
     job.succeed()
     check_whole(job.output, epochs)
