@@ -99,9 +99,9 @@ def test_a_host_that_joins_takes_part_in_scoring(undisturbed, one_more, hosts, s
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_training_continues_without_a_lost_host(loss, both, training):
-    """Done when 2: with whole metrics, and at most the running epoch lost. An epoch takes a few seconds, and
-    so does Ray until it notices the loss."""
-    epochs = 4 * EPOCHS
+    """Done when 2: with whole metrics, and at most the running epoch lost. An epoch takes a second, and Ray
+    fifteen until it notices the loss."""
+    epochs = 10 * EPOCHS
     job = training("--num-workers", "1-3", epochs=epochs)
     wait_for_epoch(both.client, job.id, job.output, 1)
     job.wait_for_work_on(both.one, both.two, of=TRAINER)
