@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+# In answers and files; pages and reports have the same words in their templates.
+RESEARCH_ONLY = "Research use only. Not a medical device, and not for diagnosis."
 # Characters that are markup somewhere in Markdown. Backslashes only where every renderer knows them, else
 # entities: Python-Markdown would pass `\<script>` on as HTML.
 _MARKUP = str.maketrans(

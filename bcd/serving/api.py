@@ -26,7 +26,6 @@ from bcd.model.card import Card
 from bcd.model.predictor import Prediction
 from bcd.serving import front, slide_jobs, upload
 from bcd.serving.documents import (
-    NOTICE,
     Answer,
     BatchAnswer,
     BatchItem,
@@ -51,6 +50,7 @@ from bcd.serving.receive import MODELS, SLIDES, Limits, RefusedError, require_na
 from bcd.serving.slide_jobs import SlideJobs
 from bcd.serving.telemetry import signals
 from bcd.taxonomy import MAX_MPP, MIN_MPP
+from bcd.text import RESEARCH_ONLY
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def create_app(
         redirect_slashes=False,
         title="bcd",
         version=provenance.own_version(),
-        description=f"Breast-histopathology fields of view: probability and evidence. **{NOTICE}**",
+        description=f"Breast-histopathology fields of view: probability and evidence. **{RESEARCH_ONLY}**",
         openapi_tags=explained.TAGS,
         generate_unique_id_function=lambda route: route.name,
     )

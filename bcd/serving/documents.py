@@ -18,8 +18,8 @@ from bcd.model.card import Card
 from bcd.model.predictor import Prediction
 from bcd.reports import overlay
 from bcd.taxonomy import MAX_MPP, MIN_MPP
+from bcd.text import RESEARCH_ONLY
 
-NOTICE = "Research use only. Not a medical device, and not for diagnosis."
 # Longest side of the image for browsers that cannot decode the file.
 PREVIEW_PX = 1024
 
@@ -125,7 +125,7 @@ class Answer(BaseModel):
     sha256: str
     model_id: str
     version: str
-    notice: str = NOTICE
+    notice: str = RESEARCH_ONLY
 
 
 class BatchItem(BaseModel):
@@ -176,7 +176,7 @@ class ModelDocument(BaseModel):
     card: Card
     limits: dict[str, int]
     overlay: Scale = Scale()
-    notice: str = NOTICE
+    notice: str = RESEARCH_ONLY
 
 
 class Health(BaseModel):

@@ -143,7 +143,7 @@ LINES = (
     r"[\d.]+ rows/s \(headspace (not measured|[\d.]+), images from .*\)",
     r"  [a-z_]+: [\d,]+",
     r"  the model has no statistics to identify images unlike its training data",
-    r"  drift of the stain: not known, because the model has no data on it",
+    r"  drift of the stain: not known, because the card has no stain statistics",
     r"(table|gallery|summary): +s3://.*",
 )
 

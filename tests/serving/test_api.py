@@ -19,7 +19,7 @@ from bcd.model import novelty, predictor, weights
 from bcd.model.card import Card
 from bcd.reports import overlay
 from bcd.serving import front, receive
-from bcd.serving.documents import NOTICE
+from bcd.text import RESEARCH_ONLY
 from tests import archives, pictures
 from tests.cluster import BIN
 from tests.model.test_bundle import card, untrained
@@ -84,7 +84,7 @@ def test_the_answer_is_what_the_bundle_says(client, loaded):
     assert (answer["width_px"], answer["height_px"]) == (200, 92)
     assert answer["novelty"] == pytest.approx(float(expected.novelty[0]), rel=1e-5)
     assert (answer["warnings"], answer["overlay_png"], answer["preview_png"]) == ([], None, None)
-    assert (answer["model_id"], answer["notice"]) == (loaded.model_id, NOTICE)
+    assert (answer["model_id"], answer["notice"]) == (loaded.model_id, RESEARCH_ONLY)
     assert answer["sha256"] == hashlib.sha256(FIELD).hexdigest()
 
 

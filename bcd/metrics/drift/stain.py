@@ -80,7 +80,7 @@ def measure_drift(
     found: dict[str, Any] = dict.fromkeys(("p_value", "statistic", "degrees", "density", "training_density"))
     found |= {"is_found": False, "observed": dict(kinds), "n_training_patients": None}
     if training is None:
-        return found | {"sentence": "drift of the stain: not known, because the model has no data on it"}
+        return found | {"sentence": "drift of the stain: not known, because the card has no stain statistics"}
     found["n_training_patients"] = training.n_patients
     seen = listed([counted(n, kind) for kind, n in kinds.items()]) or "nothing with tissue"
     beside = f"{seen}, beside {counted(training.n_patients, 'patient')} of the training"

@@ -17,7 +17,7 @@ from bcd.imaging import image
 from bcd.model import predictor, resnet
 from bcd.model.card import Card
 from bcd.model.predictor import Predictor
-from bcd.text import size
+from bcd.text import RESEARCH_ONLY, size
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ OUTPUTS = (schema.LOGIT, schema.EMBEDDING, schema.EVIDENCE, schema.EVIDENCE_BIAS
 MOST_DIFFERENCE = 1e-4
 # A file of protobuf has less than 2 GiB; a part is for the graph.
 MOST_BYTES = 2**31 - 2**24
-RESEARCH_ONLY = "Research use only; not a medical device."
 
 
 def run(config: ExportConfig) -> str:

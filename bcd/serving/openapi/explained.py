@@ -7,6 +7,8 @@ The examples have no nulls: FastAPI leaves them out of the document.
 from collections.abc import Iterable
 from typing import Any
 
+from bcd.text import RESEARCH_ONLY
+
 PREDICT, MODELS, SLIDES, HEALTH = "predictions", "models", "slides", "health"
 TAGS = [
     {"name": PREDICT, "description": "Fields of view: probability, evidence and novelty."},
@@ -80,7 +82,7 @@ SENT_SLIDE = (
     *("no_archive", "no_room", "unavailable"),
 )
 
-MODEL_ID, NOTICE = "1c4c1301a22a0192", "Research use only. Not a medical device, and not for diagnosis."
+MODEL_ID = "1c4c1301a22a0192"
 ANSWER = {
     "predicted_class": "benign",
     "probability_malignant": 0.273,
@@ -105,7 +107,7 @@ ANSWER = {
     "sha256": "f9b2" + 60 * "0",
     "model_id": MODEL_ID,
     "version": "0.2.0",
-    "notice": NOTICE,
+    "notice": RESEARCH_ONLY,
 }
 BATCH = {
     "results": [
@@ -144,7 +146,7 @@ MODEL = {
         "git_commit": "97ffc04",
     },
     "limits": {"max_body_bytes": 33554432, "max_images": 16, "max_pixels": 64000000},
-    "notice": NOTICE,
+    "notice": RESEARCH_ONLY,
 }
 SLIDE = {
     "id": "0123456789abcdef0123456789abcdef",

@@ -9,6 +9,7 @@ from bcd.config.signing import ExportConfig
 from bcd.errors import BundleError, ConfigError
 from bcd.model import predictor, weights
 from bcd.model.published import onnx_file
+from bcd.text import RESEARCH_ONLY
 from tests.model.recipes.test_reference import MACENKO
 from tests.model.test_bundle import card, untrained
 
@@ -67,7 +68,7 @@ def test_it_states_what_its_user_has_to_know(folder, loaded):
     assert json.loads(facts["mean"]) == list(loaded.card.mean)
     assert (facts["input_height_px"], facts["input_width_px"], facts["threshold"]) == ("64", "96", "0.4")
     assert facts["license"] == "cc-by-4.0"
-    assert facts["use"] == model.doc_string == onnx_file.RESEARCH_ONLY
+    assert facts["use"] == model.doc_string == RESEARCH_ONLY
     size = [side.dim_param or side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim]
     assert size == ["n", 3, 64, 96]
 
