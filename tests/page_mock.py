@@ -24,9 +24,9 @@ from fastapi.staticfiles import StaticFiles
 
 from bcd.imaging import image
 from bcd.reports import overlay
+from bcd.text import RESEARCH_ONLY
 from tests.cluster import free_port, wait_for
 
-NOTICE = "Research use only. Not a medical device, and not for diagnosis."
 VERSION, MODEL_ID = "0.2.0", "9f2c4e81a07b35d6"
 INPUT_HEIGHT_PX, INPUT_WIDTH_PX = 224, 336
 BIAS, CUTOFF = -0.12, 1.4
@@ -97,7 +97,7 @@ def model_document() -> dict[str, Any]:
             "opacity": overlay.OPACITY,
             "contrast": overlay.CONTRAST,
         },
-        "notice": NOTICE,
+        "notice": RESEARCH_ONLY,
     }
 
 
@@ -154,7 +154,7 @@ def document(content: bytes, with_overlay: bool, with_preview: bool) -> dict[str
         "preview_png": _png(image.shrink(pixels, 1024, 1024)) if with_preview else None,
         "model_id": MODEL_ID,
         "version": VERSION,
-        "notice": NOTICE,
+        "notice": RESEARCH_ONLY,
     }
 
 

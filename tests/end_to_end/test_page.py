@@ -243,7 +243,9 @@ def head(page: Page, name: str) -> Any:
 def test_the_page_names_the_model_and_what_it_is_for(page: Page, page_url: str, shot: Any) -> None:
     about = get_json(f"{page_url}/v1/model")
     visit(page, page_url)
-    expect(page.get_by_text("Research use only. Not a medical device, not for diagnosis.")).to_be_visible()
+    expect(
+        page.get_by_text("Research use only. Not a medical device, and not for diagnosis.")
+    ).to_be_visible()
     expect(page.locator("#facts")).to_contain_text(about["model_id"])
     expect(page.locator("#facts")).to_contain_text(about["version"])
     for magnification in about["card"]["magnifications"]:
