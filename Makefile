@@ -10,6 +10,9 @@ install = ($(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python $(1
 # Modules are compiled once, when they are first imported, and not by each of the processes that Ray starts.
 unexport PYTHONDONTWRITEBYTECODE
 
+# A test that hangs costs its process and fails, with the place where each of its threads was.
+HANGS := -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
+
 .PHONY: demo check pure test test-all lint docs env requirements clean
 
 demo: $(VENV)/installed  ## generate synthetic images, train on them, evaluate, show where the report is
@@ -22,7 +25,7 @@ pure: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not process and not ray and not browser and not trial'
 
 test: $(VENV)/installed-dev lint  ## lint, types, and the tests that people run
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=25
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(HANGS) --durations=25
 
 test-all: $(VENV)/installed-dev lint  ## everything, the long trials too: hours
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m '' --durations=25

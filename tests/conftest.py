@@ -48,6 +48,17 @@ class Halves(LoadScopeScheduling):
         file = nodeid.partition("::")[0]
         return "ray" if "pytest.mark.ray" in Path(self.config.rootpath, file).read_text("utf-8") else file
 
+    def remove_node(self, node: Any) -> str | None:
+        """The test with which a process ended. xdist (3.8) would run it again, until no process is left."""
+        for tests in self.assigned_work[node].values():
+            for test, done in tests.items():
+                if not done:
+                    tests[test] = True
+                    super().remove_node(node)
+                    return test
+        super().remove_node(node)
+        return None
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:

@@ -5,7 +5,9 @@ The operations are given to OpenVINO one by one. Its own way from torch sends st
 (`torch.export`). What loads a bundle compares the features with torch's.
 """
 
+from collections import deque
 from importlib import import_module
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -38,21 +40,25 @@ class OpenVinoFeatures:
         self._library, self._operations = _library(), import_module("openvino.opset13")
         self._network, self._precision = network, precision
         self._threads = torch.get_num_threads()
-        self._queues: dict[tuple[torch.Size, int], Any] = {}
+        self._requests: dict[tuple[torch.Size, int], list[Any]] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
         """The features of a batch, for one thread at a time. The first batch of a size is compiled."""
-        found: list[Any] = [None] * len(images)
-        queue = self._queue(images.shape[2:], 1 if len(images) == 1 else self._threads)
-        queue.set_callback(lambda request, at: found.__setitem__(at, request.get_output_tensor().data.copy()))
-        for at, image in enumerate(images.split(1)):
-            queue.start_async({0: image.contiguous().numpy()}, at)
-        queue.wait_all()
-        return torch.from_numpy(np.concatenate(found))
+        requests = self._requests_of(images.shape[2:], 1 if len(images) == 1 else self._threads)
+        begun: deque[Any] = deque()
+        found = []
+        # Without `AsyncInferQueue`: its callbacks take the interpreter's lock in threads of OpenVINO, and
+        # who waits for such a thread may hold that lock.
+        for request, image in zip(cycle(requests), images.split(1), strict=False):
+            if len(begun) == len(requests):
+                found.append(_result(begun.popleft()))
+            request.start_async({0: image.contiguous().numpy()})
+            begun.append(request)
+        return torch.from_numpy(np.concatenate([*found, *map(_result, begun)]))
 
-    def _queue(self, size: torch.Size, streams: int) -> Any:
-        """The network compiled for images of this size, of which so many are computed at once."""
-        if (size, streams) not in self._queues:
+    def _requests_of(self, size: torch.Size, streams: int) -> list[Any]:
+        """Of the network compiled for images of this size: so many are computed at once."""
+        if (size, streams) not in self._requests:
             settings = {
                 "INFERENCE_PRECISION_HINT": PRECISIONS[self._precision],
                 "NUM_STREAMS": streams,
@@ -68,8 +74,8 @@ class OpenVinoFeatures:
                     f"--engine {OPENVINO} has no {self._precision} on this CPU: use --precision float32, or "
                     f"--engine {TORCH}"
                 )
-            self._queues[size, streams] = self._library.AsyncInferQueue(compiled, streams)
-        return self._queues[size, streams]
+            self._requests[size, streams] = [compiled.create_infer_request() for _ in range(streams)]
+        return self._requests[size, streams]
 
     def _model(self, size: torch.Size) -> Any:
         image = self._operations.parameter([1, 3, *size], np.float32)
@@ -104,6 +110,11 @@ class OpenVinoFeatures:
         pads = list(layer.padding)
         out = self._operations.convolution(x, weight, list(layer.stride), pads, pads, list(layer.dilation))
         return self._operations.add(out, bias)
+
+
+def _result(request: Any) -> np.ndarray:
+    request.wait()
+    return request.get_output_tensor().data.copy()
 
 
 def _library() -> Any:

@@ -90,7 +90,7 @@ def test_it_computes_with_the_threads_that_the_worker_reserves(uri, monkeypatch)
     features = OpenVinoFeatures(predictor.load(uri, "cpu").network, "float32")
     features(torch.zeros(1, 3, 64, 96))
     features(torch.zeros(3, 3, 64, 96))
-    given = [queue[0].get_compiled_model().get_property for queue in features._queues.values()]
+    given = [requests[0].get_compiled_model().get_property for requests in features._requests.values()]
     for get, streams in zip(given, (1, 2), strict=True):
         assert (get("INFERENCE_NUM_THREADS"), get("NUM_STREAMS")) == (2, streams)
         assert not get("ENABLE_CPU_PINNING")

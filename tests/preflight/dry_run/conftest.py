@@ -46,6 +46,7 @@ Dry = Callable[[Any, Any], list[str]]
 @pytest.fixture
 def dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dry]:
     """Call `run` of a dry run with settings, and fail if anything was written anywhere, or Ray started."""
+    ray.shutdown()  # of a test before this one; it writes its log
     home = tmp_path / "home"
     home.mkdir()
     for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "TORCH_HOME", "HF_HOME"):
