@@ -13,6 +13,7 @@ from ray import tune
 from ray.train import UserCallback
 from ray.tune import Callback, ResultGrid
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.result import EXPERIMENT_TAG
 
 from bcd import lease, provenance, schema, storage
 from bcd.config import log
@@ -194,15 +195,21 @@ class TrialLines(Callback):
     """A line for each trial that has ended."""
 
     def __init__(self, n_trials: int) -> None:
-        self._n_trials, self._ended = n_trials, 0
+        self._n_trials = n_trials
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._ended += 1
+        order = sorted(trials, key=lambda one: _began(one.experiment_tag))
+        n_ended = sum(one is trial or one.status == trial.TERMINATED for one in trials)
         result = trial.last_result or {}
         reached = result.get(run_directory.SCORE)
         said = result.get(FAILURE) or f"balanced accuracy {reached:.3f} after epoch {result[schema.EPOCH]}"
-        name = f"trial {trials.index(trial) + 1} ({self._ended} of {self._n_trials})"
+        name = f"trial {order.index(trial) + 1} ({n_ended} of {self._n_trials})"
         logger.info(f"{name}: {said}; {found.chosen_flags(trial.config)}")
+
+
+def _began(tag: str) -> int:
+    """For the order in which trials began: Ray Tune gives those of a resumed search in another."""
+    return int(tag.partition("_")[0])
 
 
 def _trial(
@@ -240,8 +247,8 @@ def _trials(results: ResultGrid, space: Mapping[str, Values]) -> list[Trial]:
         cause = getattr(error, "cause", error)
         raise cause if isinstance(cause, BcdError) else error
     trials = []
-    for number, result in enumerate(results, 1):
-        facts, frame = result.metrics or {}, result.metrics_dataframe
+    for number, result in enumerate(sorted(results, key=lambda one: _began(one.metrics[EXPERIMENT_TAG])), 1):
+        facts, frame = result.metrics, result.metrics_dataframe
         failure = facts.get(FAILURE)
         records: list[dict[str, float]] = []
         if failure is None and frame is not None and len(frame):

@@ -4,11 +4,14 @@ import math
 import os
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pyarrow as pa
 import pytest
+from ray import tune as ray_tune
+from ray.exceptions import ActorDiedError
 
 from bcd import schema
 from bcd.config.training import TuneConfig
@@ -23,10 +26,10 @@ from tests.cluster import PATIENCE_S, finished, start_job, wait_for
 SPACE = {"dropout": Values(uniform=(0.0, 0.5))}
 
 
-def result(dropout, records, **facts):
+def result(began, dropout, records, **facts):
     """What Ray Tune keeps of a trial."""
     frame = pd.DataFrame([dict(zip(RECORDED, one, strict=True)) for one in records])
-    metrics = {"config": {"dropout": dropout}, **facts}
+    metrics = {"config": {"dropout": dropout}, "experiment_tag": f"{began}_dropout={dropout}", **facts}
     return SimpleNamespace(metrics=metrics, metrics_dataframe=frame)
 
 
@@ -37,10 +40,10 @@ class Results(list):
 def test_results_become_trials_in_their_order():
     results = Results(
         [
+            result(10, 0.3, [(0, 0.0, 0.0, -math.inf)], failure="the loss is no longer finite"),
             # Killed after two epochs, and resumed from the first.
-            result(0.1, [(1, 0.5, 0.7, 0.4), (2, 0.6, 0.6, 0.5), (2, 0.7, 0.5, 0.6)]),
-            result(0.2, [(1, 0.5, 0.7, 0.4)]),
-            result(0.3, [(0, 0.0, 0.0, -math.inf)], failure="the loss is no longer finite"),
+            result(1, 0.1, [(1, 0.5, 0.7, 0.4), (2, 0.6, 0.6, 0.5), (2, 0.7, 0.5, 0.6)]),
+            result(2, 0.2, [(1, 0.5, 0.7, 0.4)]),
         ]
     )
     first, second, third = tune._trials(results, SPACE)
@@ -85,7 +88,7 @@ def test_a_search_goes_on_in_its_own_space_only(tmp_path):
 
 
 def test_a_search_without_a_model_is_an_error(tmp_path):
-    failed = tune._trials(Results([result(0.1, [(0, 0, 0, 0)], failure="too few rows")]), SPACE)
+    failed = tune._trials(Results([result(0, 0.1, [(0, 0, 0, 0)], failure="too few rows")]), SPACE)
     with pytest.raises(ConfigError, match="no trial could be trained; the first: too few rows"):
         tune._write(TuneConfig(data="d", space="s"), str(tmp_path), failed, {})
 
@@ -104,6 +107,40 @@ def test_optuna_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match="pip install optuna"):
         tune._require_optuna(TuneConfig(data="d", space="s", search="optuna"))
+
+
+def not_trained(chosen, settings, uri, **others):
+    """In place of a training: the second dies at first."""
+    name = ray_tune.get_context().get_trial_id()
+    begun = [*Path(uri).glob("begun-*")]
+    Path(uri, f"begun-{len(begun)}-{name}").touch()
+    if len(begun) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for epoch in range(1, settings.epochs + 1):
+        ray_tune.report(dict(zip(RECORDED, (epoch, chosen["dropout"], 1 / epoch, epoch), strict=True)))
+
+
+@pytest.mark.ray
+def test_a_search_resumes_with_the_trial_that_was_killed(joined, tmp_path, monkeypatch, capsys):
+    """Trials are processes of Ray Tune, without the minute that a training takes there."""
+    monkeypatch.setattr(tune, "_trial", not_trained)
+    config = TuneConfig(data="d", space="s", trials=3, epochs=2, parallel=1, scheduler="none")
+    given = (config, SPACE, str(tmp_path), pa.table({}), None)
+    killed = tune._search(*given)
+    with pytest.raises(ActorDiedError):
+        tune._trials(killed, SPACE)
+    chosen = [one.config for one in killed]
+    trials = tune._trials(tune._search(*given), SPACE)
+    assert [trial.settings for trial in trials] == chosen
+    assert [[record[schema.EPOCH] for record in trial.epochs] for trial in trials] == [[1, 2]] * 3
+    assert [trial.best["validation_balanced_accuracy"] for trial in trials] == [
+        pytest.approx(settings["dropout"]) for settings in chosen
+    ]
+    first, second, third, again = [path.name.split("-")[2] for path in sorted(tmp_path.glob("begun-*"))]
+    assert again == second
+    assert len({first, second, third}) == 3
+    said = capsys.readouterr().out
+    assert [f"trial {n} ({n_ended} of 3): " in said for n, n_ended in ((1, 1), (3, 2), (2, 3))] == [True] * 3
 
 
 def search(tree, output, space, *flags):
