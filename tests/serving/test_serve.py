@@ -36,6 +36,7 @@ from PIL import Image
 from ray import serve as ray_serve
 from ray.serve.schema import ServeDeploySchema
 
+import bcd
 from bcd import schema, storage
 from bcd.config.serving import ServeConfig, ServiceConfig
 from bcd.data import archive
@@ -801,6 +802,30 @@ def test_several_models_and_their_metrics_at_a_port(models, files, tmp_path):
         ]
         other.kill()
         assert all(running.ask(content).status_code == 200 for content in list(files.values())[:5])
+
+
+@pytest.mark.trial
+@pytest.mark.ray
+def test_with_openvino_it_answers_what_python_does(openvino, models, files, tmp_path):
+    """Alone, and in whatever batches eight clients make."""
+    port = free_port()
+    running, contents = Service(port), list(files.values())
+    with door(models[0], port, tmp_path, "--engine", "openvino") as (job, log):
+        wait_for(lambda: running.is_ready() or job.poll() is not None, PATIENCE_S, "the service")
+        assert job.poll() is None, log()
+        assert any(
+            "openvino" in mapped.path
+            for process in psutil.Process(job.pid).children(recursive=True)
+            if "ServeReplica:" in "".join(process.cmdline())
+            for mapped in process.memory_maps()
+        )
+        with ThreadPoolExecutor(8) as pool:
+            answers = [answer.json() for answer in pool.map(running.ask, contents)]
+    expected = bcd.load(models[0], engine="openvino").predict_files(contents)
+    wanted = expected.logit[:, 1] - expected.logit[:, 0]
+    np.testing.assert_allclose([answer["log_odds"] for answer in answers], wanted, atol=1e-6)
+    evidence = [answer["evidence"]["values"] for answer in answers]
+    np.testing.assert_allclose(evidence, expected.evidence, atol=1e-6)
 
 
 def test_without_a_token_only_loopback(models, monkeypatch):
