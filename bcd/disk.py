@@ -220,11 +220,17 @@ def sync_folder(folder: str) -> None:
         os.close(handle)
 
 
-def remove_leftovers(root: str) -> None:
-    """Delete what `write_aside` left below a folder when its process ended; nobody else may write there."""
-    paths = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
-    for path in list(filter(HALF_WRITTEN.search, paths)):
-        os.remove(path)
+def settle(root: str) -> None:
+    """Make what ended processes left below a folder last, and delete what is half-written; nobody else may
+    write there.
+
+    A process may have ended between its rename and the synchronisation of the folder. Whoever finds that file
+    deletes others for it, and a power cut could then take this one, too.
+    """
+    for folder, _, names in os.walk(root):
+        for name in filter(HALF_WRITTEN.search, names):
+            os.remove(os.path.join(folder, name))
+        sync_folder(folder)
 
 
 def delete_empty_folder(path: str, name: str) -> None:

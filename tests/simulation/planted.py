@@ -1,8 +1,10 @@
 """Faults that a change could bring into the real code or its world, each by name."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -48,7 +50,17 @@ def files_are_written_in_place(patch, world):
 @planted
 def what_was_written_aside_stays(patch, world):
     """Nobody deletes what a killed process left."""
-    patch.setattr(disk, "remove_leftovers", _nothing)
+    patch.setattr(disk, "HALF_WRITTEN", re.compile("$nothing"))
+
+
+@planted
+def what_is_found_is_not_synchronised(patch, world):
+    """A job deletes segments for a summary whose name the killed job before it had not synchronised."""
+    patch.setattr(disk, "settle", lambda root: [os.remove(path) for path in _half_written(root)])
+
+
+def _half_written(root):
+    return [path for path in map(str, Path(root).rglob("*")) if disk.HALF_WRITTEN.search(path)]
 
 
 @planted
