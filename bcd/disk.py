@@ -220,12 +220,12 @@ def sync_folder(folder: str) -> None:
         os.close(handle)
 
 
-def settle(root: str) -> None:
-    """Make what ended processes left below a folder last, and delete what is half-written; nobody else may
-    write there.
+def finish_writes(root: str) -> None:
+    """Make the files last that ended processes left below a folder, and delete those that are half-written.
+    Nobody else may write there.
 
-    A process may have ended between its rename and the synchronisation of the folder. Whoever finds that file
-    deletes others for it, and a power cut could then take this one, too.
+    A process may have ended between its rename and the synchronisation of the folder. The next one finds that
+    file and deletes others for it; without this, a power cut could then take this one, too.
     """
     for folder, _, names in os.walk(root):
         for name in filter(HALF_WRITTEN.search, names):

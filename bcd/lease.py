@@ -117,7 +117,7 @@ def held(uri: str, wait: bool = False) -> Iterator[Lease]:
     beating.start()
     try:
         if not storage.is_remote(uri):
-            disk.settle(storage.absolute(uri))  # what is left of jobs that ended while they wrote
+            disk.finish_writes(storage.absolute(uri))  # what is left of jobs that ended while they wrote
         yield lease
     finally:
         ended.set()

@@ -168,7 +168,7 @@ MEANING: dict[str, str] = {
     schema.BACKGROUND_TILES: "tiles with less tissue than `--min-tissue`, which are not scored",
     schema.OUTSIDE_TILES: "tiles with less than `--min-region` in a region, which are not scored",
     schema.ERROR_TILES: "tiles in error",
-    schema.WARNED_TILES: "tiles with a warning",
+    schema.WARNED_TILES: "tiles with a warning; null where the model has no statistics of its training",
     schema.TISSUE_AREA_MM2: "area of tissue in mm², with `--regions` that within them",
     schema.MALIGNANT_TILE_SHARE: "fraction of the scored tiles that are called malignant; each counts once, "
     "however far it overlaps others",

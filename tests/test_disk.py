@@ -190,7 +190,7 @@ def test_what_a_killed_process_left_is_deleted(tmp_path):
     left.parent.mkdir()
     for path in (left, *kept):
         path.touch()
-    disk.settle(str(tmp_path))
+    disk.finish_writes(str(tmp_path))
     assert sorted(left.parent.iterdir()) == sorted(kept)
 
 
@@ -198,5 +198,5 @@ def test_names_that_a_killed_process_left_will_last(tmp_path, monkeypatch):
     (tmp_path / "work" / "1").mkdir(parents=True)
     synced = []
     monkeypatch.setattr(disk, "sync_folder", synced.append)
-    disk.settle(str(tmp_path))
+    disk.finish_writes(str(tmp_path))
     assert synced == [str(tmp_path), str(tmp_path / "work"), str(tmp_path / "work" / "1")]

@@ -52,8 +52,8 @@ class GallerySlide:
     """One whole slide: its heat map and the slide with outlines of tissue and regions as encoded images, and
     the paths of its tiles and tissue as GeoJSON.
 
-    `n_warned` tiles are unlike the training data, `n_errors` have an error; `top` is the mean probability of
-    the `n_top` highest. `error` is the code of a slide that was not scored.
+    `n_warned` tiles are unlike the training data (None: not known), `n_errors` have an error; `top` is the
+    mean probability of the `n_top` highest. `error` is the code of a slide that was not scored.
     """
 
     name: str
@@ -62,7 +62,7 @@ class GallerySlide:
     share_malignant: float | None
     heat_map: bytes | None = None
     geojson: str | None = None
-    n_warned: int = 0
+    n_warned: int | None = 0
     patient: str | None = None
     link: str | None = None
     error: str | None = None

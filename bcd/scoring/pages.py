@@ -157,7 +157,7 @@ def _slide(
         share_malignant=row[schema.MALIGNANT_TILE_SHARE],
         heat_map=storage.read_bytes(heat_map) if shown else None,
         geojson=geojson if row[schema.ERROR] is None else None,
-        n_warned=row[schema.WARNED_TILES] or 0,
+        n_warned=row[schema.WARNED_TILES],
         patient=row[schema.PATIENT],
         link=link(row[schema.URI], ours.uri) if linked else None,
         error=row[schema.ERROR],

@@ -78,7 +78,7 @@ def draw_slide(ours: Ledger, plan: tiling.Plan, card: Card) -> dict[str, Any]:
         schema.BOUNDS_X_LEVEL0_PX: plan.bounds_x_px,
         schema.BOUNDS_Y_LEVEL0_PX: plan.bounds_y_px,
         schema.ERROR_TILES: plan.tiles - len(probability),
-        schema.WARNED_TILES: int(tiles.unlike.sum()),
+        schema.WARNED_TILES: int(tiles.unlike.sum()) if card.feature_statistics else None,
         schema.MALIGNANT_TILE_SHARE: tiles.n_malignant / len(probability) if known.any() else None,
         **dict(zip(schema.QUANTILES, quantiles, strict=True)),
         **top_tiles.top_answers(probability, square),

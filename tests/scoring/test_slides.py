@@ -19,6 +19,7 @@ from bcd.data import archive
 from bcd.errors import StorageError
 from bcd.imaging import image
 from bcd.metrics import top_tiles
+from bcd.model.novelty import FeatureStatistics
 from bcd.reports import heatmap
 from bcd.scoring import ledger, pages, slides, tiling
 from bcd.slides import slide_cache
@@ -195,7 +196,8 @@ def test_tiles_unlike_the_training_data_are_counted_hatched_and_measured(tmp_pat
     drawn = []
     real = heatmap.draw_tiles
     monkeypatch.setattr(heatmap, "draw_tiles", lambda *given: drawn.append(given[-1]) or real(*given))
-    (told,) = slides.write_slides(ours, plans, none(), card()).to_pylist()
+    statistics = FeatureStatistics(mean=(0.0,), spread=(1.0,), cutoff=1.5, n_training=1, n_validation=1)
+    (told,) = slides.write_slides(ours, plans, none(), card(feature_statistics=statistics)).to_pylist()
     assert told[schema.WARNED_TILES] == sum(far) > 0
     assert drawn[0].tolist() == far
     measured = [feature["properties"]["measurements"] for feature in features(ours, "s.tif")]
@@ -210,6 +212,7 @@ def test_tiles_have_the_size_of_each_axis(tmp_path):
     scored(ours, tiles)
     (row,) = slides.write_slides(ours, plans, none(), card()).to_pylist()
     assert (row[schema.MPP], row[schema.MPP_Y]) == (0.5, 0.25)
+    assert row[schema.WARNED_TILES] is None  # not known
     (ring,) = features(ours, "s.tif")[-1]["geometry"]["coordinates"]
     assert ring == [[160, 120], [200, 120], [200, 180], [160, 180], [160, 120]]
 
@@ -301,7 +304,7 @@ from types import SimpleNamespace
 from bcd.lease import Lease
 from bcd.scoring import ledger, slides, tiling
 ours = ledger.Ledger(Lease(sys.argv[1]), "0", ())
-card = SimpleNamespace(threshold=0.5, classes=("benign", "malignant"))
+card = SimpleNamespace(threshold=0.5, classes=("benign", "malignant"), feature_statistics=None)
 plan = tiling.read_plan(ours.plans_uri, "s.svs")
 if sys.argv[2] == "geojson":
     slides._write_geojson(ours, plan, slides._tiles(ours, plan).size, card)

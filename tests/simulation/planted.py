@@ -56,7 +56,7 @@ def what_was_written_aside_stays(patch, world):
 @planted
 def what_is_found_is_not_synchronised(patch, world):
     """A job deletes segments for a summary whose name the killed job before it had not synchronised."""
-    patch.setattr(disk, "settle", lambda root: [os.remove(path) for path in _half_written(root)])
+    patch.setattr(disk, "finish_writes", lambda root: [os.remove(path) for path in _half_written(root)])
 
 
 def _half_written(root):
