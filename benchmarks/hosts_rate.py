@@ -32,7 +32,7 @@ EPOCHS = 3
 # A training on one slow core may last.
 LONGEST_TRAINING_S = 7200
 # What a scoring job says now and then.
-PROGRESS = re.compile(r"inputs, ([\d,]+) rows, ")
+PROGRESS = re.compile(r"inputs?, ([\d,]+) rows?, ")
 GOAL = 1.8
 
 

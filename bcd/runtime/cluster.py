@@ -70,6 +70,9 @@ def connect(trains: bool = False, metrics_port: int | None = None) -> None:
     context.print_on_execution_start = False
     # An archive with fewer blocks than the cluster has CPUs is no mistake.
     warnings.filterwarnings("ignore", "The maximum number of concurrent tasks for")
+    # Ray Data ends one of two workers when half of them have work, as at the first block of a job, and starts
+    # none again where its readers use the rest of the cluster: half of it stayed idle.
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     # They advise every half minute on the memory and time of our own tasks.
     context.issue_detectors_config.detectors = []
 

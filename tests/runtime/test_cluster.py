@@ -3,10 +3,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 import torch
+from ray.data._internal.actor_autoscaler.default_actor_autoscaler import DefaultActorAutoscaler
 
 from bcd.config.training import TrainConfig
 from bcd.errors import ConfigError, ResourceError
@@ -342,3 +344,18 @@ def test_processes_of_models_need_no_environment_where_all_have_it(monkeypatch):
     assert cluster.worker_env() == {}
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
     assert cluster.worker_env() == {"env_vars": cluster.MODEL_VARIABLES}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("has_work", [0.0, 0.5, 1.0])
+def test_no_worker_ends_because_blocks_come_slowly(joined, has_work):
+    """What Ray Data's autoscaler decides for two workers of which none, one or both have a block."""
+    counts = {"current_size": 2, "min_size": 1, "max_size": 2, "num_pending_actors": 0}
+    counts |= {"get_pool_util": has_work, "max_tasks_in_flight_per_actor": 2, "max_actor_concurrency": 1}
+    pool = SimpleNamespace(**{name: lambda value=value: value for name, value in counts.items()})
+    metrics = SimpleNamespace(num_inputs_received=1)
+    busy = SimpleNamespace(has_completed=lambda: False, _inputs_complete=False, metrics=metrics)
+    resources = SimpleNamespace(get_allocation=lambda op: None, get_op_usage=lambda op: None)
+    config = ray.data.DataContext.get_current().autoscaling_config
+    autoscaler = DefaultActorAutoscaler({}, resources, config=config)
+    assert autoscaler._derive_target_scaling_config(pool, busy, None).delta == 0
