@@ -22,7 +22,7 @@ check: $(VENV)/installed-dev  ## lint, types, the site, and the tests that need 
 	+$(MAKE) --no-print-directory --jobs 2 lint docs pure
 
 pure: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not process and not ray and not browser and not trial'
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(HANGS) -m 'not process and not ray and not browser and not trial'
 
 test: $(VENV)/installed-dev lint  ## lint, types, and the tests that people run
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(HANGS) --durations=25

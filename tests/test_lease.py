@@ -10,7 +10,7 @@ import uuid
 
 import pytest
 
-from bcd import lease, storage
+from bcd import disk, lease, storage
 from bcd.errors import BusyError
 from tests.archives import claimed
 
@@ -169,6 +169,18 @@ def test_what_was_half_written_is_gone_when_a_job_begins(tmp_path):
     left.touch()
     with lease.held(str(tmp_path)):
         assert not left.exists()
+
+
+@pytest.mark.parametrize("name", ["summary.json", "checkpoints/a.safetensors", "case/fold-1/record.json"])
+def test_what_is_found_lasts_when_a_job_begins(name, tmp_path, monkeypatch):
+    """Of every kind of job, which deletes other files for it: of an archive, a training, a study."""
+    found = tmp_path / name
+    found.parent.mkdir(parents=True, exist_ok=True)
+    found.touch()
+    synced = []
+    monkeypatch.setattr(disk, "sync_folder", synced.append)
+    with lease.held(str(tmp_path)):
+        assert str(found.parent) in synced
 
 
 def test_process_ids_are_those_of_one_kernel_and_namespace():

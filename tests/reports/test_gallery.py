@@ -270,8 +270,10 @@ def test_a_warning_is_beside_its_image_and_counted() -> None:
     none = text(page(facts=FACTS | {"warnings": {}}))
     assert "do not look like" not in none
     assert "unlike the training 0 0.0 %" in none
-    unknown = text(page(facts=FACTS | {"warnings": None}))
+    unknown = text(page(facts=FACTS | {"warnings": None}, slides=[replace(slide, n_warned=None)]))
     assert "it is unknown which of these images are unlike them" in unknown
+    assert "s.svs 10 50.0 % – 1" in unknown
+    assert "hatched" not in unknown
 
 
 @pytest.mark.parametrize(("is_found", "kind"), [(True, "banner"), (False, "quiet")])

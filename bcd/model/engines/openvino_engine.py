@@ -47,8 +47,8 @@ class OpenVinoFeatures:
         requests = self._requests_of(images.shape[2:], 1 if len(images) == 1 else self._threads)
         begun: deque[Any] = deque()
         found = []
-        # Without `AsyncInferQueue`: its callbacks take the interpreter's lock in threads of OpenVINO, and
-        # who waits for such a thread may hold that lock.
+        # Without `AsyncInferQueue`: its callbacks take the interpreter's lock in threads of OpenVINO, for
+        # which a thread with that lock may wait.
         for request, image in zip(cycle(requests), images.split(1), strict=False):
             if len(begun) == len(requests):
                 found.append(_result(begun.popleft()))
