@@ -13,7 +13,7 @@ from ray import tune
 from ray.train import UserCallback
 from ray.tune import Callback, ResultGrid
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.result import EXPERIMENT_TAG
+from ray.tune.result import EXPERIMENT_TAG, TRIAL_ID
 
 from bcd import lease, provenance, schema, storage
 from bcd.config import log
@@ -70,7 +70,7 @@ def run(config: TuneConfig) -> str:
             judged = _judged_on(table)
             results = _search(config, space, uri, placed, held)
             own.require()
-            _write(config, uri, _trials(results, space), judged | {"synthetic": facts.synthetic})
+            _write(config, uri, _trials(results, space, uri), judged | {"synthetic": facts.synthetic})
         own.require()
         # The checkpoints of trials are many times as large as all else.
         storage.delete_folder(storage.join(uri, RUNS))
@@ -223,38 +223,48 @@ def _trial(
     """One training, in a process of Ray Tune. Where the settings are impossible or the loss diverges, that is
     its result; any other error is the search's."""
     log.hand_on("tune")
-    name = f"trial-{tune.get_context().get_trial_id()}"
+    name = _run_name(tune.get_context().get_trial_id())
     try:
         config = training_of(settings, chosen, output=storage.join(uri, RUNS), name=name)
-        _fit(config, table, held, runs_per_node, TuneReportCallback())
+        history = _fit(config, table, held, runs_per_node, TuneReportCallback())
+        # Again, because a resumed one may have had no epoch left, and every trial needs a result.
+        tune.report({recorded: history[-1][recorded] for recorded in found.RECORDED})
     except (DivergedError, ConfigError) as error:
         tune.report({FAILURE: str(error), SELECTION: -math.inf, schema.EPOCH: 0})
 
 
 def _fit(
     config: TrainConfig, table: pa.Table, held: Held | None, runs_per_node: int, report: UserCallback
-) -> None:
+) -> list[dict[str, Any]]:
     run_uri = storage.join(config.output, config.name)
     stain = feed.stain_of(config, run_uri, table)
     fed = feed.feed_of(config, table, held, stain)
     weights, scaling = train.initial_weights(config), cluster.scaling(config)
-    train.train_model(config, run_uri, fed, weights, scaling, runs_per_node, callbacks=(report,))
+    result = train.train_model(config, run_uri, fed, weights, scaling, runs_per_node, callbacks=(report,))
+    return result.return_value
 
 
-def _trials(results: ResultGrid, space: Mapping[str, Values]) -> list[Trial]:
-    """The trials of a search that has ended; raises BcdError where one of them lacks a result."""
+def _run_name(trial_id: str) -> str:
+    return f"trial-{trial_id}"
+
+
+def _trials(results: ResultGrid, space: Mapping[str, Values], uri: str) -> list[Trial]:
+    """The trials of a search that has ended; raises BcdError where one of them lacks a result.
+
+    Their epochs are those of their runs: Ray Tune has lost some where the search was killed.
+    """
     for error in results.errors:
         cause = getattr(error, "cause", error)
         raise cause if isinstance(cause, BcdError) else error
     trials = []
     for number, result in enumerate(sorted(results, key=lambda one: _began(one.metrics[EXPERIMENT_TAG])), 1):
-        facts, frame = result.metrics, result.metrics_dataframe
+        facts = result.metrics
         failure = facts.get(FAILURE)
         records: list[dict[str, float]] = []
-        if failure is None and frame is not None and len(frame):
-            # An epoch that a resumed trial trained again is in it twice.
-            last = frame.drop_duplicates(schema.EPOCH, keep="last")
-            records = last[list(found.RECORDED)].to_dict("records")
+        if failure is None:
+            run_uri = storage.join(uri, RUNS, _run_name(facts[TRIAL_ID]))
+            history = run_directory.read_json(run_uri, run_directory.HISTORY)
+            records = [{name: record[name] for name in found.RECORDED} for record in history]
         settings = {name: facts["config"][name] for name in space}
         trials.append(Trial(number=number, settings=settings, epochs=records, failure=failure))
     return trials

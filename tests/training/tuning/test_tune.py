@@ -7,16 +7,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pandas as pd
 import pyarrow as pa
 import pytest
-from ray import tune as ray_tune
 from ray.exceptions import ActorDiedError
 
 from bcd import schema
 from bcd.config.training import TuneConfig
 from bcd.errors import BcdError, ConfigError, DivergedError, StorageError
-from bcd.runtime.run_directory import read_json
+from bcd.runtime.run_directory import read_json, write_json
 from bcd.taxonomy import VALIDATION
 from bcd.training.tuning import tune
 from bcd.training.tuning.space import Values
@@ -26,28 +24,34 @@ from tests.cluster import PATIENCE_S, finished, start_job, wait_for
 SPACE = {"dropout": Values(uniform=(0.0, 0.5))}
 
 
-def result(began, dropout, records, **facts):
-    """What Ray Tune keeps of a trial."""
-    frame = pd.DataFrame([dict(zip(RECORDED, one, strict=True)) for one in records])
-    metrics = {"config": {"dropout": dropout}, "experiment_tag": f"{began}_dropout={dropout}", **facts}
-    return SimpleNamespace(metrics=metrics, metrics_dataframe=frame)
+def result(folder, began, dropout, records, **facts):
+    """What Ray Tune keeps of a trial, and its run."""
+    write_json(str(folder), f"trials/trial-{began}/history.json", history_of(records))
+    tag = f"{began}_dropout={dropout}"
+    return SimpleNamespace(
+        metrics={"config": {"dropout": dropout}, "experiment_tag": tag, "trial_id": str(began), **facts}
+    )
+
+
+def history_of(records):
+    return [dict(zip(RECORDED, one, strict=True)) | {"headspace": 0.9} for one in records]
 
 
 class Results(list):
     errors = ()
 
 
-def test_results_become_trials_in_their_order():
+def test_results_become_trials_in_their_order(tmp_path):
     results = Results(
         [
-            result(10, 0.3, [(0, 0.0, 0.0, -math.inf)], failure="the loss is no longer finite"),
-            # Killed after two epochs, and resumed from the first.
-            result(1, 0.1, [(1, 0.5, 0.7, 0.4), (2, 0.6, 0.6, 0.5), (2, 0.7, 0.5, 0.6)]),
-            result(2, 0.2, [(1, 0.5, 0.7, 0.4)]),
+            result(tmp_path, 10, 0.3, [], failure="the loss is no longer finite"),
+            result(tmp_path, 1, 0.1, [(1, 0.5, 0.7, 0.4), (2, 0.7, 0.5, 0.6)]),
+            result(tmp_path, 2, 0.2, [(1, 0.5, 0.7, 0.4)]),
         ]
     )
-    first, second, third = tune._trials(results, SPACE)
+    first, second, third = tune._trials(results, SPACE, str(tmp_path))
     assert [first.number, second.number, third.number] == [1, 2, 3]
+    assert first.epochs[1] == dict(zip(RECORDED, (2, 0.7, 0.5, 0.6), strict=True))
     assert [record["validation_balanced_accuracy"] for record in first.epochs] == [0.5, 0.7]
     assert (third.epochs, third.failure) == ([], "the loss is no longer finite")
     assert first.settings == {"dropout": 0.1}
@@ -58,7 +62,7 @@ def test_an_error_of_a_trial_is_that_of_the_search(error):
     results = Results()
     results.errors = [SimpleNamespace(cause=error) if isinstance(error, BcdError) else error]
     with pytest.raises(type(error)):
-        tune._trials(results, SPACE)
+        tune._trials(results, SPACE, "runs/tune")
 
 
 @pytest.mark.parametrize(
@@ -88,9 +92,10 @@ def test_a_search_goes_on_in_its_own_space_only(tmp_path):
 
 
 def test_a_search_without_a_model_is_an_error(tmp_path):
-    failed = tune._trials(Results([result(0, 0.1, [(0, 0, 0, 0)], failure="too few rows")]), SPACE)
+    failed = Results([result(tmp_path, 0, 0.1, [], failure="too few rows")])
+    trials = tune._trials(failed, SPACE, str(tmp_path))
     with pytest.raises(ConfigError, match="no trial could be trained; the first: too few rows"):
-        tune._write(TuneConfig(data="d", space="s"), str(tmp_path), failed, {})
+        tune._write(TuneConfig(data="d", space="s"), str(tmp_path), trials, {})
 
 
 @pytest.mark.parametrize(("per_class", "choosable"), [(1, False), (12, True)])
@@ -109,15 +114,21 @@ def test_optuna_is_asked_for_where_it_is_missing(monkeypatch):
         tune._require_optuna(TuneConfig(data="d", space="s", search="optuna"))
 
 
-def not_trained(chosen, settings, uri, **others):
-    """In place of a training: the second dies at first."""
-    name = ray_tune.get_context().get_trial_id()
+def not_trained(chosen, settings, uri, *others, **more):
+    """A trial whose training ends at once. The second is killed when it has trained, and was not reported."""
     begun = [*Path(uri).glob("begun-*")]
-    Path(uri, f"begun-{len(begun)}-{name}").touch()
-    if len(begun) == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    for epoch in range(1, settings.epochs + 1):
-        ray_tune.report(dict(zip(RECORDED, (epoch, chosen["dropout"], 1 / epoch, epoch), strict=True)))
+
+    def fit(config, *_):
+        Path(uri, f"begun-{len(begun)}-{config.name}").touch()
+        epochs = range(1, config.epochs + 1)
+        history = history_of((epoch, config.dropout, 1 / epoch, epoch) for epoch in epochs)
+        write_json(f"{config.output}/{config.name}", "history.json", history)
+        if len(begun) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return history
+
+    tune._fit, tune.TuneReportCallback = fit, lambda: None
+    tune._trial(chosen, settings, uri, *others, **more)
 
 
 @pytest.mark.ray
@@ -125,18 +136,19 @@ def test_a_search_resumes_with_the_trial_that_was_killed(joined, tmp_path, monke
     """Trials are processes of Ray Tune, without the minute that a training takes there."""
     monkeypatch.setattr(tune, "_trial", not_trained)
     config = TuneConfig(data="d", space="s", trials=3, epochs=2, parallel=1, scheduler="none")
-    given = (config, SPACE, str(tmp_path), pa.table({}), None)
+    uri = str(tmp_path)
+    given = (config, SPACE, uri, pa.table({}), None)
     killed = tune._search(*given)
     with pytest.raises(ActorDiedError):
-        tune._trials(killed, SPACE)
+        tune._trials(killed, SPACE, uri)
     chosen = [one.config for one in killed]
-    trials = tune._trials(tune._search(*given), SPACE)
+    trials = tune._trials(tune._search(*given), SPACE, uri)
     assert [trial.settings for trial in trials] == chosen
     assert [[record[schema.EPOCH] for record in trial.epochs] for trial in trials] == [[1, 2]] * 3
     assert [trial.best["validation_balanced_accuracy"] for trial in trials] == [
         pytest.approx(settings["dropout"]) for settings in chosen
     ]
-    first, second, third, again = [path.name.split("-")[2] for path in sorted(tmp_path.glob("begun-*"))]
+    first, second, third, again = [path.name.split("-", 2)[2] for path in sorted(tmp_path.glob("begun-*"))]
     assert again == second
     assert len({first, second, third}) == 3
     said = capsys.readouterr().out
