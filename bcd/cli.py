@@ -4,6 +4,7 @@
 import json
 import logging
 import operator
+import os
 import re
 import shlex
 import sys
@@ -121,13 +122,22 @@ def main(job: str, doc: str | None = None) -> None:
     except BcdError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    config: Config = tyro.cli(CONFIGS[job], description=doc)
+    try:
+        config: Config = tyro.cli(CONFIGS[job], description=doc and _in_paragraphs(doc))
+    except BrokenPipeError:  # of `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     log.start(job, config.log_format)
     try:
         import_module(_module(job, config)).run(with_recipe(config, sys.argv[1:]))
     except BcdError as error:
         logging.getLogger(__name__).error(_sentence(error))
         sys.exit(error.exit_code)
+
+
+def _in_paragraphs(doc: str) -> str:
+    """With an empty line after each example; else tyro would append the line that comes next."""
+    return re.sub(r"\n( .+)\n(?=\w)", r"\n\1\n\n", doc)
 
 
 def _module(job: str, config: Config) -> str:

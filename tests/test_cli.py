@@ -1,8 +1,11 @@
+import ast
 import json
+import runpy
 import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +82,27 @@ def test_help_shows_the_command_and_every_flag(monkeypatch, capsys):
     assert "ray job submit" in text
     for name in TrainConfig.model_fields:
         assert f"--{name.replace('_', '-')}" in text
+
+
+def test_help_has_the_lines_of_its_examples_and_a_paragraph_for_each_flag(monkeypatch, capsys):
+    for path in sorted(Path("jobs").glob("*.py")):
+        monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(path), run_name="__main__")
+        lines = capsys.readouterr().out.splitlines()
+        doc = ast.get_docstring(ast.parse(path.read_text())).splitlines()
+        examples = [line for line in doc if line.startswith(" ") or line.endswith(":")]
+        assert [line for line in examples if line not in lines] == [], path
+    fields = [field for config in cli.CONFIGS.values() for field in config.model_fields.values()]
+    described = [field.description for field in fields]
+    assert [text for text in described if not text or "\n" in text] == []
+
+
+def test_help_that_nobody_reads_to_the_end_is_no_error():
+    for job in ("train", "serve"):
+        head = f"{sys.executable} jobs/{job}.py --help | head -1"
+        shown = subprocess.run(head, shell=True, capture_output=True, text=True, check=True)
+        assert (shown.stdout[:6], shown.stderr) == ("usage:", "")
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,12 @@ class Config(BaseModel):
     log_format: LogFormat = "text"
     """Form of the log: lines of text, or one JSON object per line with time, level, job and message."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Make a paragraph of each flag's help, whose lines in the source have another width."""
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split())
+
     @field_validator("config")
     @classmethod
     def _is_read_before(cls, value: str | None) -> str | None:
