@@ -10,6 +10,7 @@ import pytest
 from bcd.errors import ImageError
 from bcd.imaging import child
 
+pytestmark = pytest.mark.process
 # Answers with its process and what it was sent; `{}` comes first.
 ECHO = """
 import os, signal, sys

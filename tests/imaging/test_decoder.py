@@ -9,6 +9,7 @@ from bcd.errors import ImageError
 from bcd.imaging import child, decoder, image
 from tests import pictures
 
+pytestmark = pytest.mark.process
 PIXELS = pictures.gradient(200, 300)
 JPEG = pictures.encode(PIXELS, "JPEG")
 

@@ -256,7 +256,7 @@ def test_the_file_for_qupath_is_the_same_on_s3(tmp_path, s3):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("remote", [False, pytest.param(True, marks=pytest.mark.process)])
 def test_a_file_that_was_not_finished_is_not_there(tmp_path, remote, request, monkeypatch):
     folder = f"{request.getfixturevalue('s3')}/{tmp_path.name}" if remote else tmp_path
     ours, tiles, plans = planned(folder, {"s.tif": stained()}, SYNTHETIC)
@@ -402,7 +402,7 @@ def test_files_of_any_slide_id_are_inside_the_output(output):
     assert len(set(found)) == len(names)
 
 
-@pytest.mark.parametrize("kind", ["absolute", "relative", "remote"])
+@pytest.mark.parametrize("kind", ["absolute", "relative", pytest.param("remote", marks=pytest.mark.process)])
 def test_slides_of_a_manifest_have_any_uri(tmp_path, kind, request):
     at = {"absolute": f"{tmp_path}/in", "relative": "../in"}
     at["remote"] = f"{request.getfixturevalue('s3')}/{tmp_path.name}" if kind == "remote" else ""

@@ -28,7 +28,7 @@ class NoEngine:
     card, model_id = card(), "0" * 16
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.process)])
 def jobs(request, tmp_path):
     """An empty folder of slides, and an archive with one."""
     uri = str(tmp_path / "slides")

@@ -16,6 +16,7 @@ from bcd.serving import slide_jobs
 from bcd.serving.slide_jobs import SlideJobs, SlideRunner
 from tests.cluster import wait_for
 
+pytestmark = pytest.mark.process
 # Appends its flags to `log` and then does what the folder of the slide says.
 JOB = """
 import json, pathlib, sys, time

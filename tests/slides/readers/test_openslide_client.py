@@ -16,6 +16,7 @@ from bcd.slides.readers import openslide_client
 from tests import pictures
 from tests.injected import ALLOCATE, CRASH, HANG, set_fault
 
+pytestmark = pytest.mark.process
 PIXELS = pictures.stained(150, 200)
 
 
