@@ -270,7 +270,7 @@ def service(cluster, archived, models, tmp_path_factory):
     wait_for(lambda: "no_scores" in running.view().text, PATIENCE_S, "the viewer")
     yield running
     ray_serve.shutdown()
-    shutil.rmtree(SENT)
+    shutil.rmtree(SENT, ignore_errors=True)  # of a part of these tests, which may send no slide
 
 
 def log_odds(row):
