@@ -109,7 +109,7 @@ def scored(rows: pa.Table, settings: predict.Settings) -> tuple[float, float]:
             fn_kwargs={"work_uri": work_uri},
             batch_size=ROWS_PER_BLOCK,
             batch_format="pyarrow",
-            num_cpus=cluster.waiting_cpus(),
+            **cluster.beside_models(),
         )
         for counted in commits.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             finished.append((time.monotonic(), pc.sum(counted["rows"]).as_py()))

@@ -256,11 +256,16 @@ def waiting_cpus() -> float:
     return 0.01 if total_resources()["CPU"] > 1 else 0.0
 
 
-def beside_models() -> dict[str, Any]:
+def beside_models(num_cpus: float | None = None) -> dict[str, Any]:
     """Options of Ray Data for tasks that work while models hold all CPUs but one: as many at a time as there
-    are CPUs. Without a limit Ray would start a process for each task that asks for no whole CPU."""
+    are CPUs, each with `num_cpus`, by default `waiting_cpus`.
+
+    Every stage of a job with models needs them. Without a limit Ray would start a process for each task that
+    asks for no whole CPU; and it would keep a share of all CPUs and GPUs for the stage, which the model of a
+    host that joins would need.
+    """
     limit = TaskPoolStrategy(max(1, int(total_resources()["CPU"])))
-    return {"num_cpus": waiting_cpus(), "compute": limit}
+    return {"num_cpus": waiting_cpus() if num_cpus is None else num_cpus, "compute": limit}
 
 
 @dataclass(frozen=True)

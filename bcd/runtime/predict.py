@@ -115,7 +115,7 @@ def on_models(
         pool: the actors; by default as many as the cluster has room for.
     """
     pool = pool or cluster.model_workers()
-    readers: dict[str, Any] = {"num_cpus": 1} if pool.num_gpus else cluster.beside_models()
+    readers = cluster.beside_models(1 if pool.num_gpus else None)
     pixels = dataset.map_batches(
         read.pixels, fn_kwargs=options, batch_size=None, batch_format="pyarrow", **readers
     )

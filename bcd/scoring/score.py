@@ -340,7 +340,7 @@ def _score(
         fn_kwargs={"work_uri": ours.work_uri, "hides_uris": tile_settings.hides_uris},
         batch_size=ROWS_PER_SEGMENT * pool.size if settings.cam == "evidence" else ROWS_PER_BLOCK,
         batch_format="pyarrow",
-        num_cpus=cluster.waiting_cpus(),
+        **cluster.beside_models(),
     )
     for batch in commits.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         progress.add(batch)

@@ -155,6 +155,18 @@ def test_openslide_runs_in_child_processes_only():
     )
 
 
+def test_stages_beside_models_are_limited():
+    """Else Ray Data keeps a share of the cluster for them, and a host that joins computes nothing."""
+    offenders(
+        f"{name_of(path)}:{node.lineno}: give the stage a limit, by cluster.beside_models or a pool"
+        for path in MODULES
+        if name_of(path).startswith(("bcd.scoring", "bcd.runtime.predict"))
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".map_batches")
+        if not {keyword.arg for keyword in node.keywords} & {"compute", None}
+    )
+
+
 def test_folders_modules_and_functions_are_small():
     folders = Counter(folder_of(name_of(path)) for path in MODULES)
     found = [f"{folder}: {n} modules" for folder, n in folders.items() if folder and n > MOST_MODULES]
