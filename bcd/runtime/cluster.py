@@ -261,8 +261,8 @@ def beside_models(num_cpus: float | None = None) -> dict[str, Any]:
     are CPUs, each with `num_cpus`, by default `waiting_cpus`.
 
     Every stage of a job with models needs them. Without a limit Ray would start a process for each task that
-    asks for no whole CPU; and it would keep a share of all CPUs and GPUs for the stage, which the model of a
-    host that joins would need.
+    asks for no whole CPU, and keep a share of all CPUs for the stage, which a model on a host that joins
+    needs.
     """
     limit = TaskPoolStrategy(max(1, int(total_resources()["CPU"])))
     return {"num_cpus": waiting_cpus() if num_cpus is None else num_cpus, "compute": limit}
