@@ -43,7 +43,7 @@ config = TrainConfig.model_validate_json(sys.argv[1])
 cluster.share_cores(1)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 resnet.set_precision(config.precision)
-size = config.input_height_px, config.input_width_px
+size = config.input_size_px
 network = weights.build(2, None, 0, config.architecture).to(device).to(memory_format=torch.channels_last)
 optimizer = train_step.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
 step = train_step.Step(network.train(), optimizer, device, config.precision, config.augment)

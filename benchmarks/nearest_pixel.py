@@ -67,7 +67,7 @@ def main() -> None:
     print(f"contrast of neighbours {np.mean(contrasts):.3f} times that of OpenSlide")
     if given.model:
         model = bcd.load(given.model)
-        height, width = model.card.input_height_px, model.card.input_width_px
+        height, width = model.card.input_size_px
         both = [np.stack([image.fit(one[i], height, width) for one in tiles]) for i in (0, 1)]
         ours, theirs = (model.predict(images).probability_malignant for images in both)
         by = np.abs(ours - theirs)

@@ -53,7 +53,7 @@ class Pictures(Dataset):
     """A folder's images as a map-style dataset: read, decode, fit."""
 
     def __init__(self, uris: list[str], card: Card) -> None:
-        self.uris, self.size = uris, (card.input_height_px, card.input_width_px)
+        self.uris, self.size = uris, card.input_size_px
 
     def __len__(self) -> int:
         return len(self.uris)

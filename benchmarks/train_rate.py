@@ -37,7 +37,7 @@ class Rows(Dataset):
     def __init__(self, table: pa.Table, config: TrainConfig) -> None:
         self.uris = table[schema.URI].to_pylist()
         self.targets = [("benign", "malignant").index(name) for name in table[schema.TUMOR_CLASS].to_pylist()]
-        self.size = (config.input_height_px, config.input_width_px)
+        self.size = config.input_size_px
 
     def __len__(self) -> int:
         return len(self.uris)

@@ -257,6 +257,11 @@ class TrainingConfig(LabelledConfig, DryConfig):
             )
         return self
 
+    @property
+    def input_size_px(self) -> tuple[int, int]:
+        """Height and width of the network's input; zeros until a network of timm has stated its own."""
+        return self.input_height_px, self.input_width_px
+
     def upsampled(self) -> Literal["tumor_class", "subtype", "none"]:
         """The classes whose training rows are repeated."""
         return "none" if self.weighted_loss else self.balance

@@ -219,7 +219,7 @@ def evaluate(
         _write_metrics(card, measured, model_uri)
     if against:
         measured["comparison"] = artifacts.compared(images, against)
-    shown = about | facts.model_dump() | {"input_size_px": (card.input_height_px, card.input_width_px)}
+    shown = about | facts.model_dump() | {"input_size_px": card.input_size_px}
     shown |= {"evidence": card.evidence, "published": card.published and card.published.model_dump()}
     if kind == HELD_OUT:
         shown |= class_counts(TrainConfig(**card.training), table)

@@ -159,6 +159,11 @@ class Card(BaseModel):
     git_commit: str | None
 
     @property
+    def input_size_px(self) -> tuple[int, int]:
+        """Height and width of the network's input."""
+        return self.input_height_px, self.input_width_px
+
+    @property
     def n_members(self) -> int:
         """Networks whose logits are averaged: a prediction takes as many forward passes."""
         return self.study.n_models if self.study and self.study.kind == "ensemble" else 1

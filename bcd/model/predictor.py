@@ -91,11 +91,11 @@ class Predictor:
 
     def fit(self, pixels: np.ndarray) -> np.ndarray:
         """Fit a decoded image (h, w, 3) into the input size (height, width, 3); both uint8 RGB."""
-        return image.fit(pixels, self.card.input_height_px, self.card.input_width_px)
+        return image.fit(pixels, *self.card.input_size_px)
 
     def stage(self, n: int) -> np.ndarray:
         """Memory for a batch of n images (n, height, width, 3), uint8, from which a GPU copies by itself."""
-        shape = (n, self.card.input_height_px, self.card.input_width_px, 3)
+        shape = (n, *self.card.input_size_px, 3)
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda").numpy()
 
     @torch.inference_mode()
@@ -325,7 +325,7 @@ def _by_openvino(loaded: Predictor) -> Predictor:
     card, network = loaded.card, loaded.network
     precision = resnet.effective_precision(loaded.device, loaded.precision)
     features = OpenVinoFeatures(network, precision)
-    batch = loaded._normalised(canary(card.input_height_px, card.input_width_px)[None], is_stained=False)
+    batch = loaded._normalised(canary(*card.input_size_px)[None], is_stained=False)
     expected, found = (
         resnet.explained(network, each(batch)) for each in (partial(resnet.features, network), features)
     )
@@ -346,7 +346,7 @@ def from_state(state: weights.State, card: Card) -> Predictor:
 
 
 def _network(state: weights.State, card: Card) -> Network:
-    size = card.input_height_px, card.input_width_px
+    size = card.input_size_px
     network = weights.assembled(len(card.classes), state, card.architecture, size, card.n_members)
     known = card.feature_statistics
     if known and len(known.mean) != network.fc.in_features:

@@ -153,7 +153,7 @@ def store_of(config: TrainingConfig) -> Store | None:
     if config.prepared == OFF:
         return None
     uri = storage.join(config.output, output.PREPARED) if config.prepared == AUTO else config.prepared
-    return Store(uri, config.input_height_px, config.input_width_px)
+    return Store(uri, *config.input_size_px)
 
 
 def _preparing(config: TrainingConfig, n_images: int) -> tuple[Store, pa.Table] | tuple[()]:

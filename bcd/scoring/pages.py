@@ -50,7 +50,7 @@ def write_gallery(
         {name: [by_position[i] for i in group] for name, group in chosen.items()},
         _failures(table),
         _slides(ours, described_slides, places is None),
-        (card.input_height_px, card.input_width_px),
+        card.input_size_px,
         _images(ours, table, places is None),
     )
     storage.write_bytes(storage.join(ours.uri, GALLERY), page.encode())

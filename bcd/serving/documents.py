@@ -265,7 +265,7 @@ def _evidence(card: Card, pixels: np.ndarray, prediction: Prediction) -> Evidenc
         if len(others) == 1
         else f"{prediction.predicted_class[0]} against the rest"
     )
-    size = *pixels.shape[:2], card.input_height_px, card.input_width_px
+    size = *pixels.shape[:2], *card.input_size_px
     return Evidence(
         height=values.shape[0],
         width=values.shape[1],

@@ -156,7 +156,7 @@ class Replica:
         self._batch_size = min(config.max_batch_size, most)
         self._gate = Gate(self._batch_size)
         self._succeeded = -READY_FOR_S
-        canary = np.zeros((self.card.input_height_px, self.card.input_width_px, 3), np.uint8)
+        canary = np.zeros((*self.card.input_size_px, 3), np.uint8)
         self._canary = image.encode_png(canary)
         for n in {1, self._batch_size}:  # a replica that cannot compute does not become healthy
             prediction = self._computer.submit(self._predictor.predict, np.stack([canary] * n)).result()

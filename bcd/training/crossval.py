@@ -248,7 +248,7 @@ def _arm(protocol: Protocol, folds: Sequence[Fold], config: CrossvalConfig) -> A
     measured |= {"threshold": None, "folds": list(rows), "spread": _spread(rows)}
     prior = export.prior_of(config, _seen(folds[0]))
     measured["out_of_fold"] = _chosen(pooled, np.concatenate(logits), prior, config)
-    size = (card.input_height_px, card.input_width_px)
+    size = card.input_size_px
     facts = about | data.model_dump(exclude={"split_fingerprint", "left_out"})
     facts |= {"input_size_px": size, "evidence": card.evidence}
     # The balance of the first fold represents all.

@@ -84,7 +84,7 @@ def _best(result: Result, config: TrainConfig) -> tuple["Network", dict[str, Any
     from bcd.model import weights
     from bcd.training import checkpoint
 
-    n_classes, size = len(taxonomy.classes(config.target)), (config.input_height_px, config.input_width_px)
+    n_classes, size = len(taxonomy.classes(config.target)), config.input_size_px
     best_first = sorted(result.best_checkpoints, key=lambda pair: pair[1][SELECTION], reverse=True)
     for kept, measured in best_first:
         try:
@@ -229,7 +229,7 @@ def ensemble_of(bundles: Mapping[str, Card], known: Card, judged: Mapping[str, A
     members = []
     for member_uri, one in bundles.items():
         state = weights.read_weights(bundle.read_weights_of(member_uri, one), bundle.WEIGHTS)
-        size = one.input_height_px, one.input_width_px
+        size = one.input_size_px
         members.append(weights.assembled(len(one.classes), state, one.architecture, size))
     features = joined_statistics([one.feature_statistics for one in bundles.values()], judged)
     predictor.save(Ensemble(members), known.model_copy(update={"feature_statistics": features}), uri)

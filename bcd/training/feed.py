@@ -94,7 +94,7 @@ def feed_of(
     streams = {TRAIN: datasets.shuffled(balanced, config.seed)}
     if validates:
         streams[VALIDATION] = datasets.row_dataset(parts[VALIDATION])
-    size = config.input_height_px, config.input_width_px
+    size = config.input_size_px
     streams = {part: datasets.read_images(rows, *size, keep) for part, rows in streams.items()}
     return Feed(len(balanced), streams, None, weights, stain, validates)
 
@@ -112,7 +112,7 @@ def stain_of(config: TrainConfig, run_uri: str, table: pa.Table) -> Macenko | Re
         rows = part_of(table, TRAIN)
         chosen = np.random.default_rng(config.seed).permutation(len(rows))[:N_STAINS]
         ready = schema.fill(rows.take(pa.array(chosen)), schema.READING).combine_chunks()
-        error, images = _read.remote(ready, config.input_height_px, config.input_width_px)
+        error, images = _read.remote(ready, *config.input_size_px)
         found = ray.get(error) or ray.get(_measure_stain.remote(images, method))
         if isinstance(found, BcdError):
             raise found
@@ -151,7 +151,7 @@ def hold(config: TrainingConfig, rows: pa.Table) -> Held | None:
         BcdError: an image became unusable after it was inspected.
         StorageError: storage failed to deliver one.
     """
-    height, width = config.input_height_px, config.input_width_px
+    height, width = config.input_size_px
     image_bytes = height * width * 3
     if config.prepared == OFF or not _fits(len(rows) * image_bytes):
         return None

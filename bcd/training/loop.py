@@ -141,7 +141,7 @@ def augmentation_seed(seed: int, rank: int, n_epochs: int) -> int:
 def _state(task: Task, device: torch.device) -> State:
     config = task.config
     pretrained = ray.get(task.weights) if task.weights is not None else None
-    size = config.input_height_px, config.input_width_px
+    size = config.input_size_px
     network = weights.build(len(task.classes), pretrained, config.seed, config.architecture, size)
     network = network.to(device).to(memory_format=torch.channels_last)
     if config.symmetries:

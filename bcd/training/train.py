@@ -152,9 +152,7 @@ def initial_weights(config: TrainConfig) -> "State | None":
     """The tensors of `--weights`; None for random ones. Raises BcdError."""
     from bcd.model import weights  # takes seconds, with torch
 
-    return weights.pretrained(
-        config.weights, config.architecture, (config.input_height_px, config.input_width_px)
-    )
+    return weights.pretrained(config.weights, config.architecture, config.input_size_px)
 
 
 def split_of(

@@ -83,7 +83,7 @@ def test_contradictions_are_one_sentence_that_names_the_flag(settings, sentence)
 def test_only_residual_networks_have_a_size_of_their_own():
     def size(**given):
         config = TrainConfig(data="x", **given)
-        return config.input_height_px, config.input_width_px
+        return config.input_size_px
 
     assert size() == (224, 336)
     assert size(input_width_px=100) == (224, 100)

@@ -158,7 +158,7 @@ def test_what_timm_states_is_in_settings_and_card_and_flags_win():
     pytest.importorskip("timm", reason="needs the extra `timm`")
     config = TrainConfig(data="d", architecture="timm:test_vit", weights="imagenet", input_width_px=320)
     found = train.resolved(config)
-    assert (found.input_height_px, found.input_width_px) == (160, 320)
+    assert found.input_size_px == (160, 320)
     assert (found.mean, found.std) == ((0.5,) * 3, (0.5,) * 3)
     assert train.resolved(found) == found
     plain = TrainConfig(data="d")

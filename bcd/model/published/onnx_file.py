@@ -108,7 +108,7 @@ def _outputs(card: Card) -> tuple[str, ...]:
 
 
 def _canary(loaded: Predictor) -> Tensor:
-    height, width = loaded.card.input_height_px, loaded.card.input_width_px
+    height, width = loaded.card.input_size_px
     pixels = torch.from_numpy(predictor.canary(height, width)).permute(2, 0, 1)[None]
     return resnet.normalise(pixels, loaded.card.mean, loaded.card.std)
 

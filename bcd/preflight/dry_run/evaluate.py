@@ -33,7 +33,7 @@ def run(config: EvaluateConfig) -> list[str]:
     if storage.exists(storage.join(folder, run_directory.METRICS)):
         lines.append(f"{folder} has an earlier evaluation, which is replaced")
     model = predictor.load(config.model, precision=config.precision, card_sha256=card_sha256)
-    sample = measure.read_sample(tested, card.input_height_px, card.input_width_px)
+    sample = measure.read_sample(tested, *card.input_size_px)
     pace = measure.scoring_pace(model, sample.images, config.batch_size, CLOSED_FORM, LAST_LAYER)
     lines += [page.model_line(card, config.batch_size), page.free_space(folder)]
     read, cores = len(table) * sample.seconds, cluster.cores()

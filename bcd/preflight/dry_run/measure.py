@@ -85,7 +85,7 @@ def training_pace(config: TrainingConfig, images: np.ndarray) -> Pace:
     classes = taxonomy.classes(config.target)
     target = torch.arange(len(batch)) % len(classes)
     names = [str(i) for i in range(len(batch))]
-    size = config.input_height_px, config.input_width_px
+    size = config.input_size_px
     network = weights.build(len(classes), None, config.seed, config.architecture, size)
     network = network.to(device).to(memory_format=torch.channels_last)
     step = _step(config, network, device)

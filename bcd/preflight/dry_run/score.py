@@ -135,7 +135,7 @@ def _space(config: ScoreConfig, model: Predictor, todo: Todo) -> str:
 
 def _time_lines(config: ScoreConfig, model: Predictor, todo: Todo) -> list[str]:
     samples = [
-        (measure.read_sample(rows, model.card.input_height_px, model.card.input_width_px), n, what)
+        (measure.read_sample(rows, *model.card.input_size_px), n, what)
         for rows, n, what in ((todo.fields, len(todo.fields), "field"), (todo.tiles, todo.n_tiles, "tile"))
         if len(rows)
     ]

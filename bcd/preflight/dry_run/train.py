@@ -77,7 +77,7 @@ def data_lines(config: TrainingConfig, rows: pa.Table, facts: DatasetFacts) -> l
 
 def network_line(config: TrainingConfig) -> str:
     """The network, its input and its classes. Raises StorageError where a file of weights cannot be read."""
-    height, width = config.input_height_px, config.input_width_px
+    height, width = config.input_size_px
     known = "random" if config.weights == RANDOM_WEIGHTS else "downloaded unless they are here"
     if config.weights not in (RANDOM_WEIGHTS, IMAGENET_WEIGHTS) and not config.weights.startswith(
         HUB_WEIGHTS
@@ -112,7 +112,7 @@ def _steps(config: TrainConfig, parts: pa.Table) -> str:
 
 def estimated_lines(config: TrainingConfig, runs: Sequence[pa.Table]) -> list[str]:
     """What runs with these split tables, one after another, need of space and time, by a measurement."""
-    sample = measure.read_sample(runs[0], config.input_height_px, config.input_width_px)
+    sample = measure.read_sample(runs[0], *config.input_size_px)
     pace = measure.training_pace(config, sample.images)
     return [*_space_lines(config, runs, pace), *_time_lines(config, runs, sample, pace)]
 
