@@ -4,8 +4,8 @@
 
 Each viewer comes within the first five seconds and looks at a place of its own of the slide with most
 tiles, as the page does: six connections, the tiles of a screen, then a pause in which it is looked at, then a
-place beside it. Prints the latency of tiles that were read for the first time, then of the same tiles once
-they are kept.
+place beside it. Prints the latency of tiles that were read for the first time, while the viewers come and
+once all are there, then of the same tiles once they are kept.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from bcd.serving.viewer.deepzoom import DeepZoom
+from bcd.serving.viewer.deepzoom import TILE_PX, DeepZoom
 
-# Tiles of a screen of 1280 x 800 px, and connections of a page.
-ACROSS, DOWN, CONNECTIONS = 6, 4, 6
-# Seconds until the viewer answers, and in which the first places are opened.
-START_S, COME_S = 60, 5
+# Pixels of a screen, and connections of a page.
+WIDTH_PX, HEIGHT_PX, CONNECTIONS = 1280, 800, 6
+# Seconds until the viewer answers, in which the first places are opened, and after which these are read.
+START_S, COME_S, THERE_S = 60, 5, 9
 
 
 class Connection:
@@ -57,15 +57,16 @@ async def connected(port: int) -> AsyncIterator[Connection]:
 
 @dataclass
 class Load:
-    """A slide of a viewer, and the milliseconds that its tiles took."""
+    """A slide of a viewer, and for each tile the second in which it was sent and the milliseconds it took."""
 
     port: int
     slide: str
     levels: DeepZoom
     pause_s: float
     seconds: float
-    taken: list[float] = field(default_factory=list)
+    taken: list[tuple[float, float]] = field(default_factory=list)
     refused: int = 0
+    begun: float = field(default_factory=time.perf_counter)
 
     async def view(self, seed: int) -> None:
         """One viewer, from place to place until the time is over."""
@@ -82,10 +83,12 @@ class Load:
             place = [min(1, max(0, at + rng.uniform(-0.02, 0.02))) for at in place]
 
     def _screen(self, level: int, place: list[float]) -> Iterator[str]:
-        columns, rows = (size // 254 for size in self.levels.size(level))
-        left, top = int(place[0] * max(0, columns - ACROSS)), int(place[1] * max(0, rows - DOWN))
-        for row in range(top, min(top + DOWN, rows)):
-            for column in range(left, min(left + ACROSS, columns)):
+        sides = zip(place, self.levels.size(level), (WIDTH_PX, HEIGHT_PX), strict=True)
+        columns, rows = (
+            _covering(int(at * max(0, size - seen)), min(seen, size)) for at, size, seen in sides
+        )
+        for row in rows:
+            for column in columns:
                 yield f"/v1/view/pixels/{level}/{column}_{row}?name={quote(self.slide, safe='')}"
 
     async def _fetch(self, waiting: Iterator[str]) -> None:
@@ -94,9 +97,15 @@ class Load:
                 started = time.perf_counter()
                 status, _ = await connection.get(path)
                 if status == 200:
-                    self.taken.append(1_000 * (time.perf_counter() - started))
+                    now = time.perf_counter()
+                    self.taken.append((now - self.begun, 1_000 * (now - started)))
                 else:
                     self.refused += 1
+
+
+def _covering(first_px: int, n_px: int) -> range:
+    """The tiles on which these pixels of a side lie."""
+    return range(first_px // TILE_PX, (first_px + n_px - 1) // TILE_PX + 1)
 
 
 @contextmanager
@@ -148,14 +157,15 @@ def arguments(doc: str | None, *names: str) -> argparse.Namespace:
 
 
 def print_loads(port: int, given: argparse.Namespace) -> None:
-    """Measure tiles that are read for the first time, then the same ones, and print both."""
+    """Measure tiles that are read for the first time, then the same ones, and print both: in `THERE_S` and
+    after it."""
     for name in ("read", "kept"):
         load = asyncio.run(measure(port, given.viewers, given.pause, given.seconds))
-        p50, p95 = statistics.median(load.taken), statistics.quantiles(load.taken, n=20)[-1]
-        print(
-            f"{name}: {given.viewers} viewers, {len(load.taken) / given.seconds:.0f} tiles/s, "
-            f"p50 {p50:.0f} ms, p95 {p95:.0f} ms, refused {load.refused}"
-        )
+        print(f"{name}: {given.viewers} viewers, refused {load.refused}")
+        for phase, start, end in (("coming", 0, THERE_S), ("there", THERE_S, given.seconds)):
+            taken = [ms for second, ms in load.taken if start <= second < end]
+            p50, p95 = statistics.median(taken), statistics.quantiles(taken, n=20)[-1]
+            print(f"  {phase}: {len(taken) / (end - start):.0f} tiles/s, p50 {p50:.0f} ms, p95 {p95:.0f} ms")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """A slide as a deep-zoom image: a pyramid of square tiles, of which each level has half the size of the next.
 
-Levels are those of Deep Zoom: the last is level 0 of the slide, the first one pixel. Tiles overlap by one
-pixel, so that a browser that enlarges them shows no seams.
+Levels are those of Deep Zoom: the last is level 0 of the slide, the first one pixel. Tiles do not overlap, so
+that they begin and end with tiles of the file, most of which have sides of 256 or 512 px.
 """
 
 import math
@@ -12,7 +12,7 @@ from PIL import Image
 
 from bcd.slides.slide import LEVEL_TOLERANCE, Slide
 
-TILE_PX, OVERLAP_PX = 254, 1
+TILE_PX = 512
 # Side of a block of the slide that is decoded at once, where no level of it is as small as the image's.
 BLOCK_PX = 2048
 
@@ -42,18 +42,13 @@ class DeepZoom:
         return -(-self.width_px // step), -(-self.height_px // step)
 
     def box(self, level: int, column: int, row: int) -> Box | None:
-        """The place of a tile with its overlaps; None where there is no such tile."""
+        """The place of a tile; None where there is no such tile."""
         if not 0 <= level <= self.last or min(column, row) < 0:
             return None
-        sides = []
-        for number, size in zip((column, row), self.size(level), strict=True):
-            start = number * TILE_PX
-            if start >= size:
-                return None
-            first = start - (OVERLAP_PX if number else 0)
-            sides.append((first, min(start + TILE_PX + OVERLAP_PX, size) - first))
-        (left, width), (top, height) = sides
-        return left, top, width, height
+        (width, height), left, top = self.size(level), column * TILE_PX, row * TILE_PX
+        if left >= width or top >= height:
+            return None
+        return left, top, min(TILE_PX, width - left), min(TILE_PX, height - top)
 
 
 def read_tile(slide: Slide, downsample: int, box: Box) -> np.ndarray:
@@ -62,7 +57,7 @@ def read_tile(slide: Slide, downsample: int, box: Box) -> np.ndarray:
     left, top, width, height = box
     level = _level(slide, downsample)
     factor = downsample / slide.downsamples[level]
-    step = max(1, int(BLOCK_PX / factor) - 1)
+    step = max(1, int(BLOCK_PX / factor))
     pixels = np.empty((height, width, 3), np.uint8)
     for y in range(0, height, step):
         for x in range(0, width, step):
@@ -85,6 +80,9 @@ def _reduced(slide: Slide, level: int, factor: float, box: Box) -> np.ndarray:
     downsample = slide.downsamples[level]
     place = round(x * downsample), round(y * downsample)
     pixels = slide.read(*place, level, math.ceil(inner[2]), math.ceil(inner[3]))
-    if pixels.shape[:2] == (height, width):
+    if factor == 1:
         return pixels
+    if factor.is_integer():
+        # As below, in a fifth of the time.
+        return np.asarray(Image.fromarray(pixels).reduce(int(factor)))
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX, inner))

@@ -22,8 +22,8 @@ from bcd.slides import pixel_size, slide, slide_cache
 QUALITY = 85
 # Longest side of a field in the browser.
 FIELD_PX = 4096
-# Of encoded tiles in memory, 20 kB each: those that several look at, and neighbours of what is shown.
-CACHE_BYTES = 2**26
+# Of encoded tiles in memory, 80 kB each: those that several look at, and neighbours of what is shown.
+CACHE_BYTES = 2**27
 # Open slides, of which each may hold 32 MiB of decoded tiles.
 OPEN_SLIDES = 8
 # Requests that read or wait; a page has six at a time.
