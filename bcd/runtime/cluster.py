@@ -9,7 +9,8 @@ import socket
 import sys
 import tempfile
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ CPUS_PER_MODEL = 4
 CONNECT_TIMEOUT_S = 20
 # Of the folder for temporary files, below which Ray has its sockets.
 MOST_TEMPORARY_LENGTH = 24
+# The port of a cluster that is being started, and which cluster Ray Train asks every second whether its
+# controller is alive: without it, any that runs on the same machine. Another one has never heard of it; then
+# Ray Train removed the workers of a training that was running.
+PORT_VARIABLE, ADDRESS_VARIABLE = "RAY_GCS_SERVER_PORT", "RAY_API_SERVER_ADDRESS"
 # The most that an autoscaler may start, as CPU=192,GPU=4, set on the head node. Ray 2.60 has a field for it
 # in the GCS, but its own autoscalers leave it empty.
 LIMIT_VARIABLE = "BCD_CLUSTER_LIMIT"
@@ -55,7 +60,7 @@ def connect(trains: bool = False, metrics_port: int | None = None) -> None:
     """
     if not ray.is_initialized():
         if address := os.environ.get("RAY_ADDRESS"):
-            _join(address)
+            _join(address, trains)
         else:
             _start(trains, metrics_port)
     # Ray 2.60's default grants each step what it used in the seconds before. Rounded, that was less than a
@@ -101,17 +106,35 @@ def _start(trains: bool, metrics_port: int | None = None) -> None:
     # It advises to switch the token off.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     # Never a cluster that merely happens to run here: two jobs on one small machine starve each other.
-    ray.init(
-        address="local",
-        _temp_dir=_private_folder(),
-        num_cpus=max(1 + DATA_CPUS, cores()),
-        logging_level=logging.WARNING,
-        # Eleven processes and 170 MiB, a quarter of the start, for a page that ends with the job. But Ray
-        # Train queries it, and warns about once a second where it is missing.
-        include_dashboard=trains,
-        _metrics_export_port=metrics_port,
-    )
+    with _known_to_itself() if trains else nullcontext():
+        ray.init(
+            address="local",
+            _temp_dir=_private_folder(),
+            num_cpus=max(1 + DATA_CPUS, cores()),
+            logging_level=logging.WARNING,
+            # Eleven processes and 170 MiB, a quarter of the start, for a page that ends with the job. But Ray
+            # Train queries it, and warns about once a second where it is missing.
+            include_dashboard=trains,
+            _metrics_export_port=metrics_port,
+        )
     _close_token()
+
+
+@contextmanager
+def _known_to_itself() -> Iterator[None]:
+    """A cluster that starts within this states its address to its processes, see `ADDRESS_VARIABLE`."""
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    own = {PORT_VARIABLE: str(port), ADDRESS_VARIABLE: f"127.0.0.1:{port}"}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _close_token() -> None:
@@ -139,12 +162,15 @@ def _end(folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _join(address: str) -> None:
+def _join(address: str, trains: bool) -> None:
+    options: dict[str, Any] = {}
     try:
         if match := re.fullmatch(r"([^/]+):(\d+)", address):
             # Ray itself would try a dead address for minutes.
             socket.create_connection((match[1], int(match[2])), timeout=CONNECT_TIMEOUT_S).close()
-        ray.init(address=address, logging_level=logging.WARNING)
+            if trains and ADDRESS_VARIABLE not in os.environ:
+                options["runtime_env"] = {"env_vars": {ADDRESS_VARIABLE: address}}
+        ray.init(address=address, logging_level=logging.WARNING, **options)
     except OSError as error:
         raise ResourceError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Is it running, and is its token "

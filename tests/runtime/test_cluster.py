@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -202,6 +203,30 @@ def test_ray_reports_nothing_unless_it_is_wanted(before, after, tmp_path, monkey
     monkeypatch.setattr(cluster, "_private_folder", lambda: str(tmp_path))
     cluster._start(trains=False)
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == after
+
+
+@pytest.mark.parametrize("before", [{}, {"RAY_API_SERVER_ADDRESS": "http://other:8265", "PATH": "/bin"}])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_cluster_that_trains_states_its_own_address_to_its_processes_alone(
+    before, fails, tmp_path, monkeypatch
+):
+    seen = {}
+
+    def init(**options):
+        seen.update(os.environ)
+        if fails:
+            raise OSError("no room")
+
+    monkeypatch.setattr(os, "environ", dict(before))
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setattr(cluster, "_close_token", lambda: None)
+    monkeypatch.setattr(cluster, "_private_folder", lambda: str(tmp_path))
+    with pytest.raises(OSError, match="no room") if fails else nullcontext():
+        cluster._start(trains=True)
+    port = seen["RAY_GCS_SERVER_PORT"]
+    assert seen["RAY_API_SERVER_ADDRESS"] == f"127.0.0.1:{port}"
+    named = ("RAY_GCS_SERVER_PORT", "RAY_API_SERVER_ADDRESS", "PATH")
+    assert {name: os.environ[name] for name in named if name in os.environ} == before
 
 
 def test_metrics_are_at_the_port_that_is_asked_for(tmp_path, monkeypatch):
