@@ -30,7 +30,7 @@ from bcd.scoring import ledger
 from bcd.serving import front
 from bcd.serving.receive import RefusedError
 from bcd.serving.viewer import listing, packed, scored
-from bcd.serving.viewer.deepzoom import TILE_PX, DeepZoom
+from bcd.serving.viewer.deepzoom import OVERLAP_PX, TILE_PX, DeepZoom
 from bcd.serving.viewer.listing import Query
 from bcd.serving.viewer.pixels import BoundedThreads, PixelReader
 from bcd.serving.viewer.scored import Outputs, Scored
@@ -205,7 +205,7 @@ def _hex(color: np.ndarray) -> str:
 
 def _slide(row: dict[str, Any], output: Scored) -> dict[str, Any]:
     levels = DeepZoom(row[schema.WIDTH_PX] or 1, row[schema.HEIGHT_PX] or 1)
-    zoom = {"tile": TILE_PX, "last": levels.last}
+    zoom = {"tile": TILE_PX, "overlap": OVERLAP_PX, "last": levels.last}
     about = {"error_message": _message(row), "deep_zoom": zoom, "output_version": output.version}
     return {"kind": "slide", **{name: row[name] for name in SHOWN}, **about}
 

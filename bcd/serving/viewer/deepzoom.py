@@ -1,7 +1,7 @@
 """A slide as a deep-zoom image: a pyramid of square tiles, of which each level has half the size of the next.
 
-Levels are those of Deep Zoom: the last is level 0 of the slide, the first one pixel. Tiles do not overlap, so
-that they begin and end with tiles of the file, most of which have sides of 256 or 512 px.
+Levels are those of Deep Zoom: the last is level 0 of the slide, the first one pixel. Tiles overlap by one
+pixel, so that a browser that enlarges them shows no seams.
 """
 
 import math
@@ -12,7 +12,8 @@ from PIL import Image
 
 from bcd.slides.slide import LEVEL_TOLERANCE, Slide
 
-TILE_PX = 512
+# With its overlaps a tile has 512 px: each is a request through Ray Serve, which costs more than the pixels.
+TILE_PX, OVERLAP_PX = 510, 1
 # Side of a block of the slide that is decoded at once, where no level of it is as small as the image's.
 BLOCK_PX = 2048
 
@@ -42,13 +43,18 @@ class DeepZoom:
         return -(-self.width_px // step), -(-self.height_px // step)
 
     def box(self, level: int, column: int, row: int) -> Box | None:
-        """The place of a tile; None where there is no such tile."""
+        """The place of a tile with its overlaps; None where there is no such tile."""
         if not 0 <= level <= self.last or min(column, row) < 0:
             return None
-        (width, height), left, top = self.size(level), column * TILE_PX, row * TILE_PX
-        if left >= width or top >= height:
-            return None
-        return left, top, min(TILE_PX, width - left), min(TILE_PX, height - top)
+        sides = []
+        for number, size in zip((column, row), self.size(level), strict=True):
+            start = number * TILE_PX
+            if start >= size:
+                return None
+            first = start - (OVERLAP_PX if number else 0)
+            sides.append((first, min(start + TILE_PX + OVERLAP_PX, size) - first))
+        (left, width), (top, height) = sides
+        return left, top, width, height
 
 
 def read_tile(slide: Slide, downsample: int, box: Box) -> np.ndarray:
@@ -80,7 +86,7 @@ def _reduced(slide: Slide, level: int, factor: float, box: Box) -> np.ndarray:
     downsample = slide.downsamples[level]
     place = round(x * downsample), round(y * downsample)
     pixels = slide.read(*place, level, math.ceil(inner[2]), math.ceil(inner[3]))
-    if factor == 1:
+    if pixels.shape[:2] == (height, width):
         return pixels
     if factor.is_integer():
         # As below, in a fifth of the time.

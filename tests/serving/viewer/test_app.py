@@ -87,7 +87,7 @@ def test_inputs_are_listed(client):
 def test_a_slide_has_its_facts_and_tiles(client, made):
     row = client.get("/v1/view/input", params=NAME).json()
     assert (row["kind"], row["width_px"], row["mpp"]) == ("slide", viewed.WIDTH_PX, viewed.MPP)
-    assert row["deep_zoom"] == {"tile": 512, "last": 10}
+    assert row["deep_zoom"] == {"tile": 510, "overlap": 1, "last": 10}
     header, columns = unpack(client.get("/v1/view/tiles", params=NAME).content)
     assert header["tiles"] == len(columns["x"]) == len(made.tiles())
     broken = client.get("/v1/view/input", params={"name": viewed.BROKEN}).json()
@@ -125,7 +125,7 @@ def test_pixels_of_a_slide_may_be_kept_by_the_callers_browser(client):
     assert answer.headers.get_list("cache-control") == ["private, max-age=3600"]
     assert answer.headers["vary"] == "Authorization"
     found = simplejpeg.decode_jpeg(answer.content, "RGB").astype(int)
-    assert np.abs(found - viewed.slide_pixels()[512:, 512:]).mean() < 3
+    assert np.abs(found - viewed.slide_pixels()[509:, 509:]).mean() < 3
     # Numbers are in no cache.
     assert client.get("/v1/view/tiles", params=NAME).headers["cache-control"] == "no-store"
 

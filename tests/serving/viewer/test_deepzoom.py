@@ -31,22 +31,19 @@ def test_levels_are_those_of_deep_zoom():
     assert DeepZoom(1025, 3).size(10) == (513, 2)
 
 
-def test_tiles_have_each_pixel_of_a_level_once():
+def test_tiles_cover_each_level_and_overlap_by_one_pixel():
     for level in (10, 9, 8, 0):
         width, height = LEVELS.size(level)
         seen = np.zeros((height, width), int)
         for row in range(-(-height // TILE_PX)):
             for column in range(-(-width // TILE_PX)):
                 left, top, w, h = LEVELS.box(level, column, row)
-                assert max(w, h) <= TILE_PX
+                assert max(w, h) <= TILE_PX + 2
                 seen[top : top + h, left : left + w] += 1
-        assert (seen == 1).all()
-
-
-def test_a_tile_of_level_0_needs_no_part_of_other_tiles_of_the_file():
-    for side in (256, 512):
-        left, top, width, height = DeepZoom(40_000, 30_000).box(16, 5, 7)
-        assert [edge % side for edge in (left, top, left + width, top + height)] == [0, 0, 0, 0]
+                inner = seen[row * TILE_PX :, column * TILE_PX :][:TILE_PX, :TILE_PX]
+                assert inner.all()
+        assert seen.min() == 1
+        assert seen.max() <= 4
 
 
 @pytest.mark.parametrize("place", [(11, 0, 0), (-1, 0, 0), (10, 2, 0), (10, 0, 2), (10, -1, 0), (0, 1, 0)])
@@ -77,7 +74,7 @@ def test_a_slide_without_a_pyramid_is_read_in_blocks():
     white, sizes = fake(100_000, 60_000)
     levels = DeepZoom(100_000, 60_000)
     box = levels.box(12, 1, 1)
-    assert read_tile(white, levels.downsample(12), box).shape == (TILE_PX, TILE_PX, 3)
+    assert read_tile(white, levels.downsample(12), box).shape == (512, 512, 3)
     assert max(w * h for w, h in sizes) <= 2048**2
     assert sum(w * h for w, h in sizes) < 1.2 * (TILE_PX * 32) ** 2
 
@@ -93,7 +90,7 @@ def test_a_real_slide_has_its_own_pixels_and_their_means(real_data):
     with slide.open_slide(real_data / "slides/CMU-1-Small-Region.svs") as found:
         levels = DeepZoom(found.width_px, found.height_px)
         box = levels.box(levels.last, 1, 2)
-        np.testing.assert_array_equal(read_tile(found, 1, box), found.read(512, 1024, 0, 512, 512))
+        np.testing.assert_array_equal(read_tile(found, 1, box), found.read(509, 1019, 0, 512, 512))
         small = read_tile(found, 16, levels.box(levels.last - 4, 0, 0))
         means = found.read(0, 0, 0, 138 * 16, 185 * 16).reshape(185, 16, 138, 16, 3).mean((1, 3))
         assert np.abs(small[:185, :138] - means).max() <= 1

@@ -96,7 +96,7 @@ def test_a_slide_that_was_sent_is_seen_from_when_it_is_done_until_it_is_deleted(
         tile = client.get(PIXELS, params=named(job_id))
         assert tile.headers["cache-control"] == "private, max-age=3600"
         seen = simplejpeg.decode_jpeg(tile.content, "RGB").astype(int)
-        assert np.abs(seen - made.pixels[512:, 512:]).mean() < 3
+        assert np.abs(seen - made.pixels[509:, 509:]).mean() < 3
         page = client.get(f"/slides/{quote(viewed.SLIDE, safe='')}?job={job_id}")
         assert page.headers["content-security-policy"] == front.PAGE_POLICY
         assert client.delete(f"/v1/slides/{job_id}").status_code == 204
@@ -127,7 +127,7 @@ def test_slides_of_one_name_are_not_confused(config, engine):
             os.utime(jobs.folder(job_id, "output", "summary.json"), (1, 1))
             tile = client.get(PIXELS, params=named(job_id)).content
             seen = simplejpeg.decode_jpeg(tile, "RGB").astype(int)
-            assert np.abs(seen - expected[512:, 512:]).mean() < 3
+            assert np.abs(seen - expected[509:, 509:]).mean() < 3
 
 
 def test_without_an_id_the_scored_archive_is_shown(config, engine, tmp_path):

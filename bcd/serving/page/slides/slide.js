@@ -192,11 +192,11 @@ function white() {
 }
 
 function zoomable() {
-  const { width_px: width, height_px: height, deep_zoom: { tile, last }, output_version: version } = state.row;
+  const { width_px: width, height_px: height, deep_zoom: { tile, overlap, last }, output_version: version } = state.row;
   // A level that fits into one tile is the first that is worth a request.
   const minLevel = Math.max(0, last - Math.ceil(Math.log2(Math.max(width, height) / tile)));
   const getTileUrl = (level, x, y) => `../v1/view/pixels/${level}/${x}_${y}?${option}&v=${encodeURIComponent(version)}`;
-  return { width, height, tileSize: tile, minLevel, maxLevel: last, getTileUrl };
+  return { width, height, tileSize: tile, tileOverlap: overlap, minLevel, maxLevel: last, getTileUrl };
 }
 
 const busy = (is) => element("stage").setAttribute("aria-busy", String(is));
