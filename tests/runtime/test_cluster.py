@@ -14,7 +14,7 @@ from ray.data._internal.actor_autoscaler.default_actor_autoscaler import Default
 from bcd.config.training import TrainConfig
 from bcd.errors import ConfigError, ResourceError
 from bcd.runtime import cluster
-from tests.cluster import CLUSTER_CPUS, free_port
+from tests.cluster import BIN, CLUSTER_CPUS, free_port, wait_for
 
 
 def fake(monkeypatch, cpus, gpus=0):
@@ -331,6 +331,40 @@ def test_the_last_step_is_granted_a_task(monkeypatch):
     assert os.environ["RAY_DATA_CLUSTER_AUTOSCALER"] in {
         version.value for version in ClusterAutoscalerVersion
     }
+
+
+CONTROLLER = """
+import ray
+from ray.util.state import get_actor
+from bcd.runtime import cluster
+
+@ray.remote
+class Controller:
+    def state(self):
+        found = get_actor(ray.get_runtime_context().get_actor_id(), timeout=60)
+        return found and found.state
+
+cluster.connect(trains=True)
+print(ray.get(Controller.remote().state.remote()))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.trial
+def test_a_controller_is_known_to_be_alive_beside_a_newer_cluster(monkeypatch):
+    """As Ray Train asks for it; the other cluster has its address where Ray looks for one."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # Sockets have short addresses.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        command = ["start", "--head", f"--port={free_port()}", f"--dashboard-port={free_port()}", "--block"]
+        with subprocess.Popen([BIN / "ray", *command], stdout=subprocess.DEVNULL) as other:
+            try:
+                wait_for(lambda: any(Path(folder).rglob("ray_current_cluster")), 120, "the other cluster")
+                found = subprocess.check_output([sys.executable, "-c", CONTROLLER], text=True)
+            finally:
+                other.terminate()
+    assert found.strip() == "ALIVE"
 
 
 @pytest.mark.process
