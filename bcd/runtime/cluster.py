@@ -30,9 +30,9 @@ CPUS_PER_MODEL = 4
 CONNECT_TIMEOUT_S = 20
 # Of the folder for temporary files, below which Ray has its sockets.
 MOST_TEMPORARY_LENGTH = 24
-# The port of a cluster that is being started, and which cluster Ray Train asks every second whether its
-# controller is alive: without it, any that runs on the same machine. Another one has never heard of it; then
-# Ray Train removed the workers of a training that was running.
+# The port of a cluster that is being started, and which cluster Ray Train asks whether its controller is
+# alive: without it, any that runs on the same machine. Another one has never heard of it, so that what
+# removes the workers of a controller that is killed ended itself at once, with an error in the log.
 PORT_VARIABLE, ADDRESS_VARIABLE = "RAY_GCS_SERVER_PORT", "RAY_API_SERVER_ADDRESS"
 # The most that an autoscaler may start, as CPU=192,GPU=4, set on the head node. Ray 2.60 has a field for it
 # in the GCS, but its own autoscalers leave it empty.
@@ -60,7 +60,7 @@ def connect(trains: bool = False, metrics_port: int | None = None) -> None:
     """
     if not ray.is_initialized():
         if address := os.environ.get("RAY_ADDRESS"):
-            _join(address, trains)
+            _join(address)
         else:
             _start(trains, metrics_port)
     # Ray 2.60's default grants each step what it used in the seconds before. Rounded, that was less than a
@@ -162,15 +162,12 @@ def _end(folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _join(address: str, trains: bool) -> None:
-    options: dict[str, Any] = {}
+def _join(address: str) -> None:
     try:
         if match := re.fullmatch(r"([^/]+):(\d+)", address):
             # Ray itself would try a dead address for minutes.
             socket.create_connection((match[1], int(match[2])), timeout=CONNECT_TIMEOUT_S).close()
-            if trains and ADDRESS_VARIABLE not in os.environ:
-                options["runtime_env"] = {"env_vars": {ADDRESS_VARIABLE: address}}
-        ray.init(address=address, logging_level=logging.WARNING, **options)
+        ray.init(address=address, logging_level=logging.WARNING)
     except OSError as error:
         raise ResourceError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Is it running, and is its token "

@@ -1,6 +1,7 @@
 """Cross-validation: train and evaluate one model per fold, and report over all of them."""
 
 import logging
+import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -268,16 +269,28 @@ def _chosen(
 
 
 def _known(folds: Sequence[Fold]) -> DatasetFacts:
-    """The facts about the data, with the warnings of single folds under their names."""
+    """The facts about the data. Warnings of single folds have their names; those that differ in numbers only
+    are one, with the first as the example."""
     facts = [DatasetFacts(**run_directory.read_json(fold.uri, run_directory.DATA)) for fold in folds]
-    of_all = [text for text in facts[0].warnings if all(text in each.warnings for each in facts)]
-    of_one = [
-        f"{name_of(fold)}: {text}"
-        for fold, each in zip(folds, facts, strict=True)
-        for text in each.warnings
-        if text not in of_all
-    ]
-    return facts[0].model_copy(update={"warnings": of_all + of_one})
+    alike: dict[str, dict[str, str]] = {}
+    for fold, each in zip(folds, facts, strict=True):
+        for text in each.warnings:
+            kind = re.sub(r"[\d,]+ of [\d,]+", "n of n", text)
+            kind = text if name_of(fold) in alike.get(kind, {}) else kind
+            alike.setdefault(kind, {})[name_of(fold)] = text
+    warnings = [_of_folds(texts, len(folds)) for texts in alike.values()]
+    of_all = set(facts[0].warnings)
+    return facts[0].model_copy(update={"warnings": sorted(warnings, key=lambda text: text not in of_all)})
+
+
+def _of_folds(texts: Mapping[str, str], n_folds: int) -> str:
+    """One sentence for a warning of some folds, by their names."""
+    name, text = next(iter(texts.items()))
+    if len(texts) == 1:
+        return f"{name}: {text}"
+    if len(texts) == n_folds and len(set(texts.values())) == 1:
+        return text
+    return f"{len(texts)} of {n_folds} folds, such as {name}: {text}"
 
 
 def _tested(fold: Fold) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, np.ndarray]:

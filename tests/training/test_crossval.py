@@ -156,9 +156,19 @@ def test_warnings_of_one_fold_have_its_name(tmp_path):
     folds = list(crossval.folds_of(CrossvalConfig(data="d", k=2), str(tmp_path), "case"))
     facts = {"data_fingerprint": "0", "synthetic": False, "broken": [], "quarantined": []}
     facts |= {"field_height_px": 1, "field_width_px": 1}
-    for fold, warnings in zip(folds, (["of all", "of one"], ["of all"]), strict=True):
+    given = (
+        ["of one", "1 of 4 patients", "patient 1 is in both", "of all"],
+        ["of all", "2 of 14 patients", "patient 2 is in both"],
+    )
+    for fold, warnings in zip(folds, given, strict=True):
         run_directory.write_json(fold.uri, run_directory.DATA, facts | {"warnings": warnings})
-    assert crossval._known(folds).warnings == ["of all", "case, repeat 1, fold 1: of one"]
+    assert crossval._known(folds).warnings == [
+        "of all",
+        "case, repeat 1, fold 1: of one",
+        "2 of 2 folds, such as case, repeat 1, fold 1: 1 of 4 patients",
+        "case, repeat 1, fold 1: patient 1 is in both",
+        "case, repeat 1, fold 2: patient 2 is in both",
+    ]
 
 
 def settings_of(tree, output):
