@@ -152,12 +152,12 @@ def test_a_finished_study_says_so_and_another_is_refused(noise, capsys):
         crossval.run(config.model_copy(update={"k": 3}))
 
 
-def test_warnings_of_one_fold_have_its_name(tmp_path):
+def test_warnings_of_folds_have_their_names_and_are_one_where_only_numbers_differ(tmp_path):
     folds = list(crossval.folds_of(CrossvalConfig(data="d", k=2), str(tmp_path), "case"))
     facts = {"data_fingerprint": "0", "synthetic": False, "broken": [], "quarantined": []}
     facts |= {"field_height_px": 1, "field_width_px": 1}
     given = (
-        ["of one", "1 of 4 patients", "patient 1 is in both", "of all"],
+        ["of one", "1 of 4 patients", "3 of 4 patients", "patient 1 is in both", "of all"],
         ["of all", "2 of 14 patients", "patient 2 is in both"],
     )
     for fold, warnings in zip(folds, given, strict=True):
@@ -166,6 +166,7 @@ def test_warnings_of_one_fold_have_its_name(tmp_path):
         "of all",
         "case, repeat 1, fold 1: of one",
         "2 of 2 folds, such as case, repeat 1, fold 1: 1 of 4 patients",
+        "case, repeat 1, fold 1: 3 of 4 patients",
         "case, repeat 1, fold 1: patient 1 is in both",
         "case, repeat 1, fold 2: patient 2 is in both",
     ]
