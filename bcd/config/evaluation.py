@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from bcd.config.options import AUTO, DryConfig, Engine, LabelledConfig, OutputConfig, Precision
+from bcd.config.options import AUTO, DryConfig, Engine, LabelledConfig, Operational, OutputConfig, Precision
 from bcd.config.signing import SignedConfig
 
 
@@ -17,17 +17,17 @@ class EvaluateConfig(LabelledConfig, SignedConfig, DryConfig):
     which is scored whole if the run's split.parquet proves that none of its images, no near duplicate of one
     and none of its patients was trained on."""
 
-    output: str | None = None
+    output: Operational[str | None] = None
     """Folder for predictions, metrics and report; by default beside the bundle, in its run."""
 
     force: bool = False
     """Score data that the model may have been trained on, and mark every number."""
 
-    prepared: str = AUTO
+    prepared: Operational[str] = AUTO
     """Folder of decoded and fitted images, see jobs/train.py. auto: beside the run of the model, if it is
     there. off: all files are decoded."""
 
-    against: str | None = None
+    against: Operational[str | None] = None
     """Output of another evaluation of the same images: the two models are compared on the same patients."""
 
     batch_size: int = Field(default=32, ge=1)
@@ -54,7 +54,7 @@ class TriageConfig(OutputConfig):
     scores: str
     """Output of jobs/score.py, jobs/evaluate.py or jobs/train.py."""
 
-    output: str = "triage"
+    output: Operational[str] = "triage"
     """Folder for triage.csv, fiftyone/ and manifest.parquet: local, s3:// or gs://."""
 
     most: int = Field(default=200, ge=1)

@@ -4,9 +4,11 @@ What training decides (classes, input size, µm/px, threshold) is fixed in the m
 from there and have no such flags.
 """
 
+import inspect
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -63,24 +65,52 @@ MAX_SEED = 2**31 - 1
 WORKERS = re.compile(r"auto|[1-9]\d*|([1-9]\d*)-([1-9]\d*)")
 
 
+class Role(Enum):
+    """What a setting is for, where it does not say how a network is trained or used."""
+
+    OPERATIONAL = "where and with which resources; it does not change the result"
+    SHARED = "the same in all trainings that are compared, such as data and split"
+    NETWORK = "the network that is trained"
+
+
+Given = TypeVar("Given")
+Operational = Annotated[Given, Role.OPERATIONAL]
+Shared = Annotated[Given, Role.SHARED]
+OfNetwork = Annotated[Given, Role.NETWORK]
+
+
 class Config(BaseModel):
     """Frozen settings that reject unknown names and whose errors name the flag."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     # Neither kept nor compared: a job is given what the file contains.
-    config: str | None = Field(default=None, exclude=True)
+    config: Operational[str | None] = Field(default=None, exclude=True)
     """File with settings, each as NAME: VALUE in YAML or JSON, such as the config.json of a run: local, s3://
     or gs://. Flags have priority over the file, the file over --recipe, and that over defaults."""
 
-    log_format: LogFormat = "text"
+    log_format: Operational[LogFormat] = "text"
     """Form of the log: lines of text, or one JSON object per line with time, level, job and message."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Make a paragraph of each flag's help, whose lines in the source have another width."""
-        for field in cls.model_fields.values():
+        """Make a paragraph of each flag's help, whose lines in the source have another width; required flags
+        come first, then a class's own, then those of its bases."""
+        fields = cls.model_fields
+        for field in fields.values():
             field.description = " ".join((field.description or "").split())
+        own_first = [name for base in cls.__mro__ for name in inspect.get_annotations(base) if name in fields]
+        for name in sorted(dict.fromkeys(own_first), key=lambda name: not fields[name].is_required()):
+            fields[name] = fields.pop(name)
+
+    def deciding(self) -> dict[str, Any]:
+        """Values for JSON of the settings that determine the result."""
+        return self.model_dump(mode="json", include=self.names(Role.OPERATIONAL))
+
+    @classmethod
+    def names(cls, *without: Role) -> set[str]:
+        """Names of the settings that have none of these roles."""
+        return {name for name, field in cls.model_fields.items() if not {*without} & {*field.metadata}}
 
     @field_validator("config")
     @classmethod
@@ -105,7 +135,7 @@ def _sentence(error: Any) -> str:
 class DryConfig(Config):
     """Settings of a job that can say what it would do."""
 
-    dry_run: bool = Field(default=False, exclude=True)
+    dry_run: Operational[bool] = Field(default=False, exclude=True)
     """Say what would be read, done and written, what is done already, and about how long the rest would
     take, measured on a few images in this process; then end. Nothing is written, and no Ray is started."""
 
@@ -113,41 +143,25 @@ class DryConfig(Config):
 class OutputConfig(Config):
     """Settings of a job that writes into a folder, of which one job at a time has the lease."""
 
-    wait: bool = False
+    wait: Operational[bool] = False
     """Wait while another job writes into the same output. Without it this one ends with exit code 2."""
 
 
 class LabelledConfig(OutputConfig):
     """Settings that name a data set whose classes are known."""
 
-    data: str
+    data: Shared[str]
     """A BreaKHis tree, a folder per class with a folder per patient in it, or a CSV, TSV or Parquet manifest
     (columns uri, tumor_class or subtype, patient, and part if it is split already): a local path, s3://,
     gs://, or another scheme of fsspec, such as hf://datasets/OWNER/NAME."""
 
-    classes: tuple[str, ...] = ()
+    classes: Shared[tuple[str, ...]] = ()
     """Other names of the classes in folders or in the column tumor_class, such as benign=0 malignant=1."""
 
     @model_validator(mode="after")
     def _classes_are_pairs(self) -> Self:
         given_names(self.classes)
         return self
-
-
-# Where and with which resources a run is carried out; all other settings determine its result.
-OPERATIONAL = frozenset(
-    {
-        *("output", "name", "prepared", "num_workers", "device", "max_failures"),
-        *("max_workers", "parallel", "against", "export", "wait", "require_signature", "log_format"),
-    }
-)
-
-
-def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Names of the settings that determine a result and differ; a flag that is off is as one that an older
-    version did not have."""
-    keys = sorted((old.keys() | new.keys()) - OPERATIONAL)
-    return [key for key in keys if (old.get(key) or None) != (new.get(key) or None)]
 
 
 def require_held_out(
@@ -167,9 +181,11 @@ def require_held_out(
         raise ValueError(f"--held-out {min(unused)}: expected some of --magnifications {used}")
 
 
-def changed_flags(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The settings of `changed`, as `--flag old -> new`."""
-    return [f"--{key.replace('_', '-')} {old.get(key)} -> {new.get(key)}" for key in changed(old, new)]
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Settings that differ, by name, as `--flag old -> new`; one that is off is as one that an older version
+    did not have."""
+    names = [name for name in sorted({*old, *new}) if (old.get(name) or None) != (new.get(name) or None)]
+    return {name: f"--{name.replace('_', '-')} {old.get(name)} -> {new.get(name)}" for name in names}
 
 
 def require_run_name(name: str) -> None:

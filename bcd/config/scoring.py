@@ -10,6 +10,7 @@ from bcd.config.options import (
     DryConfig,
     Engine,
     Fraction,
+    Operational,
     OutputConfig,
     Precision,
     require_run_name,
@@ -33,7 +34,7 @@ class ScoreConfig(OutputConfig, SignedConfig, DryConfig):
     TIFF), in any mixture, one such file, or a CSV, TSV or Parquet manifest with a column uri: local,
     s3://, gs://, or another scheme of fsspec; of https:// a manifest or one file."""
 
-    output: str
+    output: Operational[str]
     """Folder for the table, the slides' heat maps and the gallery: local, s3:// or gs://."""
 
     pseudonymise: str | None = None
@@ -102,7 +103,7 @@ class ScoreConfig(OutputConfig, SignedConfig, DryConfig):
     4 GB of slides on GPUs, and on CPUs where --precision is bfloat16 and a compiler (g++) is installed; never
     with OpenVINO, which compiles by itself."""
 
-    max_workers: int | None = Field(default=None, ge=1)
+    max_workers: Operational[int | None] = Field(default=None, ge=1)
     """Largest number of model workers; by default one per GPU, else one per four CPUs."""
 
     @model_validator(mode="after")
@@ -144,10 +145,10 @@ class PoolConfig(OutputConfig):
     model: str | None = None
     """Model of an earlier run, OUTPUT/NAME/model, to apply."""
 
-    output: str = "runs"
+    output: Operational[str] = "runs"
     """Folder of the runs: local, s3:// or gs://. The run is written to OUTPUT/NAME."""
 
-    name: str = "pool"
+    name: Operational[str] = "pool"
     """Name of the run."""
 
     maps: int = Field(default=20, ge=0)
@@ -177,7 +178,7 @@ class PoolConfig(OutputConfig):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seeds the split and the training."""
 
-    max_failures: int = Field(default=3, ge=0)
+    max_failures: Operational[int] = Field(default=3, ge=0)
     """How often training starts again after its worker or node is lost."""
 
     @model_validator(mode="after")

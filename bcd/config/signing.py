@@ -4,7 +4,7 @@ a signature."""
 import tyro
 from pydantic import Field
 
-from bcd.config.options import MAX_INPUT_PX, MIN_INPUT_PX, Config
+from bcd.config.options import MAX_INPUT_PX, MIN_INPUT_PX, Config, Operational
 
 Triple = tuple[float, float, float]
 
@@ -152,6 +152,6 @@ class PushConfig(Config):
 class SignedConfig(Config):
     """Settings of a job that may require a signed model."""
 
-    require_signature: str | None = None
+    require_signature: Operational[str | None] = None
     """Use the model only if its signature is valid for this public key or root certificate, see --key of
     jobs/verify.py. It is verified when the job starts; processes that load another bundle later reject it."""

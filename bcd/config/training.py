@@ -22,8 +22,11 @@ from bcd.config.options import (
     DryConfig,
     Fraction,
     LabelledConfig,
+    OfNetwork,
+    Operational,
     Precision,
     Protocol,
+    Shared,
     require_held_out,
     require_run_name,
 )
@@ -54,13 +57,13 @@ Deviation = Annotated[float, Field(gt=0, le=1)]
 class TrainingConfig(LabelledConfig, DryConfig):
     """Settings of a training run, without those of its test part."""
 
-    output: str = "runs"
+    output: Operational[str] = "runs"
     """Folder of the runs: local, s3:// or gs://. The run is written to OUTPUT/NAME."""
 
-    name: str
+    name: Operational[str]
     """Name of the run. Run the same command again to resume."""
 
-    architecture: Architecture = "resnet50"
+    architecture: OfNetwork[Architecture] = "resnet50"
     """The network: resnet18, resnet34, resnet50, resnet101, or timm:NAME (extra `timm`). resnet18 trains
     several times faster and is often nearly as good; resnet101 is slower."""
 
@@ -72,19 +75,19 @@ class TrainingConfig(LabelledConfig, DryConfig):
     """linear: train the last layer only, on features of the initial weights that are computed once for each
     image, without augmentation: a cheap first model."""
 
-    target: Target = "tumor_class"
+    target: Shared[Target] = "tumor_class"
     """What is predicted: benign or malignant, or the eight subtypes."""
 
-    magnifications: tuple[int, ...] = MAGNIFICATIONS
+    magnifications: Shared[tuple[int, ...]] = MAGNIFICATIONS
     """BreaKHis magnifications to use (40 100 200 400); images without one are always used."""
 
-    folds: str | None = None
+    folds: Shared[str | None] = None
     """Folder with the published dsfold1.txt to dsfold5.txt, for --protocol official."""
 
-    validation_fraction: Fraction = 0.15
+    validation_fraction: Shared[Fraction] = 0.15
     """Share of the images that choose the best epoch."""
 
-    quarantine: bool = True
+    quarantine: Shared[bool] = True
     """Quarantine slides published under two labels (14-13412), and duplicates."""
 
     balance: Literal["tumor_class", "subtype", "none"] = "tumor_class"
@@ -94,25 +97,25 @@ class TrainingConfig(LabelledConfig, DryConfig):
     """Weight the loss of each class in place of upsampling its rows: the same in expectation, in shorter
     epochs."""
 
-    max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
+    max_bad_fraction: Shared[float] = Field(default=0.01, ge=0, lt=1)
     """Largest share of broken images; they are excluded and named. A larger share ends the run."""
 
-    input_height_px: int = Field(default=0, ge=0, le=MAX_INPUT_PX)
+    input_height_px: OfNetwork[int] = Field(default=0, ge=0, le=MAX_INPUT_PX)
     """Height of the network's input in pixels; a field is fitted into it whole, aspect ratio kept. 0: 224, or
     what timm states for a network of its own."""
 
-    input_width_px: int = Field(default=0, ge=0, le=MAX_INPUT_PX)
+    input_width_px: OfNetwork[int] = Field(default=0, ge=0, le=MAX_INPUT_PX)
     """Width of the network's input in pixels. 0: 336 (a BreaKHis field is 700x460, about 3:2), or what timm
     states for a network of its own."""
 
-    mean: tuple[Share, Share, Share] | None = None
+    mean: OfNetwork[tuple[Share, Share, Share] | None] = None
     """Mean of red, green and blue, from 0 to 1, which the network's input is relative to. By default that
     of ImageNet, or what timm states."""
 
-    std: tuple[Deviation, Deviation, Deviation] | None = None
+    std: OfNetwork[tuple[Deviation, Deviation, Deviation] | None] = None
     """Standard deviation of red, green and blue; see --mean."""
 
-    prepared: str = AUTO
+    prepared: Operational[str] = AUTO
     """Folder where decoded and fitted images are kept for later epochs, runs and evaluations: a local path,
     s3:// or gs://; auto: OUTPUT/prepared. off: files are decoded in every epoch. It may be deleted at any
     time."""
@@ -142,7 +145,7 @@ class TrainingConfig(LabelledConfig, DryConfig):
     augment: bool = True
     """Flips, quarter rotations, random resized crop and colour jitter on the training images."""
 
-    recipe: Recipe | None = None
+    recipe: Shared[Recipe | None] = None
     """Settings for a purpose; flags that are given have priority. steady: average of the weights, eight
     orientations; stains: Macenko normalisation, stain jitter, average; few: for few patients, rates by depth,
     frozen batch norm, dropout, smoothed labels, average."""
@@ -191,16 +194,16 @@ class TrainingConfig(LabelledConfig, DryConfig):
     """Batch norm over the images of all workers, so that their number does not change the result. Without it
     each worker uses its own images: faster, but poor with few images per worker."""
 
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    seed: Shared[int] = Field(default=0, ge=0, le=MAX_SEED)
     """Seeds the split, the upsampling, the shuffling and the augmentation."""
 
-    num_workers: str = "auto"
+    num_workers: Operational[str] = "auto"
     """Training workers: a number, or 2-8 for elastic training. auto: one per GPU, or one CPU worker."""
 
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Operational[Literal["auto", "cpu", "gpu"]] = "auto"
     """auto: GPUs if the cluster has or can start them."""
 
-    max_failures: int = Field(default=3, ge=0)
+    max_failures: Operational[int] = Field(default=3, ge=0)
     """How often training restarts from the last epoch after a worker or node is lost."""
 
     @model_validator(mode="before")
@@ -286,7 +289,7 @@ def with_recipe(config: Config, arguments: Sequence[str]) -> Config:
 class TrainConfig(TrainingConfig):
     """Train ResNet50 on breast histopathology and evaluate it on patients that it has never seen."""
 
-    name: str = "train"
+    name: Operational[str] = "train"
     """Name of the run. Run the same command again to resume."""
 
     protocol: Protocol = "case"
@@ -332,7 +335,7 @@ class TuneConfig(TrainConfig):
     again to resume.
     """
 
-    name: str = "tune"
+    name: Operational[str] = "tune"
     """Name of the search. Run the same command again to resume."""
 
     space: str
@@ -343,7 +346,7 @@ class TuneConfig(TrainConfig):
     trials: int = Field(default=16, ge=2, le=1000)
     """Number of trainings."""
 
-    parallel: int | None = Field(default=None, ge=1)
+    parallel: Operational[int | None] = Field(default=None, ge=1)
     """Trials at a time; by default as many as fit on the cluster."""
 
     search: Literal["random", "optuna"] = "random"
@@ -366,7 +369,7 @@ class CrossvalConfig(TrainingConfig):
     when images of a patient are in both training and test part. Run the same command again to resume.
     """
 
-    name: str = "crossval"
+    name: Operational[str] = "crossval"
     """Name of the study. Run the same command again to resume."""
 
     protocol: str = "case"
@@ -382,13 +385,13 @@ class CrossvalConfig(TrainingConfig):
     repeats: int = Field(default=1, ge=1)
     """Number of cross-validations, each with other folds."""
 
-    parallel: int | None = Field(default=None, ge=1)
+    parallel: Operational[int | None] = Field(default=None, ge=1)
     """Folds trained at a time; by default as many as fit on the cluster."""
 
-    against: str | None = None
+    against: Operational[str | None] = None
     """Another finished study of the same data, to compare with on the same patients."""
 
-    export: Literal["none", "ensemble", "refit"] = "none"
+    export: Operational[Literal["none", "ensemble", "refit"]] = "none"
     """One bundle of the whole study, in OUTPUT/NAME/ensemble/model or OUTPUT/NAME/refit/model. ensemble: all
     its models, whose logits are averaged; scoring takes as many forward passes. refit: one model trained on
     all images, for as many epochs as were best in the folds (median). Threshold and temperature of both are
@@ -427,7 +430,7 @@ class AblateConfig(CrossvalConfig):
     resume.
     """
 
-    name: str = "ablation"
+    name: Operational[str] = "ablation"
     """Name of the ablation. Run the same command again to resume."""
 
     arms: tuple[str, ...] = ("plain", *RECIPES)
@@ -446,7 +449,7 @@ class AblateConfig(CrossvalConfig):
 class DemoConfig(Config):
     """Make a small synthetic data set, train on it, evaluate, score an archive, and write the reports."""
 
-    output: str = "demo"
+    output: Operational[str] = "demo"
     """Folder for the images and the run."""
 
     patients_per_subtype: int = Field(default=5, ge=3)
@@ -455,5 +458,5 @@ class DemoConfig(Config):
     epochs: int = Field(default=8, ge=1)
     """Passes over the training rows."""
 
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    seed: Shared[int] = Field(default=0, ge=0, le=MAX_SEED)
     """Seeds the images and the run."""

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from bcd import provenance, schema, storage
-from bcd.config.options import changed_flags
+from bcd.config.options import differences
 from bcd.config.scoring import PoolConfig
 from bcd.config.training import TrainConfig, TrainingConfig, TuneConfig
 from bcd.errors import BcdError, ConfigError, DataError
@@ -38,9 +38,12 @@ def begin_run(config: Settings, run_uri: str) -> bool:
     """
     output.read_marker(run_uri, _job(config))
     if storage.exists(storage.join(run_uri, CONFIG)):
-        if differing := changed_flags(read_json(run_uri, CONFIG), config.model_dump(mode="json")):
+        new = config.deciding()
+        operational = config.names() - new.keys()
+        old = {name: value for name, value in read_json(run_uri, CONFIG).items() if name not in operational}
+        if differing := differences(old, new):
             raise ConfigError(
-                f"{run_uri} was started with other settings: {'; '.join(differing)}. "
+                f"{run_uri} was started with other settings: {'; '.join(differing.values())}. "
                 "Repeat the earlier settings to resume, or choose another --name"
             )
         if read_json(run_uri, RUN).get("status") == FINISHED:

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bcd import schema, storage
-from bcd.config.options import changed, changed_flags
+from bcd.config.options import differences
 from bcd.errors import BusyError, ConfigError, IncompleteError
 from bcd.imaging import image
 from bcd.lease import Lease
@@ -172,13 +172,13 @@ def added_settings(
     if (old := read_settings(uri)) is None:
         return None
     old = {**defaults, **old}
-    added = changed(old, settings)
+    added = differences(old, settings)
     if not all(name in remedies and old.get(name) is None for name in added):
         raise ConfigError(
-            f"{uri} contains rows scored with other settings: {'; '.join(changed_flags(old, settings))}. "
+            f"{uri} contains rows scored with other settings: {'; '.join(added.values())}. "
             "Repeat the earlier command to resume, or choose another --output"
         )
-    return added
+    return list(added)
 
 
 def as_left(lease: Lease, owner: str) -> tuple[Ledger, dict[str, Any] | None]:

@@ -20,7 +20,7 @@ from ray.data import Dataset
 from bcd import lease, schema, storage
 from bcd.audit import pseudonyms
 from bcd.audit.pseudonyms import Pseudonyms
-from bcd.config.options import AUTO, OPERATIONAL, Engine
+from bcd.config.options import AUTO, Engine, Role
 from bcd.config.scoring import ScoreConfig
 from bcd.data import archive
 from bcd.errors import ConfigError, IncompleteError
@@ -47,8 +47,9 @@ COMPILE_FROM_FILES, COMPILE_FROM_SLIDE_BYTES = 20_000, 2**32
 
 MPP_ERRORS = frozenset({"missing_mpp", "bad_mpp"})
 # Of outputs of versions that did not have a flag yet.
-FIELDS = ScoreConfig.model_fields.items()
-DEFAULTS = {name: field.default for name, field in FIELDS if not field.is_required()} | {"engine": TORCH}
+FIELDS = {name: ScoreConfig.model_fields[name] for name in ScoreConfig.names(Role.OPERATIONAL)}
+DEFAULTS = {name: field.default for name, field in FIELDS.items() if not field.is_required()}
+DEFAULTS |= {"engine": TORCH}
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def _compiles(config: ScoreConfig, inputs: pa.Table) -> bool:
 
 def deciding(config: ScoreConfig, model_id: str, compiled: bool, names: Pseudonyms | None) -> dict[str, Any]:
     """The settings that determine a row; model and key by their content, independent of their place."""
-    settings = config.model_dump(mode="json", exclude=set(OPERATIONAL))
+    settings = config.deciding()
     if names:
         places = {key: settings[key] for key in ("input", "masks", "regions")}
         settings |= {key: names.of(place) for key, place in places.items() if place is not None}

@@ -2,7 +2,7 @@ import pytest
 import tyro
 
 from bcd.config.evaluation import EvaluateConfig
-from bcd.config.options import OPERATIONAL
+from bcd.config.options import Role
 from bcd.config.scoring import ScoreConfig
 from bcd.config.serving import ServeConfig
 from bcd.config.signing import PushConfig, SignConfig, VerifyConfig
@@ -34,7 +34,7 @@ def test_a_required_signature_changes_no_result(config_type):
     settings = {name: uri for name, uri in places.items() if name in config_type.model_fields}
     assert config_type(**settings).require_signature is None
     assert config_type(**settings, require_signature="signing.pub").require_signature == "signing.pub"
-    assert "require_signature" in OPERATIONAL
+    assert "require_signature" not in config_type.names(Role.OPERATIONAL)
 
 
 def test_a_push_names_bundle_and_target_without_flags():

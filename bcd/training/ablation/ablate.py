@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bcd import lease, storage
-from bcd.config.options import OFF
+from bcd.config.options import OFF, Role
 from bcd.config.training import RECIPES, AblateConfig, CrossvalConfig, TrainingConfig
 from bcd.errors import ConfigError
 from bcd.evaluation import artifacts
@@ -18,12 +18,6 @@ from bcd.training import crossval
 logger = logging.getLogger(__name__)
 
 PLAIN = "plain"
-# Settings on which the folds depend, or what is measured: all arms have the same.
-SAME = {
-    *("data", "classes", "output", "name", "target", "magnifications", "folds", "validation_fraction"),
-    *("quarantine", "max_bad_fraction", "prepared", "seed", "wait", "log_format", "recipe"),
-    *("config", "dry_run"),
-}
 TABLE, NUMBERS = "ablation.md", "ablation.json"
 # The metrics of the table; all others are in `NUMBERS`.
 SHOWN = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "brier": "Brier score"}
@@ -79,7 +73,7 @@ def _settings(arm: str) -> dict[str, Any]:
             return {**settings, "recipe": arm}
     parts = [pair.partition("=") for pair in arm.split(",")]
     pairs = {name.replace("-", "_"): value for name, _, value in parts}
-    if unknown := pairs.keys() - (TrainingConfig.model_fields.keys() - SAME):
+    if unknown := pairs.keys() - TrainingConfig.names(Role.OPERATIONAL, Role.SHARED):
         known = ", ".join([PLAIN, *RECIPES])
         raise ConfigError(
             f"--arms {arm!r}: {min(unknown)!r} is no setting in which arms can differ; expected {known}, or "

@@ -13,16 +13,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from bcd import storage
+from bcd.config.options import Role
 from bcd.config.training import TrainConfig, TrainingConfig, TuneConfig
 from bcd.errors import ConfigError
 
-# The data, their split, and what decides where and how trainings run: all trials have the same.
-FIXED = {
-    *("config", "dry_run"),
-    *("data", "classes", "output", "name", "target", "magnifications", "folds", "validation_fraction"),
-    *("quarantine", "max_bad_fraction", "prepared", "seed", "wait", "log_format", "recipe", "num_workers"),
-    *("device", "max_failures", "input_height_px", "input_width_px", "architecture", "mean", "std"),
-}
+# What all trials have the same.
+FIXED = Role.OPERATIONAL, Role.SHARED, Role.NETWORK
 EXPECTED = (
     "a list of values, or {uniform: [LOW, HIGH]}, {loguniform: [LOW, HIGH]} or {integer: [LOW, HIGH]}; "
     "in YAML 1e-5 is text, and 1.0e-5 a number"
@@ -71,8 +67,8 @@ def read_space(config: TuneConfig) -> dict[str, Values]:
     if not isinstance(given, dict) or not given:
         raise ConfigError(f"--space {config.space}: expected settings and their values, such as {EXPECTED}")
     space = {str(name).replace("-", "_"): value for name, value in given.items()}
-    if unknown := sorted(space.keys() - (TrainingConfig.model_fields.keys() - FIXED)):
-        known = ", ".join(sorted(TrainingConfig.model_fields.keys() - FIXED))
+    if unknown := sorted(space.keys() - TrainingConfig.names(*FIXED)):
+        known = ", ".join(sorted(TrainingConfig.names(*FIXED)))
         raise ConfigError(
             f"--space {config.space}: {unknown[0]!r} is no setting in which trials differ: {known}"
         )
