@@ -4,7 +4,6 @@ Each server is a process of its own, started once for all tests that need it; te
 """
 
 import importlib
-import json
 import os
 import secrets
 import shutil
@@ -14,7 +13,6 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -180,7 +178,7 @@ def cluster(s3: str) -> Iterator[Cluster]:
         arguments,
         marker,
         **{middleware.TOKEN_VARIABLE: TOKEN, middleware.PROXY_VARIABLE: middleware.PROXY_CALLBACK},
-        **{middleware.LIMITS_VARIABLE: json.dumps(asdict(LIMITS))},
+        **{middleware.LIMITS_VARIABLE: LIMITS.model_dump_json()},
     )
     try:
         wait_for(lambda: listens(dashboard) and listens(gcs), 120, "the Ray cluster")

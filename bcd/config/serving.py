@@ -11,7 +11,40 @@ from bcd.config.signing import SignedConfig
 NAME = r"^[a-z0-9][a-z0-9_-]{0,31}$"
 
 
-class ServiceConfig(SignedConfig):
+class RequestConfig(Config):
+    """Limits of the requests of a service, and the pages that may send them."""
+
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1)
+    """Largest request body in bytes; a larger one is answered 413 while it is read."""
+
+    upload_timeout_s: float = Field(default=30, gt=0)
+    """Seconds in which a request body must have arrived, else 408."""
+
+    answer_timeout_s: float = Field(default=60, gt=0)
+    """Seconds in which a request must be answered, else 504."""
+
+    slides: str | None = None
+    """Folder for whole slides that callers send to /v1/slides, and for their results: local (of every node),
+    s3:// or gs://. Without it the service scores single fields only."""
+
+    max_slide_bytes: int = Field(default=8 * 2**30, ge=1)
+    """Largest slide that is received, in bytes."""
+
+    cors_origins: tuple[str, ...] = ()
+    """Origins, such as https://viewer.example.org, whose web pages may call this service; by default none but
+    its own page."""
+
+    @model_validator(mode="after")
+    def _origins_are_named(self) -> "RequestConfig":
+        for origin in self.cors_origins:
+            if not re.fullmatch(r"https?://[\w.:\[\]-]+", origin):
+                raise ValueError(
+                    f"--cors-origins {origin}: expected a scheme and a host, as https://HOST:PORT"
+                )
+        return self
+
+
+class ServiceConfig(RequestConfig, SignedConfig):
     """Settings of `serve run bcd.serving.serve:app model=URI`, and the args in serve.yaml."""
 
     model: str
@@ -57,43 +90,14 @@ class ServiceConfig(SignedConfig):
     max_images: int = Field(default=16, ge=1)
     """Largest number of images in one request to /v1/predict/batch."""
 
-    max_body_bytes: int = Field(default=32 * 2**20, ge=1)
-    """Largest request body in bytes; a larger one is answered 413 while it is read."""
-
-    upload_timeout_s: float = Field(default=30, gt=0)
-    """Seconds in which a request body must have arrived, else 408."""
-
-    answer_timeout_s: float = Field(default=60, gt=0)
-    """Seconds in which a request must be answered, else 504."""
-
-    slides: str | None = None
-    """Folder for whole slides that callers send to /v1/slides, and for their results: local (of every node),
-    s3:// or gs://. Without it the service scores single fields only."""
-
     archive: str | None = None
     """Folder whose slides callers of /v1/slides may name in place of sending them."""
 
     scores: str | None = None
     """The --output of a scoring job, which the viewer of the service shows at /slides."""
 
-    max_slide_bytes: int = Field(default=8 * 2**30, ge=1)
-    """Largest slide that is received, in bytes."""
-
     max_slides: int = Field(default=16, ge=1)
     """Slides that wait to be scored, one after the other; more are answered 503."""
-
-    cors_origins: tuple[str, ...] = ()
-    """Origins, such as https://viewer.example.org, whose web pages may call this service; by default none but
-    its own page."""
-
-    @model_validator(mode="after")
-    def _origins_are_named(self) -> "ServiceConfig":
-        for origin in self.cors_origins:
-            if not re.fullmatch(r"https?://[\w.:\[\]-]+", origin):
-                raise ValueError(
-                    f"--cors-origins {origin}: expected a scheme and a host, as https://HOST:PORT"
-                )
-        return self
 
     @property
     def named_models(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bcd import storage
-from bcd.config.serving import ServiceConfig
+from bcd.config.serving import RequestConfig, ServiceConfig
 from bcd.errors import NOT_FINITE, ConfigError, ResourceError
 from bcd.imaging import image
 from bcd.serving.middleware import TOKEN_VARIABLE, digest, is_loopback
@@ -85,15 +85,8 @@ def placed(config: ServiceConfig) -> ServiceConfig:
 def limits_of(config: ServiceConfig) -> Limits:
     """The limits that the settings state, for all models of the service together."""
     each = 2 * config.max_batch_size * config.max_replicas + config.max_queued
-    return Limits(
-        max_body_bytes=config.max_body_bytes,
-        max_requests=(1 + len(config.models)) * each,
-        upload_timeout_s=config.upload_timeout_s,
-        answer_timeout_s=config.answer_timeout_s,
-        cors_origins=config.cors_origins,
-        slides=storage.absolute(config.slides) if config.slides else None,
-        max_slide_bytes=config.max_slide_bytes,
-    )
+    stated = placed(config).model_dump(include=RequestConfig.names())
+    return Limits(**stated, max_requests=(1 + len(config.models)) * each)
 
 
 def whole_addresses(app: ASGIApp) -> ASGIApp:

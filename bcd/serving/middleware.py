@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
-import json
 import logging
 import os
 import re
@@ -90,7 +89,7 @@ def proxy_middlewares() -> list[Middleware]:
     from bcd.serving.telemetry.meter import RayMeter  # brings Ray, which the proxy has and the viewer lacks
 
     log.hand_on("serve")
-    limits = Limits(**json.loads(os.environ.get(LIMITS_VARIABLE, "{}")))
+    limits = Limits.model_validate_json(os.environ.get(LIMITS_VARIABLE, "{}"))
     token = os.environ.get(TOKEN_VARIABLE)
     known = os.environ.get(DIGEST_VARIABLE) or (digest(token) if token else None)
     return [*_cors(limits), Middleware(Guard, limits=limits, token_digest=known, record=RayMeter())]

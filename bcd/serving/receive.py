@@ -11,13 +11,13 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from bcd.config.serving import RequestConfig
 from bcd.errors import StorageError
 
 logger = logging.getLogger(__name__)
@@ -64,17 +64,11 @@ def overloaded(why: str) -> RefusedError:
     return RefusedError(503, "overloaded", f"{why}; try again in a second", {"Retry-After": "1"})
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Limits of requests, and pages that may send them, as in `bcd.config.serving.ServiceConfig`."""
+class Limits(RequestConfig):
+    """Limits of requests to a whole service."""
 
-    max_body_bytes: int = 32 * 2**20
     max_requests: int = 64
-    upload_timeout_s: float = 30.0
-    answer_timeout_s: float = 60.0
-    cors_origins: Sequence[str] = ()
-    slides: str | None = None
-    max_slide_bytes: int = 8 * 2**30
+    """Requests with a body that a process answers at a time, of all models together."""
 
 
 async def chunks(receive: Receive, scope: Scope, most: int, advice: str) -> AsyncIterator[bytes]:

@@ -7,7 +7,6 @@ decode: a single one is computed at once, and under load batches fill by themsel
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -16,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -312,7 +310,7 @@ def run(config: ServeConfig, beside: Sequence[serve.RunTarget] = ()) -> None:
     front.require_free(config.host, config.port)
     # For the proxy of a cluster that we start; the proxy of a running cluster has its own environment.
     os.environ[middleware.PROXY_VARIABLE] = middleware.PROXY_CALLBACK
-    os.environ[middleware.LIMITS_VARIABLE] = json.dumps(asdict(front.limits_of(config)))
+    os.environ[middleware.LIMITS_VARIABLE] = front.limits_of(config).model_dump_json()
     if token_digest := front.read_digest(config.token_file, config.host):
         os.environ[middleware.DIGEST_VARIABLE] = token_digest
     cluster.connect(metrics_port=config.metrics_port)
