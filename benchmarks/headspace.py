@@ -45,8 +45,8 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 resnet.set_precision(config.precision)
 size = config.input_size_px
 network = weights.build(2, None, 0, config.architecture).to(device).to(memory_format=torch.channels_last)
-optimizer = train_step.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
-step = train_step.Step(network.train(), optimizer, device, config.precision, config.augment)
+optimizer = train_step.optimizer(network, config)
+step = train_step.Step(network.train(), optimizer, device, config)
 images = torch.randint(0, 256, (config.batch_size, *size, 3), dtype=torch.uint8)
 target = torch.arange(config.batch_size) % 2
 for n_steps in (2, 12):

@@ -55,9 +55,9 @@ class PlainLoop:
         network = weights.build(2, weights.pretrained(config.weights)).to(
             device, memory_format=torch.channels_last
         )
-        optimizer = train_step.optimizer(network, config.optimizer, config.learning_rate, config.weight_decay)
+        optimizer = train_step.optimizer(network, config)
         self.rate = config.learning_rate
-        self.step = train_step.Step(network.train(), optimizer, device, config.precision, config.augment)
+        self.step = train_step.Step(network.train(), optimizer, device, config)
         self.loader = DataLoader(
             Rows(table, config),
             config.batch_size,

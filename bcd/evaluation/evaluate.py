@@ -101,8 +101,7 @@ def _evaluate_into(
         raise DataError(f"{config.data} is not the model's own data: name an --output for its evaluation")
     has_gpus = cluster.total_resources()["GPU"] > 0
     engine = choose_engine(config.engine, card.architecture, card.cam(CLOSED_FORM), has_gpus)
-    shared: dict[str, Any] = {"card_sha256": card_sha256, "engine": engine}
-    settings = predict.Settings(config.model, model_id(card), config.precision, config.batch_size, **shared)
+    settings = predict.Settings.of(config, model_id(card), card_sha256=card_sha256, engine=engine)
     table = located(table, store_of(training))
     own.require()
     evaluate(config.model, table, facts, folder, owner, settings, kind, config.against)

@@ -6,7 +6,8 @@ step on eight workers, plain batch norm would normalise by four images each.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
+from bcd.config.training import TrainingConfig
 from bcd.imaging.image import IMAGENET_MEAN, IMAGENET_STD
 from bcd.model import resnet
 from bcd.model.networks.backbone import Backbone
@@ -51,19 +53,13 @@ def _color_parts() -> tuple[Tensor, Tensor, Tensor]:
 COLOR_PARTS = _color_parts()
 
 
-def optimizer(
-    network: nn.Module,
-    name: str,
-    learning_rate: float,
-    weight_decay: float,
-    layer_decay: float | None = None,
-) -> torch.optim.Optimizer:
+def optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW or SGD with Nesterov momentum, of what is not frozen, over the groups of
     `layers.parameter_groups`."""
-    groups = layers.parameter_groups(network, weight_decay, layer_decay)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate)
-    return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
+    groups = layers.parameter_groups(network, config.weight_decay, config.layer_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True)
 
 
 class FrozenTrunk:
@@ -237,22 +233,29 @@ def recolor(images: Tensor, color: Tensor) -> Tensor:
 class Step:
     """One optimiser step on batches of uint8 images, on the device of the network.
 
-    `average` follows the weights of the network.
+    `config` says what a step does, `class_weights` (classes,) are those of the loss, `stain` is what images
+    are normalised to, and `average` follows the weights of the network.
     """
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     device: torch.device
-    precision: str
-    augments: bool
-    loss: Loss = field(default_factory=Loss)
-    stain_jitter: float = 0.0
+    config: TrainingConfig
+    class_weights: Sequence[float] | None = None
     stain: Macenko | Reinhard | None = None
     average: AveragedModel | None = None
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
     frozen: FrozenTrunk | None = None
     """What comes before `network`, where that is a last layer alone; its images are not augmented."""
+
+    @cached_property
+    def _loss(self) -> Loss:
+        weights = torch.tensor(self.class_weights, device=self.device) if self.class_weights else None
+        return Loss(self.config.label_smoothing, self.config.mixup, weights)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Input of the network, float32, from uint8 (n, 3, height, width)."""
+        mean, std = self.config.mean or IMAGENET_MEAN, self.config.std or IMAGENET_STD
+        return normalise(images, mean, std).contiguous(memory_format=torch.channels_last)
 
     def __call__(self, images: Tensor, target: Tensor, rate: float, image_ids: Sequence[str] = ()) -> Tensor:
         """Train on uint8 (n, height, width, 3) RGB and int64 (n,) class indices, at a learning rate. What is
@@ -264,15 +267,15 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get(layers.SCALE, 1.0)
         batch = stain.transform(images.to(self.device, non_blocking=True).permute(0, 3, 1, 2), self.stain)
-        if self.augments and not self.frozen:
+        if self.config.augment and not self.frozen:
             n, _, height, width = batch.shape
-            batch = augment(batch, draw(n, height, width, self.stain_jitter))
-        batch = normalise(batch, self.mean, self.std).contiguous(memory_format=torch.channels_last)
+            batch = augment(batch, draw(n, height, width, self.config.stain_jitter))
+        batch = self.normalised(batch)
         batch = self.frozen(image_ids, batch) if self.frozen else batch
-        batch, targets = self.loss.mix(batch, target.to(self.device, non_blocking=True))
-        with resnet.autocast(self.device, self.precision):
+        batch, targets = self._loss.mix(batch, target.to(self.device, non_blocking=True))
+        with resnet.autocast(self.device, self.config.precision):
             logit = self.network(batch)
-        loss = self.loss(logit.float(), targets)
+        loss = self._loss(logit.float(), targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

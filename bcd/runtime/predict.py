@@ -6,8 +6,8 @@ The test part of a training run, archives and tiles all use this path, so that e
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,9 @@ from ray.data.datasource import FilenameProvider
 from ray.exceptions import RayError
 
 from bcd import provenance, schema, storage
+from bcd.config.evaluation import EvaluateConfig
 from bcd.config.options import CLOSED_FORM, Engine
+from bcd.config.scoring import ScoreConfig
 from bcd.data import read
 from bcd.errors import NOT_FINITE, NOT_FINITE_MESSAGE, BundleError, ConfigError
 from bcd.imaging import image
@@ -57,6 +59,12 @@ class Settings:
     card_sha256: str | None = None
     timed: bool = False
     engine: Engine = TORCH
+
+    @classmethod
+    def of(cls, config: ScoreConfig | EvaluateConfig, model_id: str, **decided: Any) -> Self:
+        """Those that a job was given, and what it has decided itself."""
+        given = {field.name for field in fields(cls)} - decided.keys()
+        return cls(config.model, model_id, **config.model_dump(include=given), **decided)
 
     def workers(self, limit: int | None = None) -> cluster.Pool:
         """The actors for these settings, at most `limit`."""

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -194,25 +194,16 @@ def _fill(
 
 
 def _settings(config: ScoreConfig, model: OpenedModel, compiled: bool) -> predict.Settings:
-    names = {"precision", "engine", "batch_size", "cam", "cam_layer", "embeddings"}
-    shared = config.model_dump(include=names)
-    shared |= {"overlays": config.overlays == "png", "compile": compiled, "card_sha256": model.card_sha256}
-    return predict.Settings(config.model, model.id, timed=True, **shared)
+    decided = {"overlays": config.overlays == "png", "compile": compiled, "card_sha256": model.card_sha256}
+    return predict.Settings.of(config, model.id, timed=True, **decided)
 
 
 def tiling_of(config: ScoreConfig, card: Card) -> tiling.Tiling:
     """How the slides are cut."""
-    return tiling.Tiling(
-        tile_mpp=config.tile_mpp or max(card.mpp, default=None),
-        tile_width_px=card.field_width_px,
-        tile_height_px=card.field_height_px,
-        mpp=config.mpp,
-        min_tissue=config.min_tissue,
-        mpp_override=config.mpp_override,
-        hides_uris=config.pseudonymise is not None,
-        overlap=config.tile_overlap,
-        min_region=config.min_region,
-    )
+    given = config.model_dump(include={field.name for field in fields(tiling.Tiling)})
+    given["tile_mpp"] = config.tile_mpp or max(card.mpp, default=None)
+    size = {"tile_width_px": card.field_width_px, "tile_height_px": card.field_height_px}
+    return tiling.Tiling(**given, **size, hides_uris=config.pseudonymise is not None)
 
 
 def _facts(config: ScoreConfig, card: Card, model_id: str, names: Pseudonyms | None) -> dict[str, Any]:

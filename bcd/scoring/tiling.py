@@ -29,8 +29,8 @@ class Tiling:
     """How slides are cut. A tile has the size of a training field, in pixels and in µm.
 
     mpp applies to slides that state none, mpp_override to all; min_tissue and min_region are shares of a
-    tile's area, and neighbours share `overlap` of a side. With `hides_uris`, plans name a slide by its id
-    only, and regions not at all.
+    tile's area, and neighbours share `tile_overlap` of a side. With `hides_uris`, plans name a slide by its
+    id only, and regions not at all.
     """
 
     tile_mpp: float | None
@@ -40,7 +40,7 @@ class Tiling:
     min_tissue: float
     mpp_override: float | None = None
     hides_uris: bool = False
-    overlap: float = 0.0
+    tile_overlap: float = 0.0
     min_region: float = 0.5
 
     def given(self, row: dict[str, Any]) -> pixel_size.Given:
@@ -141,7 +141,7 @@ def planned(row: dict[str, Any], tiling: Tiling) -> tuple[Plan, _Seen, pa.Table]
     opened.level_for(tiling.tile_mpp)  # raises for a scan too coarse for the model
     size, mpp = (opened.width_px, opened.height_px), (opened.mpp_x, opened.mpp_y)
     tile_size = tiling.tile_width_px, tiling.tile_height_px
-    grid = tile.grid(*size, mpp, tiling.tile_mpp, *tile_size, tiling.overlap)
+    grid = tile.grid(*size, mpp, tiling.tile_mpp, *tile_size, tiling.tile_overlap)
     seen = _look(row, opened)
     boxes = grid.boxes(seen.scale)
     share = tissue.fraction(seen.tissue, boxes)

@@ -28,12 +28,10 @@ from bcd import schema, storage
 from bcd.config import log
 from bcd.config.training import TrainingConfig
 from bcd.errors import BcdError, BundleError, ConfigError, DivergedError
-from bcd.imaging.image import IMAGENET_MEAN, IMAGENET_STD
 from bcd.metrics import measures
 from bcd.model import predictor, resnet, train_step, weights
 from bcd.model.recipes import averaging, layers, stain, stopping
-from bcd.model.recipes.loss import Loss
-from bcd.model.resnet import Network, ResNet, normalise
+from bcd.model.resnet import Network, ResNet
 from bcd.runtime import cluster, run_directory
 from bcd.runtime.run_directory import EXPOSURE, HISTORY, SCORE, SELECTION
 from bcd.text import duration
@@ -115,22 +113,8 @@ def _train(task: Task) -> list[dict[str, Any]]:
 
 def _step(task: Task, state: State, network: nn.Module, device: torch.device) -> train_step.Step:
     """The step of a network that may be wrapped for several workers."""
-    config = task.config
-    balanced = torch.tensor(task.class_weights, device=device) if task.class_weights else None
-    return train_step.Step(
-        network,
-        state.optimizer,
-        device,
-        config.precision,
-        config.augment,
-        Loss(config.label_smoothing, config.mixup, balanced),
-        config.stain_jitter,
-        task.stain,
-        state.average,
-        config.mean or IMAGENET_MEAN,
-        config.std or IMAGENET_STD,
-        state.frozen,
-    )
+    beside = task.class_weights, task.stain, state.average, state.frozen
+    return train_step.Step(network, state.optimizer, device, task.config, *beside)
 
 
 def augmentation_seed(seed: int, rank: int, n_epochs: int) -> int:
@@ -151,8 +135,7 @@ def _state(task: Task, device: torch.device) -> State:
     if config.freeze_batchnorm:
         layers.freeze_batch_norm(network)
     layers.drop_features(network.fc, config.dropout)
-    rates = config.learning_rate, config.weight_decay, config.layer_decay
-    optimizer = train_step.optimizer(network, config.optimizer, *rates)
+    optimizer = train_step.optimizer(network, config)
     frozen = train_step.FrozenTrunk(network, config.precision) if config.head == "linear" else None
     average = averaging.average_of(network, config.ema_decay)
     state = State(network, optimizer, average=average, frozen=frozen)
@@ -351,7 +334,7 @@ def _validate(task: Task, network: Network, step: train_step.Step, batches: Iter
     for batch in batches:
         images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
         images = stain.transform(images, task.stain)
-        inputs = normalise(images, step.mean, step.std).contiguous(memory_format=torch.channels_last)
+        inputs = step.normalised(images)
         if step.frozen:
             logit = network.fc(step.frozen(batch.image_ids, inputs))
         else:

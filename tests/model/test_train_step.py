@@ -11,9 +11,9 @@ from torchvision.transforms.v2.functional import (
     resized_crop,
 )
 
+from bcd.config.training import TrainConfig
 from bcd.model import train_step, weights
 from bcd.model.recipes import averaging
-from bcd.model.recipes.loss import Loss
 from bcd.model.recipes.reference import Reinhard
 from tests import pictures
 
@@ -27,7 +27,8 @@ def test_learning_rate_rises_and_falls():
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_norms_and_biases_are_not_decayed(name):
     network = weights.build(2, architecture="resnet18")
-    groups = train_step.optimizer(network, name, 0.1, 0.3).param_groups
+    config = TrainConfig(data="d", optimizer=name, weight_decay=0.3)
+    groups = train_step.optimizer(network, config).param_groups
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
     assert {p.ndim for p in groups[1]["params"]} == {1}
     assert sum(len(g["params"]) for g in groups) == len(list(network.parameters()))
@@ -37,8 +38,9 @@ def test_norms_and_biases_are_not_decayed(name):
 def test_steps_learn_black_from_white(precision):
     torch.manual_seed(0)
     network = weights.build(2, seed=0, architecture="resnet18").to(memory_format=torch.channels_last).train()
-    optimizer = train_step.optimizer(network, "adamw", 1e-3, 0.01)
-    step = train_step.Step(network, optimizer, torch.device("cpu"), precision, augments=True)
+    config = TrainConfig(data="d", precision=precision)
+    optimizer = train_step.optimizer(network, config)
+    step = train_step.Step(network, optimizer, torch.device("cpu"), config)
     images = torch.cat([torch.zeros(4, 32, 64, 3), torch.full((4, 32, 64, 3), 255)]).to(torch.uint8)
     target = torch.tensor([0] * 4 + [1] * 4)
     losses = [step(images, target, 1e-3).item() for _ in range(3)]
@@ -208,10 +210,10 @@ def test_stain_jitter_changes_nothing_where_it_is_off():
 def test_a_step_with_a_recipe_is_plain_where_the_recipe_is_off():
     """Against the step as it was before recipes: forward, cross-entropy, AdamW."""
     given = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
-    target, device = torch.tensor([0, 1, 1, 0]), torch.device("cpu")
+    target, config = torch.tensor([0, 1, 1, 0]), TrainConfig(data="d", augment=False, precision="float32")
     networks = [weights.build(2, architecture="resnet18").train() for _ in range(2)]
-    optimizers = [train_step.optimizer(network, "adamw", 1e-3, 0.01) for network in networks]
-    step = train_step.Step(networks[0], optimizers[0], device, "float32", False)
+    optimizers = [train_step.optimizer(network, config) for network in networks]
+    step = train_step.Step(networks[0], optimizers[0], torch.device("cpu"), config)
     found = [step(given, target, 1e-4) for _ in range(2)]
     for loss in found:
         for group in optimizers[1].param_groups:
@@ -231,17 +233,11 @@ def test_a_step_applies_every_recipe():
     network = weights.build(2, architecture="resnet18").train()
     average = averaging.average_of(network, 0.9)
     reference = Reinhard(n_images=1, mean=(-1.0, 0.1, 0.0), spread=(0.3, 0.1, 0.05))
-    step = train_step.Step(
-        network,
-        train_step.optimizer(network, "adamw", 1e-3, 0.01, 0.7),
-        torch.device("cpu"),
-        "float32",
-        True,
-        Loss(0.1, 0.2, torch.tensor([2.0, 0.5])),
-        0.1,
-        reference,
-        average,
+    config = TrainConfig(
+        data="d", layer_decay=0.7, label_smoothing=0.1, mixup=0.2, stain_jitter=0.1, precision="float32"
     )
+    optimizer = train_step.optimizer(network, config)
+    step = train_step.Step(network, optimizer, torch.device("cpu"), config, [2.0, 0.5], reference, average)
     for n in range(1, 4):
         loss = step(torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8), torch.tensor([0, 1, 1, 0]), 1e-4)
         assert loss.isfinite()
@@ -255,9 +251,10 @@ def test_frozen_features_are_computed_once_and_only_the_last_layer_learns(monkey
     frozen = train_step.FrozenTrunk(network, "float32")
     passes = []
     network.conv1.register_forward_hook(lambda *_: passes.append(1))
-    optimizer = train_step.optimizer(network, "adamw", 1e-2, 0.01)
+    config = TrainConfig(data="d", precision="float32")
+    optimizer = train_step.optimizer(network, config)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
-    step = train_step.Step(network.fc, optimizer, torch.device("cpu"), "float32", True, frozen=frozen)
+    step = train_step.Step(network.fc, optimizer, torch.device("cpu"), config, frozen=frozen)
     images = torch.cat([torch.zeros(2, 32, 64, 3), torch.full((2, 32, 64, 3), 255)]).to(torch.uint8)
     target, names = torch.tensor([0, 0, 1, 1]), list("abcd")
     losses = [float(step(images, target, 1e-5, names)) for _ in range(4)]
@@ -288,8 +285,9 @@ def test_a_step_normalises_by_the_colours_of_the_network():
             return super().forward(batch.mean((2, 3)))
 
     network = Seen(3, 2)
-    optimizer = train_step.optimizer(network, "sgd", 0.1, 0)
-    colors = {"mean": (0.5, 0.25, 0.0), "std": (0.5, 0.5, 1.0)}
-    step = train_step.Step(network, optimizer, torch.device("cpu"), "float32", False, **colors)
+    config = TrainConfig(
+        data="d", augment=False, mean=(0.5, 0.25, 0.0), std=(0.5, 0.5, 1.0), precision="float32"
+    )
+    step = train_step.Step(network, train_step.optimizer(network, config), torch.device("cpu"), config)
     step(torch.full((2, 4, 4, 3), 255, dtype=torch.uint8), torch.tensor([0, 1]), 0.1)
     torch.testing.assert_close(network.batch[0, :, 0, 0], torch.tensor([1.0, 1.5, 1.0]))

@@ -99,7 +99,7 @@ def test_a_slide_becomes_its_tiles_with_tissue(tmp_path):
 
 def test_overlapping_tiles_are_rows_of_their_own(tmp_path):
     """At half a side, 9 x 9 tiles; those from x = 120 on have no tissue, that at 100 none and at 80 half."""
-    table = expanded(write(tmp_path, {"s.tif": stained()}), replace(TILING, overlap=0.5))
+    table = expanded(write(tmp_path, {"s.tif": stained()}), replace(TILING, tile_overlap=0.5))
     rows = table.to_pylist()
     assert len({row[schema.IMAGE_ID] for row in rows}) == len(rows) == 5 * 9
     shares = {row[schema.X_LEVEL0_PX]: row[schema.TISSUE_SHARE] for row in rows}
@@ -115,7 +115,7 @@ def test_overlapping_tiles_are_rows_of_their_own(tmp_path):
 
 def test_too_many_tiles_are_an_error_of_the_slide(tmp_path, monkeypatch):
     monkeypatch.setattr(tile, "MAX_TILES", 80)
-    settings = replace(TILING, overlap=0.5)
+    settings = replace(TILING, tile_overlap=0.5)
     (row,) = expanded(write(tmp_path, {"s.tif": stained()}), settings).to_pylist()
     assert (row[schema.ERROR], row[schema.X_LEVEL0_PX]) == ("too_many_tiles", None)
 

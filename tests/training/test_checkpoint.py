@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bcd.config.training import TrainConfig
 from bcd.errors import BundleError
 from bcd.model import train_step, weights
 from bcd.model.recipes import averaging
@@ -15,11 +16,11 @@ from tests.training.test_loop import RECORD, flipped, small_state
 def test_a_checkpoint_restores_network_optimiser_and_history(tmp_path):
     def fresh(seed):
         network = weights.build(2, seed=seed, architecture="resnet18").to(memory_format=torch.channels_last)
-        return State(network, train_step.optimizer(network, "adamw", 1e-3, 0.01))
+        return State(network, train_step.optimizer(network, TrainConfig(data="d")))
 
     saved, restored = fresh(1), fresh(2)
     saved.history.append(RECORD)
-    step = train_step.Step(saved.network.train(), saved.optimizer, torch.device("cpu"), "float32", None)
+    step = train_step.Step(saved.network.train(), saved.optimizer, torch.device("cpu"), TrainConfig(data="d"))
     step(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.tensor([0, 1]), 1e-3)
     saved.save(tmp_path)
     restored.load(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import ray.train
 
 from bcd import schema, storage
-from bcd.config.training import CrossvalConfig
+from bcd.config.training import CrossvalConfig, TrainConfig
 from bcd.errors import ConfigError, DataError, StorageError
 from bcd.model import bundle, train_step, weights
 from bcd.runtime import output, predict, prepare, run_directory
@@ -184,7 +184,7 @@ def untrained(config, run_uri, fed, pretrained, scaling, runs_per_node=1, starte
     network = weights.build(2, architecture=config.architecture)
     folder, record = Path(run_uri) / "checkpoints" / "only", {**RECORD, "epoch": 1, SELECTION: 0.5}
     folder.mkdir(parents=True)
-    State(network, train_step.optimizer(network, "adamw", 1e-3, 0.01), [record]).save(folder)
+    State(network, train_step.optimizer(network, TrainConfig(data="d")), [record]).save(folder)
     kept = ray.train.Checkpoint.from_directory(folder)
     return SimpleNamespace(return_value=[record], best_checkpoints=[(kept, record)])
 

@@ -190,7 +190,7 @@ def trained(config, run_uri, rows):
         network = untrained(0.05, seed=10 + epoch)
         folder = Path(run_uri) / "checkpoints" / str(epoch)
         folder.mkdir(parents=True)
-        State(network, train_step.optimizer(network, "adamw", 1e-3, 0.01), [RECORD]).save(folder)
+        State(network, train_step.optimizer(network, TrainConfig(data="d")), [RECORD]).save(folder)
         metrics = {"epoch": epoch, SELECTION: float(epoch)}
         kept.append((ray.train.Checkpoint.from_directory(folder), metrics))
     return SimpleNamespace(best_checkpoints=kept)

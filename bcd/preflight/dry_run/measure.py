@@ -15,10 +15,8 @@ import torch
 from bcd import schema, taxonomy
 from bcd.config.training import TrainingConfig
 from bcd.data import read
-from bcd.imaging.image import IMAGENET_MEAN, IMAGENET_STD
 from bcd.model import predictor, resnet, train_step, weights
 from bcd.model.recipes import averaging, layers
-from bcd.model.recipes.loss import Loss
 from bcd.model.resnet import Network
 from bcd.text import counted
 
@@ -94,8 +92,7 @@ def training_pace(config: TrainingConfig, images: np.ndarray) -> Pace:
         layers.freeze_batch_norm(step.network)
     train = _seconds(lambda: step(batch, target, config.learning_rate, names).item(), len(batch))
     network.eval()
-    inputs = resnet.normalise(batch.to(device).permute(0, 3, 1, 2), step.mean, step.std)
-    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    inputs = step.normalised(batch.to(device).permute(0, 3, 1, 2))
 
     def validate() -> None:
         with torch.inference_mode(), resnet.autocast(device, config.precision):
@@ -110,19 +107,10 @@ def _step(config: TrainingConfig, network: Network, device: torch.device) -> tra
     images are normalised to."""
     resnet.set_precision(config.precision)
     frozen = train_step.FrozenTrunk(network, config.precision) if config.head == "linear" else None
-    return train_step.Step(
-        network.fc if frozen else network,
-        cast(torch.optim.Optimizer, _NoUpdate(network)),
-        device,
-        config.precision,
-        config.augment,
-        Loss(config.label_smoothing, config.mixup),
-        config.stain_jitter,
-        average=averaging.average_of(network, config.ema_decay),
-        mean=config.mean or IMAGENET_MEAN,
-        std=config.std or IMAGENET_STD,
-        frozen=frozen,
-    )
+    average = averaging.average_of(network, config.ema_decay)
+    optimizer = cast(torch.optim.Optimizer, _NoUpdate(network))
+    trained = network.fc if frozen else network
+    return train_step.Step(trained, optimizer, device, config, average=average, frozen=frozen)
 
 
 def scoring_pace(

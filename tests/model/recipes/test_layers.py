@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from bcd.config.training import TrainConfig
 from bcd.model import train_step, weights
 from bcd.model.recipes import layers
 
@@ -12,7 +13,8 @@ def network():
 
 def test_rates_fall_by_a_factor_for_each_block_before_the_head():
     given = network()
-    optimizer = train_step.optimizer(given, "adamw", 0.1, 0.3, layer_decay=0.5)
+    config = TrainConfig(data="d", weight_decay=0.3, layer_decay=0.5)
+    optimizer = train_step.optimizer(given, config)
     names = {id(parameter): name for name, parameter in given.named_parameters()}
     rates = {
         names[id(p)].split(".")[0]: group[layers.SCALE]
@@ -34,8 +36,9 @@ def test_rates_fall_by_a_factor_for_each_block_before_the_head():
 
 def test_a_step_moves_each_block_at_its_rate():
     given = network()
-    optimizer = train_step.optimizer(given, "sgd", 0.1, 0.0, layer_decay=0.5)
-    step = train_step.Step(given.train(), optimizer, torch.device("cpu"), "float32", False)
+    config = TrainConfig(data="d", optimizer="sgd", layer_decay=0.5, augment=False)
+    optimizer = train_step.optimizer(given, config)
+    step = train_step.Step(given.train(), optimizer, torch.device("cpu"), config)
     step(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.tensor([0, 1]), 0.08)
     assert [group["lr"] for group in optimizer.param_groups[::2]] == pytest.approx(
         [0.08, 0.04, 0.02, 0.01, 0.005, 0.0025]
@@ -43,12 +46,12 @@ def test_a_step_moves_each_block_at_its_rate():
 
 
 def test_frozen_batch_norms_stay_as_they_are():
-    given = network()
-    optimizer = train_step.optimizer(given, "sgd", 0.1, 0.1)
+    given, config = network(), TrainConfig(data="d", optimizer="sgd")
+    optimizer = train_step.optimizer(given, config)
     before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
     given.train()
     layers.freeze_batch_norm(given)
-    step = train_step.Step(given, optimizer, torch.device("cpu"), "float32", True)
+    step = train_step.Step(given, optimizer, torch.device("cpu"), config)
     step(torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), 0.1)
     norms = {
         f"{name}.{tensor}"
