@@ -152,7 +152,8 @@ class TrainingConfig(LabelledConfig, DryConfig):
 
     ema_decay: Fraction | None = None
     """Exponential moving average of weights and batch norm, which is validated and exported: the share that
-    stays at each step, such as 0.99 (an average over the last 100 steps)."""
+    stays at each step, such as 0.99: an average over the last 100 steps, or over the last tenth of a training
+    of fewer than 900."""
 
     stain_jitter: float = Field(default=0.0, ge=0, lt=1)
     """Multiply the amounts of haematoxylin, eosin and the rest in each training image by factors between

@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch import nn
 
-from bcd.model.recipes.averaging import average_of
+from bcd.model.recipes.averaging import average_of, share_after
 
 
 def network():
@@ -9,24 +10,41 @@ def network():
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
 
 
-def test_the_average_equals_the_formula_with_the_statistics_of_batch_norm():
-    decay, given = 0.9, network()
+@pytest.mark.parametrize("decay", [0.3, 0.9])
+def test_the_average_equals_the_formula_with_the_statistics_of_batch_norm(decay):
+    given = network()
     average = average_of(given, decay)
     expected = None
-    for step in range(5):
-        given(torch.randn(8, 3, 4, 4) + step)  # moves the running statistics
+    for n in range(5):
+        given(torch.randn(8, 3, 4, 4) + n)  # moves the running statistics
         with torch.no_grad():
             for parameter in given.parameters():
                 parameter.add_(torch.randn_like(parameter))
         average.update_parameters(given)
         now = {name: tensor.clone() for name, tensor in given.state_dict().items()}
-        expected = now if expected is None else {n: decay * expected[n] + (1 - decay) * now[n] for n in now}
+        share = min(decay, (1 + n) / (10 + n))
+        expected = now if n == 0 else {k: share * expected[k] + (1 - share) * now[k] for k in now}
     found = average.module.state_dict()
     floats = [name for name in found if found[name].is_floating_point()]
     assert {"0.weight", "1.bias", "1.running_mean", "1.running_var"} <= set(floats)
     for name in floats:
         torch.testing.assert_close(found[name], expected[name])
         assert not torch.equal(found[name], given.state_dict()[name])
+
+
+def test_an_average_over_few_steps_is_of_the_last_ones_and_not_of_the_initial_weights():
+    given = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(given.weight)
+    average = average_of(given, 0.99)
+    average.update_parameters(given)
+    for n in range(1, 42):
+        nn.init.constant_(given.weight, n)
+        average.update_parameters(given)
+    assert 41 - average.module.weight.item() == pytest.approx(41 / 10, abs=0.5)
+
+
+def test_the_share_is_the_decay_after_enough_steps():
+    assert [share_after(n, 0.99) for n in (0, 90, 890, 10**6)] == [0.1, 0.91, 0.99, 0.99]
 
 
 def test_a_network_that_is_wrapped_for_several_workers_has_the_same_average():
