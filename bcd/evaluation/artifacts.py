@@ -103,7 +103,7 @@ def _draw(
 
 
 def measure_run(images: pd.DataFrame, unscored: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
-    """All metrics, the number of images not scored, and the images per warning (None without statistics)."""
+    """All metrics, the number of rows not scored, and the rows per warning (None without statistics)."""
     warnings = None
     if images[schema.NOVELTY_CUTOFF].notna().any():
         unlike = images[schema.NOVELTY] > images[schema.NOVELTY_CUTOFF]

@@ -3,7 +3,7 @@
 An undefined value (the AUC of one class, the recall of an absent one) is `None`, never nan.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,12 @@ from bcd.taxonomy import MALIGNANT, SUBTYPES, TUMOR_CLASSES
 
 # Units above the image, the smallest first.
 LEVELS = (schema.SLIDE, schema.CASE, schema.PATIENT)
+
+
+def unit(measured: Mapping[str, Any]) -> str:
+    """What is counted in what `measure` found: an image, or one of several judgements of an image."""
+    n = measured.get("n_judgements")
+    return "image" if n is None or n == measured["n_images"] else "judgement"
 
 
 def measure(

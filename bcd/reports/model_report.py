@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from bcd import schema
 from bcd.config.options import CLOSED_FORM
-from bcd.metrics import aggregate, decision
+from bcd.metrics import aggregate, decision, measures
 from bcd.model import novelty
 from bcd.reports import overlay, style, thumbnails
 from bcd.reports.style import PERCENT, format_certainty, format_difference, format_metric, too_few_to_say
@@ -192,6 +192,8 @@ def summary_lines(measured: Metrics) -> list[str]:
     n_patients = measured["n_patients"]
     patients = "patients unknown" if n_patients is None else counted(n_patients, "patient")
     images = counted(measured["n_images"], "image")
+    if measures.unit(measured) != "image":
+        patients += f", {counted(measured['n_judgements'], measures.unit(measured))}"
     title = f"test part: {images}, {patients}, {measured['n_errors']:,} not scored"
     if unlike := (measured.get("warnings") or {}).get(novelty.CODE):
         title += f", {unlike:,} unlike the training data"
@@ -271,6 +273,7 @@ def _page(
         "report.html",
         metrics=defaultdict(lambda: None, measured),
         pooled=pooled,
+        unit=measures.unit(measured),
         measures=MEASURES,
         too_few=(few := too_few_patients(measured)),
         headline=_headline(measured) if few else None,
@@ -312,31 +315,31 @@ def _draw(
     """Every figure for which there are data, by file name."""
     from bcd.reports import plots, trust_plots
 
-    pooled, threshold = measured["pooled"], measured.get("threshold")
-    drawn = {"confusion_matrix": plots.plot_confusion_matrix(pooled["confusion_matrix"], TUMOR_CLASSES)}
+    pooled, threshold, unit = measured["pooled"], measured.get("threshold"), measures.unit(measured)
+    drawn = {"confusion_matrix": plots.plot_confusion_matrix(pooled["confusion_matrix"], TUMOR_CLASSES, unit)}
     if best := _best(history, facts):
         drawn["history"] = plots.plot_history(history, best)
     if facts.get("parts"):
         balanced = facts.get("balanced") or {}
         drawn["class_distribution"] = plots.plot_class_distribution(facts["parts"], balanced)
     if pooled["auc"] is not None:
-        drawn["roc"] = trust_plots.plot_roc(images, pooled)
-        drawn["precision_recall"] = trust_plots.plot_precision_recall(images, pooled)
+        drawn["roc"] = trust_plots.plot_roc(images, pooled, unit)
+        drawn["precision_recall"] = trust_plots.plot_precision_recall(images, pooled, unit)
     if len(images):
-        drawn["reliability"] = trust_plots.plot_reliability(
-            measured["calibration"], len(images), measured["n_patients"]
-        )
-        drawn["abstention"] = trust_plots.plot_abstention(_abstention_curves(images))
+        n_patients = measured["n_patients"]
+        of = counted(len(images), unit) + (f" of {counted(n_patients, 'patient')}" if n_patients else "")
+        drawn["reliability"] = trust_plots.plot_reliability(measured["calibration"], of)
+        drawn["abstention"] = trust_plots.plot_abstention(_abstention_curves(images, unit))
     if measured["by_magnification"]:
         drawn["by_magnification"] = plots.plot_by_magnification(measured)
-        strip = trust_plots.plot_strip(images, schema.MAGNIFICATION, "Magnifications", threshold)
+        strip = trust_plots.plot_strip(images, schema.MAGNIFICATION, "Magnifications", threshold, unit)
         drawn["magnification_strip"] = strip
     if len(patients):
         drawn["patients"] = trust_plots.plot_patients(patients)
-        drawn["patient_strip"] = trust_plots.plot_strip(images, schema.PATIENT, "Patients", threshold)
+        drawn["patient_strip"] = trust_plots.plot_strip(images, schema.PATIENT, "Patients", threshold, unit)
     if many := measured.get("multiclass"):
         matrix = many["confusion_matrix"]
-        drawn["confusion_matrix_subtype"] = plots.plot_confusion_matrix(matrix, many["class_names"])
+        drawn["confusion_matrix_subtype"] = plots.plot_confusion_matrix(matrix, many["class_names"], unit)
     if rows := measured.get("folds"):
         drawn["folds"] = trust_plots.plot_folds(rows, MEASURES)
         drawn["histories"] = trust_plots.plot_histories([row["history"] for row in rows])
@@ -346,9 +349,9 @@ def _draw(
     return drawn
 
 
-def _abstention_curves(images: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Abstention curves of the images, and of the patients where there are several."""
+def _abstention_curves(images: pd.DataFrame, unit: str) -> dict[str, pd.DataFrame]:
+    """Abstention curves of the images or judgements, and of the patients where there are several."""
     patients = aggregate.groups_of_draws(images, schema.PATIENT)
     patients = patients[patients[schema.TUMOR_CLASS].notna()]
-    curves = {"images": decision.abstention_curve(images)}
+    curves = {f"{unit}s": decision.abstention_curve(images)}
     return curves | ({"patients": decision.abstention_curve(patients)} if len(patients) > 1 else {})

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from bcd.metrics import measures
 from bcd.reports import style
 from bcd.reports.style import (
     BLUE,
@@ -157,7 +158,9 @@ def plot_history(records: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) 
     return figure
 
 
-def plot_confusion_matrix(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
+def plot_confusion_matrix(
+    matrix: Sequence[Sequence[int]], names: Sequence[str], unit: str = "image"
+) -> Figure:
     """Counts and shares of the row; rows are the truth, columns the prediction."""
     counts = np.array(matrix)
     rows = counts.sum(axis=1)
@@ -171,7 +174,7 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], names: Sequence[str])
         count = f"{counts[row, column]:,}"
         text = f"{count}\n{100 * share:.0f}{PERCENT}" if rows[row] else count
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, size=size)
-    title = f"Confusion matrix, n = {counted(counts.sum(), 'image')}"
+    title = f"Confusion matrix, n = {counted(counts.sum(), unit)}"
     axes.set(title=title, xlabel="predicted", ylabel="truth")
     axes.set_xticks(np.arange(k) + 0.5, names)
     axes.set_yticks(np.arange(k) + 0.5, [f"{name}\nn = {n:,}" for name, n in zip(names, rows, strict=True)])
@@ -221,7 +224,7 @@ def _stack(axes: Axes, names: Sequence[str], layers: Mapping[str, Mapping[str, i
 def plot_by_magnification(metrics: Mapping[str, Any]) -> Figure:
     """Recognition rates with intervals, per magnification and pooled."""
     groups = {f"{name}X": values for name, values in metrics["by_magnification"].items()}
-    groups["pooled"] = metrics["pooled"]
+    groups["pooled"], unit = metrics["pooled"], measures.unit(metrics)
     figure, (axes,) = canvas(3.9)
     for offset, name, label, color in BARS:
         known = {x + offset: row for x, row in enumerate(groups.values()) if row[name] is not None}
@@ -231,7 +234,7 @@ def plot_by_magnification(metrics: Mapping[str, Any]) -> Figure:
             if row["intervals"][name]:
                 axes.vlines(x, *row["intervals"][name], color=INK, lw=1.4)
         axes.bar(0, 0, color=color, label=label)
-    axes.set_xticks(range(len(groups)), [_sizes(name, row) for name, row in groups.items()])
+    axes.set_xticks(range(len(groups)), [_sizes(name, row, unit) for name, row in groups.items()])
     axes.tick_params(axis="x", length=0, labelsize=8)
     axes.set_title("By magnification")
     percent_axis(axes, "recognition rate")
@@ -239,9 +242,9 @@ def plot_by_magnification(metrics: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _sizes(name: str, row: Mapping[str, Any]) -> str:
+def _sizes(name: str, row: Mapping[str, Any], unit: str) -> str:
     patients = "" if row["n_patients"] is None else f"\n{counted(row['n_patients'], 'patient')}"
-    return f"{name}\n{counted(row['n'], 'image')}{patients}"
+    return f"{name}\n{counted(row['n'], unit)}{patients}"
 
 
 def plot_probabilities(values: np.ndarray, threshold: float) -> Figure:

@@ -21,19 +21,19 @@ from bcd.text import counted
 MAX_NAMES = 36
 
 
-def plot_roc(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Figure:
-    """ROC curve with the operating point in use."""
+def plot_roc(images: pd.DataFrame, pooled: Mapping[str, Any], unit: str = "image") -> Figure:
+    """ROC curve with the operating point in use; `unit` is that of `measures.unit`."""
     truth = images[schema.TUMOR_CLASS] == MALIGNANT
     false_positive, true_positive, _ = roc_curve(truth, images[schema.PROBABILITY_MALIGNANT])
     figure, (axes,) = canvas(4.2)
     _diagonal(axes, (0, 1), "chance")
     axes.plot(false_positive, true_positive, color=BLUE, label=f"AUC {pooled['auc']:.3f}")
     _point(axes, 1 - pooled["specificity"], pooled["sensitivity"])
-    _square(axes, "ROC", pooled["n"], "1 − specificity", "sensitivity")
+    _square(axes, "ROC", counted(pooled["n"], unit), "1 − specificity", "sensitivity")
     return figure
 
 
-def plot_precision_recall(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Figure:
+def plot_precision_recall(images: pd.DataFrame, pooled: Mapping[str, Any], unit: str = "image") -> Figure:
     """Precision against sensitivity, with the operating point in use."""
     truth = (images[schema.TUMOR_CLASS] == MALIGNANT).to_numpy()
     probability = images[schema.PROBABILITY_MALIGNANT]
@@ -45,13 +45,13 @@ def plot_precision_recall(images: pd.DataFrame, pooled: Mapping[str, Any]) -> Fi
     (_, false_positive), (_, true_positive) = pooled["confusion_matrix"]
     if called := false_positive + true_positive:
         _point(axes, pooled["sensitivity"], true_positive / called)
-    _square(axes, "Precision and recall", pooled["n"], "sensitivity (recall)", "precision")
+    _square(axes, "Precision and recall", counted(pooled["n"], unit), "sensitivity (recall)", "precision")
     return figure
 
 
-def plot_reliability(calibration: Mapping[str, Any], n: int, n_patients: int | None = None) -> Figure:
-    """Share of malignant images against the stated probability, before and after the temperature, of the
-    images of so many patients, if known.
+def plot_reliability(calibration: Mapping[str, Any], of: str) -> Figure:
+    """Share of malignant images against the stated probability, before and after the temperature; `of`
+    says of what, such as "20 images of 3 patients".
 
     A dot has about as many images as any other; a bar is the 95 % interval of a share, by patients.
     """
@@ -70,7 +70,7 @@ def plot_reliability(calibration: Mapping[str, Any], n: int, n_patients: int | N
         label = f"{label}, error {100 * calibration[name]['ece']:.1f}{PERCENT}"
         size = 30 if name == "after" else 14
         axes.scatter(x, y, size, color=color, marker=marker, label=label, clip_on=False, zorder=3)
-    _square(axes, "Reliability", n, "stated probability of malignancy", "malignant images", n_patients)
+    _square(axes, "Reliability", of, "stated probability of malignancy", "malignant images")
     return figure
 
 
@@ -82,10 +82,9 @@ def _point(axes: Axes, x: float, y: float) -> None:
     axes.scatter(x, y, s=50, color=VERMILION, clip_on=False, zorder=3, label="in use")
 
 
-def _square(axes: Axes, title: str, n: int, xlabel: str, ylabel: str, n_patients: int | None = None) -> None:
+def _square(axes: Axes, title: str, of: str, xlabel: str, ylabel: str) -> None:
     """Both axes from 0 to 100 %, below title and legend."""
-    of = f" of {counted(n_patients, 'patient')}" if n_patients else ""
-    axes.set(title=f"{title}, n = {counted(n, 'image')}{of}", xlim=(0, 1), xlabel=xlabel)
+    axes.set(title=f"{title}, n = {of}", xlim=(0, 1), xlabel=xlabel)
     percent_axis(axes, ylabel)
     axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=PERCENT))
     axes.set_aspect("equal")
@@ -112,8 +111,10 @@ def plot_abstention(curves: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def plot_strip(images: pd.DataFrame, column: str, title: str, threshold: float | None) -> Figure:
-    """The probability of every image as a dot, in a column per patient or magnification.
+def plot_strip(
+    images: pd.DataFrame, column: str, title: str, threshold: float | None, unit: str = "image"
+) -> Figure:
+    """The probability of every image or judgement as a dot, in a column per patient or magnification.
 
     Images without a value in `column` are left out; `threshold` is None where the images have several.
     """
@@ -133,11 +134,11 @@ def plot_strip(images: pd.DataFrame, column: str, title: str, threshold: float |
         axes.scatter(x, rows[schema.PROBABILITY_MALIGNANT], 9, color=color, alpha=0.65, lw=0, label=name)
     if threshold is not None:
         axes.axhline(threshold, color=INK, ls=DASHED, lw=1, label=f"threshold {threshold:.2g}")
-    unit = "X" if column == schema.MAGNIFICATION else ""
-    names = [f"{name:.0f}{unit}" if unit else str(name)[:16] for name in place]
-    axes.set_xticks(range(len(names)), names, rotation=0 if unit else 90, size=8 if unit else 7)
+    is_scale = column == schema.MAGNIFICATION
+    names = [f"{name:.0f}X" if is_scale else str(name)[:16] for name in place]
+    axes.set_xticks(range(len(names)), names, rotation=0 if is_scale else 90, size=8 if is_scale else 7)
     axes.tick_params(axis="x", length=0, labelbottom=len(names) <= MAX_NAMES)
-    axes.set(title=f"{title}, n = {counted(len(known), 'image')}", xlim=(-0.7, max(len(names), 3) - 0.3))
+    axes.set(title=f"{title}, n = {counted(len(known), unit)}", xlim=(-0.7, max(len(names), 3) - 0.3))
     percent_axis(axes, "probability of malignancy")
     legend_above(axes)
     return figure

@@ -9,11 +9,14 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from markupsafe import Markup
+from matplotlib.figure import Figure
 from PIL import Image
 
 from bcd import schema
 from bcd.metrics import aggregate, decision, measures
 from bcd.metrics.intervals import interval_of_rate
+from bcd.model import novelty
 from bcd.reports import model_report, plots
 from bcd.reports.style import format_interval
 from bcd.reports.thumbnails import Example
@@ -440,14 +443,32 @@ def test_a_cross_validation_shows_its_folds_and_what_a_leak_adds(tmp_path: Path)
 def test_several_models_of_an_image_are_not_several_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_report, "_save", saving(()))
+    """Neither on the page nor above a figure."""
+    titles: list[str] = []
+
+    def read(figure: Figure, *_: object) -> Markup:
+        titles.extend(axes.get_title(loc="left") for axes in figure.axes)
+        return Markup("")
+
+    monkeypatch.setattr(model_report, "_save", read)
     frame = predictions()
     tables = [aggregate.image_table(frame).assign(**{aggregate.DRAW: n}) for n in (1, 2)]
-    measured = measures.measure(joined := pd.concat(tables, ignore_index=True)) | {"n_errors": 0}
-    page = text(model_report.write_report(tmp_path, measured, [], joined, FACTS).read_text(encoding="utf-8"))
+    measured = measures.measure(joined := pd.concat(tables, ignore_index=True))
+    measured |= {"n_errors": 26, "warnings": {novelty.CODE: 31}}
+    page = text(model_report.write_report(tmp_path, measured, [], joined, {}).read_text(encoding="utf-8"))
     assert "On 24 images of 8 patients" in page
     assert "24 judgements of benign and 24 of malignant images" in page
     assert "Missed cancers: 4 of 24 judgements of malignant images" in page
+    assert "4 of 24 judgements of malignant images were called benign" in page
+    assert "26 judgements could not be made" in page
+    assert "31 judgements are of images that do not look like the training data of their model" in page
+    assert {"Confusion matrix, n = 48 judgements", "ROC, n = 48 judgements"} <= set(titles)
+    assert "Reliability, n = 48 judgements of 8 patients" in titles
+    counts = re.findall(r"(\d+) (?:benign |malignant )?images?\b", "\n".join([page, *titles]))
+    assert "24" in counts
+    assert not {"26", "31", "48"} & {*counts}
+    first = model_report.summary_lines(measured)[0]
+    assert first.startswith("test part: 24 images, 8 patients, 48 judgements, 26 not scored, 31 unlike")
 
 
 def test_numbers_of_a_publisher_are_marked_as_not_measured(tmp_path: Path) -> None:

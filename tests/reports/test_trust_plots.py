@@ -40,7 +40,7 @@ def test_roc_and_precision_recall_are_those_of_scikit_learn(images, pooled):
 
 def test_the_dots_of_reliability_are_its_table(images):
     calibration = measures.measure(images.assign(**{aggregate.UNCALIBRATED: 0.5}))["calibration"]
-    axes = trust_plots.plot_reliability(calibration, len(images)).axes[0]
+    axes = trust_plots.plot_reliability(calibration, "24 images").axes[0]
     for line, when in zip(axes.lines[1:], ("before", "after"), strict=True):
         rows = calibration[when]["reliability"]
         assert line.get_xdata().tolist() == [row["stated"] for row in rows]
@@ -48,9 +48,9 @@ def test_the_dots_of_reliability_are_its_table(images):
     (bars,) = [part for part in axes.collections if isinstance(part, LineCollection)]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [row["interval"] for row in rows]
     unknown = measures.measure(images.assign(**{schema.PATIENT: None}))["calibration"]
-    trust_plots.plot_reliability(unknown, len(images))  # no bars, and no error
+    trust_plots.plot_reliability(unknown, "24 images")  # no bars, and no error
     with matplotlib.rc_context(plots.STYLE):
-        axes = trust_plots.plot_reliability(calibration, 24, 8).axes[0]
+        axes = trust_plots.plot_reliability(calibration, "24 images of 8 patients").axes[0]
     assert axes.get_title(loc="left") == "Reliability, n = 24 images of 8 patients"
 
 
