@@ -248,7 +248,8 @@ class Step:
     """What comes before `network`, where that is a last layer alone; its images are not augmented."""
 
     @cached_property
-    def _loss(self) -> Loss:
+    def loss(self) -> Loss:
+        """The loss that the settings state, with these weights."""
         weights = torch.tensor(self.class_weights, device=self.device) if self.class_weights else None
         return Loss(self.config.label_smoothing, self.config.mixup, weights)
 
@@ -272,10 +273,10 @@ class Step:
             batch = augment(batch, draw(n, height, width, self.config.stain_jitter))
         batch = self.normalised(batch)
         batch = self.frozen(image_ids, batch) if self.frozen else batch
-        batch, targets = self._loss.mix(batch, target.to(self.device, non_blocking=True))
+        batch, targets = self.loss.mix(batch, target.to(self.device, non_blocking=True))
         with resnet.autocast(self.device, self.config.precision):
             logit = self.network(batch)
-        loss = self._loss(logit.float(), targets)
+        loss = self.loss(logit.float(), targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

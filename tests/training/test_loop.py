@@ -278,7 +278,7 @@ def test_without_a_recipe_the_network_and_its_step_are_plain(monkeypatch):
     given = task(4, architecture="resnet18")
     state = loop._state(given, torch.device("cpu"))
     step = loop._step(given, state, state.network, torch.device("cpu"))
-    assert (step.loss, step.stain_jitter, step.stain, step.average) == (Loss(), 0.0, None, None)
+    assert (step.loss, step.config, step.stain, step.average) == (Loss(), given.config, None, None)
     assert (state.judged, len(state.optimizer.param_groups)) == (state.network, 2)
     assert not state.network.fc._forward_pre_hooks
 
