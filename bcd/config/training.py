@@ -459,5 +459,5 @@ class DemoConfig(Config):
     epochs: int = Field(default=8, ge=1)
     """Passes over the training rows."""
 
-    seed: Shared[int] = Field(default=0, ge=0, le=MAX_SEED)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seeds the images and the run."""
