@@ -56,6 +56,11 @@ class Content:
     xmp: bytes
     rgb8_size: tuple[int, int] | None = None
 
+    @property
+    def has_metadata(self) -> bool:
+        """Whether anything besides the decoder decides over colours or orientation."""
+        return bool(self.profile or self.exif or self.xmp)
+
 
 def require_size(width: int, height: int) -> None:
     """Raise ImageError `too_many_pixels`, or `truncated` for no pixels, by the header's claim alone."""
@@ -65,15 +70,23 @@ def require_size(width: int, height: int) -> None:
         raise ImageError("too_many_pixels", f"{width} x {height} px; at most {MAX_PIXELS:,} pixels are read")
 
 
-def png_content(data: bytes) -> Content:
-    """Extract the parts of a PNG that its pixels depend on. Raises ImageError `truncated`, `too_many_pixels`
-    or `unsupported_format`."""
-    kept, colors, notes = [PNG], dict[bytes, bytes](), dict[bytes, bytes]()
-    for name, chunk in _chunks(data):
-        content = bytes(chunk[8:-4])
+def png_content(data: bytes, trusted: bytes = b"") -> Content:
+    """Extract the parts of a PNG that its pixels depend on, with their checksums checked.
+
+    Args:
+        data: of the file.
+        trusted: name of the chunks whose checksums the caller's decoder checks.
+
+    Raises:
+        ImageError: `truncated`, `too_many_pixels` or `unsupported_format`.
+    """
+    kept, colors, notes = [memoryview(PNG)], dict[bytes, bytes](), dict[bytes, bytes]()
+    for name, chunk in _chunks(data, trusted):
         if name in PIXEL_CHUNKS:
-            kept.append(bytes(chunk))
-        elif name in COLOR_CHUNKS:
+            kept.append(chunk)
+            continue
+        content = bytes(chunk[8:-4])
+        if name in COLOR_CHUNKS:
             colors[name] = content
         elif name == b"acTL" and (n := int.from_bytes(content[:4], "big")) > 1:
             raise ImageError("unsupported_format", f"an animation of {n} images; save the intended one alone")
@@ -87,7 +100,7 @@ def png_content(data: bytes) -> Content:
     return Content(b"".join(kept), _png_profile(colors), exif, xmp, _rgb8_size(kept))
 
 
-def _rgb8_size(chunks: list[bytes]) -> tuple[int, int] | None:
+def _rgb8_size(chunks: list[memoryview]) -> tuple[int, int] | None:
     width, height, depth, color = struct.unpack_from(">8xIIBB", chunks[1])
     is_transparent = any(chunk[4:8] == b"tRNS" for chunk in chunks[2:])
     return None if (depth, color) != (8, 2) or is_transparent else (height, width)
@@ -103,7 +116,7 @@ def _note(name: bytes, content: bytes, notes: dict[bytes, bytes]) -> None:
             notes.setdefault(EXIF_KEYWORD, found.removeprefix(EXIF_START))
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+def _chunks(data: bytes, trusted: bytes = b"") -> Iterator[tuple[bytes, memoryview]]:
     """Yield name and bytes of each chunk up to the end; skip metadata with a wrong checksum."""
     view, place = memoryview(data), len(PNG)
     for _ in range(MAX_CHUNKS):
@@ -115,7 +128,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
             require_size(*struct.unpack(">II", data[16:24].ljust(8, b"\0")))
         if len(chunk) < 12 + length or not name.isalpha():
             raise ImageError("truncated", f"the file ends or is damaged after {place:,} bytes")
-        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        is_whole = name == trusted or zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
         if not is_whole and name in PIXEL_CHUNKS + COLOR_CHUNKS:
             raise ImageError("truncated", f"the checksum of chunk {name.decode()} is wrong")
         if is_whole:

@@ -323,6 +323,19 @@ def test_damage_with_right_checksums_has_the_outcome_of_pillow(seed, monkeypatch
         assert expected[0] == "truncated"
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_a_flipped_bit_of_a_file_is_found_by_its_checksums(seed, monkeypatch):
+    """Also in the last of its chunks of pixels, which may be empty, and in the checksums themselves."""
+    rng = np.random.default_rng(seed)
+    _, head, lines, level = any_png(rng)
+    data = bytearray(assembled(head, zlib.compress(lines, level), rng))
+    data[int(rng.integers(8, len(data)))] ^= 1 << int(rng.integers(8))
+    found = outcome(bytes(data))
+    monkeypatch.setattr(image, "_decode_fast", lambda content: None)
+    assert found == outcome(bytes(data))
+    assert found[0] in ("truncated", "too_many_pixels", "unsupported_format")
+
+
 @pytest.mark.parametrize(
     "data",
     [
