@@ -167,7 +167,7 @@ def main() -> None:
     """Measure and print."""
     flags = parsed()
     card = bundle.read_card(flags.model)
-    cluster.connect(trains=True)
+    cluster.connect(several_trainings=True)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             data=flags.data,

@@ -115,7 +115,7 @@ def main() -> None:
         precision=arguments.precision,
         batch_size=arguments.batch_size,
     )
-    cluster.connect(trains=True)
+    cluster.connect(several_trainings=True)
     table = _repeated(prepare.prepare(config)[0], arguments.repeat)
     balanced = balance.upsample(prepare.part_of(table, TRAIN), config.balance, config.seed)
     print(f"{len(balanced)} training rows, {config.input_height_px}x{config.input_width_px}", flush=True)

@@ -51,18 +51,23 @@ MODEL_VARIABLES = {
 }
 
 
-def connect(trains: bool = False, metrics_port: int | None = None) -> None:
+def connect(several_trainings: bool = False, metrics_port: int | None = None) -> bool:
     """Join the cluster named by RAY_ADDRESS (set by `ray job submit`), else start one on this machine, with
     its metrics at a port if one is given.
+
+    Returns:
+        Whether a cluster was started in which a lost training would keep its CPUs: not for
+        `several_trainings`, of which one may be lost while the others continue.
 
     Raises:
         ResourceError: RAY_ADDRESS names a cluster that does not answer; starting another would hide that.
     """
-    if not ray.is_initialized():
-        if address := os.environ.get("RAY_ADDRESS"):
-            _join(address)
-        else:
-            _start(trains, metrics_port)
+    address = os.environ.get("RAY_ADDRESS")
+    starts = not ray.is_initialized() and not address
+    if starts:
+        _start(several_trainings, metrics_port)
+    elif address and not ray.is_initialized():
+        _join(address)
     # Ray 2.60's default grants each step what it used in the seconds before. Rounded, that was less than a
     # task of the last step, which commits rows: it waited until all images were scored. This one grants all
     # nodes.
@@ -80,6 +85,7 @@ def connect(trains: bool = False, metrics_port: int | None = None) -> None:
     context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     # They advise every half minute on the memory and time of our own tasks.
     context.issue_detectors_config.detectors = []
+    return starts and not several_trainings
 
 
 def worker_env() -> dict[str, Any]:
@@ -90,7 +96,7 @@ def worker_env() -> dict[str, Any]:
     return {"env_vars": MODEL_VARIABLES}
 
 
-def _start(trains: bool, metrics_port: int | None = None) -> None:
+def _start(several_trainings: bool, metrics_port: int | None = None) -> None:
     os.environ.update(MODEL_VARIABLES)
     # For Ray Data in the workers of this cluster, too.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
@@ -102,19 +108,21 @@ def _start(trains: bool, metrics_port: int | None = None) -> None:
     os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * cores()))
     # A process more that watches for nodes of a cloud that are about to be taken away.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # How often Ray Train asks its workers whether they have finished; by default every 2 s.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     _close_token()
     # It advises to switch the token off.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     # Never a cluster that merely happens to run here: two jobs on one small machine starve each other.
-    with _known_to_itself() if trains else nullcontext():
+    with _known_to_itself() if several_trainings else nullcontext():
         ray.init(
             address="local",
             _temp_dir=_private_folder(),
             num_cpus=max(1 + DATA_CPUS, cores()),
             logging_level=logging.WARNING,
-            # Eleven processes and 170 MiB, a quarter of the start, for a page that ends with the job. But Ray
-            # Train queries it, and warns about once a second where it is missing.
-            include_dashboard=trains,
+            # Eleven processes and 170 MiB, a quarter of the start, for a page that ends with the job. What
+            # frees the CPUs of a lost training queries it.
+            include_dashboard=several_trainings,
             _metrics_export_port=metrics_port,
         )
     _close_token()

@@ -92,7 +92,7 @@ def run(config: CrossvalConfig) -> str:
         return uri
     started = time.time()
     with lease.held(uri, config.wait) as own, followed(uri, config.name, _nested(folds.values())):
-        cluster.connect(trains=True)
+        cluster.connect(several_trainings=True)
         inspected = None
         if not finished:
             inspected = _train_missing(config, own, [fold for arm in folds.values() for fold in arm])

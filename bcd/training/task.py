@@ -1,4 +1,5 @@
-"""What a training worker is given, and its process group; without the loop, which drivers do not need."""
+"""What a training worker is given, its process group, and what starts it; without the loop, which drivers do
+not need."""
 
 import os
 import socket
@@ -7,8 +8,9 @@ from typing import Any
 
 import psutil
 import ray
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from bcd.config.training import TrainConfig
 from bcd.model.recipes.reference import Macenko, Reinhard
@@ -68,3 +70,18 @@ class ProcessGroup(TorchConfig):
     @property
     def backend_cls(self) -> type[_TorchBackend]:
         return _Backend
+
+
+class Trainer(TorchTrainer):
+    """Ray's trainer, which frees the CPUs of a training whose controller is lost only where the cluster
+    outlives the training: `cluster_ends`, if it does not (decision page 14)."""
+
+    def __init__(self, *given: Any, cluster_ends: bool, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._cluster_ends = cluster_ends
+
+    def _create_default_callbacks(self) -> list[Any]:
+        created = super()._create_default_callbacks()
+        if not self._cluster_ends:
+            return created
+        return [one for one in created if not isinstance(one, PlacementGroupCleanerCallback)]

@@ -123,14 +123,16 @@ def _complete(
     with ThreadPoolExecutor(1) as pool:
         # Ray starts meanwhile.
         reading = pool.submit(initial_weights, config)
-        cluster.connect(trains=True)
+        cluster_ends = cluster.connect()
         pretrained = reading.result()
     scaling = cluster.scaling(config)
     table, facts = split_of(config, run_uri, inspected, own)
     table = located(table, store_of(config))
     stain = feed.stain_of(config, run_uri, table)
     fed = feed.feed_of(config, table, held, stain)
-    result = train_model(config, run_uri, fed, pretrained, scaling, runs_per_node, started)
+    result = train_model(
+        *(config, run_uri, fed, pretrained, scaling, runs_per_node, started), cluster_ends=cluster_ends
+    )
     own.require()
     run_directory.write_json(run_uri, run_directory.HISTORY, result.return_value)
     export.bundle_of(config, storage.join(run_uri, run_directory.MODEL), table, facts, result, stain)
@@ -197,15 +199,16 @@ def train_model(
     runs_per_node: int = 1,
     started: float = 0.0,
     callbacks: Sequence[UserCallback] = (),
+    *,
+    cluster_ends: bool = False,
 ) -> Result:
     """Train from the last checkpoint of the run, or raise BcdError; `return_value` is the history.
 
-    `started` is when the job started, in seconds since 1970; `callbacks` see every epoch.
+    `started` is when the job started, in seconds since 1970; `callbacks` see every epoch; `cluster_ends` with
+    this training.
     """
     # Not at the top: a job starts without torch.
-    from ray.train.torch import TorchTrainer
-
-    from bcd.training.task import ProcessGroup, Task
+    from bcd.training.task import ProcessGroup, Task, Trainer
 
     classes, shared = taxonomy.classes(config.target), pretrained and ray.put(pretrained)
     listed = fed.listed and ray.put(fed.listed)
@@ -222,8 +225,9 @@ def train_model(
 
         return loop.train(given)
 
-    trainer = TorchTrainer(
+    trainer = Trainer(
         work,
+        cluster_ends=cluster_ends,
         train_loop_config=task,
         torch_config=ProcessGroup(),
         scaling_config=scaling,

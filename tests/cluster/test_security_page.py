@@ -48,7 +48,7 @@ def listening():
     commands = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\\0", b" ").decode() for pid in pids]
     return [(command, row[3]) for command, row in zip(commands, rows)]
 
-cluster.connect(trains=True)
+cluster.connect(several_trainings=True)
 kept = ray.put(bytes(10**7))
 ray.get(ray.remote(lambda: None).remote())
 wait_for(lambda: any(place.endswith(":52365") for _, place in listening()), 60, "the agent")

@@ -201,7 +201,7 @@ def test_ray_reports_nothing_unless_it_is_wanted(before, after, tmp_path, monkey
     monkeypatch.setattr(cluster.ray, "init", lambda **options: None)
     monkeypatch.setattr(cluster, "_close_token", lambda: None)
     monkeypatch.setattr(cluster, "_private_folder", lambda: str(tmp_path))
-    cluster._start(trains=False)
+    cluster._start(several_trainings=False)
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == after
 
 
@@ -222,7 +222,7 @@ def test_a_cluster_that_trains_states_its_own_address_to_its_processes_alone(
     monkeypatch.setattr(cluster, "_close_token", lambda: None)
     monkeypatch.setattr(cluster, "_private_folder", lambda: str(tmp_path))
     with pytest.raises(OSError, match="no room") if fails else nullcontext():
-        cluster._start(trains=True)
+        cluster._start(several_trainings=True)
     port = seen["RAY_GCS_SERVER_PORT"]
     assert seen["RAY_API_SERVER_ADDRESS"] == f"127.0.0.1:{port}"
     named = ("RAY_GCS_SERVER_PORT", "RAY_API_SERVER_ADDRESS", "PATH")
@@ -344,7 +344,7 @@ class Controller:
         found = get_actor(ray.get_runtime_context().get_actor_id(), timeout=60)
         return found and found.state
 
-cluster.connect(trains=True)
+cluster.connect(several_trainings=True)
 print(ray.get(Controller.remote().state.remote()))
 """
 

@@ -66,7 +66,9 @@ class Training(Jobs):
         if path.exists() and json.loads(path.read_text())["status"] == run_directory.FINISHED:
             self.check()
 
-    def train_model(self, config: TrainConfig, run_uri: str, *settings: Any) -> SimpleNamespace:
+    def train_model(
+        self, config: TrainConfig, run_uri: str, *settings: Any, cluster_ends: bool
+    ) -> SimpleNamespace:
         """In place of `train.train_model`: each epoch is a file, and is not trained twice."""
         for epoch in range(1, EPOCHS + 1):
             uri = storage.join(run_uri, "checkpoints", f"{epoch}.json")
@@ -98,7 +100,7 @@ class Training(Jobs):
     def entered(self) -> Iterator["Training"]:
         """With the world around it."""
         with pytest.MonkeyPatch.context() as patch, self.world.entered(patch):
-            patch.setattr(cluster, "connect", lambda trains: None)
+            patch.setattr(cluster, "connect", lambda: True)
             patch.setattr(cluster, "scaling", lambda config: None)
             patch.setattr(train, "ThreadPoolExecutor", InTurn)
             patch.setattr(train, "initial_weights", lambda config: None)

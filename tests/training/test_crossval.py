@@ -179,8 +179,9 @@ def settings_of(tree, output):
     return settings | {"output": str(output), "k": 2, "epochs": 1, "validation_fraction": 0.33}
 
 
-def untrained(config, run_uri, fed, pretrained, scaling, runs_per_node=1, started=0.0):
+def untrained(config, run_uri, fed, pretrained, scaling, runs_per_node=1, started=0.0, *, cluster_ends=False):
     """In place of `train.train_model`: the checkpoint of an epoch that learned nothing."""
+    assert not cluster_ends
     network = weights.build(2, architecture=config.architecture)
     folder, record = Path(run_uri) / "checkpoints" / "only", {**RECORD, "epoch": 1, SELECTION: 0.5}
     folder.mkdir(parents=True)

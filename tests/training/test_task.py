@@ -1,6 +1,10 @@
 import socket
 
-from bcd.training.task import interface
+import pytest
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from bcd.training.task import Trainer, interface
 
 
 def test_an_interface_is_found_by_its_address():
@@ -8,3 +12,15 @@ def test_an_interface_is_found_by_its_address():
     names = {name for _, name in socket.if_nameindex()}
     assert interface("127.0.0.1") in names
     assert interface("192.0.2.1") is None
+
+
+@pytest.mark.parametrize("cluster_ends", [True, False])
+def test_cpus_of_a_lost_training_are_freed_where_its_cluster_continues(cluster_ends):
+    """All of Ray's callbacks, and this one only there: without a dashboard it would warn every second."""
+    given = {"scaling_config": ScalingConfig(num_workers=1)}
+    ray_has, ours = (
+        [type(one).__name__ for one in trainer._create_default_callbacks()]
+        for trainer in (TorchTrainer(print, **given), Trainer(print, cluster_ends=cluster_ends, **given))
+    )
+    assert "PlacementGroupCleanerCallback" in ray_has
+    assert ours == [name for name in ray_has if name != "PlacementGroupCleanerCallback" or not cluster_ends]

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray.train.torch
 import torch
 from ray.exceptions import GetTimeoutError
 from ray.train import ControllerError, WorkerGroupError
@@ -18,7 +17,7 @@ from bcd import schema, storage
 from bcd.errors import BundleError, ConfigError, DivergedError, ResourceError, StorageError
 from bcd.model import bundle, predictor, weights
 from bcd.runtime import output, predict, prepare
-from bcd.training import train
+from bcd.training import task, train
 from bcd.training.feed import Feed
 from tests.cluster import other_lines, read_json
 from tests.runtime.test_datasets import small
@@ -290,7 +289,7 @@ def test_what_the_workers_return_instead_of_a_history_ends_the_run(monkeypatch):
     """They do not raise it: Ray Train would start them again."""
     error = DivergedError("in epoch 1: from step 25 on the loss is no finite number")
     trained = SimpleNamespace(fit=lambda: SimpleNamespace(return_value=error))
-    monkeypatch.setattr(ray.train.torch, "TorchTrainer", lambda *_, **__: trained)
+    monkeypatch.setattr(task, "Trainer", lambda *_, **__: trained)
     with pytest.raises(DivergedError, match="from step 25 on"):
         train.train_model(small("d"), "/tmp/run", Feed(8, {}), None, None)
 

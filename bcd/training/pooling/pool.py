@@ -101,10 +101,10 @@ def _train(config: PoolConfig, uri: str, own: Lease) -> pa.Table:
     scored = bags.read_slides(config.scores)
     known = labels.split_slides(config, scored)
     _announce(known)
-    cluster.connect(trains=True)
+    cluster_ends = cluster.connect()
     run_directory.claim_run(config, uri, own.require)
     run_directory.write_split(uri, known.parts)
-    found = _fitted(config, uri, scored.scores, known.parts)
+    found = _fitted(config, uri, scored.scores, known.parts, cluster_ends)
     logger.info(f"epoch {found.epoch} of {config.epochs} has the least loss on validation")
     answered = _answered(config, found.weights, scored, own)
     validation = part_of(known.parts, VALIDATION)
@@ -133,15 +133,14 @@ def _announce(known: LabelledSlides) -> None:
         logger.info(f"{part}: {counted(len(rows), 'slide')} of {patients} ({classes})")
 
 
-def _fitted(config: PoolConfig, uri: str, scores: str, slides: pa.Table) -> Fitted:
+def _fitted(config: PoolConfig, uri: str, scores: str, slides: pa.Table, cluster_ends: bool) -> Fitted:
     """Train on one CPU worker, which reads the bags itself: a bag is small, and so is the network."""
     # Not at the top: a job starts without torch.
-    from ray.train.torch import TorchTrainer
+    from bcd.training.task import ProcessGroup, Trainer
 
-    from bcd.training.task import ProcessGroup
-
-    trainer = TorchTrainer(
+    trainer = Trainer(
         fit_bags,
+        cluster_ends=cluster_ends,
         train_loop_config=PoolTask(config, scores, slides),
         torch_config=ProcessGroup(),
         scaling_config=ScalingConfig(num_workers=1),

@@ -60,7 +60,7 @@ def run(config: TuneConfig) -> str:
         return uri
     started = time.time()
     with lease.held(uri, config.wait) as own:
-        cluster.connect(trains=True)
+        cluster.connect(several_trainings=True)
         inspected = prepare.load_data_set(config)
         table, facts = train.split_of(config, uri, inspected, own)
         _keep_space(uri, space)

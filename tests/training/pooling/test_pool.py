@@ -22,7 +22,7 @@ def study(tmp_path_factory):
     return write_study(tmp_path_factory.mktemp("study"), patients=20, tiles=20, length=8)[:2]
 
 
-def fitted_here(config, uri, scores, slides):
+def fitted_here(config, uri, scores, slides, cluster_ends):
     """In place of a worker of Ray Train."""
     with tempfile.TemporaryDirectory() as folder:
         held = bags.load_bags(scores, slides[schema.SLIDE].to_pylist(), Path(folder))
@@ -37,7 +37,7 @@ def here(monkeypatch):
         return lambda function: SimpleNamespace(remote=function)
 
     monkeypatch.setattr(pool, "ray", SimpleNamespace(remote=remote, get=lambda results: results))
-    monkeypatch.setattr(pool.cluster, "connect", lambda trains=False: None)
+    monkeypatch.setattr(pool.cluster, "connect", lambda: True)
     monkeypatch.setattr(pool, "_fitted", fitted_here)
 
 
