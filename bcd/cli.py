@@ -129,7 +129,7 @@ def main(job: str, doc: str | None = None) -> None:
         sys.exit(1)
     log.start(job, config.log_format)
     try:
-        import_module(_module(job, config)).run(with_recipe(config, sys.argv[1:]))
+        _run(job, with_recipe(config, sys.argv[1:]))
     except BcdError as error:
         logging.getLogger(__name__).error(_sentence(error))
         sys.exit(error.exit_code)
@@ -143,6 +143,27 @@ def _in_paragraphs(doc: str) -> str:
 def _module(job: str, config: Config) -> str:
     """The module with the `run` of a job, or with that of its dry run."""
     return f"bcd.preflight.dry_run.{job}" if getattr(config, "dry_run", False) else f"bcd.{JOBS[job][1]}"
+
+
+def _run(job: str, config: Config) -> str:
+    """Run a job and return what it returns, of most the URI of its output; raises BcdError."""
+    try:
+        return import_module(_module(job, config)).run(config)
+    except BcdError:
+        raise
+    except _of_ray() as error:
+        # Not at the top: it imports Ray, as the job has.
+        from bcd.runtime import cluster
+
+        if (loss := cluster.loss_of(error)) is None:
+            raise
+        raise loss from error
+
+
+def _of_ray() -> tuple[type[Exception], ...]:
+    """The exceptions of Ray, where the job has imported it."""
+    exceptions = sys.modules.get("ray.exceptions")
+    return (exceptions.RayError,) if exceptions else ()
 
 
 def run_job(job: str, settings: Mapping[str, Any]) -> JobResult:
@@ -159,7 +180,7 @@ def run_job(job: str, settings: Mapping[str, Any]) -> JobResult:
         raise ConfigError(f"dry_run is of the command line: bcd {job} --dry-run")
     try:
         with provenance.stating(shlex.join(["bcd", job, *files.as_flags(given)])):
-            uri = import_module(_module(job, config)).run(config)
+            uri = _run(job, config)
     except BcdError as error:
         # What a task of Ray raised is of our class, too, and its text is a stack trace.
         raise getattr(error, "cause", error) from None

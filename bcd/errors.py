@@ -89,6 +89,12 @@ class IncompleteError(BcdError):
     exit_code = 1
 
 
+class LostError(BcdError):
+    """Ray lost a process of the job for good, killed or with its host: the same command resumes it."""
+
+    exit_code = 1
+
+
 class AuditError(BcdError):
     """A completed audit found a leak in the given split."""
 

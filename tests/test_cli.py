@@ -9,7 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 import bcd
 from bcd import cli, provenance
@@ -139,6 +140,48 @@ def test_what_a_task_of_ray_raises_is_one_line_too(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, job="demo", pipeline=pipeline)
     assert capsys.readouterr().err == f"error: s3://bucket/a: cannot write it; {ASK_AGAIN}\n"
+
+
+def died():
+    """Of a process that was killed, as Ray 2.60 raises it."""
+    about = ActorDiedErrorContext(error_message="killed", class_name="TrainController", actor_id=bytes(16))
+    return ActorDiedError(about)
+
+
+@pytest.mark.parametrize(
+    ("error", "process"),
+    [
+        (died(), "TrainController, a process of this job, is gone (ActorDiedError)"),
+        (RayTaskError("fold", "Trace", WorkerCrashedError()).as_instanceof_cause(), "a process of this job"),
+        (WorkerCrashedError(), "a process of this job, is gone (WorkerCrashedError)"),
+        (OutOfMemoryError("Task was killed"), "a process of this job, is gone (OutOfMemoryError)"),
+    ],
+)
+def test_a_lost_process_is_one_line_that_says_how_to_resume(error, process, monkeypatch, capsys):
+    def pipeline(config):
+        raise error
+
+    with pytest.raises(SystemExit, match="1"):
+        run(monkeypatch, job="demo", pipeline=pipeline)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {process}")
+    assert line.endswith("run the same command again to resume")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ActorDiedError(RayTaskError("__init__", "Traceback ...", ValueError("ours"))),
+        RayTaskError("fold", "Traceback ...", ValueError("ours")).as_instanceof_cause(),
+        GetTimeoutError("in a wait of ours"),
+    ],
+)
+def test_a_defect_in_a_process_of_ray_keeps_its_stack_trace(error, monkeypatch):
+    def pipeline(config):
+        raise error
+
+    with pytest.raises(type(error)):
+        run(monkeypatch, job="demo", pipeline=pipeline)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,20 @@ from typing import Any
 import ray
 from ray._private.state import state as ray_state
 from ray.data import DataContext, TaskPoolStrategy
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectReconstructionFailedError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.train import ScalingConfig
 
 from bcd.config.training import TrainConfig
-from bcd.errors import ConfigError, ResourceError
+from bcd.errors import ConfigError, LostError, ResourceError
 
 # Ray Data needs a CPU besides those of the training workers; without one a run would wait for ever.
 DATA_CPUS = 1
@@ -49,6 +59,12 @@ MODEL_VARIABLES = {
     # ScoreCAM and AblationCAM would print a progress bar for every batch.
     "TQDM_DISABLE": "1",
 }
+
+# What Ray raises in place of the result of a process that is gone, and that it does not start again.
+LOSSES = (
+    *(RayActorError, WorkerCrashedError, OutOfMemoryError, LocalRayletDiedError, NodeDiedError),
+    *(OwnerDiedError, ObjectReconstructionFailedError),
+)
 
 
 def connect(several_trainings: bool = False, metrics_port: int | None = None) -> bool:
@@ -94,6 +110,20 @@ def worker_env() -> dict[str, Any]:
     if MODEL_VARIABLES.items() <= os.environ.items():
         return {}
     return {"env_vars": MODEL_VARIABLES}
+
+
+def loss_of(error: BaseException) -> LostError | None:
+    """The loss of a process, also in a task, as an error for the user; None for any other error, such as that
+    of an actor which failed where it was made."""
+    error = error.cause if isinstance(error, RayTaskError) else error
+    if not isinstance(error, LOSSES) or getattr(error, "actor_init_failed", False):
+        return None
+    named = re.search(r"class_name: (\S+)", str(error))
+    process = f"{named[1]}, a process of this job" if named else "a process of this job"
+    return LostError(
+        f"{process}, is gone ({type(error).__name__}): it was killed, perhaps because memory ran out, or its "
+        "host is lost; run the same command again to resume"
+    )
 
 
 def _start(several_trainings: bool, metrics_port: int | None = None) -> None:

@@ -3,11 +3,13 @@ not need."""
 
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -57,6 +59,11 @@ class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(_use_address_of_node)
         super().on_start(worker_group, backend_config)
+
+    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        # Of a worker that is lost, which is why the others are shut down, Ray Train would log a stack trace.
+        with suppress(RayActorError):
+            super().on_shutdown(worker_group, backend_config)
 
 
 @dataclass

@@ -268,8 +268,8 @@ def kept_in(run_uri: str, max_failures: int, callbacks: Sequence[UserCallback] =
 
 
 def for_people(error: TrainingFailedError, run_uri: str) -> Exception:
-    """The cause of a failed training if it is an error for the user: one of bcd's, or one of the storage in
-    which Ray Train keeps the checkpoints; else the error itself."""
+    """The cause of a failed training if it is an error for the user: one of bcd's, the loss of a process, or
+    one of the storage in which Ray Train keeps the checkpoints; else the error itself."""
     causes: list[Exception] = []
     if isinstance(error, WorkerGroupError):
         causes = list(error.worker_failures.values())
@@ -282,4 +282,6 @@ def for_people(error: TrainingFailedError, run_uri: str) -> Exception:
         # Ray's own timeouts are OSErrors, too.
         if isinstance(cause, OSError) and not isinstance(cause, RayError):
             return storage.failure(storage.join(run_uri, "checkpoints"), "keep or read it", cause)
-    return error
+    # Of a worker that does not answer, what Ray Train met when it asked.
+    found = [cluster.loss_of(getattr(cause, "health_check_failure", cause)) for cause in causes]
+    return next(filter(None, found), error)

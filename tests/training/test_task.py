@@ -1,9 +1,11 @@
 import socket
 
 import pytest
+from ray.exceptions import ActorDiedError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from bcd.training import task
 from bcd.training.task import Trainer, interface
 
 
@@ -24,3 +26,16 @@ def test_cpus_of_a_lost_training_are_freed_where_its_cluster_continues(cluster_e
     )
     assert "PlacementGroupCleanerCallback" in ray_has
     assert ours == [name for name in ray_has if name != "PlacementGroupCleanerCallback" or not cluster_ends]
+
+
+def test_shutting_down_beside_a_lost_worker_is_quiet(monkeypatch):
+    """Ray Train would log what this raises with its stack trace, and continue."""
+    asked = []
+
+    def ask(*given):
+        asked.append(given)
+        raise ActorDiedError
+
+    monkeypatch.setattr(task._TorchBackend, "on_shutdown", ask)
+    task._Backend().on_shutdown([], task.ProcessGroup())
+    assert len(asked) == 1

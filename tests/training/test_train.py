@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import ActorDiedError, GetTimeoutError, WorkerCrashedError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from bcd import schema, storage
 from bcd.errors import BundleError, ConfigError, DivergedError, ResourceError, StorageError
@@ -301,6 +302,11 @@ def test_what_the_workers_return_instead_of_a_history_ends_the_run(monkeypatch):
         (
             OSError("When reading: AWS Error UNKNOWN; Details: 7"),
             "s3://b/run/checkpoints: .* UNKNOWN$",
+        ),
+        (WorkerCrashedError(), "is gone .*; run the same command again to resume$"),
+        (
+            WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError()),
+            "is gone .*; run the same command again to resume$",
         ),
         (ValueError("ours"), "Training failed"),
         (GetTimeoutError("Ray's own, and an OSError"), "Training failed"),
