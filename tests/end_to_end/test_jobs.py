@@ -12,7 +12,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bcd import errors, storage
 from tests import faults, policies
-from tests.cluster import PATIENCE_S, finish, finished, read_json, start_job, submit
+from tests.cluster import PATIENCE_S, finish, finished, kill, read_json, start_job, submit, wait_for
 from tests.trained import check_whole, wait_for_epoch
 
 pytestmark = pytest.mark.ray
@@ -61,6 +61,26 @@ def test_a_killed_worker_costs_at_most_its_epoch(cluster, data, s3):
     status, log = finish(client, job)
     assert status == JobStatus.SUCCEEDED, log
     assert log.count("epoch 1/3") == 1
+    check_whole(run_uri, 3)
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("process", ["TrainController", "RayTrainWorker"])
+def test_a_process_that_is_lost_for_good_is_a_sentence_and_the_job_resumes(process, cluster, data, s3):
+    run_uri = f"{s3}/jobs/lost-{process}"
+    arguments = train_arguments(data, s3, f"lost-{process}", "--num-workers", "1", "--max-failures", "0")
+    job = start_job(*arguments)
+    kept = f"{run_uri}/checkpoints/checkpoint_manager_snapshot.json"
+    wait_for(lambda: storage.exists(kept), PATIENCE_S, "epoch 1")
+    assert kill(cluster.processes(), f"ray::{process}") == 1
+    log, _ = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 1, log
+    assert "Traceback" not in log
+    (said,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert said.startswith(f"error: {process}, a process of this job, is gone")
+    assert said.endswith("run the same command again to resume")
+    log = finished(start_job(*arguments))
+    assert "epoch 1/3" not in log
     check_whole(run_uri, 3)
 
 
