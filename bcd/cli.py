@@ -157,6 +157,7 @@ def _run(job: str, config: Config) -> str:
 
         if (loss := cluster.loss_of(error)) is None:
             raise
+        cluster.leave()
         raise loss from error
 
 

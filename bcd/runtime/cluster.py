@@ -66,24 +66,29 @@ LOSSES = (
     *(OwnerDiedError, ObjectReconstructionFailedError),
 )
 
+# Whether this process has started a cluster without dashboard, which what frees the CPUs of a lost training
+# queries.
+_is_bare = False
+
 
 def connect(several_trainings: bool = False, metrics_port: int | None = None) -> bool:
     """Join the cluster named by RAY_ADDRESS (set by `ray job submit`), else start one on this machine, with
     its metrics at a port if one is given.
 
     Returns:
-        Whether a cluster was started in which a lost training would keep its CPUs: not for
-        `several_trainings`, of which one may be lost while the others continue.
+        Whether this process has started a cluster in which a lost training keeps its CPUs: not for
+        `several_trainings`, of which one may be lost while the others continue. See `leave`.
 
     Raises:
         ResourceError: RAY_ADDRESS names a cluster that does not answer; starting another would hide that.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    starts = not ray.is_initialized() and not address
-    if starts:
-        _start(several_trainings, metrics_port)
-    elif address and not ray.is_initialized():
-        _join(address)
+    global _is_bare
+    if not ray.is_initialized():
+        if address := os.environ.get("RAY_ADDRESS"):
+            _join(address)
+        else:
+            _start(several_trainings, metrics_port)
+        _is_bare = not (address or several_trainings)
     # Ray 2.60's default grants each step what it used in the seconds before. Rounded, that was less than a
     # task of the last step, which commits rows: it waited until all images were scored. This one grants all
     # nodes.
@@ -101,7 +106,16 @@ def connect(several_trainings: bool = False, metrics_port: int | None = None) ->
     context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     # They advise every half minute on the memory and time of our own tasks.
     context.issue_detectors_config.detectors = []
-    return starts and not several_trainings
+    return _is_bare
+
+
+def leave() -> None:
+    """After a loss: end the cluster if it keeps the CPUs of a lost training. The next job of this process,
+    which may be a notebook, starts another."""
+    global _is_bare
+    if _is_bare:
+        ray.shutdown()
+        _is_bare = False
 
 
 def worker_env() -> dict[str, Any]:
@@ -150,8 +164,7 @@ def _start(several_trainings: bool, metrics_port: int | None = None) -> None:
             _temp_dir=_private_folder(),
             num_cpus=max(1 + DATA_CPUS, cores()),
             logging_level=logging.WARNING,
-            # Eleven processes and 170 MiB, a quarter of the start, for a page that ends with the job. What
-            # frees the CPUs of a lost training queries it.
+            # Eleven processes and 170 MiB, a quarter of the start, for a page that ends with the job.
             include_dashboard=several_trainings,
             _metrics_export_port=metrics_port,
         )

@@ -229,6 +229,32 @@ def test_a_cluster_that_trains_states_its_own_address_to_its_processes_alone(
     assert {name: os.environ[name] for name in named if name in os.environ} == before
 
 
+def test_a_bare_cluster_is_known_to_later_jobs_of_the_process_and_left_after_a_loss(monkeypatch):
+    """A notebook calls several; each starts a cluster only where there is none."""
+    running, starts = [False], []
+
+    def start(*given):
+        starts.append(given)
+        running[0] = True
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "_is_bare", False)
+    monkeypatch.setattr(cluster, "_start", start)
+    monkeypatch.setattr(cluster, "_join", start)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: running[0])
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: running.__setitem__(0, False))
+    assert [cluster.connect(), cluster.connect(), cluster.connect(several_trainings=True)] == [True] * 3
+    cluster.leave()
+    assert not running[0]
+    assert not cluster.connect(several_trainings=True)
+    cluster.leave()
+    assert running[0]
+    running[0] = False
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert not cluster.connect()
+    assert starts == [(False, None), (True, None), ("head:6379",)]
+
+
 def test_metrics_are_at_the_port_that_is_asked_for(tmp_path, monkeypatch):
     given = {}
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
