@@ -12,6 +12,7 @@ BcdError              jobs print its sentence and exit with code 2
 │   ├── MissingError
 │   └── TooLargeError
 ├── IncompleteError   exit code 1
+├── LostError         exit code 1
 ├── AuditError        exit code 1
 └── DiagnosisError    exit code 1
 """

@@ -257,6 +257,7 @@ def test_a_bare_cluster_is_known_to_later_jobs_of_the_process_and_left_after_a_l
 
 def test_metrics_are_at_the_port_that_is_asked_for(tmp_path, monkeypatch):
     given = {}
+    monkeypatch.setattr(cluster, "_is_bare", False)
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster.ray, "init", lambda **options: given.update(options))
     monkeypatch.setattr(os, "environ", {})

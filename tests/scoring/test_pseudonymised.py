@@ -1,5 +1,6 @@
 """A whole scoring job with `--pseudonymise`, in this process: no file that it writes contains a name."""
 
+import gzip
 import json
 import os
 from contextlib import nullcontext
@@ -102,10 +103,12 @@ def config_of(root, model_uri, **changes):
 
 
 def named_in(folder):
-    """Where a name is, in names of files and in what they contain; Parquet is read, as it is compressed."""
+    """Where a name is, in names of files and in what they contain: compressed bytes, which may contain three
+    letters by chance, are read."""
     found = []
     for path in (path for path in folder.rglob("*") if path.is_file()):
-        content = path.read_bytes().decode("latin-1")
+        stored = path.read_bytes()
+        content = (gzip.decompress(stored) if path.suffix == ".gz" else stored).decode("latin-1")
         if path.suffix == ".parquet":
             table = pq.read_table(path)
             keep = [name for name in table.column_names if name != schema.OVERLAY]
