@@ -146,10 +146,10 @@ def _module(job: str, config: Config) -> str:
 
 
 def _run(job: str, config: Config) -> str:
-    """Run a job and return what it returns, of most the URI of its output; raises BcdError."""
+    """Run a job; for most, returns the URI of its output. Raises BcdError, also for the loss of a process."""
     try:
         return import_module(_module(job, config)).run(config)
-    except BcdError:
+    except BcdError:  # first: what a task of Ray raised may be an error of both kinds
         raise
     except _of_ray() as error:
         # Not at the top: it imports Ray, as the job has.

@@ -26,6 +26,15 @@ def run(monkeypatch, *arguments, pipeline=lambda config: None, job="train"):
     cli.main(job, "What the job does.\n\n    ray job submit ...")
 
 
+def raising(error):
+    """A job that ends with an error."""
+
+    def pipeline(config):
+        raise error
+
+    return pipeline
+
+
 def test_flags_become_a_config(monkeypatch):
     seen = []
     arguments = ["--data", "d", "--magnifications", "40", "100", "--no-augment", "--num-workers", "2-8"]
@@ -122,11 +131,9 @@ def test_bad_flags_exit_2_before_the_pipeline(monkeypatch, capsys, arguments, sa
 
 
 def test_what_a_user_can_put_right_is_one_line_and_exit_code_2(monkeypatch, capsys):
-    def pipeline(config):
-        raise DataError("x.csv: no column 'uri'")
-
+    error = DataError("x.csv: no column 'uri'")
     with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, job="demo", pipeline=pipeline)
+        run(monkeypatch, job="demo", pipeline=raising(error))
     assert capsys.readouterr().err == "error: x.csv: no column 'uri'\n"
 
 
@@ -158,11 +165,8 @@ def died():
     ],
 )
 def test_a_lost_process_is_one_line_that_says_how_to_resume(error, process, monkeypatch, capsys):
-    def pipeline(config):
-        raise error
-
     with pytest.raises(SystemExit, match="1"):
-        run(monkeypatch, job="demo", pipeline=pipeline)
+        run(monkeypatch, job="demo", pipeline=raising(error))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {process}")
     assert line.endswith("run the same command again to resume")
@@ -177,11 +181,8 @@ def test_a_lost_process_is_one_line_that_says_how_to_resume(error, process, monk
     ],
 )
 def test_a_defect_in_a_process_of_ray_keeps_its_stack_trace(error, monkeypatch):
-    def pipeline(config):
-        raise error
-
     with pytest.raises(type(error)):
-        run(monkeypatch, job="demo", pipeline=pipeline)
+        run(monkeypatch, job="demo", pipeline=raising(error))
 
 
 @pytest.mark.parametrize(
@@ -197,20 +198,15 @@ def test_a_defect_in_a_process_of_ray_keeps_its_stack_trace(error, monkeypatch):
     ],
 )
 def test_another_attempt_is_advised_where_it_may_succeed(monkeypatch, capsys, error, said):
-    def pipeline(config):
-        raise error
-
     with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, job="demo", pipeline=pipeline)
+        run(monkeypatch, job="demo", pipeline=raising(error))
     assert capsys.readouterr().err == f"error: {said}\n"
 
 
 def test_inputs_without_a_result_exit_1(monkeypatch, capsys):
-    def pipeline(config):
-        raise IncompleteError("3 of 9 inputs have neither a result nor an error")
-
+    error = IncompleteError("3 of 9 inputs have neither a result nor an error")
     with pytest.raises(SystemExit, match="1"):
-        run(monkeypatch, job="demo", pipeline=pipeline)
+        run(monkeypatch, job="demo", pipeline=raising(error))
     assert capsys.readouterr().err == "error: 3 of 9 inputs have neither a result nor an error\n"
 
 

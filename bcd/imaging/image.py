@@ -327,7 +327,7 @@ def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     resized = Image.fromarray(pixels).resize((inner_width, inner_height), Image.Resampling.BILINEAR)
     result = np.empty((height, width, 3), np.uint8)
     bottom, right = top + inner_height, left + inner_width
-    # The margins alone: to fill all of it first takes as long as a fifth of resizing.
+    # The margins alone: the image covers the rest.
     result[:top] = result[bottom:] = FILL
     result[top:bottom, :left] = result[top:bottom, right:] = FILL
     result[top:bottom, left:right] = np.asarray(resized)

@@ -66,8 +66,8 @@ LOSSES = (
     *(OwnerDiedError, ObjectReconstructionFailedError),
 )
 
-# Whether this process has started a cluster without dashboard, which what frees the CPUs of a lost training
-# queries.
+# Whether this process has started a cluster without dashboard, where nothing frees the CPUs of a lost
+# training.
 _is_bare = False
 
 
